@@ -1,0 +1,2285 @@
+"""Pachinko: message-level WebSockets for Falcon.
+
+    app = falcon.asgi.App()
+    ws = Pachinko(app, "/ws/{room}")
+
+    @message("say")
+    class Say:
+        text: str
+
+    @ws.connect
+    async def arrive(conn: Connection, room: str) -> None:
+        await hub.join(f"room:{room}", conn)
+
+    @ws.on(Say)
+    async def say(conn: Connection, msg: Say) -> None:
+        await hub.send(f"room:{conn.params['room']}", "said", {"who": conn.id, "text": msg.text})
+
+    @ws.on("sum")
+    async def add(conn: Connection, *, a: int, b: int = 0) -> int:
+        return a + b
+
+One JSON object a text frame, ``{"type": str, "id"?: str | int, "payload"?: any}``. What a handler
+returns goes to the sender with the request's ``id``; what ``hub.send`` gets goes to a group.
+
+The sections, each using only those above it: errors · envelope and message · codec · handlers
+and routing · connection · hub · dispatch · Pachinko.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import enum
+import functools
+import inspect
+import itertools
+import logging
+import re
+import secrets
+import sys
+import time
+import types
+import typing
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Generator
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from datetime import date, datetime, timedelta
+from datetime import time as time_of_day
+from decimal import Decimal
+from typing import Any, Literal, ParamSpec, TypeVar, Union, cast, get_args
+from typing import get_origin as origin_of
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import attrs
+import cattrs
+import falcon
+import falcon.asgi
+import falcon.constants
+import falcon.inspect
+import msgspec
+from cattrs.gen import make_dict_structure_fn, make_mapping_structure_fn, override, typeddicts
+from cattrs.strategies import configure_union_passthrough
+
+__all__ = ("Close", "Connection", "Envelope", "Hub", "MessageError", "Pachinko", "PachinkoError")
+__all__ += ("hub", "message")
+__version__ = "0.1.0"
+
+logger = logging.getLogger("pachinko")
+
+T = TypeVar("T")
+P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., Any])
+Id = str | int
+Errors = list[dict[str, str]]  # of a payload: [{"path": "$.payload.n", "message": "…"}]
+Hook = Callable[[Any, Any], Any]  # of cattrs: a value and the type to make of it
+Namespaces = tuple[dict[str, Any], dict[str, Any]]  # the globals and locals annotations see
+Event = dict[str, Any]  # of ASGI: {"type": "websocket.send", "text": "…"}
+
+# ── errors ────────────────────────────────────────────────────────────────────────────────────
+#
+#   PachinkoError   the program's mistake: raised where it was made, mostly at registration
+#   MessageError    the client's mistake: answered with an error, the connection stays open
+#   Close           no mistake: a handler's way to end the connection
+
+_REASON_BYTES = 123  # RFC 6455, 5.5: a control frame carries 125 bytes, two of them the code
+
+
+class PachinkoError(Exception):
+    """A mistake in the program that uses Pachinko, with the corrected code in its text."""
+
+
+class MessageError(Exception):
+    """Raise it in a message handler to answer the client with an error of your own.
+
+    The client gets ``{"type":"error","id":…,"payload":{"code":code,"message":message,…}}``, with
+    *details* (JSON values) beside the two. The connection stays open.
+    """
+
+    def __init__(self, code: str, message: str = "", **details: Any) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+        self.details = details
+
+
+class Close(Exception):
+    """Raise it in a handler to close this connection with *code* and *reason*.
+
+    Raises `ValueError` for a *code* that an application may not send (RFC 6455, 7.4): it is 1000
+    to 1003, 1007 to 1014, or 3000 to 4999; and for a *reason* of more than 123 bytes of UTF-8.
+    """
+
+    def __init__(self, code: int = 1000, reason: str = "") -> None:
+        super().__init__(f"{code} {reason}")
+        if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
+            raise ValueError(f"{code} is no close code to send; use 1000, or 4000 to 4999")
+        if len(reason.encode()) > _REASON_BYTES:
+            raise ValueError(f"a close reason has at most {_REASON_BYTES} bytes, got {reason!r}")
+        self.code = code
+        self.reason = reason
+
+
+# ── envelope and message ──────────────────────────────────────────────────────────────────────
+
+_MAX_DEPTH = 250  # of arrays and objects in a frame; far below where recursive code gives up
+_NOT_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[^][{}"]+', re.DOTALL)
+_RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
+_JSON_NAMES = {dict: "object", list: "array", type(None): "null"}
+
+
+@attrs.frozen
+class Envelope:
+    """A message as middleware sees it."""
+
+    type: str
+    payload: Any
+    """Structured to the handler's annotation; a dict by name for keyword-only parameters."""
+    id: Id | None = None
+
+
+class Frame(msgspec.Struct):
+    """What a text frame holds. Keys that it does not know are ignored."""
+
+    type: str
+    id: Id | None = None
+    payload: Any = msgspec.UNSET
+
+
+class BadFrame(MessageError):
+    """A text frame that is no envelope; `id` is the one to answer with, where it had one."""
+
+    id: Id | None = None
+
+
+_decode_frame = msgspec.json.Decoder(Frame).decode
+_encode = msgspec.json.Encoder().encode
+
+
+def decode(text: str) -> Frame:
+    """Read one text frame, or raise `BadFrame` (``invalid_json`` or ``invalid_envelope``)."""
+    try:
+        frame = _decode_frame(text)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        raise _bad_frame(text) from None
+    if text.count("[") + text.count("{") > _MAX_DEPTH:
+        brackets = _NOT_BRACKETS.sub("", text)
+        steps = (1 if bracket in "[{" else -1 for bracket in brackets)
+        if max(itertools.accumulate(steps)) > _MAX_DEPTH:
+            raise BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels")
+    return frame
+
+
+def _bad_frame(text: str) -> BadFrame:
+    try:
+        value = msgspec.json.decode(text)
+    except RecursionError:
+        return BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels")
+    except UnicodeError:
+        return BadFrame("invalid_json", "not valid UTF-8")
+    except msgspec.MsgspecError as exc:
+        return BadFrame("invalid_json", str(exc))
+    if type(value) is not dict:
+        text = f'a message is an object with a "type", got {json_name(value)}'
+        return BadFrame("invalid_envelope", text)
+    if isinstance(value.get("type"), str):  # so it is the id that is wrong
+        text = f'"id" is a string or an integer, got {json_name(value.get("id"))}'
+        return BadFrame("invalid_envelope", text)
+    found = json_name(value["type"]) if "type" in value else "none"
+    bad = BadFrame("invalid_envelope", f'"type" is a string, got {found}')
+    bad.id = value["id"] if type(value.get("id")) in (str, int) else None
+    return bad
+
+
+def json_name(value: object) -> str:
+    """What JSON calls the kind of *value*."""
+    return _JSON_NAMES.get(type(value), type(value).__name__)
+
+
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(attrs.field,))
+def message(type: str) -> Callable[[type[T]], type[T]]:
+    """Tag a class as the message *type*, so that it can be received, returned and sent.
+
+    A plain annotated class becomes `attrs.frozen`; an attrs class or a dataclass is only tagged.
+    Raises `PachinkoError` for anything else.
+    """
+    if not isinstance(type, str):
+        raise PachinkoError(f'@message takes a type; write @message("say") above {type!r}')
+    check_type(type)
+    namespaces = namespaces_at(sys._getframe(1))
+
+    def tag(cls: Any) -> Any:
+        if "__attrs_attrs__" not in vars(cls) and "__dataclass_fields__" not in vars(cls):
+            cls = attrs.frozen(_check_plain(cls))
+        cls.__message_type__ = type
+        with contextlib.suppress(NameError):  # of a class further down: registration resolves it
+            resolve_class(cls, *namespaces)
+        return cls
+
+    return tag
+
+
+def _check_plain(cls: Any) -> Any:
+    """Return *cls* if attrs can make a class of it; refuse what has its own idea of fields."""
+    is_plain = type(cls).__module__ in ("builtins", "abc", "typing") and (
+        "__init__" not in vars(cls)
+        if attrs.has(cls)
+        else cls.__init__ is object.__init__ and cls.__new__ is object.__new__
+    )
+    if not is_plain:
+        raise PachinkoError(
+            f"@message cannot make an attrs class of {cls.__name__}, which has a constructor or "
+            f"metaclass of its own; write a plain class, `class {cls.__name__}: text: str`, an "
+            f"attrs class or a dataclass"
+        )
+    return cls
+
+
+def check_type(type: str) -> None:
+    """Raise `PachinkoError` for a message type that is empty or reserved for the library."""
+    if not type or type in _RESERVED or type.startswith("$") or type.endswith(".reply"):
+        raise PachinkoError(
+            f'{type!r} is reserved, as are "", {", ".join(sorted(_RESERVED))}, "$…" and "….reply"; '
+            f'choose another message type, such as "chat.say"'
+        )
+
+
+def message_type(cls: Any) -> str | None:
+    """The type that *cls* itself was tagged with; a subclass does not inherit it."""
+    return cast("str | None", getattr(cls, "__dict__", {}).get("__message_type__"))
+
+
+def split_message(message: object, payload: object) -> tuple[str, object]:
+    """The type and payload of what a ``send`` was given. Raises `TypeError` with a hint."""
+    cls = type(message)
+    tagged = message_type(cls)
+    if tagged is not None and payload is None:
+        return tagged, message
+    if tagged is not None:
+        raise TypeError(f"{cls.__name__} is a whole message; send it without a payload beside it")
+    if not isinstance(message, str):
+        raise TypeError(
+            f'a message is an object of a class with @message("…"), or a type and its payload, as '
+            f'in send("said", {{"text": "hi"}}); got {cls.__name__}'
+        )
+    if not message or (payload is None and any(map(str.isspace, message))):
+        raise TypeError(f'{message!r} is no message type; write send("text", {message!r})')
+    return message, payload
+
+
+def namespaces_at(frame: types.FrameType) -> Namespaces:
+    """Where the names in annotations are looked up for the code at *frame*."""
+    return frame.f_globals, dict(frame.f_locals)
+
+
+def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -> dict[str, Any]:
+    """Turn a class's text annotations into types, in place, also with names local to a function.
+
+    Returns the types by field name. Raises `NameError` for a name that is not found.
+    """
+    globals_ = {**globals_, **vars(sys.modules.get(cls.__module__, types))}
+    if attrs.has(cls):
+        attrs.resolve_types(cls, globals_, locals_, include_extras=True)
+        return {field.name: field.type for field in attrs.fields(cls)}
+    hints = typing.get_type_hints(cls, globals_, locals_, include_extras=True)
+    cls.__annotations__.update({name: hints[name] for name in cls.__annotations__})
+    for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
+        field.type = hints[field.name]
+    return hints
+
+
+# ── codec ─────────────────────────────────────────────────────────────────────────────────────
+#
+# Payloads are structured by a cattrs converter that is strict: each JSON kind stands for itself,
+# and nothing is coerced. A leaf goes through `msgspec.convert`, which gives one rule and one
+# wording for all of them; what cattrs would iterate over whatever it is gets its kind checked.
+
+_MAX_ERRORS = 100  # in one reply: a frame of max_size has room for hundreds of thousands
+_KEY_SHOWN = 64  # characters of a client's own key in a path
+_LEAVES = {str, int, float, bool, types.NoneType, bytes, datetime, date, time_of_day, timedelta}
+_LEAVES |= {UUID, Decimal}
+_UNIONS = (Union, types.UnionType)
+_QUALIFIERS = (typing.Annotated, typing.Required, typing.NotRequired)
+_KEYS = {int: typing.NewType("int", int), float: typing.NewType("float", float)}  # JSON's are text
+
+
+def strict_converter() -> cattrs.Converter:
+    """A converter with the rules of the wire: aliases count, and no value changes its type."""
+    converter = cattrs.Converter(use_alias=True)
+    configure_union_passthrough(Union[str, bool, int, float, None], converter)  # beside classes
+    for leaf in _LEAVES:
+        converter.register_structure_hook(leaf, _leaf_hook(leaf))
+    for key, name in _KEYS.items():
+        converter.register_structure_hook(name, functools.partial(_structure_key, key))
+    converter.register_structure_hook_func(lambda t: t is object, lambda value, _: value)
+    converter.register_structure_hook_factory(_is_leaf, _leaf_hook)
+    building: set[Any] = set()  # types whose hook cattrs is asked for just now, to be wrapped
+
+    @converter.register_structure_hook_factory(lambda t: t not in building and bool(_kind_of(t)))
+    def container_hook(t: Any, converter: cattrs.Converter) -> Hook:
+        building.add(t)
+        try:
+            return _container_hook(
+                t, converter, converter.get_structure_hook(t, cache_result=False)
+            )
+        finally:
+            building.discard(t)
+
+    converter.register_unstructure_hook_func(lambda t: t is object, converter.unstructure)
+    converter.register_unstructure_hook_factory(_is_union, _union_unstructure_hook)
+    converter.register_unstructure_hook_factory(typing.is_typeddict, _typeddict_unstructure_hook)
+    return converter
+
+
+def _class_of(t: Any) -> Any:
+    """The class behind *t*, `list` for ``list[int]``, or None."""
+    cls = origin_of(t) or t
+    return cls if inspect.isclass(cls) else None
+
+
+def _is_union(t: Any) -> bool:
+    return origin_of(t) in _UNIONS
+
+
+def _is_leaf(t: Any) -> bool:
+    """Whether *t* is written as one JSON scalar."""
+    if _is_union(t):
+        return all(map(_is_leaf, get_args(t)))
+    return origin_of(t) is Literal or t in _LEAVES or _is_enum(t)
+
+
+def _is_enum(t: Any) -> bool:
+    return inspect.isclass(t) and issubclass(t, enum.Enum)
+
+
+def _has_fields(t: Any) -> bool:
+    cls = _class_of(t)
+    return cls is not None and (attrs.has(cls) or dataclasses.is_dataclass(cls))
+
+
+def _kind_of(t: Any) -> type | None:
+    """Whether *t* is written as a JSON array (list), an object (dict), or as something else."""
+    cls = _class_of(t)
+    if cls is None:
+        return dict if _is_union(t) and all(map(_has_fields, get_args(t))) else None
+    if _has_fields(t) or typing.is_typeddict(cls) or issubclass(cls, Mapping):
+        return dict
+    return list if issubclass(cls, (Sequence, Set)) and not _is_leaf(cls) else None
+
+
+def _structure_key(t: Any, key: Any, _: Any) -> Any:
+    return msgspec.convert(key, t, strict=False)
+
+
+def _leaf_hook(t: Any) -> Hook:
+    if origin_of(t) is Literal or _is_enum(t):
+        return _choice_hook(t)
+    msgspec.json.Decoder(t)  # TypeError for a union that JSON cannot tell apart: UUID | datetime
+    return lambda value, _: msgspec.convert(value, t)
+
+
+def _choice_hook(t: Any) -> Hook:
+    """For `Literal` and `Enum`: by value *and* type, for ``1 == True`` and ``1 == 1.0``."""
+    members = [(getattr(m, "value", m), m) for m in (t if _is_enum(t) else get_args(t))]
+    choices = {(type(value), value): member for value, member in members}
+    names = ", ".join(_encode(value).decode() for value, _ in members)
+
+    def structure(value: Any, _: Any) -> Any:
+        with contextlib.suppress(KeyError, TypeError):  # TypeError: not hashable
+            return choices[type(value), value]
+        raise msgspec.ValidationError(f"expected one of {names}")
+
+    return structure
+
+
+def _container_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
+    """cattrs' hook for an array or object, behind a check that the value is one."""
+    cls, kind, args = _class_of(t), _kind_of(t), get_args(t)
+    length = len(args) if cls is tuple and args and Ellipsis not in args else None
+    if cls is not None and attrs.has(cls):
+        inner = _validating_hook(t, converter, inner)
+    elif typing.is_typeddict(cls):
+        inner = functools.partial(_structure_declared, cls.__annotations__, inner)
+    elif kind is dict and args and args[0] in _KEYS:
+        inner = make_mapping_structure_fn(t, converter, key_type=_KEYS[args[0]])
+
+    def structure(value: Any, _: Any) -> Any:
+        if type(value) is not kind:
+            expected = _JSON_NAMES[cast(type, kind)]
+            raise msgspec.ValidationError(f"expected {expected}, got {json_name(value)}")
+        if length is not None and len(value) != length:
+            raise msgspec.ValidationError(f"expected {length} items, got {len(value)}")
+        return inner(value, t)
+
+    return structure
+
+
+def _structure_declared(declared: Collection[str], inner: Hook, value: Any, t: Any) -> Any:
+    return {key: item for key, item in inner(value, t).items() if key in declared}
+
+
+def _validating_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
+    """attrs stops at the first validator that fails; so on failure, ask each about its field."""
+
+    def checked(field: Any, value: Any, field_type: Any) -> Any:
+        item = converter.structure(value, field_type)
+        with contextlib.suppress(AttributeError):  # it looks at the instance: not this field's
+            field.validator(None, field, field.converter(item) if field.converter else item)
+        return item
+
+    fields = [f for f in attrs.fields(_class_of(t)) if f.init and f.validator]
+    hooks: Any = {f.name: override(struct_hook=functools.partial(checked, f)) for f in fields}
+    explaining: Hook = make_dict_structure_fn(t, converter, **hooks)
+
+    def structure(value: Any, _: Any) -> Any:
+        try:
+            return inner(value, t)
+        except cattrs.ClassValidationError:
+            explaining(value, t)
+            raise
+
+    return structure if fields else inner
+
+
+def _union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
+    """As the declared member: only its fields go out, also when the value is a subclass's."""
+    return lambda value: converter.unstructure(value, declared_member(value, t))
+
+
+def declared_member(value: object, t: Any) -> Any:
+    """Which member of the union *t*, or *t* itself, *value* goes out as; else its own class."""
+    members = [m for m in (get_args(t) if _is_union(t) else (t,)) if _class_of(m)]
+    exact = [m for m in members if _class_of(m) is type(value)]
+    bases = [m for m in members if isinstance(value, _class_of(m))]
+    return (exact or bases or [type(value)])[0]
+
+
+def _typeddict_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
+    inner, declared = (
+        typeddicts.make_dict_unstructure_fn(t, converter),
+        _class_of(t).__annotations__,
+    )
+    return lambda value: inner({key: value[key] for key in value if key in declared})
+
+
+def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, str]]:
+    """Each wrong field under *exc* as ``{"path", "message"}``, without a word about the server."""
+    if isinstance(exc, cattrs.BaseValidationError):
+        for inner in exc.exceptions:
+            yield from explain(inner, path + _path_step(inner, exc.cl))
+        return
+    text = "invalid value"
+    if isinstance(exc, msgspec.ValidationError):
+        text = str(exc).replace("`", "")
+        text = text[:1].lower() + text[1:]
+    elif isinstance(exc, KeyError):
+        text = "required, but missing"
+    elif isinstance(exc, cattrs.ForbiddenExtraKeysError):
+        text = f"unknown: {', '.join(sorted(exc.extra_fields))}"
+    elif isinstance(exc, (ValueError, TypeError)) and exc.args and isinstance(exc.args[0], str):
+        text = exc.args[0]  # a validator's words; attrs puts its Attribute and the value behind
+    yield {"path": path, "message": text}
+
+
+def _path_step(exc: BaseException, cls: Any) -> str:
+    """Where under its parent *exc* happened: ``.field``, ``[3]``, ``["key"]``, or not known."""
+    names = [arg.name for arg in exc.args if isinstance(arg, attrs.Attribute)]
+    for note in getattr(exc, "__notes__", ()):
+        if isinstance(note, cattrs.IterableValidationNote):
+            index = note.index
+            return f"[{index}]" if type(index) is int else f'["{str(index)[:_KEY_SHOWN]}"]'
+        if isinstance(note, cattrs.AttributeValidationNote):
+            names = [note.name]
+    if not names:
+        return ""
+    fields = attrs.fields_dict(_class_of(cls)) if attrs.has(_class_of(cls)) else {}
+    return f".{fields[names[0]].alias if names[0] in fields else names[0]}"
+
+
+class Codec:
+    """From JSON values to what handlers take, and from what they return to the text of a frame."""
+
+    __slots__ = ("converter",)
+
+    def __init__(self, converter: cattrs.Converter | None = None) -> None:
+        self.converter = strict_converter() if converter is None else converter
+
+    def check(self, annotation: Any, namespaces: Namespaces, seen: list[Any]) -> None:
+        """Resolve *annotation* and all that it contains; raise whatever keeps it from working."""
+        if (
+            annotation in seen
+            or isinstance(annotation, TypeVar)
+            or origin_of(annotation) is Literal
+        ):
+            return
+        seen.append(annotation)
+        is_qualified = origin_of(annotation) in _QUALIFIERS
+        for member in get_args(annotation)[:1] if is_qualified else get_args(annotation):
+            self.check(member, namespaces, seen)
+        cls = _class_of(annotation)
+        if _has_fields(cls) or typing.is_typeddict(cls) or hasattr(cls, "_field_defaults"):
+            for field_type in resolve_class(cls, *namespaces).values():
+                self.check(field_type, namespaces, seen)
+        is_generic = bool(getattr(annotation, "__parameters__", ()))
+        if annotation not in (Any, Ellipsis) and not is_qualified and not is_generic:
+            self.converter.get_structure_hook(annotation)
+
+    def structure(self, payload: Any, annotation: Any, type: str) -> Any:
+        """Build what a handler takes, or raise `MessageError` (``invalid_payload``)."""
+        if annotation is Any:
+            return payload
+        try:
+            return self.converter.structure(payload, annotation)
+        except RecursionError:
+            errors = [{"path": "$.payload", "message": "nested too deeply"}]
+        except Exception as exc:  # a user's hook or validator may raise anything
+            errors = list(itertools.islice(explain(exc), _MAX_ERRORS + 1))
+        raise invalid_payload(type, errors)
+
+    def encode(self, type: str, payload: Any, declared: Any = None, **fields: Any) -> bytes:
+        """The frame for *payload*, as *declared* where given, with *fields* beside it."""
+        frame = {"type": type, **fields}
+        if payload is not None:
+            frame["payload"] = self.converter.unstructure(payload, declared)
+        return _encode(frame)
+
+
+def invalid_payload(type: str, errors: Errors) -> MessageError:
+    """The error for a payload, with at most `_MAX_ERRORS` of what is wrong in it."""
+    if len(errors) > _MAX_ERRORS:
+        errors[_MAX_ERRORS:] = [{"path": "$.payload", "message": "and more"}]
+    first = f"{errors[0]['path']}: {errors[0]['message']}"
+    return MessageError("invalid_payload", f"{type}: {first}", errors=errors)
+
+
+# ── handlers and routing ──────────────────────────────────────────────────────────────────────
+#
+# Everything about a function is settled when it is registered: what it takes, how its payload is
+# structured, whether it streams. A message in flight only looks its handler up and calls it.
+
+_ROUTED_BY_FALCON = {f"on_{verb.lower()}" for verb in falcon.constants.COMBINED_METHODS}
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_EMPTY = inspect.Parameter.empty
+
+
+@attrs.frozen(eq=False)
+class Handler:
+    """A message handler as it was registered."""
+
+    type: str
+    function: Callable[..., Any]
+    takes: Literal["nothing", "payload", "fields"]
+    """What follows the connection: nothing, the whole payload, or its fields by name."""
+    annotation: Any
+    """What the payload is structured to; for fields, an attrs class made of the parameters."""
+    parameter: inspect.Parameter | None
+    """The one that takes the whole payload."""
+    returns: Any
+    """The declared type of a reply or of a stream's item, or None."""
+    streams: bool
+    concurrent: bool
+
+    def structure(self, payload: Any, codec: Codec) -> Any:
+        """The value to call it with, or `MessageError` (``invalid_payload``).
+
+        *payload* is `msgspec.UNSET` where the message had none.
+        """
+        if payload is not msgspec.UNSET:
+            self._hint(payload)
+            return codec.structure(payload, self.annotation, self.type)
+        if self.takes == "fields":
+            return codec.structure({}, self.annotation, self.type)
+        if self.parameter is None or self.parameter.default is not _EMPTY:
+            return self.parameter and self.parameter.default
+        try:  # a null stands in for it where the annotation admits one
+            return codec.structure(None, self.annotation, self.type)
+        except MessageError:
+            missing = [{"path": "$.payload", "message": "required, but missing"}]
+            raise invalid_payload(self.type, missing) from None
+
+    def arguments(self, value: Any) -> dict[str, Any]:
+        """The keyword arguments in *value*, which was structured from fields."""
+        return {field.name: getattr(value, field.name) for field in attrs.fields(self.annotation)}
+
+    def call(self, conn: Connection, value: Any) -> Any:
+        """Call the function: a coroutine, or for a stream an async generator."""
+        if self.takes == "payload":
+            return self.function(conn, value)
+        if self.takes == "fields":
+            return self.function(conn, **self.arguments(value))
+        return self.function(conn)
+
+    def _hint(self, payload: Any) -> None:
+        name = self.parameter.name if self.parameter is not None else None
+        if type(payload) is dict and name in payload and self.annotation in _LEAVES:
+            _log_star(self, name)
+
+
+@functools.cache  # once a handler
+def _log_star(handler: Handler, name: str) -> None:
+    logger.warning(
+        "%s got an object with the key %r as its whole payload; (conn, *, %s) was probably meant",
+        place_of(handler.function), name, handler.parameter, extra={"message_type": handler.type},
+    )  # fmt: skip
+
+
+def place_of(function: Callable[..., Any]) -> str:
+    """``say() at chat.py:12``, for messages about a function."""
+    inner: Any = inspect.unwrap(function)
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    code = getattr(inner, "__code__", None)
+    where = f" at {code.co_filename}:{code.co_firstlineno}" if code else ""
+    return f"{getattr(inner, '__qualname__', inner)}(){where}"
+
+
+def check_function(
+    function: Any, example: str, takes: int | None, *, streams: bool = False
+) -> None:
+    """Refuse, with *example* for the right code, what is not async or cannot take *takes* values."""
+    refused = None
+    if not callable(function):
+        raise PachinkoError(f"expected a function, got {function!r}; write\n{example}")
+    if inspect.isasyncgenfunction(function):
+        refused = None if streams else "has a `yield`, but only message handlers stream"
+    elif not inspect.iscoroutinefunction(function):
+        refused = "is not async"
+    if refused is None and takes is not None:
+        try:
+            inspect.signature(function).bind(*range(takes))
+        except TypeError as exc:
+            refused = f"takes the wrong parameters: {exc}"
+    if refused is not None:
+        raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
+
+
+def read_handler(
+    type: str,
+    function: Callable[..., Any],
+    codec: Codec,
+    namespaces: Namespaces,
+    message_class: Any,
+    path_params: Collection[str],
+    concurrent: bool,
+) -> Handler:
+    """Apply the signature rule to *function*, or raise `PachinkoError` with the corrected code."""
+    name = getattr(function, "__name__", "handler")
+    check_function(function, f'@ws.on("{type}")\nasync def {name}(conn): ...', None, streams=True)
+    payload, fields = _split_parameters(function, name, path_params)
+    inner: Any = inspect.unwrap(function)
+    try:
+        globals_, locals_ = namespaces
+        globals_ = {**globals_, **getattr(inner, "__globals__", {})}
+        hints = typing.get_type_hints(
+            getattr(inner, "func", inner), globals_, locals_, include_extras=True
+        )
+        annotation = hints.get(payload.name, message_class or Any) if payload else Any
+        if fields:
+            members = {p.name: _field_of(p, hints.get(p.name, Any)) for p in fields}
+            annotation = attrs.make_class(name, members, kw_only=True)
+        codec.check(annotation, namespaces, [])
+    except (NameError, TypeError, ValueError, cattrs.StructureHandlerNotFoundError) as exc:
+        raise PachinkoError(
+            f"the payload of {place_of(function)} cannot be structured: {exc}. Define or import "
+            f"names above the handler; use attrs classes, dataclasses, TypedDict and the standard "
+            f"library's types, or give hub.configure(converter=...) a hook before this handler"
+        ) from exc
+    if payload and message_class and annotation is not message_class:
+        write = f"async def {name}(conn, {payload.name}: {message_class.__name__})"
+        raise PachinkoError(f"{place_of(function)} handles {message_class.__name__}; write {write}")
+    streams, returns = inspect.isasyncgenfunction(function), hints.get("return")
+    if streams and get_args(returns):  # AsyncIterator[Item], AsyncGenerator[Item, None]
+        returns = get_args(returns)[0]
+    takes: Any = "payload" if payload else "fields" if fields else "nothing"
+    returns = None if returns in (types.NoneType, Any, object) else returns
+    return Handler(type, function, takes, annotation, payload, returns, streams, concurrent)
+
+
+def _field_of(parameter: inspect.Parameter, annotation: Any) -> Any:
+    default = attrs.NOTHING if parameter.default is _EMPTY else parameter.default
+    return attrs.field(type=annotation, default=default, alias=parameter.name)
+
+
+def _split_parameters(
+    function: Callable[..., Any], name: str, path_params: Collection[str]
+) -> tuple[inspect.Parameter | None, list[inspect.Parameter]]:
+    """The payload parameter and the keyword-only ones: at most one of the two kinds."""
+    parameters = list(inspect.signature(function).parameters.values())
+    positional = [p for p in parameters if p.kind in _POSITIONAL]
+    fields = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    variadic = [p for p in parameters if p.kind in _VARIADIC]
+    from_path = [p.name for p in parameters[1:] if p.name in path_params]
+    names = ", ".join(map(str, positional[1:]))
+    refused = None
+    if not positional:
+        refused = f"takes no connection; write `async def {name}(conn, ...)`"
+    elif from_path:
+        refused = (
+            f"takes {from_path[0]!r}, a path parameter, which only connect handlers get; "
+            f"use `conn.params['{from_path[0]}']`"
+        )
+    elif variadic:
+        refused = f"takes {variadic[0]}; name it: `(conn, *, text: str)` or `(conn, payload: dict)`"
+    elif len(positional) > 2:
+        refused = f"takes more than one payload; for its fields write `(conn, *, {names})`"
+    elif len(positional) == 2 and fields:
+        refused = (
+            f"takes the payload whole and by fields; write `(conn, {names})` or "
+            f"`(conn, *, {', '.join(map(str, fields))})`"
+        )
+    if refused is not None:
+        raise PachinkoError(f"{place_of(function)} {refused}")
+    return (positional[1] if len(positional) == 2 else None), fields
+
+
+def path_parameters(path: str) -> list[str]:
+    """The names in a Falcon URI template: ``/ws/{room}/{n:int}`` gives room and n."""
+    return re.findall(r"\{([a-zA-Z_]\w*)", path)
+
+
+def read_connect(function: Callable[..., Any], path: str | None) -> Callable[..., Awaitable[None]]:
+    """Check a connect handler against *path*; return how to call it with the path's parameters."""
+    known = path_parameters(path or "")
+    example = f"@ws.connect\nasync def arrive({', '.join(['conn', *known])}): ..."
+    check_function(function, example, None)
+    parameters = list(inspect.signature(function).parameters.values())
+    takes_all = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+    first, named = parameters[:1], parameters[1 : -1 if takes_all else None]
+    unknown = [p for p in named if path and p.name not in known and p.default is _EMPTY]
+    bad = [p for p in named if p.kind in (p.POSITIONAL_ONLY, *_VARIADIC)] or unknown
+    if not first or first[0].kind not in _POSITIONAL or bad:
+        what = f"takes {', '.join(map(str, bad))}" if bad else "takes no connection"
+        has = f"{path} has {', '.join(known) or 'no parameters'}; " if path else ""
+        raise PachinkoError(f"{place_of(function)} {what}; {has}write\n{example}")
+    names, own = {p.name for p in named}, first[0].name
+
+    def call(conn: Connection) -> Awaitable[None]:
+        params = conn.params.items()
+        wanted = {k: v for k, v in params if k in names or (takes_all and k != own)}
+        return cast(Awaitable[None], function(conn, **wanted))
+
+    return call
+
+
+def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[..., Any]]]:
+    """The ``on_<name>`` methods of *resource*, each with the name that follows ``on_``."""
+    cls = type(resource)
+    names = [name for name in dir(resource) if name.startswith("on_")]
+    refused = None
+    if not isinstance(prefix, str) or not prefix:
+        refused = f'a prefix is a text, got {prefix!r}; write ws.add_resource("chat", resource)'
+    elif inspect.isclass(resource):
+        name = resource.__name__
+        refused = f'one instance serves all; write ws.add_resource("{prefix}", {name}())'
+    elif not names:
+        write = f"class {cls.__name__}:\n    async def on_send(self, conn, *, text: str): ..."
+        refused = f"{cls.__name__} has no method to route; write\n{write}"
+    for name in names:
+        if name in _ROUTED_BY_FALCON:
+            refused = f"Falcon routes {cls.__name__}.{name} itself; call it {name}_message, say"
+        elif isinstance(inspect.getattr_static(resource, name), property):
+            refused = f"{cls.__name__}.{name} is a property; write async def {name}(self, conn)"
+    if refused is not None:
+        raise PachinkoError(refused)
+    return [(name.removeprefix("on_"), getattr(resource, name)) for name in names]
+
+
+@attrs.define(eq=False)
+class Routes:
+    """What one endpoint has registered."""
+
+    connect: list[Callable[..., Awaitable[None]]] = attrs.Factory(list)
+    handlers: dict[str, Handler] = attrs.Factory(dict)
+    disconnect: list[Callable[..., Awaitable[None]]] = attrs.Factory(list)
+    fallback: Callable[..., Awaitable[Any]] | None = None
+    binary: Callable[..., Awaitable[Any]] | None = None
+    middleware: list[Callable[..., Awaitable[Any]]] = attrs.Factory(list)
+    errors: dict[type[Exception], Callable[..., Awaitable[Any]]] = attrs.Factory(dict)
+    workers: list[Callable[[], Awaitable[None]]] = attrs.Factory(list)
+
+    def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
+        """The handler for the class nearest to *exc*'s own, unless the library's own is nearer."""
+        built_in = (MessageError, Close, falcon.HTTPError, falcon.WebSocketDisconnected)
+        for cls in type(exc).__mro__:
+            if cls in self.errors:
+                return self.errors[cls]
+            if cls in built_in:
+                break
+        return None
+
+
+def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> None:
+    """Raise `PachinkoError` that names both functions when there is a *first* one already."""
+    if first is not None:
+        raise PachinkoError(
+            f"{what} has a handler: {place_of(first)}; and a second: {place_of(second)}. "
+            f"Remove one, or let it handle another type"
+        )
+
+
+# ── connection ────────────────────────────────────────────────────────────────────────────────
+#
+# Writing. At most one write is in progress on a socket, and whatever else is sent meanwhile waits
+# in the outbox, so that messages leave in the order in which they were sent. The handshake's
+# answer is the first write: what connect handlers send waits for it like anything else. When a
+# write ends with the outbox not empty, a writer task goes on; for a client that keeps up there is
+# neither outbox nor task.
+#
+# Reading. The connection's own task reads and runs the handlers. While one of them is suspended,
+# a second task reads ahead, a few frames, so that a disconnect is noticed.
+
+_READ_AHEAD = 8  # frames: enough to notice a disconnect behind some messages, and bounded
+_GOODBYE = 1.0  # seconds that the close frame of an evicted client is tried for
+
+
+class State(enum.Enum):
+    """Where a connection is in its life; it only ever goes down this list."""
+
+    CONNECTING = "the handshake is not answered; everything sent is held"
+    OPEN = "messages flow"
+    CLOSING = "the server closes it: what was sent before still goes out, nothing new is taken"
+    GONE = "the client is gone, or given up: nothing can be written any more"
+
+
+class Started(Generator[Any, Any, Any]):
+    """An awaitable for a coroutine whose first step this runs at once, in the current task.
+
+    `done` tells whether that was all of it, which spares the caller what it needs only to wait.
+    Since the same task awaits the rest, `asyncio.timeout`, `asyncio.current_task` and context
+    variables inside behave as if the coroutine had been awaited plainly.
+    """
+
+    __slots__ = ("_coroutine", "_waits_for", "done")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self._coroutine = coroutine
+        self._waits_for: list[Any] = []
+        try:
+            self._waits_for.append(coroutine.send(None))
+            self.done = False
+        except StopIteration:
+            self.done = True
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self
+
+    def send(self, value: Any) -> Any:
+        """Hand up what the first step waits for, then go on with the coroutine."""
+        return self._waits_for.pop() if self._waits_for else self._coroutine.send(value)
+
+    def throw(self, *exc: Any) -> Any:
+        """Pass on what the event loop throws in, such as a cancellation."""
+        return self._coroutine.throw(*exc)
+
+
+def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """A task that runs at once up to where it first waits; before Python 3.12, a plain one."""
+    if sys.version_info >= (3, 12):
+        return asyncio.Task(coroutine, loop=asyncio.get_running_loop(), eager_start=True)
+    return asyncio.get_running_loop().create_task(coroutine)
+
+
+def text_event(data: bytes) -> Event:
+    """The ASGI event that sends *data* as a text frame (ASGI, WebSocket: Send)."""
+    return {"type": "websocket.send", "text": data.decode()}
+
+
+def abandon(ws: falcon.asgi.WebSocket) -> None:
+    """Make Falcon take *ws* for closed although the server cannot write to it.
+
+    After the responder Falcon awaits ``ws.close()``, which on a stalled client would wait for
+    ever. It takes an `OSError` from the server's send for the end of the socket.
+    """
+    attempt = ws._send({"type": "websocket.close", "code": 1013})
+    with contextlib.suppress(StopIteration, Exception):
+        attempt.send(None)
+        attempt.throw(ConnectionAbortedError())
+    attempt.close()
+
+
+@attrs.frozen(eq=False)
+class Waiting:
+    """An event that waits for its turn to be written."""
+
+    event: Event
+    sent: asyncio.Future[bool] | None = None
+    """Becomes whether it has been written, for whoever waits for that."""
+    size: int = 0
+    """Bytes of a message that a hub pushed, which may be dropped; else 0."""
+    group: str | None = None
+
+
+@attrs.define(eq=False)
+class Outbox:
+    """What waits for a write in progress, in order; what hubs pushed is counted, to be bounded."""
+
+    queue: collections.deque[Waiting] = attrs.Factory(collections.deque)
+    pushed: int = 0
+    size: int = 0
+    """Bytes of the pushed ones."""
+    gaps: dict[str | None, None] = attrs.Factory(dict)
+    """The groups that messages were dropped of, in order."""
+
+    def put(self, waiting: Waiting) -> None:
+        """Add at the end."""
+        self.queue.append(waiting)
+        if waiting.size:
+            self.pushed += 1
+            self.size += waiting.size
+
+    def exceeds(self, share: float, limits: Limits) -> bool:
+        """Whether more than *share* of what it may hold is pushed messages."""
+        return self.pushed > limits.outbox * share or self.size > limits.outbox_bytes * share
+
+    def drop_oldest(self) -> None:
+        """Drop the oldest pushed message and remember the gap in its group."""
+        index = next(i for i, waiting in enumerate(self.queue) if waiting.size)
+        self.gaps[self.queue[index].group] = None
+        self.pushed -= 1
+        self.size -= self.queue[index].size
+        del self.queue[index]
+
+    def take(self) -> Waiting | None:
+        """The next to be written; behind all others, one gap for each group that has lost some."""
+        while self.queue:
+            waiting = self.queue.popleft()
+            if waiting.size:
+                self.pushed -= 1
+                self.size -= waiting.size
+            if waiting.sent is None or not waiting.sent.done():  # else its sender was cancelled
+                return waiting
+        for group in self.gaps:
+            del self.gaps[group]
+            return Waiting(text_event(_encode({"type": "gap", "payload": {"group": group}})))
+        return None
+
+    def clear(self) -> None:
+        """Forget everything; whoever waits learns that it was not written."""
+        for waiting in self.queue:
+            if waiting.sent is not None and not waiting.sent.done():
+                waiting.sent.set_result(False)
+        self.queue.clear()
+        self.gaps.clear()
+        self.pushed = self.size = 0
+
+
+@attrs.define(eq=False)
+class Stream:
+    """A stream in progress."""
+
+    task: asyncio.Task[None] | None = None
+    started: bool = False
+    stopped: bool = False
+    """The client has said that it wants no more."""
+
+    def stop(self) -> None:
+        """Close the generator, once; one that has not begun will not begin."""
+        if not self.stopped and self.started and self.task is not None:
+            self.task.cancel()
+        self.stopped = True
+
+
+class Rate:
+    """At most *count* messages at once, and *count* in *seconds* on average (GCRA)."""
+
+    __slots__ = ("_due", "_refused", "_since", "count", "seconds")
+
+    def __init__(self, count: int, seconds: float) -> None:
+        self.count, self.seconds = count, seconds
+        self._due = self._since = 0.0
+        self._refused = 0
+
+    def take(self, now: float) -> float:
+        """Admit a message, for 0.0; or the seconds until the next one will be."""
+        due = max(self._due, now) + self.seconds / self.count
+        wait = due - now - self.seconds
+        if wait <= 1e-9:  # rounding
+            self._due = due
+            return 0.0
+        if now - self._since > self.seconds:
+            self._refused, self._since = 0, now
+        self._refused += 1
+        return wait
+
+    @property
+    def is_abused(self) -> bool:
+        """Whether more than ten times as many were refused, within *seconds*, as are admitted."""
+        return self._refused > 10 * self.count
+
+
+def _at_least(least: float) -> Any:
+    def check(_: Any, field: Any, value: Any) -> None:
+        if type(value) not in (int, type(least)) or not value >= least:
+            raise PachinkoError(f"{field.name} is a number of at least {least}, got {value!r}")
+
+    return attrs.field(validator=check)
+
+
+@attrs.frozen(kw_only=True)
+class Limits:
+    """The options of an endpoint that bound what one connection may use."""
+
+    max_size: int = _at_least(1)
+    rate: tuple[int, float] | None = attrs.field()
+    outbox: int = _at_least(1)
+    outbox_bytes: int = _at_least(1)
+    overflow: Literal["close", "drop_oldest"] = attrs.field()
+    send_timeout: float = _at_least(0.0)
+    linger: float = _at_least(0.0)
+    max_concurrent: int = _at_least(1)
+
+    @overflow.validator
+    def _check_overflow(self, _: Any, value: Any) -> None:
+        if value not in ("close", "drop_oldest"):
+            raise PachinkoError(f'overflow is "close" or "drop_oldest", got {value!r}')
+
+    @rate.validator
+    def _check_rate(self, _: Any, value: Any) -> None:
+        with contextlib.suppress(TypeError, LookupError):
+            if value is None or (value[0] >= 1 and value[1] > 0 and len(value) == 2):
+                return
+        raise PachinkoError(f"rate is (messages, seconds), such as (20, 1.0), got {value!r}")
+
+
+@attrs.define(eq=False, repr=False)
+class Connection:
+    """One client. Handlers get it; the hub's methods take it."""
+
+    _hub: Hub
+    _limits: Limits
+    req: falcon.asgi.Request
+    """The request of the handshake: headers, cookies, query string."""
+    ws: falcon.asgi.WebSocket
+    """Falcon's socket, for what Pachinko does not do. What it sends keeps no order with ours."""
+    params: dict[str, Any]
+    """The path parameters, converted as the path says."""
+    id: str = attrs.Factory(functools.partial(secrets.token_urlsafe, 12))
+    """Unique across processes, and public: other clients may see it. Never a credential."""
+    close_code: int | None = None
+    """Why it ended: the client's code (1005 or 1006 for none), or the one we closed with."""
+    _user: str | None = None
+    _groups: set[str] | None = None
+    _state: State = State.CONNECTING
+    _ended: float | None = None  # when it left OPEN, on the loop's clock
+    _is_slow: bool = False  # and that has been logged
+    _writing: bool = True  # the handshake's answer comes first
+    _writer: asyncio.Task[None] | None = None
+    _outbox: Outbox | None = None
+    _goodbye: asyncio.Future[bool] | None = None  # whether the close frame was written
+    _patience: asyncio.Timeout | None = None  # of the sender that writes by itself
+    _life: asyncio.Timeout | None = None  # of reading and of the handler in progress
+    _handling: bool = False  # a handler is suspended
+    _inbox: collections.deque[Event] | None = None  # what was read ahead
+    _ahead: asyncio.Task[None] | None = None
+    _tasks: set[asyncio.Task[None]] | None = None  # concurrent handlers and streams
+    _streams: dict[Id, Stream] | None = None
+    _rate: Rate | None = None
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.id} {self._state.name.lower()}>"
+
+    @property
+    def context(self) -> Any:
+        """Falcon's ``req.context``: whatever the application keeps for this connection."""
+        return self.req.context
+
+    @property
+    def user(self) -> str | None:
+        """Who it is, for `Hub.send_to_user`; set by a connect handler."""
+        return self._user
+
+    @user.setter
+    def user(self, user: str | None) -> None:
+        if user is not None and not isinstance(user, str):
+            raise TypeError(f"a user is a str or None, got {user!r}; write conn.user = str(...)")
+        if self._state is not State.CONNECTING:
+            raise PachinkoError("conn.user is set in a connect handler, before the client is in")
+        self._hub._set_user(self, user)
+        self._user = user
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """The groups that it is in."""
+        return frozenset(self._groups or ())
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is over: the client is gone, or the server has begun to close."""
+        return self._state is State.CLOSING or self._state is State.GONE
+
+    async def send(self, message: object, payload: object = None) -> None:
+        """Send a ``@message`` object, or a type and its payload, to this client.
+
+        Waits while the client is behind. Raises `falcon.WebSocketDisconnected` when it is gone,
+        or stays behind for `send_timeout` seconds (and is then evicted with 1013). In a connect
+        handler it returns at once, and the message goes out after the handshake.
+        """
+        type, payload = split_message(message, payload)
+        await self._send(text_event(self._hub._codec.encode(type, payload)))
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        """Close after what was sent before. Does not wait for the client; twice is once.
+
+        Raises `ValueError` for a *code* or *reason* that `Close` refuses.
+        """
+        self._close(Close(code, reason))
+
+    async def join(self, group: str) -> None:
+        """`Hub.join` for this connection."""
+        await self._hub.join(group, self)
+
+    async def leave(self, group: str) -> None:
+        """`Hub.leave` for this connection."""
+        await self._hub.leave(group, self)
+
+    # Writing
+
+    async def _send(self, event: Event) -> None:
+        """Write *event* when its turn has come."""
+        if self._state is State.CONNECTING:
+            self._queue().put(Waiting(event))
+        elif self._state is not State.OPEN:
+            raise self._disconnected()
+        elif not self._writing:
+            await self._write(event)
+        else:
+            sent: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            self._queue().put(Waiting(event, sent))
+            async with self._waiting():
+                await sent
+            if not sent.result():
+                raise self._disconnected()
+
+    async def _write(self, event: Event) -> None:
+        """Write in the sender's own task, which nearly always is done in one step."""
+        try:
+            write = Started(self.ws._send(event))
+            if not write.done:
+                self._writing = True
+                try:
+                    async with self._waiting() as self._patience:
+                        await write
+                finally:
+                    self._writing, self._patience = False, None
+                    self._write_next()
+            self._hub._counts["sent"] += 1
+        except falcon.WebSocketDisconnected:
+            if self._state is State.OPEN:
+                self._lost()
+            raise self._disconnected() from None
+
+    @contextlib.asynccontextmanager
+    async def _waiting(self) -> AsyncIterator[asyncio.Timeout]:
+        """Around a wait for a client that is behind; one that stays so for too long is evicted."""
+        try:
+            async with asyncio.timeout(self._limits.send_timeout) as patience:
+                yield patience
+        except TimeoutError:
+            self._evict()
+            raise self._disconnected() from None
+
+    def _push(self, event: Event, size: int, group: str | None) -> bool:
+        """Send without waiting; return whether the outbox is more than half full."""
+        if self.closed:
+            return False
+        if not self._writing:
+            self._start_writer(Waiting(event))
+            return False
+        outbox, limits, counts = self._queue(), self._limits, self._hub._counts
+        outbox.put(Waiting(event, None, size, group))
+        counts["outbox_high_water"] = max(counts["outbox_high_water"], outbox.pushed)
+        if outbox.exceeds(1, limits) and limits.overflow == "close":
+            self._evict()
+        while outbox.exceeds(1, limits):
+            outbox.drop_oldest()
+            counts["dropped"] += 1
+            self._log_slow("messages for it are dropped")
+        return outbox.exceeds(0.5, limits)
+
+    def _evict(self) -> None:
+        """Give up on a client that is too slow."""
+        if not self.closed:
+            self._hub._counts["evicted"] += 1
+            self._log_slow("closed with 1013")
+            if self._outbox is not None:
+                self._outbox.clear()
+            self._close(Close(1013, "too slow"))
+            self._wake_sender()
+
+    def _wake_sender(self) -> None:
+        """End the wait of the sender that writes by itself."""
+        if self._patience is not None and not self._patience.expired():
+            self._patience.reschedule(asyncio.get_running_loop().time())
+
+    def _log_slow(self, what: str) -> None:
+        if not self._is_slow:
+            self._is_slow = True
+            logger.warning("client is too slow: %s", what, extra={"connection_id": self.id})
+
+    def _queue(self) -> Outbox:
+        if self._outbox is None:
+            self._outbox = Outbox()
+        return self._outbox
+
+    def _start_writer(self, first: Waiting) -> None:
+        self._writing = True
+        writer = start_task(self._write_all(first))
+        if not writer.done():
+            self._writer = writer
+
+    def _write_next(self) -> None:
+        """After a write that ended: go on with the outbox, if there is something in it."""
+        following = self._outbox.take() if self._outbox is not None else None
+        if following is None:
+            self._outbox = None
+        else:
+            self._start_writer(following)
+
+    async def _write_all(self, first: Waiting) -> None:
+        """The writer: *first* and then the outbox, until it is empty or the client is gone."""
+        waiting: Waiting | None = first
+        try:
+            while waiting is not None:
+                first = waiting
+                if first.event["type"] == "websocket.close":
+                    await self.ws.close(first.event["code"], first.event["reason"] or None)
+                else:
+                    await self.ws._send(first.event)
+                    self._hub._counts["sent"] += 1
+                if first.sent is not None and not first.sent.done():
+                    first.sent.set_result(True)
+                waiting = self._outbox.take() if self._outbox is not None else None
+            self._outbox = None
+        except Exception as exc:  # WebSocketDisconnected, or a server's own: no more use either way
+            if not isinstance(exc, falcon.WebSocketDisconnected):
+                logger.debug("write failed", exc_info=exc, extra={"connection_id": self.id})
+            self._lost()
+        finally:
+            self._writing, self._writer = False, None
+            if first.sent is not None and not first.sent.done():
+                first.sent.set_result(False)
+
+    # Ending
+
+    def _disconnected(self) -> falcon.WebSocketDisconnected:
+        return falcon.WebSocketDisconnected(self.close_code or 1006)
+
+    def _end(self, state: State) -> None:
+        """Leave OPEN: stop the streams; wake the reader, or give the handler `linger` seconds."""
+        self._state = state
+        self._ended = asyncio.get_running_loop().time()
+        for stream in tuple((self._streams or {}).values()):
+            if stream.task is not None and stream.task is not asyncio.current_task():
+                stream.task.cancel()
+        if self._life is not None and not self._life.expired():
+            self._life.reschedule(self._ended + (self._limits.linger if self._handling else 0))
+
+    def _close(self, close: Close) -> None:
+        """The server's wish: the close frame goes out behind what was sent before."""
+        if self.closed:
+            return
+        self.close_code = close.code
+        event = {"type": "websocket.close", "code": close.code, "reason": close.reason}
+        self._goodbye = asyncio.get_running_loop().create_future()
+        last = Waiting(event, self._goodbye)
+        if self._state is not State.CONNECTING:
+            self._end(State.CLOSING)
+        self._state = State.CLOSING
+        if self._writing:
+            self._queue().put(last)
+        else:
+            self._start_writer(last)
+
+    def _gone(self, code: int) -> None:
+        """The server has reported that the client is gone."""
+        if self.close_code is None:
+            self.close_code = code
+        self._lost()
+
+    def _lost(self) -> None:
+        """Nothing can be written any more. Why, the reader may still learn."""
+        if self._state is State.GONE:
+            return
+        if self._outbox is not None:
+            self._outbox.clear()
+        if self._writer is not None and self._writer is not asyncio.current_task():
+            self._writer.cancel()
+        self._wake_sender()
+        self._end(State.GONE)
+
+    async def _settle(self) -> None:
+        """Give the close frame its time, then make sure that nothing waits for this client."""
+        try:
+            if self._goodbye is not None:
+                patience = _GOODBYE if self.close_code == 1013 else self._limits.send_timeout
+                await asyncio.wait([self._goodbye], timeout=patience)
+                if not self.ws.closed:
+                    abandon(self.ws)
+        finally:
+            if self._ahead is not None:
+                self._ahead.cancel()
+            self._lost()
+
+    def _opened(self) -> None:
+        """The handshake is answered: what was sent until now goes out."""
+        self._writing = False
+        if self._state is State.CLOSING:  # by a connect handler, or evicted
+            self._end(State.CLOSING)
+        else:
+            self._state = State.OPEN
+        self._write_next()
+
+    # Reading
+
+    async def _receive(self) -> Event | None:
+        """The next frame, or None when the connection is over.
+
+        Frames that came before the client left are still handled, those behind a close of ours
+        are not.
+        """
+        self._handling = False
+        while self._state is not State.CLOSING:
+            if self._inbox:
+                return self._inbox.popleft()
+            if self._state is State.GONE:
+                break
+            if self._ahead is not None:
+                await self._ahead
+                self._ahead = None
+                continue
+            try:
+                return cast(Event, await self.ws._receive())
+            except falcon.WebSocketDisconnected as exc:
+                self._gone(exc.code)
+        return None
+
+    def _suspended(self) -> None:
+        """The handler in progress waits for something: watch the socket meanwhile."""
+        self._handling = True
+        if self._ended is not None and self._life is not None and not self._life.expired():
+            self._life.reschedule(self._ended + self._limits.linger)
+        elif self._ahead is None and self._state is State.OPEN:
+            self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
+
+    async def _read_ahead(self) -> None:
+        if self._inbox is None:
+            self._inbox = collections.deque()
+        try:
+            while self._handling and len(self._inbox) < _READ_AHEAD:
+                event = cast(Event, await self.ws._receive())
+                if not (self._streams and self._stops_stream(event)):
+                    self._inbox.append(event)
+        except falcon.WebSocketDisconnected as exc:
+            self._gone(exc.code)
+
+    def _stops_stream(self, event: Event) -> bool:
+        """Whether *event* is the ``complete`` for a stream in progress, which it then stops."""
+        text = event.get("text")
+        if text is not None and '"complete"' in text:
+            with contextlib.suppress(BadFrame):
+                frame = decode(text)
+                return frame.type == "complete" and self._complete(frame.id)
+        return False
+
+    def _complete(self, id: Id | None) -> bool:
+        """Stop the stream *id*, if there is one."""
+        stream = (self._streams or {}).get(cast(Id, id))
+        if stream is not None:
+            stream.stop()
+        return stream is not None
+
+
+# ── hub ───────────────────────────────────────────────────────────────────────────────────────
+#
+# Who is where. The tables change only in `_add`, `_remove`, `join`, `leave` and `_set_user`, and
+# always both ways: a connection knows its groups, a group its members.
+
+_MAX_CODES = 100  # error codes counted apart: an application may make them up as it goes
+Exclude = Union["Connection", str, Iterable[Union["Connection", str]], None]
+
+
+class Hub:
+    """Groups of connections, and sending to them from any code of the process.
+
+    The module's own `hub` serves most programs; a `Hub` of one's own keeps two apps apart:
+    ``Pachinko(app, "/ws", hub=Hub())``. No method waits for a client: what a slow one has not
+    read waits in its outbox. Names of groups and users are `str`, anything else is a `TypeError`.
+    """
+
+    def __init__(self) -> None:
+        self._codec = Codec()
+        self._clean()
+
+    def _clean(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._apps: set[object] = set()
+        self._connections: dict[str, Connection] = {}
+        self._groups: dict[str, set[Connection]] = {}
+        self._users: dict[str, set[Connection]] = {}
+        counters = ("received", "sent", "dropped", "evicted", "outbox_high_water")
+        self._counts = dict.fromkeys(counters, 0)
+        self._errors: dict[str, int] = {}
+
+    def configure(self, *, converter: cattrs.Converter | None = None) -> None:
+        """Set the cattrs *converter* for all payloads, in and out; None is the strict default.
+
+        Start from ``hub.converter.copy()`` to keep the strict rules: a plain ``Converter``
+        coerces (5 becomes ``"5"``). Call it before handlers are registered. Raises
+        `PachinkoError` once an app has started.
+        """
+        if self._loop is not None:
+            raise PachinkoError("call hub.configure() before the app starts, where it is imported")
+        if converter is not None and not isinstance(converter, cattrs.BaseConverter):
+            raise TypeError(f"write hub.configure(converter=cattrs.Converter()), got {converter!r}")
+        self._codec = Codec(converter)
+
+    @property
+    def converter(self) -> cattrs.Converter:
+        """The converter in use; copy it, but do not change it."""
+        return self._codec.converter
+
+    def _start(self, app: object) -> None:
+        """Serve *app* in the running loop; the first one of a loop finds a clean hub."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._loop is not None and self._loop.is_running():
+                raise PachinkoError(
+                    "this hub serves an app in another event loop; give this app one of its own: "
+                    'Pachinko(app, "/ws", hub=Hub())'
+                )
+            self._clean()  # after a loop that ended without a shutdown
+            self._loop = loop
+        self._apps.add(app)
+
+    def _stop(self, app: object) -> None:
+        """Stop serving *app*; after the last one the hub is as new."""
+        self._apps.discard(app)
+        if not self._apps:
+            self._clean()
+
+    def _check(self, name: object, what: str) -> None:
+        """Refuse names that are not text, and calls from a thread or loop that is not the app's."""
+        if not isinstance(name, str):
+            raise TypeError(f"a {what} is named by a str, got {name!r}")
+        if self._loop is not None and self._loop is not asyncio.get_running_loop():
+            raise PachinkoError(
+                "the hub was called from another thread or event loop than its app's; "
+                'use hub.call_threadsafe(hub.send, "room:1", ...)'
+            )
+
+    def _add(self, conn: Connection) -> None:
+        self._connections[conn.id] = conn
+
+    def _remove(self, conn: Connection) -> None:
+        """Forget *conn*; nothing of it stays."""
+        self._connections.pop(conn.id, None)
+        for group in conn.groups:
+            self._discard(self._groups, group, conn)
+        conn._groups = None
+        self._set_user(conn, None)
+
+    def _set_user(self, conn: Connection, user: str | None) -> None:
+        if conn.user is not None:
+            self._discard(self._users, conn.user, conn)
+        if user is not None:
+            self._users.setdefault(user, set()).add(conn)
+
+    @staticmethod
+    def _discard(table: dict[str, set[Connection]], name: str, conn: Connection) -> None:
+        members = table.get(name, set())
+        members.discard(conn)
+        if not members:
+            table.pop(name, None)
+
+    async def join(self, group: str, conn: Connection) -> None:
+        """Put *conn* into *group*, which needs no making. One that is over stays out.
+
+        Raises `PachinkoError` for a connection of an endpoint with another hub.
+        """
+        self._check(group, "group")
+        if not isinstance(conn, Connection):
+            raise TypeError(f'write hub.join("room:1", conn); got {conn!r} for the connection')
+        if conn._hub is not self:
+            raise PachinkoError("this connection's endpoint has another hub; use conn.join(group)")
+        if conn.id in self._connections:
+            if conn._groups is None:
+                conn._groups = set()
+            conn._groups.add(group)
+            self._groups.setdefault(group, set()).add(conn)
+
+    async def leave(self, group: str, conn: Connection) -> None:
+        """Take *conn* out of *group*; nothing happens if it is not in it."""
+        self._check(group, "group")
+        if not isinstance(conn, Connection):
+            raise TypeError(f'write hub.leave("room:1", conn); got {conn!r} for the connection')
+        if conn._groups is not None:
+            conn._groups.discard(group)
+        self._discard(self._groups, group, conn)
+
+    def members(self, group: str) -> frozenset[Connection]:
+        """The accepted connections of this process in *group*."""
+        if not isinstance(group, str):
+            raise TypeError(f"a group is named by a str, got {group!r}")
+        return frozenset(filter(_is_accepted, self._groups.get(group, ())))
+
+    @property
+    def connections(self) -> frozenset[Connection]:
+        """The accepted connections of this process."""
+        return frozenset(filter(_is_accepted, self._connections.values()))
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """The groups that have a member in this process."""
+        return frozenset(self._groups)
+
+    async def send(
+        self, group: str, message: object, payload: object = None, *, exclude: Exclude = None
+    ) -> None:
+        """Send a ``@message`` object, or a type and its payload, to the members of *group*.
+
+        *exclude* leaves out a connection, an id, or several of them.
+        """
+        self._check(group, "group")
+        await self._push(self._groups.get(group, ()), message, payload, exclude, group)
+
+    async def broadcast(
+        self, message: object, payload: object = None, *, exclude: Exclude = None
+    ) -> None:
+        """Send to every connection."""
+        self._check("", "group")
+        await self._push(self._connections.values(), message, payload, exclude)
+
+    async def send_to(
+        self, conn: Connection | str, message: object, payload: object = None
+    ) -> None:
+        """Send to one connection, given itself or by its id; nothing happens if it is gone."""
+        id = conn.id if isinstance(conn, Connection) else conn
+        self._check(id, "connection")
+        found = self._connections.get(id)
+        await self._push([found] if found else [], message, payload)
+
+    async def send_to_user(self, user: str, message: object, payload: object = None) -> None:
+        """Send to every connection of *user* (`Connection.user`)."""
+        self._check(user, "user")
+        await self._push(self._users.get(user, ()), message, payload)
+
+    async def close_group(self, group: str, code: int = 1000, reason: str = "") -> None:
+        """Close every connection in *group*, behind what was sent to it before."""
+        self._check(group, "group")
+        close = Close(code, reason)
+        for conn in tuple(self._groups.get(group, ())):
+            conn._close(close)
+
+    async def _push(
+        self,
+        receivers: Collection[Connection],
+        message: object,
+        payload: object,
+        exclude: Exclude = None,
+        group: str | None = None,
+    ) -> None:
+        """Encode once, and start one write each."""
+        type, payload = split_message(message, payload)
+        fields = {} if group is None else {"group": group}
+        data = self._codec.encode(type, payload, **fields)
+        event, size, crowded = text_event(data), len(data), False
+        if exclude is not None:
+            several = (exclude,) if isinstance(exclude, (Connection, str)) else exclude
+            excluded = {item.id if isinstance(item, Connection) else item for item in several}
+            receivers = [conn for conn in receivers if conn.id not in excluded]
+        for conn in tuple(receivers):
+            crowded |= conn._push(event, size, group)
+        if crowded:  # it may be behind only because this code has not let go of the loop
+            await asyncio.sleep(0)
+
+    def call_threadsafe(
+        self, function: Callable[P, Awaitable[T] | T], *args: P.args, **kwargs: P.kwargs
+    ) -> concurrent.futures.Future[T]:
+        """Call a method of the hub from any thread: ``hub.call_threadsafe(hub.send, "room:1", …)``.
+
+        The future gives what the method returns or raises. Raises `PachinkoError` when no app
+        is running.
+        """
+
+        async def call() -> T:
+            result = function(*args, **kwargs)
+            return await result if inspect.isawaitable(result) else cast(T, result)
+
+        calling = call()
+        try:
+            if self._loop is None:
+                raise RuntimeError("it starts with the app")
+            return asyncio.run_coroutine_threadsafe(calling, self._loop)
+        except RuntimeError as exc:  # also when the loop has been closed
+            calling.close()
+            raise PachinkoError(f"the hub is not running: {exc}") from None
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the start, of this process.
+
+        ``connections``, ``groups`` (now); ``received``, ``sent`` (frames); ``dropped`` (messages),
+        ``evicted`` (connections); ``outbox_high_water`` (messages); ``errors`` in all, and
+        ``errors.<code>`` for each code that was answered.
+        """
+        return {
+            "connections": len(self.connections),
+            "groups": len(self._groups),
+            **self._counts,
+            "errors": sum(self._errors.values()),
+            **{f"errors.{code}": count for code, count in self._errors.items()},
+        }
+
+    def _count_error(self, code: str) -> None:
+        if code not in self._errors and len(self._errors) >= _MAX_CODES:
+            code = "other"
+        self._errors[code] = self._errors.get(code, 0) + 1
+
+
+def _is_accepted(conn: Connection) -> bool:
+    return conn._state is not State.CONNECTING
+
+
+hub = Hub()
+"""The hub of the process. It holds no event loop and no connection before an app starts."""
+
+
+# ── dispatch ──────────────────────────────────────────────────────────────────────────────────
+#
+# One message: decode, find, bind, call, answer. Whatever goes wrong on the way becomes one
+# outcome for the client, and the connection goes on.
+
+
+def encode_reply(
+    codec: Codec, request: str, id: Id | None, result: object, declared: Any, **fields: Any
+) -> bytes:
+    """The frame that answers a message of type *request* with what its handler returned."""
+    if id is not None:
+        fields = {"id": id, **fields}
+    shape = declared_member(result, declared)
+    return codec.encode(
+        message_type(_class_of(shape)) or f"{request}.reply", result, shape, **fields
+    )
+
+
+def outcome_of(exc: BaseException) -> MessageError | Close | None:
+    """What an exception from a handler means for the client; None for a bug, which says nothing."""
+    if isinstance(exc, falcon.HTTPError):
+        status, title = exc.status_code, exc.title or ""
+        details = {"status": status, "title": title, "description": exc.description}
+        return MessageError(f"http_{status}", exc.description or title, **details)
+    return exc if isinstance(exc, (MessageError, Close)) else None
+
+
+def size_of(frame: str | bytes) -> int:
+    """Bytes of a frame's payload; text counts as UTF-8."""
+    is_counted = isinstance(frame, bytes) or frame.isascii()
+    return len(frame) if is_counted else len(cast(str, frame).encode(errors="surrogatepass"))
+
+
+def is_cancelled(exc: BaseException | None = None) -> bool:
+    """Whether the current task is being cancelled, and *exc* is not some handler's stray error."""
+    task = cast("asyncio.Task[Any]", asyncio.current_task())
+    return (exc is None or isinstance(exc, asyncio.CancelledError)) and task.cancelling() > 0
+
+
+def log_failure(what: str, exc: BaseException, conn: Connection, type: str | None = None) -> None:
+    """Log a bug in the application with its traceback."""
+    extra = {"connection_id": conn.id, "message_type": type}
+    logger.error("%s failed", what, exc_info=exc, extra=extra)
+
+
+@attrs.frozen(eq=False)
+class Dispatcher:
+    """Serves the accepted connections of one endpoint."""
+
+    _routes: Routes
+    _hub: Hub
+    _limits: Limits
+
+    async def serve(self, conn: Connection) -> None:
+        """Handle what *conn* sends until it is over, and then everything that follows."""
+        try:
+            async with asyncio.timeout(None) as conn._life:
+                while (event := await conn._receive()) is not None:
+                    await self._handle(conn, event)
+        except TimeoutError:  # closed by other code while reading, or the linger is over
+            if not conn.closed:
+                raise
+        finally:
+            conn._life = None
+            await self.finish(conn)
+
+    async def finish(self, conn: Connection) -> None:
+        """End the tasks of *conn*, run its disconnect handlers, forget it."""
+        if not conn.closed:
+            conn._lost()  # the server has cancelled the task, and closes the socket itself
+        if conn.close_code is None:
+            conn.close_code = 1006
+        for step in (self._end_tasks, *self._routes.disconnect):
+            try:
+                await step(conn)
+            except (Exception, asyncio.CancelledError) as exc:
+                if not is_cancelled(exc):  # if it is, the others still run
+                    log_failure(place_of(step), exc, conn)
+        self._hub._remove(conn)
+        logger.debug("disconnected: %s", conn.close_code, extra={"connection_id": conn.id})
+        await conn._settle()
+        if is_cancelled():
+            raise asyncio.CancelledError
+
+    async def _end_tasks(self, conn: Connection) -> None:
+        """Streams have been cancelled; give concurrent handlers the rest of `linger`."""
+        if not conn._tasks or conn._ended is None:
+            return
+        tasks = frozenset(conn._tasks)
+        left = conn._ended + self._limits.linger - asyncio.get_running_loop().time()
+        try:
+            await asyncio.wait(tasks, timeout=max(0.0, left))
+        finally:
+            for task in tasks:
+                task.cancel()
+        _, stuck = await asyncio.wait(tasks, timeout=self._limits.linger)
+        for task in stuck:
+            extra = {"connection_id": conn.id}
+            logger.error("a handler ignores its cancellation: %r", task, extra=extra)
+
+    async def _handle(self, conn: Connection, event: Event) -> None:
+        """One frame. The read-ahead begins only when its handler has to wait."""
+        self._hub._counts["received"] += 1
+        text = event.get("text")
+        frame: str | bytes = event["bytes"] if text is None else text
+        if size_of(frame) > self._limits.max_size:
+            conn._close(Close(1009, f"more than {self._limits.max_size} bytes"))
+            return
+        work = Started(self._text(conn, text) if text is not None else self._binary(conn, frame))
+        if not work.done:
+            conn._suspended()
+            await work
+
+    async def _binary(self, conn: Connection, data: Any) -> None:
+        if self._routes.binary is None:
+            conn._close(Close(1003, "binary frames are not handled"))
+        elif conn._rate is None or not await self._limited(conn, conn._rate, None):
+            await self._raw(conn, self._routes.binary, data)
+
+    async def _text(self, conn: Connection, text: str) -> None:
+        try:
+            frame = decode(text)
+        except BadFrame as exc:
+            if conn._rate is None or not await self._limited(conn, conn._rate, exc.id):
+                await self._unhandled(conn, text, exc, exc.id)
+            return
+        if frame.type == "complete":
+            conn._complete(frame.id)
+        elif conn._rate is not None and await self._limited(conn, conn._rate, frame.id):
+            return
+        elif (handler := self._routes.handlers.get(frame.type)) is None:
+            error = MessageError("unknown_type", f"no handler for {frame.type[:80]!r}")
+            await self._unhandled(conn, text, error, frame.id)
+        elif handler.streams or handler.concurrent:
+            await self._spawn(conn, handler, frame)
+        else:
+            await self._perform(conn, handler, frame)
+
+    async def _limited(self, conn: Connection, rate: Rate, id: Id | None) -> bool:
+        """Whether this message is one too many, which it is then told."""
+        retry_after = rate.take(time.monotonic())
+        if rate.is_abused:
+            conn._close(Close(1008, "too many messages"))
+        elif retry_after:
+            text = f"at most {rate.count} messages in {rate.seconds} s"
+            error = MessageError("rate_limited", text, retry_after=round(retry_after, 3))
+            await self._send_error(conn, error, id)
+        return retry_after > 0
+
+    async def _unhandled(
+        self, conn: Connection, text: str, error: MessageError, id: Id | None
+    ) -> None:
+        """Text for which there is no handler: the fallback's, or an error."""
+        if self._routes.fallback is not None:
+            await self._raw(conn, self._routes.fallback, text)
+        else:
+            await self._send_error(conn, error, id)
+
+    async def _raw(self, conn: Connection, function: Callable[..., Any], data: str | bytes) -> None:
+        """Call the fallback or the binary handler, and send what it returns."""
+        try:
+            result = await function(conn, data)
+            if result is not None:
+                if message_type(type(result)) is None:
+                    raise TypeError(f"{place_of(function)} may return a @message object or None")
+                await conn.send(result)
+        except (Exception, asyncio.CancelledError) as exc:
+            await self._fail(conn, exc, None, None)
+
+    async def _perform(self, conn: Connection, handler: Handler, frame: Frame) -> None:
+        """Run a handler that answers once."""
+        try:
+            result = await self._call(conn, handler, frame)
+            await self._answer(conn, frame.type, frame.id, result, handler.returns)
+        except (Exception, asyncio.CancelledError) as exc:
+            await self._fail(conn, exc, frame.type, frame.id)
+
+    async def _answer(
+        self, conn: Connection, type: str, id: Id | None, result: object, declared: Any
+    ) -> None:
+        if result is not None or id is not None:
+            data = encode_reply(self._hub._codec, type, id, result, declared)
+            await conn._send(text_event(data))
+
+    async def _call(self, conn: Connection, handler: Handler, frame: Frame) -> Any:
+        """What the handler returns, through the middleware; for a stream its generator."""
+        value = handler.structure(frame.payload, self._hub._codec)
+
+        async def innermost() -> Any:
+            result = handler.call(conn, value)
+            return result if handler.streams else await result
+
+        if not self._routes.middleware:
+            return await innermost()
+        payload = handler.arguments(value) if handler.takes == "fields" else value
+        envelope = Envelope(frame.type, payload, frame.id)
+        call_next: Callable[[], Awaitable[Any]] = innermost
+        for middleware in reversed(self._routes.middleware):
+            call_next = functools.partial(middleware, conn, envelope, call_next)
+        return await call_next()
+
+    async def _spawn(self, conn: Connection, handler: Handler, frame: Frame) -> None:
+        """Start a concurrent handler or a stream in a task of its own."""
+        if conn._tasks is None or conn._streams is None:
+            conn._tasks, conn._streams = set(), {}
+        error, id = None, frame.id
+        if handler.streams and id is None:
+            error = MessageError("id_required", f"{frame.type} is a stream, which needs an id")
+        elif handler.streams and id in conn._streams:
+            error, id = MessageError("id_in_use", f"a stream with the id {id!r} goes on"), None
+        elif len(conn._tasks) >= self._limits.max_concurrent:
+            most = f"at most {self._limits.max_concurrent} at a time"
+            error = MessageError("too_busy", most)
+        if error is not None:
+            await self._send_error(conn, error, id)
+            return
+        if handler.streams:
+            stream = conn._streams[cast(Id, id)] = Stream()
+            work = self._stream(conn, handler, frame, stream)
+            task = stream.task = asyncio.get_running_loop().create_task(work)
+        else:
+            work = self._perform(conn, handler, frame)
+            task = asyncio.get_running_loop().create_task(work)
+        conn._tasks.add(task)
+        task.add_done_callback(conn._tasks.discard)
+
+    async def _stream(
+        self, conn: Connection, handler: Handler, frame: Frame, stream: Stream
+    ) -> None:
+        """Run a stream to its end: exhausted, failed, stopped by the client, or disconnected."""
+        failure: BaseException | None = None
+        stream.started = True
+        try:
+            if not stream.stopped:
+                await self._send_items(conn, handler, frame)
+        except (Exception, asyncio.CancelledError) as exc:
+            failure = exc
+        cast("dict[Id, Stream]", conn._streams).pop(cast(Id, frame.id))
+        if stream.stopped and isinstance(failure, asyncio.CancelledError) and not conn.closed:
+            cast("asyncio.Task[None]", stream.task).uncancel()
+            failure = None
+        if failure is not None:
+            await self._fail(conn, failure, frame.type, frame.id)
+            return
+        with contextlib.suppress(falcon.WebSocketDisconnected):
+            await conn._send(text_event(_encode({"type": "complete", "id": frame.id})))
+
+    async def _send_items(self, conn: Connection, handler: Handler, frame: Frame) -> None:
+        codec, id = self._hub._codec, frame.id
+        async with contextlib.aclosing(await self._call(conn, handler, frame)) as items:
+            async for item in items:
+                data = encode_reply(codec, frame.type, id, item, handler.returns, more=True)
+                await conn._send(text_event(data))
+                await asyncio.sleep(0)  # one that never waits must starve nobody
+
+    async def _fail(
+        self, conn: Connection, exc: BaseException, type: str | None, id: Id | None
+    ) -> None:
+        """Turn what a handler raised into its outcome: an error, a close, or an answer."""
+        if is_cancelled(exc):
+            raise exc
+        if isinstance(exc, falcon.WebSocketDisconnected) and conn.closed:
+            return  # its own client is gone, which ends a handler quietly
+        try:
+            outcome = await self._outcome(conn, exc, type)
+            if isinstance(outcome, Close):
+                conn._close(outcome)
+            elif isinstance(outcome, MessageError):
+                await self._send_error(conn, outcome, id)
+            elif type is not None:
+                await self._answer(conn, type, id, outcome, None)
+        except falcon.WebSocketDisconnected:
+            pass
+        except Exception as second:  # its outcome cannot be encoded
+            log_failure("the answer to an error", second, conn, type)
+            await self._send_error(conn, _internal_error(), id)
+
+    async def _outcome(self, conn: Connection, exc: BaseException, type: str | None) -> Any:
+        """What an error handler of the application makes of *exc*, else what the library does."""
+        if (handler := self._routes.error_handler(exc)) is not None:
+            try:
+                return await handler(conn, exc)
+            except Exception as second:
+                exc = second
+        outcome = outcome_of(exc)
+        if outcome is None:
+            log_failure(f"the handler of {type!r}" if type else "a handler", exc, conn, type)
+        return outcome or _internal_error()
+
+    async def _send_error(self, conn: Connection, error: MessageError, id: Id | None) -> None:
+        payload = {"code": error.code, "message": error.message, **error.details}
+        frame = {"type": "error", "payload": payload} | ({} if id is None else {"id": id})
+        data = _encode(frame)
+        self._hub._count_error(error.code)
+        with contextlib.suppress(falcon.WebSocketDisconnected):
+            await conn._send(text_event(data))
+
+
+def _internal_error() -> MessageError:
+    return MessageError("internal_error", "the server failed to handle this message")
+
+
+# ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
+
+_FALCONS_QUEUE = 4  # the default of falcon's ws_options.max_receive_queue
+_BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start
+
+
+class Pachinko:
+    """A WebSocket endpoint: a Falcon resource that routes messages to handlers.
+
+    ``ws = Pachinko(app, "/ws/{room}")`` adds itself to *app*. Without the two, write both lines
+    yourself: ``app.add_route("/ws", ws)`` and, for the lifespan, ``app.add_middleware(ws)``.
+
+    *origins*: browsers' origins that may connect: None for the request's own host, a list such as
+    ``["https://example.com"]``, or ``"*"``. *subprotocols*: in the order of preference.
+    *max_size*: bytes of one frame. *rate*: ``(messages, seconds)`` of one connection.
+    *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client;
+    *overflow*: ``"close"`` or ``"drop_oldest"`` beyond that. *send_timeout*: seconds that a send
+    waits for one. *linger*: seconds that a handler may go on after its client has gone.
+    *max_concurrent*: streams and concurrent handlers of one connection.
+
+    Raises `PachinkoError` for a mistake in any of them.
+    """
+
+    def __init__(
+        self,
+        app: falcon.asgi.App[Any, Any] | None = None,
+        path: str | None = None,
+        *,
+        hub: Hub = hub,
+        origins: Iterable[str] | Literal["*"] | None = None,
+        subprotocols: Sequence[str] = (),
+        max_size: int = 1_048_576,
+        rate: tuple[int, float] | None = None,
+        outbox: int = 256,
+        outbox_bytes: int = 1_048_576,
+        overflow: Literal["close", "drop_oldest"] = "close",
+        send_timeout: float = 20.0,
+        linger: float = 10.0,
+        max_concurrent: int = 16,
+    ) -> None:
+        self._limits = Limits(
+            max_size=max_size, rate=rate, outbox=outbox, outbox_bytes=outbox_bytes,
+            overflow=overflow, send_timeout=send_timeout, linger=linger,
+            max_concurrent=max_concurrent,
+        )  # fmt: skip
+        self._hub, self._app, self._path = hub, app, path
+        self._origins = None if origins is None else frozenset(["*"])
+        if origins is not None and origins != "*":
+            self._origins = frozenset(_origin(name) for name in _texts(origins, "origins"))
+        self._subprotocols = _texts(subprotocols, "subprotocols")
+        self._routes = Routes()
+        self._dispatcher = Dispatcher(self._routes, hub, self._limits)
+        self._loop: asyncio.AbstractEventLoop | None = None  # once started
+        self._workers: set[asyncio.Task[None]] = set()
+        self._serving: set[asyncio.Task[Any]] = set()
+        if app is not None or path is not None:
+            self._attach(app, path)
+
+    def _attach(self, app: Any, path: Any) -> None:
+        if not isinstance(app, falcon.asgi.App):
+            raise PachinkoError(f"WebSockets need app = falcon.asgi.App(), got {app!r}")
+        if not isinstance(path, str) or not path.startswith("/"):
+            raise PachinkoError(f'a path has a leading slash: Pachinko(app, "/ws"), got {path!r}')
+        if self._is_routed(app, path):
+            raise PachinkoError(f"{path} has a Pachinko already; use that one, or another path")
+        app.add_route(path, self)
+        app.add_middleware(self)
+        if app.ws_options.max_receive_queue == _FALCONS_QUEUE:
+            # The queue doubles the cost of a message and loses a backlog when the client leaves.
+            app.ws_options.max_receive_queue = 0
+            logger.info(
+                "%s turned Falcon's receive queue off for this app; to have it back, set "
+                "app.ws_options.max_receive_queue after creating the Pachinko", path
+            )  # fmt: skip
+
+    def _is_routed(self, app: falcon.asgi.App[Any, Any], path: str) -> bool:
+        """Whether *app* would call a Pachinko for the template *path*."""
+        alike: falcon.asgi.App[Any, Any] = falcon.asgi.App()
+        alike.add_route(path, self)
+        return _responders_at(app, path) == _responders_at(alike, path)
+
+    def connect(self, function: F) -> F:
+        """Run ``async def f(conn, …)`` before the handshake is answered, with path parameters.
+
+        `falcon.HTTPError` in it refuses the handshake, `Close` accepts and closes. Several run in
+        the order of registration.
+        """
+        self._routes.connect.append(read_connect(function, self._path))
+        return function
+
+    def on(self, type: str | type[Any], *, concurrent: bool = False) -> Callable[[F], F]:
+        """Handle messages of *type*, a text or a class with ``@message``.
+
+        ``(conn)``, ``(conn, payload)`` or ``(conn, *, field, …)``, each structured to its
+        annotation. What it returns is the reply; an async generator is a stream.
+        *concurrent* lets it run beside other handlers of the connection.
+        """
+        name = type if isinstance(type, str) else message_type(type)
+        if name is None:
+            raise PachinkoError(
+                f'@ws.on takes a type or a class with @message: write @ws.on("say"); got {type!r}'
+            )
+        cls = None if isinstance(type, str) else type
+        namespaces = namespaces_at(sys._getframe(1))
+
+        def register(function: F) -> F:
+            self._add_handler(name, function, namespaces, cls, concurrent)
+            return function
+
+        return register
+
+    def _add_handler(
+        self, type: str, function: Any, namespaces: Namespaces, cls: Any, concurrent: bool
+    ) -> None:
+        check_type(type)
+        if (first := self._routes.handlers.get(type)) is not None:
+            refuse_second(first.function, function, repr(type))
+        params = path_parameters(self._path or "")
+        codec = self._hub._codec
+        handler = read_handler(type, function, codec, namespaces, cls, params, concurrent)
+        self._routes.handlers[type] = handler
+
+    def disconnect(self, function: F) -> F:
+        """Run ``async def f(conn)`` once when a connection is over, whatever ended it.
+
+        ``conn.close_code`` is set, its groups are still joined.
+        """
+        check_function(function, "@ws.disconnect\nasync def leave(conn): ...", 1)
+        self._routes.disconnect.append(function)
+        return function
+
+    def fallback(self, function: F) -> F:
+        """Give ``async def f(conn, frame: str)`` the text that no handler takes."""
+        check_function(function, "@ws.fallback\nasync def other(conn, frame: str): ...", 2)
+        refuse_second(self._routes.fallback, function, "the fallback")
+        self._routes.fallback = function
+        return function
+
+    def binary(self, function: F) -> F:
+        """Give ``async def f(conn, data: bytes)`` the binary frames."""
+        check_function(function, "@ws.binary\nasync def upload(conn, data: bytes): ...", 2)
+        refuse_second(self._routes.binary, function, "binary")
+        self._routes.binary = function
+        return function
+
+    def middleware(self, function: F) -> F:
+        """Put ``async def f(conn, envelope, call_next)`` around message handlers.
+
+        ``await call_next()`` gives what the handler returned; what *f* returns is the answer.
+        The first registered is the outermost.
+        """
+        example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
+        check_function(function, f"@ws.middleware\n{example}", 3)
+        self._routes.middleware.append(function)
+        return function
+
+    def error(self, exception: type[Exception]) -> Callable[[F], F]:
+        """Give ``async def f(conn, exc)`` what message handlers raise of this class.
+
+        It returns a `MessageError`, a `Close`, or a value to answer with.
+        """
+        if not (inspect.isclass(exception) and issubclass(exception, Exception)):
+            raise PachinkoError(f"write @ws.error(ValueError), a class; got {exception!r}")
+
+        def register(function: F) -> F:
+            name = exception.__name__
+            check_function(function, f"@ws.error({name})\nasync def failed(conn, exc): ...", 2)
+            refuse_second(self._routes.errors.get(exception), function, name)
+            self._routes.errors[exception] = function
+            return function
+
+        return register
+
+    def worker(self, function: F) -> F:
+        """Run ``async def f()`` in the background from the app's start to its shutdown.
+
+        One that fails is logged and started again, after 1 second, then 2, up to 60.
+        """
+        check_function(function, "@ws.worker\nasync def clock(): ...", 0)
+        self._routes.workers.append(function)
+        if self._loop is not None:
+            self._start_worker(function)
+        return function
+
+    def add_resource(self, prefix: str, resource: object) -> None:
+        """Route by class: ``on_send`` handles ``"<prefix>.send"``, beside ``on_connect`` and
+        ``on_disconnect``. One instance serves all connections."""
+        namespaces = namespaces_at(sys._getframe(1))
+        for name, method in read_resource(prefix, resource):
+            if name in ("connect", "disconnect"):
+                getattr(self, name)(method)
+            else:
+                self._add_handler(f"{prefix}.{name}", method, namespaces, None, False)
+
+    async def on_websocket(
+        self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, /, **params: Any
+    ) -> None:
+        """Serve one connection (Falcon's responder)."""
+        if ws.closed:
+            return  # a middleware has refused it
+        self._start()
+        if not self._is_allowed(req):
+            await ws.close()  # before accept: HTTP 403
+            return
+        conn = Connection(self._hub, self._limits, req, ws, params)
+        if self._limits.rate is not None:
+            conn._rate = Rate(*self._limits.rate)
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        self._serving.add(task)
+        self._hub._add(conn)
+        try:
+            if await self._connect(conn):
+                await self._dispatcher.serve(conn)
+        finally:
+            self._hub._remove(conn)
+            self._serving.discard(task)
+
+    async def _connect(self, conn: Connection) -> bool:
+        """Run the connect handlers and answer the handshake; return whether the client is in."""
+        ws = conn.ws
+        subprotocol = next((p for p in self._subprotocols if p in ws.subprotocols), None)
+        try:
+            for handler in self._routes.connect:
+                await handler(conn)
+        except Close as close:
+            self._hub._remove(conn)
+            if ws.unaccepted:
+                await ws.accept(subprotocol)
+            await ws.close(close.code, close.reason or None)
+            return False
+        try:
+            if ws.unaccepted:  # else a middleware has done it
+                await ws.accept(subprotocol)
+        except BaseException as exc:
+            await self._dispatcher.finish(conn)
+            if not isinstance(exc, falcon.WebSocketDisconnected):
+                raise
+            return False
+        conn._opened()
+        logger.debug("connected: %s", conn.req.path, extra={"connection_id": conn.id})
+        return True
+
+    def _is_allowed(self, req: falcon.asgi.Request) -> bool:
+        """Whether the browser's origin may connect (RFC 6455, 10.2); other clients send none."""
+        origin = req.get_header("Origin")
+        if origin is None:
+            return True
+        if self._origins is None:
+            allowed = _is_same_host(origin, req.get_header("Host") or "")
+        else:
+            allowed = "*" in self._origins or origin.lower() in self._origins
+        if not allowed:
+            setting = f"origins=[{origin!r}]"
+            logger.warning("refused origin %r at %s; to allow it: %s", origin, req.path, setting)
+        return allowed
+
+    async def process_startup(self, scope: Any, event: Any) -> None:
+        """Start with the app (Falcon's middleware for the ASGI lifespan)."""
+        if self._app is not None and not self._is_routed(self._app, cast(str, self._path)):
+            logger.warning("app.add_route has replaced the Pachinko at %s later on", self._path)
+        self._start()
+
+    async def process_shutdown(self, scope: Any, event: Any) -> None:
+        """Stop with the app: close what is still open with 1012, and wait for its handlers."""
+        for worker in self._workers:
+            worker.cancel()
+        for conn in self._hub.connections:
+            if conn._limits is self._limits:
+                conn._close(Close(1012, "the server shuts down"))
+        ending = {*self._workers, *self._serving}
+        if ending:
+            await asyncio.wait(ending, timeout=self._limits.linger)
+        self._loop = None
+        self._hub._stop(self)
+
+    def _start(self) -> None:
+        """Start, once a loop: with the lifespan, or with the first connection where it has none."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._hub._start(self)
+            self._loop = loop
+            self._workers.clear()
+            for function in self._routes.workers:
+                self._start_worker(function)
+
+    def _start_worker(self, function: Callable[[], Awaitable[None]]) -> None:
+        task = cast(asyncio.AbstractEventLoop, self._loop).create_task(_keep_working(function))
+        self._workers.add(task)
+        task.add_done_callback(self._workers.discard)
+
+
+async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
+    """Run a worker, and again when it fails, ever more patiently."""
+    backoffs = iter(_BACKOFFS)
+    while True:
+        started = time.monotonic()
+        try:
+            await function()
+            return
+        except Exception:
+            if time.monotonic() - started > _BACKOFFS[-1]:
+                backoffs = iter(_BACKOFFS)
+            backoff = next(backoffs, _BACKOFFS[-1])
+            logger.exception("worker %s failed; again in %g s", place_of(function), backoff)
+        await asyncio.sleep(backoff)
+
+
+def _responders_at(app: falcon.asgi.App[Any, Any], path: str) -> set[str]:
+    """Where the ``on_websocket`` that *app* calls for *path* is defined."""
+    routes = [route for route in falcon.inspect.inspect_routes(app) if route.path == path]
+    return {m.source_info for r in routes for m in r.methods or () if m.method == "WEBSOCKET"}
+
+
+def _is_same_host(origin: str, host: str) -> bool:
+    """Whether *origin* names *host*, as in the ``Host`` header: default ports may be left out."""
+    with contextlib.suppress(ValueError, KeyError):  # "null", or not an origin at all
+        there, here = urlsplit(origin.lower()), urlsplit(f"//{host.lower()}")
+        default = {"http": 80, "https": 443}[there.scheme]
+        return (there.hostname, there.port or default) == (here.hostname, here.port or default)
+    return False
+
+
+def _origin(name: str) -> str:
+    parts = urlsplit(name)
+    if not parts.netloc or parts.path or parts.query:
+        raise PachinkoError(f'origins are like "https://example.com" or "*", got {name!r}')
+    return name.lower()
+
+
+def _texts(value: Iterable[str], option: str) -> tuple[str, ...]:
+    texts = () if isinstance(value, str) else tuple(value)
+    if isinstance(value, str) or not all(isinstance(text, str) for text in texts):
+        raise PachinkoError(f"{option} is a list of str; write {option}=[{value!r}]")
+    return texts
