@@ -44,7 +44,8 @@ import sys
 import time
 import types
 import typing
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import Coroutine, Generator
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from datetime import date, datetime, timedelta
 from datetime import time as time_of_day
@@ -61,8 +62,7 @@ import falcon.asgi
 import falcon.constants
 import falcon.inspect
 import msgspec
-from cattrs.gen import make_dict_structure_fn, make_mapping_structure_fn, override, typeddicts
-from cattrs.strategies import configure_union_passthrough
+from cattrs.gen import typeddicts
 
 __all__ = ("Close", "Connection", "Envelope", "Hub", "MessageError", "Pachinko", "PachinkoError")
 __all__ += ("hub", "message")
@@ -125,7 +125,7 @@ class Close(Exception):
 
 # ── envelope and message ──────────────────────────────────────────────────────────────────────
 
-_MAX_DEPTH = 250  # of arrays and objects in a frame; far below where recursive code gives up
+_MAX_DEPTH = 128  # of arrays and objects in a frame; far below where recursive code gives up
 _NOT_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[^][{}"]+', re.DOTALL)
 _RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
 _JSON_NAMES = {dict: "object", list: "array", type(None): "null"}
@@ -212,6 +212,8 @@ def message(type: str) -> Callable[[type[T]], type[T]]:
     namespaces = namespaces_at(sys._getframe(1))
 
     def tag(cls: Any) -> Any:
+        if not inspect.isclass(cls):
+            raise PachinkoError(f'@message("{type}") goes above a class, not above {cls!r}')
         if "__attrs_attrs__" not in vars(cls) and "__dataclass_fields__" not in vars(cls):
             cls = attrs.frozen(_check_plain(cls))
         cls.__message_type__ = type
@@ -298,38 +300,40 @@ def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -
 # wording for all of them; what cattrs would iterate over whatever it is gets its kind checked.
 
 _MAX_ERRORS = 100  # in one reply: a frame of max_size has room for hundreds of thousands
+_MAX_EXPLAINED = 16_384  # bytes of JSON; of a larger payload, only its first error is told
 _KEY_SHOWN = 64  # characters of a client's own key in a path
 _LEAVES = {str, int, float, bool, types.NoneType, bytes, datetime, date, time_of_day, timedelta}
 _LEAVES |= {UUID, Decimal}
-_UNIONS = (Union, types.UnionType)
+_UNIONS: tuple[Any, ...] = (Union, types.UnionType)
 _QUALIFIERS = (typing.Annotated, typing.Required, typing.NotRequired)
-_KEYS = {int: typing.NewType("int", int), float: typing.NewType("float", float)}  # JSON's are text
 
 
 def strict_converter() -> cattrs.Converter:
     """A converter with the rules of the wire: aliases count, and no value changes its type."""
     converter = cattrs.Converter(use_alias=True)
-    configure_union_passthrough(Union[str, bool, int, float, None], converter)  # beside classes
-    for leaf in _LEAVES:
-        converter.register_structure_hook(leaf, _leaf_hook(leaf))
-    for key, name in _KEYS.items():
-        converter.register_structure_hook(name, functools.partial(_structure_key, key))
+    for leaf in _LEAVES:  # these hooks are also their subclasses': class Color(str, Enum)
+        converter.register_structure_hook(leaf, msgspec.convert)
     converter.register_structure_hook_func(lambda t: t is object, lambda value, _: value)
     converter.register_structure_hook_factory(_is_leaf, _leaf_hook)
+    converter.register_structure_hook_factory(lambda t: len(_kinds_of(t)) > 1, _union_hook)
     building: set[Any] = set()  # types whose hook cattrs is asked for just now, to be wrapped
 
     @converter.register_structure_hook_factory(lambda t: t not in building and bool(_kind_of(t)))
     def container_hook(t: Any, converter: cattrs.Converter) -> Hook:
-        building.add(t)
+        plain = _with_text_keys(t, converter)
+        building.add(plain)
         try:
-            return _container_hook(
-                t, converter, converter.get_structure_hook(t, cache_result=False)
-            )
+            inner = converter.get_structure_hook(plain, cache_result=False)
+            return _container_hook(t, converter, inner)
         finally:
-            building.discard(t)
+            building.discard(plain)
 
-    converter.register_unstructure_hook_func(lambda t: t is object, converter.unstructure)
-    converter.register_unstructure_hook_factory(_is_union, _union_unstructure_hook)
+    converter.register_unstructure_hook_func(
+        lambda t: t is object, lambda v: v if type(v) is object else converter.unstructure(v)
+    )
+    converter.register_unstructure_hook_factory(
+        lambda t: origin_of(t) in _UNIONS, _union_unstructure_hook
+    )
     converter.register_unstructure_hook_factory(typing.is_typeddict, _typeddict_unstructure_hook)
     return converter
 
@@ -337,22 +341,15 @@ def strict_converter() -> cattrs.Converter:
 def _class_of(t: Any) -> Any:
     """The class behind *t*, `list` for ``list[int]``, or None."""
     cls = origin_of(t) or t
-    return cls if inspect.isclass(cls) else None
-
-
-def _is_union(t: Any) -> bool:
-    return origin_of(t) in _UNIONS
+    return cls if inspect.isclass(cls) and cls not in _UNIONS else None
 
 
 def _is_leaf(t: Any) -> bool:
     """Whether *t* is written as one JSON scalar."""
-    if _is_union(t):
+    if origin_of(t) in _UNIONS:
         return all(map(_is_leaf, get_args(t)))
-    return origin_of(t) is Literal or t in _LEAVES or _is_enum(t)
-
-
-def _is_enum(t: Any) -> bool:
-    return inspect.isclass(t) and issubclass(t, enum.Enum)
+    is_enum = inspect.isclass(t) and issubclass(t, enum.Enum)
+    return is_enum or origin_of(t) is Literal or t in _LEAVES
 
 
 def _has_fields(t: Any) -> bool:
@@ -364,52 +361,92 @@ def _kind_of(t: Any) -> type | None:
     """Whether *t* is written as a JSON array (list), an object (dict), or as something else."""
     cls = _class_of(t)
     if cls is None:
-        return dict if _is_union(t) and all(map(_has_fields, get_args(t))) else None
+        return dict if origin_of(t) in _UNIONS and all(map(_has_fields, get_args(t))) else None
     if _has_fields(t) or typing.is_typeddict(cls) or issubclass(cls, Mapping):
         return dict
     return list if issubclass(cls, (Sequence, Set)) and not _is_leaf(cls) else None
 
 
-def _structure_key(t: Any, key: Any, _: Any) -> Any:
-    return msgspec.convert(key, t, strict=False)
+def _kinds_of(t: Any) -> dict[Any, Any]:
+    """The members of the union *t* by what they are written as: null, array, object, or else."""
+    kinds: dict[Any, Any] = {}
+    for member in get_args(t) if origin_of(t) in _UNIONS and not _is_leaf(t) else ():
+        kind = member if member is types.NoneType else _kind_of(member)
+        kinds[kind] = kinds.get(kind, member) | member
+    return kinds
 
 
-def _leaf_hook(t: Any) -> Hook:
-    if origin_of(t) is Literal or _is_enum(t):
-        return _choice_hook(t)
-    msgspec.json.Decoder(t)  # TypeError for a union that JSON cannot tell apart: UUID | datetime
-    return lambda value, _: msgspec.convert(value, t)
-
-
-def _choice_hook(t: Any) -> Hook:
-    """For `Literal` and `Enum`: by value *and* type, for ``1 == True`` and ``1 == 1.0``."""
-    members = [(getattr(m, "value", m), m) for m in (t if _is_enum(t) else get_args(t))]
-    choices = {(type(value), value): member for value, member in members}
-    names = ", ".join(_encode(value).decode() for value, _ in members)
+def _union_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """By the kind of the value. Of several classes, cattrs finds the one with its fields."""
+    hooks = {kind: (converter.get_structure_hook(m), m) for kind, m in _kinds_of(t).items()}
+    other = hooks.get(None) or next(iter(hooks.values()))
 
     def structure(value: Any, _: Any) -> Any:
-        with contextlib.suppress(KeyError, TypeError):  # TypeError: not hashable
-            return choices[type(value), value]
-        raise msgspec.ValidationError(f"expected one of {names}")
+        hook, member = hooks.get(type(value), other)
+        return hook(value, member)
 
     return structure
 
 
+def _leaf_hook(t: Any) -> Hook:
+    """`Literal` and `Enum` go by value *and* type, for ``1 == True`` and ``1 == 1.0``."""
+    members = get_args(t) if origin_of(t) in _UNIONS else (t,)
+    leaves = tuple(member for member in members if member in _LEAVES)
+    leaf: Any = Union[leaves] if leaves else None  # noqa: UP007 - of a tuple
+    msgspec.json.Decoder(leaf)  # TypeError for a union that JSON cannot tell apart: UUID | datetime
+    if leaves == members:
+        return msgspec.convert
+    named = [c for m in members if m not in leaves for c in get_args(m) or m]  # Literal or Enum
+    values = [getattr(choice, "value", choice) for choice in named]
+    choices = {(type(value), value): c for value, c in zip(values, named, strict=True)}
+    names = [_encode(value).decode() for value in values]
+    names += [_JSON_NAMES.get(leaf, leaf.__name__) for leaf in leaves]
+
+    def structure(value: Any, _: Any) -> Any:
+        with contextlib.suppress(KeyError, TypeError):  # TypeError: not hashable
+            return choices[type(value), value]
+        with contextlib.suppress(msgspec.ValidationError):
+            if leaves:
+                return msgspec.convert(value, leaf)
+        raise msgspec.ValidationError(f"expected one of {', '.join(names)}")
+
+    return structure
+
+
+def _with_text_keys(t: Any, converter: cattrs.Converter) -> Any:
+    """``dict[int, …]`` with keys that are read from text: JSON has no others."""
+    cls, args = _class_of(t), get_args(t)
+    if cls is None or not issubclass(cls, Mapping) or len(args) != 2 or args[0] is str:
+        return t
+    hook = converter.get_structure_hook(args[0])
+
+    def structure(key: Any, _: Any) -> Any:
+        try:
+            return hook(key, args[0])
+        except msgspec.ValidationError:
+            with contextlib.suppress(msgspec.DecodeError):
+                return hook(msgspec.json.decode(key), args[0])
+            raise
+
+    key = cast(Any, typing.NewType)("key", args[0])
+    converter.register_structure_hook(key, structure)
+    return cls[key, args[1]]
+
+
 def _container_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
     """cattrs' hook for an array or object, behind a check that the value is one."""
-    cls, kind, args = _class_of(t), _kind_of(t), get_args(t)
-    length = len(args) if cls is tuple and args and Ellipsis not in args else None
+    cls, args = _class_of(t), get_args(t)
+    kind: Any = _kind_of(t)
+    length = len(args) if origin_of(t) is tuple and Ellipsis not in args else None
     if cls is not None and attrs.has(cls):
         inner = _validating_hook(t, converter, inner)
     elif typing.is_typeddict(cls):
         inner = functools.partial(_structure_declared, cls.__annotations__, inner)
-    elif kind is dict and args and args[0] in _KEYS:
-        inner = make_mapping_structure_fn(t, converter, key_type=_KEYS[args[0]])
 
     def structure(value: Any, _: Any) -> Any:
         if type(value) is not kind:
-            expected = _JSON_NAMES[cast(type, kind)]
-            raise msgspec.ValidationError(f"expected {expected}, got {json_name(value)}")
+            text = f"expected {_JSON_NAMES[kind]}, got {json_name(value)}"
+            raise msgspec.ValidationError(text)
         if length is not None and len(value) != length:
             raise msgspec.ValidationError(f"expected {length} items, got {len(value)}")
         return inner(value, t)
@@ -422,24 +459,35 @@ def _structure_declared(declared: Collection[str], inner: Hook, value: Any, t: A
 
 
 def _validating_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
-    """attrs stops at the first validator that fails; so on failure, ask each about its field."""
+    """attrs stops at the first validator that fails; so on failure, ask each about its field.
 
-    def checked(field: Any, value: Any, field_type: Any) -> Any:
-        item = converter.structure(value, field_type)
-        with contextlib.suppress(AttributeError):  # it looks at the instance: not this field's
+    Only fields without an error are structured again: however deep the value, twice in all.
+    """
+    cls = _class_of(t)
+    fields = [f for f in attrs.fields(cls) if f.init and f.validator]
+    fields = [f for f in fields if not isinstance(f.converter, attrs.Converter)]  # need an instance
+
+    def refusal(field: Any, value: Any) -> Exception | None:
+        try:
+            item = converter.structure(value[field.alias], field.type)
             field.validator(None, field, field.converter(item) if field.converter else item)
-        return item
-
-    fields = [f for f in attrs.fields(_class_of(t)) if f.init and f.validator]
-    hooks: Any = {f.name: override(struct_hook=functools.partial(checked, f)) for f in fields}
-    explaining: Hook = make_dict_structure_fn(t, converter, **hooks)
+        except (AttributeError, cattrs.StructureHandlerNotFoundError):
+            return None  # it looks at the instance, or the type is generic: attrs' error remains
+        except Exception as exc:
+            exc.add_note(cattrs.AttributeValidationNote("", field.name, field.type))
+            return exc
+        return None
 
     def structure(value: Any, _: Any) -> Any:
         try:
             return inner(value, t)
-        except cattrs.ClassValidationError:
-            explaining(value, t)
-            raise
+        except cattrs.ClassValidationError as exc:
+            notes = [n for e in exc.exceptions for n in getattr(e, "__notes__", ())]
+            wrong = {n.name for n in notes if isinstance(n, cattrs.AttributeValidationNote)}
+            asked = [f for f in fields if f.name not in wrong and f.alias in value]
+            found = [error for f in asked if (error := refusal(f, value)) is not None]
+            known = exc.exceptions if wrong or not found else ()  # else it is among those found
+            raise cattrs.ClassValidationError(str(exc), [*known, *found], cls) from None
 
     return structure if fields else inner
 
@@ -451,17 +499,19 @@ def _union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[An
 
 def declared_member(value: object, t: Any) -> Any:
     """Which member of the union *t*, or *t* itself, *value* goes out as; else its own class."""
-    members = [m for m in (get_args(t) if _is_union(t) else (t,)) if _class_of(m)]
-    exact = [m for m in members if _class_of(m) is type(value)]
-    bases = [m for m in members if isinstance(value, _class_of(m))]
+    members = [
+        (m, dict if typing.is_typeddict(cls) else cls)
+        for m in (get_args(t) if origin_of(t) in _UNIONS else (t,))
+        if (cls := _class_of(getattr(m, "__origin__", m)))  # __origin__: list[int], Annotated
+    ]
+    exact = [m for m, cls in members if cls is type(value)]
+    bases = [m for m, cls in members if isinstance(value, cls)]
     return (exact or bases or [type(value)])[0]
 
 
 def _typeddict_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
-    inner, declared = (
-        typeddicts.make_dict_unstructure_fn(t, converter),
-        _class_of(t).__annotations__,
-    )
+    inner = typeddicts.make_dict_unstructure_fn(t, converter)
+    declared = _class_of(t).__annotations__
     return lambda value: inner({key: value[key] for key in value if key in declared})
 
 
@@ -481,6 +531,8 @@ def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, s
         text = f"unknown: {', '.join(sorted(exc.extra_fields))}"
     elif isinstance(exc, (ValueError, TypeError)) and exc.args and isinstance(exc.args[0], str):
         text = exc.args[0]  # a validator's words; attrs puts its Attribute and the value behind
+    elif isinstance(exc, RecursionError):
+        text = "nested too deeply"
     yield {"path": path, "message": text}
 
 
@@ -502,10 +554,12 @@ def _path_step(exc: BaseException, cls: Any) -> str:
 class Codec:
     """From JSON values to what handlers take, and from what they return to the text of a frame."""
 
-    __slots__ = ("converter",)
+    __slots__ = ("_hasty", "converter")
 
     def __init__(self, converter: cattrs.Converter | None = None) -> None:
-        self.converter = strict_converter() if converter is None else converter
+        self.converter = self._hasty = strict_converter() if converter is None else converter
+        if converter is None:  # to find every wrong field of a large payload blocks for seconds
+            self._hasty = self.converter.copy(detailed_validation=False)
 
     def check(self, annotation: Any, namespaces: Namespaces, seen: list[Any]) -> None:
         """Resolve *annotation* and all that it contains; raise whatever keeps it from working."""
@@ -524,6 +578,8 @@ class Codec:
             for field_type in resolve_class(cls, *namespaces).values():
                 self.check(field_type, namespaces, seen)
         is_generic = bool(getattr(annotation, "__parameters__", ()))
+        if is_generic and annotation is cls:
+            raise TypeError(f"{cls.__name__} is generic; write {cls.__name__}[int], say")
         if annotation not in (Any, Ellipsis) and not is_qualified and not is_generic:
             self.converter.get_structure_hook(annotation)
 
@@ -532,9 +588,8 @@ class Codec:
         if annotation is Any:
             return payload
         try:
-            return self.converter.structure(payload, annotation)
-        except RecursionError:
-            errors = [{"path": "$.payload", "message": "nested too deeply"}]
+            is_large = len(_encode(payload)) > _MAX_EXPLAINED
+            return (self._hasty if is_large else self.converter).structure(payload, annotation)
         except Exception as exc:  # a user's hook or validator may raise anything
             errors = list(itertools.islice(explain(exc), _MAX_ERRORS + 1))
         raise invalid_payload(type, errors)
@@ -561,6 +616,7 @@ def invalid_payload(type: str, errors: Errors) -> MessageError:
 # structured, whether it streams. A message in flight only looks its handler up and calls it.
 
 _ROUTED_BY_FALCON = {f"on_{verb.lower()}" for verb in falcon.constants.COMBINED_METHODS}
+_ROUTED_BY_FALCON -= {"on_connect"}  # nobody routes HTTP's CONNECT
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _EMPTY = inspect.Parameter.empty
@@ -640,7 +696,7 @@ def place_of(function: Callable[..., Any]) -> str:
 def check_function(
     function: Any, example: str, takes: int | None, *, streams: bool = False
 ) -> None:
-    """Refuse, with *example* for the right code, what is not async or cannot take *takes* values."""
+    """Refuse what is not async or cannot take *takes* values, with *example* as the right code."""
     refused = None
     if not callable(function):
         raise PachinkoError(f"expected a function, got {function!r}; write\n{example}")
@@ -778,7 +834,7 @@ def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[...
     elif not names:
         write = f"class {cls.__name__}:\n    async def on_send(self, conn, *, text: str): ..."
         refused = f"{cls.__name__} has no method to route; write\n{write}"
-    for name in names:
+    for name in () if refused else names:
         if name in _ROUTED_BY_FALCON:
             refused = f"Falcon routes {cls.__name__}.{name} itself; call it {name}_message, say"
         elif isinstance(inspect.getattr_static(resource, name), property):
@@ -833,6 +889,7 @@ def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> N
 # a second task reads ahead, a few frames, so that a disconnect is noticed.
 
 _READ_AHEAD = 8  # frames: enough to notice a disconnect behind some messages, and bounded
+_BURST = 32  # messages that code may send in a row before others get a turn
 _GOODBYE = 1.0  # seconds that the close frame of an evicted client is tried for
 
 
@@ -975,6 +1032,8 @@ class Stream:
     started: bool = False
     stopped: bool = False
     """The client has said that it wants no more."""
+    is_answered: bool = False
+    """By something else than its items."""
 
     def stop(self) -> None:
         """Close the generator, once; one that has not begun will not begin."""
@@ -1066,6 +1125,7 @@ class Connection:
     _state: State = State.CONNECTING
     _ended: float | None = None  # when it left OPEN, on the loop's clock
     _is_slow: bool = False  # and that has been logged
+    _sends: int = 0
     _writing: bool = True  # the handshake's answer comes first
     _writer: asyncio.Task[None] | None = None
     _outbox: Outbox | None = None
@@ -1120,6 +1180,9 @@ class Connection:
         """
         type, payload = split_message(message, payload)
         await self._send(text_event(self._hub._codec.encode(type, payload)))
+        self._sends += 1
+        if self._sends % _BURST == 0:
+            await asyncio.sleep(0)  # while a client keeps up, nothing else lets the loop run
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close after what was sent before. Does not wait for the client; twice is once.
@@ -1276,7 +1339,9 @@ class Connection:
             if stream.task is not None and stream.task is not asyncio.current_task():
                 stream.task.cancel()
         if self._life is not None and not self._life.expired():
-            self._life.reschedule(self._ended + (self._limits.linger if self._handling else 0))
+            is_unread = self.close_code is None  # the server may hold frames from before the end
+            linger = self._limits.linger if self._handling or is_unread else 0
+            self._life.reschedule(self._ended + linger)
 
     def _close(self, close: Close) -> None:
         """The server's wish: the close frame goes out behind what was sent before."""
@@ -1345,7 +1410,7 @@ class Connection:
         while self._state is not State.CLOSING:
             if self._inbox:
                 return self._inbox.popleft()
-            if self._state is State.GONE:
+            if self._state is State.GONE and self.close_code is not None:
                 break
             if self._ahead is not None:
                 await self._ahead
@@ -1880,8 +1945,12 @@ class Dispatcher:
         failure: BaseException | None = None
         stream.started = True
         try:
-            if not stream.stopped:
-                await self._send_items(conn, handler, frame)
+            items = None if stream.stopped else await self._call(conn, handler, frame)
+            if isinstance(items, AsyncIterator):
+                await self._send_items(conn, handler, frame, items)
+            elif not stream.stopped:  # a middleware has answered instead
+                await self._answer(conn, frame.type, frame.id, items, None)
+                stream.is_answered = True
         except (Exception, asyncio.CancelledError) as exc:
             failure = exc
         cast("dict[Id, Stream]", conn._streams).pop(cast(Id, frame.id))
@@ -1890,13 +1959,15 @@ class Dispatcher:
             failure = None
         if failure is not None:
             await self._fail(conn, failure, frame.type, frame.id)
-            return
-        with contextlib.suppress(falcon.WebSocketDisconnected):
-            await conn._send(text_event(_encode({"type": "complete", "id": frame.id})))
+        elif not stream.is_answered:
+            with contextlib.suppress(falcon.WebSocketDisconnected):
+                await conn._send(text_event(_encode({"type": "complete", "id": frame.id})))
 
-    async def _send_items(self, conn: Connection, handler: Handler, frame: Frame) -> None:
+    async def _send_items(
+        self, conn: Connection, handler: Handler, frame: Frame, items: AsyncIterator[Any]
+    ) -> None:
         codec, id = self._hub._codec, frame.id
-        async with contextlib.aclosing(await self._call(conn, handler, frame)) as items:
+        async with contextlib.aclosing(cast("AsyncGenerator[Any]", items)):
             async for item in items:
                 data = encode_reply(codec, frame.type, id, item, handler.returns, more=True)
                 await conn._send(text_event(data))

@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 import falcon.asgi
 import uvicorn
 import websockets.asyncio.client
+import websockets.exceptions
 
-PATIENCE = 20  # seconds: for what takes milliseconds, on a slow and noisy machine
+PATIENCE = 15  # seconds: for what takes milliseconds, on a slow and noisy machine
 
 
 class Server:
@@ -93,7 +94,11 @@ class Client:
 
     async def closed(self) -> tuple[int | None, str | None]:
         """Wait for the server to close; return the code and the reason."""
-        await asyncio.wait_for(self.socket.wait_closed(), PATIENCE)
+        async with asyncio.timeout(PATIENCE):
+            with contextlib.suppress(websockets.exceptions.ConnectionClosed):
+                while True:  # what is still to be read would hold the close frame up
+                    await self.socket.recv()
+            await self.socket.wait_closed()
         return self.socket.close_code, self.socket.close_reason
 
     async def close(self, code: int = 1000, reason: str = "") -> None:

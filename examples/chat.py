@@ -1,0 +1,123 @@
+"""A chat: rooms by path, nicknames, who is here, who is typing, a sum, and the server's clock.
+
+    python examples/chat.py                 # at http://127.0.0.1:8000/, or where HOST and PORT say
+    uvicorn --app-dir examples chat:app     # the same, with uvicorn's own options
+
+A client sends ``enter`` first. The ``welcome`` that answers it, with the client's own id and
+everybody who is here, is the first message it gets.
+"""
+
+import asyncio
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import attrs
+import falcon
+import falcon.asgi
+import uvicorn
+from attrs.validators import max_len, min_len
+
+from pachinko import Close, Connection, MessageError, Pachinko, hub, message
+
+app = falcon.asgi.App()
+ws = Pachinko(app, "/ws/{room}", max_size=32_768, rate=(20, 5.0))
+
+
+@attrs.frozen
+class Person:
+    id: str
+    nick: str
+
+
+@message("enter")
+class Enter:
+    nick: str = attrs.field(converter=str.strip, validator=[min_len(1), max_len(24)])
+
+
+@message("welcome")
+class Welcome:
+    you: Person
+    here: list[Person]
+
+
+@message("say")
+class Say:
+    text: str = attrs.field(converter=str.strip, validator=[min_len(1), max_len(2000)])
+
+
+@message("said")
+class Said:
+    who: Person
+    text: str
+    at: datetime
+
+
+def person(conn: Connection) -> Person:
+    if "nick" not in conn.context:
+        raise MessageError("enter_first", "enter with a nickname before anything else")
+    return Person(conn.id, conn.context.nick)
+
+
+def group_of(conn: Connection) -> str:
+    return f"room:{conn.params['room']}"
+
+
+@ws.connect
+async def check_room(conn: Connection, room: str) -> None:
+    if len(room) > 32:  # refused after the handshake: a browser can read that, and no HTTP status
+        raise Close(4400, "a room's name has at most 32 characters")
+
+
+@ws.on(Enter)
+async def enter(conn: Connection, msg: Enter) -> Welcome:
+    conn.context.nick = msg.nick
+    await conn.join(group_of(conn))
+    # Someone who enters again has a new nickname, and everybody hears it by the same message.
+    await hub.send(group_of(conn), "joined", person(conn), exclude=conn)
+    return Welcome(person(conn), [person(member) for member in hub.members(group_of(conn))])
+
+
+@ws.on(Say)
+async def say(conn: Connection, msg: Say) -> Said:
+    said = Said(person(conn), msg.text, datetime.now(UTC))
+    await hub.send(group_of(conn), said, exclude=conn)
+    return said  # to the sender as the reply: its id tells which of its messages has arrived
+
+
+@ws.on("typing")
+async def typing(conn: Connection) -> None:
+    await hub.send(group_of(conn), "typing", person(conn), exclude=conn)
+
+
+@ws.on("sum")
+async def add(conn: Connection, *, a: int, b: int) -> int:
+    return a + b
+
+
+@ws.disconnect
+async def leave(conn: Connection) -> None:
+    for group in conn.groups:
+        await conn.leave(group)  # before the notice, so that no list made after it shows a ghost
+        await hub.send(group, "left", person(conn))
+
+
+@ws.worker
+async def clock() -> None:
+    while True:
+        for group in hub.groups:
+            await hub.send(group, "tick", {"at": datetime.now(UTC)})
+        await asyncio.sleep(1)
+
+
+class Page:
+    async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        resp.content_type = falcon.MEDIA_HTML
+        resp.text = Path(__file__).with_name("chat.html").read_text("utf-8")
+
+
+app.add_route("/", Page())
+
+if __name__ == "__main__":
+    host, port = os.environ.get("HOST", "127.0.0.1"), int(os.environ.get("PORT", "8000"))
+    uvicorn.run(app, host=host, port=port)

@@ -1,0 +1,654 @@
+"""The chat example: its messages over a real server, and its page in a real browser.
+
+``python tests/test_chat.py docs/chat.png`` makes the screenshot for the documentation instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any, Literal
+from urllib.request import urlopen
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 15.0  # seconds for anything to happen; a slow machine needs it, a fast one never waits
+
+expect.set_options(timeout=PATIENCE * 1000)
+
+
+def free_port() -> int:
+    """A port that stays free while its server is down: below those that the system gives away."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    pytest.fail("no free port between 20000 and 32000")
+
+
+class Server:
+    """``python examples/chat.py`` on a port of its own, which it keeps when started again."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}/"
+        self.start()
+
+    def start(self) -> None:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "examples" / "chat.py")],
+            env={**os.environ, "PYTHONPATH": path, "HOST": "127.0.0.1", "PORT": str(self.port)},
+            stdout=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + PATIENCE
+        while not self.answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                pytest.fail(f"examples/chat.py does not answer at {self.url}; its log is above")
+            time.sleep(0.05)
+
+    def answers(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return True
+        return False
+
+    def kill(self) -> None:
+        """End it as a crash would: no close frame, no goodbye."""
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
+class Client:
+    """Someone who speaks the chat's messages without the page."""
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self.connection = connection
+        self.id = ""
+
+    def send(self, type: str, id: int | None = None, **payload: Any) -> None:
+        self.connection.send(json.dumps({"type": type, "id": id, "payload": payload}))
+
+    def receive(self) -> dict[str, Any]:
+        """The next message; the clock ticks between any two."""
+        while True:
+            frame: dict[str, Any] = json.loads(self.connection.recv(PATIENCE))
+            if frame["type"] != "tick":
+                return frame
+
+    def request(self, type: str, **payload: Any) -> dict[str, Any]:
+        self.send(type, 7, **payload)
+        frame = self.receive()
+        assert frame.pop("id") == 7
+        return frame
+
+    def enter(self, nick: str) -> dict[str, Any]:
+        welcome = self.request("enter", nick=nick)
+        self.id = welcome["payload"]["you"]["id"]
+        return welcome
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing has come for this client but what it asks for now."""
+        return bool(self.request("sum", a=0, b=0)["type"] == "sum.reply")
+
+
+Join = Callable[..., Client]
+Open = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_server() -> Iterator[Server]:
+    """A server that the test may kill."""
+    server = Server()
+    yield server
+    server.stop()
+
+
+def dial(server: Server, room: str) -> ClientConnection:
+    return connect(f"ws://127.0.0.1:{server.port}/ws/{room}", proxy=None)
+
+
+@pytest.fixture
+def join(shared_server: Server, room: str) -> Iterator[Join]:
+    """Connect to the test's room, under a nickname if there is one."""
+    with contextlib.ExitStack() as stack:
+
+        def join(nick: str = "") -> Client:
+            client = Client(stack.enter_context(dial(shared_server, room)))
+            if nick:
+                client.enter(nick)
+            return client
+
+        yield join
+
+
+@pytest.fixture
+def room() -> str:
+    """A room that no other test uses."""
+    return f"room-{secrets.token_hex(4)}"
+
+
+@contextlib.contextmanager
+def chromium() -> Generator[Browser, None, None]:
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if path is None:
+        pytest.fail("the page is tested in Chromium: apt-get install chromium, or set CHROMIUM")
+    options = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"]
+    options += ["disable-background-networking", "disable-component-update"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path, args=[f"--{option}" for option in options]
+        )
+        with contextlib.closing(browser):
+            yield browser
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    # One a test: Playwright's sync API keeps an event loop running, which others could not bear.
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def open_page(browser: Browser, shared_server: Server, room: str) -> Iterator[Open]:
+    """Open the page as another person each time; it must not complain in the console."""
+    complaints: list[str] = []
+
+    def complain(line: ConsoleMessage) -> None:
+        if line.type == "error":
+            complaints.append(line.text)
+
+    def open_page(nick: str = "", server: Server = shared_server, **options: Any) -> Page:
+        page = browser.new_context(**options).new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", complain)
+        page.goto(f"{server.url}#{room}")
+        if nick:
+            page.get_by_label("Nickname").fill(nick)
+            page.get_by_role("button", name="Join the room").click()
+            expect(page.get_by_role("status")).to_have_text("Connected")
+        return page
+
+    yield open_page
+    # A refused connection is reported by the browser itself, and no page can prevent it.
+    assert [text for text in complaints if "ERR_CONNECTION_REFUSED" not in text] == []
+
+
+def box(page: Page) -> Locator:
+    return page.get_by_role("textbox", name="Message to")
+
+
+def say(page: Page, text: str) -> None:
+    box(page).fill(text)
+    box(page).press("Enter")
+
+
+def bubble(page: Page, text: str) -> Locator:
+    return page.get_by_role("log").locator(".bubble", has_text=text)
+
+
+def people(page: Page) -> Locator:
+    return page.get_by_role("list", name="Here now").get_by_role("listitem").locator("bdi")
+
+
+# The messages
+
+
+def test_a_port_in_use_is_one_clear_line(shared_server: Server) -> None:
+    """A second server on the same port ends with an error line and without a traceback."""
+    second = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "chat.py")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PORT": str(shared_server.port)},
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert second.returncode != 0
+    assert "Traceback" not in second.stderr
+    assert [line for line in second.stderr.splitlines() if "in use" in line][1:] == []
+    assert "already in use" in second.stderr
+
+
+def test_the_page_is_served(shared_server: Server) -> None:
+    """``GET /`` gives the page as HTML in UTF-8."""
+    with urlopen(shared_server.url, timeout=PATIENCE) as response:
+        assert response.headers["Content-Type"] == "text/html; charset=utf-8"
+        assert response.read() == (ROOT / "examples" / "chat.html").read_bytes()
+
+
+def test_the_welcome_comes_first(join: Join) -> None:
+    """The first message tells a client who it is, and that it is the first one here."""
+    welcome = join().enter("Ada")
+    you = welcome["payload"]["you"]
+    assert welcome["type"] == "welcome"
+    assert you["nick"] == "Ada"
+    assert welcome["payload"]["here"] == [you]
+
+
+def test_an_arrival_is_announced(join: Join) -> None:
+    """Whoever enters sees who is here, and those who are here see who enters."""
+    ada, bob = join("Ada"), join()
+    welcome = bob.enter("Bob")
+    here = {person["nick"]: person["id"] for person in welcome["payload"]["here"]}
+    assert here == {"Ada": ada.id, "Bob": bob.id}
+    joined = ada.receive()
+    assert (joined["type"], joined["payload"]) == ("joined", {"id": bob.id, "nick": "Bob"})
+
+
+def test_a_departure_is_announced(join: Join) -> None:
+    """Those who stay see who left, and a later list does not name them."""
+    ada, bob = join("Ada"), join("Bob")
+    ada.receive()
+    bob.connection.close()
+    left = ada.receive()
+    assert (left["type"], left["payload"]) == ("left", {"id": bob.id, "nick": "Bob"})
+    here = join().enter("Cleo")["payload"]["here"]
+    assert sorted(person["nick"] for person in here) == ["Ada", "Cleo"]
+
+
+def test_who_never_entered_leaves_unnoticed(join: Join) -> None:
+    """A connection without a nickname comes and goes without a message to anyone."""
+    ada = join("Ada")
+    join().connection.close()
+    assert ada.silent
+
+
+def test_entering_again_is_a_new_nickname(join: Join) -> None:
+    """The id stays, the nickname changes, and the others are told."""
+    ada, bob = join("Ada"), join("Bob")
+    ada.receive()
+    assert bob.request("enter", nick="Robert")["payload"]["you"] == {"id": bob.id, "nick": "Robert"}
+    assert ada.receive()["payload"] == {"id": bob.id, "nick": "Robert"}
+
+
+def test_what_is_said_reaches_everybody_once(join: Join) -> None:
+    """The others get the message, and the sender gets the same as its reply."""
+    ada, bob = join("Ada"), join("Bob")
+    ada.receive()
+    reply = bob.request("say", text="  Grüße 🎉\n")
+    assert reply["type"] == "said"
+    assert reply["payload"]["who"] == {"id": bob.id, "nick": "Bob"}
+    assert reply["payload"]["text"] == "Grüße 🎉"
+    assert ada.receive()["payload"] == reply["payload"]
+    assert ada.silent
+    assert bob.silent
+
+
+def test_typing_is_shown_to_the_others(join: Join) -> None:
+    """The others learn who types, the one who types hears nothing of it."""
+    ada, bob = join("Ada"), join("Bob")
+    ada.receive()
+    bob.send("typing")
+    typing = ada.receive()
+    assert (typing["type"], typing["payload"]) == ("typing", {"id": bob.id, "nick": "Bob"})
+    assert bob.silent
+
+
+def test_sum(join: Join) -> None:
+    """A sum is answered with its total."""
+    assert join().request("sum", a=2, b=3) == {"type": "sum.reply", "payload": 5}
+
+
+def test_a_wrong_sum_names_each_wrong_field(join: Join) -> None:
+    """Both wrong terms are named in one error, and the connection goes on."""
+    ada = join("Ada")
+    error = ada.request("sum", a="x", b=None)["payload"]
+    assert error["code"] == "invalid_payload"
+    assert [wrong["path"] for wrong in error["errors"]] == ["$.payload.a", "$.payload.b"]
+    assert ada.silent
+
+
+@pytest.mark.parametrize("nick", ["", "  ", "n" * 25])
+def test_a_nickname_has_a_sensible_length(join: Join, nick: str) -> None:
+    """An empty or over-long nickname is refused, and a better one is taken."""
+    client = join()
+    error = client.request("enter", nick=nick)["payload"]
+    assert error["code"] == "invalid_payload"
+    assert error["errors"][0]["path"] == "$.payload.nick"
+    assert client.enter("n" * 24)["type"] == "welcome"
+
+
+@pytest.mark.parametrize("text", ["", " \n ", "t" * 2001])
+def test_a_text_has_a_sensible_length(join: Join, text: str) -> None:
+    """An empty or over-long text is refused, and nobody else hears of it."""
+    ada, bob = join("Ada"), join("Bob")
+    ada.receive()
+    error = bob.request("say", text=text)["payload"]
+    assert error["code"] == "invalid_payload"
+    assert error["errors"][0]["path"] == "$.payload.text"
+    assert ada.silent
+    assert bob.request("say", text="🎉" * 2000)["type"] == "said"
+
+
+@pytest.mark.parametrize(("type", "payload"), [("say", {"text": "hi"}), ("typing", {})])
+def test_nobody_speaks_without_a_nickname(join: Join, type: str, payload: dict[str, str]) -> None:
+    """What concerns the room is refused until the client has entered."""
+    assert join().request(type, **payload)["payload"]["code"] == "enter_first"
+
+
+def test_an_over_long_room_is_refused(shared_server: Server) -> None:
+    """The connection is closed with a code and a reason that a browser can read."""
+    with dial(shared_server, "r" * 33) as connection:
+        with pytest.raises(ConnectionClosed):
+            connection.recv(PATIENCE)
+        assert connection.close_code == 4400
+        assert connection.close_reason == "a room's name has at most 32 characters"
+
+
+def test_rooms_are_apart(shared_server: Server, join: Join, room: str) -> None:
+    """What is said in one room is not heard in another."""
+    ada = join("Ada")
+    with dial(shared_server, f"not-{room}") as connection:
+        elsewhere = Client(connection)
+        elsewhere.enter("Bob")
+        elsewhere.request("say", text="hi")
+        assert ada.silent
+
+
+def test_the_clock_ticks(join: Join) -> None:
+    """Everybody in a room gets the server's time, again and again."""
+    ada = join("Ada")
+    ticks = [json.loads(ada.connection.recv(PATIENCE)) for _ in range(2)]
+    assert [tick["type"] for tick in ticks] == ["tick", "tick"]
+    assert ticks[0]["payload"]["at"] < ticks[1]["payload"]["at"]
+
+
+# The page
+
+
+def test_two_people_talk(open_page: Open) -> None:
+    """Each sees the other's message as the other's, and the own one as delivered."""
+    ada, bob = open_page("Ada"), open_page("Bob")
+    say(ada, "Hello <b>Bob</b>")
+    expect(bubble(bob, "Hello <b>Bob</b>")).to_have_count(1)
+    say(bob, "Hello Ada")
+    expect(bubble(ada, "Hello Ada")).to_be_visible()
+    expect(ada.locator(".message:not(.mine) .name")).to_have_text("Bob")
+    expect(ada.locator(".mine")).to_have_attribute("data-state", "")
+    expect(bob.locator(".mine .bubble")).to_have_text("Hello Ada")
+    expect(box(ada)).to_have_value("")
+
+
+def test_who_is_here(open_page: Open) -> None:
+    """The list follows those who come, change their name and leave."""
+    ada = open_page("Ada")
+    expect(people(ada)).to_have_text(["Ada"])
+    bob = open_page("Bob")
+    expect(people(bob)).to_have_text(["Bob", "Ada"])
+    expect(people(ada)).to_have_text(["Ada", "Bob"])
+    say(bob, "/nick Robert")
+    expect(people(ada)).to_have_text(["Ada", "Robert"])
+    expect(ada.get_by_role("log")).to_contain_text("Bob is now Robert")
+    bob.context.close()
+    expect(people(ada)).to_have_text(["Ada"])
+    expect(ada.get_by_role("log")).to_contain_text("Robert left")
+
+
+def test_typing_sum_and_clock(open_page: Open) -> None:
+    """Typing shows and goes, the sum is answered, and the server's time runs."""
+    ada, bob = open_page("Ada"), open_page("Bob")
+    box(bob).press_sequentially("Hm")
+    expect(ada.locator(".typing")).to_have_text("Bob is typing…")
+    box(bob).press("Enter")
+    expect(bubble(ada, "Hm")).to_be_visible()
+    expect(ada.locator(".typing")).to_have_text("")
+    say(ada, "/sum 2 3")
+    expect(ada.get_by_text("2 + 3 = 5", exact=True)).to_be_visible()
+    before = ada.locator("#clock").text_content()
+    expect(ada.locator("#clock")).not_to_have_text(before or "")
+
+
+def test_an_error_reply_is_shown(open_page: Open) -> None:
+    """The server's refusal is shown, and the line is kept until it is corrected."""
+    ada = open_page("Ada")
+    say(ada, "/sum 2 x")
+    expect(ada.get_by_role("alert")).to_contain_text("b: expected int, got str")
+    expect(box(ada)).to_have_value("/sum 2 x")
+    say(ada, "/sum 2 4")
+    expect(ada.get_by_text("2 + 4 = 6", exact=True)).to_be_visible()
+    expect(ada.get_by_role("alert")).to_have_count(0)
+    say(ada, "/dance")
+    expect(ada.get_by_role("alert")).to_contain_text("no command /dance")
+
+
+def test_a_refused_nickname_is_asked_for_again(open_page: Open) -> None:
+    """A name that the server does not take is shown with the reason, and the old one stays."""
+    ada = open_page("Ada")
+    say(ada, f"/nick {'n' * 25}")
+    expect(ada.get_by_role("alert")).to_contain_text("nick")
+    ada.get_by_role("button", name="Cancel").click()
+    expect(people(ada)).to_have_text(["Ada"])
+    say(ada, "Still me")
+    expect(ada.locator(".mine")).to_have_attribute("data-state", "")
+
+
+def test_both_come_back_after_a_crash(open_page: Open, own_server: Server) -> None:
+    """A killed server is noticed, what is written meanwhile waits, and all goes on by itself."""
+    ada, bob = open_page("Ada", own_server), open_page("Bob", own_server)
+    expect(people(ada)).to_have_text(["Ada", "Bob"])
+    own_server.kill()
+    for page in (ada, bob):
+        expect(page.get_by_role("button", name="Reconnect now")).to_be_visible()
+        expect(page.get_by_role("status")).to_have_text(re.compile("Connection lost|Connecting…"))
+    say(ada, "Written in between")
+    expect(ada.locator(".mine")).to_contain_text("Waiting to be sent")
+    own_server.start()
+    for page in (ada, bob):
+        expect(page.get_by_role("status")).to_have_text("Connected", timeout=2 * PATIENCE * 1000)
+        expect(page.get_by_role("button", name="Reconnect now")).to_be_hidden()
+    expect(ada.locator(".mine")).to_have_attribute("data-state", "")
+    expect(people(ada)).to_have_text(["Ada", "Bob"])
+    expect(people(bob)).to_have_text(["Bob", "Ada"])
+    say(bob, "Back again")
+    expect(bubble(ada, "Back again")).to_have_count(1)
+
+
+def test_reconnect_now(open_page: Open, own_server: Server) -> None:
+    """The button and the browser's ``online`` event try at once, however long the wait would be."""
+    ada = open_page("Ada", own_server)
+    now = ada.get_by_role("button", name="Reconnect now")
+    for retry in (now.click, lambda: ada.evaluate("dispatchEvent(new Event('online'))")):
+        ada.evaluate("Math.random = () => 1; attempts = 9")  # the longest wait
+        own_server.kill()
+        expect(ada.locator("#countdown")).to_have_text(re.compile(r"in 1\d s"))
+        own_server.start()
+        retry()
+        expect(ada.get_by_role("status")).to_have_text("Connected", timeout=8000)
+
+
+def test_a_message_cut_off_is_the_persons_choice(open_page: Open, own_server: Server) -> None:
+    """A message without an answer is marked, and sent again only on demand."""
+    ada = open_page("Ada", own_server)
+    ada.evaluate("socket.send = () => {}")  # a line that swallows what is sent
+    say(ada, "Did this arrive?")
+    own_server.kill()
+    expect(ada.locator(".mine")).to_contain_text("May not have arrived")
+    own_server.start()
+    expect(ada.get_by_role("status")).to_have_text("Connected", timeout=2 * PATIENCE * 1000)
+    ada.get_by_role("button", name="Send again").click()
+    expect(ada.locator(".mine")).to_have_attribute("data-state", "")
+    expect(ada.locator(".mine")).not_to_contain_text("May not have arrived")
+
+
+def test_the_keyboard_is_enough(open_page: Open, room: str) -> None:
+    """Name, message, new line, room and nickname: all without a mouse."""
+    ada = open_page()
+    expect(ada.get_by_label("Nickname")).to_be_focused()
+    ada.keyboard.press("Enter")
+    expect(ada.get_by_role("alert")).to_have_text("Please enter a nickname.")
+    ada.keyboard.press("Escape")
+    expect(ada.get_by_label("Nickname")).to_be_visible()
+    ada.get_by_label("Nickname").press_sequentially("Ada")
+    ada.keyboard.press("Enter")
+    expect(ada.get_by_role("status")).to_have_text("Connected")
+    expect(box(ada)).to_be_focused()
+    ada.keyboard.type("one")
+    ada.keyboard.press("Shift+Enter")
+    ada.keyboard.type("two")
+    ada.keyboard.press("Enter")
+    expect(ada.locator(".mine .bubble")).to_have_text("one\ntwo", use_inner_text=True)
+    tab_to(ada, ada.get_by_label("Join another room"))
+    ada.keyboard.type("Book Club")
+    ada.keyboard.press("Enter")
+    expect(ada.get_by_role("heading", level=1)).to_have_text("#book-club")
+    expect(ada).to_have_url(re.compile("#book-club$"))
+    expect(ada.get_by_role("status")).to_have_text("Connected")
+    tab_to(ada, ada.get_by_role("link", name=room))
+    ada.keyboard.press("Enter")
+    expect(ada.locator(".mine .bubble")).to_be_visible()
+    tab_to(ada, ada.get_by_role("button", name="Change nickname"))
+    ada.keyboard.press("Enter")
+    ada.keyboard.type("Countess")
+    ada.keyboard.press("Enter")
+    expect(people(ada)).to_have_text(["Countess"])
+    tab_to(ada, ada.get_by_role("button", name="Skip to the message box"))
+    ada.keyboard.press("Enter")
+    expect(box(ada)).to_be_focused()
+
+
+def tab_to(page: Page, target: Locator) -> None:
+    """Press Tab until the focus is on *target*; each stop on the way must show its focus."""
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        seen = page.evaluate(
+            """() => {
+                const at = document.activeElement;
+                const styles = [getComputedStyle(at), getComputedStyle(at.parentElement)];
+                return at === document.body
+                    || styles.some((s) => s.outlineStyle !== 'none' || s.boxShadow !== 'none');
+            }"""
+        )
+        assert seen, page.evaluate("document.activeElement.outerHTML")
+        if target.evaluate("element => element === document.activeElement"):
+            return
+    pytest.fail(f"Tab never reaches {target}")
+
+
+def test_the_page_remembers(open_page: Open) -> None:
+    """After a reload the nickname is known and the link still leads to the room."""
+    ada = open_page("Ada")
+    ada.reload()
+    expect(ada.get_by_role("status")).to_have_text("Connected")
+    expect(people(ada)).to_have_text(["Ada"])
+
+
+LANDMARKS: tuple[Literal["main", "log", "status"], ...] = ("main", "log", "status")
+
+
+@pytest.mark.parametrize("width", [375, 1200])
+def test_everything_has_a_name(open_page: Open, width: int) -> None:
+    """Each input and button has a name, each landmark is there, and nothing overflows sideways."""
+    ada = open_page("Ada", viewport={"width": width, "height": 740})
+    say(ada, "Hello https://example.com/" + "x" * 200)
+    say(ada, "/sum 1 x")
+    expect(ada.get_by_role("alert")).to_be_visible()
+    assert nameless(ada) == []
+    for drawer, side in (("^Rooms$", "rooms"), ("^Who is here", "people")):
+        button = ada.get_by_role("button", name=re.compile(drawer))
+        if width == 375:
+            button.click()
+            expect(ada.get_by_role("button", name=f"Close the list of {side}")).to_be_focused()
+            assert nameless(ada) == []
+            ada.keyboard.press("Escape")
+            expect(button).to_be_focused()
+    for landmark in LANDMARKS:
+        expect(ada.get_by_role(landmark)).to_have_count(1)
+    expect(ada.get_by_role("log")).to_have_attribute("aria-live", "polite")
+    assert ada.evaluate("document.documentElement.scrollWidth") == width
+    assert ada.evaluate("document.querySelector('.log').scrollWidth") <= width
+
+
+def nameless(page: Page) -> list[str]:
+    """The controls that a screen reader could not tell the name of."""
+    lines = page.locator("body").aria_snapshot().splitlines()
+    controls = [line for line in lines if re.match(r"\s*- '?(button|textbox|link)\b", line)]
+    assert len(controls) > 5
+    return [line for line in controls if not re.search(r'(button|textbox|link) "\w', line)]
+
+
+def test_two_browsers_and_a_program(open_page: Open, join: Join) -> None:
+    """Two pages and a client in Python share one room."""
+    ada, bob, program = open_page("Ada"), open_page("Bob"), join("Program")
+    for page in (ada, bob):
+        expect(page.get_by_role("list", name="Here now")).to_contain_text("Program")
+    program.request("say", text="I am a program")
+    for page in (ada, bob):
+        expect(bubble(page, "I am a program")).to_have_count(1)
+    say(ada, "Pleased to meet you")
+    said = next(frame for frame in iter(program.receive, None) if frame["type"] == "said")
+    assert said["payload"]["who"]["nick"] == "Ada"
+    assert said["payload"]["text"] == "Pleased to meet you"
+    expect(bubble(bob, "Pleased to meet you")).to_have_count(1)
+
+
+def take_screenshot(path: str) -> None:
+    """Two people at work in a room, as the documentation shows it."""
+    talk = [
+        ("Ada", "Morning! The release notes are ready: https://example.com/notes"),
+        ("Ada", "Could you try the reconnect screen before we ship?"),
+        ("Grace", "Just did. I stopped the server in the middle of a sentence."),
+        ("Ada", "And?"),
+        (
+            "Grace",
+            "It counted down, came back by itself, and what I had typed meanwhile went out.\n"
+            "Nothing to complain about.",
+        ),
+        ("Ada", "/sum 17 25"),
+    ]
+    server = Server()
+    try:
+        with chromium() as browser:
+            pages: dict[str, Page] = {}
+            for nick, name in (("Ada", "Ada Lovelace"), ("Grace", "Grace Hopper")):
+                context = browser.new_context(viewport={"width": 1200, "height": 800})
+                page = pages[nick] = context.new_page()
+                page.goto(f"{server.url}#design")
+                page.get_by_label("Nickname").fill(name)
+                page.get_by_role("button", name="Join the room").click()
+                expect(page.get_by_role("status")).to_have_text("Connected")
+            for nick, text in talk:
+                say(pages[nick], text)
+                for page in pages.values() if not text.startswith("/") else ():
+                    expect(bubble(page, text.splitlines()[0])).to_be_visible()
+            box(pages["Grace"]).press_sequentially("Ship")
+            expect(pages["Ada"].locator(".typing")).to_have_text("Grace Hopper is typing…")
+            expect(pages["Ada"].locator("#clock")).to_be_visible()
+            pages["Ada"].screenshot(path=path)
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    take_screenshot(sys.argv[1])

@@ -1,0 +1,77 @@
+"""The section "errors": what the program, the client and nobody is to blame for."""
+
+import pytest
+
+import pachinko
+from pachinko import Close, MessageError, PachinkoError
+
+
+def test_message_error_holds_its_details() -> None:
+    """A `MessageError` keeps the code, the message and whatever else goes to the client."""
+    error = MessageError("not_your_turn", "wait for bob", next="bob", in_seconds=3)
+    assert (error.code, error.message) == ("not_your_turn", "wait for bob")
+    assert error.details == {"next": "bob", "in_seconds": 3}
+
+
+def test_message_error_needs_only_a_code() -> None:
+    """The text of a `MessageError` is optional."""
+    error = MessageError("nope")
+    assert (error.code, error.message, error.details) == ("nope", "", {})
+
+
+def test_message_error_reads_as_code_and_message() -> None:
+    """A log line shows what the client was told."""
+    assert str(MessageError("not_your_turn", "wait for bob")) == "not_your_turn: wait for bob"
+
+
+@pytest.mark.parametrize(
+    "code", [1000, 1001, 1002, 1003, *range(1007, 1015), 3000, 3401, 3999, 4000, 4999]
+)
+def test_close_takes_the_codes_of_rfc_6455(code: int) -> None:
+    """`Close` takes every code that an endpoint may send."""
+    assert Close(code).code == code
+
+
+@pytest.mark.parametrize(
+    "code", [-1, 0, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65536]
+)
+def test_close_refuses_the_codes_that_no_endpoint_sends(code: int) -> None:
+    """Reserved and unassigned codes are refused where `Close` is made, with those to use."""
+    with pytest.raises(ValueError, match=rf"^{code} is no close code .* use 1000, or 4000 to 4999"):
+        Close(code)
+
+
+def test_close_is_normal_by_default() -> None:
+    """`Close()` is 1000 without a reason."""
+    assert (Close().code, Close().reason) == (1000, "")
+
+
+@pytest.mark.parametrize("reason", ["x" * 123, "é" * 61, "🂡" * 30])
+def test_close_takes_a_reason_that_fits_its_frame(reason: str) -> None:
+    """A reason of up to 123 bytes of UTF-8 is taken."""
+    assert Close(4000, reason).reason == reason
+
+
+@pytest.mark.parametrize("reason", ["x" * 124, "é" * 62, "🂡" * 31])
+def test_close_refuses_a_reason_that_does_not_fit(reason: str) -> None:
+    """A reason of more than 123 bytes, not characters, is refused."""
+    with pytest.raises(ValueError, match="at most 123 bytes"):
+        Close(4000, reason)
+
+
+def test_close_reads_as_code_and_reason() -> None:
+    """A log line shows code and reason."""
+    assert str(Close(4001, "kicked")) == "4001 kicked"
+
+
+def test_the_three_errors_are_told_apart_by_class() -> None:
+    """None of the three is a kind of another, so that ``except`` can tell whose mistake it is."""
+    classes = (PachinkoError, MessageError, Close)
+    assert all(issubclass(cls, Exception) for cls in classes)
+    assert not any(issubclass(a, b) for a in classes for b in classes if a is not b)
+
+
+@pytest.mark.parametrize("name", pachinko.__all__)
+def test_every_public_name_exists(name: str) -> None:
+    """What ``__all__`` promises is there, with a docstring."""
+    assert getattr(pachinko, name).__doc__

@@ -1,0 +1,208 @@
+"""What type checkers see of Pachinko. Never run: mypy and pyright check it, both strict.
+
+The lines with an ignored error must be errors: both checkers complain of a needless ignore.
+"""
+
+import concurrent.futures
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, assert_type
+
+import attrs
+import falcon.asgi
+
+from pachinko import (
+    Close,
+    Connection,
+    Envelope,
+    Hub,
+    MessageError,
+    Pachinko,
+    PachinkoError,
+    hub,
+    message,
+)
+
+app = falcon.asgi.App()
+ws = Pachinko(app, "/ws/{room}")
+assert_type(ws, Pachinko)
+assert_type(hub, Hub)
+
+
+# Message classes have the constructor that their fields make.
+
+
+@message("say")
+class Say:
+    text: str
+
+
+@message("said")
+class Said:
+    who: str
+    text: str
+    at: float = 0.0
+
+
+@message("chosen")
+@attrs.define
+class Chosen:
+    numbers: list[int] = attrs.field(factory=list[int])
+
+
+assert_type(Say("hello"), Say)
+assert_type(Say(text="hello").text, str)
+assert_type(Said("a", "hello").at, float)
+assert_type(Chosen([1]).numbers, list[int])
+
+
+def wrong_messages() -> None:
+    Say(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Say()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    Say(txt="hello")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    Said("a", "hello", "now")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Say("hello").text = "bye"  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    message(Say)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+# Decorators return the function unchanged, so that it can be called with its own types.
+
+
+@ws.connect
+async def arrive(conn: Connection, room: str) -> None:
+    await hub.join(f"room:{room}", conn)
+
+
+@ws.on(Say)
+async def say(conn: Connection, msg: Say) -> None:
+    await hub.send(f"room:{conn.params['room']}", Said(conn.id, msg.text))
+
+
+@ws.on("sum", concurrent=True)
+async def add(conn: Connection, *, a: int, b: int = 0) -> int:
+    return a + b
+
+
+@ws.on("count")
+async def count(conn: Connection, *, to: int) -> AsyncIterator[int]:
+    for number in range(to):
+        yield number
+
+
+@ws.fallback
+async def other(conn: Connection, frame: str) -> Said:
+    return Said(conn.id, frame)
+
+
+@ws.binary
+async def upload(conn: Connection, data: bytes) -> None:
+    await conn.send("size", {"bytes": len(data)})
+
+
+@ws.middleware
+async def timed(
+    conn: Connection, envelope: Envelope, call_next: Callable[[], Awaitable[Any]]
+) -> Any:
+    assert_type(envelope.type, str)
+    assert_type(envelope.id, str | int | None)
+    envelope.id = 5  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    return await call_next()
+
+
+@ws.error(ZeroDivisionError)
+async def infinite(conn: Connection, exc: ZeroDivisionError) -> MessageError:
+    return MessageError("infinite", "no number is that large", status=400)
+
+
+@ws.worker
+async def clock() -> None:
+    await hub.broadcast("tick")
+
+
+@ws.disconnect
+async def leave(conn: Connection) -> None:
+    assert_type(conn.close_code, int | None)
+    await hub.send(f"room:{conn.params['room']}", "left", {"who": conn.id}, exclude=conn)
+
+
+async def call_handlers(conn: Connection) -> None:
+    assert_type(await arrive(conn, "1"), None)
+    assert_type(await arrive(conn, room="1"), None)
+    assert_type(await say(conn, Say("hello")), None)
+    assert_type(await add(conn, a=1), int)
+    assert_type(count(conn, to=3), AsyncIterator[int])
+    assert_type(await other(conn, "{"), Said)
+    assert_type(await upload(conn, b""), None)
+    assert_type(await infinite(conn, ZeroDivisionError()), MessageError)
+    assert_type(await clock(), None)
+    assert_type(await leave(conn), None)
+
+
+async def call_handlers_wrongly(conn: Connection) -> None:
+    await say(conn, "hello")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await add(conn, a="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await add(conn, 1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    count(conn, to="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+# The connection and the hub.
+
+
+async def use_connection(conn: Connection) -> None:
+    assert_type(conn.id, str)
+    assert_type(conn.req, falcon.asgi.Request)
+    assert_type(conn.ws, falcon.asgi.WebSocket)
+    assert_type(conn.params, dict[str, Any])
+    assert_type(conn.groups, frozenset[str])
+    assert_type(conn.closed, bool)
+    assert_type(conn.user, str | None)
+    conn.user = "ada"
+    assert_type(await conn.send(Say("hello")), None)
+    assert_type(await conn.close(4000, "bye"), None)
+    assert_type(await conn.join("room:1"), None)
+    assert_type(await conn.leave("room:1"), None)
+    conn.user = 5  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    conn.groups = frozenset()  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    await conn.close("bye")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def use_hub(conn: Connection) -> None:
+    await hub.send("room:1", Say("hello"), exclude=[conn, "an-id"])
+    await hub.broadcast("news", {"title": "Pachinko"}, exclude=conn.id)
+    await hub.send_to(conn, "note")
+    await hub.send_to(conn.id, Say("hello"))
+    await hub.send_to_user("ada", Say("hello"))
+    await hub.close_group("room:1", 4000, "over")
+    assert_type(hub.members("room:1"), frozenset[Connection])
+    assert_type(hub.connections, frozenset[Connection])
+    assert_type(hub.groups, frozenset[str])
+    assert_type(hub.stats(), dict[str, int])
+    await hub.send(1, Say("hello"))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await hub.join("room:1", "id")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def use_hub_from_a_thread(conn: Connection) -> None:
+    sent = hub.call_threadsafe(hub.send, "room:1", Say("hello"), exclude=conn)
+    assert_type(sent, concurrent.futures.Future[None])
+    members = hub.call_threadsafe(hub.members, "room:1")
+    assert_type(members.result(timeout=1), frozenset[Connection])
+    hub.call_threadsafe(hub.send)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    hub.call_threadsafe(hub.send, 1, "hello")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue,reportArgumentType]
+
+
+# Options and errors.
+
+
+def options() -> None:
+    Pachinko()
+    Pachinko(app, "/a", origins="*", rate=(20, 1.0), hub=Hub())
+    Pachinko(app, "/b", origins=["https://example.com"], overflow="drop_oldest")
+    Pachinko(app, "/c", overflow="wait")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Pachinko(app, "/d", hub)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    app.add_route("/e/{room}", ws)
+    app.add_middleware(ws)
+
+
+def errors() -> None:
+    assert_type(Close(4000, "bye").code, int)
+    assert_type(MessageError("not_your_turn", "wait", turn="ada").code, str)
+    raise PachinkoError("a mistake")
