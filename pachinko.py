@@ -1803,11 +1803,12 @@ class Dispatcher:
         tasks = frozenset(conn._tasks)
         left = conn._ended + self._limits.linger - asyncio.get_running_loop().time()
         try:
-            await asyncio.wait(tasks, timeout=max(0.0, left))
+            await asyncio.wait(tasks, timeout=0 if is_cancelled() else max(0, left))
         finally:
             for task in tasks:
                 task.cancel()
-        _, stuck = await asyncio.wait(tasks, timeout=self._limits.linger)
+        patience = _GOODBYE if is_cancelled() else self._limits.linger
+        _, stuck = await asyncio.wait(tasks, timeout=patience)
         for task in stuck:
             extra = {"connection_id": conn.id}
             logger.error("a handler ignores its cancellation: %r", task, extra=extra)
