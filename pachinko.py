@@ -44,9 +44,20 @@ import sys
 import time
 import types
 import typing
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
-from collections.abc import Coroutine, Generator
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
+)
 from datetime import date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
@@ -64,11 +75,13 @@ import falcon.inspect
 import msgspec
 from cattrs.gen import typeddicts
 
-__all__ = ("Close", "Connection", "Envelope", "Hub", "MessageError", "Pachinko", "PachinkoError")
-__all__ += ("hub", "message")
+__all__ = [
+    "Close", "Connection", "Envelope", "Hub", "MessageError", "Pachinko", "PachinkoError", "hub",
+    "message",
+]  # fmt: skip
 __version__ = "0.1.0"
 
-logger = logging.getLogger("pachinko")
+logger: logging.Logger = logging.getLogger("pachinko")
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -128,7 +141,7 @@ class Close(Exception):
 _MAX_DEPTH = 128  # of arrays and objects in a frame; far below where recursive code gives up
 _NOT_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[^][{}"]+', re.DOTALL)
 _RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
-_JSON_NAMES = {dict: "object", list: "array", type(None): "null"}
+_JSON_NAMES: dict[Any, str] = {dict: "object", list: "array", types.NoneType: "null"}
 
 
 @attrs.frozen
@@ -216,7 +229,7 @@ def message(type: str) -> Callable[[type[T]], type[T]]:
             raise PachinkoError(f'@message("{type}") goes above a class, not above {cls!r}')
         if "__attrs_attrs__" not in vars(cls) and "__dataclass_fields__" not in vars(cls):
             cls = attrs.frozen(_check_plain(cls))
-        cls.__message_type__ = type
+        setattr(cls, "__message_type__", type)  # noqa: B010 - it is declared on no class
         with contextlib.suppress(NameError):  # of a class further down: registration resolves it
             resolve_class(cls, *namespaces)
         return cls
@@ -300,10 +313,11 @@ def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -
 # wording for all of them; what cattrs would iterate over whatever it is gets its kind checked.
 
 _MAX_ERRORS = 100  # in one reply: a frame of max_size has room for hundreds of thousands
-_MAX_EXPLAINED = 16_384  # bytes of JSON; of a larger payload, only its first error is told
+_MAX_EXPLAINED = 16_384  # bytes of JSON: to find all errors of 1 MiB blocks for seconds
 _KEY_SHOWN = 64  # characters of a client's own key in a path
-_LEAVES = {str, int, float, bool, types.NoneType, bytes, datetime, date, time_of_day, timedelta}
-_LEAVES |= {UUID, Decimal}
+_LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal}.union(
+    (datetime, date, time_of_day, timedelta)
+)
 _UNIONS: tuple[Any, ...] = (Union, types.UnionType)
 _QUALIFIERS = (typing.Annotated, typing.Required, typing.NotRequired)
 
@@ -400,7 +414,7 @@ def _leaf_hook(t: Any) -> Hook:
     values = [getattr(choice, "value", choice) for choice in named]
     choices = {(type(value), value): c for value, c in zip(values, named, strict=True)}
     names = [_encode(value).decode() for value in values]
-    names += [_JSON_NAMES.get(leaf, leaf.__name__) for leaf in leaves]
+    names += [_JSON_NAMES.get(leaf) or str(leaf.__name__) for leaf in leaves]
 
     def structure(value: Any, _: Any) -> Any:
         with contextlib.suppress(KeyError, TypeError):  # TypeError: not hashable
@@ -415,7 +429,8 @@ def _leaf_hook(t: Any) -> Hook:
 
 def _with_text_keys(t: Any, converter: cattrs.Converter) -> Any:
     """``dict[int, …]`` with keys that are read from text: JSON has no others."""
-    cls, args = _class_of(t), get_args(t)
+    cls: Any = _class_of(t)
+    args = get_args(t)
     if cls is None or not issubclass(cls, Mapping) or len(args) != 2 or args[0] is str:
         return t
     hook = converter.get_structure_hook(args[0])
@@ -474,7 +489,8 @@ def _validating_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
         except (AttributeError, cattrs.StructureHandlerNotFoundError):
             return None  # it looks at the instance, or the type is generic: attrs' error remains
         except Exception as exc:
-            exc.add_note(cattrs.AttributeValidationNote("", field.name, field.type))
+            note: Any = cattrs.AttributeValidationNote
+            exc.add_note(note("", field.name, field.type))
             return exc
         return None
 
@@ -554,11 +570,10 @@ def _path_step(exc: BaseException, cls: Any) -> str:
 class Codec:
     """From JSON values to what handlers take, and from what they return to the text of a frame."""
 
-    __slots__ = ("_hasty", "converter")
-
     def __init__(self, converter: cattrs.Converter | None = None) -> None:
-        self.converter = self._hasty = strict_converter() if converter is None else converter
-        if converter is None:  # to find every wrong field of a large payload blocks for seconds
+        self.converter: cattrs.Converter = strict_converter() if converter is None else converter
+        self._hasty = self.converter
+        if converter is None:  # one that stops at the first error, for what is nearly always valid
             self._hasty = self.converter.copy(detailed_validation=False)
 
     def check(self, annotation: Any, namespaces: Namespaces, seen: list[Any]) -> None:
@@ -588,11 +603,15 @@ class Codec:
         if annotation is Any:
             return payload
         try:
-            is_large = len(_encode(payload)) > _MAX_EXPLAINED
-            return (self._hasty if is_large else self.converter).structure(payload, annotation)
+            return self._hasty.structure(payload, annotation)
         except Exception as exc:  # a user's hook or validator may raise anything
-            errors = list(itertools.islice(explain(exc), _MAX_ERRORS + 1))
-        raise invalid_payload(type, errors)
+            error = exc
+        try:
+            if self._hasty is not self.converter and len(_encode(payload)) <= _MAX_EXPLAINED:
+                self.converter.structure(payload, annotation)
+        except Exception as exc:
+            error = exc
+        raise invalid_payload(type, list(itertools.islice(explain(error), _MAX_ERRORS + 1)))
 
     def encode(self, type: str, payload: Any, declared: Any = None, **fields: Any) -> bytes:
         """The frame for *payload*, as *declared* where given, with *fields* beside it."""
@@ -615,8 +634,8 @@ def invalid_payload(type: str, errors: Errors) -> MessageError:
 # Everything about a function is settled when it is registered: what it takes, how its payload is
 # structured, whether it streams. A message in flight only looks its handler up and calls it.
 
-_ROUTED_BY_FALCON = {f"on_{verb.lower()}" for verb in falcon.constants.COMBINED_METHODS}
-_ROUTED_BY_FALCON -= {"on_connect"}  # nobody routes HTTP's CONNECT
+_VERBS = set(falcon.constants.COMBINED_METHODS) - {"CONNECT"}  # which nobody routes
+_ROUTED_BY_FALCON = {f"on_{verb.lower()}" for verb in _VERBS}
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _EMPTY = inspect.Parameter.empty
@@ -890,7 +909,7 @@ def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> N
 
 _READ_AHEAD = 8  # frames: enough to notice a disconnect behind some messages, and bounded
 _BURST = 32  # messages that code may send in a row before others get a turn
-_GOODBYE = 1.0  # seconds that the close frame of an evicted client is tried for
+_GOODBYE = 1.0  # seconds for what cannot be waited for: an evicted client's close frame, say
 
 
 class State(enum.Enum):
@@ -937,7 +956,8 @@ def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """A task that runs at once up to where it first waits; before Python 3.12, a plain one."""
     if sys.version_info >= (3, 12):
         return asyncio.Task(coroutine, loop=asyncio.get_running_loop(), eager_start=True)
-    return asyncio.get_running_loop().create_task(coroutine)
+    else:
+        return asyncio.get_running_loop().create_task(coroutine)
 
 
 def text_event(data: bytes) -> Event:
@@ -1070,38 +1090,39 @@ class Rate:
         return self._refused > 10 * self.count
 
 
-def _at_least(least: float) -> Any:
+def _option(is_valid: Callable[[Any], bool], kind: str) -> Any:
     def check(_: Any, field: Any, value: Any) -> None:
-        if type(value) not in (int, type(least)) or not value >= least:
-            raise PachinkoError(f"{field.name} is a number of at least {least}, got {value!r}")
+        if not is_valid(value):
+            raise PachinkoError(f"{field.name} is {kind}, got {value!r}")
 
     return attrs.field(validator=check)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_seconds(value: Any) -> bool:
+    return type(value) in (int, float) and value >= 0
+
+
+def _is_rate(value: Any) -> bool:
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return value is None or (is_pair and _is_count(value[0]) and _is_seconds(value[1]) and value[1])
 
 
 @attrs.frozen(kw_only=True)
 class Limits:
     """The options of an endpoint that bound what one connection may use."""
 
-    max_size: int = _at_least(1)
-    rate: tuple[int, float] | None = attrs.field()
-    outbox: int = _at_least(1)
-    outbox_bytes: int = _at_least(1)
-    overflow: Literal["close", "drop_oldest"] = attrs.field()
-    send_timeout: float = _at_least(0.0)
-    linger: float = _at_least(0.0)
-    max_concurrent: int = _at_least(1)
-
-    @overflow.validator
-    def _check_overflow(self, _: Any, value: Any) -> None:
-        if value not in ("close", "drop_oldest"):
-            raise PachinkoError(f'overflow is "close" or "drop_oldest", got {value!r}')
-
-    @rate.validator
-    def _check_rate(self, _: Any, value: Any) -> None:
-        with contextlib.suppress(TypeError, LookupError):
-            if value is None or (value[0] >= 1 and value[1] > 0 and len(value) == 2):
-                return
-        raise PachinkoError(f"rate is (messages, seconds), such as (20, 1.0), got {value!r}")
+    max_size: int = _option(_is_count, "a number of bytes, at least 1")
+    rate: tuple[int, float] | None = _option(_is_rate, "(messages, seconds), such as (20, 1.0)")
+    outbox: int = _option(_is_count, "a number of messages, at least 1")
+    outbox_bytes: int = _option(_is_count, "a number of bytes, at least 1")
+    overflow: str = _option(("close", "drop_oldest").__contains__, '"close" or "drop_oldest"')
+    send_timeout: float = _option(_is_seconds, "a number of seconds, at least 0")
+    linger: float = _option(_is_seconds, "a number of seconds, at least 0")
+    max_concurrent: int = _option(_is_count, "a number of tasks, at least 1")
 
 
 @attrs.define(eq=False, repr=False)
@@ -1236,7 +1257,7 @@ class Connection:
             raise self._disconnected() from None
 
     @contextlib.asynccontextmanager
-    async def _waiting(self) -> AsyncIterator[asyncio.Timeout]:
+    async def _waiting(self) -> AsyncGenerator[asyncio.Timeout, None]:
         """Around a wait for a client that is behind; one that stays so for too long is evicted."""
         try:
             async with asyncio.timeout(self._limits.send_timeout) as patience:
@@ -1354,6 +1375,8 @@ class Connection:
         if self._state is not State.CONNECTING:
             self._end(State.CLOSING)
         self._state = State.CLOSING
+        if self._handling and self._ahead is not None:
+            self._ahead.cancel()  # granian's send(close) waits while a receive is pending
         if self._writing:
             self._queue().put(last)
         else:
@@ -1361,8 +1384,7 @@ class Connection:
 
     def _gone(self, code: int) -> None:
         """The server has reported that the client is gone."""
-        if self.close_code is None:
-            self.close_code = code
+        self.close_code = code if self.close_code is None else self.close_code
         self._lost()
 
     def _lost(self) -> None:
@@ -1380,7 +1402,8 @@ class Connection:
         """Give the close frame its time, then make sure that nothing waits for this client."""
         try:
             if self._goodbye is not None:
-                patience = _GOODBYE if self.close_code == 1013 else self._limits.send_timeout
+                is_urgent = self.close_code in (1012, 1013)  # the shutdown's, or a slow client's
+                patience = _GOODBYE if is_urgent else self._limits.send_timeout
                 await asyncio.wait([self._goodbye], timeout=patience)
                 if not self.ws.closed:
                     abandon(self.ws)
@@ -1661,18 +1684,28 @@ class Hub:
         if crowded:  # it may be behind only because this code has not let go of the loop
             await asyncio.sleep(0)
 
+    @typing.overload
     def call_threadsafe(
-        self, function: Callable[P, Awaitable[T] | T], *args: P.args, **kwargs: P.kwargs
-    ) -> concurrent.futures.Future[T]:
+        self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> concurrent.futures.Future[T]: ...
+
+    @typing.overload
+    def call_threadsafe(
+        self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> concurrent.futures.Future[T]: ...
+
+    def call_threadsafe(
+        self, function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> concurrent.futures.Future[Any]:
         """Call a method of the hub from any thread: ``hub.call_threadsafe(hub.send, "room:1", …)``.
 
         The future gives what the method returns or raises. Raises `PachinkoError` when no app
         is running.
         """
 
-        async def call() -> T:
+        async def call() -> Any:
             result = function(*args, **kwargs)
-            return await result if inspect.isawaitable(result) else cast(T, result)
+            return await result if inspect.isawaitable(result) else result
 
         calling = call()
         try:
@@ -1708,7 +1741,7 @@ def _is_accepted(conn: Connection) -> bool:
     return conn._state is not State.CONNECTING
 
 
-hub = Hub()
+hub: Hub = Hub()
 """The hub of the process. It holds no event loop and no connection before an app starts."""
 
 
@@ -1771,9 +1804,8 @@ class Dispatcher:
             async with asyncio.timeout(None) as conn._life:
                 while (event := await conn._receive()) is not None:
                     await self._handle(conn, event)
-        except TimeoutError:  # closed by other code while reading, or the linger is over
-            if not conn.closed:
-                raise
+        except TimeoutError:  # of `_life`: closed by other code while reading, or lingered enough
+            pass
         finally:
             conn._life = None
             await self.finish(conn)
@@ -1984,14 +2016,13 @@ class Dispatcher:
             return  # its own client is gone, which ends a handler quietly
         try:
             outcome = await self._outcome(conn, exc, type)
-            if isinstance(outcome, Close):
-                conn._close(outcome)
-            elif isinstance(outcome, MessageError):
-                await self._send_error(conn, outcome, id)
-            elif type is not None:
-                await self._answer(conn, type, id, outcome, None)
-        except falcon.WebSocketDisconnected:
-            pass
+            with contextlib.suppress(falcon.WebSocketDisconnected):
+                if isinstance(outcome, Close):
+                    conn._close(outcome)
+                elif isinstance(outcome, MessageError):
+                    await self._send_error(conn, outcome, id)
+                elif type is not None:
+                    await self._answer(conn, type, id, outcome, None)
         except Exception as second:  # its outcome cannot be encoded
             log_failure("the answer to an error", second, conn, type)
             await self._send_error(conn, _internal_error(), id)
@@ -2023,6 +2054,7 @@ def _internal_error() -> MessageError:
 
 # ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
 
+_FAREWELL = 5.0  # seconds for disconnect handlers at shutdown, behind what lingers
 _FALCONS_QUEUE = 4  # the default of falcon's ws_options.max_receive_queue
 _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start
 
@@ -2066,10 +2098,10 @@ class Pachinko:
             overflow=overflow, send_timeout=send_timeout, linger=linger,
             max_concurrent=max_concurrent,
         )  # fmt: skip
+        if not isinstance(hub, Hub):
+            raise PachinkoError(f"write hub=Hub() for a hub of its own, got {hub!r}")
         self._hub, self._app, self._path = hub, app, path
-        self._origins = None if origins is None else frozenset(["*"])
-        if origins is not None and origins != "*":
-            self._origins = frozenset(_origin(name) for name in _texts(origins, "origins"))
+        self._origins = None if origins is None else _origins(origins)
         self._subprotocols = _texts(subprotocols, "subprotocols")
         self._routes = Routes()
         self._dispatcher = Dispatcher(self._routes, hub, self._limits)
@@ -2292,7 +2324,7 @@ class Pachinko:
                 conn._close(Close(1012, "the server shuts down"))
         ending = {*self._workers, *self._serving}
         if ending:
-            await asyncio.wait(ending, timeout=self._limits.linger)
+            await asyncio.wait(ending, timeout=self._limits.linger + _FAREWELL)
         self._loop = None
         self._hub._stop(self)
 
@@ -2343,15 +2375,17 @@ def _is_same_host(origin: str, host: str) -> bool:
     return False
 
 
-def _origin(name: str) -> str:
-    parts = urlsplit(name)
-    if not parts.netloc or parts.path or parts.query:
-        raise PachinkoError(f'origins are like "https://example.com" or "*", got {name!r}')
-    return name.lower()
+def _origins(value: Iterable[str]) -> frozenset[str]:
+    names = ("*",) if value == "*" else _texts(value, "origins")
+    for name in names:
+        parts = urlsplit(name)
+        if name != "*" and (not parts.netloc or parts.path or parts.query):
+            raise PachinkoError(f'origins are like "https://example.com" or "*", got {name!r}')
+    return frozenset(name.lower() for name in names)
 
 
-def _texts(value: Iterable[str], option: str) -> tuple[str, ...]:
-    texts = () if isinstance(value, str) else tuple(value)
-    if isinstance(value, str) or not all(isinstance(text, str) for text in texts):
-        raise PachinkoError(f"{option} is a list of str; write {option}=[{value!r}]")
-    return texts
+def _texts(value: Any, option: str) -> tuple[str, ...]:
+    texts = value if isinstance(value, Iterable) and not isinstance(value, str) else (None,)
+    if not all(isinstance(text, str) for text in texts):
+        raise PachinkoError(f"{option} is a list of str; write {option}=[{str(value)!r}]")
+    return tuple(texts)

@@ -286,6 +286,26 @@ async def test_senders_behind_a_stalled_client_learn_that_it_is_gone() -> None:
         await until(lambda: codes)
 
 
+async def test_an_eviction_wakes_the_sender_that_writes() -> None:
+    """Whoever waits for the evicted client learns it at once, not after `send_timeout`."""
+    ws, codes = endpoint(outbox=1)
+    async with serving(ws._app) as server, Stalled(server.url + "/ws"):
+        (conn,) = ws._hub.connections
+
+        async def flood() -> None:
+            while True:
+                await conn.send("fill", BIG)
+
+        sender = asyncio.create_task(flood())
+        await until(lambda: conn._writing)
+        for _ in range(3):
+            await ws._hub.send("all", "n", BIG)
+        with pytest.raises(falcon.WebSocketDisconnected):
+            await asyncio.wait_for(sender, PATIENCE)
+        await until(lambda: codes)
+    assert codes == [1013]
+
+
 async def test_a_cancelled_sender_leaves_the_others_in_order() -> None:
     """Cancelling the write in progress hands the outbox over to a writer."""
     ws, _ = endpoint()

@@ -481,8 +481,10 @@ async def test_a_rate_refuses_and_then_closes() -> None:
         assert answer["id"] == 5 and answer["payload"]["code"] == "rate_limited"
         assert 0 < answer["payload"]["retry_after"] <= 60
         assert await client.error("no json") == ("rate_limited", None)
+        await client.raw(b"one too many")
+        assert (await client.receive())["payload"]["code"] == "rate_limited"
         await client.send("complete", id=1)  # stopping a stream is always allowed
-        for _ in range(19):
+        for _ in range(18):
             await client.send("one")
         await client.raw(b"x")
         assert (await client.closed())[0] == 1008
@@ -822,6 +824,46 @@ async def test_close_in_a_stream_closes() -> None:
         assert (await client.closed())[0] == 4002
 
 
+async def test_a_stream_that_closes_the_connection_goes_on_by_itself() -> None:
+    """`conn.close` in a stream does not cancel that stream, only the others."""
+    ws = endpoint()
+    seen: list[str] = []
+
+    @ws.on("quit")
+    async def quit(conn: Connection) -> AsyncIterator[int]:
+        await conn.close(4003)
+        await asyncio.sleep(0)
+        seen.append("went on")
+        yield 1
+
+    async with Session(ws) as client:
+        await client.send("quit", id=1)
+        assert (await client.closed())[0] == 4003
+        await until(lambda: not ws._serving)
+    assert seen == ["went on"]
+
+
+async def test_an_answer_to_a_client_that_has_gone_is_dropped() -> None:
+    """An error handler's answer finds nobody, which is no error."""
+    ws = endpoint()
+    seen: list[str] = []
+
+    @ws.error(KeyError)
+    async def failed(conn: Connection, exc: KeyError) -> str:
+        await conn.close()
+        seen.append("answered")
+        return "an answer"
+
+    @ws.on("fail")
+    async def fail(conn: Connection) -> None:
+        raise KeyError
+
+    async with Session(ws) as client:
+        await client.send("fail", id=1)
+        await client.closed()
+    assert seen == ["answered"]
+
+
 # The end of a connection
 
 
@@ -1076,18 +1118,38 @@ async def test_sigterm_runs_disconnect_handlers_with_open_connections() -> None:
         await asyncio.Event().wait()
         yield
 
-    async with serving(ws._app) as server:
-        async with (
-            connect(server.url + "/ws"),
-            connect(server.url + "/ws") as busy,
-            connect(server.url + "/ws") as streaming,
-        ):
-            await busy.send("handler", id=1)
-            await streaming.send("stream", id=1)
-            await until(lambda: len(started) == 2)
-            await server.stop()
-            await clean(ws, codes, 3)
+    async with (
+        serving(ws._app) as server,
+        connect(server.url + "/ws"),
+        connect(server.url + "/ws") as busy,
+        connect(server.url + "/ws") as streaming,
+    ):
+        await busy.send("handler", id=1)
+        await streaming.send("stream", id=1)
+        await until(lambda: len(started) == 2)
+        await server.stop()
+        await clean(ws, codes, 3)
     assert codes == [1012] * 3
+
+
+async def test_a_cancellation_during_disconnect_spares_the_other_handlers() -> None:
+    """When the server cancels while disconnect handlers run, the rest of them still do."""
+    ws = endpoint()
+    entered = asyncio.Event()
+
+    @ws.disconnect
+    async def slow(conn: Connection) -> None:
+        entered.set()
+        await asyncio.Event().wait()
+
+    codes = recording(ws)
+    async with Session(ws) as client:
+        (task,) = ws._serving
+        await client.close()
+        await asyncio.wait_for(entered.wait(), PATIENCE)
+        task.cancel()
+        await clean(ws, codes)
+    assert codes == [1000]
 
 
 async def test_a_handler_that_ignores_its_cancellation_holds_up_nobody(
@@ -1120,13 +1182,15 @@ async def test_a_handler_that_ignores_its_cancellation_holds_up_nobody(
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 envelopes = st.fixed_dictionaries(
     {},
     optional={
-        "type": st.sampled_from(["sum", "said", "any", "count", "complete", "error"]) | json_values,
+        "type": st.sampled_from(["sum", "said", "any", "complete", "error"]) | json_values,
         "id": st.integers(0, 3) | json_values,
         "payload": st.fixed_dictionaries({"a": json_values}) | json_values,
         "extra": json_values,
@@ -1153,10 +1217,6 @@ class Talk:
         async def any_(conn: Connection, value: Any) -> Any:
             return value
 
-        @ws.on("count")
-        async def count(conn: Connection) -> AsyncIterator[int]:
-            yield 1
-
         self.session = Session(ws)
 
     async def outcomes(self, client: Client, frame: str) -> list[dict[str, Any]]:
@@ -1180,9 +1240,11 @@ def test_any_json_value_gets_one_defined_outcome() -> None:
             text = json.dumps(frame)
             answers = runner.run(talk.outcomes(client, text))
             for answer in answers:
-                assert answer["payload"]["code"] != "internal_error" if (
-                    answer["type"] == "error"
-                ) else answer["type"] == "complete" or answer["type"].endswith(".reply")
+                assert (
+                    answer["payload"]["code"] != "internal_error"
+                    if (answer["type"] == "error")
+                    else answer["type"] == "complete" or answer["type"].endswith(".reply")
+                )
             final = [answer for answer in answers if "more" not in answer]
             assert len(final) <= 1, (frame, answers)
             if isinstance(frame, dict) and frame.get("type") in ("sum", "said", "any"):

@@ -1031,16 +1031,17 @@ def test_a_second_pachinko_on_a_path_is_refused(path: str) -> None:
         ({"rate": (1,)}, "rate is (messages, seconds)"),
         ({"rate": (1, 2, 3)}, "rate is (messages, seconds)"),
         ({"rate": ("1", "s")}, "rate is (messages, seconds)"),
-        ({"outbox": 0}, "outbox is a number of at least 1, got 0"),
-        ({"outbox": "9"}, "outbox is a number of at least 1, got '9'"),
+        ({"outbox": 0}, "outbox is a number of messages, at least 1, got 0"),
+        ({"outbox": "9"}, "outbox is a number of messages, at least 1, got '9'"),
         ({"outbox": True}, "outbox is a number"),
-        ({"outbox_bytes": 0}, "outbox_bytes is a number of at least 1"),
-        ({"max_size": 0}, "max_size is a number of at least 1"),
-        ({"max_concurrent": 0}, "max_concurrent is a number of at least 1"),
-        ({"send_timeout": -1}, "send_timeout is a number of at least 0.0, got -1"),
-        ({"send_timeout": None}, "send_timeout is a number of at least 0.0"),
-        ({"linger": -0.5}, "linger is a number of at least 0.0"),
-        ({"linger": float("nan")}, "linger is a number of at least 0.0"),
+        ({"origins": 5}, "origins is a list of str"),
+        ({"outbox_bytes": 0}, "outbox_bytes is a number of bytes, at least 1"),
+        ({"max_size": 0}, "max_size is a number of bytes, at least 1"),
+        ({"max_concurrent": 0}, "max_concurrent is a number of tasks, at least 1"),
+        ({"send_timeout": -1}, "send_timeout is a number of seconds, at least 0, got -1"),
+        ({"send_timeout": None}, "send_timeout is a number of seconds, at least 0"),
+        ({"linger": -0.5}, "linger is a number of seconds, at least 0"),
+        ({"linger": float("nan")}, "linger is a number of seconds, at least 0"),
         (
             {"origins": "https://example.com"},
             "origins is a list of str; write origins=['https://example.com']",
@@ -1121,3 +1122,9 @@ async def test_the_parts_work_together() -> None:
             {"path": "$.payload.b", "message": "expected int, got null"},
         ]
         assert (await client.ask("room.count_up"))["more"] is True
+
+
+def test_a_hub_that_is_none_is_refused() -> None:
+    """`hub=` takes a `Hub`."""
+    hub: Any = 5
+    assert refusal(lambda: Pachinko(hub=hub)) == "write hub=Hub() for a hub of its own, got 5"

@@ -1,4 +1,5 @@
 import falcon.asgi
+
 from pachinko import Connection, Pachinko, hub, message
 
 app = falcon.asgi.App()

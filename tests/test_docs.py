@@ -1,0 +1,752 @@
+"""What the README, the pages in ``docs`` and the docstrings show and claim is run here."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import configparser
+import contextlib
+import decimal
+import functools
+import inspect
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import types
+import typing
+import urllib.request
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from datetime import UTC, date, datetime, time, timedelta
+from pathlib import Path
+from typing import Any
+
+import cattrs
+import falcon.asgi
+import playwright.async_api
+import pytest
+from falcon.testing import ASGIConductor
+from support import PATIENCE, Server, connect, serving, until
+
+import pachinko
+from pachinko import Connection, Hub, Pachinko, PachinkoError, hub
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"`([^`\n]+)`")
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced code of *page* in *language*, with empty lines before: as many as on the page."""
+    text = page.read_text()
+    found = [match for match in BLOCK.finditer(text) if match[1] == language]
+    return ["\n" * text.count("\n", 0, match.start(2)) + match[2] for match in found]
+
+
+def prose(page: Path) -> str:
+    """The text of *page* without its fenced code."""
+    return BLOCK.sub("", page.read_text())
+
+
+def tables(page: Path, *columns: str) -> list[list[str]]:
+    """The rows of every table of *page* that has these *columns*."""
+    rows: list[list[str]] = []
+    wanted = False
+    for line in prose(page).splitlines():
+        cells = [c.strip().replace(r"\|", "|") for c in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if not cells:
+            wanted = False
+        elif cells == list(columns):
+            wanted = True
+        elif wanted and set(line) != set("|-"):
+            rows.append(cells)
+    return rows
+
+
+def filled(rows: list[list[str]]) -> list[list[str]]:
+    """Merge each row with an empty first cell into the one above, cell by cell."""
+    merged: list[list[str]] = []
+    for row in rows:
+        if row[0]:
+            merged.append(row)
+        else:
+            merged[-1] = [
+                f"{above}\n{below}".strip() for above, below in zip(merged[-1], row, strict=True)
+            ]
+    return merged
+
+
+def spans(cell: str) -> list[str]:
+    return SPAN.findall(cell)
+
+
+def is_client(code: str) -> bool:
+    """Whether *code* is a program of its own, and not a part of the page's app."""
+    return "asyncio.run(" in code
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Any]]:
+    """Run a page's Python, one block after the other, as one module."""
+
+    def load(page: Path) -> Any:
+        module = types.ModuleType(f"page_{page.stem}")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        for code in blocks(page, "python"):
+            if not is_client(code):
+                exec(compile(code, page, "exec", dont_inherit=True), vars(module))
+        return module
+
+    yield load
+    hub._clean()  # also after a test that failed before its app was shut down
+    hub.configure()
+
+
+# The README's app
+
+
+@pytest.fixture
+async def server(load: Callable[[Path], Any]) -> AsyncIterator[Server]:
+    """All of the README's Python as one app, served by uvicorn."""
+    async with serving(load(README).app) as server:
+        yield server
+
+
+def here(code: str, server: Server) -> str:
+    """*code* for the port that *server* has."""
+    assert "127.0.0.1:8000" in code
+    return code.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
+
+
+def test_the_main_example_is_type_checked() -> None:
+    """The README begins with the program that mypy and pyright check in ``tests/typing``."""
+    first = blocks(README, "python")[0]
+    assert first.lstrip("\n") == (ROOT / "tests" / "typing" / "readme.py").read_text()
+
+
+async def test_the_main_example_runs_by_itself() -> None:
+    """The README's first block needs nothing of the later ones."""
+    module = types.ModuleType("first")
+    exec(blocks(README, "python")[0], vars(module))
+    async with serving(module.app) as server, connect(f"{server.url}/ws/lobby") as client:
+        async with connect(f"{server.url}/ws/lobby") as other:
+            answer = await other.ask("sum", {"a": 1, "b": 2}, id=7)
+            assert answer == {"type": "sum.reply", "id": 7, "payload": 3}
+            await other.send("say", {"text": "hi"})
+            said = await client.receive()
+            assert said["payload"]["text"] == "hi"
+        left = await client.receive()
+        assert left["type"] == "left" and left["payload"]["who"] == said["payload"]["who"]
+
+
+async def test_the_python_client_runs(server: Server) -> None:
+    """The README's client in Python prints what its comment says."""
+    (code,) = filter(is_client, blocks(README, "python"))
+    (printed,) = re.findall(r"print\(.*  # (.*)", code)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", here(code, server), stdout=subprocess.PIPE,
+        env={**os.environ, "NO_PROXY": "127.0.0.1"},
+    )  # fmt: skip
+    output, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
+    assert process.returncode == 0
+    assert output.decode().strip() == printed
+
+
+async def test_the_browser_client_runs(server: Server) -> None:
+    """The README's JavaScript, in the console of the server's own page, logs both answers."""
+    (code,) = blocks(README, "js")
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if path is None:
+        pytest.fail("this test needs Chromium: apt-get install chromium, or set CHROMIUM")
+    async with playwright.async_api.async_playwright() as play:
+        browser = await play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = await browser.new_page()
+        errors: list[str] = []
+        lines: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda line: line.type == "log" and lines.append(line.text))
+        await page.goto(f"http://127.0.0.1:{server.port}/")
+        console = await page.context.new_cdp_session(page)
+
+        async def paste(code: str) -> Any:
+            options = {"expression": code, "replMode": True, "returnByValue": True}
+            done = await console.send("Runtime.evaluate", {**options, "awaitPromise": True})
+            assert "exceptionDetails" not in done, done
+            return done["result"].get("value")
+
+        await paste(here(code, server))
+        await until(lambda: len(lines) == 2 or errors)
+        refused = "await ask('sum', { a: 'x' }).catch((error) => error.code)"
+        assert await paste(refused) == "invalid_payload"
+        lost = "const lost = ask('report', { year: 1 }); socket.close(); await lost.catch((e) => e.type)"
+        assert await paste(lost) == "close"
+        await browser.close()
+    assert errors == []
+    assert re.fullmatch(r"\S{16} said hi", lines[0])
+    assert lines[1] == "3"
+
+
+def matches(shown: Any, actual: Any) -> bool:
+    """Whether *actual* is what is *shown*, in which ``…`` stands for any text."""
+    if isinstance(shown, dict) and isinstance(actual, dict):
+        return shown.keys() == actual.keys() and all(matches(shown[k], actual[k]) for k in shown)
+    if isinstance(shown, list) and isinstance(actual, list):
+        return len(shown) == len(actual) and all(map(matches, shown, actual))
+    return shown == actual or (shown == "…" and isinstance(actual, str))
+
+
+async def test_the_conversation(server: Server) -> None:
+    """Each line of the README's conversation is sent, or received, as it is shown."""
+    (talk,) = blocks(README, "text")
+    async with connect(f"{server.url}/ws/lobby") as client:
+        for line in talk.split("\n"):
+            direction, _, frame = line.partition(" ")
+            if direction == "→":
+                await client.raw(frame)
+            elif frame:
+                answer = await client.receive()
+                assert matches(json.loads(frame), answer), answer
+        assert {line[:1] for line in talk.split("\n")} == {"→", "←", ""}
+
+
+async def test_a_stream_is_stopped(server: Server) -> None:
+    """The client's ``complete`` for a stream is answered by the same."""
+    async with connect(f"{server.url}/ws/lobby") as client:
+        assert (await client.ask("count", {"to": 1000}, id=8))["more"]
+        await client.send("complete", id=8)
+        while (frame := await client.receive()).get("more"):
+            pass
+    assert frame == {"type": "complete", "id": 8}
+
+
+async def test_a_concurrent_handler(server: Server) -> None:
+    """While the report is made, other messages are answered."""
+    async with connect(f"{server.url}/ws/lobby") as client:
+        await client.send("report", {"year": 2026}, id=1)
+        assert (await client.ask("sum", {"a": 1}, id=2))["id"] == 2
+
+
+async def test_the_inbox(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """A known token names the user, whom ``send_to_user`` reaches; another one is told why not."""
+    async with connect(f"{server.url}/inbox?token=s3cret") as ada:
+        assert await ada.receive() == {"type": "welcome", "payload": {"user": "ada"}}
+        assert await_in(README, 'hub.send_to_user("ada", "mail", {"unread": 1})')
+        await hub.send_to_user("ada", "mail", {"unread": 1})
+        assert (await ada.receive())["payload"] == {"unread": 1}
+        await ada.close(4000)
+    async with connect(f"{server.url}/inbox") as nobody:
+        assert await nobody.closed() == (4401, "log in first")
+    await until(lambda: "ada left with 4000" in capsys.readouterr().out)
+
+
+def await_in(page: Path, code: str) -> bool:
+    return f"`await {code}`" in page.read_text()
+
+
+async def test_errors_of_ones_own(server: Server) -> None:
+    """A `MessageError` is answered with its details, another exception by its error handler."""
+    async with connect(f"{server.url}/ws/lobby") as client:
+        assert (await client.ask("move", {"x": 9}))["payload"] == {
+            "code": "off_board", "message": "the board has 8 columns", "columns": 8,
+        }  # fmt: skip
+        assert (await client.ask("move", {"x": 2}))["payload"] == {
+            "code": "empty_field", "message": "no piece at 2",
+        }  # fmt: skip
+        await client.send("move", {"x": 1})
+        assert await client.receive() == {"type": "moved", "payload": "rook"}
+
+
+async def test_the_resource(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """The resource has one list for all connections, and the middleware sees its messages."""
+    async with connect(f"{server.url}/ws/a") as one, connect(f"{server.url}/ws/b") as two:
+        await one.ask("todo.add", {"text": "x"})
+        answer = await two.ask("todo.add", {"text": "y"})
+    assert answer == {"type": "todo.add.reply", "id": 1, "payload": ["x", "y"]}
+    assert re.search(r"^todo.add: 0\.\d{6} s$", capsys.readouterr().out, re.MULTILINE)
+
+
+async def test_the_hub_from_elsewhere(load: Callable[[Path], Any]) -> None:
+    """An HTTP route reaches everybody, a thread the members of a group."""
+    readme = load(README)
+    async with serving(readme.app) as server, connect(f"{server.url}/ws/lobby") as client:
+        await client.ask("sum", {"a": 1})
+        await asyncio.to_thread(post, server, "/notices", {"text": "soon"})
+        assert await client.receive() == {"type": "notice", "payload": {"text": "soon"}}
+        await asyncio.to_thread(readme.from_a_thread)
+        notice = await client.receive()
+        assert notice["group"] == "room:lobby"
+        assert notice["payload"] == {"text": "five minutes left"}
+
+
+def post(server: Server, path: str, media: Any) -> int:
+    url = f"http://127.0.0.1:{server.port}{path}"
+    request = urllib.request.Request(
+        url, json.dumps(media).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+        return int(response.status)
+
+
+# The README's tables and lists
+
+
+SIGNATURES = tables(README, "Signature", "The client sends", "The handler gets")
+
+
+@pytest.mark.parametrize(("signature", "frame", "gets"), SIGNATURES)
+async def test_the_rule_of_signatures(
+    load: Callable[[Path], Any], signature: str, frame: str, gets: str
+) -> None:
+    """A handler with the signature gets what the table says."""
+    namespace = vars(load(README))
+    code = f"async def handler{signature.strip('`')}:\n    got.append(locals())"
+    exec(code, namespace | {"got": (got := [])}, made := {})
+    text = frame.strip("`")
+    async with talking(Hub(), {json.loads(text)["type"]: made["handler"]}) as client:
+        await client.send_text(text)
+        await client.send_text('{"type":"unknown"}')  # its answer comes after the handler
+        await client.receive_text()
+    del got[0]["conn"]
+    assert got == [eval(f"dict({gets.strip('`')})" if gets != "nothing" else "{}", namespace)]
+
+
+@contextlib.asynccontextmanager
+async def talking(hub: Hub, handlers: dict[str, Any]) -> AsyncIterator[Any]:
+    """A client of an app with these *handlers* by type."""
+    app = falcon.asgi.App()
+    ws = Pachinko(app, "/ws", hub=hub)
+    for type, handler in handlers.items():
+        ws.on(type)(handler)
+    async with ASGIConductor(app) as conductor, conductor.simulate_ws("/ws") as client:
+        yield client
+
+
+def test_the_options() -> None:
+    """The table of options has every option of `Pachinko`, with its default."""
+    parameters = inspect.signature(Pachinko).parameters.values()
+    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    table = tables(README, "Option of `Pachinko`", "Default", "Meaning")
+    shown = {
+        name.strip("`"): eval(default.strip("`"), vars(pachinko)) for name, default, _ in table
+    }
+    assert shown == options
+
+
+def test_the_error_codes() -> None:
+    """The README lists the codes that the module sends, and no other."""
+    (line,) = re.findall(r"^- Error codes: (.*?)\.$", README.read_text(), re.M | re.S)
+    source = inspect.getsource(pachinko)
+    sent = set(re.findall(r'(?:MessageError|BadFrame)\(\s*f?"([a-z_{}]+)"', source))
+    sent = {code.replace("{status}", "<status>") for code in sent}
+    assert set(spans(line)) == sent | {"http_<status>"}
+
+
+def test_the_reserved_types() -> None:
+    """The types that the README calls reserved are refused."""
+    (line,) = re.findall(r"^- Reserved types: (.*)\.$", README.read_text(), re.MULTILINE)
+    for type in spans(line):
+        with pytest.raises(PachinkoError, match="is reserved"):
+            Pachinko().on(type.replace("…", "x"))(lambda conn: None)
+
+
+# docs/payloads.md
+
+
+PAYLOADS = ROOT / "docs" / "payloads.md"
+TYPES = tables(
+    PAYLOADS, "Annotation", "The client sends", "The handler gets", "It goes out as", "Refused"
+)
+ERRORS = filled(tables(PAYLOADS, "Annotation", "The client sends", "Path", "Message"))
+COERCED = tables(PAYLOADS, "Annotation", "The client sends", "Pachinko", "`cattrs.Converter()`")
+
+
+@pytest.fixture
+def names(load: Callable[[Path], Any]) -> dict[str, Any]:
+    """What the code in the tables' cells may use."""
+    times = {"UTC": UTC, "date": date, "datetime": datetime, "time": time, "timedelta": timedelta}
+    others = {"UUID": uuid.UUID, "Decimal": decimal.Decimal, "Sequence": Sequence}
+    return {**vars(typing), **vars(load(PAYLOADS)), **times, **others}
+
+
+def returning(annotation: Any, got: list[Any]) -> Any:
+    """A handler that takes a payload of the type *annotation*, and returns it."""
+
+    async def handler(conn: Connection, value: Any) -> Any:
+        got.append(value)
+        return value
+
+    handler.__annotations__["value"] = annotation
+    return handler
+
+
+async def ask(client: Any, type: str, payload: str) -> dict[str, Any]:
+    await client.send_text(f'{{"type":"{type}","id":1,"payload":{payload}}}')
+    answer: dict[str, Any] = await client.receive_json()
+    return answer
+
+
+def alike(one: Any, other: Any) -> bool:
+    return bool(one == other) and repr(one) == repr(other)  # 1 == 1.0 == True
+
+
+@pytest.mark.parametrize(("annotation", "sent", "gets", "out", "refused"), TYPES)
+async def test_a_type(
+    names: dict[str, Any], annotation: str, sent: str, gets: str, out: str, refused: str
+) -> None:
+    """What a row of the table of types says comes in, goes out and is refused."""
+    for span in spans(annotation):
+        got: list[Any] = []
+        async with talking(hub, {"t": returning(eval(span, names), got)}) as client:
+            answer = await ask(client, "t", sent.strip("`"))
+            assert answer["type"] == "t.reply" or answer["type"] == "order", answer
+            assert alike(got, [eval(gets.strip("`"), names)])
+            expected = json.loads((out or sent).strip("`"))
+            assert alike(answer.get("payload"), expected)
+            for payload in spans(refused):
+                answer = await ask(client, "t", payload)
+                assert answer["type"] == "error", (payload, answer)
+                assert answer["payload"]["code"] == "invalid_payload"
+
+
+@pytest.mark.parametrize(("annotation", "sent", "paths", "messages"), ERRORS)
+async def test_an_error(
+    names: dict[str, Any], annotation: str, sent: str, paths: str, messages: str
+) -> None:
+    """Every wrong field is reported as the table of errors says."""
+    handler = returning(eval(annotation.strip("`"), names), [])
+    async with talking(hub, {"t": handler}) as client:
+        payload = (await ask(client, "t", sent.strip("`")))["payload"]
+    lines = zip(spans(paths), messages.split("\n"), strict=True)
+    assert payload["code"] == "invalid_payload"
+    assert payload["errors"] == [{"path": path, "message": text} for path, text in lines]
+
+
+@pytest.mark.parametrize(("annotation", "sent", "strict", "plain"), COERCED)
+async def test_what_a_plain_converter_does(
+    names: dict[str, Any], annotation: str, sent: str, strict: str, plain: str
+) -> None:
+    """The hub's converter and a new one of cattrs do what the table says."""
+    value, expected_type = json.loads(sent.strip("`")), eval(annotation.strip("`"), names)
+    for converter, expected in ((Hub().converter, strict), (cattrs.Converter(), plain)):
+        try:
+            structured = converter.structure(value, expected_type)
+        except Exception:
+            assert expected == "refused"
+        else:
+            assert alike(structured, eval(expected.strip("`"), names))
+
+
+async def test_other_claims_about_payloads(names: dict[str, Any]) -> None:
+    """What the page says between its tables holds."""
+    for refused in (uuid.UUID | datetime, complex):
+        with pytest.raises(PachinkoError):
+            Pachinko(hub=Hub()).on("t")(returning(refused, []))
+    numbers: list[Any] = []
+    point = names["Point"]
+    colored = names["attrs"].make_class(
+        "Colored", {"color": names["attrs"].field(default="")}, (point,)
+    )
+
+    async def special(conn: Connection, value: Any) -> Any:
+        return float("nan") if value else None
+
+    async def base(conn: Connection) -> Any:
+        return colored(1, 2, "red")
+
+    base.__annotations__["return"] = point
+    handlers = {"t": returning(list[int], numbers), "special": special, "base": base}
+    async with talking(hub, handlers) as client:
+        for malformed in ("NaN", "1e400", "[" * 129 + "]" * 129):
+            assert (await ask(client, "t", malformed))["payload"]["code"] == "invalid_json"
+        many = (await ask(client, "t", json.dumps(["x"] * 200)))["payload"]["errors"]
+        assert len(many) == 101 and many[-1]["message"] == "and more"
+        assert (await ask(client, "special", "1"))["payload"] is None
+        assert "payload" not in await ask(client, "special", "0")
+        assert (await ask(client, "base", "1"))["payload"] == {"x": 1, "y": 2}
+    async with talking(Hub(), {"t": returning(list[int], numbers)}) as client:
+        large = (await ask(client, "t", json.dumps(["x"] * 5000)))["payload"]["errors"]
+        assert len(large) == 1
+
+
+async def test_options_of_the_converter(names: dict[str, Any]) -> None:
+    """A copy may refuse unknown keys and leave out defaults."""
+    assert "copy(forbid_extra_keys=True)" in PAYLOADS.read_text()
+    hub.configure(converter=hub.converter.copy(forbid_extra_keys=True, omit_if_default=True))
+    async with talking(hub, {"t": returning(names["Point"], [])}) as client:
+        assert (await ask(client, "t", '{"x":1,"y":0}'))["payload"] == {"x": 1}
+        refused = (await ask(client, "t", '{"x":1,"z":0}'))["payload"]
+        assert refused["errors"] == [{"path": "$.payload", "message": "unknown: z"}]
+
+
+# docs/falcon.md
+
+
+FALCON = ROOT / "docs" / "falcon.md"
+
+
+@pytest.fixture
+def falcon_page(load: Callable[[Path], Any]) -> Any:
+    return load(FALCON)
+
+
+async def test_the_test_that_is_shown(falcon_page: Any) -> None:
+    """The page's own test passes."""
+    await falcon_page.test_where()
+
+
+@pytest.mark.parametrize("queue", [0, 4])
+async def test_attached_by_hand(falcon_page: Any, queue: int) -> None:
+    """The app made without app and path works, with the receive queue and without."""
+    app = falcon_page.create_app()
+    assert app.ws_options.max_receive_queue == 0
+    app.ws_options.max_receive_queue = queue
+    async with serving(app) as server, connect(f"{server.url}/ws") as client:
+        assert (await client.ask("nothing"))["payload"]["code"] == "unknown_type"
+
+
+def test_the_line_that_restores_the_queue(falcon_page: Any) -> None:
+    """An app has Falcon's default until a `Pachinko` is added, and again after the line."""
+    default = falcon.asgi.App().ws_options.max_receive_queue
+    line = f"app.ws_options.max_receive_queue = {default}\n"
+    assert [line in block for block in blocks(FALCON, "python")].count(True) == 1
+    assert falcon_page.app.ws_options.max_receive_queue == 0
+
+
+@pytest.mark.parametrize("queue", [0, 4])
+async def test_a_route_that_only_sends(
+    falcon_page: Any, queue: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the queue it notices only by a send that its client has gone."""
+    seen: list[bool] = []
+
+    class Pusher:
+        async def on_websocket(self, req: Any, ws: falcon.asgi.WebSocket) -> None:
+            await ws.accept()
+            await gone.wait()
+            seen.append(ws.closed)
+            with contextlib.suppress(falcon.WebSocketDisconnected):
+                await ws.send_text("tick")
+            seen.append(ws.closed)
+
+    gone, sleep = asyncio.Event(), asyncio.sleep
+    impatient = types.SimpleNamespace(sleep=lambda _: sleep(0.01))
+    monkeypatch.setattr(falcon_page, "asyncio", impatient)
+    app = falcon_page.create_app()
+    app.ws_options.max_receive_queue = queue
+    app.add_route("/push", Pusher())
+    app.add_route("/ticker", falcon_page.Ticker())
+    async with serving(app) as server:
+        async with connect(f"{server.url}/ticker") as ticker:
+            assert await ticker.socket.recv() == "tick"
+        async with connect(f"{server.url}/push"):
+            pass
+        await asyncio.sleep(0.1)
+        gone.set()
+        await until(lambda: len(seen) == 2)
+    assert seen == [queue > 0, True]
+
+
+@pytest.mark.parametrize("path", ["/boards/missing/2", "/boards/b/2?token=wrong", "/boards/b/0"])
+async def test_refusals(falcon_page: Any, path: str) -> None:
+    """An error handler, a middleware and a path converter refuse with HTTP 403."""
+    async with serving(falcon_page.app) as server:
+        with pytest.raises(Exception, match="HTTP 403"):
+            async with connect(server.url + path):
+                pass
+
+
+async def test_endpoints_and_routes_share_the_hub(falcon_page: Any) -> None:
+    """What is posted reaches both endpoints; a raw route works beside them."""
+    async with (
+        serving(falcon_page.app) as server,
+        connect(f"{server.url}/public") as public,
+        connect(f"{server.url}/staff") as staff,
+        connect(f"{server.url}/echo") as echo,
+    ):
+        assert await asyncio.to_thread(post, server, "/news", {"a": 1}) == 202
+        for client in (public, staff):
+            assert await client.receive() == {"type": "news", "group": "news", "payload": {"a": 1}}
+        await echo.raw("hi")
+        assert await echo.socket.recv() == "hi"
+
+
+async def test_who_is_here(falcon_page: Any) -> None:
+    """The list lacks the newcomer in a connect handler, and has it after the handshake."""
+    async with serving(falcon_page.app) as server, connect(f"{server.url}/lobby") as client:
+        assert await client.receive() == {"type": "early", "payload": 0}
+        assert len((await client.ask("who"))["payload"]) == 1
+
+
+async def test_a_path_is_taken(falcon_page: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A second `Pachinko` is refused; one that `add_route` replaced warns at the start."""
+    with pytest.raises(PachinkoError, match="has a Pachinko already"):
+        Pachinko(falcon_page.app, "/staff")
+    falcon_page.app.add_route("/staff", falcon_page.Echo())
+    async with ASGIConductor(falcon_page.app):
+        assert "replaced the Pachinko at /staff" in caplog.text
+
+
+async def test_without_lifespan() -> None:
+    """On a server without lifespan, workers start with the first connection."""
+    app = falcon.asgi.App()
+    ws = Pachinko(app, "/ws", hub=Hub())
+    started: list[bool] = []
+
+    @ws.worker
+    async def work() -> None:
+        started.append(True)
+
+    async with serving(app, lifespan="off") as server:
+        assert started == []
+        async with connect(f"{server.url}/ws") as client:
+            await client.ask("nothing")
+            assert started == [True]
+
+
+# Every page
+
+
+def test_the_module_docstring_runs() -> None:
+    """The example that the module's docstring begins with is a program."""
+    lines = (pachinko.__doc__ or "").splitlines()
+    example = "\n".join(line for line in lines if line.startswith("    ") or not line)
+    code = inspect.cleandoc("\n" + example)
+    module = types.ModuleType("docstring")
+    exec("import falcon.asgi\nfrom pachinko import *\n" + code, vars(module))
+
+    async def talk() -> Any:
+        async with (
+            ASGIConductor(module.app) as conductor,
+            conductor.simulate_ws("/ws/lobby") as client,
+        ):
+            await client.send_json({"type": "say", "payload": {"text": "hi"}})
+            said = await client.receive_json()
+            return said["payload"]["text"], await ask(client, "sum", '{"a": 1}')
+
+    text, total = asyncio.run(talk())
+    assert text == "hi" and total["payload"] == 1
+
+
+def test_public_names_are_documented() -> None:
+    """Each name of ``__all__`` and each public method is mentioned on a page."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    for name in pachinko.__all__:
+        assert re.search(rf"\b{name}\b", text), name
+    methods = [(cls, n) for cls in (Pachinko, Hub, Connection) for n in vars(cls) if n[0] != "_"]
+    for cls, name in methods:
+        if not name.startswith("process_"):  # Falcon's
+            assert re.search(rf"\.{name}\b|\b{name}\(", text), f"{cls.__name__}.{name}"
+
+
+@each_page
+def test_names_exist(page: Path) -> None:
+    """The attributes that a page uses of the hub, a connection and an endpoint exist."""
+    texts = [*spans(prose(page)), *blocks(page, "python")]
+    for text in texts:
+        for name, attribute in re.findall(r"(?<![\w.])(hub|conn)\.(\w+)", text):
+            assert hasattr({"hub": Hub, "conn": Connection}[name], attribute), text
+        for attribute in re.findall(r"@(?:ws|inbox)\.(\w+)", text):
+            assert hasattr(Pachinko, attribute), text
+
+
+@each_page
+def test_code_in_the_text_parses(page: Path) -> None:
+    """What looks like a statement in the text of a page is one."""
+    starts = (
+        "await hub",
+        "await conn",
+        "hub.",
+        "conn.",
+        "app.",
+        "ws",
+        "Pachinko(",
+        "raise ",
+        "-> ",
+    )
+    for span in spans(prose(page)):
+        if span.startswith(starts):
+            code = span.replace("…", "...").replace(".... ", ".x ")
+            code = re.sub("^-> ", "x: ", code)
+            ast.parse(f"async def f():\n    {code}")
+
+
+@each_page
+def test_frames_are_valid(page: Path) -> None:
+    """Each JSON object in the text that has a type is a frame, and JSON blocks are JSON."""
+    for span in spans(prose(page)):
+        if span.startswith('{"type":') and "str" not in span:
+            assert set(json.loads(span)) <= {"type", "id", "payload", "group", "more"}
+    for block in blocks(page, "json"):
+        for line in block.split("\n"):
+            assert not line or pachinko.decode(line)
+
+
+@each_page
+def test_links_resolve(page: Path) -> None:
+    """Each link to a file or a heading leads somewhere."""
+    for target in re.findall(r"\]\(([^)]+)\)", prose(page)):
+        if not target.startswith(("https://", "http://")):
+            name, _, anchor = target.partition("#")
+            path = page.parent / name if name else page
+            assert path.is_file(), target
+            assert not anchor or anchor in anchors(path), target
+
+
+def anchors(page: Path) -> list[str]:
+    """The fragments of the headings of *page*, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles]
+
+
+@functools.cache
+def environments() -> set[str]:
+    """The names that ``tox run -e`` takes."""
+    tox = configparser.ConfigParser(interpolation=None)
+    tox.read(ROOT / "tox.ini")
+    listed = tox["tox"]["env_list"].split()
+    names = {section.partition(":")[2] for section in tox.sections()} - {""}
+    for entry in listed:
+        head, _, choices = entry.partition("{")
+        names |= {head + choice for choice in choices.rstrip("}").split(",")}
+    return names
+
+
+@each_page
+def test_commands_exist(page: Path) -> None:
+    """Shell blocks parse, and the tox environments and extras that they name exist."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for block in blocks(page, "sh"):
+        subprocess.run(["sh", "-n"], input=block, text=True, check=True)
+        assert set(re.findall(r"-m tox run -e (\S+)", block)) <= environments(), block
+        assert set(re.findall(r'install "\.\[(\w+)\]"', block)) <= {
+            *project["optional-dependencies"]
+        }
+    if page == README:
+        (line,) = re.findall(r"install (falcon .*)", page.read_text())
+        extra = project["optional-dependencies"]["server"]
+        wanted = {re.split(r"[<>=]", name)[0] for name in [*project["dependencies"], *extra]}
+        assert set(line.replace('"', "").split()) == wanted
+
+
+def test_the_readme_says_how_long_the_chat_is() -> None:
+    """The chat's server has the length that the README names."""
+    assert "about a hundred lines" in README.read_text().replace("\n", " ")
+    lines = (ROOT / "examples" / "chat.py").read_text().splitlines()
+    assert 90 <= len(lines) <= 135
+
+
+def test_nothing_is_left_out() -> None:
+    """Every fenced block of every page is of a language that is checked."""
+    languages = {match[1] for page in PAGES for match in BLOCK.finditer(page.read_text())}
+    assert languages <= {"python", "js", "json", "sh", "text"}
+    assert all(page.read_text().count("```") % 2 == 0 for page in PAGES)
+    assert len(list(itertools.chain(TYPES, ERRORS, COERCED, SIGNATURES))) > 60
