@@ -429,9 +429,9 @@ def _leaf_hook(t: Any) -> Hook:
 
 def _with_text_keys(t: Any, converter: cattrs.Converter) -> Any:
     """``dict[int, …]`` with keys that are read from text: JSON has no others."""
-    cls: Any = _class_of(t)
-    args = get_args(t)
-    if cls is None or not issubclass(cls, Mapping) or len(args) != 2 or args[0] is str:
+    cls, args = _class_of(t), get_args(t)
+    is_mapping = cls is not None and issubclass(cls, Mapping)
+    if not is_mapping or len(args) != 2 or args[0] is str:
         return t
     hook = converter.get_structure_hook(args[0])
 
@@ -445,7 +445,7 @@ def _with_text_keys(t: Any, converter: cattrs.Converter) -> Any:
 
     key = cast(Any, typing.NewType)("key", args[0])
     converter.register_structure_hook(key, structure)
-    return cls[key, args[1]]
+    return cast(Any, cls)[key, args[1]]
 
 
 def _container_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
@@ -503,7 +503,7 @@ def _validating_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
             asked = [f for f in fields if f.name not in wrong and f.alias in value]
             found = [error for f in asked if (error := refusal(f, value)) is not None]
             known = exc.exceptions if wrong or not found else ()  # else it is among those found
-            raise cattrs.ClassValidationError(str(exc), [*known, *found], cls) from None
+            raise exc.derive([*known, *found]) from None
 
     return structure if fields else inner
 

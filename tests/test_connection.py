@@ -399,8 +399,10 @@ async def test_a_servers_own_error_ends_the_connection_once(
 async def test_sigterm_ends_with_a_stalled_client_in_the_grace_period() -> None:
     """A stalled client is seen out at shutdown like any other."""
     ws, codes = endpoint()
-    async with serving(ws._app, timeout_graceful_shutdown=1) as server:
-        async with Stalled(server.url + "/ws"):
-            await stall(ws)
-            await server.stop()
-            assert codes == [1012] and not ws._serving
+    async with (
+        serving(ws._app, timeout_graceful_shutdown=1) as server,
+        Stalled(server.url + "/ws"),
+    ):
+        await stall(ws)
+        await server.stop()
+        assert codes == [1012] and not ws._serving

@@ -1043,14 +1043,17 @@ async def test_close_group_runs_disconnect_handlers_once() -> None:
     """Every member is closed with the code, behind what was sent before."""
     ws = endpoint()
     codes = recording(ws)
-    async with serving(ws._app) as server:
-        async with connect(server.url + "/ws") as one, connect(server.url + "/ws") as two:
-            await ws._hub.send("room", "last", 1)
-            await ws._hub.close_group("room", 4008, "over")
-            for client in (one, two):
-                assert (await client.receive())["type"] == "last"
-                assert await client.closed() == (4008, "over")
-            await clean(ws, codes, 2)
+    async with (
+        serving(ws._app) as server,
+        connect(server.url + "/ws") as one,
+        connect(server.url + "/ws") as two,
+    ):
+        await ws._hub.send("room", "last", 1)
+        await ws._hub.close_group("room", 4008, "over")
+        for client in (one, two):
+            assert (await client.receive())["type"] == "last"
+            assert await client.closed() == (4008, "over")
+        await clean(ws, codes, 2)
     assert codes == [4008, 4008]
 
 

@@ -663,13 +663,15 @@ async def test_a_responder_cancelled_by_the_server_runs_its_disconnect_handlers(
         await asyncio.sleep(0)
         events.append("left")
 
-    async with serving(app, timeout_graceful_shutdown=1) as server:
-        async with connect(server.url + "/ws") as client:
-            await client.send("concurrent", id=1)
-            await client.send("handler", id=2)
-            await asyncio.wait_for(started.wait(), PATIENCE)
-            await server.stop()
-            await until(lambda: not ws._serving)
+    async with (
+        serving(app, timeout_graceful_shutdown=1) as server,
+        connect(server.url + "/ws") as client,
+    ):
+        await client.send("concurrent", id=1)
+        await client.send("handler", id=2)
+        await asyncio.wait_for(started.wait(), PATIENCE)
+        await server.stop()
+        await until(lambda: not ws._serving)
     assert events == ["left"]
 
 
