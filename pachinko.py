@@ -44,6 +44,7 @@ import sys
 import time
 import types
 import typing
+import weakref
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -71,7 +72,6 @@ import cattrs
 import falcon
 import falcon.asgi
 import falcon.constants
-import falcon.inspect
 import msgspec
 from cattrs.gen import typeddicts
 
@@ -1312,8 +1312,7 @@ class Connection:
     def _start_writer(self, first: Waiting) -> None:
         self._writing = True
         writer = start_task(self._write_all(first))
-        if not writer.done():
-            self._writer = writer
+        self._writer = None if writer.done() else writer
 
     def _write_next(self) -> None:
         """After a write that ended: go on with the outbox, if there is something in it."""
@@ -2041,8 +2040,8 @@ class Dispatcher:
 
     async def _send_error(self, conn: Connection, error: MessageError, id: Id | None) -> None:
         payload = {"code": error.code, "message": error.message, **error.details}
-        frame = {"type": "error", "payload": payload} | ({} if id is None else {"id": id})
-        data = _encode(frame)
+        frame = {"type": "error"} if id is None else {"type": "error", "id": id}
+        data = _encode({**frame, "payload": payload})
         self._hub._count_error(error.code)
         with contextlib.suppress(falcon.WebSocketDisconnected):
             await conn._send(text_event(data))
@@ -2055,6 +2054,7 @@ def _internal_error() -> MessageError:
 # ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
 
 _FAREWELL = 5.0  # seconds for disconnect handlers at shutdown, behind what lingers
+_attached: weakref.WeakSet[Pachinko] = weakref.WeakSet()  # to an app, each at a path of its own
 _FALCONS_QUEUE = 4  # the default of falcon's ws_options.max_receive_queue
 _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start
 
@@ -2065,8 +2065,8 @@ class Pachinko:
     ``ws = Pachinko(app, "/ws/{room}")`` adds itself to *app*. Without the two, write both lines
     yourself: ``app.add_route("/ws", ws)`` and, for the lifespan, ``app.add_middleware(ws)``.
 
-    *origins*: browsers' origins that may connect: None for the request's own host, a list such as
-    ``["https://example.com"]``, or ``"*"``. *subprotocols*: in the order of preference.
+    *origins*: browsers' origins that may connect beside the request's own host, a list such as
+    ``["https://example.com"]``, or ``"*"`` for all. *subprotocols*: in the order of preference.
     *max_size*: bytes of one frame. *rate*: ``(messages, seconds)`` of one connection.
     *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client;
     *overflow*: ``"close"`` or ``"drop_oldest"`` beyond that. *send_timeout*: seconds that a send
@@ -2100,8 +2100,10 @@ class Pachinko:
         )  # fmt: skip
         if not isinstance(hub, Hub):
             raise PachinkoError(f"write hub=Hub() for a hub of its own, got {hub!r}")
-        self._hub, self._app, self._path = hub, app, path
-        self._origins = None if origins is None else _origins(origins)
+        self._hub = hub
+        self._app: falcon.asgi.App[Any, Any] | None = None
+        self._path: str | None = None
+        self._origins = _origins(origins or ())
         self._subprotocols = _texts(subprotocols, "subprotocols")
         self._routes = Routes()
         self._dispatcher = Dispatcher(self._routes, hub, self._limits)
@@ -2116,10 +2118,12 @@ class Pachinko:
             raise PachinkoError(f"WebSockets need app = falcon.asgi.App(), got {app!r}")
         if not isinstance(path, str) or not path.startswith("/"):
             raise PachinkoError(f'a path has a leading slash: Pachinko(app, "/ws"), got {path!r}')
-        if self._is_routed(app, path):
+        if any(other._app is app and other._path == path for other in _attached):
             raise PachinkoError(f"{path} has a Pachinko already; use that one, or another path")
         app.add_route(path, self)
         app.add_middleware(self)
+        self._app, self._path = app, path
+        _attached.add(self)
         if app.ws_options.max_receive_queue == _FALCONS_QUEUE:
             # The queue doubles the cost of a message and loses a backlog when the client leaves.
             app.ws_options.max_receive_queue = 0
@@ -2127,12 +2131,6 @@ class Pachinko:
                 "%s turned Falcon's receive queue off for this app; to have it back, set "
                 "app.ws_options.max_receive_queue after creating the Pachinko", path
             )  # fmt: skip
-
-    def _is_routed(self, app: falcon.asgi.App[Any, Any], path: str) -> bool:
-        """Whether *app* would call a Pachinko for the template *path*."""
-        alike: falcon.asgi.App[Any, Any] = falcon.asgi.App()
-        alike.add_route(path, self)
-        return _responders_at(app, path) == _responders_at(alike, path)
 
     def connect(self, function: F) -> F:
         """Run ``async def f(conn, …)`` before the handshake is answered, with path parameters.
@@ -2298,12 +2296,9 @@ class Pachinko:
     def _is_allowed(self, req: falcon.asgi.Request) -> bool:
         """Whether the browser's origin may connect (RFC 6455, 10.2); other clients send none."""
         origin = req.get_header("Origin")
-        if origin is None:
+        if origin is None or "*" in self._origins or origin.lower() in self._origins:
             return True
-        if self._origins is None:
-            allowed = _is_same_host(origin, req.get_header("Host") or "")
-        else:
-            allowed = "*" in self._origins or origin.lower() in self._origins
+        allowed = _is_same_host(origin, req.get_header("Host") or "")
         if not allowed:
             setting = f"origins=[{origin!r}]"
             logger.warning("refused origin %r at %s; to allow it: %s", origin, req.path, setting)
@@ -2311,9 +2306,14 @@ class Pachinko:
 
     async def process_startup(self, scope: Any, event: Any) -> None:
         """Start with the app (Falcon's middleware for the ASGI lifespan)."""
-        if self._app is not None and not self._is_routed(self._app, cast(str, self._path)):
-            logger.warning("app.add_route has replaced the Pachinko at %s later on", self._path)
         self._start()
+
+    async def process_resource_ws(
+        self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, resource: Any, params: Any
+    ) -> None:
+        """Notice that a later ``add_route`` has taken the path (Falcon's middleware)."""
+        if resource is not self and req.uri_template == self._path and self._path is not None:
+            logger.warning("a later app.add_route has replaced the Pachinko at %s", self._path)
 
     async def process_shutdown(self, scope: Any, event: Any) -> None:
         """Stop with the app: close what is still open with 1012, and wait for its handlers."""
@@ -2358,12 +2358,6 @@ async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
             backoff = next(backoffs, _BACKOFFS[-1])
             logger.exception("worker %s failed; again in %g s", place_of(function), backoff)
         await asyncio.sleep(backoff)
-
-
-def _responders_at(app: falcon.asgi.App[Any, Any], path: str) -> set[str]:
-    """Where the ``on_websocket`` that *app* calls for *path* is defined."""
-    routes = [route for route in falcon.inspect.inspect_routes(app) if route.path == path]
-    return {m.source_info for r in routes for m in r.methods or () if m.method == "WEBSOCKET"}
 
 
 def _is_same_host(origin: str, host: str) -> bool:
