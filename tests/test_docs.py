@@ -588,13 +588,13 @@ async def test_who_is_here(falcon_page: Any) -> None:
 
 
 async def test_a_path_is_taken(falcon_page: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """A second `Pachinko` is refused; one that `add_route` replaced warns at the start."""
+    """A second `Pachinko` is refused; one that `add_route` replaced warns at a connection."""
     app = falcon.asgi.App()
     Pachinko(app, "/staff")
     with pytest.raises(PachinkoError, match="has a Pachinko already"):
         Pachinko(app, "/staff")
     app.add_route("/staff", falcon_page.Echo())
-    async with ASGIConductor(app):
+    async with serving(app) as server, connect(f"{server.url}/staff"):
         assert "replaced the Pachinko at /staff" in caplog.text
 
 
