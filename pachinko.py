@@ -1022,7 +1022,7 @@ class Outbox:
 
     def take(self) -> Waiting | None:
         """The next to be written; behind all others, one gap for each group that has lost some."""
-        while self.queue:
+        while self.queue and not (self.gaps and self.queue[0].event["type"] == "websocket.close"):
             waiting = self.queue.popleft()
             if waiting.size:
                 self.pushed -= 1
@@ -1227,7 +1227,8 @@ class Connection:
         if self._state is State.CONNECTING:
             self._queue().put(Waiting(event))
         elif self._state is not State.OPEN:
-            raise self._disconnected()
+            if self._ended is not None:  # else a connect handler has closed it, and may go on
+                raise self._disconnected()
         elif not self._writing:
             await self._write(event)
         else:
@@ -1251,9 +1252,8 @@ class Connection:
                     self._writing, self._patience = False, None
                     self._write_next()
             self._hub._counts["sent"] += 1
-        except falcon.WebSocketDisconnected:
-            if self._state is State.OPEN:
-                self._lost()
+        except Exception as exc:
+            self._write_failed(exc)
             raise self._disconnected() from None
 
     @contextlib.asynccontextmanager
@@ -1276,6 +1276,8 @@ class Connection:
         outbox, limits, counts = self._queue(), self._limits, self._hub._counts
         outbox.put(Waiting(event, None, size, group))
         counts["outbox_high_water"] = max(counts["outbox_high_water"], outbox.pushed)
+        if self._state is State.OPEN and not (self._writer or self._patience):
+            return outbox.exceeds(0.5, limits)  # before 3.12: the writer is about to begin
         if outbox.exceeds(1, limits) and limits.overflow == "close":
             self._evict()
         while outbox.exceeds(1, limits):
@@ -1293,6 +1295,8 @@ class Connection:
                 self._outbox.clear()
             self._close(Close(1013, "too slow"))
             self._wake_sender()
+            if self._writer is not None:
+                self._writer.cancel()
 
     def _wake_sender(self) -> None:
         """End the wait of the sender that writes by itself."""
@@ -1311,8 +1315,7 @@ class Connection:
 
     def _start_writer(self, first: Waiting) -> None:
         self._writing = True
-        writer = start_task(self._write_all(first))
-        self._writer = None if writer.done() else writer
+        start_task(self._write_all(first))
 
     def _write_next(self) -> None:
         """After a write that ended: go on with the outbox, if there is something in it."""
@@ -1325,8 +1328,9 @@ class Connection:
     async def _write_all(self, first: Waiting) -> None:
         """The writer: *first* and then the outbox, until it is empty or the client is gone."""
         waiting: Waiting | None = first
+        self._writer = asyncio.current_task()
         try:
-            while waiting is not None:
+            while waiting is not None and self._state is not State.GONE:
                 first = waiting
                 if first.event["type"] == "websocket.close":
                     await self.ws.close(first.event["code"], first.event["reason"] or None)
@@ -1337,14 +1341,22 @@ class Connection:
                     first.sent.set_result(True)
                 waiting = self._outbox.take() if self._outbox is not None else None
             self._outbox = None
-        except Exception as exc:  # WebSocketDisconnected, or a server's own: no more use either way
-            if not isinstance(exc, falcon.WebSocketDisconnected):
-                logger.debug("write failed", exc_info=exc, extra={"connection_id": self.id})
-            self._lost()
+        except Exception as exc:
+            self._write_failed(exc)
         finally:
             self._writing, self._writer = False, None
             if first.sent is not None and not first.sent.done():
                 first.sent.set_result(False)
+            if self._state is State.CLOSING:
+                self._write_next()
+
+    def _write_failed(self, exc: Exception) -> None:
+        """The client is gone, or has been evicted; or the server has an error of its own."""
+        if not isinstance(exc, falcon.WebSocketDisconnected):
+            logger.debug("write failed", exc_info=exc, extra={"connection_id": self.id})
+            self._lost()
+        elif self._state is State.OPEN or self.ws.closed:
+            self._lost()
 
     # Ending
 
@@ -1356,8 +1368,8 @@ class Connection:
         self._state = state
         self._ended = asyncio.get_running_loop().time()
         for stream in tuple((self._streams or {}).values()):
-            if stream.task is not None and stream.task is not asyncio.current_task():
-                stream.task.cancel()
+            if stream.task is not asyncio.current_task():
+                stream.stop()
         if self._life is not None and not self._life.expired():
             is_unread = self.close_code is None  # the server may hold frames from before the end
             linger = self._limits.linger if self._handling or is_unread else 0
@@ -1449,7 +1461,7 @@ class Connection:
         self._handling = True
         if self._ended is not None and self._life is not None and not self._life.expired():
             self._life.reschedule(self._ended + self._limits.linger)
-        elif self._ahead is None and self._state is State.OPEN:
+        elif (self._ahead is None or self._ahead.done()) and self._state is State.OPEN:
             self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
 
     async def _read_ahead(self) -> None:
@@ -1558,6 +1570,13 @@ class Hub:
                 'use hub.call_threadsafe(hub.send, "room:1", ...)'
             )
 
+    def _check_member(self, group: object, conn: object) -> None:
+        self._check(group, "group")
+        if not isinstance(conn, Connection):
+            raise TypeError(f'write hub.join("room:1", conn); got {conn!r} for the connection')
+        if conn._hub is not self:
+            raise PachinkoError("this connection's endpoint has another hub; use conn.join(group)")
+
     def _add(self, conn: Connection) -> None:
         self._connections[conn.id] = conn
 
@@ -1587,11 +1606,7 @@ class Hub:
 
         Raises `PachinkoError` for a connection of an endpoint with another hub.
         """
-        self._check(group, "group")
-        if not isinstance(conn, Connection):
-            raise TypeError(f'write hub.join("room:1", conn); got {conn!r} for the connection')
-        if conn._hub is not self:
-            raise PachinkoError("this connection's endpoint has another hub; use conn.join(group)")
+        self._check_member(group, conn)
         if conn.id in self._connections:
             if conn._groups is None:
                 conn._groups = set()
@@ -1600,9 +1615,7 @@ class Hub:
 
     async def leave(self, group: str, conn: Connection) -> None:
         """Take *conn* out of *group*; nothing happens if it is not in it."""
-        self._check(group, "group")
-        if not isinstance(conn, Connection):
-            raise TypeError(f'write hub.leave("room:1", conn); got {conn!r} for the connection')
+        self._check_member(group, conn)
         if conn._groups is not None:
             conn._groups.discard(group)
         self._discard(self._groups, group, conn)
@@ -1737,7 +1750,7 @@ class Hub:
 
 
 def _is_accepted(conn: Connection) -> bool:
-    return conn._state is not State.CONNECTING
+    return conn._state is State.OPEN or conn._ended is not None
 
 
 hub: Hub = Hub()
@@ -1783,6 +1796,13 @@ def is_cancelled(exc: BaseException | None = None) -> bool:
     return (exc is None or isinstance(exc, asyncio.CancelledError)) and task.cancelling() > 0
 
 
+def forget_cancellations() -> None:
+    """Undo what a caught failure in a `TaskGroup` leaves behind on Python 3.11 and 3.12."""
+    task = cast("asyncio.Task[Any]", asyncio.current_task())
+    while task.cancelling():
+        task.uncancel()
+
+
 def log_failure(what: str, exc: BaseException, conn: Connection, type: str | None = None) -> None:
     """Log a bug in the application with its traceback."""
     extra = {"connection_id": conn.id, "message_type": type}
@@ -1815,16 +1835,21 @@ class Dispatcher:
             conn._lost()  # the server has cancelled the task, and closes the socket itself
         if conn.close_code is None:
             conn.close_code = 1006
+        cancelled = is_cancelled()
         for step in (self._end_tasks, *self._routes.disconnect):
             try:
                 await step(conn)
             except (Exception, asyncio.CancelledError) as exc:
-                if not is_cancelled(exc):  # if it is, the others still run
+                if is_cancelled(exc):
+                    cancelled = True  # the others still run
+                else:
                     log_failure(place_of(step), exc, conn)
+            if not cancelled:
+                forget_cancellations()
         self._hub._remove(conn)
         logger.debug("disconnected: %s", conn.close_code, extra={"connection_id": conn.id})
         await conn._settle()
-        if is_cancelled():
+        if cancelled:
             raise asyncio.CancelledError
 
     async def _end_tasks(self, conn: Connection) -> None:
@@ -1837,8 +1862,9 @@ class Dispatcher:
             await asyncio.wait(tasks, timeout=0 if is_cancelled() else max(0, left))
         finally:
             for task in tasks:
-                task.cancel()
-        patience = _GOODBYE if is_cancelled() else self._limits.linger
+                if not task.cancelling():
+                    task.cancel()
+        patience = _GOODBYE if is_cancelled() else max(_GOODBYE, self._limits.linger)
         _, stuck = await asyncio.wait(tasks, timeout=patience)
         for task in stuck:
             extra = {"connection_id": conn.id}
@@ -1856,6 +1882,7 @@ class Dispatcher:
         if not work.done:
             conn._suspended()
             await work
+            forget_cancellations()
 
     async def _binary(self, conn: Connection, data: Any) -> None:
         if self._routes.binary is None:
@@ -1961,7 +1988,7 @@ class Dispatcher:
             await self._send_error(conn, error, id)
             return
         if handler.streams:
-            stream = conn._streams[cast(Id, id)] = Stream()
+            stream = conn._streams[cast(Id, id)] = Stream(stopped=conn.closed)
             work = self._stream(conn, handler, frame, stream)
             task = stream.task = asyncio.get_running_loop().create_task(work)
         else:
@@ -1979,7 +2006,7 @@ class Dispatcher:
         try:
             items = None if stream.stopped else await self._call(conn, handler, frame)
             if isinstance(items, AsyncIterator):
-                await self._send_items(conn, handler, frame, items)
+                await self._send_items(conn, handler, frame, items, stream)
             elif not stream.stopped:  # a middleware has answered instead
                 await self._answer(conn, frame.type, frame.id, items, None)
                 stream.is_answered = True
@@ -1996,11 +2023,18 @@ class Dispatcher:
                 await conn._send(text_event(_encode({"type": "complete", "id": frame.id})))
 
     async def _send_items(
-        self, conn: Connection, handler: Handler, frame: Frame, items: AsyncIterator[Any]
+        self,
+        conn: Connection,
+        handler: Handler,
+        frame: Frame,
+        items: AsyncIterator[Any],
+        stream: Stream,
     ) -> None:
         codec, id = self._hub._codec, frame.id
         async with contextlib.aclosing(cast("AsyncGenerator[Any]", items)):
             async for item in items:
+                if stream.stopped:  # it has caught its cancellation
+                    break
                 data = encode_reply(codec, frame.type, id, item, handler.returns, more=True)
                 await conn._send(text_event(data))
                 await asyncio.sleep(0)  # one that never waits must starve nobody
@@ -2031,7 +2065,9 @@ class Dispatcher:
         if (handler := self._routes.error_handler(exc)) is not None:
             try:
                 return await handler(conn, exc)
-            except Exception as second:
+            except (Exception, asyncio.CancelledError) as second:
+                if is_cancelled(second):
+                    raise
                 exc = second
         outcome = outcome_of(exc)
         if outcome is None:
@@ -2265,6 +2301,7 @@ class Pachinko:
             if await self._connect(conn):
                 await self._dispatcher.serve(conn)
         finally:
+            conn._lost()
             self._hub._remove(conn)
             self._serving.discard(task)
 
@@ -2275,6 +2312,7 @@ class Pachinko:
         try:
             for handler in self._routes.connect:
                 await handler(conn)
+            forget_cancellations()
         except Close as close:
             self._hub._remove(conn)
             if ws.unaccepted:
@@ -2285,6 +2323,7 @@ class Pachinko:
             if ws.unaccepted:  # else a middleware has done it
                 await ws.accept(subprotocol)
         except BaseException as exc:
+            conn._lost()
             await self._dispatcher.finish(conn)
             if not isinstance(exc, falcon.WebSocketDisconnected):
                 raise
@@ -2335,6 +2374,7 @@ class Pachinko:
             self._hub._start(self)
             self._loop = loop
             self._workers.clear()
+            self._serving.clear()
             for function in self._routes.workers:
                 self._start_worker(function)
 
@@ -2352,7 +2392,10 @@ async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
         try:
             await function()
             return
-        except Exception:
+        except (Exception, asyncio.CancelledError) as exc:
+            if is_cancelled(exc):
+                raise
+            forget_cancellations()
             if time.monotonic() - started > _BACKOFFS[-1]:
                 backoffs = iter(_BACKOFFS)
             backoff = next(backoffs, _BACKOFFS[-1])

@@ -306,6 +306,84 @@ async def test_an_eviction_wakes_the_sender_that_writes() -> None:
     assert codes == [1013]
 
 
+async def test_an_eviction_wakes_a_sender_whose_message_the_writer_holds() -> None:
+    """The handler in progress and the disconnect handlers do not wait for the linger."""
+    ws, codes = endpoint(outbox=1, linger=60.0)
+
+    @ws.on("ask")
+    async def ask(conn: Connection) -> str:
+        return BIG
+
+    async with serving(ws._app) as server, Stalled(server.url + "/ws") as client:
+        conn = await stall(ws)
+        await client.send({"type": "ask", "id": 1})
+        await until(lambda: conn._outbox is not None and conn._outbox.queue)
+        for _ in range(3):
+            await ws._hub.send("all", "n", BIG)
+        await until(lambda: codes and not ws._serving)
+    assert codes == [1013]
+
+
+async def test_senders_at_once_do_not_evict_a_healthy_client() -> None:
+    """A writer that has not begun yet is no sign of a slow client."""
+    ws, codes = endpoint()
+    async with serving(ws._app) as server, connect(server.url + "/ws", max_queue=None) as client:
+        await until(lambda: ws._hub.connections)
+        await asyncio.gather(*(ws._hub.send("all", "n", n) for n in range(400)))
+        for n in range(400):
+            assert (await client.receive())["payload"] == n
+    assert codes == [1000]
+
+
+async def test_a_close_announces_the_gaps_before_it() -> None:
+    """Loss is never silent, also when the connection ends."""
+    ws, codes = endpoint(outbox=2, overflow="drop_oldest")
+    async with serving(ws._app) as server, Stalled(server.url + "/ws") as client:
+        conn = await stall(ws)
+        for n in range(5):
+            await ws._hub.send("all", "n", n)
+        await conn.close(4000)
+        data = await client.read_all()
+        await until(lambda: codes)
+    types = [json.loads(b"{" + part)["type"] for part in split(data)]
+    assert [t for t in types if t != "fill"] == ["n", "n", "gap"] and data.endswith(b"\x0f\xa0")
+
+
+async def test_a_writer_cancelled_before_it_began_holds_nobody_up() -> None:
+    """A close and the client's own in one round of the loop end the connection at once."""
+    ws, codes = endpoint()
+    async with serving(ws._app) as server, connect(server.url + "/ws"):
+        (conn,) = ws._hub.connections
+        conn._close(pachinko.Close(4000))
+        conn._gone(1000)
+        await until(lambda: codes and not ws._serving)
+    assert codes == [4000]
+
+
+async def test_a_servers_own_error_ends_the_sender_too(caplog: pytest.LogCaptureFixture) -> None:
+    """`conn.send` raises `WebSocketDisconnected`, whatever the server raised."""
+    caplog.set_level(logging.DEBUG, "pachinko")
+    ws, codes = endpoint()
+
+    @ws.on("ask")
+    async def ask(conn: Connection) -> str:
+        return "reply"
+
+    async def breaking(scope: Any, receive: Any, send: Any) -> None:
+        async def broken(event: Any) -> None:
+            if event["type"] == "websocket.send":
+                raise RuntimeError("the server's own")
+            await send(event)
+
+        await ws._app(scope, receive, broken if scope["type"] == "websocket" else send)
+
+    async with serving(breaking) as server, connect(server.url + "/ws") as client:
+        await client.send("ask", id=1)
+        await client.closed()
+        await until(lambda: codes)
+    assert "the server's own" in caplog.text
+
+
 async def test_a_cancelled_sender_leaves_the_others_in_order() -> None:
     """Cancelling the write in progress hands the outbox over to a writer."""
     ws, _ = endpoint()

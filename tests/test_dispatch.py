@@ -303,6 +303,85 @@ async def test_a_stray_cancelled_error_is_a_bug_like_any_other() -> None:
         assert (await client.ask("stray"))["payload"]["code"] == "internal_error"
 
 
+async def test_a_caught_task_group_leaves_the_connection_as_it_was() -> None:
+    """Before Python 3.13 a caught `TaskGroup` failure leaves a count of cancellations behind."""
+    ws = endpoint()
+    gate, saved = asyncio.Event(), list[str]()
+    codes = recording(ws)
+
+    @ws.on("group")
+    async def group(conn: Connection) -> str:
+        async def child() -> None:
+            raise ValueError
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(child())
+                await asyncio.Event().wait()
+        except* ValueError:
+            pass
+        return "caught"
+
+    @ws.on("stray")
+    async def stray(conn: Connection) -> None:
+        raise asyncio.CancelledError
+
+    @ws.on("order", concurrent=True)
+    async def order(conn: Connection) -> None:
+        await gate.wait()
+        saved.append("order")
+
+    async with Session(ws) as client:
+        assert (await client.ask("group"))["payload"] == "caught"
+        assert (await client.ask("stray"))["payload"]["code"] == "internal_error"
+        (conn,) = ws._hub.connections
+        await client.send("order")
+        await until(lambda: conn._tasks)
+        await client.close()
+        await until(lambda: conn.closed)
+        gate.set()
+        await clean(ws, codes)
+    assert saved == ["order"] and codes == [1000]
+
+
+async def test_a_stray_cancelled_error_in_an_error_handler_is_a_bug_too() -> None:
+    """It is answered with `internal_error`, and the connection goes on."""
+    ws = endpoint()
+
+    @ws.error(KeyError)
+    async def failed(conn: Connection, exc: KeyError) -> None:
+        raise asyncio.CancelledError
+
+    @ws.on("fail")
+    async def fail(conn: Connection) -> None:
+        raise KeyError
+
+    async with Session(ws) as client:
+        for _ in range(2):
+            assert (await client.ask("fail"))["payload"]["code"] == "internal_error"
+
+
+async def test_an_error_handler_is_cancelled_with_its_connection() -> None:
+    """One that waits for ever ends with the linger, like the handler it speaks for."""
+    ws = endpoint(linger=0.05)
+    codes, entered = recording(ws), asyncio.Event()
+
+    @ws.error(KeyError)
+    async def failed(conn: Connection, exc: KeyError) -> None:
+        entered.set()
+        await asyncio.Event().wait()
+
+    @ws.on("fail")
+    async def fail(conn: Connection) -> None:
+        raise KeyError
+
+    async with Session(ws) as client:
+        await client.send("fail")
+        await asyncio.wait_for(entered.wait(), PATIENCE)
+        await client.close()
+        await clean(ws, codes)
+
+
 async def test_close_in_a_handler_closes_with_code_and_reason() -> None:
     """``raise Close`` ends the connection behind what was sent before."""
     ws = endpoint()
@@ -773,6 +852,136 @@ async def test_a_stream_that_is_stopped_before_it_began_completes() -> None:
         while answers[-1]["type"] != "complete":
             answers.append(await client.receive())
         assert len(answers) <= 2
+
+
+async def test_the_read_ahead_goes_on_after_a_long_queue() -> None:
+    """Once a handler has taken a frame of a full queue, the next ``complete`` acts at once."""
+    ws = endpoint()
+    gates, ended = [asyncio.Event() for _ in range(10)], asyncio.Event()
+    running: list[int] = []
+
+    @ws.on("forever")
+    async def forever(conn: Connection) -> AsyncIterator[int]:
+        try:
+            yield 0
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    @ws.on("slow")
+    async def slow(conn: Connection, n: int) -> None:
+        running.append(n)
+        await gates[n].wait()
+
+    async with Session(ws) as client:
+        await client.ask("forever", id="f")
+        (conn,) = ws._hub.connections
+        for n in range(10):
+            await client.send("slow", n)
+        await client.send("complete", id="f")
+        await until(lambda: conn._inbox is not None and len(conn._inbox) == 8)
+        for n in range(3):
+            gates[n].set()
+        await asyncio.wait_for(ended.wait(), PATIENCE)
+        assert max(running) == 3
+        for gate in gates:
+            gate.set()
+
+
+async def test_the_cleanup_of_a_stream_is_cancelled_once() -> None:
+    """A ``complete`` and then a disconnect do not interrupt what the generator does at its end."""
+    ws = endpoint()
+    codes, events = recording(ws), list[str]()
+    cleaning, gate = asyncio.Event(), asyncio.Event()
+
+    @ws.on("subscribe")
+    async def subscribe(conn: Connection) -> AsyncIterator[int]:
+        try:
+            yield 0
+            await asyncio.Event().wait()
+        finally:
+            cleaning.set()
+            await gate.wait()
+            events.append("unsubscribed")
+
+    async with Session(ws) as client:
+        await client.ask("subscribe", id=1)
+        await client.send("complete", id=1)
+        await asyncio.wait_for(cleaning.wait(), PATIENCE)
+        (conn,) = ws._hub.connections
+        await client.close()
+        await until(lambda: conn.closed)
+        gate.set()
+        await clean(ws, codes)
+    assert events == ["unsubscribed"]
+
+
+async def test_a_linger_of_zero_leaves_streams_their_cleanup() -> None:
+    """Without a linger, handlers are cancelled at once, and still awaited."""
+    ws = endpoint(linger=0)
+    codes, events = recording(ws), list[str]()
+
+    @ws.on("subscribe")
+    async def subscribe(conn: Connection) -> AsyncIterator[int]:
+        try:
+            yield 0
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            events.append(f"unsubscribed before {len(codes)} disconnects")
+
+    async with Session(ws) as client:
+        await client.ask("subscribe", id=1)
+        await client.close()
+        await clean(ws, codes)
+    assert events == ["unsubscribed before 0 disconnects"]
+
+
+async def test_no_stream_begins_for_a_client_that_has_gone() -> None:
+    """A request for one in the backlog of a lost client is dropped."""
+    ws = endpoint(linger=60)
+    codes, events = recording(ws), list[str]()
+    gate = asyncio.Event()
+
+    @ws.on("slow")
+    async def slow(conn: Connection) -> None:
+        await gate.wait()
+
+    @ws.on("subscribe")
+    async def subscribe(conn: Connection) -> AsyncIterator[int]:
+        events.append("began")
+        await asyncio.Event().wait()
+        yield 0
+
+    async with Session(ws) as client:
+        (conn,) = ws._hub.connections
+        await client.send("slow")
+        await client.send("subscribe", id=1)
+        await client.close()
+        await until(lambda: conn.closed)
+        gate.set()
+        await clean(ws, codes)
+    assert events == []
+
+
+async def test_a_generator_that_swallows_its_cancellation_is_stopped_all_the_same() -> None:
+    """It ends at its next item."""
+    ws = endpoint()
+
+    @ws.on("stubborn")
+    async def stubborn(conn: Connection) -> AsyncIterator[int]:
+        while True:
+            try:
+                yield 0
+                await asyncio.sleep(0.001)
+            except asyncio.CancelledError:
+                pass
+
+    async with Session(ws) as client:
+        await client.ask("stubborn", id=1)
+        await client.send("complete", id=1)
+        while (await client.receive())["type"] != "complete":
+            pass
 
 
 async def test_a_complete_for_an_unknown_id_is_ignored() -> None:

@@ -156,8 +156,9 @@ async def test_a_connection_belongs_to_one_hub() -> None:
     ws = endpoint()
     async with serving(ws._app) as server, connect(server.url + "/ws/a"):
         (conn,) = ws._hub.connections
-        with pytest.raises(PachinkoError, match="another hub"):
-            await Hub().join("a", conn)
+        for method in (Hub().join, Hub().leave):
+            with pytest.raises(PachinkoError, match="another hub"):
+                await method("a", conn)
         assert conn.id in repr(conn) and "open" in repr(conn)
 
 

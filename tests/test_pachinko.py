@@ -333,8 +333,8 @@ async def test_conn_close_in_connect_closes_after_accept() -> None:
     async def arrive(conn: Connection) -> None:
         await conn.send("bye", {})
         await conn.close(4004)
-        with pytest.raises(falcon.WebSocketDisconnected):
-            await conn.send("too late", {})
+        await conn.send("too late", {})
+        assert not ws._hub.connections
 
     @ws.disconnect
     async def leave(conn: Connection) -> None:
@@ -347,7 +347,45 @@ async def test_conn_close_in_connect_closes_after_accept() -> None:
     assert codes == [4004]
 
 
-async def test_a_failed_accept_runs_the_disconnect_handlers() -> None:
+async def test_a_refused_connection_is_over() -> None:
+    """Whatever a connect handler has left behind learns that there is no client."""
+    app = new_app()
+    ws = Pachinko(app, "/ws", hub=Hub())
+    refused_ones: list[Connection] = []
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        refused_ones.append(conn)
+        raise falcon.HTTPForbidden
+
+    async with serving(app) as server:
+        assert await refused(server.url + "/ws") == 403
+        (conn,) = refused_ones
+        await until(lambda: not ws._serving)
+        assert conn.closed
+        with pytest.raises(falcon.WebSocketDisconnected):
+            await conn.send("late", {})
+        with pytest.raises(PachinkoError):
+            conn.user = "ann"
+
+
+async def test_a_group_closed_during_connect_tells_the_reason() -> None:
+    """A connect handler that goes on sending is not a refusal without a reason."""
+    app = new_app()
+    ws = Pachinko(app, "/ws", hub=Hub())
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        await conn.join("room")
+        await ws._hub.close_group("room", 4000, "closed")
+        await conn.send("history", {})
+
+    async with serving(app) as server, connect(server.url + "/ws") as client:
+        assert await client.closed() == (4000, "closed")
+
+
+@pytest.mark.parametrize("closing", [False, True])
+async def test_a_failed_accept_runs_the_disconnect_handlers(closing: bool) -> None:
     """The client that has left during connect was let in, and is seen out."""
     app = new_app()
     ws = Pachinko(app, "/ws", hub=Hub())
@@ -356,6 +394,8 @@ async def test_a_failed_accept_runs_the_disconnect_handlers() -> None:
 
     @ws.connect
     async def arrive(conn: Connection) -> None:
+        if closing:
+            await conn.close(4001)
         arrived.set()
         await gate.wait()
 
@@ -374,7 +414,7 @@ async def test_a_failed_accept_runs_the_disconnect_handlers() -> None:
         await until(lambda: not server.uvicorn.server_state.connections)
         gate.set()
         await until(lambda: codes and not ws._serving)
-    assert codes == [1006]
+    assert codes == [4001 if closing else 1006]
 
 
 async def test_an_accept_that_the_server_refuses_is_an_error_after_disconnect() -> None:
@@ -598,6 +638,26 @@ async def test_a_failed_worker_is_logged_and_started_again(
     async with serving(app):
         await until(lambda: len(runs) == 3 and not ws._workers)
     assert caplog.text.count("worker") >= 2 and "flaky" in caplog.text
+
+
+async def test_a_worker_survives_a_stray_cancelled_error(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Awaiting something cancelled is a failure like any other."""
+    monkeypatch.setattr(pachinko, "_BACKOFFS", (0.0,))
+    app = new_app()
+    ws = Pachinko(app, "/ws", hub=Hub())
+    runs: list[int] = []
+
+    @ws.worker
+    async def flaky() -> None:
+        runs.append(1)
+        if len(runs) == 1:
+            raise asyncio.CancelledError
+
+    async with serving(app):
+        await until(lambda: len(runs) == 2 and not ws._workers)
+    assert "worker" in caplog.text
 
 
 async def test_without_a_lifespan_workers_start_with_the_first_connection() -> None:
