@@ -2033,8 +2033,8 @@ class Dispatcher:
         codec, id = self._hub._codec, frame.id
         async with contextlib.aclosing(cast("AsyncGenerator[Any]", items)):
             async for item in items:
-                if stream.stopped:  # it has caught its cancellation
-                    break
+                if stream.stopped:
+                    raise asyncio.CancelledError  # the generator has caught the first one
                 data = encode_reply(codec, frame.type, id, item, handler.returns, more=True)
                 await conn._send(text_event(data))
                 await asyncio.sleep(0)  # one that never waits must starve nobody
