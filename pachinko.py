@@ -934,9 +934,9 @@ class Started(Generator[Any, Any, Any]):
     def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         self._coroutine = coroutine
         self._waits_for: list[Any] = []
+        self.done: bool = False
         try:
             self._waits_for.append(coroutine.send(None))
-            self.done = False
         except StopIteration:
             self.done = True
 
@@ -1055,6 +1055,11 @@ class Stream:
     is_answered: bool = False
     """By something else than its items."""
 
+    def check(self) -> None:
+        """Cancel again, when an item comes from a generator that has caught its cancellation."""
+        if self.stopped:
+            raise asyncio.CancelledError
+
     def stop(self) -> None:
         """Close the generator, once; one that has not begun will not begin."""
         if not self.stopped and self.started and self.task is not None:
@@ -1068,7 +1073,8 @@ class Rate:
     __slots__ = ("_due", "_refused", "_since", "count", "seconds")
 
     def __init__(self, count: int, seconds: float) -> None:
-        self.count, self.seconds = count, seconds
+        self.count: int = count
+        self.seconds: float = seconds
         self._due = self._since = 0.0
         self._refused = 0
 
@@ -2033,8 +2039,7 @@ class Dispatcher:
         codec, id = self._hub._codec, frame.id
         async with contextlib.aclosing(cast("AsyncGenerator[Any]", items)):
             async for item in items:
-                if stream.stopped:
-                    raise asyncio.CancelledError  # the generator has caught the first one
+                stream.check()
                 data = encode_reply(codec, frame.type, id, item, handler.returns, more=True)
                 await conn._send(text_event(data))
                 await asyncio.sleep(0)  # one that never waits must starve nobody
