@@ -23,7 +23,7 @@ One JSON object a text frame, ``{"type": str, "id"?: str | int, "payload"?: any}
 returns goes to the sender with the request's ``id``; what ``hub.send`` gets goes to a group.
 
 The sections, each using only those above it: errors · envelope and message · codec · handlers
-and routing · connection · hub · dispatch · Pachinko.
+and routing · outbox and limits · connection · hub · dispatch · Pachinko.
 """
 
 from __future__ import annotations
@@ -896,29 +896,9 @@ def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> N
         )
 
 
-# ── connection ────────────────────────────────────────────────────────────────────────────────
+# ── outbox and limits ─────────────────────────────────────────────────────────────────────────
 #
-# Writing. At most one write is in progress on a socket, and whatever else is sent meanwhile waits
-# in the outbox, so that messages leave in the order in which they were sent. The handshake's
-# answer is the first write: what connect handlers send waits for it like anything else. When a
-# write ends with the outbox not empty, a writer task goes on; for a client that keeps up there is
-# neither outbox nor task.
-#
-# Reading. The connection's own task reads and runs the handlers. While one of them is suspended,
-# a second task reads ahead, a few frames, so that a disconnect is noticed.
-
-_READ_AHEAD = 8  # frames: enough to notice a disconnect behind some messages, and bounded
-_BURST = 32  # messages that code may send in a row before others get a turn
-_GOODBYE = 1.0  # seconds for what cannot be waited for: an evicted client's close frame, say
-
-
-class State(enum.Enum):
-    """Where a connection is in its life; it only ever goes down this list."""
-
-    CONNECTING = "the handshake is not answered; everything sent is held"
-    OPEN = "messages flow"
-    CLOSING = "the server closes it: what was sent before still goes out, nothing new is taken"
-    GONE = "the client is gone, or given up: nothing can be written any more"
+# What connections are made of, each with one job and without knowledge of the others.
 
 
 class Started(Generator[Any, Any, Any]):
@@ -1129,6 +1109,31 @@ class Limits:
     send_timeout: float = _option(_is_seconds, "a number of seconds, at least 0")
     linger: float = _option(_is_seconds, "a number of seconds, at least 0")
     max_concurrent: int = _option(_is_count, "a number of tasks, at least 1")
+
+
+# ── connection ────────────────────────────────────────────────────────────────────────────────
+#
+# Writing. At most one write is in progress on a socket, and whatever else is sent meanwhile waits
+# in the outbox, so that messages leave in the order in which they were sent. The handshake's
+# answer is the first write: what connect handlers send waits for it like anything else. When a
+# write ends with the outbox not empty, a writer task goes on; for a client that keeps up there is
+# neither outbox nor task.
+#
+# Reading. The connection's own task reads and runs the handlers. While one of them is suspended,
+# a second task reads ahead, a few frames, so that a disconnect is noticed.
+
+_READ_AHEAD = 8  # frames: enough to notice a disconnect behind some messages, and bounded
+_BURST = 32  # messages that code may send in a row before others get a turn
+_GOODBYE = 1.0  # seconds for what cannot be waited for: an evicted client's close frame, say
+
+
+class State(enum.Enum):
+    """Where a connection is in its life; it only ever goes down this list."""
+
+    CONNECTING = "the handshake is not answered; everything sent is held"
+    OPEN = "messages flow"
+    CLOSING = "the server closes it: what was sent before still goes out, nothing new is taken"
+    GONE = "the client is gone, or given up: nothing can be written any more"
 
 
 @attrs.define(eq=False, repr=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import json
 import logging
 from typing import Any
@@ -41,92 +40,6 @@ async def stall(ws: Pachinko) -> Connection:
         await ws._hub.send_to(conn, "fill", BIG)
         await asyncio.sleep(0)
     return conn
-
-
-# The pieces
-
-
-async def test_started_tells_whether_a_coroutine_has_to_wait() -> None:
-    """A coroutine that ends in one step is done; another is awaited on, and its result is kept."""
-
-    async def at_once() -> None: ...
-
-    async def later(gate: asyncio.Future[int]) -> int:
-        return await gate
-
-    assert pachinko.Started(at_once()).done
-    gate: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    started = pachinko.Started(later(gate))
-    assert not started.done
-    asyncio.get_running_loop().call_soon(gate.set_result, 5)
-    assert await started == 5
-
-
-async def test_started_is_one_task_for_the_coroutine() -> None:
-    """Timeouts, `current_task` and context variables inside see the awaiting task throughout."""
-    variable = contextvars.ContextVar("variable", default=0)
-    seen: list[Any] = []
-
-    async def coroutine() -> None:
-        seen.append(asyncio.current_task())
-        variable.set(1)
-        try:
-            async with asyncio.timeout(0.01):
-                await asyncio.Event().wait()
-        except TimeoutError:
-            seen.append("timed out")
-        seen.append(asyncio.current_task())
-        seen.append(variable.get())
-
-    await pachinko.Started(coroutine())
-    task = asyncio.current_task()
-    assert seen == [task, "timed out", task, 1]
-
-
-async def test_started_passes_a_cancellation_on() -> None:
-    """Cancelling the awaiting task cancels the coroutine inside, which may clean up."""
-    seen: list[str] = []
-
-    async def coroutine() -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            await asyncio.sleep(0)
-            seen.append("cleaned up")
-
-    async def outer() -> None:
-        await pachinko.Started(coroutine())
-
-    task = asyncio.create_task(outer())
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert seen == ["cleaned up"]
-
-
-def test_the_rate_admits_a_burst_and_then_the_average() -> None:
-    """Five at once, then one each two seconds; a pause does not pile up more than the burst."""
-    rate = pachinko.Rate(5, 10.0)
-    assert [rate.take(100.0) for _ in range(5)] == [0.0] * 5
-    assert rate.take(100.0) == pytest.approx(2.0)
-    assert rate.take(101.0) == pytest.approx(1.0)
-    assert rate.take(102.0) == 0.0
-    assert [rate.take(1000.0) for _ in range(5)] == [0.0] * 5
-    assert rate.take(1000.0) > 0
-
-
-def test_a_rate_is_abused_by_ten_times_as_many() -> None:
-    """Refusals are counted within the period; older ones are forgiven."""
-    rate = pachinko.Rate(1, 1.0)
-    for _ in range(11):
-        rate.take(100.0)
-    assert not rate.is_abused
-    rate.take(100.0)
-    assert rate.is_abused
-    rate.take(200.0)
-    rate.take(200.0)
-    assert not rate.is_abused
 
 
 # Slow clients

@@ -1,0 +1,153 @@
+"""The outbox, and what else a connection is made of."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from typing import Any
+
+import pytest
+
+import pachinko
+
+
+def waiting(name: str, size: int = 0, group: str | None = None) -> pachinko.Waiting:
+    return pachinko.Waiting({"type": "websocket.send", "text": name}, None, size, group)
+
+
+def texts(outbox: pachinko.Outbox) -> list[str]:
+    """Everything that is taken out, in order."""
+    taken = []
+    while (item := outbox.take()) is not None:
+        taken.append(item.event.get("text", item.event["type"]))
+    return taken
+
+
+def test_an_outbox_keeps_the_order() -> None:
+    """Answers and pushed messages leave as they came; only pushed ones count."""
+    outbox = pachinko.Outbox()
+    for item in (waiting("a"), waiting("b", 5, "g"), waiting("c"), waiting("d", 7)):
+        outbox.put(item)
+    assert (outbox.pushed, outbox.size) == (2, 12)
+    assert texts(outbox) == ["a", "b", "c", "d"]
+    assert (outbox.pushed, outbox.size) == (0, 0)
+
+
+def test_the_oldest_pushed_message_is_dropped_and_never_an_answer() -> None:
+    """Its group is remembered, once, and announced behind all that waits."""
+    outbox = pachinko.Outbox()
+    for item in (waiting("a"), waiting("b", 5, "g"), waiting("c", 7), waiting("d", 9, "g")):
+        outbox.put(item)
+    for _ in range(3):
+        outbox.drop_oldest()
+    assert (outbox.pushed, outbox.size) == (0, 0)
+    gap = '{"type":"gap","payload":{"group":%s}}'
+    assert texts(outbox) == ["a", gap % '"g"', gap % "null"]
+    assert texts(outbox) == []
+
+
+def test_gaps_are_announced_before_a_close() -> None:
+    """Behind the close frame nobody would read them."""
+    outbox = pachinko.Outbox()
+    outbox.put(waiting("a", 1, "g"))
+    outbox.drop_oldest()
+    outbox.put(pachinko.Waiting({"type": "websocket.close"}))
+    assert texts(outbox) == ['{"type":"gap","payload":{"group":"g"}}', "websocket.close"]
+
+
+async def test_whoever_waits_learns_that_the_outbox_was_cleared() -> None:
+    """Cancelled senders are passed over, the others get False."""
+    outbox = pachinko.Outbox()
+    loop = asyncio.get_running_loop()
+    sent, cancelled = loop.create_future(), loop.create_future()
+    for future in (cancelled, sent):
+        outbox.put(pachinko.Waiting({"type": "websocket.send"}, future))
+    outbox.put(waiting("pushed", 3))
+    cancelled.cancel()
+    outbox.clear()
+    assert sent.result() is False and texts(outbox) == []
+    outbox.put(pachinko.Waiting({"type": "websocket.send"}, cancelled))
+    assert outbox.take() is None
+
+
+async def test_started_tells_whether_a_coroutine_has_to_wait() -> None:
+    """A coroutine that ends in one step is done; another is awaited on, and its result is kept."""
+
+    async def at_once() -> None: ...
+
+    async def later(gate: asyncio.Future[int]) -> int:
+        return await gate
+
+    assert pachinko.Started(at_once()).done
+    gate: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    started = pachinko.Started(later(gate))
+    assert not started.done
+    asyncio.get_running_loop().call_soon(gate.set_result, 5)
+    assert await started == 5
+
+
+async def test_started_is_one_task_for_the_coroutine() -> None:
+    """Timeouts, `current_task` and context variables inside see the awaiting task throughout."""
+    variable = contextvars.ContextVar("variable", default=0)
+    seen: list[Any] = []
+
+    async def coroutine() -> None:
+        seen.append(asyncio.current_task())
+        variable.set(1)
+        try:
+            async with asyncio.timeout(0.01):
+                await asyncio.Event().wait()
+        except TimeoutError:
+            seen.append("timed out")
+        seen.append(asyncio.current_task())
+        seen.append(variable.get())
+
+    await pachinko.Started(coroutine())
+    task = asyncio.current_task()
+    assert seen == [task, "timed out", task, 1]
+
+
+async def test_started_passes_a_cancellation_on() -> None:
+    """Cancelling the awaiting task cancels the coroutine inside, which may clean up."""
+    seen: list[str] = []
+
+    async def coroutine() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            seen.append("cleaned up")
+
+    async def outer() -> None:
+        await pachinko.Started(coroutine())
+
+    task = asyncio.create_task(outer())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert seen == ["cleaned up"]
+
+
+def test_the_rate_admits_a_burst_and_then_the_average() -> None:
+    """Five at once, then one each two seconds; a pause does not pile up more than the burst."""
+    rate = pachinko.Rate(5, 10.0)
+    assert [rate.take(100.0) for _ in range(5)] == [0.0] * 5
+    assert rate.take(100.0) == pytest.approx(2.0)
+    assert rate.take(101.0) == pytest.approx(1.0)
+    assert rate.take(102.0) == 0.0
+    assert [rate.take(1000.0) for _ in range(5)] == [0.0] * 5
+    assert rate.take(1000.0) > 0
+
+
+def test_a_rate_is_abused_by_ten_times_as_many() -> None:
+    """Refusals are counted within the period; older ones are forgiven."""
+    rate = pachinko.Rate(1, 1.0)
+    for _ in range(11):
+        rate.take(100.0)
+    assert not rate.is_abused
+    rate.take(100.0)
+    assert rate.is_abused
+    rate.take(200.0)
+    rate.take(200.0)
+    assert not rate.is_abused
