@@ -128,6 +128,8 @@ class Close(Exception):
 
     def __init__(self, code: int = 1000, reason: str = "") -> None:
         super().__init__(f"{code} {reason}")
+        if not isinstance(code, int) or not isinstance(reason, str):
+            raise TypeError(f'write Close(4000, "a reason"), got Close({code!r}, {reason!r})')
         if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
             raise ValueError(f"{code} is no close code to send; use 1000, or 4000 to 4999")
         if len(reason.encode()) > _REASON_BYTES:
@@ -244,6 +246,12 @@ def _check_plain(cls: Any) -> Any:
         if attrs.has(cls)
         else cls.__init__ is object.__init__ and cls.__new__ is object.__new__
     )
+    for name in vars(cls).get("__annotations__", {}):
+        if isinstance(vars(cls).get(name), (list, dict, set)):
+            raise PachinkoError(
+                f"all messages would share the default of {cls.__name__}.{name}; write "
+                f"`{name}: ... = attrs.field(factory={type(vars(cls)[name]).__name__})`"
+            )
     if not is_plain:
         raise PachinkoError(
             f"@message cannot make an attrs class of {cls.__name__}, which has a constructor or "
@@ -723,6 +731,10 @@ def check_function(
         refused = None if streams else "has a `yield`, but only message handlers stream"
     elif not inspect.iscoroutinefunction(function):
         refused = "is not async"
+        with contextlib.suppress(ValueError, TypeError):  # of what has no signature
+            name = getattr(function, "__name__", "handler")
+            first = example.partition("\n")[0]
+            example = f"{first}\nasync def {name}{inspect.signature(function)}: ..."
     if refused is None and takes is not None:
         try:
             inspect.signature(function).bind(*range(takes))
@@ -752,14 +764,18 @@ def read_handler(
         hints = typing.get_type_hints(
             getattr(inner, "func", inner), globals_, locals_, include_extras=True
         )
+        _check_first(function, name, hints)
         annotation = hints.get(payload.name, message_class or Any) if payload else Any
         if fields:
             members = {p.name: _field_of(p, hints.get(p.name, Any)) for p in fields}
             annotation = attrs.make_class(name, members, kw_only=True)
         codec.check(annotation, namespaces, [])
     except (NameError, TypeError, ValueError, cattrs.StructureHandlerNotFoundError) as exc:
+        why: Any = exc
+        if isinstance(exc, cattrs.StructureHandlerNotFoundError):
+            why = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
         raise PachinkoError(
-            f"the payload of {place_of(function)} cannot be structured: {exc}. Define or import "
+            f"the payload of {place_of(function)} cannot be structured: {why}. Define or import "
             f"names above the handler; use attrs classes, dataclasses, TypedDict and the standard "
             f"library's types, or give hub.configure(converter=...) a hook before this handler"
         ) from exc
@@ -772,6 +788,17 @@ def read_handler(
     takes: Any = "payload" if payload else "fields" if fields else "nothing"
     returns = None if returns in (types.NoneType, Any, object) else returns
     return Handler(type, function, takes, annotation, payload, returns, streams, concurrent)
+
+
+def _check_first(function: Callable[..., Any], name: str, hints: dict[str, Any]) -> None:
+    """Refuse a first parameter that is annotated as a payload: the connection was forgotten."""
+    first = next(iter(inspect.signature(function).parameters.values()))
+    t = hints.get(first.name)
+    if t in _LEAVES - {types.NoneType} or t in (dict, list) or message_type(t) is not None:
+        raise PachinkoError(
+            f"{place_of(function)} takes `{first}` first, where the connection comes; write "
+            f"`async def {name}(conn, {first})`"
+        )
 
 
 def _field_of(parameter: inspect.Parameter, annotation: Any) -> Any:
@@ -791,7 +818,8 @@ def _split_parameters(
     names = ", ".join(map(str, positional[1:]))
     refused = None
     if not positional:
-        refused = f"takes no connection; write `async def {name}(conn, ...)`"
+        own = "self, " if inspect.ismethod(function) else ""
+        refused = f"takes no connection; write `async def {name}({own}conn, ...)`"
     elif from_path:
         refused = (
             f"takes {from_path[0]!r}, a path parameter, which only connect handlers get; "
@@ -1287,11 +1315,11 @@ class Connection:
         outbox, limits, counts = self._queue(), self._limits, self._hub._counts
         outbox.put(Waiting(event, None, size, group))
         counts["outbox_high_water"] = max(counts["outbox_high_water"], outbox.pushed)
-        if self._state is State.OPEN and not (self._writer or self._patience):
-            return outbox.exceeds(0.5, limits)  # before 3.12: the writer is about to begin
-        if outbox.exceeds(1, limits) and limits.overflow == "close":
+        # A writer that has not begun, as before Python 3.12, is no sign of a slow client.
+        is_behind = bool(self._writer or self._patience) or self._state is not State.OPEN
+        if is_behind and outbox.exceeds(1, limits) and limits.overflow == "close":
             self._evict()
-        while outbox.exceeds(1, limits):
+        while is_behind and outbox.exceeds(1, limits):
             outbox.drop_oldest()
             counts["dropped"] += 1
             self._log_slow("messages for it are dropped")
@@ -1730,6 +1758,8 @@ class Hub:
             result = function(*args, **kwargs)
             return await result if inspect.isawaitable(result) else result
 
+        if not callable(function):
+            raise TypeError(f'write hub.call_threadsafe(hub.send, "room:1", ...), got {function!r}')
         calling = call()
         try:
             if self._loop is None:

@@ -646,3 +646,14 @@ def test_the_module_level_classes_stay_usable_in_an_app() -> None:
 
     @ws.on(Said)
     async def said(conn: Any, msg: Said) -> None: ...
+
+
+@pytest.mark.parametrize("default", [[], {}, set()])
+def test_a_shared_default_is_refused(default: Any) -> None:
+    """All messages would change it together; the text shows the factory."""
+
+    class Say:
+        tags: Any = default
+
+    with pytest.raises(PachinkoError, match=f"factory={type(default).__name__}"):
+        message("say")(Say)

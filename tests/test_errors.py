@@ -1,5 +1,7 @@
 """The section "errors": what the program, the client and nobody is to blame for."""
 
+from typing import Any
+
 import pytest
 
 import pachinko
@@ -75,3 +77,10 @@ def test_the_three_errors_are_told_apart_by_class() -> None:
 def test_every_public_name_exists(name: str) -> None:
     """What ``__all__`` promises is there, with a docstring."""
     assert getattr(pachinko, name).__doc__
+
+
+@pytest.mark.parametrize("arguments", [("bye",), (1000, 5), (None,)])
+def test_a_close_of_another_kind_shows_the_right_code(arguments: Any) -> None:
+    """The code comes first, the reason is text."""
+    with pytest.raises(TypeError, match=r'write Close\(4000, "a reason"\)'):
+        Close(*arguments)

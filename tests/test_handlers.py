@@ -692,6 +692,45 @@ def test_what_cannot_be_structured_is_refused(annotation: Any, kind: str) -> Non
     assert "hub.configure(converter=...)" in text
 
 
+def test_a_plain_class_is_told_what_it_lacks() -> None:
+    """The text names the class, also when it is inside another."""
+    function = build("async def f(conn, x: A): ...", A=HasPlain)
+    assert "put @attrs.frozen above Plain" in refusal(lambda: registered(function))
+
+
+@pytest.mark.parametrize("source", ["f(msg: str)", "f(text: dict, conn)", "f(n: int, *, a: int)"])
+def test_a_forgotten_connection_is_noticed(source: str) -> None:
+    """A first parameter that is annotated as a payload stands where the connection belongs."""
+    text = refusal(lambda: registered(build(f"async def {source}: ...")))
+    first = source[2:].partition(",")[0].rstrip(")")
+    assert text.endswith(
+        f"takes `{first}` first, where the connection comes; write `async def f(conn, {first})`"
+    )
+
+
+def test_a_method_without_self_is_told_so() -> None:
+    """The corrected code has both."""
+
+    class Resource:
+        async def on_a(conn) -> None: ...  # type: ignore[no-untyped-def]  # noqa: N805
+
+    assert "write `async def on_a(self, conn, ...)`" in refusal(
+        lambda: endpoint().add_resource("x", Resource())
+    )
+
+
+def test_the_corrected_code_has_the_functions_own_parameters() -> None:
+    """What is not async is shown as it should be."""
+
+    def add(conn: Any, *, a: int, b: int = 0) -> int:
+        return a + b
+
+    text = refusal(lambda: endpoint().on("sum")(add))
+    assert text.endswith(
+        '@ws.on("sum")\nasync def add(conn: Any, *, a: int, b: int = 0) -> int: ...'
+    )
+
+
 def test_a_generic_class_without_its_parameter_is_refused() -> None:
     """What its fields are is not known."""
 

@@ -202,9 +202,11 @@ async def test_other_threads_use_call_threadsafe() -> None:
 
 def test_call_threadsafe_needs_a_running_app() -> None:
     """Without one, and after its loop has closed, it says so."""
-    hub = Hub()
+    hub: Any = Hub()
     with pytest.raises(PachinkoError, match="not running"):
         hub.call_threadsafe(hub.send, "a", "x")
+    with pytest.raises(TypeError, match=r"call_threadsafe\(hub\.send"):
+        hub.call_threadsafe(None)
     asyncio.run(_start(hub))
     with pytest.raises(PachinkoError, match="not running"):
         hub.call_threadsafe(hub.send, "a", "x")
