@@ -771,14 +771,7 @@ def read_handler(
             annotation = attrs.make_class(name, members, kw_only=True)
         codec.check(annotation, namespaces, [])
     except (NameError, TypeError, ValueError, cattrs.StructureHandlerNotFoundError) as exc:
-        why: Any = exc
-        if isinstance(exc, cattrs.StructureHandlerNotFoundError):
-            why = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
-        raise PachinkoError(
-            f"the payload of {place_of(function)} cannot be structured: {why}. Define or import "
-            f"names above the handler; use attrs classes, dataclasses, TypedDict and the standard "
-            f"library's types, or give hub.configure(converter=...) a hook before this handler"
-        ) from exc
+        raise _unstructurable(function, exc) from exc
     if payload and message_class and annotation is not message_class:
         write = f"async def {name}(conn, {payload.name}: {message_class.__name__})"
         raise PachinkoError(f"{place_of(function)} handles {message_class.__name__}; write {write}")
@@ -788,6 +781,17 @@ def read_handler(
     takes: Any = "payload" if payload else "fields" if fields else "nothing"
     returns = None if returns in (types.NoneType, Any, object) else returns
     return Handler(type, function, takes, annotation, payload, returns, streams, concurrent)
+
+
+def _unstructurable(function: Callable[..., Any], exc: Exception) -> PachinkoError:
+    why: Any = exc
+    if isinstance(exc, cattrs.StructureHandlerNotFoundError):
+        why = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
+    return PachinkoError(
+        f"the payload of {place_of(function)} cannot be structured: {why}. Define or import names "
+        f"above the handler; use attrs classes, dataclasses, TypedDict and the standard library's "
+        f"types, or give hub.configure(converter=...) a hook before this handler"
+    )
 
 
 def _check_first(function: Callable[..., Any], name: str, hints: dict[str, Any]) -> None:
@@ -1155,7 +1159,7 @@ _BURST = 32  # messages that code may send in a row before others get a turn
 _GOODBYE = 1.0  # seconds for what cannot be waited for: an evicted client's close frame, say
 
 
-class State(enum.Enum):
+class Phase(enum.Enum):
     """Where a connection is in its life; it only ever goes down this list."""
 
     CONNECTING = "the handshake is not answered; everything sent is held"
@@ -1182,7 +1186,7 @@ class Connection:
     """Why it ended: the client's code (1005 or 1006 for none), or the one we closed with."""
     _user: str | None = None
     _groups: set[str] | None = None
-    _state: State = State.CONNECTING
+    _phase: Phase = Phase.CONNECTING
     _ended: float | None = None  # when it left OPEN, on the loop's clock
     _is_slow: bool = False  # and that has been logged
     _sends: int = 0
@@ -1200,7 +1204,7 @@ class Connection:
     _rate: Rate | None = None
 
     def __repr__(self) -> str:
-        return f"<Connection {self.id} {self._state.name.lower()}>"
+        return f"<Connection {self.id} {self._phase.name.lower()}>"
 
     @property
     def context(self) -> Any:
@@ -1216,7 +1220,7 @@ class Connection:
     def user(self, user: str | None) -> None:
         if user is not None and not isinstance(user, str):
             raise TypeError(f"a user is a str or None, got {user!r}; write conn.user = str(...)")
-        if self._state is not State.CONNECTING:
+        if self._phase is not Phase.CONNECTING:
             raise PachinkoError("conn.user is set in a connect handler, before the client is in")
         self._hub._set_user(self, user)
         self._user = user
@@ -1229,7 +1233,7 @@ class Connection:
     @property
     def closed(self) -> bool:
         """Whether it is over: the client is gone, or the server has begun to close."""
-        return self._state is State.CLOSING or self._state is State.GONE
+        return self._phase is Phase.CLOSING or self._phase is Phase.GONE
 
     async def send(self, message: object, payload: object = None) -> None:
         """Send a ``@message`` object, or a type and its payload, to this client.
@@ -1239,7 +1243,7 @@ class Connection:
         handler it returns at once, and the message goes out after the handshake.
         """
         type, payload = split_message(message, payload)
-        await self._send(text_event(self._hub._codec.encode(type, payload)))
+        await self._post(text_event(self._hub._codec.encode(type, payload)))
         self._sends += 1
         if self._sends % _BURST == 0:
             await asyncio.sleep(0)  # while a client keeps up, nothing else lets the loop run
@@ -1261,11 +1265,11 @@ class Connection:
 
     # Writing
 
-    async def _send(self, event: Event) -> None:
+    async def _post(self, event: Event) -> None:
         """Write *event* when its turn has come."""
-        if self._state is State.CONNECTING:
+        if self._phase is Phase.CONNECTING:
             self._queue().put(Waiting(event))
-        elif self._state is not State.OPEN:
+        elif self._phase is not Phase.OPEN:
             if self._ended is not None:  # else a connect handler has closed it, and may go on
                 raise self._disconnected()
         elif not self._writing:
@@ -1316,7 +1320,7 @@ class Connection:
         outbox.put(Waiting(event, None, size, group))
         counts["outbox_high_water"] = max(counts["outbox_high_water"], outbox.pushed)
         # A writer that has not begun, as before Python 3.12, is no sign of a slow client.
-        is_behind = bool(self._writer or self._patience) or self._state is not State.OPEN
+        is_behind = bool(self._writer or self._patience) or self._phase is not Phase.OPEN
         if is_behind and outbox.exceeds(1, limits) and limits.overflow == "close":
             self._evict()
         while is_behind and outbox.exceeds(1, limits):
@@ -1369,7 +1373,7 @@ class Connection:
         waiting: Waiting | None = first
         self._writer = asyncio.current_task()
         try:
-            while waiting is not None and self._state is not State.GONE:
+            while waiting is not None and self._phase is not Phase.GONE:
                 first = waiting
                 if first.event["type"] == "websocket.close":
                     await self.ws.close(first.event["code"], first.event["reason"] or None)
@@ -1386,7 +1390,7 @@ class Connection:
             self._writing, self._writer = False, None
             if first.sent is not None and not first.sent.done():
                 first.sent.set_result(False)
-            if self._state is State.CLOSING:
+            if self._phase is Phase.CLOSING:
                 self._write_next()
 
     def _write_failed(self, exc: Exception) -> None:
@@ -1394,7 +1398,7 @@ class Connection:
         if not isinstance(exc, falcon.WebSocketDisconnected):
             logger.debug("write failed", exc_info=exc, extra={"connection_id": self.id})
             self._lost()
-        elif self._state is State.OPEN or self.ws.closed:
+        elif self._phase is Phase.OPEN or self.ws.closed:
             self._lost()
 
     # Ending
@@ -1402,9 +1406,9 @@ class Connection:
     def _disconnected(self) -> falcon.WebSocketDisconnected:
         return falcon.WebSocketDisconnected(self.close_code or 1006)
 
-    def _end(self, state: State) -> None:
+    def _end(self, state: Phase) -> None:
         """Leave OPEN: stop the streams; wake the reader, or give the handler `linger` seconds."""
-        self._state = state
+        self._phase = state
         self._ended = asyncio.get_running_loop().time()
         for stream in tuple((self._streams or {}).values()):
             if stream.task is not asyncio.current_task():
@@ -1422,9 +1426,9 @@ class Connection:
         event = {"type": "websocket.close", "code": close.code, "reason": close.reason}
         self._goodbye = asyncio.get_running_loop().create_future()
         last = Waiting(event, self._goodbye)
-        if self._state is not State.CONNECTING:
-            self._end(State.CLOSING)
-        self._state = State.CLOSING
+        if self._phase is not Phase.CONNECTING:
+            self._end(Phase.CLOSING)
+        self._phase = Phase.CLOSING
         if self._handling and self._ahead is not None:
             self._ahead.cancel()  # granian's send(close) waits while a receive is pending
         if self._writing:
@@ -1439,14 +1443,14 @@ class Connection:
 
     def _lost(self) -> None:
         """Nothing can be written any more. Why, the reader may still learn."""
-        if self._state is State.GONE:
+        if self._phase is Phase.GONE:
             return
         if self._outbox is not None:
             self._outbox.clear()
         if self._writer is not None and self._writer is not asyncio.current_task():
             self._writer.cancel()
         self._wake_sender()
-        self._end(State.GONE)
+        self._end(Phase.GONE)
 
     async def _settle(self) -> None:
         """Give the close frame its time, then make sure that nothing waits for this client."""
@@ -1465,25 +1469,25 @@ class Connection:
     def _opened(self) -> None:
         """The handshake is answered: what was sent until now goes out."""
         self._writing = False
-        if self._state is State.CLOSING:  # by a connect handler, or evicted
-            self._end(State.CLOSING)
+        if self._phase is Phase.CLOSING:  # by a connect handler, or evicted
+            self._end(Phase.CLOSING)
         else:
-            self._state = State.OPEN
+            self._phase = Phase.OPEN
         self._write_next()
 
     # Reading
 
-    async def _receive(self) -> Event | None:
+    async def _next_event(self) -> Event | None:
         """The next frame, or None when the connection is over.
 
         Frames that came before the client left are still handled, those behind a close of ours
         are not.
         """
         self._handling = False
-        while self._state is not State.CLOSING:
+        while self._phase is not Phase.CLOSING:
             if self._inbox:
                 return self._inbox.popleft()
-            if self._state is State.GONE and self.close_code is not None:
+            if self._phase is Phase.GONE and self.close_code is not None:
                 break
             if self._ahead is not None:
                 await self._ahead
@@ -1500,7 +1504,7 @@ class Connection:
         self._handling = True
         if self._ended is not None and self._life is not None and not self._life.expired():
             self._life.reschedule(self._ended + self._limits.linger)
-        elif (self._ahead is None or self._ahead.done()) and self._state is State.OPEN:
+        elif (self._ahead is None or self._ahead.done()) and self._phase is Phase.OPEN:
             self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
 
     async def _read_ahead(self) -> None:
@@ -1791,7 +1795,7 @@ class Hub:
 
 
 def _is_accepted(conn: Connection) -> bool:
-    return conn._state is State.OPEN or conn._ended is not None
+    return conn._phase is Phase.OPEN or conn._ended is not None
 
 
 hub: Hub = Hub()
@@ -1862,7 +1866,7 @@ class Dispatcher:
         """Handle what *conn* sends until it is over, and then everything that follows."""
         try:
             async with asyncio.timeout(None) as conn._life:
-                while (event := await conn._receive()) is not None:
+                while (event := await conn._next_event()) is not None:
                     await self._handle(conn, event)
         except TimeoutError:  # of `_life`: closed by other code while reading, or lingered enough
             pass
@@ -1994,7 +1998,7 @@ class Dispatcher:
     ) -> None:
         if result is not None or id is not None:
             data = encode_reply(self._hub._codec, type, id, result, declared)
-            await conn._send(text_event(data))
+            await conn._post(text_event(data))
 
     async def _call(self, conn: Connection, handler: Handler, frame: Frame) -> Any:
         """What the handler returns, through the middleware; for a stream its generator."""
@@ -2061,7 +2065,7 @@ class Dispatcher:
             await self._fail(conn, failure, frame.type, frame.id)
         elif not stream.is_answered:
             with contextlib.suppress(falcon.WebSocketDisconnected):
-                await conn._send(text_event(_encode({"type": "complete", "id": frame.id})))
+                await conn._post(text_event(_encode({"type": "complete", "id": frame.id})))
 
     async def _send_items(
         self,
@@ -2076,7 +2080,7 @@ class Dispatcher:
             async for item in items:
                 stream.check()
                 data = encode_reply(codec, frame.type, id, item, handler.returns, more=True)
-                await conn._send(text_event(data))
+                await conn._post(text_event(data))
                 await asyncio.sleep(0)  # one that never waits must starve nobody
 
     async def _fail(
@@ -2120,7 +2124,7 @@ class Dispatcher:
         data = _encode({**frame, "payload": payload})
         self._hub._count_error(error.code)
         with contextlib.suppress(falcon.WebSocketDisconnected):
-            await conn._send(text_event(data))
+            await conn._post(text_event(data))
 
 
 def _internal_error() -> MessageError:
@@ -2129,6 +2133,7 @@ def _internal_error() -> MessageError:
 
 # ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
 
+_NO_FUNCTION: Any = None  # what ws.connect() decorates, so that its parentheses can be refused
 _FAREWELL = 5.0  # seconds for disconnect handlers at shutdown, behind what lingers
 _attached: weakref.WeakSet[Pachinko] = weakref.WeakSet()  # to an app, each at a path of its own
 _FALCONS_QUEUE = 4  # the default of falcon's ws_options.max_receive_queue
@@ -2208,7 +2213,7 @@ class Pachinko:
                 "app.ws_options.max_receive_queue after creating the Pachinko", path
             )  # fmt: skip
 
-    def connect(self, function: F) -> F:
+    def connect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn, …)`` before the handshake is answered, with path parameters.
 
         `falcon.HTTPError` in it refuses the handshake, `Close` accepts and closes. Several run in
@@ -2249,7 +2254,7 @@ class Pachinko:
         handler = read_handler(type, function, codec, namespaces, cls, params, concurrent)
         self._routes.handlers[type] = handler
 
-    def disconnect(self, function: F) -> F:
+    def disconnect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn)`` once when a connection is over, whatever ended it.
 
         ``conn.close_code`` is set, its groups are still joined.
@@ -2258,21 +2263,21 @@ class Pachinko:
         self._routes.disconnect.append(function)
         return function
 
-    def fallback(self, function: F) -> F:
+    def fallback(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, frame: str)`` the text that no handler takes."""
         check_function(function, "@ws.fallback\nasync def other(conn, frame: str): ...", 2)
         refuse_second(self._routes.fallback, function, "the fallback")
         self._routes.fallback = function
         return function
 
-    def binary(self, function: F) -> F:
+    def binary(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, data: bytes)`` the binary frames."""
         check_function(function, "@ws.binary\nasync def upload(conn, data: bytes): ...", 2)
         refuse_second(self._routes.binary, function, "binary")
         self._routes.binary = function
         return function
 
-    def middleware(self, function: F) -> F:
+    def middleware(self, function: F = _NO_FUNCTION) -> F:
         """Put ``async def f(conn, envelope, call_next)`` around message handlers.
 
         ``await call_next()`` gives what the handler returned; what *f* returns is the answer.
@@ -2300,7 +2305,7 @@ class Pachinko:
 
         return register
 
-    def worker(self, function: F) -> F:
+    def worker(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f()`` in the background from the app's start to its shutdown.
 
         One that fails is logged and started again, after 1 second, then 2, up to 60.

@@ -847,10 +847,13 @@ def test_without_a_path_any_name_may_be_a_parameter() -> None:
     assert endpoint().connect(function) is function
 
 
-def test_connect_with_parentheses_is_refused() -> None:
-    """``@ws.connect()`` lacks a function."""
-    with pytest.raises((PachinkoError, TypeError)):
-        endpoint().connect()  # type: ignore[call-arg]
+@pytest.mark.parametrize(
+    "decorator", ["connect", "disconnect", "fallback", "binary", "middleware", "worker"]
+)
+def test_decorators_with_parentheses_are_refused(decorator: str) -> None:
+    """The corrected code has none."""
+    text = refusal(getattr(endpoint(), decorator))
+    assert text.startswith(f"expected a function, got None; write\n@ws.{decorator}\nasync def ")
 
 
 # Registration mistakes: error handlers

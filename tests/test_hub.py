@@ -342,7 +342,7 @@ class Tables(RuleBasedStateMachine):
     @rule(index=indexes)
     def remove(self, index: int) -> None:
         if (conn := self.pick(index)) is not None:
-            conn._state = type(conn._state).GONE
+            conn._phase = type(conn._phase).GONE
             self.hub._remove(conn)
             self.joined[conn] = set()
 
