@@ -496,7 +496,7 @@ def _validating_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
             field.validator(None, field, field.converter(item) if field.converter else item)
         except (AttributeError, cattrs.StructureHandlerNotFoundError):
             return None  # it looks at the instance, or the type is generic: attrs' error remains
-        except Exception as exc:
+        except Exception as exc:  # a validator's own: reported as this field's
             note: Any = cattrs.AttributeValidationNote
             exc.add_note(note("", field.name, field.type))
             return exc
@@ -617,7 +617,7 @@ class Codec:
         try:
             if self._hasty is not self.converter and len(_encode(payload)) <= _MAX_EXPLAINED:
                 self.converter.structure(payload, annotation)
-        except Exception as exc:
+        except Exception as exc:  # the same, and with every wrong field
             error = exc
         raise invalid_payload(type, list(itertools.islice(explain(error), _MAX_ERRORS + 1)))
 
@@ -1295,7 +1295,7 @@ class Connection:
                     self._writing, self._patience = False, None
                     self._write_next()
             self._hub._counts["sent"] += 1
-        except Exception as exc:
+        except Exception as exc:  # whatever the server raises
             self._write_failed(exc)
             raise self._disconnected() from None
 
@@ -1384,7 +1384,7 @@ class Connection:
                     first.sent.set_result(True)
                 waiting = self._outbox.take() if self._outbox is not None else None
             self._outbox = None
-        except Exception as exc:
+        except Exception as exc:  # the same
             self._write_failed(exc)
         finally:
             self._writing, self._writer = False, None
@@ -1884,7 +1884,7 @@ class Dispatcher:
         for step in (self._end_tasks, *self._routes.disconnect):
             try:
                 await step(conn)
-            except (Exception, asyncio.CancelledError) as exc:
+            except (Exception, asyncio.CancelledError) as exc:  # a bug: the others still run
                 if is_cancelled(exc):
                     cancelled = True  # the others still run
                 else:
@@ -1982,7 +1982,7 @@ class Dispatcher:
                 if message_type(type(result)) is None:
                     raise TypeError(f"{place_of(function)} may return a @message object or None")
                 await conn.send(result)
-        except (Exception, asyncio.CancelledError) as exc:
+        except (Exception, asyncio.CancelledError) as exc:  # a bug is answered, not passed on
             await self._fail(conn, exc, None, None)
 
     async def _perform(self, conn: Connection, handler: Handler, frame: Frame) -> None:
@@ -1990,7 +1990,7 @@ class Dispatcher:
         try:
             result = await self._call(conn, handler, frame)
             await self._answer(conn, frame.type, frame.id, result, handler.returns)
-        except (Exception, asyncio.CancelledError) as exc:
+        except (Exception, asyncio.CancelledError) as exc:  # the same
             await self._fail(conn, exc, frame.type, frame.id)
 
     async def _answer(
@@ -2055,7 +2055,7 @@ class Dispatcher:
             elif not stream.stopped:  # a middleware has answered instead
                 await self._answer(conn, frame.type, frame.id, items, None)
                 stream.is_answered = True
-        except (Exception, asyncio.CancelledError) as exc:
+        except (Exception, asyncio.CancelledError) as exc:  # the same
             failure = exc
         cast("dict[Id, Stream]", conn._streams).pop(cast(Id, frame.id))
         if stream.stopped and isinstance(failure, asyncio.CancelledError) and not conn.closed:
@@ -2109,7 +2109,7 @@ class Dispatcher:
         if (handler := self._routes.error_handler(exc)) is not None:
             try:
                 return await handler(conn, exc)
-            except (Exception, asyncio.CancelledError) as second:
+            except (Exception, asyncio.CancelledError) as second:  # a bug in that one
                 if is_cancelled(second):
                     raise
                 exc = second
@@ -2367,7 +2367,7 @@ class Pachinko:
         try:
             if ws.unaccepted:  # else a middleware has done it
                 await ws.accept(subprotocol)
-        except BaseException as exc:
+        except BaseException as exc:  # let in, so it is seen out; raised again below
             conn._lost()
             await self._dispatcher.finish(conn)
             if not isinstance(exc, falcon.WebSocketDisconnected):
@@ -2437,7 +2437,7 @@ async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
         try:
             await function()
             return
-        except (Exception, asyncio.CancelledError) as exc:
+        except (Exception, asyncio.CancelledError) as exc:  # a worker's bug is logged
             if is_cancelled(exc):
                 raise
             forget_cancellations()

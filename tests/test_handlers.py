@@ -240,7 +240,7 @@ async def required(conn: Any, *, a: int) -> Any:
     return a
 
 
-async def default(conn: Any, to: Point | None = Point(9)) -> Any:  # noqa: B008
+async def default(conn: Any, to: Point | None = Point(9)) -> Any:  # noqa: B008 - frozen
     return to
 
 
@@ -676,7 +676,7 @@ class DataPlain:
 PLAIN: list[Any] = [
     Plain, list[Plain], dict[str, Plain], dict[Plain, int], tuple[int, Plain], Plain | None,
     Plain | str, HasPlain, DataPlain, list[HasPlain], HasPlain | None, Callable[[], int],
-    set[Plain], list["Missing"], type, print,  # type: ignore[name-defined]  # noqa: F821
+    set[Plain], list["Missing"], type, print,  # type: ignore[name-defined]  # noqa: F821 - missing
 ]  # fmt: skip
 
 
@@ -712,7 +712,7 @@ def test_a_method_without_self_is_told_so() -> None:
     """The corrected code has both."""
 
     class Resource:
-        async def on_a(conn) -> None: ...  # type: ignore[no-untyped-def]  # noqa: N805
+        async def on_a(conn) -> None: ...  # type: ignore[no-untyped-def]  # noqa: N805 - the mistake
 
     assert "write `async def on_a(self, conn, ...)`" in refusal(
         lambda: endpoint().add_resource("x", Resource())

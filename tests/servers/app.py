@@ -67,7 +67,7 @@ class Received:
 
 @ws.worker
 async def clock() -> None:
-    global beats  # noqa: PLW0603
+    global beats  # noqa: PLW0603 - a worker's count
     log("worker started")
     try:
         while True:
