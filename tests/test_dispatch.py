@@ -213,7 +213,7 @@ async def test_each_bad_frame_gets_its_error_and_the_connection_goes_on() -> Non
 
 
 async def test_the_last_of_duplicate_keys_counts() -> None:
-    """Duplicate keys are resolved as by JavaScript's JSON.parse."""
+    """Duplicate keys are resolved as by JavaScript's JSON.parse; but a frame has one type."""
     ws = endpoint()
 
     @ws.on("one")
@@ -221,8 +221,15 @@ async def test_the_last_of_duplicate_keys_counts() -> None:
         return n
 
     async with Session(ws) as client:
-        await client.raw('{"type":"no","type":"one","payload":1,"payload":2,"id":1,"id":2}')
+        await client.raw('{"type":"one","payload":1,"payload":2,"id":1,"id":2}')
         assert await client.receive() == {"type": "one.reply", "id": 2, "payload": 2}
+        assert await client.error('{"type":"one","type":"no","payload":1}') == (
+            "unknown_type",
+            None,
+        )
+        for first in ("no", "complete"):
+            frame = f'{{"type":"{first}","type":"one","payload":1,"id":3}}'
+            assert await client.error(frame) == ("invalid_envelope", 3)
 
 
 async def test_a_bug_is_logged_and_answered_without_its_text(

@@ -584,7 +584,7 @@ def test_a_path_parameter_is_free_without_a_path() -> None:
 
     async def f(conn: Any, *, room: str) -> None: ...
 
-    assert registered(f).takes == "fields"
+    assert registered(f).defaults is not None
 
 
 def test_a_second_handler_of_a_type_is_refused() -> None:
@@ -759,7 +759,7 @@ def test_fields_for_a_message_class_are_taken_or_refused() -> None:
 
     async def say(conn: Any, *, text: str) -> None: ...
 
-    assert registered(say, Say).takes == "fields"
+    assert registered(say, Say).defaults is not None
 
 
 def test_on_without_parentheses_is_refused() -> None:

@@ -70,23 +70,42 @@ async def test_whoever_waits_learns_that_the_outbox_was_cleared() -> None:
     assert outbox.take() is None
 
 
-async def test_started_tells_whether_a_coroutine_has_to_wait() -> None:
-    """A coroutine that ends in one step is done; another is awaited on, and its result is kept."""
-
-    async def at_once() -> None: ...
-
-    async def later(gate: asyncio.Future[int]) -> int:
-        return await gate
-
-    assert pachinko.Started(at_once()).done
+async def test_begin_tells_whether_a_coroutine_has_to_wait() -> None:
+    """Of one that ends in one step nothing is left; the rest of another is awaited."""
     gate: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    started = pachinko.Started(later(gate))
-    assert not started.done
+    seen: list[int] = []
+
+    async def at_once() -> None:
+        seen.append(1)
+
+    async def later() -> None:
+        seen.append(await gate)
+
+    assert pachinko.begin(at_once()) is None and seen == [1]
+    rest = pachinko.begin(later())
+    assert rest is not None
     asyncio.get_running_loop().call_soon(gate.set_result, 5)
-    assert await started == 5
+    await rest
+    assert seen == [1, 5]
 
 
-async def test_started_is_one_task_for_the_coroutine() -> None:
+async def test_begin_raises_what_the_first_step_raises() -> None:
+    """An exception in the first step goes to the caller, a later one to who awaits the rest."""
+
+    async def fail(first: bool) -> None:
+        if not first:
+            await asyncio.sleep(0)
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        pachinko.begin(fail(True))
+    rest = pachinko.begin(fail(False))
+    assert rest is not None
+    with pytest.raises(KeyError):
+        await rest
+
+
+async def test_begun_is_one_task_for_the_coroutine() -> None:
     """Timeouts, `current_task` and context variables inside see the awaiting task throughout."""
     variable = contextvars.ContextVar("variable", default=0)
     seen: list[Any] = []
@@ -102,12 +121,14 @@ async def test_started_is_one_task_for_the_coroutine() -> None:
         seen.append(asyncio.current_task())
         seen.append(variable.get())
 
-    await pachinko.Started(coroutine())
+    rest = pachinko.begin(coroutine())
+    assert rest is not None
+    await rest
     task = asyncio.current_task()
     assert seen == [task, "timed out", task, 1]
 
 
-async def test_started_passes_a_cancellation_on() -> None:
+async def test_begun_passes_a_cancellation_on() -> None:
     """Cancelling the awaiting task cancels the coroutine inside, which may clean up."""
     seen: list[str] = []
 
@@ -119,7 +140,9 @@ async def test_started_passes_a_cancellation_on() -> None:
             seen.append("cleaned up")
 
     async def outer() -> None:
-        await pachinko.Started(coroutine())
+        rest = pachinko.begin(coroutine())
+        assert rest is not None
+        await rest
 
     task = asyncio.create_task(outer())
     await asyncio.sleep(0)
