@@ -144,7 +144,7 @@ class Close(Exception):
 # ── envelope and message ──────────────────────────────────────────────────────────────────────
 
 _MAX_DEPTH = 128  # of arrays and objects in a frame; far below where recursive code gives up
-_NOT_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[^][{}"]+', re.DOTALL)
+_NOT_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[^][{}"]+', re.DOTALL)  # linear in any text
 _RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
 _JSON_NAMES: dict[Any, str] = {dict: "object", list: "array", types.NoneType: "null"}
 
@@ -170,6 +170,10 @@ class Frame(msgspec.Struct):
 class Received(msgspec.Struct, gc=False):
     """A frame of a known type. Each type has a class of its own, made by `frame_class`."""
 
+    is_built: typing.ClassVar[bool] = False
+    """Whether the payload is what the handler takes, not plain JSON values."""
+    quick: typing.ClassVar[Any] = None
+    """The `Handler`, if it needs no more than to be called with such a payload."""
     id: Id | None = None
     payload: Any = UNSET
 
@@ -191,8 +195,8 @@ def frame_class(type: str, payload: Any) -> FrameClass:
 
 def decoder_of(frames: Iterable[FrameClass]) -> Callable[[str], Received]:
     """What reads a text frame as the one of *frames* that its type says."""
-    # Reserved types are no handler's; they are here since msgspec lets a lone class go untagged.
-    return msgspec.json.Decoder(Union[(*_reserved_frames, *frames)]).decode
+    # That of no handler is among them since msgspec lets a lone class do without its tag.
+    return msgspec.json.Decoder(Union[(_no_frame, *frames)]).decode
 
 
 class Sent(msgspec.Struct, omit_defaults=True, gc=False):
@@ -211,9 +215,9 @@ class BadFrame(MessageError):
     id: Id | None = None
 
 
-_reserved_frames = [frame_class(type, Any) for type in sorted(_RESERVED)]
+_no_frame = frame_class("$none", Any)
 _decode_frame = msgspec.json.Decoder(Frame).decode
-_decode_reserved = decoder_of(())
+_decode_none = decoder_of(())
 _encode = msgspec.json.Encoder().encode
 
 
@@ -229,11 +233,11 @@ def decode(text: str) -> Frame:
 
 
 def is_too_deep(text: str) -> bool:
-    """Whether *text*, which is JSON, nests deeper than `_MAX_DEPTH`."""
+    """Whether *text*, if it is JSON, nests deeper than `_MAX_DEPTH`."""
     if text.count("[") + text.count("{") <= _MAX_DEPTH:
         return False
     steps = (1 if bracket in "[{" else -1 for bracket in _NOT_BRACKETS.sub("", text))
-    return max(itertools.accumulate(steps)) > _MAX_DEPTH
+    return max(itertools.accumulate(steps), default=0) > _MAX_DEPTH
 
 
 def _bad_frame(text: str) -> BadFrame:
@@ -626,49 +630,79 @@ def _path_step(exc: BaseException, cls: Any) -> str:
     return f".{fields[names[0]].alias if names[0] in fields else names[0]}"
 
 
-def is_read_alike(t: Any, seen: tuple[Any, ...] = ()) -> bool:
+# What makes an object of a class that has no code of its own for it: what Python has, and what
+# attrs and dataclasses write, by the names of its code.
+_GENERATED: set[Any] = {
+    type.__call__, object.__new__, object.__setattr__, object.__getattribute__,
+    "__init__", "_frozen_setattrs", "_ClassBuilder.add_setattr.<locals>.__setattr__",
+    "__create_fn__.<locals>.__init__", "__create_fn__.<locals>.__setattr__",
+}  # fmt: skip
+
+
+def is_read_alike(t: Any, seen: list[Any] | None = None) -> bool:
     """Whether msgspec reads *t* from JSON as the strict converter structures it.
 
-    Only what is known to be so; the rest is left to cattrs. *seen*: the classes around *t*.
+    Only what is known to be so; the rest is left to cattrs. *seen*: the classes looked at before.
     """
+    seen = [] if seen is None else seen
     origin, args = origin_of(t) or t, get_args(t)
     if t is Any or t in seen or (t in _LEAVES and t is not Decimal):  # by way of a float
         return True
     if origin is Literal:
         return all(type(choice) is str for choice in args)
     if inspect.isclass(t) and issubclass(t, enum.Enum):
-        has_default = t._missing_.__func__ is not enum.Enum._missing_.__func__  # type: ignore[attr-defined]
-        return not has_default and all(type(member.value) is str for member in t)
+        if getattr(t._missing_, "__func__", None) is not enum.Enum._missing_.__func__:  # type: ignore[attr-defined]
+            return False
+        values = [member.value for member in t]  # and some may have aliases
+        return all(type(v) is str for v in values) and values == [*t._value2member_map_]
     if origin is dict:
         return args[:1] in ((), (str,)) and all(is_read_alike(arg, seen) for arg in args)
     if origin in (list, set, frozenset, tuple, *_UNIONS):
         return all(arg is Ellipsis or is_read_alike(arg, seen) for arg in args)
     if args or not inspect.isclass(t):
         return False
+    seen.append(t)
     types = _types_of_fields(t)
-    return types is not None and all(is_read_alike(u, (*seen, t)) for u in types)
+    return types is not None and all(is_read_alike(u, seen) for u in types)
 
 
 def _types_of_fields(cls: Any) -> Iterable[Any] | None:
     """The types of the fields of *cls*, or None if its own code has a say in what they get."""
     if typing.is_typeddict(cls):
-        hints = cls.__annotations__.values()
-        return [get_args(t)[0] if origin_of(t) in _QUALIFIERS[1:] else t for t in hints]
-    own = vars(cls)
-    if not _has_fields(cls) or cls.__new__ is not object.__new__ or "__init__" not in own:
+        keys = {typing.Required: cls.__required_keys__, typing.NotRequired: cls.__optional_keys__}
+        hints = cls.__annotations__
+        if any(key not in keys.get(origin_of(t), hints) for key, t in hints.items()):
+            return None  # Python has not seen it in an annotation that was text, nor does cattrs
+        return [get_args(t)[0] if origin_of(t) in keys else t for t in hints.values()]
+    if not _is_made_plainly(cls):
         return None
-    if "__attrs_attrs__" in own:
-        fields: Any = attrs.fields(cls)
-        is_generated = not hasattr(cls, "__attrs_init__") and not hasattr(cls, "__attrs_pre_init__")
-        is_plain = all(
-            f.init and f.alias == f.name and not f.converter and f.type is not None
-            and not getattr(f.default, "takes_self", False) for f in fields
-        )  # fmt: skip
-    else:
-        fields = dataclasses.fields(cls)
-        is_generated = "__dataclass_fields__" in own and own["__dataclass_params__"].init
-        is_plain = all(f.init for f in fields)
-    return [f.type for f in fields] if is_generated and is_plain else None
+    try:
+        hints = typing.get_type_hints(cls, include_extras=True)  # which is what msgspec sees
+    except (NameError, TypeError, AttributeError):  # in a base class, names of a function
+        return None
+    fields: Any = attrs.fields(cls) if attrs.has(cls) else dataclasses.fields(cls)
+    is_plain = all(
+        f.init and f.type == hints.get(f.name) and getattr(f, "alias", f.name) == f.name
+        and not (getattr(f, "converter", None) or getattr(f.default, "takes_self", False))
+        # msgspec sets no default where the class has an attribute: of a base, or a dataclass's own.
+        and (not hasattr(cls, f.name) or inspect.ismemberdescriptor(getattr(cls, f.name)))
+        for f in fields
+    )  # fmt: skip
+    return [f.type for f in fields] if is_plain else None
+
+
+def _is_made_plainly(cls: Any) -> bool:
+    """Whether to make an object of *cls* is to set the fields of an attrs class or a dataclass."""
+    kinds = [k for k in ("__attrs_attrs__", "__dataclass_fields__") if hasattr(cls, k)]
+    if len(kinds) != 1 or kinds[0] not in vars(cls) or inspect.isabstract(cls):
+        return False
+    init, others = vars(cls).get("__init__"), (cls.__new__, cls.__setattr__, cls.__getattribute__)
+    makers = (type(cls).__call__, init, *others)
+    names = {m.__code__.co_qualname if inspect.isfunction(m) else m for m in makers}
+    if not names <= _GENERATED or hasattr(cls, "__getattr__"):
+        return False
+    used = {*init.__code__.co_names, *init.__code__.co_consts}
+    return used.isdisjoint(("__attrs_pre_init__", "_attrs_cached_hash"))
 
 
 class Codec:
@@ -680,15 +714,17 @@ class Codec:
         if converter is None:  # one that stops at the first error, for what is nearly always valid
             self._hasty = self.converter.copy(detailed_validation=False)
 
-    def frame_class(self, type: str, annotation: Any) -> tuple[FrameClass, bool]:
-        """The class of the frames of *type*, and whether reading one builds the payload.
+    def frame_class(self, type: str, annotation: Any) -> FrameClass:
+        """The class of the frames of *type*, which if it can be builds the payload.
 
-        Reading builds it in one pass, at a third of what msgspec and then cattrs would cost.
+        That takes one pass, and a third of what msgspec and then cattrs would.
         """
-        if self._hasty is not self.converter and is_read_alike(annotation):
-            with contextlib.suppress(TypeError, NameError, NotImplementedError):
-                return frame_class(type, annotation), True
-        return frame_class(type, Any), annotation is Any
+        with contextlib.suppress(TypeError, NameError, NotImplementedError):
+            if self._hasty is not self.converter and is_read_alike(annotation):
+                cls = frame_class(type, annotation)
+                cls.is_built = True
+                return cls
+        return frame_class(type, Any)
 
     def check(self, annotation: Any, namespaces: Namespaces, seen: list[Any]) -> None:
         """Resolve *annotation* and all that it contains; raise whatever keeps it from working."""
@@ -783,10 +819,6 @@ class Handler:
     """The declared type of a reply or of a stream's item, or None."""
     streams: bool
     concurrent: bool
-    frame: FrameClass
-    """The class of the frames that it handles."""
-    is_built: bool
-    """Whether their payload is built while they are read."""
     writers: dict[Any, Writer] = attrs.Factory(dict)
     """How what it has returned before is written, by class."""
 
@@ -794,11 +826,6 @@ class Handler:
     def takes_payload(self) -> bool:
         """Whether its function has a parameter for the payload, or several for its fields."""
         return self.parameter is not None or self.defaults is not None
-
-    @property
-    def is_quick(self) -> bool:
-        """Whether there is nothing to do but to call it, and to send what it returns."""
-        return self.is_built and not self.streams and not self.concurrent
 
     def structure(self, payload: Any, codec: Codec) -> Any:
         """The value to call it with, or `MessageError` (``invalid_payload``).
@@ -830,8 +857,8 @@ class Handler:
         text, _, path = str(exc).partition(" - at ")
         if path == "`$.type`":  # which cannot be, unless another one came first
             return MessageError("invalid_envelope", '"type" is there twice')
-        known = [{"path": path.strip("`"), "message": text}]
-        return invalid_payload(self.type, known if path else list(explain(exc)))
+        why = msgspec.ValidationError(text) if path else exc
+        return invalid_payload(self.type, list(explain(why, path.strip("`") or "$.payload")))
 
     def _hint(self, payload: Any) -> None:
         name = self.parameter.name if self.parameter is not None else None
@@ -923,9 +950,8 @@ def read_handler(
     defaults = {p.name: p.default for p in fields if p.default is not _EMPTY} if fields else None
     returns = None if returns in (types.NoneType, Any, object) else returns
     return Handler(
-        type, function, call, annotation, payload, defaults, returns, streams, concurrent,
-        *codec.frame_class(type, annotation),
-    )  # fmt: skip
+        type, function, call, annotation, payload, defaults, returns, streams, concurrent
+    )
 
 
 def _unstructurable(function: Callable[..., Any], exc: Exception) -> PachinkoError:
@@ -1051,28 +1077,29 @@ class Routes:
     middleware: list[Callable[..., Awaitable[Any]]] = attrs.Factory(list)
     errors: dict[type[Exception], Callable[..., Awaitable[Any]]] = attrs.Factory(dict)
     workers: list[Callable[[], Awaitable[None]]] = attrs.Factory(list)
-    by_frame: dict[FrameClass, Handler] = attrs.Factory(dict)
-    quick: dict[FrameClass, Handler] = attrs.Factory(dict)
-    """Those of them that need no more than to be called with the payload."""
-    decode: Callable[[str], Received] = _decode_reserved
+    decode: Callable[[str], Received] = _decode_none
     """Reads a text frame of a known type. What it raises, a validator may have raised."""
+    by_frame: dict[FrameClass, Handler] = attrs.Factory(dict)
+    """The handlers of what it reads."""
 
-    def add_handler(self, handler: Handler) -> None:
-        """Route messages to *handler*, from the next one on."""
-        self.handlers[handler.type] = handler
-        self.by_frame[handler.frame] = handler
-        self.decode = self._decode_first
+    def start(self, codec: Codec) -> None:
+        """Make the classes of all frames, now that the codec is settled."""
+        self.by_frame = {}
+        for handler in self.handlers.values():
+            self.add_frame(handler, codec)
 
-    def add_middleware(self, function: Callable[..., Awaitable[Any]]) -> None:
-        """Put *function* inside the others, from the next message on."""
-        self.middleware.append(function)
+    def add_frame(self, handler: Handler, codec: Codec) -> None:
+        """Make the class of the frames for *handler*."""
+        handler.writers.clear()
+        self.by_frame[codec.frame_class(handler.type, handler.annotation)] = handler
         self.decode = self._decode_first
 
     def _decode_first(self, text: str) -> Received:
-        """Make the decoder anew, once for all that was registered in one go."""
+        """Make the decoder, once for all handlers and middleware that have come together."""
         self.decode = decoder_of(self.by_frame)
-        is_bare = not self.middleware
-        self.quick = {f: h for f, h in self.by_frame.items() if is_bare and h.is_quick}
+        for frame, handler in self.by_frame.items():
+            is_quick = not (self.middleware or handler.streams or handler.concurrent)
+            frame.quick = handler if frame.is_built and is_quick else None
         return self.decode(text)
 
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
@@ -1101,7 +1128,7 @@ def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> N
 
 
 class Suspended(Generator[Any, Any, Any]):
-    """The rest of a coroutine whose first step has been run by `begin`, and waits for something.
+    """The rest of a coroutine whose first step has been run, and waits for something.
 
     Since the same task awaits the rest, `asyncio.timeout`, `asyncio.current_task` and context
     variables inside behave as if the coroutine had been awaited plainly.
@@ -1123,16 +1150,6 @@ class Suspended(Generator[Any, Any, Any]):
     def throw(self, *exc: Any) -> Any:
         """Pass on what the event loop throws in, such as a cancellation."""
         return self._coroutine.throw(*exc)
-
-
-_ENDED: Any = object()
-
-
-def begin(coroutine: Coroutine[Any, Any, None]) -> Suspended | None:
-    """Run the first step of *coroutine*; return the rest, or None when that was all of it."""
-    steps = coroutine.__await__()
-    waits_for = next(steps, _ENDED)  # half the price of send(None) and a StopIteration
-    return None if waits_for is _ENDED else Suspended(steps, waits_for)
 
 
 def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -1354,7 +1371,7 @@ class Connection:
     """Falcon's socket, for what Pachinko does not do. What it sends keeps no order with ours."""
     params: dict[str, Any]
     """The path parameters, converted as the path says."""
-    id: str = attrs.Factory(functools.partial(secrets.token_urlsafe, 12))
+    id: str = attrs.Factory(functools.partial(secrets.token_hex, 12))
     """Unique across processes, and public: other clients may see it. Never a credential."""
     close_code: int | None = None
     """Why it ended: the client's code (1005 or 1006 for none), or the one we closed with."""
@@ -1366,14 +1383,14 @@ class Connection:
     _received: int = 0  # frames, as are these
     _sent: int = 0
     _sends: int = 0  # by `send`
-    _writing: Literal["", "handshake", "reader", "sender", "task", "writer"] = "handshake"  # who is
+    _writing: Literal["", "handshake", "sender", "task", "writer"] = "handshake"  # who is
     _writer: asyncio.Task[None] | None = None
     _outbox: Outbox | None = None
     _goodbye: asyncio.Future[bool] | None = None  # whether the close frame was written
-    _patience: asyncio.Timeout | None = None  # of the sender or reader that writes by itself
+    _patience: asyncio.Timeout | None = None  # of the sender that writes by itself
     _life: asyncio.Timeout | None = None  # of reading and of the handler in progress
     _handling: bool = False  # a handler is in progress
-    _watched: bool = False  # and `_look` comes if it suspends
+    _look_due: bool = False  # and `_look` comes if it suspends
     _inbox: collections.deque[Incoming] | None = None  # what was read ahead
     _ahead: asyncio.Task[None] | None = None
     _tasks: set[asyncio.Task[None]] | None = None  # concurrent handlers and streams
@@ -1456,26 +1473,29 @@ class Connection:
         if self._phase is not _OPEN or self._writing:
             return self._write_later(event)
         try:
-            rest = begin(self.ws._send(event))
+            for waits_for in (steps := self.ws._send(event).__await__()):
+                self._writing = "sender"
+                return self._finish_write(Suspended(steps, waits_for))
         except Exception as exc:  # whatever the server raises
             self._write_failed(exc)
             raise self._disconnected() from None
-        if rest is None:
-            self._sent += 1
-            return None
-        self._writing = "sender"
-        return self._finish_write(rest)
+        self._sent += 1
+        return None
 
     async def _finish_write(self, rest: Suspended) -> None:
         try:
-            async with self._waiting() as self._patience:
-                await rest
-            self._sent += 1
+            async with self._waiting() as patience:
+                self._patience = patience
+                try:
+                    await rest
+                    self._sent += 1
+                finally:
+                    self._patience = None
         except Exception as exc:  # the same
             self._write_failed(exc)
             raise self._disconnected() from None
         finally:
-            self._writing, self._patience = "", None
+            self._writing = ""
             self._write_next()
 
     async def _write_later(self, event: Event) -> None:
@@ -1562,7 +1582,7 @@ class Connection:
         """The writer: *event* and then the outbox, until it is empty or the client is gone."""
         self._writing, self._writer = "writer", asyncio.current_task()
         try:
-            while True:
+            while self._phase is not Phase.GONE:
                 if event["type"] == "websocket.close":
                     await self.ws.close(event["code"], event["reason"] or None)
                 else:
@@ -1571,7 +1591,7 @@ class Connection:
                 if sent is not None and not sent.done():
                     sent.set_result(True)
                 waiting = self._outbox.take() if self._outbox is not None else None
-                if waiting is None or self._phase is Phase.GONE:
+                if waiting is None:
                     break
                 event, sent = waiting.event, waiting.sent
             self._outbox = None
@@ -1581,8 +1601,7 @@ class Connection:
             self._writing, self._writer = "", None
             if sent is not None and not sent.done():
                 sent.set_result(False)
-            if self._phase is Phase.CLOSING:
-                self._write_next()
+            self._write_next()
 
     def _write_failed(self, exc: Exception) -> None:
         """The client is gone, or has been evicted; or the server has an error of its own."""
@@ -1696,30 +1715,15 @@ class Connection:
 
         That costs nothing while a backlog is handled without waiting, and needs no task.
         """
-        self._watched = True
+        self._look_due = True
         asyncio.get_running_loop().call_soon(self._look)
 
     def _look(self) -> None:
-        """Watch the socket while a handler waits for something; a reply may not wait for long."""
-        self._watched = False
-        if not self._handling or self._phase is not Phase.OPEN:
-            return
-        loop = asyncio.get_running_loop()
-        if self._writing == "reader" and self._life is not None:
-            self._patience = self._life
-            self._patience.reschedule(loop.time() + self._limits.send_timeout)
-        if self._ahead is None or self._ahead.done():
-            self._ahead = loop.create_task(self._read_ahead())
-
-    def _replied(self, exc: BaseException | None = None) -> None:
-        """After a reply that the reader has written, or not: go on with what waits behind it."""
-        if isinstance(exc, Exception):
-            self._write_failed(exc)
-        self._writing = ""
-        if self._patience is not None and not self._patience.expired():
-            self._patience.reschedule(None)
-        self._patience = None
-        self._write_next()
+        """Watch the socket if a handler, or its reply, waits for something."""
+        self._look_due = False
+        is_reading = self._ahead is not None and not self._ahead.done()
+        if self._handling and self._phase is Phase.OPEN and not is_reading:
+            self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
 
     async def _read_ahead(self) -> None:
         if self._inbox is None:
@@ -1754,7 +1758,7 @@ class Connection:
 # Who is where. The tables change only in `_add`, `_remove`, `join`, `leave` and `_set_user`, and
 # always both ways: a connection knows its groups, a group its members.
 
-_TURN = 256  # writes of one message at a stretch: 2 to 3 ms under uvicorn
+_TURN = 256  # writes of one message at a stretch: a few milliseconds under uvicorn
 _MAX_CODES = 100  # error codes counted apart: an application may make them up as it goes
 Exclude = Union["Connection", str, Iterable[Union["Connection", str]], None]
 
@@ -1841,13 +1845,16 @@ class Hub:
 
     def _remove(self, conn: Connection) -> None:
         """Forget *conn*; nothing of it stays."""
-        if self._connections.pop(conn.id, None) is not None:
-            self._counts["received"] += conn._received
-            self._counts["sent"] += conn._sent
-        for group in conn.groups:
+        self._counts["received"] += conn._received
+        self._counts["sent"] += conn._sent
+        conn._received = conn._sent = 0  # what is still sent counts when it is removed again
+        if self._connections.pop(conn.id, None) is None:
+            return
+        for group in conn._groups or ():
             self._discard(self._groups, group, conn)
         conn._groups = None
-        self._set_user(conn, None)
+        if conn.user is not None:
+            self._set_user(conn, None)
 
     def _set_user(self, conn: Connection, user: str | None) -> None:
         if conn.user is not None:
@@ -1952,13 +1959,16 @@ class Hub:
             excluded = {item.id if isinstance(item, Connection) else item for item in several}
             receivers = [conn for conn in receivers if conn.id not in excluded]
         ready: list[Connection] = []
-        for conn in tuple(receivers):
-            if conn._phase is _OPEN and not conn._writing:
-                conn._writing = "task"
-                ready.append(conn)
-            else:
-                crowded |= conn._push(event, size, group)
-        _deliver(ready, event)
+        try:
+            for conn in tuple(receivers):
+                if conn._phase is _OPEN and not conn._writing:
+                    conn._writing = "task"
+                    ready.append(conn)
+                else:
+                    crowded |= conn._push(event, size, group)
+        finally:
+            if ready:
+                _deliver(ready, event)
         while ready:  # noqa: ASYNC110 - what empties it, a turn at a time, goes on without this
             await asyncio.sleep(0)
         if crowded:  # it may be behind only because this code has not let go of the loop
@@ -2121,23 +2131,23 @@ class Dispatcher:
         """Handle what *conn* sends until it is over, and then everything that follows."""
         try:
             async with asyncio.timeout(None) as conn._life:
-                await self._handle_all(conn)
-        except TimeoutError:  # of `_life`: closed while reading, lingered enough, a reply waited
-            conn._evict()
+                while (event := await self._read(conn)) is not None:
+                    conn._handling = True
+                    if not conn._look_due:
+                        conn._watch()
+                    await self._handle(conn, event)
+                    conn._handling = False
+                    del event  # which may be large, and the next one late
+                    forget_cancellations()
+        except TimeoutError:  # of `_life`: closed by other code while reading, or lingered enough
+            pass
         finally:
             conn._life = None
             await self.finish(conn)
 
-    async def _handle_all(self, conn: Connection) -> None:
-        """Read and handle frame after frame, until the connection is over."""
-        next_event = self._handle_plain if conn._rate is None else Connection._next_event
-        while (event := await next_event(conn)) is not None:
-            conn._handling = True
-            if not conn._watched:
-                conn._watch()
-            await self._handle(conn, event)
-            conn._handling = False
-            forget_cancellations()
+    def _read(self, conn: Connection) -> Awaitable[Incoming | None]:
+        """The next frame that `_handle_plain` leaves to others."""
+        return conn._next_event() if conn._rate is not None else self._handle_plain(conn)
 
     async def _handle_plain(self, conn: Connection) -> Incoming | None:
         """Handle messages for as long as nothing is special about them; then return the next frame.
@@ -2145,10 +2155,11 @@ class Dispatcher:
         That is all in one coroutine: a message takes 2.7 µs, and each coroutine and call of its
         own would add 3 % to them. What is special, `_handle` does more slowly.
         """
-        routes, receive, send = self._routes, conn.ws._receive, conn.ws._send
+        routes, receive = self._routes, conn.ws._receive
         # Up to this length no text can be too deep or too large: brackets close, UTF-8 has 4 bytes.
         short = min(2 * _MAX_DEPTH, self._limits.max_size // 4)
         while conn._phase is _OPEN and conn._ahead is None:
+            event = text = message = result = None  # a connection that waits keeps nothing of them
             try:
                 event = await receive()
             except falcon.WebSocketDisconnected as exc:
@@ -2156,43 +2167,35 @@ class Dispatcher:
                 break
             conn._received += 1
             text = event.get("text")
-            if text is None or len(text) > short:
+            if text is None or (len(text) > short and self._exceeds(text)):
                 return event
             try:
                 message = routes.decode(text)
             except Exception:  # a validator may raise anything
                 return event
-            handler = routes.quick.get(type(message))
+            handler = message.quick
             if handler is None or (message.payload is UNSET and handler.takes_payload):
                 return event
             conn._handling = True
-            if not conn._watched:
+            if not conn._look_due:
                 conn._watch()
             try:
                 result = await handler.call(conn, message.payload)
                 if result is not None or message.id is not None:
                     write = handler.writers.get(type(result)) or self._writer_of(handler, result)
-                    data = _encode(write(message.id, result))
-                    reply = {"type": "websocket.send", "text": data.decode()}
-                    if conn._writing or not conn._watched or conn._phase is not _OPEN:
-                        await conn._post(reply)
-                    else:
-                        conn._writing = "reader"
-                        await send(reply)
-                        conn._writing = ""
-                        conn._sent += 1
-                        if conn._outbox is not None or conn._patience is not None:
-                            conn._replied()
+                    text = _encode(write(message.id, result)).decode()
+                    rest = conn._start_write({"type": "websocket.send", "text": text})
+                    if rest is not None:
+                        await rest
             except (Exception, asyncio.CancelledError) as exc:  # a bug is answered, not passed on
-                if conn._writing != "reader":
-                    await self._fail(conn, exc, handler.type, message.id)
-                else:
-                    conn._replied(exc)
-                    if is_cancelled(exc):
-                        raise
+                await self._fail(conn, exc, handler.type, message.id)
             conn._handling = False
         forget_cancellations()
         return await conn._next_event()
+
+    def _exceeds(self, text: str) -> bool:
+        """Whether *text* is too large or too deep."""
+        return size_of(text) > self._limits.max_size or is_too_deep(text)
 
     async def finish(self, conn: Connection) -> None:
         """End the tasks of *conn*, run its disconnect handlers, forget it."""
@@ -2342,7 +2345,7 @@ class Dispatcher:
     async def _call(self, conn: Connection, handler: Handler, message: Received) -> Any:
         """What the handler returns, through the middleware; for a stream its generator."""
         value = message.payload
-        if value is UNSET or not handler.is_built:
+        if value is UNSET or not message.is_built:
             value = handler.structure(value, self._hub._codec)
         if not self._routes.middleware:
             result = handler.call(conn, value)
@@ -2594,7 +2597,9 @@ class Pachinko:
         params = path_parameters(self._path or "")
         codec = self._hub._codec
         handler = read_handler(type, function, codec, namespaces, cls, params, concurrent)
-        self._routes.add_handler(handler)
+        self._routes.handlers[type] = handler
+        if self._loop is not None:
+            self._routes.add_frame(handler, codec)
 
     def disconnect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn)`` once when a connection is over, whatever ended it.
@@ -2627,7 +2632,8 @@ class Pachinko:
         """
         example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
         check_function(function, f"@ws.middleware\n{example}", 3)
-        self._routes.add_middleware(function)
+        self._routes.middleware.append(function)
+        self._routes.decode = self._routes._decode_first
         return function
 
     def error(self, exception: type[Exception]) -> Callable[[F], F]:
@@ -2699,7 +2705,7 @@ class Pachinko:
         try:
             for handler in self._routes.connect:
                 await handler(conn)
-            forget_cancellations()
+                forget_cancellations()
         except Close as close:
             self._hub._remove(conn)
             if ws.unaccepted:
@@ -2760,6 +2766,7 @@ class Pachinko:
         if self._loop is not loop:
             self._hub._start(self)
             self._loop = loop
+            self._routes.start(self._hub._codec)
             self._workers.clear()
             self._serving.clear()
             for function in self._routes.workers:

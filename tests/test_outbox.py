@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -70,42 +71,31 @@ async def test_whoever_waits_learns_that_the_outbox_was_cleared() -> None:
     assert outbox.take() is None
 
 
-async def test_begin_tells_whether_a_coroutine_has_to_wait() -> None:
-    """Of one that ends in one step nothing is left; the rest of another is awaited."""
-    gate: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    seen: list[int] = []
-
-    async def at_once() -> None:
-        seen.append(1)
-
-    async def later() -> None:
-        seen.append(await gate)
-
-    assert pachinko.begin(at_once()) is None and seen == [1]
-    rest = pachinko.begin(later())
-    assert rest is not None
-    asyncio.get_running_loop().call_soon(gate.set_result, 5)
-    await rest
-    assert seen == [1, 5]
+def begun(coroutine: Coroutine[Any, Any, Any]) -> pachinko.Suspended:
+    """The rest of *coroutine*, which waits for something."""
+    steps = coroutine.__await__()
+    return pachinko.Suspended(steps, next(steps))
 
 
-async def test_begin_raises_what_the_first_step_raises() -> None:
-    """An exception in the first step goes to the caller, a later one to who awaits the rest."""
+async def test_suspended_is_awaited_to_the_end() -> None:
+    """The rest goes on when what it waits for is there, and gives or raises its outcome."""
 
-    async def fail(first: bool) -> None:
-        if not first:
-            await asyncio.sleep(0)
-        raise KeyError("x")
+    async def wait(gate: asyncio.Future[int]) -> int:
+        return await gate
 
-    with pytest.raises(KeyError):
-        pachinko.begin(fail(True))
-    rest = pachinko.begin(fail(False))
-    assert rest is not None
-    with pytest.raises(KeyError):
-        await rest
+    for outcome in (5, KeyError("x")):
+        gate: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        rest = begun(wait(gate))
+        if isinstance(outcome, int):
+            asyncio.get_running_loop().call_soon(gate.set_result, outcome)
+            assert await rest == outcome
+        else:
+            asyncio.get_running_loop().call_soon(gate.set_exception, outcome)
+            with pytest.raises(KeyError):
+                await rest
 
 
-async def test_begun_is_one_task_for_the_coroutine() -> None:
+async def test_suspended_is_one_task_for_the_coroutine() -> None:
     """Timeouts, `current_task` and context variables inside see the awaiting task throughout."""
     variable = contextvars.ContextVar("variable", default=0)
     seen: list[Any] = []
@@ -121,14 +111,12 @@ async def test_begun_is_one_task_for_the_coroutine() -> None:
         seen.append(asyncio.current_task())
         seen.append(variable.get())
 
-    rest = pachinko.begin(coroutine())
-    assert rest is not None
-    await rest
+    await begun(coroutine())
     task = asyncio.current_task()
     assert seen == [task, "timed out", task, 1]
 
 
-async def test_begun_passes_a_cancellation_on() -> None:
+async def test_suspended_passes_a_cancellation_on() -> None:
     """Cancelling the awaiting task cancels the coroutine inside, which may clean up."""
     seen: list[str] = []
 
@@ -140,9 +128,7 @@ async def test_begun_passes_a_cancellation_on() -> None:
             seen.append("cleaned up")
 
     async def outer() -> None:
-        rest = pachinko.begin(coroutine())
-        assert rest is not None
-        await rest
+        await begun(coroutine())
 
     task = asyncio.create_task(outer())
     await asyncio.sleep(0)

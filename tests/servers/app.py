@@ -209,6 +209,11 @@ async def drop(conn: Connection, *, number: int, size: int) -> None:
     await hub.send(group_of(conn), "drop", {"number": number, "text": "x" * size})
 
 
+@ws.on("drop_to_me")
+async def drop_to_me(conn: Connection, *, number: int, size: int) -> None:
+    await hub.send_to(conn, "drop", {"number": number, "text": "x" * size})
+
+
 @ws.on("beats")
 async def get_beats(conn: Connection) -> int:
     return beats

@@ -16,6 +16,7 @@ from support import PATIENCE, Client, Stalled, connect, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 STALLING = 160  # messages of 64 KiB: twice what fits into the buffers on the way and the outbox
+MEMBERS = 300  # of a large group, one of them stalled
 WRAPPED = pytest.mark.parametrize("room", ["room", "timeout", "contextvar"], indirect=True)
 
 
@@ -404,6 +405,60 @@ class TestSlowClients:
                 assert "disconnect" not in server.events(room)
             assert (await two.ask("echo", 1, id=2))["id"] == 2
         await left(server, room, 3)
+
+    async def test_stalled_member_of_a_large_group(
+        self, server: Process, observed: Observed, room: str
+    ) -> None:
+        """Everybody else gets every message in order, and the senders their replies between."""
+        async with contextlib.AsyncExitStack() as stack:
+            stalled = await stack.enter_async_context(Stalled(f"{server.url}/ws/{room}"))
+            others: list[Client] = []
+            while len(others) < MEMBERS - 1:
+                entering = (enter(server, room, max_queue=None) for _ in range(23))
+                others += await asyncio.gather(*map(stack.enter_async_context, entering))
+            senders = others[:3]
+            _, *heard = await asyncio.gather(
+                fill(stalled),
+                *(converse(client, name) for client, name in zip(senders, "abc", strict=True)),
+                *(listen(client) for client in others[3:]),
+            )
+            expected = [f"{name}{number}" for name in "abc" for number in range(10)]
+            assert all(sorted(texts) == expected for texts in heard)
+            assert all(sorted(texts, key=lambda text: text[0]) == expected for texts in heard)
+            if observed.pushes_back:
+                await until(lambda: "disconnect" in server.events(room))
+                (line,) = server.lines(room, "disconnect")
+                assert line["code"] == 1013
+            assert (await others[-1].ask("echo", 1, id=2))["id"] == 2
+            await asyncio.gather(*(client.close() for client in others))
+        await left(server, room, MEMBERS)
+
+
+async def fill(client: Stalled) -> None:
+    """Have the server send to *client* until it is given up."""
+    with contextlib.suppress(ConnectionError):
+        for number in range(STALLING):
+            payload = {"number": number, "size": 65_536}
+            await client.send({"type": "drop_to_me", "payload": payload})
+
+
+async def converse(client: Client, name: str) -> list[str]:
+    """Say ten things to the room; return all that is said there."""
+    texts: list[str] = []
+    for number in range(10):
+        await client.send("say", {"text": f"{name}{number}"}, id=number)
+        while (answer := await client.receive())["type"] == "said":
+            texts.append(answer["payload"]["text"])
+        assert answer == {"type": "say.reply", "id": number, "payload": "sent"}
+        assert texts.count(f"{name}{number}") == 1
+    return texts + await listen(client, 30 - len(texts))
+
+
+async def listen(client: Client, count: int = 30) -> list[str]:
+    """The next *count* things that are said in the room."""
+    answers = [await client.receive() for _ in range(count)]
+    assert {answer["type"] for answer in answers} <= {"said"}
+    return [answer["payload"]["text"] for answer in answers]
 
 
 class TestProcess:

@@ -1,0 +1,1177 @@
+"""The way of a message out and in: order, slow clients, and what stands around a server's send."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import itertools
+import json
+import random
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import falcon
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import PATIENCE, Client, Server, Stalled, connect, new_app, serving, until
+
+import pachinko
+from pachinko import Connection, Hub, Pachinko
+
+BIG = "x" * 300_000  # more than the buffers on the way to a client of `served` hold
+LONG = 60.0  # seconds that no test waits for
+
+Event = dict[str, Any]
+Send = Callable[[Event], Awaitable[None]]
+Wrap = Callable[[Send, str], Send]  # an ASGI middleware's: of a server's send and the client's name
+
+
+def endpoint(**options: Any) -> tuple[Pachinko, list[tuple[str, int | None]]]:
+    """An endpoint whose clients join the group "all"; who has left it, and with which code."""
+    options = {"send_timeout": LONG, "linger": LONG, **options}
+    ws = Pachinko(new_app(), "/{name}", hub=Hub(), **options)
+    left: list[tuple[str, int | None]] = []
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        await conn.join("all")
+
+    @ws.disconnect
+    async def leave(conn: Connection) -> None:
+        left.append((conn.params["name"], conn.close_code))
+
+    @ws.on("echo")
+    async def echo(conn: Connection, payload: Any) -> Any:
+        return payload
+
+    @ws.on("big")
+    async def big(conn: Connection) -> str:
+        return BIG
+
+    @ws.on("late big")
+    async def late_big(conn: Connection) -> str:
+        await asyncio.sleep(0)
+        return BIG
+
+    @ws.on("spread")
+    async def spread(conn: Connection, payload: Any) -> Any:
+        await ws._hub.send("all", "n", payload)
+        return payload
+
+    @ws.on("say")
+    async def say(conn: Connection, payload: Any) -> None:
+        await conn.send("n", payload)
+
+    @ws.on("count")
+    async def count(conn: Connection, *, to: int) -> AsyncIterator[int]:
+        for n in range(to):
+            yield n
+
+    return ws, left
+
+
+def around(app: Any, wrap: Wrap) -> Any:
+    """*app* behind an ASGI middleware."""
+
+    async def middleware(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            send = wrap(send, scope["path"].strip("/"))
+        await app(scope, receive, send)
+
+    return middleware
+
+
+@contextlib.asynccontextmanager
+async def served(ws: Pachinko, wrap: Wrap | None = None) -> AsyncIterator[Server]:
+    """A server with small buffers; at the end no connection may still be marked as written to."""
+    app = ws._app if wrap is None else around(ws._app, wrap)
+    async with serving(app) as server:
+        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        yield server
+        await written(ws)
+
+
+def named(ws: Pachinko, name: str) -> Connection:
+    (conn,) = (conn for conn in ws._hub.connections if conn.params["name"] == name)
+    return conn
+
+
+class Fake:
+    """A client and its server in one, for what no real one does on demand."""
+
+    def __init__(self, ws: Pachinko, name: str = "fake") -> None:
+        self.ws, self.name = ws, name
+        self.incoming: asyncio.Queue[Event] = asyncio.Queue()
+        self.sent: list[Event] = []
+        self.before: Callable[[], Awaitable[None]] | None = None  # what each send waits for
+        self.incoming.put_nowait({"type": "websocket.connect"})
+
+    async def send(self, event: Event) -> None:
+        if event["type"] == "websocket.send" and self.before is not None:
+            await self.before()
+        self.sent.append(event)
+
+    async def __aenter__(self) -> Fake:
+        scope = {
+            "type": "websocket",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "scheme": "ws",
+            "path": f"/{self.name}",
+            "query_string": b"",
+            "headers": [],
+            "subprotocols": [],
+        }
+        app: Any = self.ws._app
+        self.task = asyncio.create_task(app(scope, self.incoming.get, self.send))
+        while not self.sent:
+            await asyncio.sleep(0)
+        self.sent.clear()
+        self.conn = named(self.ws, self.name)
+        return self
+
+    async def __aexit__(self, *failure: object) -> None:
+        if failure[0] is None and not self.conn.closed:
+            await until(lambda: not self.conn._writing)
+        self.gone()
+        await asyncio.wait_for(self.task, PATIENCE)
+
+    def ask(self, type: str, payload: Any = None, id: Any = 1) -> None:
+        text = json.dumps({"type": type, "id": id, "payload": payload})
+        self.incoming.put_nowait({"type": "websocket.receive", "text": text})
+
+    def gone(self) -> None:
+        self.incoming.put_nowait({"type": "websocket.disconnect", "code": 1001})
+
+    def payloads(self) -> list[Any]:
+        texts = (event["text"] for event in self.sent if "text" in event)
+        return [json.loads(text).get("payload") for text in texts]
+
+
+async def fakes(stack: contextlib.AsyncExitStack, ws: Pachinko, count: int) -> list[Fake]:
+    return [await stack.enter_async_context(Fake(ws, str(n))) for n in range(count)]
+
+
+async def a_turn() -> None:
+    """Suspend for one turn of the loop."""
+    await asyncio.sleep(0)
+
+
+def frames_in(data: bytes) -> list[Any]:
+    """The text frames at the beginning of *data*."""
+    frames = []
+    while data and data[0] == 0x81:
+        size, start = data[1], 2
+        if size == 126:
+            size, start = int.from_bytes(data[2:4], "big"), 4
+        elif size == 127:
+            size, start = int.from_bytes(data[2:10], "big"), 10
+        frames.append(json.loads(data[start : start + size]))
+        data = data[start + size :]
+    return frames
+
+
+# What stands around a server's send
+
+
+def bounded(send: Send, name: str) -> Send:
+    async def wrapped(event: Event) -> None:
+        async with asyncio.timeout(LONG):
+            await asyncio.sleep(0)
+            await send(event)
+
+    return wrapped
+
+
+traced: contextvars.ContextVar[str] = contextvars.ContextVar("traced")
+
+
+def tracing(send: Send, name: str) -> Send:
+    async def wrapped(event: Event) -> None:
+        token = traced.set(name)
+        await asyncio.sleep(0)
+        assert traced.get() == name
+        await send(event)
+        traced.reset(token)  # ValueError in another context than it was set in
+
+    return wrapped
+
+
+def checking(send: Send, name: str) -> Send:
+    async def wrapped(event: Event) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        await asyncio.sleep(0)
+        assert asyncio.current_task() is task
+        await send(event)
+        assert asyncio.current_task() is task
+
+    return wrapped
+
+
+def yielding(send: Send, name: str) -> Send:
+    async def wrapped(event: Event) -> None:
+        await asyncio.sleep(0)
+        await send(event)
+        await asyncio.sleep(0)
+
+    return wrapped
+
+
+def future(send: Send, name: str) -> Send:
+    def wrapped(event: Event) -> Awaitable[None]:
+        return asyncio.ensure_future(send(event))
+
+    return wrapped
+
+
+def awaitable(send: Send, name: str) -> Send:
+    class Sending:
+        def __init__(self, event: Event) -> None:
+            self.event = event
+
+        def __await__(self) -> Any:
+            return send(self.event).__await__()
+
+    return Sending
+
+
+WRAPS = (bounded, tracing, checking, yielding, future, awaitable)
+
+
+@pytest.mark.parametrize("how", ["group", "handler", "reply", "conn.send", "stream"])
+@pytest.mark.parametrize("wrap", WRAPS)
+async def test_every_send_works_behind_an_asgi_middleware(wrap: Wrap, how: str) -> None:
+    """Whatever is around the server's send, and whether it suspends: all arrives, in order."""
+    ws, left = endpoint()
+    failures: list[BaseException] = []
+
+    def watched(send: Send, name: str) -> Send:
+        inner = wrap(send, name)
+
+        def wrapped(event: Event) -> Awaitable[None]:
+            return inner(event) if wrap in (future, awaitable) else noting(inner(event))
+
+        async def noting(sending: Awaitable[None]) -> None:
+            try:
+                await sending
+            except BaseException as exc:
+                failures.append(exc)
+                raise
+
+        return wrapped
+
+    async with (
+        served(ws, watched) as server,
+        connect(f"{server.url}/one") as one,
+        connect(f"{server.url}/two") as two,
+    ):
+        expected: list[Any] = list(range(40))
+        others = expected
+        await until(lambda: len(ws._hub.connections) == 2)
+        match how:
+            case "group":
+                for n in range(40):
+                    await ws._hub.send("all", "n", n)
+            case "conn.send":
+                others = []
+                for n in range(40):
+                    await named(ws, "one").send("n", n)
+            case "stream":
+                others = []
+                await one.send("count", {"to": 40}, id=1)
+            case _:
+                others = expected if how == "handler" else []
+                for n in range(40):
+                    await one.send("spread" if how == "handler" else "echo", n, id=n)
+        if how == "handler":
+            expected = [n for n in range(40) for _ in "ab"]
+        assert [(await one.receive())["payload"] for _ in expected] == expected
+        if how == "stream":
+            assert (await one.receive())["type"] == "complete"
+        assert [(await two.receive())["payload"] for _ in others] == others
+        for client in (one, two):
+            assert (await client.ask("echo", "end"))["payload"] == "end"
+        assert not failures and not left
+
+
+@pytest.mark.parametrize("count", [1, 300, 1000])
+async def test_a_send_that_always_suspends_reaches_a_group_in_order(count: int) -> None:
+    """Each receiver of two messages gets both, though the server never takes one at once."""
+    ws, _ = endpoint()
+    async with contextlib.AsyncExitStack() as stack:
+        clients = await fakes(stack, ws, count)
+        for client in clients:
+            client.before = a_turn
+        for n in range(2):
+            await ws._hub.send("all", "n", n)
+        await until(lambda: all(len(client.sent) == 2 for client in clients))
+        assert all(client.payloads() == [0, 1] for client in clients)
+
+
+async def send_to_all(ws: Pachinko, how: str, clients: list[Client], payload: Any) -> None:
+    """Send *payload* to the client called "bad", and to those that are well."""
+    if how == "group":
+        await ws._hub.send("all", "n", payload)
+    elif how == "handler":
+        await clients[0].send("spread", payload)
+    else:
+        for name in ("bad", "0", "1"):
+            if name != "bad" or "bad" in {c.params["name"] for c in ws._hub.connections}:
+                with contextlib.suppress(falcon.WebSocketDisconnected):
+                    await named(ws, name).send("n", payload)
+
+
+@pytest.mark.parametrize("how", ["group", "handler", "conn.send"])
+async def test_a_middlewares_timeout_costs_the_stalled_client_alone(how: str) -> None:
+    """The sender's own task is not cancelled, and the others get everything."""
+    ws, left = endpoint(linger=0.1)
+    me = asyncio.current_task()
+    assert me is not None
+
+    def wrap(send: Send, name: str) -> Send:
+        async def wrapped(event: Event) -> None:
+            async with asyncio.timeout(0.05 if name == "bad" else LONG):
+                await send(event)
+
+        return wrapped
+
+    async with (
+        served(ws, wrap) as server,
+        connect(f"{server.url}/0", max_queue=None) as one,
+        connect(f"{server.url}/1", max_queue=None) as two,
+        Stalled(f"{server.url}/bad"),
+    ):
+        await until(lambda: len(ws._hub.connections) == 3)
+        for n in range(4):
+            await send_to_all(ws, how, [one, two], [n, BIG])
+            answers = [await client.receive() for client in (one, two)]
+            assert [answer["payload"][0] for answer in answers] == [n, n]
+            if how == "handler":
+                assert (await one.receive())["type"] == "spread.reply"
+        await until(lambda: left)
+        assert left == [("bad", 1006)] and me.cancelling() == 0
+        await send_to_all(ws, how, [one, two], ["end"])
+        assert [(await client.receive())["payload"] for client in (one, two)] == [["end"]] * 2
+
+
+@pytest.mark.parametrize("how", ["big", "late big"])
+async def test_a_middlewares_timeout_on_a_reply_ends_the_connection(how: str) -> None:
+    """A reply that a middleware gives up is the end of its client, which is seen out."""
+    ws, left = endpoint(linger=0.1)
+
+    def wrap(send: Send, name: str) -> Send:
+        async def wrapped(event: Event) -> None:
+            async with asyncio.timeout(0.05 if name == "bad" else LONG):
+                await send(event)
+
+        return wrapped
+
+    async with (
+        served(ws, wrap) as server,
+        connect(f"{server.url}/one") as one,
+        Stalled(f"{server.url}/bad") as bad,
+    ):
+        for n in range(2):
+            await bad.send({"type": how, "id": n})
+        await until(lambda: left)
+        assert left == [("bad", 1006)]
+        assert (await one.ask("echo", 1))["payload"] == 1
+
+
+async def test_a_middlewares_timeout_tells_the_sender_that_the_client_is_gone() -> None:
+    """`conn.send` raises `WebSocketDisconnected`, in a task that is not cancelled."""
+    ws, left = endpoint(linger=0.1)
+    me = asyncio.current_task()
+    assert me is not None
+
+    def wrap(send: Send, name: str) -> Send:
+        async def wrapped(event: Event) -> None:
+            async with asyncio.timeout(0.05):
+                await send(event)
+
+        return wrapped
+
+    async with served(ws, wrap) as server, Stalled(f"{server.url}/bad"):
+        conn = named(ws, "bad")
+        await conn.send("fill", BIG)
+        with pytest.raises(falcon.WebSocketDisconnected):
+            await conn.send("fill", BIG)
+        assert conn.closed and me.cancelling() == 0
+        await until(lambda: left)
+
+
+@pytest.mark.parametrize("how", ["group", "handler", "conn.send"])
+@pytest.mark.parametrize("pause", [False, True], ids=["at once", "later"])
+async def test_a_send_that_fails_costs_its_client_alone(pause: bool, how: str) -> None:
+    """Whatever a server or a middleware raises for one client, the others get everything."""
+    ws, left = endpoint(linger=0.1)
+
+    def wrap(send: Send, name: str) -> Send:
+        async def wrapped(event: Event) -> None:
+            if pause:
+                await asyncio.sleep(0)
+            if name == "bad" and event["type"] == "websocket.send":
+                raise RuntimeError("no")
+            await send(event)
+
+        return wrapped
+
+    async with (
+        served(ws, wrap) as server,
+        connect(f"{server.url}/0") as one,
+        connect(f"{server.url}/1") as two,
+        connect(f"{server.url}/bad") as bad,
+    ):
+        await until(lambda: len(ws._hub.connections) == 3)
+        for n in range(3):
+            await send_to_all(ws, how, [one, two], n)
+            assert [(await client.receive())["payload"] for client in (one, two)] == [n, n]
+            if how == "handler":
+                assert (await one.receive())["type"] == "spread.reply"
+        await until(lambda: left)
+        assert [name for name, _ in left] == ["bad"]
+        await bad.closed()
+
+
+@pytest.mark.parametrize("pause", [False, True], ids=["at once", "later"])
+async def test_a_reply_that_fails_ends_its_connection(pause: bool) -> None:
+    """The client that still is there is closed, and its disconnect handlers run once."""
+    ws, left = endpoint(linger=0.1)
+
+    def wrap(send: Send, name: str) -> Send:
+        async def wrapped(event: Event) -> None:
+            if event["type"] == "websocket.send":
+                for _ in range(3 * pause):
+                    await asyncio.sleep(0)
+                raise RuntimeError("no")
+            await send(event)
+
+        return wrapped
+
+    async with served(ws, wrap) as server, connect(f"{server.url}/bad") as client:
+        await client.send("echo", 1)
+        await client.closed()
+        await until(lambda: not ws._serving)
+        assert [name for name, _ in left] == ["bad"]
+
+
+async def test_a_middlewares_timeout_around_receive_closes_the_connection() -> None:
+    """A client that a middleware finds idle is closed and seen out, without an error."""
+    ws, left = endpoint()
+
+    failures: list[BaseException] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def impatient() -> Any:
+            async with asyncio.timeout(0.05):
+                return await receive()
+
+        inner: Any = ws._app
+        try:
+            await inner(scope, impatient if scope["type"] == "websocket" else receive, send)
+        except Exception as exc:
+            failures.append(exc)
+
+    async with serving(app) as server, connect(f"{server.url}/idle") as client:
+        await client.closed()
+        await until(lambda: not ws._serving)
+    assert len(left) == 1 and failures == []
+
+
+# Order
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=80, deadline=None)
+def test_messages_leave_in_the_order_in_which_code_sent_them(seed: int) -> None:
+    """Replies, group messages and `conn.send` by many tasks, over sends that suspend at random."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pachinko, "_TURN", 2)
+        asyncio.run(asyncio.wait_for(_send_at_random(random.Random(seed)), PATIENCE))
+
+
+async def _send_at_random(chance: random.Random) -> None:
+    ws, left = endpoint(outbox=10_000)
+    hub, numbers = ws._hub, itertools.count()
+    expected: dict[Connection, list[int]] = {}
+
+    async def pause() -> None:
+        for _ in range(chance.choice((0, 0, 0, 1, 2, 5))):
+            await asyncio.sleep(0)
+
+    async def send(conn: Connection) -> None:
+        n = next(numbers)
+        match chance.choice(("conn", "conn", "send_to", "group", "group")):
+            case "conn":
+                expected[conn].append(n)
+                await conn.send("n", n)
+            case "send_to":
+                expected[conn].append(n)
+                await hub.send_to(conn, "n", n)
+            case "group":
+                for member in expected:
+                    expected[member].append(n)
+                await hub.send("all", "n", n)
+
+    @ws.on("script")
+    async def script(conn: Connection) -> int:
+        for _ in range(chance.randrange(3)):
+            await send(conn)
+            await pause()
+        if chance.random() < 0.2:
+            asyncio.create_task(hub.send("all", "late", -1)).cancel()  # sends nothing
+        expected[conn].append(n := next(numbers))
+        return n
+
+    async def task(conn: Connection) -> None:
+        for _ in range(8):
+            await send(conn)
+            await pause()
+
+    async with contextlib.AsyncExitStack() as stack:
+        clients = await fakes(stack, ws, 7)
+        for client in clients:
+            expected[client.conn] = []
+            client.before = pause
+        tasks = [asyncio.create_task(task(client.conn)) for client in clients[:4]]
+        for _ in range(4):
+            for client in clients[2:]:
+                client.ask("script")
+            await pause()
+        await asyncio.gather(*tasks)
+        while any(client.incoming.qsize() or client.conn._handling for client in clients):
+            await asyncio.sleep(0)
+        while any(client.conn._writing for client in clients):
+            await asyncio.sleep(0)
+        for client in clients:
+            assert client.payloads() == expected[client.conn]
+        assert not left
+
+
+@pytest.mark.parametrize("suspends", [False, True], ids=["at once", "suspending"])
+@pytest.mark.parametrize("how", ["in a row", "gather", "tasks"])
+async def test_two_sends_to_a_large_group_keep_their_order(how: str, suspends: bool) -> None:
+    """The second overtakes the first at no receiver, however they were started."""
+    ws, _ = endpoint()
+    hub = ws._hub
+    async with contextlib.AsyncExitStack() as stack:
+        clients = await fakes(stack, ws, 2 * pachinko._TURN + 50)
+        if suspends:
+            for client in clients[::7]:
+                client.before = a_turn
+        if how == "in a row":
+            for n in range(3):
+                await hub.send("all", "n", n)
+        elif how == "gather":
+            await asyncio.gather(*(hub.send("all", "n", n) for n in range(3)))
+        else:
+            tasks = [asyncio.create_task(hub.send("all", "n", n)) for n in range(3)]
+            await asyncio.wait(tasks)
+        await until(lambda: all(len(client.sent) == 3 for client in clients))
+        assert all(client.payloads() == [0, 1, 2] for client in clients)
+
+
+async def test_what_is_sent_behind_a_group_send_comes_behind_it() -> None:
+    """So do a `conn.send` and the reply of the handler, with every member."""
+    ws, _ = endpoint()
+
+    @ws.on("both")
+    async def both(conn: Connection) -> str:
+        await ws._hub.send("all", "n", "group")
+        await conn.send("n", "own")
+        return "reply"
+
+    async with contextlib.AsyncExitStack() as stack:
+        clients = await fakes(stack, ws, pachinko._TURN + 50)
+        for client in (clients[0], clients[-1]):
+            client.ask("both")
+        await until(lambda: all(len(c.sent) >= 2 for c in clients))
+        for client in (clients[0], clients[-1]):
+            await until(lambda client=client: len(client.sent) == 4)
+            mine = [payload for payload in client.payloads() if payload != "group"]
+            assert mine == ["own", "reply"] and client.payloads()[0] == "group"
+        await ws._hub.send("all", "n", "group")
+        for client in clients:
+            await client.conn.send("n", "behind")
+            assert client.payloads()[-2:] == ["group", "behind"]
+
+
+async def test_a_close_behind_a_group_send_comes_behind_it() -> None:
+    """The message first, then the close frame."""
+    ws, _ = endpoint()
+    async with served(ws) as server, connect(f"{server.url}/one") as client:
+        await until(lambda: ws._hub.connections)
+        await ws._hub.send("all", "n", "last")
+        await named(ws, "one").close(4000)
+        assert (await client.receive())["payload"] == "last"
+        assert (await client.closed())[0] == 4000
+
+
+# Large groups
+
+
+class Socket:
+    """As much of Falcon's socket as a group send needs."""
+
+    def __init__(self, wait: Callable[[], Awaitable[None]] | None = None) -> None:
+        self.taken: list[Any] = []
+        self.wait = wait
+
+    async def _send(self, event: Event) -> None:
+        if self.wait is not None:
+            await self.wait()
+        self.taken.append(json.loads(event["text"])["payload"])
+
+
+async def member(ws: Pachinko, socket: Any) -> Connection:
+    """A connection in the group "all" that nobody reads from."""
+    req: Any = None
+    conn = Connection(ws._hub, ws._limits, req, socket, {"name": ""})
+    ws._hub._add(conn)
+    conn._opened()
+    await conn.join("all")
+    return conn
+
+
+async def written(ws: Pachinko) -> None:
+    """Wait until no connection is marked as being written to."""
+    await until(lambda: not any(conn._writing for conn in ws._hub._connections.values()))
+
+
+async def test_a_send_to_a_large_group_lets_others_run() -> None:
+    """The loop gets its turns between, and another connection its reply."""
+    ws, _ = endpoint()
+    loop, turns, log, seen = asyncio.get_running_loop(), [0], [], []
+    count = 10_000
+
+    def turn() -> None:
+        turns[0] += 1
+        nonlocal handle
+        handle = loop.call_soon(turn)
+
+    handle = loop.call_soon(turn)
+
+    async with Fake(ws) as asking:
+        await asking.conn.leave("all")
+
+        class Noting(Socket):
+            async def _send(self, event: Event) -> None:
+                if not seen:
+                    asking.ask("echo", 1)
+                seen.append(turns[0])
+                log.append("group")
+
+        async def note() -> None:
+            log.append("reply")
+
+        for _ in range(count):
+            await member(ws, Noting())
+        asking.before = note
+        await ws._hub.send("all", "n", 1)
+        await until(lambda: log.count("group") == count)
+        handle.cancel()
+        assert seen[-1] - seen[0] >= 20  # at 0.01 ms a write, each takes 5 ms at most
+        assert 0 < log.index("reply") < count - 1
+
+
+async def test_a_thousand_clients_that_stall_at_once_are_no_recursion() -> None:
+    """Each waits by itself; when they read again, all get what was sent meanwhile."""
+    ws, _ = endpoint()
+    gate = asyncio.Event()
+
+    async def wait() -> None:
+        await gate.wait()
+
+    slow, well = [Socket(wait) for _ in range(1500)], Socket()
+    conns = [await member(ws, socket) for socket in slow]
+    await member(ws, well)
+    for n in range(2):
+        await ws._hub.send("all", "n", n)
+    await until(lambda: well.taken == [0, 1])
+    assert all(conn._writing for conn in conns)
+    gate.set()
+    await written(ws)
+    assert all(socket.taken == [0, 1] for socket in slow)
+
+
+async def test_a_cancelled_group_send_still_reaches_the_rest() -> None:
+    """Nobody stays marked as being written to: the next message reaches all as well."""
+    ws, _ = endpoint()
+    sockets = [Socket() for _ in range(1000)]
+    conns = [await member(ws, socket) for socket in sockets]
+    sending = asyncio.create_task(ws._hub.send("all", "n", 1))
+    await asyncio.sleep(0)
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+    assert any(conn._writing for conn in conns)
+    await written(ws)
+    await ws._hub.send("all", "n", 2)
+    await written(ws)
+    assert all(socket.taken == [1, 2] for socket in sockets)
+
+
+@pytest.mark.parametrize("pause", [False, True], ids=["at once", "later"])
+async def test_a_send_that_raises_cancelled_error_costs_the_others_nothing(pause: bool) -> None:
+    """It ends neither the sender nor the rest of the group, and its receiver can be written to."""
+    ws, _ = endpoint()
+
+    async def cancel() -> None:
+        if pause:
+            await asyncio.sleep(0)
+        if len(odd.taken) == 1:
+            odd.taken.append("cancelled")
+            raise asyncio.CancelledError
+
+    odd, others = Socket(cancel), [Socket() for _ in range(20)]
+    for receiver in (*others[:10], odd, *others[10:]):
+        await member(ws, receiver)
+    for n in range(3):
+        await ws._hub.send("all", "n", n)
+    await written(ws)
+    assert odd.taken == [0, "cancelled", 2]
+    assert all(other.taken == [0, 1, 2] for other in others)
+
+
+# Stalled clients
+
+
+async def test_one_stalled_client_delays_none_of_twenty() -> None:
+    """The others have every message before it is given up; it is closed with 1013."""
+    ws, left = endpoint(outbox=4)
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(served(ws))
+        bad = await stack.enter_async_context(Stalled(f"{server.url}/bad"))
+        clients = [
+            await stack.enter_async_context(connect(f"{server.url}/{n}", max_queue=None))
+            for n in range(19)
+        ]
+        await until(lambda: len(ws._hub.connections) == 20)
+        conn = named(ws, "bad")
+        await conn.send("fill", BIG)
+        for n in range(5):
+            await ws._hub.send("all", "n", n)
+            assert {(await client.receive())["payload"] for client in clients} == {n}
+            assert conn._writing and not left
+        await ws._hub.send("all", "n", 5)
+        assert {(await client.receive())["payload"] for client in clients} == {5}
+        await until(lambda: left)
+        assert (await bad.read_all()).endswith(b"\x88\x0a\x03\xf5too slow")
+        assert left == [("bad", 1013)] and ws._hub.stats()["evicted"] == 1
+
+
+async def test_many_clients_that_stall_in_one_send_are_all_evicted() -> None:
+    """Fifty of them hold up neither each other nor those that read."""
+    ws, left = endpoint(outbox=4)
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(served(ws))
+        for n in range(50):
+            await stack.enter_async_context(Stalled(f"{server.url}/bad{n}"))
+        clients = [
+            await stack.enter_async_context(connect(f"{server.url}/{n}", max_queue=None))
+            for n in range(3)
+        ]
+        await until(lambda: len(ws._hub.connections) == 53)
+        bad = [conn for conn in ws._hub.connections if conn.params["name"].startswith("bad")]
+        for n in range(7):
+            await ws._hub.send("all", "n", [n, BIG if n == 0 else ""])
+            for client in clients:
+                assert (await client.receive())["payload"][0] == n
+            if n == 1:
+                await until(lambda: all(conn._writing == "writer" for conn in bad))
+        await until(lambda: len(left) == 50)
+        assert {code for _, code in left} == {1013} and ws._hub.stats()["evicted"] == 50
+
+
+async def test_nothing_waits_for_a_client_that_was_evicted_in_a_group_send() -> None:
+    """The task that was writing to it ends, although the client never reads again."""
+    ws, left = endpoint(outbox=4)
+    async with served(ws) as server, Stalled(f"{server.url}/bad"):
+        conn = named(ws, "bad")
+        await conn.send("fill", BIG)
+        while not conn.closed:
+            await ws._hub.send("all", "n", 1)
+            await asyncio.sleep(0)
+        await until(lambda: not ws._serving)
+        files = {task.get_coro().cr_code.co_filename for task in asyncio.all_tasks()}
+        assert left == [("bad", 1013)] and pachinko.__file__ not in files
+
+
+# A reply that waits
+
+
+replies = pytest.mark.parametrize("how", ["big", "late big"], ids=["at once", "after a pause"])
+
+
+async def waiting(ws: Pachinko, client: Stalled, how: str) -> Connection:
+    """Ask until a reply waits for *client*, which is watched meanwhile."""
+    conn = named(ws, "slow")
+    await client.send({"type": how, "id": 1})
+    await client.send({"type": how, "id": 2})
+    await until(lambda: conn._writing and conn._ahead is not None)
+    return conn
+
+
+@replies
+async def test_a_reply_waits_at_most_send_timeout(how: str) -> None:
+    """Then the client is evicted; it sees 1013 if it reads again at once."""
+    ws, left = endpoint(send_timeout=0.1)
+    async with served(ws) as server, Stalled(f"{server.url}/slow") as client:
+        conn = await waiting(ws, client, how)
+        await until(lambda: conn.closed)
+        data = await client.read_all()
+        assert data.endswith(b"\x88\x0a\x03\xf5too slow")
+        await until(lambda: not ws._serving)
+        assert left == [("slow", 1013)] and ws._hub.stats()["evicted"] == 1
+
+
+@replies
+async def test_a_client_that_vanishes_while_its_reply_waits_is_noticed(how: str) -> None:
+    """Its disconnect handlers run at once."""
+    ws, left = endpoint()
+    async with served(ws) as server, Stalled(f"{server.url}/slow") as client:
+        await waiting(ws, client, how)
+        client.socket.close()
+        await until(lambda: not ws._serving)
+        assert len(left) == 1
+
+
+@replies
+async def test_a_backlog_behind_a_reply_that_waited_lingers(how: str) -> None:
+    """A handler that goes on after its client has gone is bounded, whatever waited before it."""
+    ws, left = endpoint(linger=0.1)
+    began = asyncio.Event()
+
+    @ws.on("nap")
+    async def nap(conn: Connection) -> None:
+        began.set()
+        await asyncio.Event().wait()
+
+    async with served(ws) as server, Stalled(f"{server.url}/slow") as client:
+        conn = await waiting(ws, client, how)
+        await client.send({"type": "nap"})
+        await until(lambda: conn._inbox)
+        client.socket.close()
+        await until(lambda: not ws._serving)
+        assert len(left) == 1 and began.is_set()
+
+
+@replies
+@pytest.mark.parametrize("end", ["conn.close", "close_group", "shutdown"])
+async def test_a_close_comes_behind_a_reply_that_waits(end: str, how: str) -> None:
+    """Once the client reads again it sees the reply, and then the close frame."""
+    ws, left = endpoint()
+    async with served(ws) as server, Stalled(f"{server.url}/slow") as client:
+        conn = await waiting(ws, client, how)
+        stopping = None
+        if end == "conn.close":
+            await conn.close(4001)
+        elif end == "close_group":
+            await ws._hub.close_group("all", 4001)
+        else:
+            stopping = asyncio.create_task(server.stop())
+            await until(lambda: server.uvicorn.should_exit)
+        data = await client.read_all()
+        if stopping is None:
+            assert [frame["id"] for frame in frames_in(data)] == [1, 2]
+            assert data.endswith(struct.pack(">BBH", 0x88, 2, 4001))
+        else:
+            await stopping
+        await until(lambda: not ws._serving)
+        assert left == [("slow", 1012 if stopping else 4001)]
+
+
+@replies
+async def test_a_close_behind_a_reply_that_waits_is_bounded(how: str) -> None:
+    """A client that does not read again is given up all the same."""
+    ws, left = endpoint(linger=0.1, send_timeout=0.1)
+    async with served(ws) as server, Stalled(f"{server.url}/slow") as client:
+        conn = await waiting(ws, client, how)
+        await conn.close(4001)
+        await until(lambda: not ws._serving)
+        assert left == [("slow", 4001)]
+
+
+@replies
+async def test_a_connection_outlives_a_reply_that_waited(how: str) -> None:
+    """When the client reads again in time, nothing bounds what follows, and order is kept."""
+    ws, left = endpoint()
+    async with served(ws) as server, Stalled(f"{server.url}/slow") as client:
+        conn = await waiting(ws, client, how)
+        await ws._hub.send("all", "n", "pushed")
+        sending = asyncio.create_task(conn.send("n", "sent"))
+        await until(lambda: conn._outbox is not None and len(conn._outbox.queue) == 2)
+        reading = asyncio.create_task(client.read_all())
+        await sending
+        await until(lambda: not conn._writing)
+        assert conn._life is not None and conn._life.when() is None and conn._patience is None
+        await client.send({"type": "echo", "id": 3, "payload": "again"})
+        await until(lambda: conn._received == 3 and not conn._handling)
+        await conn.close(4001)
+        payloads = [frame["payload"] for frame in frames_in(await reading)]
+        assert payloads == [BIG, BIG, "pushed", "sent", "again"]
+        await until(lambda: left)
+        assert left == [("slow", 4001)]
+
+
+@replies
+async def test_messages_pushed_behind_a_reply_that_waits_are_bounded(how: str) -> None:
+    """Over the bound the client is evicted at once, without waiting for the reply."""
+    ws, left = endpoint(outbox=4)
+    async with served(ws) as server, Stalled(f"{server.url}/slow") as client:
+        conn = await waiting(ws, client, how)
+        for n in range(4):
+            await ws._hub.send("all", "n", n)
+        assert not conn.closed
+        await ws._hub.send("all", "n", 4)
+        assert conn.closed
+        await until(lambda: left)
+        assert left == [("slow", 1013)]
+
+
+@replies
+async def test_messages_dropped_behind_a_reply_that_waits_are_announced(how: str) -> None:
+    """With `overflow="drop_oldest"` the reply arrives, then the newest, then the gap."""
+    ws, _ = endpoint(outbox=2, overflow="drop_oldest")
+    async with served(ws) as server, Stalled(f"{server.url}/slow") as client:
+        conn = await waiting(ws, client, how)
+        for n in range(5):
+            await ws._hub.send("all", "n", n)
+        reading = asyncio.create_task(client.read_all())
+        await until(lambda: not conn._writing)
+        await conn.close(4001)
+        payloads = [frame["payload"] for frame in frames_in(await reading)]
+        assert payloads == [BIG, BIG, 3, 4, {"group": "all"}]
+
+
+async def test_an_eviction_in_the_turn_in_which_a_reply_begins_to_wait_acts_at_once() -> None:
+    """The reply is given up before the loop has had a turn to bound it."""
+    ws, left = endpoint(outbox_bytes=1000)
+    gate = asyncio.Event()
+
+    async def wait() -> None:
+        await gate.wait()
+
+    async with Fake(ws, "slow") as slow, Fake(ws, "other") as other:
+        slow.before = wait
+        slow.ask("echo", 1)
+        other.ask("spread", "x" * 2000)  # read in the same turn, behind it
+        await until(lambda: left)
+        assert left == [("slow", 1013)]
+
+
+# Reading ahead
+
+
+def note_tasks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that grows by the name of each coroutine that the library starts a task for."""
+    names: list[str] = []
+    start = pachinko.start_task
+
+    def start_task(coroutine: Any) -> Any:
+        names.append(coroutine.__name__)
+        return start(coroutine)
+
+    def factory(loop: Any, coroutine: Any, **options: Any) -> Any:
+        if coroutine.cr_code.co_filename == pachinko.__file__:
+            names.append(coroutine.__name__)
+        return asyncio.Task(coroutine, loop=loop, **options)
+
+    monkeypatch.setattr(pachinko, "start_task", start_task)
+    asyncio.get_running_loop().set_task_factory(factory)
+    return names
+
+
+async def test_messages_cost_no_task_while_handlers_do_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A thousand are read, handled and answered without one."""
+    names = note_tasks(monkeypatch)
+    ws, _ = endpoint()
+    async with serving(ws._app) as server, connect(f"{server.url}/a", max_queue=None) as client:
+        for n in range(1000):
+            await client.send("echo", n, id=n)
+        for n in range(1000):
+            assert (await client.receive())["payload"] == n
+        assert names == []
+
+
+@pytest.mark.parametrize("depth", [0, 1, 20])
+async def test_a_handler_that_waits_is_watched(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One task reads ahead, however deep in the handler's code the wait is."""
+    names = note_tasks(monkeypatch)
+    ws, _ = endpoint()
+    gate = asyncio.Event()
+
+    async def wait(depth: int) -> bool:
+        return await (wait(depth - 1) if depth else gate.wait())
+
+    @ws.on("wait")
+    async def handler(conn: Connection) -> bool:
+        return await wait(depth)
+
+    async with served(ws) as server, connect(f"{server.url}/a") as client:
+        await client.ask("echo", 1)
+        await client.send("wait", id=2)
+        await until(lambda: names)
+        gate.set()
+        assert (await client.receive())["id"] == 2
+        assert names == ["_read_ahead"]
+
+
+@pytest.mark.parametrize("end", ["close", "cut"])
+async def test_a_client_that_leaves_a_waiting_handler_is_noticed(end: str) -> None:
+    """Meanwhile the handler goes on; what came before the end is handled behind it."""
+    ws, left = endpoint()
+    gate, seen = asyncio.Event(), []
+
+    @ws.on("wait")
+    async def wait(conn: Connection) -> None:
+        await gate.wait()
+        seen.append("waited")
+
+    @ws.on("note")
+    async def note(conn: Connection, payload: Any) -> None:
+        seen.append(payload)
+
+    async with served(ws) as server, connect(f"{server.url}/a") as client:
+        await until(lambda: ws._hub.connections)
+        conn = named(ws, "a")
+        await client.send("wait")
+        for n in range(5):
+            await client.send("note", n)
+        await until(lambda: conn._inbox and len(conn._inbox) == 5)
+        if end == "close":
+            await client.close(4001)
+        else:
+            client.cut()
+        await until(lambda: conn.closed)
+        assert seen == [] and left == []
+        gate.set()
+        await until(lambda: left)
+        assert seen == ["waited", 0, 1, 2, 3, 4]
+
+
+async def test_frames_read_ahead_keep_their_order_with_those_behind() -> None:
+    """More than are read ahead at once, with handlers that wait and ones that do not."""
+    ws, _ = endpoint()
+
+    @ws.on("pause")
+    async def pause(conn: Connection, payload: Any) -> Any:
+        for _ in range(payload % 5):
+            await asyncio.sleep(0)
+        return payload
+
+    async with served(ws) as server, connect(f"{server.url}/a", max_queue=None) as client:
+        for n in range(200):
+            await client.send("pause" if n % 3 else "echo", n, id=n)
+        assert [(await client.receive())["id"] for n in range(200)] == list(range(200))
+
+
+async def test_a_cancellation_that_a_handler_left_behind_harms_nobody() -> None:
+    """Neither the next message, nor one whose handler raises `CancelledError` by itself."""
+    ws, left = endpoint()
+    counts: list[int] = []
+
+    @ws.on("stray")
+    async def stray(conn: Connection) -> str:
+        async def fail() -> None:
+            raise ValueError
+
+        with contextlib.suppress(ExceptionGroup):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(fail())
+        task = asyncio.current_task()
+        assert task is not None
+        if not task.cancelling():  # on newer Pythons a task group leaves nothing behind
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+        return "stray"
+
+    @ws.on("odd")
+    async def odd(conn: Connection) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        counts.append(task.cancelling())
+        raise asyncio.CancelledError
+
+    async with served(ws) as server, connect(f"{server.url}/a") as client:
+        for type in ("stray", "odd", "stray", "echo", "odd", "odd"):
+            await client.send(type, id=type)
+        answers = [await client.receive() for _ in range(6)]
+        types = [answer["type"] for answer in answers]
+        assert types == ["stray.reply", "error", "stray.reply", "echo.reply", "error", "error"]
+        assert counts == [0, 0, 0] and not left
+
+
+async def test_a_reply_waits_for_its_client_although_a_cancellation_is_left() -> None:
+    """A stray count of the handler does not end the connection when the wait is over."""
+    ws, left = endpoint(send_timeout=0.1)
+
+    @ws.on("stray")
+    async def stray(conn: Connection) -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        return BIG
+
+    async with served(ws) as server, Stalled(f"{server.url}/slow") as client:
+        await waiting(ws, client, "stray")
+        await until(lambda: not ws._serving)
+        assert left == [("slow", 1013)]
+
+
+# Cancellation
+
+
+async def test_a_sender_cancelled_while_it_waits_hands_over_to_the_next() -> None:
+    """The connection can be written to as before, by whoever was behind it and anybody else."""
+    ws, left = endpoint()
+    async with served(ws) as server, Stalled(f"{server.url}/slow") as client:
+        conn = named(ws, "slow")
+        await conn.send("n", BIG)
+        first = asyncio.create_task(conn.send("n", "first"))
+        await until(lambda: conn._writing)
+        second = asyncio.create_task(conn.send("n", "second"))
+        await until(lambda: conn._outbox is not None)
+        first.cancel()
+        reading = asyncio.create_task(client.read_all())
+        await second
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        await conn.send("n", "third")
+        await ws._hub.send("all", "n", "fourth")
+        await conn.close(4001)
+        payloads = [frame["payload"] for frame in frames_in(await reading)]
+        assert payloads == [BIG, "second", "third", "fourth"]
+        await until(lambda: left)
+
+
+async def test_a_handler_that_cancels_a_group_send_leaves_nobody_marked() -> None:
+    """A time limit around `hub.send` costs the sender its wait, and no receiver its message."""
+    ws, _ = endpoint()
+
+    @ws.on("hurry")
+    async def hurry(conn: Connection) -> str:
+        sending = asyncio.create_task(ws._hub.send("all", "n", "sent"))
+        await asyncio.sleep(0)
+        sending.cancel()
+        return "hurried"
+
+    async with contextlib.AsyncExitStack() as stack:
+        clients = await fakes(stack, ws, 2 * pachinko._TURN)
+        clients[0].ask("hurry")
+        await until(lambda: all(client.sent for client in clients[1:]))
+        await until(lambda: len(clients[0].sent) == 2)
+        await ws._hub.send("all", "n", "again")
+        await until(lambda: not any(client.conn._writing for client in clients))
+        assert sorted(clients[0].payloads()) == ["again", "hurried", "sent"]
+        assert all(client.payloads() == ["sent", "again"] for client in clients[1:])
