@@ -1,0 +1,1 @@
+"""Pachinko measured beside other ways to serve WebSockets: ``python -m benchmarks --help``."""
