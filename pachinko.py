@@ -377,6 +377,7 @@ def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -
 
 _MAX_ERRORS = 100  # in one reply: a frame of max_size has room for hundreds of thousands
 _MAX_EXPLAINED = 16_384  # bytes of JSON: to find all errors of 1 MiB blocks for seconds
+_OTHER = "invalid value"  # also for a KeyError that is not cattrs' word for a missing key
 _KEY_SHOWN = 64  # characters of a client's own key in a path
 _LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal}.union(
     (datetime, date, time_of_day, timedelta)
@@ -552,9 +553,10 @@ def _validating_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
         except (AttributeError, cattrs.StructureHandlerNotFoundError):
             return None  # it looks at the instance, or the type is generic: attrs' error remains
         except Exception as exc:  # a validator's own: reported as this field's
+            error = ValueError(_OTHER) if isinstance(exc, KeyError) else exc
             note: Any = cattrs.AttributeValidationNote
-            exc.add_note(note("", field.name, field.type))
-            return exc
+            error.add_note(note("", field.name, field.type))
+            return error
         return None
 
     def structure(value: Any, _: Any) -> Any:
@@ -598,9 +600,11 @@ def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, s
     """Each wrong field under *exc* as ``{"path", "message"}``, without a word about the server."""
     if isinstance(exc, cattrs.BaseValidationError):
         for inner in exc.exceptions:
-            yield from explain(inner, path + _path_step(inner, exc.cl))
+            is_other = isinstance(inner, KeyError) and not hasattr(inner, "__notes__")
+            step = _path_step(inner, exc.cl)
+            yield from explain(ValueError(_OTHER) if is_other else inner, path + step)
         return
-    text = "invalid value"
+    text = _OTHER
     if isinstance(exc, msgspec.ValidationError):
         text = str(exc).replace("`", "")
         text = text[:1].lower() + text[1:]
@@ -659,7 +663,7 @@ def is_read_alike(t: Any, seen: list[Any] | None = None) -> bool:
         return args[:1] in ((), (str,)) and all(is_read_alike(arg, seen) for arg in args)
     if origin in (list, set, frozenset, tuple, *_UNIONS):
         return all(arg is Ellipsis or is_read_alike(arg, seen) for arg in args)
-    if args or not inspect.isclass(t):
+    if not inspect.isclass(t):
         return False
     seen.append(t)
     types = _types_of_fields(t)
@@ -694,7 +698,7 @@ def _types_of_fields(cls: Any) -> Iterable[Any] | None:
 def _is_made_plainly(cls: Any) -> bool:
     """Whether to make an object of *cls* is to set the fields of an attrs class or a dataclass."""
     kinds = [k for k in ("__attrs_attrs__", "__dataclass_fields__") if hasattr(cls, k)]
-    if len(kinds) != 1 or kinds[0] not in vars(cls) or inspect.isabstract(cls):
+    if len(kinds) != 1 or inspect.isabstract(cls):
         return False
     init, others = vars(cls).get("__init__"), (cls.__new__, cls.__setattr__, cls.__getattribute__)
     makers = (type(cls).__call__, init, *others)
@@ -1566,9 +1570,9 @@ class Connection:
             self._outbox = Outbox()
         return self._outbox
 
-    def _start_writer(self, event: Event, sent: asyncio.Future[bool] | None = None) -> None:
+    def _start_writer(self, first: Waiting) -> None:
         self._writing = "task"
-        start_task(self._write_all(event, sent))
+        start_task(self._write_all(first))
 
     def _write_next(self) -> None:
         """After a write that ended: go on with the outbox, if there is something in it."""
@@ -1576,31 +1580,30 @@ class Connection:
         if following is None:
             self._outbox = None
         else:
-            self._start_writer(following.event, following.sent)
+            self._start_writer(following)
 
-    async def _write_all(self, event: Event, sent: asyncio.Future[bool] | None) -> None:
-        """The writer: *event* and then the outbox, until it is empty or the client is gone."""
+    async def _write_all(self, first: Waiting) -> None:
+        """The writer: *first* and then the outbox, until it is empty or the client is gone."""
+        waiting: Waiting | None = first
         self._writing, self._writer = "writer", asyncio.current_task()
         try:
-            while self._phase is not Phase.GONE:
-                if event["type"] == "websocket.close":
-                    await self.ws.close(event["code"], event["reason"] or None)
+            while waiting is not None and self._phase is not Phase.GONE:
+                first = waiting
+                if first.event["type"] == "websocket.close":
+                    await self.ws.close(first.event["code"], first.event["reason"] or None)
                 else:
-                    await self.ws._send(event)
+                    await self.ws._send(first.event)
                     self._sent += 1
-                if sent is not None and not sent.done():
-                    sent.set_result(True)
+                if first.sent is not None and not first.sent.done():
+                    first.sent.set_result(True)
                 waiting = self._outbox.take() if self._outbox is not None else None
-                if waiting is None:
-                    break
-                event, sent = waiting.event, waiting.sent
             self._outbox = None
         except Exception as exc:  # the same
             self._write_failed(exc)
         finally:
             self._writing, self._writer = "", None
-            if sent is not None and not sent.done():
-                sent.set_result(False)
+            if first.sent is not None and not first.sent.done():
+                first.sent.set_result(False)
             self._write_next()
 
     def _write_failed(self, exc: Exception) -> None:
@@ -1635,15 +1638,16 @@ class Connection:
         self.close_code = close.code
         event = {"type": "websocket.close", "code": close.code, "reason": close.reason}
         self._goodbye = asyncio.get_running_loop().create_future()
+        last = Waiting(event, self._goodbye)
         if self._phase is not Phase.CONNECTING:
             self._end(Phase.CLOSING)
         self._phase = Phase.CLOSING
         if self._handling and self._ahead is not None:
             self._ahead.cancel()  # granian's send(close) waits while a receive is pending
         if self._writing:
-            self._queue().put(Waiting(event, self._goodbye))
+            self._queue().put(last)
         else:
-            self._start_writer(event, self._goodbye)
+            self._start_writer(last)
 
     def _gone(self, code: int) -> None:
         """The server has reported that the client is gone."""
@@ -1967,8 +1971,7 @@ class Hub:
                 else:
                     crowded |= conn._push(event, size, group)
         finally:
-            if ready:
-                _deliver(ready, event)
+            _deliver(ready, event)
         while ready:  # noqa: ASYNC110 - what empties it, a turn at a time, goes on without this
             await asyncio.sleep(0)
         if crowded:  # it may be behind only because this code has not let go of the loop
@@ -2042,7 +2045,8 @@ def _deliver(receivers: list[Connection], event: Event) -> None:
     """
     batch = receivers[-_TURN:]
     del receivers[-_TURN:]
-    start_task(_write_each(batch, event))
+    if batch:
+        start_task(_write_each(batch, event))
     if batch or receivers:
         asyncio.get_running_loop().call_soon(_deliver_rest, batch, receivers, event)
 

@@ -185,6 +185,7 @@ BAD_FRAMES = [
     ('{"type":"gap","id":1}', "unknown_type", 1),
     ('{"type":"one.reply","id":1}', "unknown_type", 1),
     ('{"type":"$x","id":1}', "unknown_type", 1),
+    ('{"type":"$none","id":1}', "unknown_type", 1),
     ('{"type":"","id":1}', "unknown_type", 1),
     ('{"type":"sum","id":1,"payload":[]}', "invalid_payload", 1),
     ('{"type":"sum","id":1}', "invalid_payload", 1),
@@ -209,7 +210,7 @@ async def test_each_bad_frame_gets_its_error_and_the_connection_goes_on() -> Non
         assert await client.ask("one", id=9) == {"type": "one.reply", "id": 9, "payload": 1}
         errors = {k: n for k, n in ws._hub.stats().items() if k.startswith("errors")}
     assert errors["errors"] == len(BAD_FRAMES)
-    assert errors["errors.unknown_type"] == 7
+    assert errors["errors.unknown_type"] == 8
 
 
 async def test_the_last_of_duplicate_keys_counts() -> None:
@@ -375,6 +376,22 @@ async def test_a_stray_cancelled_error_in_an_error_handler_is_a_bug_too() -> Non
     async with Session(ws) as client:
         for _ in range(2):
             assert (await client.ask("fail"))["payload"]["code"] == "internal_error"
+
+
+async def test_an_error_handler_may_have_nothing_to_answer() -> None:
+    """Its None is the empty reply to an id, and silence without one."""
+    ws = endpoint()
+
+    @ws.error(KeyError)
+    async def failed(conn: Connection, exc: KeyError) -> None: ...
+
+    @ws.on("fail")
+    async def fail(conn: Connection) -> None:
+        raise KeyError
+
+    async with Session(ws) as client:
+        await client.send("fail")
+        assert await client.ask("fail", id=2) == {"type": "fail.reply", "id": 2}
 
 
 async def test_an_error_handler_is_cancelled_with_its_connection() -> None:
@@ -576,10 +593,12 @@ async def test_a_rate_refuses_and_then_closes() -> None:
         assert answer["id"] == 5 and answer["payload"]["code"] == "rate_limited"
         assert 0 < answer["payload"]["retry_after"] <= 60
         assert await client.error("no json") == ("rate_limited", None)
+        assert await client.error('{"type":"two","id":6}') == ("rate_limited", 6)
+        assert await client.error('{"type":"one","id":7,"payload":{}}') == ("rate_limited", 7)
         await client.raw(b"one too many")
         assert (await client.receive())["payload"]["code"] == "rate_limited"
         await client.send("complete", id=1)  # stopping a stream is always allowed
-        for _ in range(18):
+        for _ in range(16):
             await client.send("one")
         await client.raw(b"x")
         assert (await client.closed())[0] == 1008
