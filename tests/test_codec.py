@@ -31,7 +31,6 @@ from uuid import UUID
 
 import attrs
 import cattrs
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,8 +70,8 @@ def errors(payload: Any, annotation: Any, codec: Codec = STRICT) -> list[tuple[s
 
 def written(value: Any, annotation: Any = None, codec: Codec = STRICT) -> Any:
     """The payload on the wire."""
-    frame = codec.writer_of(value, "t", annotation)(None, value)
-    return json.loads(msgspec.json.encode(frame)).get("payload")
+    event = pachinko.reply_event(codec.writer_of(value, "t", annotation), None, value)
+    return json.loads(event["text"]).get("payload")
 
 
 class Color(enum.Enum):
