@@ -364,8 +364,11 @@ def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -
         return hints
     hints = typing.get_type_hints(cls, globals_, locals_, include_extras=True)
     cls.__annotations__.update({name: hints[name] for name in cls.__annotations__})
-    for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
-        field.type = hints[field.name]
+    if dataclasses.is_dataclass(cls):  # which may have a ClassVar, an InitVar and a KW_ONLY
+        fields = dataclasses.fields(cls)
+        for field in fields:
+            field.type = hints[field.name]
+        hints = {field.name: hints[field.name] for field in fields}
     return hints
 
 
@@ -721,7 +724,7 @@ class Codec:
     def frame_class(self, type: str, annotation: Any) -> FrameClass:
         """The class of the frames of *type*, which if it can be builds the payload.
 
-        That takes one pass, and a third of what msgspec and then cattrs would.
+        That takes one pass; msgspec and then cattrs take four times as long or more.
         """
         with contextlib.suppress(TypeError, NameError, NotImplementedError):
             if self._hasty is not self.converter and is_read_alike(annotation):
@@ -762,7 +765,8 @@ class Codec:
             error = exc
         try:
             if self._hasty is not self.converter and len(_encode(payload)) <= _MAX_EXPLAINED:
-                self.converter.structure(payload, annotation)
+                # Which may succeed: cattrs' hasty way fails at a keyword-only field before others.
+                return self.converter.structure(payload, annotation)
         except Exception as exc:  # the same, and with every wrong field
             error = exc
         raise invalid_payload(type, list(itertools.islice(explain(error), _MAX_ERRORS + 1)))
@@ -857,11 +861,11 @@ class Handler:
             self.structure(payload, codec)
         except MessageError as error:
             return error
-        text, _, path = str(exc).partition(" - at ")
+        text, _, path = str(exc).rpartition(" - at ")
         if path == "`$.type`":  # which cannot be, unless another one came first
             return MessageError("invalid_envelope", '"type" is there twice')
-        why = msgspec.ValidationError(text) if path else exc
-        return invalid_payload(self.type, list(explain(why, path.strip("`") or "$.payload")))
+        found = explain(msgspec.ValidationError(text), path.strip("`")) if text else explain(exc)
+        return invalid_payload(self.type, list(found))
 
     def _hint(self, payload: Any) -> None:
         name = self.parameter.name if self.parameter is not None else None

@@ -1189,3 +1189,36 @@ def test_one_wrong_field_among_many_is_found(value: Everything, data: st.DataObj
             assert path.startswith(f".{name}")
     else:
         assert conforms(found, Everything)
+
+
+@dataclasses.dataclass
+class Annotating:
+    _: dataclasses.KW_ONLY
+    kind: typing.ClassVar[str] = "odd"
+    factor: dataclasses.InitVar[int] = 2
+    amount: Decimal = Decimal(1)
+
+    def __post_init__(self, factor: int) -> None:
+        self.amount *= factor
+
+
+def test_what_a_dataclass_annotates_beside_its_fields_is_left_alone() -> None:
+    """``ClassVar``, ``InitVar`` and ``KW_ONLY`` are no fields of the payload."""
+    codec = Codec()
+    codec.check(Annotating, pachinko.namespaces_at(sys._getframe()), [])
+    assert codec.structure({"amount": "3", "kind": "x"}, Annotating, "t") == Annotating(amount=Decimal(3))
+
+
+@attrs.define
+class KeywordFirst:
+    a: int = attrs.field(kw_only=True)
+    b: Decimal
+
+
+def test_a_keyword_only_field_may_stand_before_others() -> None:
+    """cattrs' way that stops at the first error cannot, so the other one is taken."""
+    assert read({"a": 1, "b": "2"}, KeywordFirst) == KeywordFirst(a=1, b=Decimal(2))
+    assert errors({"a": "1"}, KeywordFirst) == [
+        (".a", "expected int, got str"),
+        (".b", "required, but missing"),
+    ]
