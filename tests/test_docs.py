@@ -14,6 +14,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tomllib
@@ -30,6 +32,7 @@ import cattrs
 import falcon.asgi
 import playwright.async_api
 import pytest
+import uvicorn
 from falcon.testing import ASGIConductor
 from support import PATIENCE, Server, connect, serving, until
 from websockets.exceptions import InvalidStatus
@@ -196,7 +199,7 @@ async def test_the_browser_client_runs(server: Server) -> None:
         assert await paste(lost) == "close"
         await browser.close()
     assert errors == []
-    assert re.fullmatch(r"\S{16} said hi", lines[0])
+    assert re.fullmatch(r"\S{24} said hi", lines[0])
     assert lines[1] == "3"
 
 
@@ -365,7 +368,10 @@ TYPES = tables(
     PAYLOADS, "Annotation", "The client sends", "The handler gets", "It goes out as", "Refused"
 )
 ERRORS = filled(tables(PAYLOADS, "Annotation", "The client sends", "Path", "Message"))
+WAYS = tables(PAYLOADS, "Annotation", "The client sends", "In one pass", "By cattrs")
 COERCED = tables(PAYLOADS, "Annotation", "The client sends", "Pachinko", "`cattrs.Converter()`")
+
+each_way = pytest.mark.parametrize("way", ["In one pass", "By cattrs"])
 
 
 @pytest.fixture
@@ -376,6 +382,11 @@ def names() -> dict[str, Any]:
     page = vars(load(PAYLOADS))
     hub.configure(converter=page["converter"])
     return {**vars(typing), **page, **times, **others}
+
+
+def hub_that_reads(way: str) -> Hub:
+    """A hub whose payloads are read in one pass where they can be; or the page's, by cattrs."""
+    return Hub() if way == "In one pass" else hub
 
 
 def returning(annotation: Any, got: list[Any]) -> Any:
@@ -399,14 +410,20 @@ def alike(one: Any, other: Any) -> bool:
     return bool(one == other) and repr(one) == repr(other)  # 1 == 1.0 == True
 
 
+@each_way
 @pytest.mark.parametrize(("annotation", "sent", "gets", "out", "refused"), TYPES)
 async def test_a_type(
-    names: dict[str, Any], annotation: str, sent: str, gets: str, out: str, refused: str
+    names: dict[str, Any], way: str, annotation: str, sent: str, gets: str, out: str, refused: str
 ) -> None:
-    """What a row of the table of types says comes in, goes out and is refused."""
+    """What a row of the table of types says comes in, goes out and is refused, in both ways."""
     for span in spans(annotation):
         got: list[Any] = []
-        async with talking(hub, {"t": returning(eval(span, names), got)}) as client:
+        handler = returning(eval(span, names), got)
+        if way == "In one pass" and "IPv4Address" in span:
+            with pytest.raises(PachinkoError, match=r"give hub\.configure"):
+                Pachinko(hub=Hub()).on("t")(handler)
+            continue
+        async with talking(hub_that_reads(way), {"t": handler}) as client:
             answer = await ask(client, "t", sent.strip("`"))
             assert answer["type"] == "t.reply" or answer["type"] == "order", answer
             assert alike(got, [eval(gets.strip("`"), names)])
@@ -418,17 +435,48 @@ async def test_a_type(
                 assert answer["payload"]["code"] == "invalid_payload"
 
 
+@each_way
 @pytest.mark.parametrize(("annotation", "sent", "paths", "messages"), ERRORS)
 async def test_an_error(
-    names: dict[str, Any], annotation: str, sent: str, paths: str, messages: str
+    names: dict[str, Any], way: str, annotation: str, sent: str, paths: str, messages: str
 ) -> None:
-    """Every wrong field is reported as the table of errors says."""
+    """Every wrong field is reported as the table of errors says, in both ways."""
     handler = returning(eval(annotation.strip("`"), names), [])
-    async with talking(hub, {"t": handler}) as client:
+    async with talking(hub_that_reads(way), {"t": handler}) as client:
         payload = (await ask(client, "t", sent.strip("`")))["payload"]
     lines = zip(spans(paths), messages.split("\n"), strict=True)
     assert payload["code"] == "invalid_payload"
     assert payload["errors"] == [{"path": path, "message": text} for path, text in lines]
+
+
+def test_what_is_read_in_one_pass(names: dict[str, Any]) -> None:
+    """The page names each type of its tables that is not, or that contains one which is not."""
+    (items,) = re.findall(r"^- `Decimal`, .*?\n\n", PAYLOADS.read_text(), re.M | re.S)
+    alone = set(spans(items.replace("\n  ", " ")))
+    for row in TYPES:
+        for span in spans(row[0]):
+            if "IPv4Address" not in span:
+                codec, annotation = pachinko.Codec(), eval(span, names)
+                codec.check(annotation, (names, {}), [])
+                is_built = codec.frame_class("t", annotation).is_built
+                assert is_built == (span not in alone), span
+
+
+@each_way
+@pytest.mark.parametrize(("annotation", "sent", "quick", "slow"), WAYS)
+async def test_where_the_two_ways_differ(
+    names: dict[str, Any], way: str, annotation: str, sent: str, quick: str, slow: str
+) -> None:
+    """A client sees what the table says of the two ways to read a payload."""
+    got: list[Any] = []
+    handler = returning(eval(annotation.strip("`"), names), got)
+    expected = quick if way == "In one pass" else slow
+    async with talking(hub_that_reads(way), {"t": handler}) as client:
+        answer = await ask(client, "t", sent.strip("`"))
+    if expected == "refused":
+        assert answer["type"] == "error" and got == []
+    else:
+        assert alike(got, [eval(expected.strip("`"), names)])
 
 
 @pytest.mark.parametrize(("annotation", "sent", "strict", "plain"), COERCED)
@@ -615,6 +663,106 @@ async def test_without_lifespan() -> None:
             assert started == [True]
 
 
+# docs/performance.md
+
+
+PERFORMANCE = ROOT / "docs" / "performance.md"
+
+
+def test_what_is_built_while_reading(names: dict[str, Any]) -> None:
+    """msgspec builds the types of the first column, and cattrs those of the second."""
+    rows = tables(PERFORMANCE, "Built while reading", "Left to cattrs")
+    columns = [[span for row in rows for span in spans(row[side])] for side in (0, 1)]
+    columns[0] += ["Color", "Point", "Size", "Movie"]
+    columns[1] += ["Level", "Pair", "Order", "Point | Size"]
+    for column, expected in zip(columns, (True, False), strict=True):
+        for annotation in column:
+            frame = pachinko.Codec().frame_class("t", eval(annotation, names))
+            assert frame.is_built == expected, annotation
+
+
+def test_the_listener_limits_send_buffers() -> None:
+    """What the page sets for the listener is so for each connection."""
+    with load(PERFORMANCE).listen(0) as listener:
+        size = listener.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        with socket.create_connection(("127.0.0.1", listener.getsockname()[1])):
+            accepted, _ = listener.accept()
+            with accepted:
+                assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == size
+    assert 65536 <= size <= 2 * 65536
+
+
+async def test_the_watch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The worker prints how late it is, and every figure that the page explains."""
+    page, sleep = load(PERFORMANCE), asyncio.sleep
+    quick = {**vars(asyncio), "sleep": lambda _: sleep(0.1)}
+    monkeypatch.setattr(page, "asyncio", types.SimpleNamespace(**quick))
+    async with serving(page.app) as server, connect(f"{server.url}/ws") as client:
+        assert (await client.ask("nothing"))["type"] == "error"
+        printed = ""
+        while "errors.unknown_type" not in printed:
+            await sleep(0.1)
+            printed += capsys.readouterr().out
+    figures = ast.literal_eval(re.findall(r" s late, (.*)", printed)[-1])
+    explained = {
+        figure for row in tables(PERFORMANCE, "Figure", "What it tells") for figure in spans(row[0])
+    }
+    assert {re.sub(r"^errors\..*", "errors.<code>", figure) for figure in figures} == explained
+
+
+def test_the_settings() -> None:
+    """The options that the page speaks of are uvicorn's, and the table's are those measured."""
+    options = {option for param in uvicorn.main.params for option in param.opts}
+    assert set(re.findall(r"`(--[a-z-]+)", prose(PERFORMANCE))) <= options
+    measured = (ROOT / "benchmarks" / "settings.py").read_text()
+    columns = re.findall(r'"((?:µs|KiB) .*?)": ', measured)
+    rows = tables(PERFORMANCE, "", *columns)
+    assert len(rows) > 1
+    assert all(f'"{setting.removesuffix(" again")}"' in measured for setting, *_ in rows)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"), [("PYTHONASYNCIODEBUG=1", " took 0.2"), ("cProfile", "time.sleep")]
+)
+async def test_what_is_slow_is_found(command: str, expected: str, tmp_path: Path) -> None:
+    """The page's commands show that a handler has blocked the loop."""
+    more = '@ws.on("block")\nasync def block(conn):\n    __import__("time").sleep(0.2)\n'
+    if sys.version_info < (3, 12) and "DEBUG" in command:
+        more += "@ws.worker\nasync def f():\n    asyncio.get_running_loop().set_debug(True)\n"
+        assert "`loop.set_debug(True)`" in prose(PERFORMANCE)
+    (tmp_path / "app.py").write_text("\n".join([*blocks(PERFORMANCE, "python"), more]))
+    (lines,) = (text for text in blocks(PERFORMANCE, "sh") if command in text)
+    serve, *show = lines.strip().split("\n")
+    folder = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": folder, "PYTHONPATH": os.pathsep.join(sys.path)}
+    options: dict[str, Any] = {"cwd": tmp_path, "env": environment}
+    process = await asyncio.create_subprocess_shell(
+        f"{serve} --port 0", stderr=subprocess.PIPE, start_new_session=True, **options
+    )
+    assert process.stderr is not None
+    try:
+        log = ""
+        while not (url := re.search(r"running on http://(\S+)", log)):
+            line = await asyncio.wait_for(process.stderr.readline(), PATIENCE)
+            assert line, log
+            log += line.decode()
+        async with connect(f"ws://{url[1]}/ws") as client:
+            assert (await client.ask("block"))["type"] == "block.reply"
+        os.killpg(process.pid, signal.SIGINT)
+        _, rest = await asyncio.wait_for(process.communicate(), PATIENCE)
+        log += rest.decode()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    for line in show:
+        process = await asyncio.create_subprocess_shell(line, stdout=subprocess.PIPE, **options)
+        output, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
+        log += output.decode()
+    assert expected in log
+
+
 # Every page
 
 
@@ -752,4 +900,4 @@ def test_nothing_is_left_out() -> None:
     languages = {match[1] for page in PAGES for match in BLOCK.finditer(page.read_text())}
     assert languages <= {"python", "js", "json", "sh", "text"}
     assert all(page.read_text().count("```") % 2 == 0 for page in PAGES)
-    assert len(list(itertools.chain(TYPES, ERRORS, COERCED, SIGNATURES))) > 60
+    assert len(list(itertools.chain(TYPES, ERRORS, WAYS, COERCED, SIGNATURES))) > 70
