@@ -658,7 +658,8 @@ def is_read_alike(t: Any, seen: list[Any] | None = None) -> bool:
     if origin is Literal:
         return all(type(choice) is str for choice in args)
     if inspect.isclass(t) and issubclass(t, enum.Enum):
-        if getattr(t._missing_, "__func__", None) is not enum.Enum._missing_.__func__:  # type: ignore[attr-defined]
+        own, default = (inspect.getattr_static(c, "_missing_") for c in (t, enum.Enum))
+        if own is not default:
             return False
         values = [member.value for member in t]  # and some may have aliases
         return all(type(v) is str for v in values) and values == [*t._value2member_map_]

@@ -149,7 +149,7 @@ def main(names: list[str]) -> int:
     for name in names or NAMES:
         try:
             asyncio.run(check(load(name)))
-        except Exception as error:
+        except Exception as error:  # whatever the peer raises: the others are still checked
             failed += 1
             print(f"{name:<20}{type(error).__name__}: {error}")
         else:

@@ -88,7 +88,7 @@ def answer(pipe: Pipe, commands: object, run: Callable[[Any], Any] | None = None
     try:
         result = getattr(commands, do)(**arguments)
         pipe.send((run(result) if run and inspect.isawaitable(result) else result, None))
-    except Exception as exc:
+    except Exception as exc:  # told to the parent, whatever it is
         pipe.send((None, text_of(exc)))
 
 
@@ -111,7 +111,7 @@ def explained(pipe: Pipe) -> Iterator[None]:
         yield
     except (EOFError, KeyboardInterrupt):
         pass  # no more questions
-    except Exception as exc:
+    except Exception as exc:  # the same
         pipe.recv()
         pipe.send((None, text_of(exc)))
 

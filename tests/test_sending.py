@@ -259,7 +259,7 @@ async def test_every_send_works_behind_an_asgi_middleware(wrap: Wrap, how: str) 
         async def noting(sending: Awaitable[None]) -> None:
             try:
                 await sending
-            except BaseException as exc:
+            except BaseException as exc:  # noted whatever it is, and raised again
                 failures.append(exc)
                 raise
 
@@ -474,7 +474,7 @@ async def test_a_middlewares_timeout_around_receive_closes_the_connection() -> N
         inner: Any = ws._app
         try:
             await inner(scope, impatient if scope["type"] == "websocket" else receive, send)
-        except Exception as exc:
+        except Exception as exc:  # noted whatever it is: the test expects none
             failures.append(exc)
 
     async with serving(app) as server, connect(f"{server.url}/idle") as client:
