@@ -23,7 +23,7 @@ One JSON object a text frame, ``{"type": str, "id"?: str | int, "payload"?: any}
 returns goes to the sender with the request's ``id``; what ``hub.send`` gets goes to a group.
 
 The sections, each using only those above it: errors · envelope and message · codec · handlers
-and routing · outbox and limits · connection · hub · dispatch · Pachinko.
+and routing · handshake · outbox and limits · connection · hub · dispatch · Pachinko.
 """
 
 from __future__ import annotations
@@ -38,10 +38,15 @@ import functools
 import inspect
 import itertools
 import logging
+import math
+import os
+import random
 import re
 import secrets
 import sys
+import threading
 import time
+import traceback
 import types
 import typing
 import weakref
@@ -64,7 +69,6 @@ from datetime import time as time_of_day
 from decimal import Decimal
 from typing import Any, Literal, ParamSpec, TypeVar, Union, cast, get_args
 from typing import get_origin as origin_of
-from urllib.parse import urlsplit
 from uuid import UUID
 
 import attrs
@@ -1077,6 +1081,7 @@ def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[...
 class Routes:
     """What one endpoint has registered."""
 
+    authenticate: Callable[..., Awaitable[str | None]] | None = None
     connect: list[Callable[..., Awaitable[None]]] = attrs.Factory(list)
     handlers: dict[str, Handler] = attrs.Factory(dict)
     disconnect: list[Callable[..., Awaitable[None]]] = attrs.Factory(list)
@@ -1128,6 +1133,152 @@ def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> N
             f"{what} has a handler: {place_of(first)}; and a second: {place_of(second)}. "
             f"Remove one, or let it handle another type"
         )
+
+
+# ── handshake ─────────────────────────────────────────────────────────────────────────────────
+#
+# Who may connect, told from the headers of the handshake alone. A browser sends the cookies of a
+# site with a handshake that any other site's page has begun, and leaves it to the server to look at
+# the `Origin` (RFC 6455, 10.2). What is no browser may send any origin it likes, or none.
+
+_NAME = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?"
+_AUTHORITY = rf"(?P<host>\[[0-9a-f:.]+\]|{_NAME})(?::(?P<port>[0-9]{{1,5}}))?"
+_HOST = re.compile(_AUTHORITY)
+_ORIGIN = re.compile(rf"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<below>\*\.)?{_AUTHORITY}")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_SHOWN = 200  # characters of a header in a log line; it may have thousands
+UNAUTHENTICATED = 3401  # the close code: 3000 and the HTTP status
+
+
+@attrs.frozen
+class Origin:
+    """Where a page comes from (RFC 6454), in lower case and with the port of its scheme."""
+
+    scheme: str
+    host: str
+    port: int | None
+    is_below: bool = False
+    """Of an option such as ``https://*.example.com``: any host below this one is meant."""
+
+    def is_covered_by(self, other: Origin) -> bool:
+        """Whether *other*, of the options, means this one."""
+        if other.is_below:
+            ports = (self.scheme, self.port) == (other.scheme, other.port)
+            return ports and self.host.endswith("." + other.host)
+        return self == other
+
+
+def parse_origin(text: str) -> Origin | None:
+    """Read an ``Origin`` header, or an option; None for ``null`` and for what is no origin."""
+    match = _ORIGIN.fullmatch(text.lower())
+    if match is None:
+        return None
+    scheme, below, host, port = match.group("scheme", "below", "host", "port")
+    return Origin(scheme, host, int(port) if port else _DEFAULT_PORTS.get(scheme), bool(below))
+
+
+def is_same_host(origin: Origin, scheme: str, host: str) -> bool:
+    """Whether a page of *origin* belongs to the *host* (as in that header) it connects to.
+
+    Where one of the two names no port, it is that of the origin's scheme. An ``https`` page may
+    come by a *scheme* that is not encrypted, since a proxy may have decrypted it; but no ``http``
+    page by an encrypted one: whoever sits on the line could have written that page.
+    """
+    match = _HOST.fullmatch(host.lower())
+    default = _DEFAULT_PORTS.get(origin.scheme)
+    if match is None or default is None or origin.is_below:
+        return False
+    if origin.scheme == "http" and scheme in ("https", "wss"):
+        return False
+    return (match["host"], int(match["port"] or default)) == (origin.host, origin.port)
+
+
+@attrs.frozen
+class Origins:
+    """The browsers' origins that one endpoint lets in, beside the request's own host."""
+
+    listed: tuple[Origin, ...]
+    takes_all: bool
+    trust_forwarded: bool
+
+    def refusal(self, req: falcon.asgi.Request) -> str | None:
+        """Why *req* is refused, and the setting that would let it in; None if it is let in."""
+        headers = [value for name, value in req.scope["headers"] if name == b"origin"]
+        if self.takes_all or not headers:
+            return None
+        text = headers[0].decode("latin1")
+        origin = parse_origin(text) if len(headers) == 1 else None
+        shown = f"refused origin {text[:_SHOWN]!r} at {req.path[:_SHOWN]!r}"
+        if origin is None or origin.is_below:
+            why = "it is there twice" if len(headers) > 1 else "it names no site"
+            return f'{shown}: {why}; only origins="*" would let it in'
+        is_own = _is_own(origin, req, self.trust_forwarded)
+        if is_own or any(map(origin.is_covered_by, self.listed)):
+            return None
+        setting = f"origins=[{text[:_SHOWN]!r}]"
+        if not self.trust_forwarded and _is_own(origin, req, True):
+            setting += ", or trust_forwarded=True if it was a proxy of yours that named this host"
+        return f"{shown} of the host {req.netloc[:_SHOWN]!r}; to allow it: {setting}"
+
+
+def _is_own(origin: Origin, req: falcon.asgi.Request, forwarded: bool) -> bool:
+    if forwarded:
+        return is_same_host(origin, _first(req.forwarded_scheme), _first(req.forwarded_host))
+    return is_same_host(origin, req.scheme, req.netloc)
+
+
+def _first(hops: str) -> str:
+    """What the first proxy has said, where several have added to ``X-Forwarded-…``."""
+    return hops.partition(",")[0].strip()
+
+
+def read_origins(value: Iterable[str] | None, trust_forwarded: object) -> Origins:
+    """Check the two options, or raise `PachinkoError`."""
+    if not isinstance(trust_forwarded, bool):
+        raise PachinkoError(f"trust_forwarded is True or False, got {trust_forwarded!r}")
+    names = () if value is None else ("*",) if value == "*" else texts(value, "origins")
+    listed: list[Origin] = []
+    for name in names:
+        origin = parse_origin(name)
+        if name == "null":
+            raise PachinkoError('any site can make a page of origin "null"; write origins="*"')
+        if name != "*" and origin is None:
+            raise PachinkoError(
+                f'origins are like "https://example.com", "https://*.example.com" (every host '
+                f'below it) or "*", in ASCII as browsers send them; got {name!r}'
+            )
+        listed += [origin] if origin is not None else []
+    return Origins(tuple(listed), "*" in names, trust_forwarded)
+
+
+def texts(value: Any, option: str) -> tuple[str, ...]:
+    """Check an option that is several texts, or raise `PachinkoError`."""
+    several = value if isinstance(value, Iterable) and not isinstance(value, str) else (None,)
+    if not all(isinstance(text, str) for text in several):
+        raise PachinkoError(f"{option} is a list of str; write {option}=[{str(value)!r}]")
+    return tuple(several)
+
+
+def credentials(req: falcon.asgi.Request, offered: Iterable[str]) -> tuple[str | None, list[str]]:
+    """The token that a handshake carries, and the subprotocols *offered* without it.
+
+    It stands behind ``Authorization: Bearer`` (RFC 6750, 2.1). A browser's page cannot set that
+    header, and instead offers the subprotocols ``bearer`` and, right behind it, the token.
+    """
+    names, token = [*offered], None
+    if "bearer" in names[:-1]:
+        token = names.pop(names.index("bearer") + 1)
+    scheme, _, value = (req.get_header("Authorization") or "").partition(" ")
+    if scheme.lower() == "bearer" and value.strip():
+        token = value.strip()
+    return token, names
+
+
+def without(secret: str | None, text: str) -> str:
+    """*text* for the log, with *secret* taken out, also where it is written as Python shows it."""
+    for form in (secret, repr(secret)[1:-1]) if secret else ():
+        text = text.replace(form, "<token>")
+    return text
 
 
 # ── outbox and limits ─────────────────────────────────────────────────────────────────────────
@@ -1317,7 +1468,11 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_seconds(value: Any) -> bool:
-    return type(value) in (int, float) and value >= 0
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _is_time_limit(value: Any) -> bool:
+    return value is None or (_is_seconds(value) and value > 0)
 
 
 def _is_rate(value: Any) -> bool:
@@ -1337,6 +1492,9 @@ class Limits:
     send_timeout: float = _option(_is_seconds, "a number of seconds, at least 0")
     linger: float = _option(_is_seconds, "a number of seconds, at least 0")
     max_concurrent: int = _option(_is_count, "a number of tasks, at least 1")
+    max_groups: int = _option(_is_count, "a number of groups, at least 1")
+    handler_timeout: float | None = _option(_is_time_limit, "a number of seconds above 0, or None")
+    auth_timeout: float = _option(_is_seconds, "a number of seconds, at least 0")
 
 
 # ── connection ────────────────────────────────────────────────────────────────────────────────
@@ -1352,6 +1510,7 @@ class Limits:
 
 _READ_AHEAD = 8  # frames: enough to notice a disconnect behind some messages, and bounded
 _BURST = 32  # messages that code may send in a row before others get a turn
+_LOOK_AT_CLOCK = 600.0  # seconds: as often is an expiry compared with the time of day
 _GOODBYE = 1.0  # seconds for what cannot be waited for: an evicted client's close frame, say
 
 
@@ -1397,6 +1556,8 @@ class Connection:
     _goodbye: asyncio.Future[bool] | None = None  # whether the close frame was written
     _patience: asyncio.Timeout | None = None  # of the sender that writes by itself
     _life: asyncio.Timeout | None = None  # of reading and of the handler in progress
+    _expires_at: float | None = None
+    _expiry: asyncio.TimerHandle | None = None
     _handling: bool = False  # a handler is in progress
     _look_due: bool = False  # and `_look` comes if it suspends
     _inbox: collections.deque[Incoming] | None = None  # what was read ahead
@@ -1415,7 +1576,7 @@ class Connection:
 
     @property
     def user(self) -> str | None:
-        """Who it is, for `Hub.send_to_user`; set by a connect handler."""
+        """Who it is, for `Hub.send_to_user`; set by `Pachinko.authenticate` or in connect."""
         return self._user
 
     @user.setter
@@ -1426,6 +1587,38 @@ class Connection:
             raise PachinkoError("conn.user is set in a connect handler, before the client is in")
         self._hub._set_user(self, user)
         self._user = user
+
+    @property
+    def expires_at(self) -> float | None:
+        """When the client has to have authenticated again (UNIX seconds), or None for never.
+
+        Set it in `Pachinko.authenticate`, which is asked again when the client sends a later
+        ``authenticate`` message. When the time has passed the connection is closed with 3401.
+        """
+        return self._expires_at
+
+    @expires_at.setter
+    def expires_at(self, at: float | None) -> None:
+        if at is not None and not (type(at) in (int, float) and math.isfinite(at)):
+            raise TypeError(f"expires_at is UNIX seconds, such as time.time() + 3600; got {at!r}")
+        self._expires_at = at
+        self._stop_expiry()
+        if at is not None and not self.closed:
+            self._expire()
+
+    def _expire(self) -> None:
+        """Close if the time has come; else look again, since clocks get set."""
+        left = cast(float, self._expires_at) - time.time()
+        if left <= 0:
+            self._close(Close(UNAUTHENTICATED, "the authentication has expired"))
+        else:
+            loop = asyncio.get_running_loop()
+            self._expiry = loop.call_later(min(left, _LOOK_AT_CLOCK), self._expire)
+
+    def _stop_expiry(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
 
     @property
     def groups(self) -> frozenset[str]:
@@ -1645,6 +1838,8 @@ class Connection:
         last = Waiting(event, self._goodbye)
         if self._phase is not Phase.CONNECTING:
             self._end(Phase.CLOSING)
+        elif self._life is not None:  # it has not authenticated yet
+            self._life.reschedule(asyncio.get_running_loop().time())
         self._phase = Phase.CLOSING
         if self._handling and self._ahead is not None:
             self._ahead.cancel()  # granian's send(close) waits while a receive is pending
@@ -1677,8 +1872,6 @@ class Connection:
                 if not self.ws.closed:
                     abandon(self.ws)
         finally:
-            if self._ahead is not None:
-                self._ahead.cancel()
             self._lost()
 
     def _opened(self) -> None:
@@ -1686,7 +1879,7 @@ class Connection:
         self._writing = ""
         if self._phase is Phase.CLOSING:  # by a connect handler, or evicted
             self._end(Phase.CLOSING)
-        else:
+        elif self._phase is Phase.CONNECTING:  # else it has gone while those ran
             self._phase = Phase.OPEN
         self._write_next()
 
@@ -1718,6 +1911,26 @@ class Connection:
                 return event
         return None
 
+    async def _receive_first(self, type: str) -> Frame:
+        """The first message of *type*; what comes before it is held, a few frames, to be read then.
+
+        Raises `Close` when that is too much, and `falcon.WebSocketDisconnected`.
+        """
+        self._inbox, size = collections.deque(), 0
+        while True:
+            event = await self.ws._receive()
+            text = event.get("text")
+            size += size_of(event["bytes"] if text is None else text)
+            if size > self._limits.max_size:
+                raise Close(1009, f"more than {self._limits.max_size} bytes")
+            with contextlib.suppress(BadFrame):  # which is answered when its turn has come
+                if text is not None and (frame := decode(text)).type == type:
+                    self._received += 1
+                    return frame
+            self._inbox.append(event)
+            if len(self._inbox) > _READ_AHEAD:
+                raise Close(UNAUTHENTICATED, f"{type} first")
+
     def _watch(self) -> None:
         """Have `_look` called when the loop goes on, which it does if the handler suspends.
 
@@ -1730,7 +1943,7 @@ class Connection:
         """Watch the socket if a handler, or its reply, waits for something."""
         self._look_due = False
         is_reading = self._ahead is not None and not self._ahead.done()
-        if self._handling and self._phase is Phase.OPEN and not is_reading:
+        if self._handling and not self.closed and not is_reading:
             self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
 
     async def _read_ahead(self) -> None:
@@ -1768,6 +1981,8 @@ class Connection:
 
 _TURN = 256  # writes of one message at a stretch: a few milliseconds under uvicorn
 _MAX_CODES = 100  # error codes counted apart: an application may make them up as it goes
+_FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, behind what lingers
+_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
 Exclude = Union["Connection", str, Iterable[Union["Connection", str]], None]
 
 
@@ -1781,18 +1996,23 @@ class Hub:
 
     def __init__(self) -> None:
         self._codec = Codec()
+        self._lock = threading.Lock()  # around `_loop` and `_calls`, which threads look at
         self._clean()
+        _hubs.add(self)
 
     def _clean(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._apps: set[object] = set()
-        self._connections: dict[str, Connection] = {}
+        self._serving: dict[asyncio.Task[Any], Connection] = {}  # from handshake to end
+        self._connections: dict[str, Connection] = {}  # without those that have to authenticate
         self._groups: dict[str, set[Connection]] = {}
         self._users: dict[str, set[Connection]] = {}
         # Of frames, those of connections that are over: each counts its own.
         counters = ("received", "sent", "dropped", "evicted", "outbox_high_water")
         self._counts = dict.fromkeys(counters, 0)
         self._errors: dict[str, int] = {}
+        self._draining = False
+        self._calls: set[concurrent.futures.Future[Any]] = set()  # from threads, not yet answered
 
     def configure(self, *, converter: cattrs.Converter | None = None) -> None:
         """Set the cattrs *converter* for all payloads, in and out; None is the strict default.
@@ -1829,7 +2049,12 @@ class Hub:
         """Stop serving *app*; after the last one the hub is as new."""
         self._apps.discard(app)
         if not self._apps:
-            self._clean()
+            with self._lock:
+                calls = self._calls
+                self._clean()
+            for call in tuple(calls):
+                with contextlib.suppress(concurrent.futures.InvalidStateError):
+                    call.set_exception(PachinkoError("the hub has stopped before it was done"))
 
     def _check(self, name: object, what: str) -> None:
         """Refuse names that are not text, and calls from a thread or loop that is not the app's."""
@@ -1850,24 +2075,25 @@ class Hub:
 
     def _add(self, conn: Connection) -> None:
         self._connections[conn.id] = conn
+        self._set_user(conn, conn.user)
 
     def _remove(self, conn: Connection) -> None:
         """Forget *conn*; nothing of it stays."""
         self._counts["received"] += conn._received
         self._counts["sent"] += conn._sent
         conn._received = conn._sent = 0  # what is still sent counts when it is removed again
+        conn._stop_expiry()
         if self._connections.pop(conn.id, None) is None:
             return
         for group in conn._groups or ():
             self._discard(self._groups, group, conn)
         conn._groups = None
-        if conn.user is not None:
-            self._set_user(conn, None)
+        self._set_user(conn, None)
 
     def _set_user(self, conn: Connection, user: str | None) -> None:
         if conn.user is not None:
             self._discard(self._users, conn.user, conn)
-        if user is not None:
+        if user is not None and conn.id in self._connections:
             self._users.setdefault(user, set()).add(conn)
 
     @staticmethod
@@ -1880,12 +2106,17 @@ class Hub:
     async def join(self, group: str, conn: Connection) -> None:
         """Put *conn* into *group*, which needs no making. One that is over stays out.
 
-        Raises `PachinkoError` for a connection of an endpoint with another hub.
+        Raises `PachinkoError` for a connection of an endpoint with another hub, and `MessageError`
+        (``too_many_groups``) for one that is in `max_groups` others: since mostly a client has
+        asked for it, a handler that lets that pass answers it.
         """
         self._check_member(group, conn)
         if conn.id in self._connections:
             if conn._groups is None:
                 conn._groups = set()
+            most = conn._limits.max_groups
+            if len(conn._groups) >= most and group not in conn._groups:
+                raise MessageError("too_many_groups", f"at most {most} groups a connection")
             conn._groups.add(group)
             self._groups.setdefault(group, set()).add(conn)
 
@@ -1950,6 +2181,43 @@ class Hub:
         for conn in tuple(self._groups.get(group, ())):
             conn._close(close)
 
+    @property
+    def draining(self) -> bool:
+        """Whether `drain` has been called: a health check may tell a load balancer to go away."""
+        return self._draining
+
+    async def drain(self, seconds: float = 10.0) -> None:
+        """Let go of all clients before a shutdown, spread over *seconds*, so that they do not all
+        come back at once.
+
+        New handshakes are refused from now on. Connections are closed with 1012 in random order.
+        Returns when the disconnect handlers have ended, or hang: `linger` and 5 seconds after the
+        last close. Raises `ValueError` for *seconds* below 0.
+        """
+        if not _is_seconds(seconds):
+            raise ValueError(f"seconds is a number, at least 0, got {seconds!r}")
+        self._check("", "group")
+        self._draining = True
+        conns = random.sample(list(self._serving.values()), len(self._serving))
+        logger.info("draining %d connections in %g s", len(conns), seconds)
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        for n, conn in enumerate(conns):
+            if (early := begun + seconds * n / len(conns) - loop.time()) > 0 or n % _TURN == 0:
+                await asyncio.sleep(early)
+            conn._close(Close(1012, "the server restarts"))
+        await self._wait_for(frozenset(conns))
+
+    async def _wait_for(self, conns: Set[Connection], *others: asyncio.Task[Any]) -> None:
+        """Wait until *conns*, which are closed, are over, with their disconnect handlers."""
+        tasks = {task for task, conn in self._serving.items() if conn in conns}
+        ending = {*tasks, *others} - {cast("asyncio.Task[Any]", asyncio.current_task())}
+        if ending:
+            linger = max((conn._limits.linger for conn in conns), default=0.0)
+            _, stuck = await asyncio.wait(ending, timeout=linger + _FAREWELL)
+            for task in stuck:
+                logger.error("shutting down without %r, which does not end", task)
+
     async def _push(
         self,
         receivers: Collection[Connection],
@@ -2006,14 +2274,20 @@ class Hub:
 
         if not callable(function):
             raise TypeError(f'write hub.call_threadsafe(hub.send, "room:1", ...), got {function!r}')
-        calling = call()
+        calling, future = call(), concurrent.futures.Future[Any]()
         try:
-            if self._loop is None:
-                raise RuntimeError("it starts with the app")
-            return asyncio.run_coroutine_threadsafe(calling, self._loop)
+            with self._lock:  # so that whatever comes before `_stop` is ended by it
+                if self._loop is None:
+                    raise RuntimeError("it starts with the app")
+                running = asyncio.run_coroutine_threadsafe(calling, self._loop)
+                self._calls.add(future)
         except RuntimeError as exc:  # also when the loop has been closed
             calling.close()
             raise PachinkoError(f"the hub is not running: {exc}") from None
+        future.add_done_callback(self._calls.discard)
+        future.add_done_callback(lambda _: running.cancel())
+        running.add_done_callback(functools.partial(_pass_on, future))
+        return future
 
     def stats(self) -> dict[str, int]:
         """Counts since the start, of this process.
@@ -2079,9 +2353,30 @@ async def _write_each(receivers: list[Connection], event: Event) -> None:
                 conn._write_next()
 
 
+def _pass_on(future: concurrent.futures.Future[Any], ended: concurrent.futures.Future[Any]) -> None:
+    """Give *future* the outcome of *ended*, unless the hub has stopped or a thread cancelled it."""
+    with contextlib.suppress(concurrent.futures.InvalidStateError):
+        if ended.cancelled():
+            future.cancel()
+        elif (exc := ended.exception()) is not None:
+            future.set_exception(exc)
+        else:
+            future.set_result(ended.result())
+
+
 def _is_accepted(conn: Connection) -> bool:
     return conn._phase is Phase.OPEN or conn._ended is not None
 
+
+def _forget_parent() -> None:
+    """In a process that was forked: the loop and the sockets are those of the parent."""
+    for each in _hubs:
+        each._lock = threading.Lock()  # a thread that is not here may have held it
+        each._clean()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parent)
 
 hub: Hub = Hub()
 """The hub of the process. It holds no event loop and no connection before an app starts."""
@@ -2091,6 +2386,11 @@ hub: Hub = Hub()
 #
 # One message: decode, find, bind, call, answer. Whatever goes wrong on the way becomes one
 # outcome for the client, and the connection goes on.
+
+
+# What code of the application may raise without harm to others. asyncio would end the whole server
+# for a SystemExit, which argparse raises, say; a CancelledError may be some other task's.
+_FAULTS = (Exception, asyncio.CancelledError, SystemExit)
 
 
 def reply_event(writer: Writer, id: Id | None, value: object, more: bool = False) -> Event:
@@ -2161,7 +2461,8 @@ class Dispatcher:
 
     def _read(self, conn: Connection) -> Awaitable[Incoming | None]:
         """The next frame that `_handle_plain` leaves to others."""
-        return conn._next_event() if conn._rate is not None else self._handle_plain(conn)
+        is_plain = conn._rate is None and self._limits.handler_timeout is None and not conn._inbox
+        return self._handle_plain(conn) if is_plain else conn._next_event()
 
     async def _handle_plain(self, conn: Connection) -> Incoming | None:
         """Handle messages for as long as nothing is special about them; then return the next frame.
@@ -2204,7 +2505,7 @@ class Dispatcher:
                     rest = conn._start_write({"type": "websocket.send", "text": text})
                     if rest is not None:
                         await rest
-            except (Exception, asyncio.CancelledError) as exc:  # a bug is answered, not passed on
+            except _FAULTS as exc:  # a bug is answered, not passed on
                 await self._fail(conn, exc, handler.type, message.id)
             conn._handling = False
         forget_cancellations()
@@ -2224,7 +2525,7 @@ class Dispatcher:
         for step in (self._end_tasks, *self._routes.disconnect):
             try:
                 await step(conn)
-            except (Exception, asyncio.CancelledError) as exc:  # a bug: the others still run
+            except _FAULTS as exc:  # a bug: the others still run
                 if is_cancelled(exc):
                     cancelled = True  # the others still run
                 else:
@@ -2329,23 +2630,45 @@ class Dispatcher:
     async def _raw(self, conn: Connection, function: Callable[..., Any], data: str | bytes) -> None:
         """Call the fallback or the binary handler, and send what it returns."""
         try:
-            result = await function(conn, data)
+            call = function(conn, data)
+            if self._limits.handler_timeout is not None:
+                call = self._in_time(conn, function, call)
+            result = await call
             if result is not None:
                 if message_type(type(result)) is None:
                     raise TypeError(f"{place_of(function)} may return a @message object or None")
                 await conn.send(result)
-        except (Exception, asyncio.CancelledError) as exc:  # a bug is answered, not passed on
+        except _FAULTS as exc:  # a bug is answered, not passed on
             await self._fail(conn, exc, None, None)
 
     async def _perform(self, conn: Connection, handler: Handler, message: Received) -> None:
         """Run a handler that answers once."""
         try:
-            result = await self._call(conn, handler, message)
+            call = self._call(conn, handler, message)
+            if self._limits.handler_timeout is not None:
+                call = self._in_time(conn, handler.function, call)
+            result = await call
             if result is not None or message.id is not None:
                 writer = self._writer_of(handler, result)
                 await conn._post(reply_event(writer, message.id, result))
-        except (Exception, asyncio.CancelledError) as exc:  # the same
+        except _FAULTS as exc:  # the same
             await self._fail(conn, exc, handler.type, message.id)
+
+    async def _in_time(
+        self, conn: Connection, function: Callable[..., Any], call: Awaitable[T]
+    ) -> T:
+        """What *call*, of *function*, returns within `handler_timeout`."""
+        timeout = self._limits.handler_timeout
+        patience = asyncio.timeout(timeout)
+        try:
+            async with patience:
+                return await call
+        except (TimeoutError, asyncio.CancelledError):
+            # On Python 3.11 and 3.12 a failure in a TaskGroup that it has caught hides the timeout.
+            if not patience.expired() or (is_cancelled() and conn.closed):
+                raise
+        logger.warning("%s was stopped after %g s", place_of(function), timeout)
+        raise MessageError("handler_timeout", f"not done within {timeout:g} s")
 
     def _writer_of(self, handler: Handler, result: object) -> Writer:
         """How what *handler* returns is written, found once for each class."""
@@ -2366,7 +2689,7 @@ class Dispatcher:
         value = message.payload
         if value is UNSET or not message.is_built:
             value = handler.structure(value, self._hub._codec)
-        if not self._routes.middleware:
+        if not self._routes.middleware or handler.type == "authenticate":  # whose token is secret
             result = handler.call(conn, value)
             return result if handler.streams else await result
         payload = value if handler.defaults is None else {**handler.defaults, **value}
@@ -2419,7 +2742,7 @@ class Dispatcher:
             elif not stream.stopped:  # a middleware has answered instead
                 await self._answer(conn, handler.type, message.id, items)
                 stream.is_answered = True
-        except (Exception, asyncio.CancelledError) as exc:  # the same
+        except _FAULTS as exc:  # the same
             failure = exc
         cast("dict[Id, Stream]", conn._streams).pop(cast(Id, message.id))
         if stream.stopped and isinstance(failure, asyncio.CancelledError) and not conn.closed:
@@ -2472,7 +2795,7 @@ class Dispatcher:
         if (handler := self._routes.error_handler(exc)) is not None:
             try:
                 return await handler(conn, exc)
-            except (Exception, asyncio.CancelledError) as second:  # a bug in that one
+            except _FAULTS as second:  # a bug in that one
                 if is_cancelled(second):
                     raise
                 exc = second
@@ -2489,6 +2812,30 @@ class Dispatcher:
             await conn._post(text_event(data))
 
 
+async def user_of(
+    function: Callable[..., Awaitable[str | None]], conn: Connection, token: str | None
+) -> str | None:
+    """Who the application says *token* belongs to.
+
+    Lets `falcon.HTTPError`, `Close` and `MessageError` pass. Any other exception is logged without
+    the token, which its text may hold, and becomes a `MessageError` (``internal_error``).
+    """
+    try:
+        user = await function(conn, token)
+        if user is not None and not isinstance(user, str):
+            raise TypeError(f"the user is a str, or None to refuse; got {type(user).__name__}")
+        return user
+    except (falcon.HTTPError, Close, MessageError):
+        raise
+    except _FAULTS as exc:
+        if is_cancelled(exc):
+            raise
+        shown = without(token, "".join(traceback.format_exception(exc)))
+        extra = {"connection_id": conn.id, "message_type": "authenticate"}
+        logger.error("%s failed\n%s", place_of(function), shown, extra=extra)
+        raise _internal_error() from None
+
+
 def _internal_error() -> MessageError:
     return MessageError("internal_error", "the server failed to handle this message")
 
@@ -2496,7 +2843,6 @@ def _internal_error() -> MessageError:
 # ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
 
 _NO_FUNCTION: Any = None  # what ws.connect() decorates, so that its parentheses can be refused
-_FAREWELL = 5.0  # seconds for disconnect handlers at shutdown, behind what lingers
 _attached: weakref.WeakSet[Pachinko] = weakref.WeakSet()  # to an app, each at a path of its own
 _FALCONS_QUEUE = 4  # the default of falcon's ws_options.max_receive_queue
 _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start
@@ -2514,7 +2860,11 @@ class Pachinko:
     *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client;
     *overflow*: ``"close"`` or ``"drop_oldest"`` beyond that. *send_timeout*: seconds that a send
     waits for one. *linger*: seconds that a handler may go on after its client has gone.
-    *max_concurrent*: streams and concurrent handlers of one connection.
+    *max_concurrent*: streams and concurrent handlers of one connection. *max_groups*: that one may
+    be in. *handler_timeout*: seconds that the handler of a message may take, or None; a stream may
+    go on for longer. *auth_timeout*: seconds within which the client has to be authenticated, where
+    it has to be (see `authenticate`). *trust_forwarded*: whether a proxy of yours sets the headers
+    that ``req.forwarded_host`` and ``req.forwarded_scheme`` read, which *origins* then goes by.
 
     Raises `PachinkoError` for a mistake in any of them.
     """
@@ -2535,24 +2885,28 @@ class Pachinko:
         send_timeout: float = 20.0,
         linger: float = 10.0,
         max_concurrent: int = 16,
+        max_groups: int = 1000,
+        handler_timeout: float | None = None,
+        auth_timeout: float = 10.0,
+        trust_forwarded: bool = False,
     ) -> None:
         self._limits = Limits(
             max_size=max_size, rate=rate, outbox=outbox, outbox_bytes=outbox_bytes,
             overflow=overflow, send_timeout=send_timeout, linger=linger,
-            max_concurrent=max_concurrent,
+            max_concurrent=max_concurrent, max_groups=max_groups,
+            handler_timeout=handler_timeout, auth_timeout=auth_timeout,
         )  # fmt: skip
         if not isinstance(hub, Hub):
             raise PachinkoError(f"write hub=Hub() for a hub of its own, got {hub!r}")
         self._hub = hub
         self._app: falcon.asgi.App[Any, Any] | None = None
         self._path: str | None = None
-        self._origins = _origins(origins or ())
-        self._subprotocols = _texts(subprotocols, "subprotocols")
+        self._origins = read_origins(origins, trust_forwarded)
+        self._subprotocols = texts(subprotocols, "subprotocols")
         self._routes = Routes()
         self._dispatcher = Dispatcher(self._routes, hub, self._limits)
         self._loop: asyncio.AbstractEventLoop | None = None  # once started
         self._workers: set[asyncio.Task[None]] = set()
-        self._serving: set[asyncio.Task[Any]] = set()
         if app is not None or path is not None:
             self._attach(app, path)
 
@@ -2582,6 +2936,35 @@ class Pachinko:
         the order of registration.
         """
         self._routes.connect.append(read_connect(function, self._path))
+        return function
+
+    def authenticate(self, function: F = _NO_FUNCTION) -> F:
+        """Ask ``async def f(conn, token)`` who a client is: the user, or None to refuse it.
+
+        It is asked before the handshake is answered and before connect handlers, with the token
+        from ``Authorization: Bearer``, or from the subprotocols ``bearer`` and the token behind it;
+        or with None, and may then look at ``conn.req``, at a cookie say. If it answers None to
+        None, the handshake is accepted, the client has to send
+        ``{"type":"authenticate","payload":{"token":…}}`` within *auth_timeout* seconds, and *f* is
+        asked again. Until then nothing else is handled; at most 8 messages are held.
+
+        Whoever is refused is closed with 3401, and no connect or disconnect handler runs. Otherwise
+        ``conn.user`` is set. *f* may set ``conn.expires_at``; it is asked again when the client
+        sends ``authenticate`` later on, and has to name the same user. No middleware sees that
+        message, and its token is kept out of the log.
+        """
+        example = "@ws.authenticate\nasync def who(conn, token): ..."
+        check_function(function, example, 2)
+        refuse_second(self._routes.authenticate, function, "authenticate")
+        self._routes.authenticate = function
+
+        async def again(conn: Connection, *, token: str) -> None:
+            if await user_of(function, conn, token) != conn.user:
+                raise Close(UNAUTHENTICATED, "authentication failed")
+
+        namespaces, codec = namespaces_at(sys._getframe(0)), self._hub._codec
+        handler = read_handler("authenticate", again, codec, namespaces, None, (), False)
+        self._add_checked(handler)
         return function
 
     def on(self, type: str | type[Any], *, concurrent: bool = False) -> Callable[[F], F]:
@@ -2614,9 +2997,12 @@ class Pachinko:
         params = path_parameters(self._path or "")
         codec = self._hub._codec
         handler = read_handler(type, function, codec, namespaces, cls, params, concurrent)
-        self._routes.handlers[type] = handler
+        self._add_checked(handler)
+
+    def _add_checked(self, handler: Handler) -> None:
+        self._routes.handlers[handler.type] = handler
         if self._loop is not None:
-            self._routes.add_frame(handler, codec)
+            self._routes.add_frame(handler, self._hub._codec)
 
     def disconnect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn)`` once when a connection is over, whatever ended it.
@@ -2698,60 +3084,112 @@ class Pachinko:
         if ws.closed:
             return  # a middleware has refused it
         self._start()
-        if not self._is_allowed(req):
-            await ws.close()  # before accept: HTTP 403
+        if self._hub._draining:
+            await ws.close(3503)  # before accept: HTTP 403, as are all of Falcon's refusals
+            return
+        if (refusal := self._origins.refusal(req)) is not None:
+            logger.warning(refusal)
+            await ws.close(3403)
             return
         conn = Connection(self._hub, self._limits, req, ws, params)
         if self._limits.rate is not None:
             conn._rate = Rate(*self._limits.rate)
         task = cast("asyncio.Task[Any]", asyncio.current_task())
-        self._serving.add(task)
-        self._hub._add(conn)
+        serving = self._hub._serving
+        serving[task] = conn
         try:
             if await self._connect(conn):
                 await self._dispatcher.serve(conn)
         finally:
             conn._lost()
+            if conn._ahead is not None:
+                conn._ahead.cancel()
             self._hub._remove(conn)
-            self._serving.discard(task)
+            serving.pop(task, None)
 
     async def _connect(self, conn: Connection) -> bool:
-        """Run the connect handlers and answer the handshake; return whether the client is in."""
-        ws = conn.ws
-        subprotocol = next((p for p in self._subprotocols if p in ws.subprotocols), None)
+        """Run what comes before the client is in; return whether it is."""
+        offered: Iterable[str] = conn.ws.subprotocols
+        is_in = False
         try:
-            for handler in self._routes.connect:
-                await handler(conn)
-                forget_cancellations()
+            if self._routes.authenticate is not None:
+                token, offered = credentials(conn.req, offered)
+                await self._authenticate(conn, self._routes.authenticate, token, offered)
+            if not conn.closed:
+                self._hub._add(conn)
+                await self._run_connect_handlers(conn)
+                is_in = True
         except Close as close:
             self._hub._remove(conn)
-            if ws.unaccepted:
-                await ws.accept(subprotocol)
-            await ws.close(close.code, close.reason or None)
-            return False
+            if not conn.closed:
+                conn._queue().clear()
+                conn._close(close)
+        conn._handling = False
         try:
-            if ws.unaccepted:  # else a middleware has done it
-                await ws.accept(subprotocol)
+            await self._accept(conn, offered)
         except BaseException as exc:  # let in, so it is seen out; raised again below
             conn._lost()
-            await self._dispatcher.finish(conn)
+            if is_in:
+                await self._dispatcher.finish(conn)
             if not isinstance(exc, falcon.WebSocketDisconnected):
                 raise
             return False
         conn._opened()
-        logger.debug("connected: %s", conn.req.path, extra={"connection_id": conn.id})
-        return True
+        if is_in:
+            logger.debug("connected: %r", conn.req.path, extra={"connection_id": conn.id})
+        else:
+            await conn._settle()
+        return is_in
 
-    def _is_allowed(self, req: falcon.asgi.Request) -> bool:
-        """Whether the browser's origin may connect (RFC 6455, 10.2); other clients send none."""
-        origin = req.get_header("Origin")
-        if origin is None or "*" in self._origins or origin.lower() in self._origins:
-            return True
-        allowed = _is_same_host(origin, req.get_header("Host") or "")
-        if not allowed:
-            setting = f"origins=[{origin!r}]"
-            logger.warning("refused origin %r at %s; to allow it: %s", origin, req.path, setting)
-        return allowed
+    async def _accept(self, conn: Connection, offered: Iterable[str]) -> None:
+        """Answer the handshake, if nobody has: a middleware, or since a token was asked for."""
+        if conn.ws.unaccepted:
+            known = [name for name in self._subprotocols if name in offered]
+            if self._routes.authenticate is not None and "bearer" in offered:
+                known.append("bearer")  # browsers give up where none of their own is chosen
+            await conn.ws.accept(known[0] if known else None)
+
+    async def _run_connect_handlers(self, conn: Connection) -> None:
+        for handler in self._routes.connect:
+            try:
+                await handler(conn)
+            except SystemExit as exc:  # which would end the server
+                raise RuntimeError("a connect handler has called sys.exit()") from exc
+            forget_cancellations()
+
+    async def _authenticate(
+        self, conn: Connection, function: Any, token: str | None, offered: Iterable[str]
+    ) -> None:
+        """Set the user, or raise `Close`; the connection may also be closed in the meantime."""
+        timeout = self._limits.auth_timeout
+        try:
+            async with asyncio.timeout(timeout) as conn._life:
+                user = await user_of(function, conn, token)
+                if user is None and token is None and not conn.closed:
+                    await self._accept(conn, offered)
+                    user = await self._ask_client(conn, function)
+        except TimeoutError:
+            raise Close(UNAUTHENTICATED, f"not authenticated within {timeout:g} s") from None
+        except MessageError:  # which nobody can be answered with yet
+            raise falcon.HTTPInternalServerError from None
+        finally:
+            conn._life = None
+        forget_cancellations()
+        if user is None:
+            raise Close(UNAUTHENTICATED, "authentication failed")
+        if not conn.closed:
+            conn.user = user
+
+    async def _ask_client(self, conn: Connection, function: Any) -> str | None:
+        """Who the client is by the token in its first message."""
+        frame = await conn._receive_first("authenticate")
+        conn._handling = True  # up to the end of the connect handlers: it may leave meanwhile
+        conn._watch()
+        token = frame.payload.get("token") if type(frame.payload) is dict else None
+        user = await user_of(function, conn, token) if isinstance(token, str) else None
+        if user is not None and frame.id is not None:
+            await conn._post(reply_event(("authenticate.reply", lambda _: UNSET), frame.id, None))
+        return user
 
     async def process_startup(self, scope: Any, event: Any) -> None:
         """Start with the app (Falcon's middleware for the ASGI lifespan)."""
@@ -2768,12 +3206,10 @@ class Pachinko:
         """Stop with the app: close what is still open with 1012, and wait for its handlers."""
         for worker in self._workers:
             worker.cancel()
-        for conn in self._hub.connections:
-            if conn._limits is self._limits:
-                conn._close(Close(1012, "the server shuts down"))
-        ending = {*self._workers, *self._serving}
-        if ending:
-            await asyncio.wait(ending, timeout=self._limits.linger + _FAREWELL)
+        conns = frozenset(c for c in self._hub._serving.values() if c._limits is self._limits)
+        for conn in conns:
+            conn._close(Close(1012, "the server shuts down"))
+        await self._hub._wait_for(conns, *self._workers)
         self._loop = None
         self._hub._stop(self)
 
@@ -2785,7 +3221,6 @@ class Pachinko:
             self._loop = loop
             self._routes.start(self._hub._codec)
             self._workers.clear()
-            self._serving.clear()
             for function in self._routes.workers:
                 self._start_worker(function)
 
@@ -2803,7 +3238,7 @@ async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
         try:
             await function()
             return
-        except (Exception, asyncio.CancelledError) as exc:  # a worker's bug is logged
+        except _FAULTS as exc:  # a worker's bug is logged
             if is_cancelled(exc):
                 raise
             forget_cancellations()
@@ -2812,28 +3247,3 @@ async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
             backoff = next(backoffs, _BACKOFFS[-1])
             logger.exception("worker %s failed; again in %g s", place_of(function), backoff)
         await asyncio.sleep(backoff)
-
-
-def _is_same_host(origin: str, host: str) -> bool:
-    """Whether *origin* names *host*, as in the ``Host`` header: default ports may be left out."""
-    with contextlib.suppress(ValueError, KeyError):  # "null", or not an origin at all
-        there, here = urlsplit(origin.lower()), urlsplit(f"//{host.lower()}")
-        default = {"http": 80, "https": 443}[there.scheme]
-        return (there.hostname, there.port or default) == (here.hostname, here.port or default)
-    return False
-
-
-def _origins(value: Iterable[str]) -> frozenset[str]:
-    names = ("*",) if value == "*" else _texts(value, "origins")
-    for name in names:
-        parts = urlsplit(name)
-        if name != "*" and (not parts.netloc or parts.path or parts.query):
-            raise PachinkoError(f'origins are like "https://example.com" or "*", got {name!r}')
-    return frozenset(name.lower() for name in names)
-
-
-def _texts(value: Any, option: str) -> tuple[str, ...]:
-    texts = value if isinstance(value, Iterable) and not isinstance(value, str) else (None,)
-    if not all(isinstance(text, str) for text in texts):
-        raise PachinkoError(f"{option} is a list of str; write {option}=[{str(value)!r}]")
-    return tuple(texts)

@@ -1082,7 +1082,7 @@ async def test_a_stream_that_closes_the_connection_goes_on_by_itself() -> None:
     async with Session(ws) as client:
         await client.send("quit", id=1)
         assert (await client.closed())[0] == 4003
-        await until(lambda: not ws._serving)
+        await until(lambda: not ws._hub._serving)
     assert seen == ["went on"]
 
 
@@ -1128,7 +1128,7 @@ def recording(ws: Pachinko) -> list[int | None]:
 
 async def clean(ws: Pachinko, codes: list[int | None], count: int = 1) -> None:
     """Wait until *count* disconnect handlers have run and nothing is left of the connections."""
-    await until(lambda: len(codes) >= count and not ws._serving)
+    await until(lambda: len(codes) >= count and not ws._hub._serving)
     assert len(codes) == count
     assert not ws._hub.connections and not ws._hub.groups and not ws._hub._connections
 
@@ -1278,7 +1278,7 @@ async def test_a_handler_goes_on_after_its_own_close() -> None:
         async with Session(ws) as client:
             await client.send("quit", wait)
             await client.closed()
-            await until(lambda: not ws._serving)
+            await until(lambda: not ws._hub._serving)
     assert seen == ["done", "cancelled"] and codes == [1000, 1000]
 
 
@@ -1390,7 +1390,7 @@ async def test_a_cancellation_during_disconnect_spares_the_other_handlers() -> N
 
     codes = recording(ws)
     async with Session(ws) as client:
-        (task,) = ws._serving
+        (task,) = ws._hub._serving
         await client.close()
         await asyncio.wait_for(entered.wait(), PATIENCE)
         task.cancel()
@@ -1498,3 +1498,190 @@ def test_any_json_value_gets_one_defined_outcome() -> None:
 
         check()
         runner.run(talk.session.__aexit__(None, None, None))
+
+
+# A handler's time, and what it must not do to the server
+
+
+async def test_a_handler_has_its_time() -> None:
+    """One that takes longer is cancelled and answered `handler_timeout`; a stream may go on."""
+    ws, ended = endpoint(handler_timeout=0.05), list[str]()
+
+    async def hang(name: str) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(name)
+
+    @ws.on("plain")
+    async def plain(conn: Connection) -> None:
+        await hang("plain")
+
+    @ws.on("beside", concurrent=True)
+    async def beside(conn: Connection) -> None:
+        await hang("beside")
+
+    @ws.fallback
+    async def fallback(conn: Connection, frame: str) -> None:
+        await hang("fallback")
+
+    @ws.binary
+    async def binary(conn: Connection, data: bytes) -> None:
+        await hang("binary")
+
+    @ws.on("quick")
+    async def quick(conn: Connection) -> int:
+        return 1
+
+    @ws.on("stream")
+    async def stream(conn: Connection) -> AsyncIterator[int]:
+        for _ in range(5):
+            await asyncio.sleep(0.02)
+        yield 1
+
+    async with Session(ws) as client:
+        for n, frame in enumerate(
+            ('{"type":"plain","id":0}', '{"type":"beside","id":1}', "?", b"?")
+        ):
+            await client.raw(frame)
+            answer = await client.receive()
+            assert answer["payload"] == {
+                "code": "handler_timeout",
+                "message": "not done within 0.05 s",
+            }
+            assert answer.get("id") == (n if n < 2 else None)
+        assert ended == ["plain", "beside", "fallback", "binary"]
+        assert (await client.ask("quick"))["payload"] == 1
+        assert (await client.ask("stream", id=5))["payload"] == 1
+
+
+async def test_a_timeout_of_the_handlers_own_is_a_bug_like_any_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is not mistaken for the handler's time."""
+    ws = endpoint(handler_timeout=30.0)
+
+    @ws.on("own")
+    async def own(conn: Connection) -> None:
+        async with asyncio.timeout(0):
+            await asyncio.Event().wait()
+
+    async with Session(ws) as client:
+        assert (await client.ask("own"))["payload"]["code"] == "internal_error"
+    assert "TimeoutError" in caplog.text
+
+
+async def test_a_handler_may_ignore_its_cancellation_and_answer() -> None:
+    """What it returns then is its answer."""
+    ws = endpoint(handler_timeout=0.02)
+
+    @ws.on("stubborn")
+    async def stubborn(conn: Connection) -> int:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return 5
+        return 6
+
+    async with Session(ws) as client:
+        assert (await client.ask("stubborn"))["payload"] == 5
+        assert (await client.ask("stubborn"))["payload"] == 5
+
+
+async def test_a_caught_failure_of_a_task_group_does_not_hide_the_timeout() -> None:
+    """On Python 3.11 and 3.12 it leaves the task's cancellation count at one."""
+    ws = endpoint(handler_timeout=0.05)
+
+    async def fail() -> None:
+        raise ValueError
+
+    @ws.on("group")
+    async def group(conn: Connection) -> None:
+        with contextlib.suppress(ExceptionGroup):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(fail())
+                await asyncio.Event().wait()
+        await asyncio.Event().wait()
+
+    @ws.on("two")
+    async def two(conn: Connection) -> int:
+        return 2
+
+    async with Session(ws) as client:
+        for id in (1, 2):
+            assert (await client.ask("group", id=id))["payload"]["code"] == "handler_timeout"
+            assert (await client.ask("two", id=3))["payload"] == 2
+
+
+async def test_a_timeout_of_a_client_that_has_gone_is_the_end() -> None:
+    """The handler is cancelled once, by whichever comes first."""
+    ws = endpoint(handler_timeout=0.05, linger=0.05)
+    codes = recording(ws)
+
+    @ws.on("group")
+    async def group(conn: Connection) -> None:
+        with contextlib.suppress(ExceptionGroup):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(asyncio.wait_for(asyncio.Event().wait(), 0))
+        await asyncio.Event().wait()
+
+    async with serving(ws._app) as server:
+        for _ in range(10):
+            async with connect(server.url + "/ws") as client:
+                await client.send("group", id=1)
+                client.cut()
+        await clean(ws, codes, 10)
+
+
+@pytest.mark.parametrize("where", ["plain", "beside", "stream", "fallback", "binary", "translated"])
+async def test_sys_exit_in_a_handler_is_a_bug(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged and answered, and ends nothing else; asyncio would end the whole server."""
+    ws = endpoint()
+    codes = recording(ws)
+
+    @ws.on("plain")
+    async def plain(conn: Connection) -> None:
+        raise SystemExit(3)
+
+    @ws.on("beside", concurrent=True)
+    async def beside(conn: Connection) -> None:
+        raise SystemExit(3)
+
+    @ws.on("stream")
+    async def stream(conn: Connection) -> AsyncIterator[int]:
+        if where:
+            raise SystemExit(3)
+        yield 1
+
+    @ws.fallback
+    async def fallback(conn: Connection, frame: str) -> None:
+        raise SystemExit(3)
+
+    @ws.binary
+    async def binary(conn: Connection, data: bytes) -> None:
+        raise SystemExit(3)
+
+    @ws.on("translated")
+    async def failing(conn: Connection) -> None:
+        raise KeyError
+
+    @ws.error(KeyError)
+    async def error(conn: Connection, exc: KeyError) -> None:
+        raise SystemExit(3)
+
+    @ws.on("alive")
+    async def alive(conn: Connection) -> bool:
+        return True
+
+    @ws.disconnect
+    async def leave(conn: Connection) -> None:
+        raise SystemExit(3)
+
+    async with Session(ws) as client:
+        raw = {"fallback": "?", "binary": b"?"}.get(where, f'{{"type":"{where}","id":1}}')
+        await client.raw(raw)
+        assert (await client.receive())["payload"]["code"] == "internal_error"
+        assert (await client.ask("alive"))["payload"] is True
+        await client.close()
+        await clean(ws, codes)
+    assert caplog.text.count("SystemExit: 3") == 2

@@ -169,8 +169,8 @@ async def test_the_python_client_runs(server: Server) -> None:
 
 
 async def test_the_browser_client_runs(server: Server) -> None:
-    """The README's JavaScript, in the console of the server's own page, logs both answers."""
-    (code,) = blocks(README, "js")
+    """The README's JavaScript runs in the console of the server's own page."""
+    log_in, code = blocks(README, "js")
     path = os.environ.get("CHROMIUM") or shutil.which("chromium")
     if path is None:
         pytest.fail("this test needs Chromium: apt-get install chromium, or set CHROMIUM")
@@ -197,6 +197,8 @@ async def test_the_browser_client_runs(server: Server) -> None:
         lost = "const lost = ask('report', { year: 1 }); socket.close();"
         lost += "await lost.catch((event) => event.type)"
         assert await paste(lost) == "close"
+        await paste(here(log_in, server))
+        await until(lambda: len(hub._users.get("ada", ())) == 2)
         await browser.close()
     assert errors == []
     assert re.fullmatch(r"\S{24} said hi", lines[0])
@@ -245,14 +247,14 @@ async def test_a_concurrent_handler(server: Server) -> None:
 
 async def test_the_inbox(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     """A known token names the user, whom ``send_to_user`` reaches; another one is told why not."""
-    async with connect(f"{server.url}/inbox?token=s3cret") as ada:
+    async with connect(f"{server.url}/inbox", subprotocols=["bearer", "s3cret"]) as ada:
         assert await ada.receive() == {"type": "welcome", "payload": {"user": "ada"}}
         assert 'await hub.send_to_user("ada", "mail", {"unread": 1})' in prose(README)
         await hub.send_to_user("ada", "mail", {"unread": 1})
         assert (await ada.receive())["payload"] == {"unread": 1}
         await ada.close(4000)
-    async with connect(f"{server.url}/inbox") as nobody:
-        assert await nobody.closed() == (4401, "log in first")
+    async with connect(f"{server.url}/inbox", subprotocols=["bearer", "guess"]) as nobody:
+        assert await nobody.closed() == (3401, "authentication failed")
     await until(lambda: "ada left with 4000" in capsys.readouterr().out)
 
 
@@ -358,6 +360,59 @@ def test_the_reserved_types() -> None:
     for type in spans(line):
         with pytest.raises(PachinkoError, match="is reserved"):
             Pachinko().on(type.replace("…", "x"))(lambda conn: None)
+
+
+# docs/falcon.md: authentication
+
+
+AUTHENTICATION = tables(
+    ROOT / "docs" / "falcon.md", "The client sends", "The function gets", "and if it returns None"
+)
+
+
+@pytest.mark.parametrize(("sends", "gets", "then"), AUTHENTICATION)
+async def test_how_a_token_is_sent(sends: str, gets: str, then: str) -> None:
+    """Each way of the table gives the function what it says, and ends as it says."""
+    app, got, first = falcon.asgi.App(), list[Any](), None
+    ws = Pachinko(app, "/ws", hub=Hub())
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        got.append(token)
+
+    options: dict[str, Any] = {}
+    if "Authorization" in sends:
+        name, _, value = spans(sends)[0].partition(": ")
+        options["additional_headers"] = {name: value}
+    elif "subprotocols" in sends:
+        options["subprotocols"] = spans(sends)
+    elif sends != "neither":
+        (first,) = spans(sends)
+    async with serving(app) as server, connect(f"{server.url}/ws", **options) as client:
+        if first is not None:
+            await client.raw(first)
+        if then != "the first message is waited for":
+            assert f"closed with {(await client.closed())[0]}" == then
+        else:
+            await until(lambda: got and not client.socket.close_code)
+        assert repr(got[-1]) == (spans(gets)[0] if gets.startswith("`None") else "'TOKEN'")
+
+
+@pytest.mark.parametrize("how", ["cookie", "token", "message"])
+async def test_the_account(how: str) -> None:
+    """A cookie and a token name the same session, which ends when it has to."""
+    page = load(ROOT / "docs" / "falcon.md")
+    options: dict[str, Any] = {
+        "cookie": {"additional_headers": {"Cookie": "session=5e551"}},
+        "token": {"additional_headers": {"Authorization": "Bearer 5e551"}},
+        "message": {},
+    }[how]
+    async with serving(page.app) as server, connect(f"{server.url}/account", **options) as client:
+        if how == "message":
+            await client.send("authenticate", {"token": "5e551"})
+        assert (await client.ask("x"))["payload"]["code"] == "unknown_type"
+        (conn,) = hub.connections
+        assert (conn.user, conn.expires_at) == page.SESSIONS["5e551"]
 
 
 # docs/payloads.md

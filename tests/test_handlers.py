@@ -848,7 +848,8 @@ def test_without_a_path_any_name_may_be_a_parameter() -> None:
 
 
 @pytest.mark.parametrize(
-    "decorator", ["connect", "disconnect", "fallback", "binary", "middleware", "worker"]
+    "decorator",
+    ["authenticate", "connect", "disconnect", "fallback", "binary", "middleware", "worker"],
 )
 def test_decorators_with_parentheses_are_refused(decorator: str) -> None:
     """The corrected code has none."""
@@ -1080,6 +1081,11 @@ def test_a_second_pachinko_on_a_path_is_refused(path: str) -> None:
         ({"outbox_bytes": 0}, "outbox_bytes is a number of bytes, at least 1"),
         ({"max_size": 0}, "max_size is a number of bytes, at least 1"),
         ({"max_concurrent": 0}, "max_concurrent is a number of tasks, at least 1"),
+        ({"max_groups": 0}, "max_groups is a number of groups, at least 1"),
+        ({"handler_timeout": 0}, "handler_timeout is a number of seconds above 0, or None, got 0"),
+        ({"handler_timeout": "5"}, "handler_timeout is a number of seconds above 0, or None"),
+        ({"auth_timeout": None}, "auth_timeout is a number of seconds, at least 0"),
+        ({"send_timeout": float("inf")}, "send_timeout is a number of seconds"),
         ({"send_timeout": -1}, "send_timeout is a number of seconds, at least 0, got -1"),
         ({"send_timeout": None}, "send_timeout is a number of seconds, at least 0"),
         ({"linger": -0.5}, "linger is a number of seconds, at least 0"),
@@ -1091,7 +1097,8 @@ def test_a_second_pachinko_on_a_path_is_refused(path: str) -> None:
         ({"origins": [5]}, "origins is a list of str"),
         (
             {"origins": ["https://example.com/chat"]},
-            'origins are like "https://example.com" or "*", got \'https://example.com/chat\'',
+            'origins are like "https://example.com", "https://*.example.com" (every host below it) '
+            "or \"*\", in ASCII as browsers send them; got 'https://example.com/chat'",
         ),
         ({"origins": ["example.com"]}, "origins are like"),
         ({"origins": ["https://example.com?x=1"]}, "origins are like"),
@@ -1108,7 +1115,9 @@ def test_a_wrong_option_is_refused(options: Any, says: str) -> None:
     "options",
     [
         {"overflow": "drop_oldest"}, {"rate": (20, 1)}, {"rate": (1, 0.5)}, {"rate": None},
-        {"outbox": 1}, {"send_timeout": 0.0}, {"send_timeout": 5}, {"linger": 0},
+        {"max_groups": 1}, {"handler_timeout": None}, {"handler_timeout": 0.1},
+        {"auth_timeout": 0}, {"trust_forwarded": True}, {"outbox": 1}, {"send_timeout": 0.0},
+        {"send_timeout": 5}, {"linger": 0},
         {"origins": "*"}, {"origins": []},
         {"origins": ("https://example.com", "http://localhost:5173")},
         {"subprotocols": ["v1", "v2"]},

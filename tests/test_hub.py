@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
+import subprocess
+import sys
 import threading
 from typing import Any
 
 import cattrs
 import falcon
 import pytest
+import websockets.exceptions
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from support import PATIENCE, connect, new_app, serving, until
 
+import pachinko
 from pachinko import Connection, Hub, Pachinko, PachinkoError, message
 
 
@@ -90,7 +96,7 @@ async def test_send_to_finds_a_connection_by_itself_or_its_id() -> None:
         await ws._hub.send_to("unknown", "three")
         assert [(await client.receive())["type"] for _ in range(2)] == ["one", "said"]
         await client.close()
-        await until(lambda: not ws._serving)
+        await until(lambda: not ws._hub._serving)
         await ws._hub.send_to(conn, "four")
         await ws._hub.join("late", conn)
         await ws._hub.leave("late", conn)
@@ -372,3 +378,258 @@ class Tables(RuleBasedStateMachine):
 
 TestTables = Tables.TestCase
 TestTables.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+# The limit of groups
+
+
+async def test_a_connection_may_be_in_max_groups() -> None:
+    """One more is answered `too_many_groups`; joining again and leaving are always allowed."""
+    ws = endpoint(max_groups=2)
+
+    @ws.on("join")
+    async def join(conn: Connection, *, name: str) -> None:
+        await conn.join(name)
+
+    @ws.on("leave")
+    async def leave(conn: Connection, *, name: str) -> None:
+        await conn.leave(name)
+
+    async with serving(ws._app) as server, connect(server.url + "/ws/a") as client:
+        for name in ("b", "b", "a"):
+            assert (await client.ask("join", {"name": name}))["type"] == "join.reply"
+        assert (await client.ask("join", {"name": "c"}))["payload"] == {
+            "code": "too_many_groups",
+            "message": "at most 2 groups a connection",
+        }
+        assert ws._hub.groups == {"a", "b"}
+        await client.ask("leave", {"name": "a"})
+        assert (await client.ask("join", {"name": "c"}))["type"] == "join.reply"
+        (conn,) = ws._hub.connections
+        assert conn.groups == {"b", "c"}
+
+
+# Draining
+
+
+def leaving(**options: Any) -> tuple[Pachinko, list[int | None]]:
+    """An endpoint, and the close codes of those whose disconnect handler has ended."""
+    ws, codes = endpoint(**options), list[int | None]()
+
+    @ws.disconnect
+    async def leave(conn: Connection) -> None:
+        await asyncio.sleep(0.01)
+        codes.append(conn.close_code)
+
+    return ws, codes
+
+
+async def refused(url: str) -> int:
+    with pytest.raises(websockets.exceptions.InvalidStatus) as caught:
+        async with connect(url):
+            pass
+    return int(caught.value.response.status_code)
+
+
+@pytest.mark.parametrize("seconds", [0, 0.2])
+async def test_draining_closes_everybody_within_the_time(seconds: float) -> None:
+    """With 1012, one after the other; it ends after the disconnect handlers, and lets nobody in."""
+    ws, codes = leaving()
+    hub = ws._hub
+    async with serving(ws._app) as server, contextlib.AsyncExitStack() as stack:
+        url = server.url + "/ws/a"
+        clients = [await stack.enter_async_context(connect(url)) for _ in range(10)]
+        assert not hub.draining
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        await hub.drain(seconds)
+        assert codes == [1012] * 10 and not hub.connections
+        assert loop.time() - begun >= seconds * 0.9
+        assert hub.draining
+        assert await refused(url) == 403
+        for client in clients:
+            assert await client.closed() == (1012, "the server restarts")
+        await hub.drain()  # nobody is left
+    assert not hub.draining
+    async with serving(ws._app) as server, connect(server.url + "/ws/a"):
+        pass  # the same hub serves again
+
+
+async def test_draining_takes_them_in_random_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order is not that in which they have come."""
+    chosen: list[Connection] = []
+    ws, codes = leaving()
+
+    def sample(population: Any, k: int) -> Any:
+        chosen.extend(population)
+        return population
+
+    monkeypatch.setattr(pachinko.random, "sample", sample)
+    async with serving(ws._app) as server, connect(server.url + "/ws/a"):
+        await until(lambda: ws._hub.connections)
+        (conn,) = ws._hub.connections
+        await ws._hub.drain(0)
+        assert chosen == [conn] and codes == [1012]
+
+
+async def test_draining_includes_those_that_are_not_in_yet() -> None:
+    """Whoever connects is let in and closed; whoever has not authenticated is closed at once."""
+    ws, codes = leaving()
+    may_go_on = asyncio.Event()
+    locked = Pachinko(ws._app, "/locked", hub=ws._hub, auth_timeout=PATIENCE)
+
+    @locked.authenticate
+    async def who(conn: Connection, token: str | None) -> None: ...
+
+    @ws.connect
+    async def load(conn: Connection) -> None:
+        if "slow" in conn.req.params:
+            await may_go_on.wait()
+
+    async def slow(url: str) -> tuple[int | None, str | None]:
+        async with connect(url) as client:
+            return await client.closed()
+
+    async with serving(ws._app) as server, connect(server.url + "/locked") as stranger:
+        connecting = asyncio.create_task(slow(server.url + "/ws/a?slow=1"))
+        await until(lambda: len(ws._hub._serving) == 2)
+        draining = asyncio.create_task(ws._hub.drain(0))
+        assert await stranger.closed() == (1012, "the server restarts")
+        may_go_on.set()
+        assert await connecting == (1012, "the server restarts")
+        await draining
+        assert codes == [1012] and not ws._hub._serving
+
+
+async def test_a_disconnect_handler_that_hangs_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the linger and five seconds, here fewer; the log says which task it was."""
+    monkeypatch.setattr(pachinko, "_FAREWELL", 0.05)
+    ws, may_go_on = endpoint(linger=0.0), asyncio.Event()
+
+    @ws.disconnect
+    async def leave(conn: Connection) -> None:
+        await may_go_on.wait()
+
+    async with serving(ws._app) as server, connect(server.url + "/ws/a"):
+        await until(lambda: ws._hub.connections)
+        await ws._hub.drain(0)
+        assert "shutting down without <Task" in caplog.text
+        may_go_on.set()
+
+
+async def test_a_handler_may_drain() -> None:
+    """It does not wait for its own connection."""
+    ws, codes = leaving()
+    done: list[str] = []
+
+    @ws.on("drain")
+    async def drain(conn: Connection) -> None:
+        await ws._hub.drain(0)
+        done.append("drained")
+
+    async with serving(ws._app) as server:
+        async with connect(server.url + "/ws/a") as client, connect(server.url + "/ws/a"):
+            await client.send("drain")
+            assert (await client.closed())[0] == 1012
+        await until(lambda: not ws._hub._serving)
+    assert done == ["drained"] and codes == [1012, 1012]
+
+
+@pytest.mark.parametrize("seconds", [-1, "10", None, float("inf")])
+async def test_draining_takes_seconds(seconds: Any) -> None:
+    """Anything else is a `ValueError`, and nothing is drained."""
+    hub = Hub()
+    with pytest.raises(ValueError, match="seconds is a number, at least 0"):
+        await hub.drain(seconds)
+    assert not hub.draining
+
+
+# Threads, when the hub stops
+
+
+async def test_calls_from_threads_end_with_the_hub() -> None:
+    """What is still in progress when the last app stops fails, and its task is cancelled."""
+    ws, ended = endpoint(), list[str]()
+    futures: list[concurrent.futures.Future[Any]] = []
+
+    async def for_ever() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("cancelled")
+
+    async with serving(ws._app):
+        futures.append(ws._hub.call_threadsafe(for_ever))
+        await asyncio.sleep(0)
+        futures.append(
+            ws._hub.call_threadsafe(ws._hub.send, "a", "x")
+        )  # its turn may come too late
+        done = ws._hub.call_threadsafe(ws._hub.stats)
+        await until(done.done)
+        assert done not in ws._hub._calls
+    with pytest.raises(PachinkoError, match="the hub has stopped before it was done"):
+        futures[0].result(0)
+    assert futures[1].done()
+    await until(lambda: ended)
+
+
+async def test_a_thread_may_cancel_its_call() -> None:
+    """Then the task in the loop is cancelled, and its outcome goes nowhere."""
+    ws, ended = endpoint(), list[str]()
+
+    async def slow() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    async with serving(ws._app):
+        future = ws._hub.call_threadsafe(slow)
+        await asyncio.sleep(0.01)
+        assert future.cancel()
+        await until(lambda: ended)
+        assert not ws._hub._calls
+        stray = ws._hub.call_threadsafe(cancelled)
+        await until(stray.done)
+        assert stray.cancelled()
+
+
+FORKS = """
+import asyncio, os, sys
+import falcon.asgi
+from pachinko import Hub, Pachinko, PachinkoError, hub
+
+app = falcon.asgi.App()
+ws = Pachinko(app, "/ws")
+
+
+async def main():
+    await ws.process_startup({}, {})
+    child = os.fork()
+    if child == 0:
+        try:
+            hub.call_threadsafe(hub.send, "a", "x")
+        except PachinkoError as exc:
+            os._exit(0 if "not running" in str(exc) and not hub._serving else 1)
+        os._exit(2)
+    _, status = os.waitpid(child, 0)
+    future = hub.call_threadsafe(hub.stats)
+    while not future.done():
+        await asyncio.sleep(0)
+    assert future.result()["connections"] == 0
+    return os.waitstatus_to_exitcode(status)
+
+
+sys.exit(asyncio.run(main()))
+"""
+
+
+def test_a_forked_process_has_a_clean_hub() -> None:
+    """A call there says that nothing runs, instead of waiting for the parent's loop."""
+    script = [sys.executable, "-W", "error", "-c", FORKS]
+    assert subprocess.run(script, timeout=60, check=False).returncode == 0

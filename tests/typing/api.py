@@ -67,6 +67,11 @@ def wrong_messages() -> None:
 # Decorators return the function unchanged, so that it can be called with its own types.
 
 
+@ws.authenticate
+async def who(conn: Connection, token: str | None) -> str | None:
+    return {"s3cret": "ada"}.get(token or "")
+
+
 @ws.connect
 async def arrive(conn: Connection, room: str) -> None:
     await hub.join(f"room:{room}", conn)
@@ -156,6 +161,8 @@ async def use_connection(conn: Connection) -> None:
     assert_type(conn.closed, bool)
     assert_type(conn.user, str | None)
     conn.user = "ada"
+    assert_type(conn.expires_at, float | None)
+    conn.expires_at = 1_800_000_000
     assert_type(await conn.send(Say("hello")), None)
     assert_type(await conn.close(4000, "bye"), None)
     assert_type(await conn.join("room:1"), None)
@@ -176,6 +183,8 @@ async def use_hub(conn: Connection) -> None:
     assert_type(hub.connections, frozenset[Connection])
     assert_type(hub.groups, frozenset[str])
     assert_type(hub.stats(), dict[str, int])
+    assert_type(hub.draining, bool)
+    await hub.drain(20)
     await hub.send(1, Say("hello"))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await hub.join("room:1", "id")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 

@@ -1,0 +1,1019 @@
+"""Who may connect: the origins of browsers' pages, and authentication."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import time
+from typing import Any
+
+import falcon
+import falcon.asgi
+import falcon.testing
+import pytest
+import websockets.exceptions
+from hypothesis import given
+from hypothesis import strategies as st
+from support import PATIENCE, Client, connect, new_app, serving, until
+
+import pachinko
+from pachinko import Close, Connection, Hub, MessageError, Pachinko, PachinkoError
+
+
+def endpoint(**options: Any) -> Pachinko:
+    return Pachinko(new_app(), "/ws", hub=Hub(), **options)
+
+
+def refusal(origins: Any = None, trust_forwarded: Any = False, **scope: Any) -> str | None:
+    """Why a handshake with these headers, as in ``origin="…"``, is refused."""
+    scheme, path = scope.pop("scheme", "ws"), scope.pop("path", "/ws")
+    headers = [
+        (name.replace("_", "-"), value)
+        for name, values in {"host": "example.com", **scope}.items()
+        for value in ([values] if isinstance(values, str) else values)
+    ]
+    made = falcon.testing.create_scope_ws(path=path, headers=headers, scheme=scheme)
+    made["headers"] = [(n.encode(), v.encode("latin1")) for n, v in headers]
+    req = falcon.asgi.Request(made, None)  # type: ignore[arg-type]
+    return pachinko.read_origins(origins, trust_forwarded).refusal(req)
+
+
+# The request's own host
+
+
+@pytest.mark.parametrize(
+    ("origin", "scheme", "host", "same"),
+    [
+        ("https://example.com", "wss", "example.com", True),
+        ("https://example.com", "wss", "example.com:443", True),
+        ("https://example.com:443", "wss", "example.com", True),
+        ("http://example.com:80", "ws", "EXAMPLE.com", True),
+        ("HTTP://Example.COM", "ws", "example.com", True),
+        ("https://example.com:8443", "wss", "example.com:8443", True),
+        ("http://[::1]:8000", "ws", "[::1]:8000", True),
+        ("http://my_host-1", "ws", "my_host-1", True),
+        # TLS may have ended at a proxy, but never begins there.
+        ("https://example.com", "ws", "example.com", True),
+        ("https://example.com", "http", "example.com", True),
+        ("http://example.com", "wss", "example.com", False),
+        ("http://example.com", "https", "example.com", False),
+        ("https://example.com", "wss", "example.com:80", False),
+        ("http://example.com", "ws", "example.com:443", False),
+        ("http://example.com:8000", "ws", "example.com", False),
+        ("http://example.com", "ws", "www.example.com", False),
+        ("http://www.example.com", "ws", "example.com", False),
+        ("http://example.com", "ws", "example.com.", False),
+        ("ftp://example.com", "ws", "example.com", False),
+        ("chrome-extension://abcdef", "ws", "abcdef", False),
+        ("https://example.com", "wss", "", False),
+        ("https://example.com", "wss", "example.com:port", False),
+        ("https://example.com", "wss", "user@example.com", False),
+        ("https://example.com", "wss", "example.com, example.com", False),
+    ],
+)
+def test_the_own_host(origin: str, scheme: str, host: str, same: bool) -> None:
+    """A page of the host that it connects to is let in; default ports may be left out."""
+    parsed = pachinko.parse_origin(origin)
+    assert parsed is not None
+    assert pachinko.is_same_host(parsed, scheme, host) is same
+    assert (refusal(origin=origin, scheme=scheme, host=host) is None) is same
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "null", "", " ", "example.com", "//example.com", "https:example.com", "https://",
+        "https://example.com/", "https://example.com/chat", "https://example.com?x",
+        "https://example.com#x", "https://user@example.com", "https://example.com:",
+        "https://example.com:port", "https://example.com:123456", "https://example.com ",
+        "https://example.com https://example.com", "https://example.com\n", "https://exa\tmple.com",
+        "https://.example.com", "https://a..example.com",
+        "https://example.com\\@evil.example", "https://[::1", "https://::1", "file://",
+        "https://*.example.com", "https://ex\xe4mple.com",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("origins", [None, ["https://example.com", "https://*.example.com"]])
+def test_what_is_no_origin_is_refused(origin: str, origins: Any) -> None:
+    """No page can have sent that, or only one of no site; the log says what would let it in."""
+    text = refusal(origins, origin=origin)
+    assert text == (
+        f"refused origin {origin!r} at '/ws': it names no site; only origins=\"*\" would let it in"
+    )
+    assert refusal("*", origin=origin) is None
+
+
+def test_two_origin_headers_are_refused() -> None:
+    """Also when both are the right one, since something between has misunderstood the request."""
+    text = refusal(origin=["http://example.com", "http://example.com"])
+    assert text is not None
+    assert 'it is there twice; only origins="*"' in text
+    assert refusal("*", origin=["http://a.example", "http://b.example"]) is None
+
+
+def test_no_origin_is_no_browser() -> None:
+    """Other clients are let in without the header."""
+    assert refusal() is None
+    assert refusal(["https://example.com"]) is None
+
+
+@given(st.text(st.characters(max_codepoint=255)))
+def test_any_header_is_read(origin: str) -> None:
+    """Whatever is sent is let in or refused with a text of one line, and of bounded length."""
+    text = refusal(origin=origin, host="example.com")
+    assert text is None or (len(text) < 1000 and text.isprintable())
+
+
+def test_the_log_line_is_one_short_line() -> None:
+    """Neither a header nor a path can forge a second one, or fill the log."""
+    text = refusal(origin="http://" + "a" * 5000, path="/ws\n" + "b" * 5000, host="c" * 5000)
+    assert text is not None
+    assert text.isprintable() and len(text) < 1200
+
+
+# Listed origins
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "is_allowed"),
+    [
+        (["https://app.example"], "https://app.example", True),
+        (["https://app.example"], "https://app.example:443", True),
+        (["https://app.example:443"], "HTTPS://APP.example", True),
+        (["https://app.example"], "http://app.example", False),
+        (["https://app.example"], "https://app.example:8443", False),
+        (["https://app.example"], "https://www.app.example", False),
+        (["https://app.example"], "https://app.example.evil.example", False),
+        (["https://app.example"], "http://example.com", True),  # the own host stays
+        (["http://localhost:5173"], "http://localhost:5174", False),
+        (["https://*.app.example"], "https://a.app.example", True),
+        (["https://*.app.example"], "https://a.b.app.example:443", True),
+        (["https://*.app.example"], "https://app.example", False),
+        (["https://*.app.example"], "https://evilapp.example", False),
+        (["https://*.app.example"], "http://a.app.example", False),
+        (["https://*.app.example"], "https://a.app.example:8443", False),
+        (["https://*.app.example:8443"], "https://a.app.example:8443", True),
+        (["https://*.app.example"], "https://a.app.example.evil.example", False),
+        (["chrome-extension://abcdefgh"], "chrome-extension://abcdefgh", True),
+        (["chrome-extension://abcdefgh"], "chrome-extension://abcdefgi", False),
+        (["*"], "https://evil.example", True),
+        ("*", "https://evil.example", True),
+        ([], "https://evil.example", False),
+    ],
+)
+def test_listed_origins(origins: Any, origin: str, is_allowed: bool) -> None:
+    """They are compared whole; ``*.`` stands for any host below, and ``"*"`` for everybody."""
+    text = refusal(origins, origin=origin)
+    assert (text is None) is is_allowed
+    if text is not None:
+        assert text == (
+            f"refused origin {origin!r} at '/ws' of the host 'example.com'; "
+            f"to allow it: origins=[{origin!r}]"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"origins": ["null"]}, 'any site can make a page of origin "null"; write origins="*"'),
+        ({"origins": ["https://*"]}, "origins are like"),
+        ({"origins": ["https://a*.example.com"]}, "origins are like"),
+        ({"origins": ["https://a.*.example.com"]}, "origins are like"),
+        ({"origins": ["*.example.com"]}, "origins are like"),
+        ({"origins": ["https://bücher.example"]}, "origins are like"),
+        ({"origins": ["https://example.com/"]}, "origins are like"),
+        ({"origins": ""}, "origins is a list of str; write origins=['']"),
+        ({"trust_forwarded": "yes"}, "trust_forwarded is True or False, got 'yes'"),
+    ],
+)
+def test_a_wrong_option_is_refused(options: Any, says: str) -> None:
+    """A developer's mistake shows when the endpoint is made."""
+    with pytest.raises(PachinkoError) as caught:
+        endpoint(**options)
+    assert str(caught.value).startswith(says)
+
+
+# Behind a proxy
+
+PROXIED = {"host": "127.0.0.1:8000", "origin": "https://chat.example"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_allowed"),
+    [
+        ({"x_forwarded_host": "chat.example"}, True),
+        ({"x_forwarded_host": "chat.example, inner.example"}, True),
+        ({"x_forwarded_host": "evil.example, chat.example"}, False),
+        ({"x_forwarded_host": "chat.example", "x_forwarded_proto": "https"}, True),
+        ({"x_forwarded_host": "chat.example", "x_forwarded_proto": "https, http"}, True),
+        ({"forwarded": "for=192.0.2.1;host=chat.example;proto=https"}, True),
+        ({"forwarded": 'host="chat.example:443", host=inner.example'}, True),
+        ({"forwarded": "host=other.example", "x_forwarded_host": "chat.example"}, False),
+        ({"forwarded": "for=192.0.2.1"}, False),
+        ({"forwarded": ";;=,"}, False),
+        ({}, False),
+    ],
+)
+def test_forwarded_headers_count_when_they_are_trusted(headers: Any, is_allowed: bool) -> None:
+    """Falcon reads them; without the option they change nothing but the hint in the log."""
+    assert (refusal(None, True, **PROXIED, **headers) is None) is is_allowed
+    text = refusal(None, False, **PROXIED, **headers)
+    assert text is not None
+    assert ("trust_forwarded=True" in text) is is_allowed
+
+
+def test_a_plain_page_is_not_let_in_by_an_encrypted_proxy() -> None:
+    """The forwarded scheme counts like the request's own."""
+    headers = {"x_forwarded_host": "chat.example", "x_forwarded_proto": "https"}
+    assert refusal(None, True, origin="http://chat.example", **headers) is not None
+    headers["x_forwarded_proto"] = "http"
+    assert refusal(None, True, origin="http://chat.example", **headers) is None
+
+
+async def test_a_refused_origin_is_a_403_and_one_log_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """No handler runs, and the line names the origin and the setting."""
+    ws = endpoint()
+    called: list[str] = []
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        called.append("authenticate")
+        return "ann"
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        called.append("connect")
+
+    async with serving(ws._app) as server:
+        with pytest.raises(websockets.exceptions.InvalidStatus) as caught:
+            async with connect(f"{server.url}/ws", origin="https://evil.example"):
+                pass
+        assert caught.value.response.status_code == 403
+        (record,) = [r for r in caplog.records if r.name == "pachinko"]
+        assert record.getMessage() == (
+            "refused origin 'https://evil.example' at '/ws' of the host "
+            f"'127.0.0.1:{server.port}'; to allow it: origins=['https://evil.example']"
+        )
+        assert called == []
+        async with connect(f"{server.url}/ws", origin=f"http://127.0.0.1:{server.port}"):
+            assert called == ["authenticate", "connect"]
+
+
+# Credentials
+
+
+@pytest.mark.parametrize(
+    ("header", "offered", "token", "rest"),
+    [
+        (None, [], None, []),
+        ("Bearer abc", [], "abc", []),
+        ("bearer  abc= ", [], "abc=", []),
+        ("Bearer", [], None, []),
+        ("Bearer  ", [], None, []),
+        ("Basic abc", [], None, []),
+        (None, ["bearer", "abc"], "abc", ["bearer"]),
+        (None, ["v2", "bearer", "abc", "v1"], "abc", ["v2", "bearer", "v1"]),
+        (None, ["v1", "bearer"], None, ["v1", "bearer"]),
+        (None, ["Bearer", "abc"], None, ["Bearer", "abc"]),
+        ("Bearer abc", ["bearer", "xyz"], "abc", ["bearer"]),
+        ("Basic abc", ["bearer", "xyz"], "xyz", ["bearer"]),
+    ],
+)
+def test_credentials(header: Any, offered: Any, token: Any, rest: Any) -> None:
+    """The header comes first, then the pair of subprotocols, of which the token is taken out."""
+    headers = {"Authorization": header} if header else {}
+    req = falcon.asgi.Request(falcon.testing.create_scope_ws(headers=headers), None)  # type: ignore[arg-type]
+    assert pachinko.credentials(req, offered) == (token, rest)
+
+
+def test_a_secret_is_taken_out_of_a_text() -> None:
+    """Also as Python would show it in a traceback; without a secret nothing changes."""
+    secret = "a'b\\c\"\n"
+    for text in (secret, repr(secret), str(KeyError(secret))):
+        assert secret not in pachinko.without(secret, text)
+        assert "<token>" in pachinko.without(secret, text)
+    assert pachinko.without(None, "text") == pachinko.without("", "text") == "text"
+
+
+# Authentication
+
+USERS = {"t-ann": "ann", "t-bob": "bob"}
+
+
+class Door:
+    """An endpoint that asks who comes in, and what has happened there."""
+
+    def __init__(self, **options: Any) -> None:
+        self.ws = endpoint(**options)
+        self.seen: list[Any] = []
+        self.ws.authenticate(self.who)
+        self.ws.connect(self.arrive)
+        self.ws.disconnect(self.leave)
+        self.ws.on("whoami")(self.whoami)
+
+    async def who(self, conn: Connection, token: str | None) -> str | None:
+        self.seen.append(token)
+        return USERS.get(token or "")
+
+    async def arrive(self, conn: Connection) -> None:
+        self.seen.append(("connect", conn.user))
+        await conn.join("all")
+        await conn.send("welcome")
+
+    async def leave(self, conn: Connection) -> None:
+        self.seen.append(("disconnect", conn.close_code))
+
+    async def whoami(self, conn: Connection) -> str | None:
+        return conn.user
+
+    def visit(self, url: str, **options: Any) -> Any:
+        return connect(f"{url}/ws", **options)
+
+
+def bearer(token: str) -> Any:
+    return {"additional_headers": {"Authorization": f"Bearer {token}"}}
+
+
+async def authenticate(client: Client, token: Any = "t-ann", id: Any = None) -> None:
+    await client.send("authenticate", {"token": token}, id=id)
+
+
+@pytest.mark.parametrize(
+    ("options", "subprotocol"),
+    [
+        (bearer("t-ann"), None),
+        ({"subprotocols": ["bearer", "t-ann"]}, "bearer"),
+        ({"subprotocols": ["bearer", "t-ann", "v1"]}, "v1"),
+        ({"subprotocols": ["v1", "bearer", "t-ann"]}, "v1"),
+        ({**bearer("t-ann"), "subprotocols": ["bearer", "t-bob"]}, "bearer"),
+    ],
+)
+async def test_a_token_in_the_handshake(options: Any, subprotocol: str | None) -> None:
+    """The function is asked once, before connect; the token is never chosen as subprotocol."""
+    door = Door(subprotocols=["v1", "t-ann"])
+    async with serving(door.ws._app) as server:
+        async with door.visit(server.url, **options) as client:
+            assert client.socket.subprotocol == subprotocol
+            assert (await client.receive())["type"] == "welcome"
+            assert (await client.ask("whoami"))["payload"] == "ann"
+            await door.ws._hub.send_to_user("ann", "mail", {})
+            assert (await client.receive())["type"] == "mail"
+        await until(lambda: not door.ws._hub._serving)
+    assert door.seen == ["t-ann", ("connect", "ann"), ("disconnect", 1000)]
+
+
+async def test_a_cookie_is_the_functions_own_business() -> None:
+    """Without a token it gets None, and may tell the user from the request."""
+    ws = endpoint()
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        assert token is None
+        return conn.req.get_cookie_values("session")[0]
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        await conn.send("hello", conn.user)
+
+    async with serving(ws._app) as server:
+        options = {"additional_headers": {"Cookie": "session=ann"}}
+        async with connect(f"{server.url}/ws", **options) as client:
+            assert (await client.receive())["payload"] == "ann"
+
+
+@pytest.mark.parametrize("options", [bearer("bad"), {"subprotocols": ["bearer", "bad"]}])
+async def test_a_refused_token_closes_with_3401(options: Any) -> None:
+    """After an accept, so that a browser can tell; no connect or disconnect handler runs."""
+    door = Door()
+    async with serving(door.ws._app) as server:
+        async with door.visit(server.url, **options) as client:
+            assert await client.closed() == (3401, "authentication failed")
+        await until(lambda: not door.ws._hub._serving)
+    assert door.seen == ["bad"]
+    assert not door.ws._hub._connections and not door.ws._hub._users
+
+
+async def test_the_first_message_may_bring_the_token() -> None:
+    """It is accepted first, asked again, and told; then connect handlers run."""
+    door = Door()
+    async with serving(door.ws._app) as server:
+        async with door.visit(server.url) as client:
+            await until(lambda: door.seen == [None])
+            assert not door.ws._hub.connections
+            await door.ws._hub.broadcast("not for strangers", {})
+            await authenticate(client, id=7)
+            assert await client.receive() == {"type": "authenticate.reply", "id": 7}
+            assert (await client.receive())["type"] == "welcome"
+            assert (await client.ask("whoami"))["payload"] == "ann"
+            assert len(door.ws._hub.members("all")) == 1
+        await until(lambda: not door.ws._hub._serving)
+    assert door.seen == [None, "t-ann", ("connect", "ann"), ("disconnect", 1000)]
+
+
+@pytest.mark.parametrize("is_behind", [True, False])
+async def test_messages_before_it_are_held(is_behind: bool) -> None:
+    """In their order, up to eight; nothing is handled before the connect handlers."""
+    door = Door()
+
+    @door.ws.on("n")
+    async def n(conn: Connection, number: int) -> int:
+        door.seen.append(number)
+        await asyncio.sleep(0)  # reads ahead
+        return number
+
+    async with serving(door.ws._app) as server, door.visit(server.url) as client:
+        for number in range(8):
+            await client.send("n", number, id=number)
+        if is_behind:
+            await until(lambda: door.seen == [None])
+        await authenticate(client)
+        for number in range(8, 30):
+            await client.send("n", number, id=number)
+        assert (await client.receive())["type"] == "welcome"
+        assert [(await client.receive())["payload"] for _ in range(30)] == list(range(30))
+    assert door.seen[:30] == [None, "t-ann", ("connect", "ann"), *range(27)]
+
+
+async def test_a_ninth_message_before_it_is_one_too_many() -> None:
+    """Whoever talks on without a token is closed with 3401."""
+    door = Door()
+    async with serving(door.ws._app) as server, door.visit(server.url) as client:
+        for number in range(9):
+            await client.send("whoami", id=number)
+        assert await client.closed() == (3401, "authenticate first")
+    assert door.seen == [None]
+
+
+@pytest.mark.parametrize("data", ["x" * 600, b"x" * 600])
+async def test_what_is_held_is_bounded_in_bytes(data: Any) -> None:
+    """All together are at most *max_size* bytes."""
+    door = Door(max_size=1000)
+    async with serving(door.ws._app) as server, door.visit(server.url) as client:
+        await client.raw(data)
+        await client.raw(data)
+        assert (await client.closed())[0] == 1009
+
+
+@pytest.mark.parametrize("first", ["no json", "[]", '{"id":1}', b"\x00", '{"type":"complete"}'])
+async def test_rubbish_before_it_is_held_as_well(first: Any) -> None:
+    """It is answered when its turn has come, and not while the client may be anybody."""
+    door = Door()
+
+    @door.ws.binary
+    async def binary(conn: Connection, data: bytes) -> None:
+        door.seen.append(data)
+        raise MessageError("binary")
+
+    async with serving(door.ws._app) as server, door.visit(server.url) as client:
+        await client.raw(first)
+        await authenticate(client, id=1)
+        assert (await client.receive())["type"] == "authenticate.reply"
+        assert (await client.receive())["type"] == "welcome"
+        if first != '{"type":"complete"}':  # of no stream
+            assert (await client.receive())["type"] == "error"
+        assert (await client.ask("whoami", id=2))["payload"] == "ann"
+
+
+@pytest.mark.parametrize(
+    "payload", [{"token": "bad"}, {"token": 5}, {"token": None}, {}, [], "t-ann", None]
+)
+async def test_a_first_message_without_a_good_token_is_refused(payload: Any) -> None:
+    """The function sees only texts; no handler runs."""
+    door = Door()
+    async with serving(door.ws._app) as server, door.visit(server.url) as client:
+        await client.send("authenticate", payload, id=1)
+        assert await client.closed() == (3401, "authentication failed")
+    assert door.seen in ([None], [None, "bad"])
+
+
+async def test_the_client_has_to_authenticate_in_time() -> None:
+    """Else it is closed with 3401."""
+    door = Door(auth_timeout=0.05)
+    async with serving(door.ws._app) as server, door.visit(server.url) as client:
+        await client.send("whoami", id=1)
+        assert await client.closed() == (3401, "not authenticated within 0.05 s")
+    assert door.seen == [None]
+
+
+@pytest.mark.parametrize("options", [{}, bearer("t-ann")])
+async def test_the_function_has_to_answer_in_time(options: Any) -> None:
+    """A lookup that hangs holds nobody up for longer, and is cancelled."""
+    ws, seen = endpoint(auth_timeout=0.05), []
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        try:
+            return await asyncio.Event().wait() and None
+        finally:
+            seen.append("cancelled")
+
+    async with serving(ws._app) as server, connect(f"{server.url}/ws", **options) as client:
+        assert await client.closed() == (3401, "not authenticated within 0.05 s")
+    assert seen == ["cancelled"]
+
+
+async def test_a_client_may_leave_before_it_authenticates() -> None:
+    """Nothing of it stays, and no handler runs."""
+    door = Door()
+    async with serving(door.ws._app) as server:
+        for leave in (Client.cut, Client.close):
+            async with door.visit(server.url) as client:
+                await client.send("whoami")
+                if (left := leave(client)) is not None:
+                    await left
+            await until(lambda: not door.ws._hub._serving)
+    assert door.seen == [None, None]
+
+
+async def test_a_client_may_leave_while_the_function_is_asked() -> None:
+    """That is noticed; the function has *linger* seconds, and no connect handler runs."""
+    ws, seen = endpoint(linger=0.05, auth_timeout=30), []
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        if token is None:
+            return None
+        try:
+            await asyncio.Event().wait()
+        finally:
+            seen.append("cancelled")
+        return "ann"
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        seen.append("connect")
+
+    async with serving(ws._app) as server:
+        async with connect(f"{server.url}/ws") as client:
+            await authenticate(client)
+            await until(lambda: next(iter(ws._hub._serving.values()))._ahead)
+            client.cut()
+        await until(lambda: not ws._hub._serving)
+    assert seen == ["cancelled"]
+
+
+async def test_a_client_may_leave_during_connect_handlers() -> None:
+    """They end undisturbed, what was sent is handled, and the disconnect handler runs."""
+    door = Door()
+    may_go_on = asyncio.Event()
+
+    @door.ws.connect
+    async def load(conn: Connection) -> None:
+        await may_go_on.wait()
+        door.seen.append(("gone", conn.closed, conn.close_code))
+
+    @door.ws.on("save")
+    async def save(conn: Connection) -> None:
+        door.seen.append("saved")
+
+    async with serving(door.ws._app) as server:
+        async with door.visit(server.url) as client:
+            await authenticate(client)
+            await client.send("save")
+            await client.close(4000)
+        (conn,) = door.ws._hub._serving.values()
+        await until(lambda: conn.closed)
+        may_go_on.set()
+        await until(lambda: not door.ws._hub._serving)
+    assert door.seen == [
+        None, "t-ann", ("connect", "ann"), ("gone", True, 4000), "saved", ("disconnect", 4000),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("exception", "closed_with"),
+    [
+        (falcon.HTTPForbidden(), 3403),
+        (falcon.HTTPNotFound(), 3404),
+        (Close(4000, "full"), 4000),
+        (KeyError("bug"), 1011),
+        (SystemExit(1), 1011),
+    ],
+)
+async def test_a_connect_handler_may_refuse_after_the_first_message(
+    exception: BaseException, closed_with: int
+) -> None:
+    """An HTTP error closes with 3000 and its status; what was sent stays untold."""
+    door = Door()
+
+    @door.ws.connect
+    async def check(conn: Connection) -> None:
+        await asyncio.sleep(0.01)  # reads ahead meanwhile
+        raise exception
+
+    async with serving(door.ws._app) as server:
+        async with door.visit(server.url) as client:
+            await authenticate(client, id=1)
+            with pytest.raises(websockets.exceptions.ConnectionClosed):
+                await client.receive()
+            assert (await client.closed())[0] == closed_with
+        await until(lambda: not door.ws._hub._serving)
+    assert door.seen == [None, "t-ann", ("connect", "ann")]
+    assert not door.ws._hub._connections and not door.ws._hub._users and not door.ws._hub.groups
+    assert not [task for task in asyncio.all_tasks() if "_read_ahead" in repr(task)]
+
+
+# What the function may do
+
+
+def failing(exceptions: dict[str, BaseException]) -> tuple[Pachinko, list[str]]:
+    """An endpoint that knows ann, and fails for other tokens in a way of their own."""
+    ws, called = endpoint(), []
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        if token in exceptions:
+            raise exceptions[token]
+        return USERS.get(token or "")
+
+    @ws.connect
+    @ws.disconnect
+    async def handler(conn: Connection) -> None:
+        called.append("a handler")
+
+    return ws, called
+
+
+async def test_the_function_may_refuse_with_an_http_error() -> None:
+    """Before accept that is HTTP 403, through Falcon's error handlers; after it 3000 + status."""
+    ws, called = failing({"t": falcon.HTTPTooManyRequests()})
+    seen: list[Any] = []
+
+    async def handle(req: Any, resp: Any, ex: Any, params: Any, ws: Any = None) -> None:
+        seen.append(ws.unaccepted)
+        raise ex
+
+    ws._app.add_error_handler(falcon.HTTPTooManyRequests, handle)
+    async with serving(ws._app) as server:
+        with pytest.raises(websockets.exceptions.InvalidStatus):
+            async with connect(f"{server.url}/ws", **bearer("t")):
+                pass
+        async with connect(f"{server.url}/ws") as client:
+            await authenticate(client, "t")
+            assert (await client.closed())[0] == 3429
+    assert seen == [True, False]
+    assert called == []
+
+
+async def test_the_function_may_close() -> None:
+    """`Close`, raised or called, is what the client sees."""
+    ws, called = failing({"t": Close(4010, "banned")})
+    async with serving(ws._app) as server:
+        async with connect(f"{server.url}/ws", **bearer("t")) as client:
+            assert await client.closed() == (4010, "banned")
+        async with connect(f"{server.url}/ws") as client:
+            await authenticate(client, "t")
+            assert await client.closed() == (4010, "banned")
+    assert called == []
+
+    ws = endpoint()
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        await conn.close(4011, "closed")
+        if conn.req.params:
+            raise Close(4012, "too late")
+        return "ann"
+
+    async with serving(ws._app) as server:
+        for query in ("", "?raise=1"):
+            async with connect(f"{server.url}/ws{query}", **bearer("t")) as client:
+                assert await client.closed() == (4011, "closed")
+
+
+SECRET = "s3cret-'token'"
+BUGS: dict[str, BaseException] = {
+    SECRET: KeyError(SECRET),
+    "t-exit": SystemExit("t-exit"),
+    "t-early": MessageError("not_yet", "no message has been handled"),
+    "t-cancelled": asyncio.CancelledError(),
+}
+
+
+@pytest.mark.parametrize("token", BUGS)
+async def test_a_bug_in_the_function_refuses(token: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged with its traceback, and the server goes on."""
+    ws, called = failing(BUGS)
+    async with serving(ws._app) as server:
+        with pytest.raises(websockets.exceptions.InvalidStatus):
+            async with connect(f"{server.url}/ws", **bearer(token)):
+                pass
+        async with connect(f"{server.url}/ws") as client:
+            await authenticate(client, token)
+            assert (await client.closed())[0] == 3500
+    assert called == []
+    logged = [r.getMessage() for r in caplog.records if r.name == "pachinko"]
+    assert len(logged) == (0 if token == "t-early" else 2)
+    assert all("who() at" in text and "Traceback" in text for text in logged)
+
+
+@pytest.mark.parametrize("user", [5, True, b"ann", ["ann"]])
+async def test_a_user_is_a_text(user: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Anything else is a bug, and nobody is let in."""
+    ws = endpoint()
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> Any:
+        return user
+
+    async with serving(ws._app) as server:
+        with pytest.raises(websockets.exceptions.InvalidStatus):
+            async with connect(f"{server.url}/ws"):
+                pass
+    assert f"the user is a str, or None to refuse; got {type(user).__name__}" in caplog.text
+
+
+async def test_a_group_joined_before_the_answer_is_not_joined() -> None:
+    """What the function itself tries to join or to send has no effect for a stranger."""
+    ws = endpoint()
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        await conn.join("secrets")
+        conn.user = "ann"
+        return None
+
+    async with serving(ws._app) as server, connect(f"{server.url}/ws", **bearer("bad")) as client:
+        await client.closed()
+        assert not ws._hub.groups and not ws._hub._users
+
+
+async def test_a_caught_failure_of_a_task_group_is_no_cancellation() -> None:
+    """On Python 3.11 and 3.12 it leaves the task's cancellation count at one."""
+    door = Door()
+    plain = door.who
+
+    async def fail() -> None:
+        raise ValueError
+
+    async def who(conn: Connection, token: str | None) -> str | None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(fail())
+                await asyncio.Event().wait()
+        except* ValueError:
+            pass
+        return await plain(conn, token)
+
+    door.ws._routes.authenticate = who
+    async with serving(door.ws._app) as server, door.visit(server.url) as client:
+        await authenticate(client)
+        assert (await client.receive())["type"] == "welcome"
+        assert (await client.ask("whoami"))["payload"] == "ann"
+
+
+# No token in the log
+
+
+async def test_no_token_reaches_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever way it comes, and whether it is taken, refused, or the function fails with it."""
+    caplog.set_level(logging.DEBUG)
+    for name in ("websockets", "uvicorn.error"):  # the client, and the server's list of headers
+        logging.getLogger(name).setLevel(logging.INFO)
+    asyncio.get_running_loop().set_debug(True)
+    asyncio.get_running_loop().slow_callback_duration = 0.0
+    ws = endpoint()
+    users: dict[Any, str | None] = {None: None, "s3cret-bad": None, "s3cret-ok": "ann"}
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        return users[token]
+
+    async with serving(ws._app, log_level="info") as server:
+        for token in ("s3cret-ok", "s3cret-bad", "s3cret-bug"):
+            for options in (bearer(token), {"subprotocols": ["bearer", token]}, {}):
+                try:
+                    async with connect(f"{server.url}/ws", **options) as client:
+                        if not options:
+                            await authenticate(client, token, id=1)
+                        if token == "s3cret-ok":
+                            await authenticate(client, 5, id=2)
+                            await authenticate(client, token, id=3)
+                            while (await client.receive()).get("id") != 3:
+                                pass
+                            await authenticate(client, "s3cret-bug", id=4)
+                            await client.receive()
+                        else:
+                            await client.closed()
+                except websockets.exceptions.InvalidStatus:
+                    assert token == "s3cret-bug"
+    lines = [json.dumps(r.getMessage()) + str(r.exc_text) for r in caplog.records]
+    assert sum("KeyError: '<token>'" in line for line in lines) == 6
+    assert "s3cret" not in "".join(lines)
+
+
+# Expiry and renewal
+
+
+async def test_it_expires() -> None:
+    """With 3401, and the disconnect handlers run, since it was in."""
+    door = Door()
+
+    @door.ws.connect
+    async def limit(conn: Connection) -> None:
+        assert conn.expires_at is None
+        conn.expires_at = time.time() + 0.05
+        assert conn.expires_at
+
+    async with serving(door.ws._app) as server:
+        async with door.visit(server.url, **bearer("t-ann")) as client:
+            assert await client.closed() == (3401, "the authentication has expired")
+        await until(lambda: not door.ws._hub._serving)
+    assert door.seen[-1] == ("disconnect", 3401)
+
+
+@pytest.mark.parametrize("options", [{}, bearer("t-ann")])
+async def test_what_has_expired_is_not_let_in(options: Any) -> None:
+    """No handler runs."""
+    ws, called = endpoint(), []
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        conn.expires_at = None if token is None else time.time() - 1
+        return token
+
+    @ws.connect
+    @ws.disconnect
+    async def handler(conn: Connection) -> None:
+        called.append("a handler")
+
+    async with serving(ws._app) as server, connect(f"{server.url}/ws", **options) as client:
+        if not options:
+            await authenticate(client)
+        assert await client.closed() == (3401, "the authentication has expired")
+    assert called == []
+
+
+async def test_it_may_expire_while_the_token_is_waited_for() -> None:
+    """Then the wait ends."""
+    ws = endpoint()
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        conn.expires_at = time.time() + 0.05
+        return None
+
+    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+        assert await client.closed() == (3401, "the authentication has expired")
+
+
+async def test_a_later_message_renews_it() -> None:
+    """The function sets the new time; the message is answered like any other."""
+    ws, seen = endpoint(), []
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        seen.append(token)
+        conn.expires_at = time.time() + (PATIENCE * 10 if token == "long" else 0.3)
+        return "ann"
+
+    @ws.middleware
+    async def see(conn: Connection, envelope: Any, call_next: Any) -> Any:
+        seen.append(envelope.type)
+        return await call_next()
+
+    @ws.on("hello")
+    async def hello(conn: Connection) -> None: ...
+
+    async with serving(ws._app) as server, connect(f"{server.url}/ws", **bearer("a")) as client:
+        (conn,) = ws._hub.connections
+        first, timer = conn.expires_at, conn._expiry
+        await client.send("authenticate", {"token": "long", "more": 1}, id=1)
+        assert await client.receive() == {"type": "authenticate.reply", "id": 1}
+        assert conn.expires_at and first and conn.expires_at > first
+        assert timer and timer.cancelled()
+        error = await client.ask("authenticate", {"token": 5}, id=2)
+        assert error["payload"]["code"] == "invalid_payload"
+        await authenticate(client, "long")  # without an id: no answer
+        assert await client.ask("hello", id=3) == {"type": "hello.reply", "id": 3}
+    await until(lambda: not ws._hub._serving)
+    assert seen == ["a", "long", "long", "hello"]
+    assert conn._expiry is None
+
+
+@pytest.mark.parametrize("token", ["bad", "t-bob"])
+async def test_a_renewal_names_the_same_user(token: str) -> None:
+    """Nobody and somebody else are closed with 3401, and the disconnect handlers run."""
+    door = Door()
+    async with serving(door.ws._app) as server:
+        async with door.visit(server.url, **bearer("t-ann")) as client:
+            await client.receive()
+            await authenticate(client, token, id=1)
+            assert await client.closed() == (3401, "authentication failed")
+        await until(lambda: not door.ws._hub._serving)
+    assert door.seen == ["t-ann", ("connect", "ann"), token, ("disconnect", 3401)]
+
+
+async def test_a_bug_in_a_renewal_is_answered() -> None:
+    """The client stays, with what it had."""
+    ws, _ = failing({"bug": ValueError(), "own": MessageError("later", "the login is down")})
+    async with serving(ws._app) as server, connect(f"{server.url}/ws", **bearer("t-ann")) as client:
+        for token, code in (("bug", "internal_error"), ("own", "later")):
+            await authenticate(client, token, id=1)
+            assert (await client.receive())["payload"]["code"] == code
+        await authenticate(client, id=2)
+        assert (await client.receive())["type"] == "authenticate.reply"
+
+
+async def test_without_a_function_the_message_is_unknown() -> None:
+    """The type is reserved, whether or not the endpoint authenticates."""
+    ws = endpoint()
+    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+        await authenticate(client, id=1)
+        assert (await client.receive())["payload"]["code"] == "unknown_type"
+
+
+@pytest.mark.parametrize("at", ["soon", float("nan"), float("inf"), True, b""])
+async def test_an_expiry_is_a_time(at: Any) -> None:
+    """Anything else is a `TypeError`; None takes it away."""
+    ws = endpoint()
+    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+        await client.ask("x")
+        (conn,) = ws._hub.connections
+        with pytest.raises(TypeError, match="expires_at is UNIX seconds, such as time"):
+            conn.expires_at = at
+        conn.expires_at = time.time() + 60
+        conn.expires_at = None
+        assert conn._expiry is None
+    await until(lambda: not ws._hub._serving)
+    conn.expires_at = time.time() - 60  # of one that is over
+    assert conn._expiry is None
+
+
+async def test_the_clock_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that is set while a client is connected moves the end, both ways."""
+    monkeypatch.setattr(pachinko, "_LOOK_AT_CLOCK", 0.01)
+    ahead = 0.0
+    monkeypatch.setattr(pachinko.time, "time", lambda: 1000.0 + ahead)
+    ws = endpoint()
+    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+        await client.ask("x")
+        (conn,) = ws._hub.connections
+        conn.expires_at = 2000.0
+        first = conn._expiry
+        await until(lambda: conn._expiry is not first)
+        assert not conn.closed
+        ahead = 1000.0
+        assert (await client.closed())[0] == 3401
+
+
+# Registration
+
+
+def test_a_wrong_function_is_refused() -> None:
+    """The text has the right code."""
+    ws = endpoint()
+    with pytest.raises(
+        PachinkoError, match=r"expected a function, .*\n@ws.authenticate\nasync def who"
+    ):
+        ws.authenticate()
+
+    with pytest.raises(PachinkoError, match="takes the wrong parameters"):
+
+        @ws.authenticate
+        async def who(conn: Connection) -> str | None: ...
+
+    @ws.authenticate
+    async def first(conn: Connection, token: str | None) -> str | None: ...
+
+    with pytest.raises(PachinkoError, match=r"authenticate has a handler: .*first.*second\(\)"):
+
+        @ws.authenticate
+        async def second(conn: Connection, token: str | None) -> str | None: ...
+
+
+async def test_it_may_be_registered_while_the_app_runs() -> None:
+    """As other handlers may."""
+    door_less = endpoint()
+    async with serving(door_less._app) as server:
+
+        @door_less.authenticate
+        async def who(conn: Connection, token: str | None) -> str | None:
+            return token
+
+        async with connect(f"{server.url}/ws", **bearer("ann")) as client:
+            await authenticate(client, "ann", id=1)
+            assert (await client.receive())["type"] == "authenticate.reply"
+
+
+async def test_a_browser_like_token_round_trips() -> None:
+    """A token in unpadded base64url is a valid subprotocol (RFC 6455, 4.1; RFC 7230, 3.2.6)."""
+    token = base64.urlsafe_b64encode(bytes(range(256))).decode().rstrip("=")
+    ws = endpoint()
+
+    @ws.authenticate
+    async def who(conn: Connection, sent: str | None) -> str | None:
+        return "ann" if sent == token else None
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        await conn.send("hello", conn.user)
+
+    async with (
+        serving(ws._app) as server,
+        connect(f"{server.url}/ws", subprotocols=["bearer", token]) as client,
+    ):
+        assert (await client.receive())["payload"] == "ann"
