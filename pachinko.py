@@ -2375,8 +2375,8 @@ def _forget_parent() -> None:
         each._clean()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_parent)
+# Where there is no fork, there is no such function either.
+getattr(os, "register_at_fork", lambda **_: None)(after_in_child=_forget_parent)
 
 hub: Hub = Hub()
 """The hub of the process. It holds no event loop and no connection before an app starts."""
@@ -2596,11 +2596,13 @@ class Dispatcher:
             if conn._rate is None or not await self._limited(conn, conn._rate, bad.id):
                 await self._unhandled(conn, text, bad, bad.id)
             return
-        if frame.type == "complete":
-            conn._complete(frame.id)
-        elif conn._rate is not None and await self._limited(conn, conn._rate, frame.id):
+        if frame.type == "complete" and conn._complete(frame.id):
+            return  # never refused, for it makes the load less
+        if conn._rate is not None and await self._limited(conn, conn._rate, frame.id):
             return
-        elif (handler := self._routes.handlers.get(frame.type)) is None:
+        if frame.type == "complete":
+            return  # of a stream that has just ended, say
+        if (handler := self._routes.handlers.get(frame.type)) is None:
             error = MessageError("unknown_type", f"no handler for {frame.type[:80]!r}")
             await self._unhandled(conn, text, error, frame.id)
         else:
@@ -3164,10 +3166,7 @@ class Pachinko:
         timeout = self._limits.auth_timeout
         try:
             async with asyncio.timeout(timeout) as conn._life:
-                user = await user_of(function, conn, token)
-                if user is None and token is None and not conn.closed:
-                    await self._accept(conn, offered)
-                    user = await self._ask_client(conn, function)
+                user = await self._user_of(conn, function, token, offered)
         except TimeoutError:
             raise Close(UNAUTHENTICATED, f"not authenticated within {timeout:g} s") from None
         except MessageError:  # which nobody can be answered with yet
@@ -3180,8 +3179,14 @@ class Pachinko:
         if not conn.closed:
             conn.user = user
 
-    async def _ask_client(self, conn: Connection, function: Any) -> str | None:
-        """Who the client is by the token in its first message."""
+    async def _user_of(
+        self, conn: Connection, function: Any, token: str | None, offered: Iterable[str]
+    ) -> str | None:
+        """Who the client is, by the handshake or else by its first message."""
+        user = await user_of(function, conn, token)
+        if user is not None or token is not None or conn.closed:
+            return user
+        await self._accept(conn, offered)
         frame = await conn._receive_first("authenticate")
         conn._handling = True  # up to the end of the connect handlers: it may leave meanwhile
         conn._watch()

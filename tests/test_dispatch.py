@@ -597,11 +597,31 @@ async def test_a_rate_refuses_and_then_closes() -> None:
         assert await client.error('{"type":"one","id":7,"payload":{}}') == ("rate_limited", 7)
         await client.raw(b"one too many")
         assert (await client.receive())["payload"]["code"] == "rate_limited"
-        await client.send("complete", id=1)  # stopping a stream is always allowed
-        for _ in range(16):
-            await client.send("one")
+        assert await client.error('{"type":"complete","id":8}') == ("rate_limited", 8)
+        for _ in range(15):
+            await client.send("complete")
         await client.raw(b"x")
         assert (await client.closed())[0] == 1008
+
+
+async def test_stopping_a_stream_is_never_too_much() -> None:
+    """At the end of its rate a client may still send the `complete` for what goes on."""
+    ws = endpoint(rate=(1, 60.0))
+
+    @ws.on("ticks")
+    async def ticks(conn: Connection) -> AsyncIterator[int]:
+        while True:
+            yield 1
+
+    async with Session(ws) as client:
+        assert (await client.ask("ticks"))["more"]
+        await client.send("complete", id=2)
+        await client.send("complete", id=1)
+        others = []
+        while len(others) < 2:
+            others += [m] if not (m := await client.receive()).get("more") else []
+        assert others[0]["id"] == 2 and others[0]["payload"]["code"] == "rate_limited"
+        assert others[1] == {"type": "complete", "id": 1}
 
 
 # Middleware

@@ -633,3 +633,14 @@ def test_a_forked_process_has_a_clean_hub() -> None:
     """A call there says that nothing runs, instead of waiting for the parent's loop."""
     script = [sys.executable, "-W", "error", "-c", FORKS]
     assert subprocess.run(script, timeout=60, check=False).returncode == 0
+
+
+async def test_what_a_fork_leaves_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loop and connections of each hub are the parent's; a lock that was held is not held."""
+    hub = Hub()
+    monkeypatch.setattr(pachinko, "_hubs", [hub])
+    hub._start(object())
+    hub._lock.acquire()
+    pachinko._forget_parent()
+    assert hub._loop is None and not hub._apps
+    assert hub._lock.acquire(blocking=False)

@@ -439,6 +439,14 @@ async def test_an_accept_that_the_server_refuses_is_an_error_after_disconnect() 
         assert await refused(server.url + "/ws") == 403
     assert codes == [1006]
 
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        raise Close(4000)
+
+    async with serving(no_accept) as server:
+        assert await refused(server.url + "/ws") == 403
+    assert codes == [1006]  # without those of a client that was not let in
+
 
 async def test_the_first_of_our_subprotocols_that_the_client_offers_is_chosen() -> None:
     """Ours is the order of preference; none in common means none."""
