@@ -236,6 +236,14 @@ def decode(text: str) -> Frame:
     return frame
 
 
+def decode_or_error(text: str) -> Frame | BadFrame:
+    """`decode`, with its error as a value: so it is not the context of what is raised later."""
+    try:
+        return decode(text)
+    except BadFrame as bad:
+        return bad
+
+
 def is_too_deep(text: str) -> bool:
     """Whether *text*, if it is JSON, nests deeper than `_MAX_DEPTH`."""
     if text.count("[") + text.count("{") <= _MAX_DEPTH:
@@ -2590,24 +2598,20 @@ class Dispatcher:
 
     async def _refuse(self, conn: Connection, text: str, exc: Any = None) -> None:
         """What is no message to a handler, each step by itself: find out why, and say so."""
-        try:
-            frame = decode(text)
-        except BadFrame as bad:
-            if conn._rate is None or not await self._limited(conn, conn._rate, bad.id):
-                await self._unhandled(conn, text, bad, bad.id)
-            return
-        if frame.type == "complete" and conn._complete(frame.id):
+        frame = decode_or_error(text)
+        is_complete = isinstance(frame, Frame) and frame.type == "complete"
+        if is_complete and conn._complete(frame.id):
             return  # never refused, for it makes the load less
         if conn._rate is not None and await self._limited(conn, conn._rate, frame.id):
             return
-        if frame.type == "complete":
-            return  # of a stream that has just ended, say
-        if (handler := self._routes.handlers.get(frame.type)) is None:
-            error = MessageError("unknown_type", f"no handler for {frame.type[:80]!r}")
-            await self._unhandled(conn, text, error, frame.id)
-        else:
+        if isinstance(frame, BadFrame):
+            await self._unhandled(conn, text, frame, frame.id)
+        elif (handler := self._routes.handlers.get(frame.type)) is not None:
             error = handler.refusal(frame.payload, self._hub._codec, exc)
             await self._fail(conn, error, frame.type, frame.id)
+        elif not is_complete:  # else of a stream that has just ended, say
+            error = MessageError("unknown_type", f"no handler for {frame.type[:80]!r}")
+            await self._unhandled(conn, text, error, frame.id)
 
     async def _limited(self, conn: Connection, rate: Rate, id: Id | None) -> bool:
         """Whether this message is one too many, which it is then told."""
@@ -2777,7 +2781,8 @@ class Dispatcher:
         """Turn what a handler raised into its outcome: an error, a close, or an answer."""
         if is_cancelled(exc):
             raise exc
-        if isinstance(exc, falcon.WebSocketDisconnected) and conn.closed:
+        # Falcon's socket knows first, where the handler has sent with that.
+        if isinstance(exc, falcon.WebSocketDisconnected) and (conn.closed or conn.ws.closed):
             return  # its own client is gone, which ends a handler quietly
         try:
             outcome = await self._outcome(conn, exc, type)
@@ -2803,7 +2808,8 @@ class Dispatcher:
                 exc = second
         outcome = outcome_of(exc)
         if outcome is None:
-            log_failure(f"the handler of {type!r}" if type else "a handler", exc, conn, type)
+            what = f"the handler of {type!r}" if type else "the fallback or the binary handler"
+            log_failure(what, exc, conn, type)
         return outcome or _internal_error()
 
     async def _send_error(self, conn: Connection, error: MessageError, id: Id | None) -> None:

@@ -14,7 +14,7 @@ import falcon
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import PATIENCE, Client, connect, new_app, serving, until
+from support import PATIENCE, Client, Stalled, connect, new_app, serving, until
 
 from pachinko import Close, Connection, Envelope, Hub, MessageError, Pachinko, message
 
@@ -528,6 +528,52 @@ async def test_binary_frames_go_to_their_handler() -> None:
         assert await client.receive() == {"type": "said", "payload": {"text": "00ff"}}
         await client.raw(b"")
         assert (await client.receive())["payload"]["code"] == "internal_error"
+
+
+@pytest.mark.parametrize("frame", ["no json", b"bytes"])
+async def test_a_bug_in_the_fallback_is_logged_as_its_own(
+    frame: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was wrong with the frame is no part of the traceback."""
+    ws = endpoint()
+
+    @ws.fallback
+    @ws.binary
+    async def other(conn: Connection, frame: Any) -> None:
+        raise KeyError("a bug")
+
+    async with Session(ws) as client:
+        await client.raw(frame)
+        assert (await client.receive())["payload"]["code"] == "internal_error"
+    assert "the fallback or the binary handler failed" in caplog.text
+    assert "KeyError: 'a bug'" in caplog.text and "BadFrame" not in caplog.text
+
+
+async def test_a_client_that_has_gone_ends_a_handler_that_uses_falcons_socket(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """That is quiet, though the server tells Falcon's send before anybody reads the disconnect."""
+    ws = endpoint()
+    codes = recording(ws)
+    sent: list[str] = []
+
+    @ws.fallback
+    async def echo(conn: Connection, frame: str) -> None:
+        try:
+            await conn.ws.send_text(frame)
+        except falcon.WebSocketDisconnected:
+            sent.append(frame)
+            raise
+
+    mask = bytes(4)
+    text, close = b"\x81\x81" + mask + b"x", b"\x88\x82" + mask + (1000).to_bytes(2, "big")
+    async with serving(ws._app) as server:
+        async with Stalled(server.url + "/ws") as client:
+            await asyncio.get_running_loop().sock_sendall(client.socket, text + close)
+            await client.read_all()
+        await clean(ws, codes)
+    assert sent == ["x"] and codes == [1000]
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
 
 
 async def test_errors_of_the_fallback_are_answered_without_an_id() -> None:
