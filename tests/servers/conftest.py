@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from observed import SERVERS, Observed
-from process import START, Process
+from process import Process, running
 
 numbers = itertools.count(1)
 
@@ -21,13 +21,8 @@ def observed(request: pytest.FixtureRequest) -> Observed:
 @pytest.fixture(scope="module")
 def server(observed: Observed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """A running server, one for all tests of a module."""
-    process = Process(observed, tmp_path_factory.mktemp("server"))
-    try:
+    with running(observed, tmp_path_factory.mktemp("server")) as process:
         yield process
-        process.terminate()
-        assert process.ends_within(START), f"{observed} goes on after SIGTERM, without connections"
-    finally:
-        process.kill()
 
 
 @pytest.fixture

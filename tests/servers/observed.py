@@ -24,6 +24,64 @@ COLUMNS = (
     "SIGTERM: `conn.close_code`",
     "SIGTERM: ends",
 )
+RFC_COLUMNS = ("Server", "Closes after a violation with", "Compression", "Fails")
+
+
+@attrs.frozen
+class Failure:
+    """What servers fail of RFC 6455 or 7692, and the cases of ``test_rfc6455.py`` that show it."""
+
+    words: str
+    cases: tuple[str, ...]
+
+
+HTTP_1_0 = Failure("accepts HTTP/1.0", ("handshake: HTTP/1.0",))
+NO_HOST = Failure("accepts a handshake without `Host`", ("handshake: no Host",))
+POST = Failure("accepts a handshake by `POST`", ("handshake: POST",))
+BAD_KEY = Failure(
+    "accepts a `Sec-WebSocket-Key` that is not 16 octets",
+    ("handshake: key of 3 octets", "handshake: key that is not base64"),
+)
+VERSION = Failure(
+    "does not name version 13 when it refuses another",
+    ("handshake: version 12 is told the right one",),
+)
+EMPTY = Failure(
+    "does not send empty messages",
+    ("1 text of 0", "1 binary of 0", "1 text of 0 by 1", "5 text of three empty fragments"),
+)
+CLOSE_WITHIN = Failure(
+    "answers a close frame between the fragments of a message with 1002", ("7 within a message",)
+)
+LARGE = Failure(
+    "ends the connection at a message of more than 1 MiB",
+    (
+        "9 text of 4 MiB",
+        "9 binary of 4 MiB",
+        "9 text of 4 MiB in 64 fragments",
+        "9 binary of 4 MiB in 1024 fragments",
+    ),
+)
+PING_WITHIN = Failure(
+    "ends the connection at a ping between the fragments of a compressed message",
+    ("12 ping between fragments",),
+)
+BFINAL = Failure(
+    "loses the compressed messages behind one whose last block has BFINAL set",
+    ("12 sample of BFINAL, twice",),
+)
+LAX_OFFER = Failure(
+    "accepts a compression offer with an unknown or a repeated parameter",
+    ("12 offer: unknown parameter", "12 offer: same parameter twice"),
+)
+STRICT_OFFER = Failure(
+    "refuses the handshake because of a wrong compression offer",
+    (
+        "12 offer: unknown parameter",
+        "12 offer: window of 16 bits",
+        "12 offer: same parameter twice",
+    ),
+)
 
 
 @attrs.frozen(kw_only=True)
@@ -58,6 +116,12 @@ class Observed:
     """What `conn.close_code` may be after SIGTERM; empty: disconnect handlers do not run."""
     ends: str = "with the last handler"
     """When the process ends after SIGTERM."""
+    violation: str = "1002 or 1007"
+    """How it fails a connection, if not with "no code" in its close frame, or "no close frame"."""
+    compresses: bool = True
+    """It agrees to permessage-deflate (RFC 7692)."""
+    failures: tuple[Failure, ...] = ()
+    """Where it deviates from RFC 6455."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.loop}".replace("`", "").strip().replace(" ", "-")
@@ -80,6 +144,17 @@ class Observed:
         )
         return f"| {' | '.join(map(str, cells))} |"
 
+    @property
+    def rfc_row(self) -> str:
+        """The line in the docs' table on RFC 6455."""
+        cells = (
+            self.name,
+            self.violation,
+            "yes" if self.compresses else "no",
+            "; ".join(failure.words for failure in self.failures) or "nothing",
+        )
+        return f"| {' | '.join(cells)} |"
+
 
 def uvicorn(implementation: str, loop: str, **deviations: Any) -> Observed:
     return Observed(
@@ -91,13 +166,19 @@ def uvicorn(implementation: str, loop: str, **deviations: Any) -> Observed:
     )
 
 
+SANSIO = (HTTP_1_0, NO_HOST, VERSION, CLOSE_WITHIN, BFINAL)
+WEBSOCKETS = (HTTP_1_0, NO_HOST, VERSION, BFINAL)
+WSPROTO = {
+    "violation": "no close frame",
+    "failures": (HTTP_1_0, BAD_KEY, PING_WITHIN, BFINAL, LAX_OFFER),
+}
 SERVERS = [
-    uvicorn("websockets-sansio", "asyncio", lost=1005),
-    uvicorn("websockets-sansio", "uvloop", lost=1005),
-    uvicorn("websockets", "asyncio"),
-    uvicorn("websockets", "uvloop"),
-    uvicorn("wsproto", "asyncio", lost=1005),
-    uvicorn("wsproto", "uvloop", lost=1005),
+    uvicorn("websockets-sansio", "asyncio", lost=1005, failures=SANSIO),
+    uvicorn("websockets-sansio", "uvloop", lost=1005, failures=SANSIO),
+    uvicorn("websockets", "asyncio", failures=WEBSOCKETS),
+    uvicorn("websockets", "uvloop", failures=WEBSOCKETS),
+    uvicorn("wsproto", "asyncio", lost=1005, **WSPROTO),
+    uvicorn("wsproto", "uvloop", lost=1005, **WSPROTO),
     Observed(
         name="hypercorn",
         command="hypercorn app:app --graceful-timeout {grace}",
@@ -106,6 +187,8 @@ SERVERS = [
         sigterm_seen=1011,
         sigterm_codes=(1006,),
         ends="after the whole grace period",
+        violation="no close frame",
+        failures=(BAD_KEY, VERSION, PING_WITHIN, BFINAL, LAX_OFFER),
     ),
     Observed(
         name="granian",
@@ -114,6 +197,9 @@ SERVERS = [
         lost=1005,
         sigterm_seen=1006,
         sigterm_codes=(1005, 1012),
+        violation="no code",
+        compresses=False,
+        failures=(POST, NO_HOST, BAD_KEY, VERSION),
     ),
     Observed(
         name="daphne",
@@ -127,5 +213,8 @@ SERVERS = [
         sigterm_seen=1006,
         sigterm_codes=(),
         ends="at once",
+        violation="no close frame",
+        compresses=False,
+        failures=(HTTP_1_0, EMPTY, LARGE, STRICT_OFFER),
     ),
 ]

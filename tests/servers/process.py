@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,25 @@ START = 30  # seconds for what takes one or two, on a slow and noisy machine
 GRACE = 8  # seconds that a server gives open connections after SIGTERM, where it can be told
 
 
-class Process:
-    """One server process that serves ``app.py``."""
+def is_alive(address: str) -> bool:
+    """Whether it is ``app.py`` that answers there."""
+    with urllib.request.urlopen(f"{address}/alive", timeout=5) as answer:
+        return bool(json.load(answer) == {"alive": True})
 
-    def __init__(self, observed: Observed, folder: Path) -> None:
-        self.observed = observed
+
+class Process:
+    """One server process that serves ``app.py``, or another *module* of a *directory*."""
+
+    def __init__(
+        self,
+        observed: Observed,
+        folder: Path,
+        module: str = "app",
+        directory: Path = HERE,
+        is_alive: Callable[[str], bool] = is_alive,
+    ) -> None:
+        self.observed, self.module, self.directory = observed, module, directory
+        self.is_alive = is_alive
         self.log = folder / "log"
         self.output = folder / "output"
         self.log.touch()
@@ -44,14 +59,15 @@ class Process:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         command = f"{self.observed.command} {self.observed.options}"
+        command = command.replace(" app:app ", f" {self.module}:app ")
         with self.output.open("wb") as output:
             return subprocess.Popen(
                 [sys.executable, "-m", *command.format(grace=GRACE, port=self.port).split()],
-                cwd=HERE,
+                cwd=self.directory,
                 env={
                     **os.environ,
                     "PACHINKO_TEST_LOG": str(self.log),
-                    "PYTHONPATH": os.pathsep.join([str(HERE), folder_of("pachinko")]),
+                    "PYTHONPATH": os.pathsep.join([str(self.directory), folder_of("pachinko")]),
                 },
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -60,11 +76,11 @@ class Process:
 
     def _is_ready(self) -> bool:
         """Wait until it answers; False when it has ended instead, or takes too long."""
-        address = f"http://127.0.0.1:{self.port}/alive"
+        address = f"http://127.0.0.1:{self.port}"
         deadline = time.monotonic() + START
         while time.monotonic() < deadline and self.popen.poll() is None:
-            with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5) as answer:
-                return bool(json.load(answer) == {"alive": True})
+            with contextlib.suppress(OSError):
+                return self.is_alive(address)
             time.sleep(0.02)
         self.kill()
         return False
@@ -97,6 +113,18 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
+
+
+@contextlib.contextmanager
+def running(observed: Observed, folder: Path, *served: Any) -> Iterator[Process]:
+    """A `Process` that ends on SIGTERM, when no connections are left."""
+    process = Process(observed, folder, *served)
+    try:
+        yield process
+        process.terminate()
+        assert process.ends_within(START), f"{observed} goes on after SIGTERM, without connections"
+    finally:
+        process.kill()
 
 
 def free_port() -> int:

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from observed import COLUMNS, SERVERS
+from observed import COLUMNS, RFC_COLUMNS, SERVERS
 
 DOCS = (Path(__file__).parents[2] / "docs" / "servers.md").read_text()
 
 
+def table(text: str) -> tuple[str, list[str]]:
+    """The header and the rows of the only table in *text*."""
+    header, rule, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert set(rule) == {"|", "-"}
+    return header, rows
+
+
 def test_table() -> None:
     """Its first table has a row for each server, word for word, and no other."""
-    header, rule, *rows = [line for line in DOCS.splitlines() if line.startswith("|")]
+    header, rows = table(DOCS.partition("\n## ")[0])
     assert header == f"| {' | '.join(COLUMNS)} |"
-    assert set(rule) == {"|", "-"}
     assert rows == list(dict.fromkeys(server.row for server in SERVERS))
+
+
+def test_rfc_table() -> None:
+    """So has the one of the section on RFC 6455."""
+    header, rows = table(DOCS.partition("\n## RFC 6455\n")[2].partition("\n## ")[0])
+    assert header == f"| {' | '.join(RFC_COLUMNS)} |"
+    assert rows == list(dict.fromkeys(server.rfc_row for server in SERVERS))
 
 
 def test_commands() -> None:

@@ -1,0 +1,34 @@
+"""An echo: every frame goes back as it came, text as text and bytes as bytes.
+
+    python examples/echo.py                 # at ws://127.0.0.1:8000/echo, or as HOST and PORT say
+    uvicorn --app-dir examples echo:app     # the same, with uvicorn's own options
+
+No message type has a handler here, so that all text goes to the fallback, be it a message or not;
+only ``complete``, which stops a stream, is the library's own. ``conn.ws`` is Falcon's socket: what
+is sent with it goes out as it is.
+"""
+
+import os
+
+import falcon.asgi
+import uvicorn
+
+from pachinko import Connection, Pachinko
+
+app = falcon.asgi.App()
+ws = Pachinko(app, "/echo", max_size=16 * 2**20)  # as much as most servers take by default
+
+
+@ws.fallback
+async def echo_text(conn: Connection, frame: str) -> None:
+    await conn.ws.send_text(frame)
+
+
+@ws.binary
+async def echo_bytes(conn: Connection, data: bytes) -> None:
+    await conn.ws.send_data(data)
+
+
+if __name__ == "__main__":
+    host, port = os.environ.get("HOST", "127.0.0.1"), int(os.environ.get("PORT", "8000"))
+    uvicorn.run(app, host=host, port=port)
