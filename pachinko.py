@@ -1151,8 +1151,8 @@ def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> N
 
 _NAME = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?"
 _AUTHORITY = rf"(?P<host>\[[0-9a-f:.]+\]|{_NAME})(?::(?P<port>[0-9]{{1,5}}))?"
-_HOST = re.compile(_AUTHORITY)
-_ORIGIN = re.compile(rf"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<below>\*\.)?{_AUTHORITY}")
+_HOST = re.compile(_AUTHORITY, re.ASCII)
+_ORIGIN = re.compile(rf"(?P<scheme>[a-z][a-z0-9+.-]*)://{_AUTHORITY}", re.ASCII)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _SHOWN = 200  # characters of a header in a log line; it may have thousands
 UNAUTHENTICATED = 3401  # the close code: 3000 and the HTTP status
@@ -1165,24 +1165,20 @@ class Origin:
     scheme: str
     host: str
     port: int | None
-    is_below: bool = False
-    """Of an option such as ``https://*.example.com``: any host below this one is meant."""
 
-    def is_covered_by(self, other: Origin) -> bool:
-        """Whether *other*, of the options, means this one."""
-        if other.is_below:
-            ports = (self.scheme, self.port) == (other.scheme, other.port)
-            return ports and self.host.endswith("." + other.host)
-        return self == other
+    def is_below(self, other: Origin) -> bool:
+        """Whether its host is a subdomain of the host of *other*, and all else is the same."""
+        is_alike = (self.scheme, self.port) == (other.scheme, other.port)
+        return is_alike and self.host.endswith("." + other.host)
 
 
 def parse_origin(text: str) -> Origin | None:
-    """Read an ``Origin`` header, or an option; None for ``null`` and for what is no origin."""
-    match = _ORIGIN.fullmatch(text.lower())
-    if match is None:
+    """Read an ``Origin`` header; None for ``null`` and for what is no origin."""
+    match = _ORIGIN.fullmatch(text.lower()) if text.isascii() else None
+    if match is None or int(match["port"] or 0) > 65_535:
         return None
-    scheme, below, host, port = match.group("scheme", "below", "host", "port")
-    return Origin(scheme, host, int(port) if port else _DEFAULT_PORTS.get(scheme), bool(below))
+    scheme, host, port = match.group("scheme", "host", "port")
+    return Origin(scheme, host, int(port) if port else _DEFAULT_PORTS.get(scheme))
 
 
 def is_same_host(origin: Origin, scheme: str, host: str) -> bool:
@@ -1194,7 +1190,7 @@ def is_same_host(origin: Origin, scheme: str, host: str) -> bool:
     """
     match = _HOST.fullmatch(host.lower())
     default = _DEFAULT_PORTS.get(origin.scheme)
-    if match is None or default is None or origin.is_below:
+    if match is None or default is None:
         return False
     if origin.scheme == "http" and scheme in ("https", "wss"):
         return False
@@ -1205,39 +1201,37 @@ def is_same_host(origin: Origin, scheme: str, host: str) -> bool:
 class Origins:
     """The browsers' origins that one endpoint lets in, beside the request's own host."""
 
-    listed: tuple[Origin, ...]
+    exact: frozenset[Origin]
+    above: tuple[Origin, ...]
+    """Of ``https://*.example.com``: those below them are meant."""
     takes_all: bool
     trust_forwarded: bool
 
     def refusal(self, req: falcon.asgi.Request) -> str | None:
         """Why *req* is refused, and the setting that would let it in; None if it is let in."""
-        headers = [value for name, value in req.scope["headers"] if name == b"origin"]
-        if self.takes_all or not headers:
+        text = req.get_header("Origin")  # two of them are joined by a comma, which is no origin
+        if self.takes_all or text is None:
             return None
-        text = headers[0].decode("latin1")
-        origin = parse_origin(text) if len(headers) == 1 else None
-        shown = f"refused origin {text[:_SHOWN]!r} at {req.path[:_SHOWN]!r}"
-        if origin is None or origin.is_below:
-            why = "it is there twice" if len(headers) > 1 else "it names no site"
-            return f'{shown}: {why}; only origins="*" would let it in'
-        is_own = _is_own(origin, req, self.trust_forwarded)
-        if is_own or any(map(origin.is_covered_by, self.listed)):
+        origin = parse_origin(text)
+        shown = f"{text[:_SHOWN]!r} at {req.path[:_SHOWN]!r}"
+        if origin is None:
+            return f'{shown}: it names no site; only origins="*" would let it in'
+        own = _forwarded(req) if self.trust_forwarded else (req.scheme, req.netloc)
+        if is_same_host(origin, *own) or origin in self.exact:
+            return None
+        if any(map(origin.is_below, self.above)):
             return None
         setting = f"origins=[{text[:_SHOWN]!r}]"
-        if not self.trust_forwarded and _is_own(origin, req, True):
+        if not self.trust_forwarded and is_same_host(origin, *_forwarded(req)):
             setting += ", or trust_forwarded=True if it was a proxy of yours that named this host"
-        return f"{shown} of the host {req.netloc[:_SHOWN]!r}; to allow it: {setting}"
+        return f"{shown} of the host {own[1][:_SHOWN]!r}; to allow it: {setting}"
 
 
-def _is_own(origin: Origin, req: falcon.asgi.Request, forwarded: bool) -> bool:
-    if forwarded:
-        return is_same_host(origin, _first(req.forwarded_scheme), _first(req.forwarded_host))
-    return is_same_host(origin, req.scheme, req.netloc)
-
-
-def _first(hops: str) -> str:
-    """What the first proxy has said, where several have added to ``X-Forwarded-…``."""
-    return hops.partition(",")[0].strip()
+def _forwarded(req: falcon.asgi.Request) -> tuple[str, str]:
+    """Scheme and host that the first proxy has been asked for; later ones may have added theirs."""
+    hops = (req.forwarded_scheme, req.forwarded_host)
+    scheme, host = (each.partition(",")[0].strip() for each in hops)
+    return scheme, host
 
 
 def read_origins(value: Iterable[str] | None, trust_forwarded: object) -> Origins:
@@ -1245,9 +1239,9 @@ def read_origins(value: Iterable[str] | None, trust_forwarded: object) -> Origin
     if not isinstance(trust_forwarded, bool):
         raise PachinkoError(f"trust_forwarded is True or False, got {trust_forwarded!r}")
     names = () if value is None else ("*",) if value == "*" else texts(value, "origins")
-    listed: list[Origin] = []
+    exact, above = list[Origin](), list[Origin]()
     for name in names:
-        origin = parse_origin(name)
+        origin = parse_origin(name.replace("://*.", "://", 1))
         if name == "null":
             raise PachinkoError('any site can make a page of origin "null"; write origins="*"')
         if name != "*" and origin is None:
@@ -1255,16 +1249,18 @@ def read_origins(value: Iterable[str] | None, trust_forwarded: object) -> Origin
                 f'origins are like "https://example.com", "https://*.example.com" (every host '
                 f'below it) or "*", in ASCII as browsers send them; got {name!r}'
             )
-        listed += [origin] if origin is not None else []
-    return Origins(tuple(listed), "*" in names, trust_forwarded)
+        if origin is not None:
+            (above if "*" in name else exact).append(origin)
+    return Origins(frozenset(exact), tuple(above), "*" in names, trust_forwarded)
 
 
 def texts(value: Any, option: str) -> tuple[str, ...]:
     """Check an option that is several texts, or raise `PachinkoError`."""
-    several = value if isinstance(value, Iterable) and not isinstance(value, str) else (None,)
+    is_several = isinstance(value, Iterable) and not isinstance(value, str)
+    several = tuple(value) if is_several else (None,)
     if not all(isinstance(text, str) for text in several):
         raise PachinkoError(f"{option} is a list of str; write {option}=[{str(value)!r}]")
-    return tuple(several)
+    return several
 
 
 def credentials(req: falcon.asgi.Request, offered: Iterable[str]) -> tuple[str | None, list[str]]:
@@ -1282,16 +1278,17 @@ def credentials(req: falcon.asgi.Request, offered: Iterable[str]) -> tuple[str |
     return token, names
 
 
-def without(secret: str | None, text: str) -> str:
-    """*text* for the log, with *secret* taken out, also where it is written as Python shows it."""
-    for form in (secret, repr(secret)[1:-1]) if secret else ():
-        text = text.replace(form, "<token>")
-    return text
+def token_of(payload: Any) -> str | None:
+    """The token of an ``authenticate`` message, if that is what its payload has."""
+    token = payload.get("token") if type(payload) is dict else None
+    return token if isinstance(token, str) else None
 
 
 # ── outbox and limits ─────────────────────────────────────────────────────────────────────────
 #
 # What connections are made of, each with one job and without knowledge of the others.
+
+_CANCEL_AGAIN = 5.0  # seconds that code may take to clean up before it is cancelled once more
 
 
 class Suspended(Generator[Any, Any, Any]):
@@ -1330,6 +1327,12 @@ def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
 def text_event(data: bytes) -> Event:
     """The ASGI event that sends *data* as a text frame (ASGI, WebSocket: Send)."""
     return {"type": "websocket.send", "text": data.decode()}
+
+
+def size_of(frame: str | bytes) -> int:
+    """Bytes of a frame's payload; text counts as UTF-8."""
+    is_counted = isinstance(frame, bytes) or frame.isascii()
+    return len(frame) if is_counted else len(cast(str, frame).encode(errors="surrogatepass"))
 
 
 def abandon(ws: falcon.asgi.WebSocket) -> None:
@@ -1434,6 +1437,64 @@ class Stream:
         self.stopped = True
 
 
+class TimeLimit:
+    """Cancels the task that is in its ``with`` block when the time has come: `TimeoutError`.
+
+    What `asyncio.timeout` is for code that one knows. Around an application's code it cancels again
+    every few seconds, since that may swallow a cancellation; so does a `TaskGroup` of Python 3.11
+    that is just ending. That of 3.11 and 3.12 also leaves cancellations counted that it has caught:
+    these do not hide the time-out, while one that has come from elsewhere since goes on up.
+    """
+
+    __slots__ = ("_before", "_cancels", "_task", "_timer", "_when", "expired")
+
+    def __init__(self, when: float | None = None) -> None:
+        self._when = when
+        self._task: asyncio.Task[Any] | None = None
+        self._timer: asyncio.Handle | None = None
+        self._before = self._cancels = 0
+        self.expired: bool = False
+
+    def __enter__(self) -> TimeLimit:
+        self._task = asyncio.current_task()
+        if self._when is not None:
+            self.end_at(self._when)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: object, traceback: object) -> None:
+        task, self._task = cast("asyncio.Task[Any]", self._task), None
+        if self._timer is not None:
+            self._timer.cancel()
+        while self._cancels and task.cancelling() > self._before:
+            self._cancels -= 1
+            task.uncancel()
+        if self.expired and kind is asyncio.CancelledError and task.cancelling() <= self._before:
+            raise TimeoutError
+
+    def end_at(self, when: float) -> None:
+        """Expire at *when* on the loop's clock, if it has not yet and its block goes on."""
+        if self._task is not None and not self.expired:
+            if self._timer is not None:
+                self._timer.cancel()
+            loop = asyncio.get_running_loop()
+            is_due = when <= loop.time()  # then it comes before anything that has not happened yet
+            self._timer = (
+                loop.call_soon(self._expire) if is_due else loop.call_at(when, self._expire)
+            )
+
+    def is_around(self, task: object) -> bool:
+        """Whether it is *task* that is in its block."""
+        return self._task is task
+
+    def _expire(self) -> None:
+        task = cast("asyncio.Task[Any]", self._task)
+        if not self.expired:
+            self.expired, self._before = True, task.cancelling()
+        self._cancels += 1
+        task.cancel()
+        self._timer = asyncio.get_running_loop().call_later(_CANCEL_AGAIN, self._expire)
+
+
 class Rate:
     """At most *count* messages at once, and *count* in *seconds* on average (GCRA)."""
 
@@ -1480,7 +1541,7 @@ def _is_seconds(value: Any) -> bool:
 
 
 def _is_time_limit(value: Any) -> bool:
-    return value is None or (_is_seconds(value) and value > 0)
+    return _is_seconds(value) and value > 0
 
 
 def _is_rate(value: Any) -> bool:
@@ -1501,8 +1562,10 @@ class Limits:
     linger: float = _option(_is_seconds, "a number of seconds, at least 0")
     max_concurrent: int = _option(_is_count, "a number of tasks, at least 1")
     max_groups: int = _option(_is_count, "a number of groups, at least 1")
-    handler_timeout: float | None = _option(_is_time_limit, "a number of seconds above 0, or None")
-    auth_timeout: float = _option(_is_seconds, "a number of seconds, at least 0")
+    handler_timeout: float | None = _option(
+        lambda value: value is None or _is_time_limit(value), "a number of seconds above 0, or None"
+    )
+    auth_timeout: float = _option(_is_time_limit, "a number of seconds above 0")
 
 
 # ── connection ────────────────────────────────────────────────────────────────────────────────
@@ -1518,6 +1581,7 @@ class Limits:
 
 _READ_AHEAD = 8  # frames: enough to notice a disconnect behind some messages, and bounded
 _BURST = 32  # messages that code may send in a row before others get a turn
+_END_OF_TIME = 1e15  # UNIX seconds; beyond, floats and timers give up
 _LOOK_AT_CLOCK = 600.0  # seconds: as often is an expiry compared with the time of day
 _GOODBYE = 1.0  # seconds for what cannot be waited for: an evicted client's close frame, say
 
@@ -1563,7 +1627,7 @@ class Connection:
     _outbox: Outbox | None = None
     _goodbye: asyncio.Future[bool] | None = None  # whether the close frame was written
     _patience: asyncio.Timeout | None = None  # of the sender that writes by itself
-    _life: asyncio.Timeout | None = None  # of reading and of the handler in progress
+    _life: TimeLimit | None = None  # of reading and of the handler in progress
     _expires_at: float | None = None
     _expiry: asyncio.TimerHandle | None = None
     _handling: bool = False  # a handler is in progress
@@ -1591,7 +1655,7 @@ class Connection:
     def user(self, user: str | None) -> None:
         if user is not None and not isinstance(user, str):
             raise TypeError(f"a user is a str or None, got {user!r}; write conn.user = str(...)")
-        if self._phase is not Phase.CONNECTING:
+        if self._writing != "handshake":
             raise PachinkoError("conn.user is set in a connect handler, before the client is in")
         self._hub._set_user(self, user)
         self._user = user
@@ -1607,7 +1671,7 @@ class Connection:
 
     @expires_at.setter
     def expires_at(self, at: float | None) -> None:
-        if at is not None and not (type(at) in (int, float) and math.isfinite(at)):
+        if at is not None and not (type(at) in (int, float) and abs(at) < _END_OF_TIME):
             raise TypeError(f"expires_at is UNIX seconds, such as time.time() + 3600; got {at!r}")
         self._expires_at = at
         self._stop_expiry()
@@ -1831,10 +1895,10 @@ class Connection:
         for stream in tuple((self._streams or {}).values()):
             if stream.task is not asyncio.current_task():
                 stream.stop()
-        if self._life is not None and not self._life.expired():
+        if self._life is not None:
             is_unread = self.close_code is None  # the server may hold frames from before the end
             linger = self._limits.linger if self._handling or is_unread else 0
-            self._life.reschedule(self._ended + linger)
+            self._life.end_at(self._ended + linger)
 
     def _close(self, close: Close) -> None:
         """The server's wish: the close frame goes out behind what was sent before."""
@@ -1846,8 +1910,8 @@ class Connection:
         last = Waiting(event, self._goodbye)
         if self._phase is not Phase.CONNECTING:
             self._end(Phase.CLOSING)
-        elif self._life is not None:  # it has not authenticated yet
-            self._life.reschedule(asyncio.get_running_loop().time())
+        elif self._life is not None and not self._life.is_around(asyncio.current_task()):
+            self._life.end_at(asyncio.get_running_loop().time())  # it has not authenticated yet
         self._phase = Phase.CLOSING
         if self._handling and self._ahead is not None:
             self._ahead.cancel()  # granian's send(close) waits while a receive is pending
@@ -1919,8 +1983,8 @@ class Connection:
                 return event
         return None
 
-    async def _receive_first(self, type: str) -> Frame:
-        """The first message of *type*; what comes before it is held, a few frames, to be read then.
+    async def _receive_token(self) -> Frame:
+        """The first ``authenticate``; what comes before it is held, a few frames, to be read then.
 
         Raises `Close` when that is too much, and `falcon.WebSocketDisconnected`.
         """
@@ -1931,13 +1995,13 @@ class Connection:
             size += size_of(event["bytes"] if text is None else text)
             if size > self._limits.max_size:
                 raise Close(1009, f"more than {self._limits.max_size} bytes")
-            with contextlib.suppress(BadFrame):  # which is answered when its turn has come
-                if text is not None and (frame := decode(text)).type == type:
-                    self._received += 1
-                    return frame
+            frame = decode_or_error(text) if text is not None else None
+            if isinstance(frame, Frame) and frame.type == "authenticate":
+                self._received += 1
+                return frame
             self._inbox.append(event)
             if len(self._inbox) > _READ_AHEAD:
-                raise Close(UNAUTHENTICATED, f"{type} first")
+                raise Close(UNAUTHENTICATED, "authenticate first")
 
     def _watch(self) -> None:
         """Have `_look` called when the loop goes on, which it does if the handler suspends.
@@ -1957,9 +2021,13 @@ class Connection:
     async def _read_ahead(self) -> None:
         if self._inbox is None:
             self._inbox = collections.deque()
+        size = 0  # of what may be anything, up to the server's own limit for each
         try:
-            while self._handling and len(self._inbox) < _READ_AHEAD:
+            while (
+                self._handling and len(self._inbox) < _READ_AHEAD and size <= self._limits.max_size
+            ):
                 event = await self.ws._receive()
+                size += size_of(event.get("text") or event.get("bytes") or "")
                 if not (self._streams and self._stops_stream(event)):
                     self._inbox.append(event)
         except falcon.WebSocketDisconnected as exc:
@@ -2020,6 +2088,7 @@ class Hub:
         self._counts = dict.fromkeys(counters, 0)
         self._errors: dict[str, int] = {}
         self._draining = False
+        self._drains: set[asyncio.Task[None]] = set()
         self._calls: set[concurrent.futures.Future[Any]] = set()  # from threads, not yet answered
 
     def configure(self, *, converter: cattrs.Converter | None = None) -> None:
@@ -2116,9 +2185,12 @@ class Hub:
 
         Raises `PachinkoError` for a connection of an endpoint with another hub, and `MessageError`
         (``too_many_groups``) for one that is in `max_groups` others: since mostly a client has
-        asked for it, a handler that lets that pass answers it.
+        asked for it, a message handler that lets that pass answers it. In a connect handler it is
+        an error like any other.
         """
         self._check_member(group, conn)
+        if conn._phase is Phase.CONNECTING and conn.id not in self._connections:
+            raise PachinkoError("nobody joins before it has authenticated; do it in @ws.connect")
         if conn.id in self._connections:
             if conn._groups is None:
                 conn._groups = set()
@@ -2206,6 +2278,14 @@ class Hub:
             raise ValueError(f"seconds is a number, at least 0, got {seconds!r}")
         self._check("", "group")
         self._draining = True
+        # By a task of its own, since the caller may be a handler, and cancelled with its client.
+        work = self._close_all(seconds, asyncio.current_task())
+        task = asyncio.get_running_loop().create_task(work)
+        self._drains.add(task)
+        task.add_done_callback(self._drains.discard)
+        await asyncio.shield(task)
+
+    async def _close_all(self, seconds: float, caller: object) -> None:
         conns = random.sample(list(self._serving.values()), len(self._serving))
         logger.info("draining %d connections in %g s", len(conns), seconds)
         loop = asyncio.get_running_loop()
@@ -2214,17 +2294,18 @@ class Hub:
             if (early := begun + seconds * n / len(conns) - loop.time()) > 0 or n % _TURN == 0:
                 await asyncio.sleep(early)
             conn._close(Close(1012, "the server restarts"))
-        await self._wait_for(frozenset(conns))
+        own = {c for task, c in self._serving.items() if caller in (task, *(c._tasks or ()))}
+        await self._wait_for(frozenset(conns) - own)
 
-    async def _wait_for(self, conns: Set[Connection], *others: asyncio.Task[Any]) -> None:
+    async def _wait_for(self, conns: Iterable[Connection], *others: asyncio.Task[Any]) -> None:
         """Wait until *conns*, which are closed, are over, with their disconnect handlers."""
-        tasks = {task for task, conn in self._serving.items() if conn in conns}
-        ending = {*tasks, *others} - {cast("asyncio.Task[Any]", asyncio.current_task())}
+        closed = frozenset(conns)
+        ending = {*others, *(task for task, conn in self._serving.items() if conn in closed)}
         if ending:
-            linger = max((conn._limits.linger for conn in conns), default=0.0)
+            linger = max((conn._limits.linger for conn in closed), default=0.0)
             _, stuck = await asyncio.wait(ending, timeout=linger + _FAREWELL)
             for task in stuck:
-                logger.error("shutting down without %r, which does not end", task)
+                logger.error("not waiting any longer for %r, which does not end", task)
 
     async def _push(
         self,
@@ -2277,8 +2358,11 @@ class Hub:
         """
 
         async def call() -> Any:
-            result = function(*args, **kwargs)
-            return await result if inspect.isawaitable(result) else result
+            try:
+                result = function(*args, **kwargs)
+                return await result if inspect.isawaitable(result) else result
+            except SystemExit as exc:  # which would end the server
+                raise RuntimeError("sys.exit() in a call from a thread") from exc
 
         if not callable(function):
             raise TypeError(f'write hub.call_threadsafe(hub.send, "room:1", ...), got {function!r}')
@@ -2294,6 +2378,7 @@ class Hub:
             raise PachinkoError(f"the hub is not running: {exc}") from None
         future.add_done_callback(self._calls.discard)
         future.add_done_callback(lambda _: running.cancel())
+        future.add_done_callback(_tell_cancelled)
         running.add_done_callback(functools.partial(_pass_on, future))
         return future
 
@@ -2361,6 +2446,12 @@ async def _write_each(receivers: list[Connection], event: Event) -> None:
                 conn._write_next()
 
 
+def _tell_cancelled(future: concurrent.futures.Future[Any]) -> None:
+    """Let `concurrent.futures.wait` know, which hears of a cancellation from the executor only."""
+    if future.cancelled():
+        future.set_running_or_notify_cancel()
+
+
 def _pass_on(future: concurrent.futures.Future[Any], ended: concurrent.futures.Future[Any]) -> None:
     """Give *future* the outcome of *ended*, unless the hub has stopped or a thread cancelled it."""
     with contextlib.suppress(concurrent.futures.InvalidStateError):
@@ -2416,12 +2507,6 @@ def outcome_of(exc: BaseException) -> MessageError | Close | None:
     return exc if isinstance(exc, (MessageError, Close)) else None
 
 
-def size_of(frame: str | bytes) -> int:
-    """Bytes of a frame's payload; text counts as UTF-8."""
-    is_counted = isinstance(frame, bytes) or frame.isascii()
-    return len(frame) if is_counted else len(cast(str, frame).encode(errors="surrogatepass"))
-
-
 def is_cancelled(exc: BaseException | None = None) -> bool:
     """Whether the current task is being cancelled, and *exc* is not some handler's stray error."""
     task = cast("asyncio.Task[Any]", asyncio.current_task())
@@ -2452,7 +2537,7 @@ class Dispatcher:
     async def serve(self, conn: Connection) -> None:
         """Handle what *conn* sends until it is over, and then everything that follows."""
         try:
-            async with asyncio.timeout(None) as conn._life:
+            with TimeLimit() as conn._life:
                 while (event := await self._read(conn)) is not None:
                     conn._handling = True
                     if not conn._look_due:
@@ -2462,7 +2547,7 @@ class Dispatcher:
                     del event  # which may be large, and the next one late
                     forget_cancellations()
         except TimeoutError:  # of `_life`: closed by other code while reading, or lingered enough
-            pass
+            forget_cancellations()
         finally:
             conn._life = None
             await self.finish(conn)
@@ -2636,10 +2721,7 @@ class Dispatcher:
     async def _raw(self, conn: Connection, function: Callable[..., Any], data: str | bytes) -> None:
         """Call the fallback or the binary handler, and send what it returns."""
         try:
-            call = function(conn, data)
-            if self._limits.handler_timeout is not None:
-                call = self._in_time(conn, function, call)
-            result = await call
+            result = await self._in_time(function, function(conn, data))
             if result is not None:
                 if message_type(type(result)) is None:
                     raise TypeError(f"{place_of(function)} may return a @message object or None")
@@ -2652,7 +2734,7 @@ class Dispatcher:
         try:
             call = self._call(conn, handler, message)
             if self._limits.handler_timeout is not None:
-                call = self._in_time(conn, handler.function, call)
+                call = self._in_time(handler.function, call)
             result = await call
             if result is not None or message.id is not None:
                 writer = self._writer_of(handler, result)
@@ -2660,21 +2742,19 @@ class Dispatcher:
         except _FAULTS as exc:  # the same
             await self._fail(conn, exc, handler.type, message.id)
 
-    async def _in_time(
-        self, conn: Connection, function: Callable[..., Any], call: Awaitable[T]
-    ) -> T:
-        """What *call*, of *function*, returns within `handler_timeout`."""
-        timeout = self._limits.handler_timeout
-        patience = asyncio.timeout(timeout)
+    async def _in_time(self, function: Callable[..., Any], call: Awaitable[T]) -> T:
+        """What *call*, of *function*, returns within `handler_timeout`, where there is one."""
+        if (seconds := self._limits.handler_timeout) is None:
+            return await call
+        limit = TimeLimit(asyncio.get_running_loop().time() + seconds)
         try:
-            async with patience:
+            with limit:
                 return await call
-        except (TimeoutError, asyncio.CancelledError):
-            # On Python 3.11 and 3.12 a failure in a TaskGroup that it has caught hides the timeout.
-            if not patience.expired() or (is_cancelled() and conn.closed):
+        except TimeoutError:
+            if not limit.expired:  # the handler's own
                 raise
-        logger.warning("%s was stopped after %g s", place_of(function), timeout)
-        raise MessageError("handler_timeout", f"not done within {timeout:g} s")
+        logger.warning("%s was stopped after %g s", place_of(function), seconds)
+        raise MessageError("handler_timeout", f"not done within {seconds:g} s")
 
     def _writer_of(self, handler: Handler, result: object) -> Writer:
         """How what *handler* returns is written, found once for each class."""
@@ -2825,22 +2905,25 @@ async def user_of(
 ) -> str | None:
     """Who the application says *token* belongs to.
 
-    Lets `falcon.HTTPError`, `Close` and `MessageError` pass. Any other exception is logged without
-    the token, which its text may hold, and becomes a `MessageError` (``internal_error``).
+    Lets `falcon.HTTPError`, `Close` and `MessageError` pass. Any other exception is logged and
+    becomes a `MessageError` (``internal_error``). Of all of them only the kind and the place get
+    into a log: the texts, also of what they were raised for, may hold the token or a cookie.
     """
     try:
         user = await function(conn, token)
-        if user is not None and not isinstance(user, str):
-            raise TypeError(f"the user is a str, or None to refuse; got {type(user).__name__}")
+        if user is not None and not (isinstance(user, str) and user):
+            raise PachinkoError("the user is a str that is not empty, or None to refuse")
         return user
-    except (falcon.HTTPError, Close, MessageError):
+    except (falcon.HTTPError, Close, MessageError) as exc:
+        exc.__cause__ = exc.__context__ = None
         raise
     except _FAULTS as exc:
         if is_cancelled(exc):
             raise
-        shown = without(token, "".join(traceback.format_exception(exc)))
+        what = f": {exc}" if isinstance(exc, PachinkoError) else ""
+        what = f"{type(exc).__qualname__}{what}\n{''.join(traceback.format_tb(exc.__traceback__))}"
         extra = {"connection_id": conn.id, "message_type": "authenticate"}
-        logger.error("%s failed\n%s", place_of(function), shown, extra=extra)
+        logger.error("%s failed: %s", place_of(function), what, extra=extra)
         raise _internal_error() from None
 
 
@@ -2966,13 +3049,25 @@ class Pachinko:
         refuse_second(self._routes.authenticate, function, "authenticate")
         self._routes.authenticate = function
 
-        async def again(conn: Connection, *, token: str) -> None:
-            if await user_of(function, conn, token) != conn.user:
+        async def again(conn: Connection, payload: Any) -> None:
+            if (token := token_of(payload)) is None:
+                wrong = {"path": "$.payload.token", "message": "expected str"}
+                raise invalid_payload("authenticate", [wrong])
+            expires_at = conn.expires_at
+            try:
+                user = await user_of(function, conn, token)
+            except BaseException as exc:
+                conn.expires_at = expires_at  # what has failed renews nothing
+                if isinstance(exc, falcon.HTTPError):
+                    raise Close(3000 + exc.status_code) from None
+                raise
+            if user != conn.user:
                 raise Close(UNAUTHENTICATED, "authentication failed")
 
-        namespaces, codec = namespaces_at(sys._getframe(0)), self._hub._codec
-        handler = read_handler("authenticate", again, codec, namespaces, None, (), False)
-        self._add_checked(handler)
+        parameter = inspect.Parameter("payload", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._add_checked(
+            Handler("authenticate", function, again, Any, parameter, None, None, False, False)
+        )
         return function
 
     def on(self, type: str | type[Any], *, concurrent: bool = False) -> Callable[[F], F]:
@@ -3096,7 +3191,7 @@ class Pachinko:
             await ws.close(3503)  # before accept: HTTP 403, as are all of Falcon's refusals
             return
         if (refusal := self._origins.refusal(req)) is not None:
-            logger.warning(refusal)
+            logger.warning("refused origin %s", refusal)
             await ws.close(3403)
             return
         conn = Connection(self._hub, self._limits, req, ws, params)
@@ -3110,7 +3205,8 @@ class Pachinko:
                 await self._dispatcher.serve(conn)
         finally:
             conn._lost()
-            if conn._ahead is not None:
+            conn._writing = ""  # also of a handshake that an exception has ended
+            if conn._ahead is not None:  # it may have no end of its own
                 conn._ahead.cancel()
             self._hub._remove(conn)
             serving.pop(task, None)
@@ -3133,6 +3229,8 @@ class Pachinko:
                 conn._queue().clear()
                 conn._close(close)
         conn._handling = False
+        if conn._ahead is None and not conn._inbox:
+            conn._inbox = None  # 760 bytes that few connections need
         try:
             await self._accept(conn, offered)
         except BaseException as exc:  # let in, so it is seen out; raised again below
@@ -3161,21 +3259,31 @@ class Pachinko:
         for handler in self._routes.connect:
             try:
                 await handler(conn)
-            except SystemExit as exc:  # which would end the server
-                raise RuntimeError("a connect handler has called sys.exit()") from exc
+            except (SystemExit, asyncio.CancelledError) as exc:  # of which a server makes more
+                if is_cancelled(exc):
+                    raise
+                raise RuntimeError(f"a connect handler has raised {exc!r}") from exc
             forget_cancellations()
 
     async def _authenticate(
         self, conn: Connection, function: Any, token: str | None, offered: Iterable[str]
     ) -> None:
         """Set the user, or raise `Close`; the connection may also be closed in the meantime."""
-        timeout = self._limits.auth_timeout
+        seconds = self._limits.auth_timeout
+        deadline = asyncio.get_running_loop().time() + seconds
         try:
-            async with asyncio.timeout(timeout) as conn._life:
-                user = await self._user_of(conn, function, token, offered)
+            with TimeLimit(deadline) as conn._life:
+                user = await user_of(function, conn, token)
+            if user is None and token is None and not conn.closed:
+                await self._accept(conn, offered)  # in its own time: it cannot be done by half
+                with TimeLimit(deadline) as conn._life:
+                    user = await self._ask_client(conn, function)
         except TimeoutError:
-            raise Close(UNAUTHENTICATED, f"not authenticated within {timeout:g} s") from None
-        except MessageError:  # which nobody can be answered with yet
+            raise Close(UNAUTHENTICATED, f"not authenticated within {seconds:g} s") from None
+        except MessageError as exc:
+            if exc.code != "internal_error":  # which has been logged
+                text = "%s raised a MessageError, when no message can be answered yet; raise Close"
+                logger.error(text, place_of(function), extra={"connection_id": conn.id})
             raise falcon.HTTPInternalServerError from None
         finally:
             conn._life = None
@@ -3185,19 +3293,13 @@ class Pachinko:
         if not conn.closed:
             conn.user = user
 
-    async def _user_of(
-        self, conn: Connection, function: Any, token: str | None, offered: Iterable[str]
-    ) -> str | None:
-        """Who the client is, by the handshake or else by its first message."""
-        user = await user_of(function, conn, token)
-        if user is not None or token is not None or conn.closed:
-            return user
-        await self._accept(conn, offered)
-        frame = await conn._receive_first("authenticate")
+    async def _ask_client(self, conn: Connection, function: Any) -> str | None:
+        """Who the client is by its first message."""
+        frame = await conn._receive_token()
         conn._handling = True  # up to the end of the connect handlers: it may leave meanwhile
         conn._watch()
-        token = frame.payload.get("token") if type(frame.payload) is dict else None
-        user = await user_of(function, conn, token) if isinstance(token, str) else None
+        token = token_of(frame.payload)
+        user = None if token is None else await user_of(function, conn, token)
         if user is not None and frame.id is not None:
             await conn._post(reply_event(("authenticate.reply", lambda _: UNSET), frame.id, None))
         return user

@@ -415,6 +415,21 @@ async def test_the_account(how: str) -> None:
         assert (conn.user, conn.expires_at) == page.SESSIONS["5e551"]
 
 
+# docs/reliability.md
+
+
+RELIABILITY = tables(ROOT / "docs" / "reliability.md", "Promise", "Shown by")
+
+
+@pytest.mark.parametrize(("promise", "shown_by"), RELIABILITY)
+def test_each_promise_has_its_test(promise: str, shown_by: str) -> None:
+    """The tests that are said to show a promise exist, each of them."""
+    assert spans(shown_by)
+    for test in spans(shown_by):
+        path, _, name = test.partition("::")
+        assert re.search(rf"^ *(async )?def {name}\(", (ROOT / path).read_text(), re.M), promise
+
+
 # docs/payloads.md
 
 

@@ -1084,7 +1084,7 @@ def test_a_second_pachinko_on_a_path_is_refused(path: str) -> None:
         ({"max_groups": 0}, "max_groups is a number of groups, at least 1"),
         ({"handler_timeout": 0}, "handler_timeout is a number of seconds above 0, or None, got 0"),
         ({"handler_timeout": "5"}, "handler_timeout is a number of seconds above 0, or None"),
-        ({"auth_timeout": None}, "auth_timeout is a number of seconds, at least 0"),
+        ({"auth_timeout": 0}, "auth_timeout is a number of seconds above 0, got 0"),
         ({"send_timeout": float("inf")}, "send_timeout is a number of seconds"),
         ({"send_timeout": -1}, "send_timeout is a number of seconds, at least 0, got -1"),
         ({"send_timeout": None}, "send_timeout is a number of seconds, at least 0"),
@@ -1116,7 +1116,7 @@ def test_a_wrong_option_is_refused(options: Any, says: str) -> None:
     [
         {"overflow": "drop_oldest"}, {"rate": (20, 1)}, {"rate": (1, 0.5)}, {"rate": None},
         {"max_groups": 1}, {"handler_timeout": None}, {"handler_timeout": 0.1},
-        {"auth_timeout": 0}, {"trust_forwarded": True}, {"outbox": 1}, {"send_timeout": 0.0},
+        {"auth_timeout": 0.1}, {"trust_forwarded": True}, {"outbox": 1}, {"send_timeout": 0.0},
         {"send_timeout": 5}, {"linger": 0},
         {"origins": "*"}, {"origins": []},
         {"origins": ("https://example.com", "http://localhost:5173")},

@@ -455,21 +455,24 @@ async def test_draining_closes_everybody_within_the_time(seconds: float) -> None
         pass  # the same hub serves again
 
 
-async def test_draining_takes_them_in_random_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order is not that in which they have come."""
-    chosen: list[Connection] = []
-    ws, codes = leaving()
+async def test_draining_takes_them_in_random_order_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each at its own time, here those that came last first."""
+    monkeypatch.setattr(pachinko.random, "sample", lambda population, k: population[::-1])
+    ws = endpoint()
+    left: list[tuple[str, int]] = []
 
-    def sample(population: Any, k: int) -> Any:
-        chosen.extend(population)
-        return population
+    @ws.disconnect
+    async def leave(conn: Connection) -> None:
+        left.append((conn.params["group"], sum(not c.closed for c in ws._hub.connections)))
 
-    monkeypatch.setattr(pachinko.random, "sample", sample)
-    async with serving(ws._app) as server, connect(server.url + "/ws/a"):
-        await until(lambda: ws._hub.connections)
-        (conn,) = ws._hub.connections
-        await ws._hub.drain(0)
-        assert chosen == [conn] and codes == [1012]
+    async with serving(ws._app) as server, contextlib.AsyncExitStack() as stack:
+        for name in "abcd":
+            await stack.enter_async_context(connect(f"{server.url}/ws/{name}"))
+        await ws._hub.drain(1.0)
+    assert [name for name, _ in left] == ["d", "c", "b", "a"]
+    assert [still_open for _, still_open in left] == [3, 2, 1, 0]
 
 
 async def test_draining_includes_those_that_are_not_in_yet() -> None:
@@ -515,16 +518,17 @@ async def test_a_disconnect_handler_that_hangs_is_given_up(
     async with serving(ws._app) as server, connect(server.url + "/ws/a"):
         await until(lambda: ws._hub.connections)
         await ws._hub.drain(0)
-        assert "shutting down without <Task" in caplog.text
+        assert "not waiting any longer for <Task" in caplog.text
         may_go_on.set()
 
 
-async def test_a_handler_may_drain() -> None:
+@pytest.mark.parametrize("concurrent", [False, True])
+async def test_a_handler_may_drain(concurrent: bool) -> None:
     """It does not wait for its own connection."""
     ws, codes = leaving()
     done: list[str] = []
 
-    @ws.on("drain")
+    @ws.on("drain", concurrent=concurrent)
     async def drain(conn: Connection) -> None:
         await ws._hub.drain(0)
         done.append("drained")
@@ -535,6 +539,52 @@ async def test_a_handler_may_drain() -> None:
             assert (await client.closed())[0] == 1012
         await until(lambda: not ws._hub._serving)
     assert done == ["drained"] and codes == [1012, 1012]
+
+
+async def test_a_drain_goes_on_without_the_handler_that_began_it() -> None:
+    """That one is closed as well, and has its *linger*; the others are closed all the same."""
+    ws, codes = leaving(linger=0.0)
+
+    @ws.on("drain")
+    async def drain(conn: Connection) -> None:
+        await ws._hub.drain(0.5)
+
+    async with serving(ws._app) as server, contextlib.AsyncExitStack() as stack:
+        url = server.url + "/ws/a"
+        clients = [await stack.enter_async_context(connect(url)) for _ in range(10)]
+        await clients[0].send("drain")
+        for client in clients:
+            assert (await client.closed())[0] == 1012
+        await until(lambda: not ws._hub._serving)
+    assert codes == [1012] * 10
+
+
+async def test_the_lifespan_closes_those_that_are_not_in_yet() -> None:
+    """A shutdown that comes while clients authenticate or connect waits for neither."""
+    ws, codes = leaving()
+    locked = Pachinko(ws._app, "/locked", hub=ws._hub, auth_timeout=10 * PATIENCE)
+    may_go_on = asyncio.Event()
+
+    @locked.authenticate
+    async def who(conn: Connection, token: str | None) -> None: ...
+
+    @ws.connect
+    async def load(conn: Connection) -> None:
+        await may_go_on.wait()
+
+    async def visit(url: str) -> int | None:
+        async with connect(url) as client:
+            return (await client.closed())[0]
+
+    async with serving(ws._app) as server:
+        visits = [asyncio.create_task(visit(server.url + path)) for path in ("/ws/a", "/locked")]
+        await until(lambda: len(ws._hub._serving) == 2)
+        ending = [asyncio.create_task(each.process_shutdown({}, {})) for each in (ws, locked)]
+        await until(lambda: all(conn.closed for conn in ws._hub._serving.values()))
+        may_go_on.set()
+        assert await asyncio.gather(*visits) == [1012, 1012]
+        await asyncio.gather(*ending)
+    assert codes == [1012]
 
 
 @pytest.mark.parametrize("seconds", [-1, "10", None, float("inf")])
@@ -577,9 +627,10 @@ async def test_calls_from_threads_end_with_the_hub() -> None:
 
 async def test_a_thread_may_cancel_its_call() -> None:
     """Then the task in the loop is cancelled, and its outcome goes nowhere."""
-    ws, ended = endpoint(), list[str]()
+    ws, begun, ended = endpoint(), asyncio.Event(), list[str]()
 
     async def slow() -> None:
+        begun.set()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -590,13 +641,29 @@ async def test_a_thread_may_cancel_its_call() -> None:
 
     async with serving(ws._app):
         future = ws._hub.call_threadsafe(slow)
-        await asyncio.sleep(0.01)
+        await asyncio.wait_for(begun.wait(), PATIENCE)
         assert future.cancel()
         await until(lambda: ended)
         assert not ws._hub._calls
         stray = ws._hub.call_threadsafe(cancelled)
         await until(stray.done)
         assert stray.cancelled()
+        done, _ = concurrent.futures.wait([future, stray], timeout=0)
+        assert done == {future, stray}
+
+
+async def test_sys_exit_in_a_call_from_a_thread_is_its_error() -> None:
+    """asyncio would end the loop, and with it the server."""
+    ws = endpoint()
+
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    async with serving(ws._app):
+        future = ws._hub.call_threadsafe(leave)
+        await until(future.done)
+        with pytest.raises(RuntimeError, match=r"sys.exit\(\) in a call from a thread"):
+            future.result()
 
 
 FORKS = """

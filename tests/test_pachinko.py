@@ -743,14 +743,19 @@ async def test_sys_exit_in_connect_refuses_the_handshake(caplog: pytest.LogCaptu
 
     @ws.connect
     async def arrive(conn: Connection) -> None:
-        if conn.req.params:
-            raise SystemExit(3)
+        match conn.req.get_param("bad"):
+            case "exit":
+                raise SystemExit(3)
+            case "cancelled":
+                raise asyncio.CancelledError
 
     async with serving(app) as server:
-        assert await refused(server.url + "/ws?bad=1") == 403
+        for bad in ("exit", "cancelled"):
+            assert await refused(f"{server.url}/ws?bad={bad}") == 403
         async with connect(server.url + "/ws"):
             pass
-    assert "a connect handler has called sys.exit()" in caplog.text
+    assert "a connect handler has raised CancelledError()" in caplog.text
+    assert "a connect handler has raised SystemExit(3)" in caplog.text
 
 
 async def test_sys_exit_in_a_worker_starts_it_again(

@@ -932,7 +932,7 @@ async def test_a_connection_outlives_a_reply_that_waited(how: str) -> None:
         reading = asyncio.create_task(client.read_all())
         await sending
         await until(lambda: not conn._writing)
-        assert conn._life is not None and conn._life.when() is None and conn._patience is None
+        assert conn._life is not None and conn._life._timer is None and conn._patience is None
         await client.send({"type": "echo", "id": 3, "payload": "again"})
         await until(lambda: conn._received == 3 and not conn._handling)
         await conn.close(4001)
