@@ -2306,6 +2306,7 @@ class Hub:
             _, stuck = await asyncio.wait(ending, timeout=linger + _FAREWELL)
             for task in stuck:
                 logger.error("not waiting any longer for %r, which does not end", task)
+                self._serving.pop(task, None)  # nor once more, when the lifespan ends after a drain
 
     async def _push(
         self,

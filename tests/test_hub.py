@@ -519,6 +519,8 @@ async def test_a_disconnect_handler_that_hangs_is_given_up(
         await until(lambda: ws._hub.connections)
         await ws._hub.drain(0)
         assert "not waiting any longer for <Task" in caplog.text
+        await ws._hub.drain(0)  # does not wait for it once more
+        assert caplog.text.count("not waiting any longer") == 1 and not ws._hub._serving
         may_go_on.set()
 
 
