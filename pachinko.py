@@ -227,13 +227,12 @@ _encode = msgspec.json.Encoder().encode
 
 def decode(text: str) -> Frame:
     """Read one text frame, or raise `BadFrame` (``invalid_json`` or ``invalid_envelope``)."""
-    try:
-        frame = _decode_frame(text)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        raise _bad_frame(text) from None
     if is_too_deep(text):
         raise BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels")
-    return frame
+    try:
+        return _decode_frame(text)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        raise _bad_frame(text) from None
 
 
 def decode_or_error(text: str) -> Frame | BadFrame:
@@ -264,12 +263,17 @@ def _bad_frame(text: str) -> BadFrame:
     if type(value) is not dict:
         text = f'a message is an object with a "type", got {json_name(value)}'
         return BadFrame("invalid_envelope", text)
-    if isinstance(value.get("type"), str):  # so it is the id that is wrong
-        text = f'"id" is a string or an integer, got {json_name(value.get("id"))}'
-        return BadFrame("invalid_envelope", text)
-    found = json_name(value["type"]) if "type" in value else "none"
-    bad = BadFrame("invalid_envelope", f'"type" is a string, got {found}')
-    bad.id = value["id"] if type(value.get("id")) in (str, int) else None
+    id = value.get("id")
+    is_wrong = id is not None and type(id) not in (str, int)
+    if not isinstance(value.get("type"), str):
+        found = json_name(value["type"]) if "type" in value else "none"
+        text = f'"type" is a string, got {found}'
+    elif is_wrong:
+        text = f'"id" is a string or an integer, got {json_name(id)}'
+    else:  # the last of them would do
+        text = '"type" or "id" is there twice'
+    bad = BadFrame("invalid_envelope", text)
+    bad.id = None if is_wrong else id
     return bad
 
 
@@ -1419,7 +1423,8 @@ class Stream:
     """A stream in progress."""
 
     task: asyncio.Task[None] | None = None
-    started: bool = False
+    running: bool = False
+    """Its items are being sent, so that it can be stopped."""
     stopped: bool = False
     """The client has said that it wants no more."""
     is_answered: bool = False
@@ -1432,7 +1437,7 @@ class Stream:
 
     def stop(self) -> None:
         """Close the generator, once; one that has not begun will not begin."""
-        if not self.stopped and self.started and self.task is not None:
+        if not self.stopped and self.running and self.task is not None:
             self.task.cancel()
         self.stopped = True
 
@@ -1631,6 +1636,7 @@ class Connection:
     _expires_at: float | None = None
     _expiry: asyncio.TimerHandle | None = None
     _handling: bool = False  # a handler is in progress
+    _is_deaf: bool = False  # closed by us, perhaps when it was gone: nothing more is handled
     _look_due: bool = False  # and `_look` comes if it suspends
     _inbox: collections.deque[Incoming] | None = None  # what was read ahead
     _ahead: asyncio.Task[None] | None = None
@@ -1902,6 +1908,7 @@ class Connection:
 
     def _close(self, close: Close) -> None:
         """The server's wish: the close frame goes out behind what was sent before."""
+        self._is_deaf = True
         if self.closed:
             return
         self.close_code = close.code
@@ -1963,7 +1970,7 @@ class Connection:
         Frames that came before the client left are still handled, those behind a close of ours
         are not.
         """
-        while self._phase is not Phase.CLOSING:
+        while not self._is_deaf:
             if self._inbox:
                 self._received += 1
                 return self._inbox.popleft()
@@ -2036,7 +2043,7 @@ class Connection:
     def _stops_stream(self, event: Incoming) -> bool:
         """Whether *event* is the ``complete`` for a stream in progress, which it then stops."""
         text = event.get("text")
-        if text is not None and '"complete"' in text:
+        if text is not None and '"complete"' in text and size_of(text) <= self._limits.max_size:
             with contextlib.suppress(BadFrame):
                 frame = decode(text)
                 return frame.type == "complete" and self._complete(frame.id)
@@ -2118,7 +2125,7 @@ class Hub:
                     "this hub serves an app in another event loop; give this app one of its own: "
                     'Pachinko(app, "/ws", hub=Hub())'
                 )
-            self._clean()  # after a loop that ended without a shutdown
+            self._end_calls()  # after a loop that ended without a shutdown
             self._loop = loop
         self._apps.add(app)
 
@@ -2126,12 +2133,16 @@ class Hub:
         """Stop serving *app*; after the last one the hub is as new."""
         self._apps.discard(app)
         if not self._apps:
-            with self._lock:
-                calls = self._calls
-                self._clean()
-            for call in tuple(calls):
-                with contextlib.suppress(concurrent.futures.InvalidStateError):
-                    call.set_exception(PachinkoError("the hub has stopped before it was done"))
+            self._end_calls()
+
+    def _end_calls(self) -> None:
+        """Clean up, and fail what threads still wait for."""
+        with self._lock:
+            calls = self._calls
+            self._clean()
+        for call in tuple(calls):
+            with contextlib.suppress(concurrent.futures.InvalidStateError):
+                call.set_exception(PachinkoError("the hub has stopped before it was done"))
 
     def _check(self, name: object, what: str) -> None:
         """Refuse names that are not text, and calls from a thread or loop that is not the app's."""
@@ -2358,6 +2369,10 @@ class Hub:
         is running.
         """
 
+        if not callable(function):
+            raise TypeError(f'write hub.call_threadsafe(hub.send, "room:1", ...), got {function!r}')
+        future = concurrent.futures.Future[Any]()
+
         async def call() -> Any:
             try:
                 result = function(*args, **kwargs)
@@ -2365,22 +2380,22 @@ class Hub:
             except SystemExit as exc:  # which would end the server
                 raise RuntimeError("sys.exit() in a call from a thread") from exc
 
-        if not callable(function):
-            raise TypeError(f'write hub.call_threadsafe(hub.send, "room:1", ...), got {function!r}')
-        calling, future = call(), concurrent.futures.Future[Any]()
+        def begin(loop: asyncio.AbstractEventLoop) -> None:
+            if not future.done():  # the coroutine is made here: a loop that ends would leave it
+                task = loop.create_task(call())
+                task.add_done_callback(functools.partial(_pass_on, future))
+                future.add_done_callback(functools.partial(_cancel, loop, task))
+
         try:
             with self._lock:  # so that whatever comes before `_stop` is ended by it
                 if self._loop is None:
                     raise RuntimeError("it starts with the app")
-                running = asyncio.run_coroutine_threadsafe(calling, self._loop)
+                self._loop.call_soon_threadsafe(begin, self._loop)
                 self._calls.add(future)
         except RuntimeError as exc:  # also when the loop has been closed
-            calling.close()
             raise PachinkoError(f"the hub is not running: {exc}") from None
         future.add_done_callback(self._calls.discard)
-        future.add_done_callback(lambda _: running.cancel())
         future.add_done_callback(_tell_cancelled)
-        running.add_done_callback(functools.partial(_pass_on, future))
         return future
 
     def stats(self) -> dict[str, int]:
@@ -2453,7 +2468,14 @@ def _tell_cancelled(future: concurrent.futures.Future[Any]) -> None:
         future.set_running_or_notify_cancel()
 
 
-def _pass_on(future: concurrent.futures.Future[Any], ended: concurrent.futures.Future[Any]) -> None:
+def _cancel(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], _: object) -> None:
+    """Cancel *task* from any thread, if it is not done."""
+    if not task.done():
+        with contextlib.suppress(RuntimeError):  # the loop has been closed
+            loop.call_soon_threadsafe(task.cancel)
+
+
+def _pass_on(future: concurrent.futures.Future[Any], ended: asyncio.Task[Any]) -> None:
     """Give *future* the outcome of *ended*, unless the hub has stopped or a thread cancelled it."""
     with contextlib.suppress(concurrent.futures.InvalidStateError):
         if ended.cancelled():
@@ -2488,11 +2510,6 @@ hub: Hub = Hub()
 # outcome for the client, and the connection goes on.
 
 
-# What code of the application may raise without harm to others. asyncio would end the whole server
-# for a SystemExit, which argparse raises, say; a CancelledError may be some other task's.
-_FAULTS = (Exception, asyncio.CancelledError, SystemExit)
-
-
 def reply_event(writer: Writer, id: Id | None, value: object, more: bool = False) -> Event:
     """The event that answers a message with *value*."""
     type, unstructure = writer
@@ -2512,6 +2529,15 @@ def is_cancelled(exc: BaseException | None = None) -> bool:
     """Whether the current task is being cancelled, and *exc* is not some handler's stray error."""
     task = cast("asyncio.Task[Any]", asyncio.current_task())
     return (exc is None or isinstance(exc, asyncio.CancelledError)) and task.cancelling() > 0
+
+
+def is_passed_on(exc: BaseException) -> bool:
+    """Whether *exc* goes on up: the process ends, Python closes the coroutine, or it is cancelled.
+
+    All else is some code's bug, also where it is no `Exception`: argparse's `SystemExit`, for which
+    asyncio would end the whole server, a stray `CancelledError`, the panic of a library in Rust.
+    """
+    return isinstance(exc, (KeyboardInterrupt, GeneratorExit)) or is_cancelled(exc)
 
 
 def forget_cancellations() -> None:
@@ -2599,7 +2625,7 @@ class Dispatcher:
                     rest = conn._start_write({"type": "websocket.send", "text": text})
                     if rest is not None:
                         await rest
-            except _FAULTS as exc:  # a bug is answered, not passed on
+            except BaseException as exc:  # a bug is answered, not passed on
                 await self._fail(conn, exc, handler.type, message.id)
             conn._handling = False
         forget_cancellations()
@@ -2619,9 +2645,11 @@ class Dispatcher:
         for step in (self._end_tasks, *self._routes.disconnect):
             try:
                 await step(conn)
-            except _FAULTS as exc:  # a bug: the others still run
+            except BaseException as exc:  # a bug: the others still run
                 if is_cancelled(exc):
                     cancelled = True  # the others still run
+                elif is_passed_on(exc):
+                    raise
                 else:
                     log_failure(place_of(step), exc, conn)
             if not cancelled:
@@ -2641,8 +2669,9 @@ class Dispatcher:
         try:
             await asyncio.wait(tasks, timeout=0 if is_cancelled() else max(0, left))
         finally:
-            for task in tasks:
-                if not task.cancelling():
+            streams = {stream.task for stream in (conn._streams or {}).values()}
+            for task in tasks:  # a stream may be cleaning up; others may have swallowed a time-out
+                if task not in streams or not task.cancelling():
                     task.cancel()
         patience = _GOODBYE if is_cancelled() else max(_GOODBYE, self._limits.linger)
         _, stuck = await asyncio.wait(tasks, timeout=patience)
@@ -2727,7 +2756,7 @@ class Dispatcher:
                 if message_type(type(result)) is None:
                     raise TypeError(f"{place_of(function)} may return a @message object or None")
                 await conn.send(result)
-        except _FAULTS as exc:  # a bug is answered, not passed on
+        except BaseException as exc:  # a bug is answered, not passed on
             await self._fail(conn, exc, None, None)
 
     async def _perform(self, conn: Connection, handler: Handler, message: Received) -> None:
@@ -2740,7 +2769,7 @@ class Dispatcher:
             if result is not None or message.id is not None:
                 writer = self._writer_of(handler, result)
                 await conn._post(reply_event(writer, message.id, result))
-        except _FAULTS as exc:  # the same
+        except BaseException as exc:  # the same
             await self._fail(conn, exc, handler.type, message.id)
 
     async def _in_time(self, function: Callable[..., Any], call: Awaitable[T]) -> T:
@@ -2821,7 +2850,7 @@ class Dispatcher:
     ) -> None:
         """Run a stream to its end: exhausted, failed, stopped by the client, or disconnected."""
         failure: BaseException | None = None
-        stream.started = True
+        stream.running = True
         try:
             items = None if stream.stopped else await self._call(conn, handler, message)
             if isinstance(items, AsyncIterator):
@@ -2829,7 +2858,7 @@ class Dispatcher:
             elif not stream.stopped:  # a middleware has answered instead
                 await self._answer(conn, handler.type, message.id, items)
                 stream.is_answered = True
-        except _FAULTS as exc:  # the same
+        except BaseException as exc:  # the same
             failure = exc
         cast("dict[Id, Stream]", conn._streams).pop(cast(Id, message.id))
         if stream.stopped and isinstance(failure, asyncio.CancelledError) and not conn.closed:
@@ -2850,17 +2879,20 @@ class Dispatcher:
         stream: Stream,
     ) -> None:
         async with contextlib.aclosing(cast("AsyncGenerator[Any]", items)):
-            async for item in items:
-                stream.check()
-                writer = self._writer_of(handler, item)
-                await conn._post(reply_event(writer, message.id, item, more=True))
-                await asyncio.sleep(0)  # one that never waits must starve nobody
+            try:
+                async for item in items:
+                    stream.check()
+                    writer = self._writer_of(handler, item)
+                    await conn._post(reply_event(writer, message.id, item, more=True))
+                    await asyncio.sleep(0)  # one that never waits must starve nobody
+            finally:
+                stream.running = False  # its cleaning up is not cancelled
 
     async def _fail(
         self, conn: Connection, exc: BaseException, type: str | None, id: Id | None
     ) -> None:
         """Turn what a handler raised into its outcome: an error, a close, or an answer."""
-        if is_cancelled(exc):
+        if is_passed_on(exc):
             raise exc
         # Falcon's socket knows first, where the handler has sent with that.
         if isinstance(exc, falcon.WebSocketDisconnected) and (conn.closed or conn.ws.closed):
@@ -2883,8 +2915,8 @@ class Dispatcher:
         if (handler := self._routes.error_handler(exc)) is not None:
             try:
                 return await handler(conn, exc)
-            except _FAULTS as second:  # a bug in that one
-                if is_cancelled(second):
+            except BaseException as second:  # a bug in that one
+                if is_passed_on(second):
                     raise
                 exc = second
         outcome = outcome_of(exc)
@@ -2918,8 +2950,8 @@ async def user_of(
     except (falcon.HTTPError, Close, MessageError) as exc:
         exc.__cause__ = exc.__context__ = None
         raise
-    except _FAULTS as exc:
-        if is_cancelled(exc):
+    except BaseException as exc:
+        if is_passed_on(exc):
             raise
         what = f": {exc}" if isinstance(exc, PachinkoError) else ""
         what = f"{type(exc).__qualname__}{what}\n{''.join(traceback.format_tb(exc.__traceback__))}"
@@ -3260,8 +3292,8 @@ class Pachinko:
         for handler in self._routes.connect:
             try:
                 await handler(conn)
-            except (SystemExit, asyncio.CancelledError) as exc:  # of which a server makes more
-                if is_cancelled(exc):
+            except BaseException as exc:  # Falcon's error handlers take no more than an Exception
+                if isinstance(exc, Exception) or is_passed_on(exc):
                     raise
                 raise RuntimeError(f"a connect handler has raised {exc!r}") from exc
             forget_cancellations()
@@ -3352,8 +3384,8 @@ async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
         try:
             await function()
             return
-        except _FAULTS as exc:  # a worker's bug is logged
-            if is_cancelled(exc):
+        except BaseException as exc:  # a worker's bug is logged
+            if is_passed_on(exc):
                 raise
             forget_cancellations()
             if time.monotonic() - started > _BACKOFFS[-1]:
