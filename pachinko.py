@@ -90,6 +90,7 @@ logger: logging.Logger = logging.getLogger("pachinko")
 
 T = TypeVar("T")
 P = ParamSpec("P")
+E = TypeVar("E", bound=BaseException)
 F = TypeVar("F", bound=Callable[..., Any])
 Id = str | int
 Errors = list[dict[str, str]]  # of a payload: [{"path": "$.payload.n", "message": "…"}]
@@ -231,7 +232,7 @@ def decode(text: str) -> Frame:
         raise BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels")
     try:
         return _decode_frame(text)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeError):
         raise _bad_frame(text) from None
 
 
@@ -240,7 +241,15 @@ def decode_or_error(text: str) -> Frame | BadFrame:
     try:
         return decode(text)
     except BadFrame as bad:
-        return bad
+        return bare(bad)
+
+
+def bare(error: E) -> E:
+    """*error* without where it comes from: that keeps frames, and these it, until a collection."""
+    for inner in getattr(error, "exceptions", ()):
+        bare(inner)
+    error.__cause__ = error.__context__ = error.__traceback__ = None
+    return error
 
 
 def is_too_deep(text: str) -> bool:
@@ -254,8 +263,6 @@ def is_too_deep(text: str) -> bool:
 def _bad_frame(text: str) -> BadFrame:
     try:
         value = msgspec.json.decode(text)
-    except RecursionError:
-        return BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels")
     except UnicodeError:
         return BadFrame("invalid_json", "not valid UTF-8")
     except msgspec.MsgspecError as exc:
@@ -638,6 +645,13 @@ def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, s
     yield {"path": path, "message": text}
 
 
+def _explained(exc: Exception) -> Errors:
+    """What `invalid_payload` takes: one more than it shows tells that there are more."""
+    errors = list(itertools.islice(explain(exc), _MAX_ERRORS + 1))
+    bare(exc)
+    return errors
+
+
 def _path_step(exc: BaseException, cls: Any) -> str:
     """Where under its parent *exc* happened: ``.field``, ``[3]``, ``["key"]``, or not known."""
     names = [arg.name for arg in exc.args if isinstance(arg, attrs.Attribute)]
@@ -779,14 +793,14 @@ class Codec:
         try:
             return self._hasty.structure(payload, annotation)
         except Exception as exc:  # a user's hook or validator may raise anything
-            error = exc
+            errors = _explained(exc)
         try:
             if self._hasty is not self.converter and len(_encode(payload)) <= _MAX_EXPLAINED:
                 # Which may succeed: cattrs' hasty way fails at a keyword-only field before others.
                 return self.converter.structure(payload, annotation)
         except Exception as exc:  # the same, and with every wrong field
-            error = exc
-        raise invalid_payload(type, list(itertools.islice(explain(error), _MAX_ERRORS + 1)))
+            errors = _explained(exc)
+        raise invalid_payload(type, errors)
 
     def writer_of(self, value: object, type: str, declared: Any = None) -> Writer:
         """How to answer with *value* and others of its class, as *declared* where given.
@@ -877,7 +891,7 @@ class Handler:
         try:
             self.structure(payload, codec)
         except MessageError as error:
-            return error
+            return bare(error)
         text, _, path = str(exc).rpartition(" - at ")
         if path == "`$.type`":  # which cannot be, unless another one came first
             return MessageError("invalid_envelope", '"type" is there twice')
@@ -1261,7 +1275,7 @@ def read_origins(value: Iterable[str] | None, trust_forwarded: object) -> Origin
 def texts(value: Any, option: str) -> tuple[str, ...]:
     """Check an option that is several texts, or raise `PachinkoError`."""
     is_several = isinstance(value, Iterable) and not isinstance(value, str)
-    several = tuple(value) if is_several else (None,)
+    several: tuple[Any, ...] = tuple(value) if is_several else (None,)
     if not all(isinstance(text, str) for text in several):
         raise PachinkoError(f"{option} is a list of str; write {option}=[{str(value)!r}]")
     return several
@@ -2717,7 +2731,8 @@ class Dispatcher:
         is_complete = isinstance(frame, Frame) and frame.type == "complete"
         if is_complete and conn._complete(frame.id):
             return  # never refused, for it makes the load less
-        if conn._rate is not None and await self._limited(conn, conn._rate, frame.id):
+        id = None if is_complete else frame.id  # that of a stream, which has had its final answer
+        if conn._rate is not None and await self._limited(conn, conn._rate, id):
             return
         if isinstance(frame, BadFrame):
             await self._unhandled(conn, text, frame, frame.id)
@@ -2849,24 +2864,24 @@ class Dispatcher:
         self, conn: Connection, handler: Handler, message: Received, stream: Stream
     ) -> None:
         """Run a stream to its end: exhausted, failed, stopped by the client, or disconnected."""
-        failure: BaseException | None = None
         stream.running = True
         try:
-            items = None if stream.stopped else await self._call(conn, handler, message)
-            if isinstance(items, AsyncIterator):
-                await self._send_items(conn, handler, message, items, stream)
-            elif not stream.stopped:  # a middleware has answered instead
-                await self._answer(conn, handler.type, message.id, items)
-                stream.is_answered = True
+            try:
+                items = None if stream.stopped else await self._call(conn, handler, message)
+                if isinstance(items, AsyncIterator):
+                    await self._send_items(conn, handler, message, items, stream)
+                elif not stream.stopped:  # a middleware has answered instead
+                    await self._answer(conn, handler.type, message.id, items)
+                    stream.is_answered = True
+            finally:  # it is over, and its id is free once that is answered
+                cast("dict[Id, Stream]", conn._streams).pop(cast(Id, message.id))
+                stream.task = None  # which keeps its error, and that this frame
         except BaseException as exc:  # the same
-            failure = exc
-        cast("dict[Id, Stream]", conn._streams).pop(cast(Id, message.id))
-        if stream.stopped and isinstance(failure, asyncio.CancelledError) and not conn.closed:
-            cast("asyncio.Task[None]", stream.task).uncancel()
-            failure = None
-        if failure is not None:
-            await self._fail(conn, failure, handler.type, message.id)
-        elif not stream.is_answered:
+            if conn.closed or not (stream.stopped and isinstance(exc, asyncio.CancelledError)):
+                await self._fail(conn, exc, handler.type, message.id)
+                return
+            cast("asyncio.Task[None]", asyncio.current_task()).uncancel()
+        if not stream.is_answered:
             with contextlib.suppress(falcon.WebSocketDisconnected):
                 await conn._post(text_event(_encode(Sent("complete", message.id))))
 
@@ -2893,7 +2908,10 @@ class Dispatcher:
     ) -> None:
         """Turn what a handler raised into its outcome: an error, a close, or an answer."""
         if is_passed_on(exc):
-            raise exc
+            try:
+                raise exc
+            finally:
+                del exc  # else it keeps this frame, and that the connection, until a collection
         # Falcon's socket knows first, where the handler has sent with that.
         if isinstance(exc, falcon.WebSocketDisconnected) and (conn.closed or conn.ws.closed):
             return  # its own client is gone, which ends a handler quietly

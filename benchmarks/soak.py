@@ -42,13 +42,13 @@ from benchmarks.processes import Child, ChildFailed, allow_open_files, text_of
 
 MIB = 1024 * 1024
 GROWTH = 2 * MIB  # that is taken for noise
-WARM_UP = 180.0  # seconds at most, a quarter of the time at least
-SAMPLES = 30
+WARM_UP = 180.0  # seconds; or a quarter of the time, if that is less
+SAMPLES = 30  # of which each is printed
 PATIENCE = 30.0  # seconds for what takes milliseconds, on a slow and noisy machine
 ROOM_SECONDS = 5.0  # then all new rooms have new names
 ROOM_SIZE = 20
 RECEIVE_BUFFER = 4096  # bytes that the system keeps for a client that stalls
-FAILURES = 50  # of clients; more tell nothing new
+FAILURES = 50  # then the load ends, since more would tell nothing new
 
 Frame = dict[str, Any]
 
@@ -570,7 +570,7 @@ class Soak:
         }  # fmt: skip
         name = path.rpartition("/")[2]
         async with connect(f"ws://127.0.0.1:{self.port}{path}", **options) as socket:
-            self.findings.counts["connections"] += 1
+            self.findings.counts["connections made"] += 1
             client = Client(self, socket, name, lossy)
             try:
                 yield client
@@ -826,7 +826,8 @@ HEADINGS = (
 async def run(options: Options, child: Child) -> dict[str, Any]:
     """Warm up, and then the rest; all figures, and what failed."""
     soak = Soak(options, child, child.about["port"])
-    findings, figures = soak.findings, {}
+    findings = soak.findings
+    figures: dict[str, Any] = {}
     deadline = asyncio.timeout(options.seconds + 4 * PATIENCE)
     try:
         async with deadline:
@@ -835,9 +836,13 @@ async def run(options: Options, child: Child) -> dict[str, Any]:
         what = "it is not over in time" if deadline.expired() else "it ends before its time"
         findings.fail(what, text_of(exc))
     p50, p99 = milliseconds(findings.latencies)
-    figures = {"about": versions(child.about), **figures, "p50, ms": p50, "p99, ms": p99}
-    figures |= sorted(findings.counts.items())
-    return {"figures": figures, "samples": soak.samples, "failures": findings.failures}
+    figures |= {"p50, ms": p50, "p99, ms": p99, **dict(sorted(findings.counts.items()))}
+    return {
+        "about": versions(child.about),
+        "figures": figures,
+        "samples": soak.samples,
+        "failures": findings.failures,
+    }
 
 
 async def warm_up_and_soak(soak: Soak) -> dict[str, Any]:

@@ -104,7 +104,8 @@ class Client:
 
     def cut(self) -> None:
         """Lose the connection without a word."""
-        self.socket.transport.abort()
+        with contextlib.suppress(AttributeError):  # asyncio's, where it is lost already
+            self.socket.transport.abort()
 
 
 @contextlib.asynccontextmanager

@@ -186,6 +186,14 @@ def test_an_id_of_another_kind_is_refused(id: Any, found: str) -> None:
     assert bad.message == f'"id" is a string or an integer, got {found}'
 
 
+@pytest.mark.parametrize("keys", ['"id":[],"id":7,"type":"t"', '"type":5,"id":7,"type":"t"'])
+def test_a_bad_value_in_front_of_a_good_one_is_refused(keys: str) -> None:
+    """The text says why, for the last value alone would do; the id is answered."""
+    bad = refused(f"{{{keys}}}")
+    assert (bad.code, bad.id) == ("invalid_envelope", 7)
+    assert bad.message == '"type" or "id" is there twice'
+
+
 def test_with_a_bad_type_and_a_bad_id_neither_is_used() -> None:
     """Both wrong: the type is reported, the id is not echoed."""
     bad = refused('{"type": 1, "id": [1]}')

@@ -650,8 +650,14 @@ async def test_a_thread_may_cancel_its_call() -> None:
         stray = ws._hub.call_threadsafe(cancelled)
         await until(stray.done)
         assert stray.cancelled()
-        done, _ = concurrent.futures.wait([future, stray], timeout=0)
-        assert done == {future, stray}
+        early = ws._hub.call_threadsafe(slow)
+        assert early.cancel()  # before its turn
+        begun.clear()
+        await ws._hub.send("a", "x")
+        await asyncio.sleep(0)
+        assert not begun.is_set()
+        done, _ = concurrent.futures.wait([future, stray, early], timeout=0)
+        assert done == {future, stray, early}
 
 
 async def test_sys_exit_in_a_call_from_a_thread_is_its_error() -> None:

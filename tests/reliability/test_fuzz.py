@@ -367,9 +367,15 @@ def add_handlers(ws: Pachinko, hub: Hub) -> None:
     ws.add_resource("todo", Todo())
 
 
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
 RAISED: dict[str, Callable[[], BaseException]] = {
     "bug": lambda: RuntimeError(SECRET),
     "stray": lambda: asyncio.CancelledError(SECRET),
+    "exit": lambda: SystemExit(SECRET),
+    "panic": lambda: Panic(SECRET),
     "refuse": lambda: MessageError("refused", "not now", until=[1, None]),
     "http": lambda: falcon.HTTPForbidden(title="No", description="not yours"),
     "lookup": lambda: KeyError(SECRET),
@@ -791,6 +797,8 @@ ROUTES: dict[str, Route] = {
     ),
     "bug": Route(_any, error="internal_error", is_bug=True),
     "stray": Route(_any, error="internal_error", is_bug=True),
+    "exit": Route(_any, error="internal_error", is_bug=True),
+    "panic": Route(_any, error="internal_error", is_bug=True),
     "refuse": Route(_any, error="refused"),
     "http": Route(_any, error="http_403"),
     "lookup": Route(_any, error="internal_error", is_bug=True),
@@ -1115,13 +1123,13 @@ class Model:
         return Expected({error(id, "rate_limited") for id in ids})
 
     def complete(self, id: str) -> Expected:
-        """It is counted if it stops no stream, but not answered."""
+        """It is counted if it stops no stream; what is one too many is answered without an id."""
         expected = Expected({None})
         if id not in (self.running if self.is_exact else self.streams):
-            expected = self.limited({id}) or expected
+            expected = self.limited({""}) or expected
         elif not self.is_exact and "rate" in self.app.limits:  # it may have ended by itself
             self.may_be_over = True
-            expected.finals.add(error(id, "rate_limited"))
+            expected.finals.add(error("", "rate_limited"))
         if id in self.streams:
             self.stopped.add(id)
         self.running.discard(id)
