@@ -1108,8 +1108,10 @@ class Model:
             return self.limited({""}) or self.binary(event["bytes"])
         if reading.type == "complete" and not reading.code and not reading.is_vague:
             return self.complete(reading.id)
-        ids = {reading.id, ""} if reading.is_beyond else {reading.id}
-        return self.limited(ids) or self.frame(text, reading)
+        is_vague = reading.is_beyond or reading.type == "complete"
+        return self.limited({reading.id, ""} if is_vague else {reading.id}) or self.frame(
+            text, reading
+        )
 
     def limited(self, ids: set[str]) -> Expected | None:
         """What comes of a message that is one too many."""
