@@ -342,6 +342,7 @@ def check_type(type: str) -> None:
         raise PachinkoError(
             f'{type!r} is reserved, as are "", {", ".join(sorted(_RESERVED))}, "$…" and "….reply"; '
             f'choose another message type, such as "chat.say"'
+            f"{', or write @ws.authenticate' if type == 'authenticate' else ''}"
         )
 
 
@@ -2965,7 +2966,8 @@ async def user_of(
     try:
         user = await function(conn, token)
         if user is not None and not (isinstance(user, str) and user):
-            raise PachinkoError("the user is a str that is not empty, or None to refuse")
+            got = "an empty one" if user == "" else type(user).__name__
+            raise PachinkoError(f"the user is a str, or None to refuse; got {got}")
         return user
     except (falcon.HTTPError, Close, MessageError) as exc:
         exc.__cause__ = exc.__context__ = None

@@ -745,7 +745,8 @@ async def test_a_user_is_a_text(user: Any, caplog: pytest.LogCaptureFixture) -> 
         with pytest.raises(websockets.exceptions.InvalidStatus):
             async with connect(f"{server.url}/ws"):
                 pass
-    assert "PachinkoError: the user is a str that is not empty, or None to refuse" in caplog.text
+    got = type(user).__name__ if user != "" else "an empty one"
+    assert f"PachinkoError: the user is a str, or None to refuse; got {got}" in caplog.text
 
 
 async def test_the_function_cannot_join_a_group(caplog: pytest.LogCaptureFixture) -> None:
@@ -1167,6 +1168,8 @@ def test_a_wrong_function_is_refused() -> None:
     ):
         ws.authenticate()
 
+    with pytest.raises(PachinkoError, match=r"'authenticate' is reserved.*, or write @ws\.auth"):
+        ws.on("authenticate")(test_a_wrong_function_is_refused)
     with pytest.raises(PachinkoError, match="takes the wrong parameters"):
 
         @ws.authenticate
