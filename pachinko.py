@@ -2972,7 +2972,7 @@ async def user_of(
     except (falcon.HTTPError, Close, MessageError) as exc:
         exc.__cause__ = exc.__context__ = None
         raise
-    except BaseException as exc:
+    except BaseException as exc:  # a bug, whatever it is
         if is_passed_on(exc):
             raise
         what = f": {exc}" if isinstance(exc, PachinkoError) else ""
@@ -3111,8 +3111,8 @@ class Pachinko:
             expires_at = conn.expires_at
             try:
                 user = await user_of(function, conn, token)
-            except BaseException as exc:
-                conn.expires_at = expires_at  # what has failed renews nothing
+            except BaseException as exc:  # raised again: what has failed renews nothing
+                conn.expires_at = expires_at
                 if isinstance(exc, falcon.HTTPError):
                     raise Close(3000 + exc.status_code) from None
                 raise
