@@ -246,9 +246,10 @@ def decode_or_error(text: str) -> Frame | BadFrame:
 
 def bare(error: E) -> E:
     """*error* without where it comes from: that keeps frames, and these it, until a collection."""
-    for inner in getattr(error, "exceptions", ()):
+    for inner in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
         bare(inner)
-    error.__cause__ = error.__context__ = error.__traceback__ = None
+    with contextlib.suppress(Exception):  # an application's exception may be frozen
+        error.__cause__ = error.__context__ = error.__traceback__ = None
     return error
 
 
@@ -646,7 +647,7 @@ def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, s
     yield {"path": path, "message": text}
 
 
-def _explained(exc: Exception) -> Errors:
+def _explained(exc: BaseException) -> Errors:
     """What `invalid_payload` takes: one more than it shows tells that there are more."""
     errors = list(itertools.islice(explain(exc), _MAX_ERRORS + 1))
     bare(exc)
@@ -793,13 +794,13 @@ class Codec:
             return payload
         try:
             return self._hasty.structure(payload, annotation)
-        except Exception as exc:  # a user's hook or validator may raise anything
+        except (Exception, SystemExit) as exc:  # a user's hook or validator may raise anything
             errors = _explained(exc)
         try:
             if self._hasty is not self.converter and len(_encode(payload)) <= _MAX_EXPLAINED:
                 # Which may succeed: cattrs' hasty way fails at a keyword-only field before others.
                 return self.converter.structure(payload, annotation)
-        except Exception as exc:  # the same, and with every wrong field
+        except (Exception, SystemExit) as exc:  # the same, and with every wrong field
             errors = _explained(exc)
         raise invalid_payload(type, errors)
 
@@ -1352,6 +1353,11 @@ def size_of(frame: str | bytes) -> int:
     """Bytes of a frame's payload; text counts as UTF-8."""
     is_counted = isinstance(frame, bytes) or frame.isascii()
     return len(frame) if is_counted else len(cast(str, frame).encode(errors="surrogatepass"))
+
+
+def size_of_event(event: Incoming) -> int:
+    """The same for the frame in a ``websocket.receive``."""
+    return size_of(event.get("text") or event.get("bytes") or "")
 
 
 def abandon(ws: falcon.asgi.WebSocket) -> None:
@@ -2002,7 +2008,7 @@ class Connection:
                 self._gone(exc.code)
             else:
                 self._received += 1
-                return event
+                return None if self._is_deaf else event  # we may have closed in the same turn
         return None
 
     async def _receive_token(self) -> Frame:
@@ -2014,7 +2020,7 @@ class Connection:
         while True:
             event = await self.ws._receive()
             text = event.get("text")
-            size += size_of(event["bytes"] if text is None else text)
+            size += size_of_event(event)
             if size > self._limits.max_size:
                 raise Close(1009, f"more than {self._limits.max_size} bytes")
             frame = decode_or_error(text) if text is not None else None
@@ -2043,15 +2049,15 @@ class Connection:
     async def _read_ahead(self) -> None:
         if self._inbox is None:
             self._inbox = collections.deque()
-        size = 0  # of what may be anything, up to the server's own limit for each
+        size = sum(map(size_of_event, self._inbox))
         try:
             while (
                 self._handling and len(self._inbox) < _READ_AHEAD and size <= self._limits.max_size
             ):
                 event = await self.ws._receive()
-                size += size_of(event.get("text") or event.get("bytes") or "")
                 if not (self._streams and self._stops_stream(event)):
                     self._inbox.append(event)
+                    size += size_of_event(event)
         except falcon.WebSocketDisconnected as exc:
             self._gone(exc.code)
 
@@ -2318,7 +2324,7 @@ class Hub:
         begun = loop.time()
         for n, conn in enumerate(conns):
             if conn.closed:
-                continue  # that saves its share of the time
+                continue  # has left by itself, and needs no turn
             if (early := begun + seconds * n / len(conns) - loop.time()) > 0 or n % _TURN == 0:
                 await asyncio.sleep(early)
             conn._close(Close(1012, "the server restarts"))
@@ -2619,11 +2625,11 @@ class Dispatcher:
                 break
             conn._received += 1
             text = event.get("text")
-            if text is None or (len(text) > short and self._exceeds(text)):
-                return event
+            if text is None or conn._is_deaf or (len(text) > short and self._exceeds(text)):
+                return None if conn._is_deaf else event  # we may have closed in the same turn
             try:
                 message = routes.decode(text)
-            except Exception:  # a validator may raise anything
+            except (Exception, SystemExit):  # a validator may raise anything
                 return event
             handler = message.quick
             if handler is None or (message.payload is UNSET and handler.takes_payload):
@@ -2709,7 +2715,7 @@ class Dispatcher:
         else:
             try:
                 message = self._routes.decode(text)
-            except Exception as exc:  # a validator may raise anything
+            except (Exception, SystemExit) as exc:  # a validator may raise anything
                 await self._refuse(conn, text, exc)
                 return
             handler = self._routes.by_frame.get(type(message))

@@ -1811,6 +1811,61 @@ async def test_sys_exit_in_a_handler_is_a_bug(where: str, caplog: pytest.LogCapt
     assert caplog.text.count("SystemExit: 3") == 2
 
 
+@pytest.mark.parametrize("options", [{}, {"rate": (100, 1.0)}])
+async def test_a_frame_that_comes_in_the_turn_of_our_close_is_not_handled(options: Any) -> None:
+    """As those behind it are not; its handler would have no time to linger."""
+    ws = endpoint(**options)
+    codes, handled = recording(ws), list[str]()
+
+    @ws.on("late")
+    async def late(conn: Connection) -> None:
+        handled.append("late")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def receive_and_close() -> Any:
+            event = await receive()
+            for conn in ws._hub.connections if event.get("text") else ():
+                await conn.close(4000)
+            return event
+
+        in_turn = receive_and_close if scope["type"] == "websocket" else receive
+        await ws._app(scope, in_turn, send)  # type: ignore[misc]
+
+    async with serving(app) as server:
+        async with connect(server.url + "/ws") as client:
+            await client.send("late", id=1)
+            assert (await client.closed())[0] == 4000
+        await clean(ws, codes)
+    assert handled == []
+
+
+@attrs.frozen
+class FrozenError(Exception):
+    text: str = "no"
+
+
+@pytest.mark.parametrize("error", [SystemExit(2), FrozenError(), KeyError("x")])
+async def test_a_validator_may_raise_anything(error: BaseException) -> None:
+    """The payload is refused, and the connection goes on."""
+
+    def check(*_: Any) -> None:
+        raise error
+
+    @message("checked")
+    class Checked:
+        a: int = attrs.field(validator=check)
+
+    ws = endpoint()
+
+    @ws.on(Checked)
+    async def checked(conn: Connection, msg: Checked) -> None: ...
+
+    async with Session(ws) as client:
+        for _ in range(2):
+            answer = await client.ask("checked", {"a": 1})
+            assert answer["payload"]["code"] == "invalid_payload"
+
+
 # Nothing waits for the garbage collector
 
 
