@@ -3003,8 +3003,9 @@ _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed wo
 class Pachinko:
     """A WebSocket endpoint: a Falcon resource that routes messages to handlers.
 
-    ``ws = Pachinko(app, "/ws/{room}")`` adds itself to *app*. Without the two, write both lines
-    yourself: ``app.add_route("/ws", ws)`` and, for the lifespan, ``app.add_middleware(ws)``.
+    ``ws = Pachinko(app, "/ws/{room}")`` adds itself to *app*. Without the two, write the lines
+    yourself: ``app.add_route("/ws", ws)`` and, for the lifespan, ``app.add_middleware(ws)``; and
+    turn Falcon's queue off, ``app.ws_options.max_receive_queue = 0``.
 
     *origins*: browsers' origins that may connect beside the request's own host, a list such as
     ``["https://example.com"]``, or ``"*"`` for all. *subprotocols*: in the order of preference.
