@@ -2391,7 +2391,6 @@ class Hub:
         The future gives what the method returns or raises. Raises `PachinkoError` when no app
         is running.
         """
-
         if not callable(function):
             raise TypeError(f'write hub.call_threadsafe(hub.send, "room:1", ...), got {function!r}')
         future = concurrent.futures.Future[Any]()
