@@ -23,11 +23,13 @@ One JSON object a text frame, ``{"type": str, "id"?: str | int, "payload"?: any}
 returns goes to the sender with the request's ``id``; what ``hub.send`` gets goes to a group.
 
 The sections, each using only those above it: errors · envelope and message · codec · handlers
-and routing · handshake · outbox and limits · connection · hub · dispatch · Pachinko.
+and routing · handshake · backplanes · link · outbox and limits · connection · hub · dispatch ·
+Pachinko · command line.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import collections
 import concurrent.futures
@@ -35,6 +37,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import hashlib
 import inspect
 import itertools
 import logging
@@ -43,12 +46,14 @@ import os
 import random
 import re
 import secrets
+import ssl
 import sys
 import threading
 import time
 import traceback
 import types
 import typing
+import urllib.parse
 import weakref
 from collections.abc import (
     AsyncGenerator,
@@ -81,8 +86,8 @@ from cattrs.gen import typeddicts
 from msgspec import UNSET, UnsetType
 
 __all__ = [
-    "Close", "Connection", "Envelope", "Hub", "MessageError", "Pachinko", "PachinkoError", "hub",
-    "message",
+    "Backplane", "Close", "Connection", "Envelope", "Hub", "MessageError", "Pachinko",
+    "PachinkoError", "hub", "message",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -1304,6 +1309,743 @@ def token_of(payload: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
+# ── backplanes ────────────────────────────────────────────────────────────────────────────────
+#
+# What carries messages between processes: an engine that exists, spoken to by its own library.
+# An object of these is one connection at a time. To make the next one when it has failed, and to
+# subscribe again, is the link's job (next section).
+
+_CONNECT = 2.0  # seconds for a connection to the engine, and for each 500 subscriptions on it
+_ENGINE_HOST = r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?"
+_NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_HOSTS = re.compile(rf"{_ENGINE_HOST}(?:,{_ENGINE_HOST})*")
+Deliver = Callable[[str, bytes], Awaitable[None]]
+Lost = Callable[["BaseException | None"], None]
+
+
+class Backplane(typing.Protocol):
+    """What carries messages between processes; one of your own goes into ``hub.configure(…)``.
+
+    It knows no groups, only subjects: texts of at most 200 characters of ``A-Z a-z 0-9 . _ - % =
+    ~``. It need not reconnect: when a connection is over, its subscriptions are forgotten, and
+    `stop` and `start` are called again until that works.
+    """
+
+    async def start(self, deliver: Deliver, lost: Lost) -> None:
+        """Connect, or raise.
+
+        From then on, ``deliver(subject, data)`` is awaited for each message of a subscribed
+        subject, one after the other in their order; ``lost(why)`` is called when the connection
+        has failed. Neither raises.
+        """
+
+    async def publish(self, subject: str, data: bytes) -> int | None:
+        """Send to every process that has subscribed, this one too; return once the engine has it.
+
+        Several calls may be in progress, and their messages keep the order of the calls. Returns
+        how many subscribers it went to, or None if the engine does not say. Raises what is wrong
+        with this message.
+        """
+
+    async def subscribe(self, subject: str) -> None:
+        """Return once what is published to *subject* will be delivered."""
+
+    async def unsubscribe(self, subject: str) -> None:
+        """Undo that. What is already on its way may still be delivered."""
+
+    async def stop(self) -> None:
+        """Disconnect, also when the connection has failed or was never made."""
+
+
+@attrs.frozen
+class Engine:
+    """What a URL says of an engine."""
+
+    scheme: str
+    hosts: str
+    """As in the URL, without credentials."""
+    credentials: tuple[str, str | None] | None = attrs.field(repr=False)
+    """User and password, or a token and None."""
+    namespace: str | None
+    options: dict[str, str] = attrs.field(repr=False)
+    url: str = attrs.field(repr=False)
+    """Without our own option, the namespace."""
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.hosts}"
+
+
+def read_engine(url: str) -> Engine:
+    """Take the URL of an engine apart. Raises `PachinkoError`, whose text shows no credentials."""
+    try:
+        scheme, rest = url.split("://", 1)
+        where, _, query = rest.partition("?")
+        netloc, slash, path = where.partition("/")
+        login, _, hosts = netloc.rpartition("@")
+        # NATS clients also take "nats://a:4222,nats://b:4222", which has slashes in it.
+        if scheme in ("nats", "tls"):
+            login, _, hosts = where.rpartition("@")
+            hosts, slash, path = hosts.rstrip("/").replace(f"{scheme}://", ""), "", ""
+        is_local = scheme == "memory" and not where
+        if scheme not in _BACKPLANES or not (is_local or _HOSTS.fullmatch(hosts)) or "@" in path:
+            raise ValueError
+        pairs = urllib.parse.parse_qsl(query, strict_parsing=True) if query else []
+    except ValueError:
+        known = ", ".join(f"{name}://" for name in _BACKPLANES)
+        raise PachinkoError(
+            'a backplane is a URL such as "nats://localhost:4222" or "redis://:secret@host:6379"; '
+            f'known are {known}. "/", "@", "?", "#" and "%" in a password are written "%2F", '
+            '"%40", "%3F", "%23", "%25". The one given is not shown, for it may hold a password'
+        ) from None
+    user, has_password, password = map(urllib.parse.unquote, login.partition(":"))
+    credentials = (user, password if has_password else None) if login else None
+    options = dict(pairs)
+    namespace = options.pop("namespace", None)
+    others = f"?{urllib.parse.urlencode(options)}" if options else ""
+    url = f"{scheme}://{netloc}{slash}{path}{others}"
+    return Engine(scheme, hosts, credentials, namespace, options, url)
+
+
+def _not_installed(engine: Engine, extra: str) -> PachinkoError:
+    return PachinkoError(
+        f"{engine.scheme}:// needs a library that is not installed: "
+        f'pip install "falcon-pachinko[{extra}]"'
+    )
+
+
+class Nats:
+    """NATS, by nats-py."""
+
+    def __init__(self, engine: Engine) -> None:
+        try:
+            import nats.aio.client
+        except ImportError:
+            raise _not_installed(engine, "nats") from None
+        options = dict(engine.options)
+        self._settings: dict[str, Any] = {
+            "servers": [f"{engine.scheme}://{host}" for host in engine.hosts.split(",")],
+            "name": "pachinko",
+            "allow_reconnect": False,  # that is the link's job
+            "max_reconnect_attempts": 1,  # else one that refuses a connection is tried for ever
+            "reconnect_time_wait": 0,
+            "connect_timeout": _CONNECT,
+        }
+        if engine.credentials is not None:
+            user, password = engine.credentials
+            login = {"token": user} if password is None else {"user": user, "password": password}
+            self._settings.update(login)
+        if (creds := options.pop("credentials", None)) is not None:
+            self._settings["user_credentials"] = creds
+        ca = options.pop("ca", None)
+        if engine.scheme == "tls" or ca is not None:
+            try:
+                self._settings["tls"] = ssl.create_default_context(cafile=ca)
+            except OSError as exc:
+                raise PachinkoError(f"?ca= names no file of certificates: {exc}") from None
+        if options:
+            raise PachinkoError(
+                f"{engine.scheme}:// knows the options namespace, ca (a file of certificates) and "
+                f"credentials (a file of NATS), not {', '.join(options)}"
+            )
+
+        class Client(nats.aio.client.Client):
+            """A client that hands messages on in the order in which they came.
+
+            Of its own it has a task and a queue for each subscription, which costs 3 KiB each,
+            mixes up the order between groups, and drops messages when a queue is full. To wait
+            here makes the engine wait, which then gives up on us as on any slow client.
+            """
+
+            deliver: Deliver
+
+            async def _process_msg(
+                self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
+            ) -> None:
+                await self.deliver(subject.decode(), bytes(data))
+
+        self._class = Client
+        self._client: Client | None = None
+        self._subscriptions: dict[str, Any] = {}
+        self._round_trip: asyncio.Task[None] | None = None
+
+    async def start(self, deliver: Deliver, lost: Lost) -> None:
+        errors: list[BaseException | None] = [None]
+
+        async def failed(exc: Exception) -> None:
+            errors.append(exc)
+            if "permissions violation" in str(exc).lower():  # the connection goes on
+                logger.error("the NATS server refuses: %s", exc)
+
+        async def closed() -> None:
+            lost(errors[-1])
+
+        self._subscriptions, self._round_trip = {}, None
+        self._client = client = self._class()
+        client.deliver = deliver
+        try:
+            await client.connect(error_cb=failed, closed_cb=closed, **self._settings)
+        except Exception as exc:
+            raise errors[-1] or exc  # noqa: B904 - "no servers available" hides why
+
+    async def publish(self, subject: str, data: bytes) -> None:
+        client = self._connected()
+        if len(data) > client.max_payload:
+            raise PachinkoError(
+                f"the NATS server takes messages of at most {client.max_payload} bytes "
+                f"(max_payload), this one has {len(data)}"
+            )
+        await client.publish(subject, data)
+        await self._processed()
+
+    async def subscribe(self, subject: str) -> None:
+        self._subscriptions[subject] = await self._connected().subscribe(subject)
+        await self._processed()
+
+    async def unsubscribe(self, subject: str) -> None:
+        await self._subscriptions.pop(subject).unsubscribe()
+
+    async def stop(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+
+    def _connected(self) -> Any:
+        if self._client is None or not self._client.is_connected:
+            raise ConnectionError("not connected")
+        return self._client
+
+    async def _processed(self) -> None:
+        """Return once the server has processed all that was handed over before.
+
+        One round trip serves all that have asked for it before it begins.
+        """
+        if self._round_trip is None:
+            self._round_trip = asyncio.get_running_loop().create_task(self._make_round_trip())
+            self._round_trip.add_done_callback(_look_at_result)
+        await asyncio.shield(self._round_trip)
+
+    async def _make_round_trip(self) -> None:
+        client = self._connected()
+        while client.is_connected and client.pending_data_size:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0)  # a PING of nats-py would overtake what it has not written yet
+        self._round_trip = None
+        await client.flush(timeout=60)  # those who wait have less patience
+
+
+def _look_at_result(task: asyncio.Task[None]) -> None:
+    """Keep asyncio from complaining that nobody has: whoever waited for *task* was cancelled."""
+    if not task.cancelled():
+        task.exception()
+
+
+class RedisConnection:
+    """A connection to Redis on which commands do not wait for the replies to those before."""
+
+    def __init__(self, connection: Any, deliver: Deliver, lost: Lost) -> None:
+        self._connection = connection
+        self._deliver, self._lost = deliver, lost
+        self._commands: list[tuple[str | bytes, ...]] = []
+        self._replies: collections.deque[asyncio.Future[Any]] = collections.deque()
+        self._called = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def open(self) -> None:
+        await self._connection.connect()
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._run(work)) for work in (self._read, self._write)]
+
+    async def call(self, *command: str | bytes) -> Any:
+        """The reply to *command*. Raises what Redis answers with, such as a missing permission."""
+        reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._replies.append(reply)
+        self._commands.append(command)
+        self._called.set()
+        return await reply
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._connection.disconnect(nowait=True)
+
+    async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        except Exception as exc:  # of the library or the socket
+            self._lost(exc)
+
+    async def _write(self) -> None:
+        # A task of its own, since redis-py disconnects when it is cancelled while it writes.
+        while await self._called.wait():
+            self._called.clear()
+            commands, self._commands = self._commands, []
+            packed = self._connection.pack_commands(commands)
+            await self._connection.send_packed_command(packed, check_health=False)
+
+    async def _read(self) -> None:
+        from redis.exceptions import ResponseError
+
+        while True:
+            error = reply = None
+            try:
+                reply = await self._connection.read_response(timeout=math.inf)
+            except ResponseError as exc:
+                error = exc
+            if type(reply) is list and reply[0] == b"message":
+                await self._deliver(reply[1].decode(), reply[2])
+                continue
+            future = self._replies.popleft()
+            if error is not None and not future.done():
+                future.set_exception(error)
+            elif not future.done():
+                future.set_result(reply)
+
+
+class Redis:
+    """Redis, by redis-py: one connection to publish on, and one for what is subscribed."""
+
+    def __init__(self, engine: Engine) -> None:
+        try:
+            from redis.asyncio.connection import ConnectionPool
+            from redis.asyncio.retry import Retry
+            from redis.backoff import NoBackoff
+        except ImportError:
+            raise _not_installed(engine, "redis") from None
+        never = Retry(NoBackoff(), 0)  # that is the link's job; and it might send a message twice
+        try:
+            pool: Any = ConnectionPool.from_url(
+                engine.url, retry=never, protocol=2, client_name="pachinko"
+            )
+            pool.make_connection()
+        except Exception as exc:
+            raise PachinkoError(
+                f"redis-py takes another option in a {engine.scheme}:// URL: "
+                f"{_without_secrets(exc, engine)}"
+            ) from None
+        self._pool = pool
+        self._connections: list[RedisConnection] = []
+
+    async def start(self, deliver: Deliver, lost: Lost) -> None:
+        make: Callable[[], Any] = self._pool.make_connection
+        self._connections = [RedisConnection(make(), deliver, lost) for _ in range(2)]
+        for connection in self._connections:
+            await connection.open()
+
+    async def publish(self, subject: str, data: bytes) -> int | None:
+        reached: int = await self._connections[0].call("PUBLISH", subject, data)
+        return reached
+
+    async def subscribe(self, subject: str) -> None:
+        await self._connections[1].call("SUBSCRIBE", subject)
+
+    async def unsubscribe(self, subject: str) -> None:
+        await self._connections[1].call("UNSUBSCRIBE", subject)
+
+    async def stop(self) -> None:
+        for connection in self._connections:
+            await connection.close()
+
+
+_BACKPLANES: dict[str, Callable[[Engine], Backplane] | None] = {
+    "memory": None, "nats": Nats, "tls": Nats, "redis": Redis, "rediss": Redis,
+}  # fmt: skip
+
+
+def _without_secrets(exc: BaseException | None, engine: Engine | None) -> str:
+    """What to tell of *exc*: libraries may quote a URL."""
+    text = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+    if type(exc) is TimeoutError:
+        text = str(exc) or f"no answer within {_CONNECT:g} s"
+    for secret in (engine.credentials or ()) if engine is not None else ():
+        for form in (secret, urllib.parse.quote(secret or "", safe="")):
+            text = text.replace(form, "***") if form else text
+    return text
+
+
+# ── link ──────────────────────────────────────────────────────────────────────────────────────
+#
+# Keeps this process on its engine: subscribes to what is wanted, whatever the order in which that
+# comes and goes; notices that the engine no longer answers; connects again.
+#
+# A message between processes is a line of JSON, a `Post`, and behind it the text frame for the
+# clients. Subjects are "pachinko.g.room%3A1": the namespace; g for a group, u for a user, p for a
+# process, a for all; the name.
+
+_FORMAT = 1  # of posts; another one means that older processes cannot read it
+_ENGINE_WAIT = 4.0  # seconds that the engine may take for a message; callers are promised 5
+_BEAT = 0.5  # seconds between two signs of life
+_MISSED = 5  # of them in a row, and the engine is taken for lost
+_RECONNECT = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds, and then as the last
+_LONGEST_NAME = 120  # characters in a subject, which is part of a line of at most 4 KiB in NATS
+_MAX_PROCESSES = 10_000  # whose present session is known
+
+
+class Post(msgspec.Struct, omit_defaults=True):
+    """What is between processes, apart from the frame for clients."""
+
+    v: int
+    """The format."""
+    op: str
+    """``send`` or ``close`` to the members; ``who`` is a member, answered with ``here``; ``beat``
+    is a process's sign of life to itself."""
+    source: str = msgspec.field(name="from")
+    """The process."""
+    session: int = 0
+    """The number of its connection to the engine."""
+    n: int = 0
+    """The message's number in the source."""
+    exclude: list[str] = []
+    """The ids of connections that do not get it."""
+    to: str | None = None
+    """The id of the only connection that does."""
+    code: int = 1000
+    reason: str = ""
+    ask: int = 0
+    """The number of the question that this asks or answers."""
+    members: list[tuple[str, str | None]] = []
+    """Ids and users."""
+    more: bool = False
+    """Not the last answer of this process."""
+
+
+class Carried(msgspec.Struct):
+    """The frame behind a post, as far as it is looked at."""
+
+    type: str
+    payload: msgspec.Raw | UnsetType = UNSET
+    group: str | None = None
+
+
+class Format(msgspec.Struct):
+    """What posts of all formats have."""
+
+    v: int
+
+
+class Refused(Exception):
+    """What came from the engine is no post of ours; `format` is that of another version's."""
+
+    def __init__(self, why: str, format: int | None = None) -> None:
+        super().__init__(why)
+        self.format = format
+
+
+_decode_post = msgspec.json.Decoder(Post).decode
+_decode_carried = msgspec.json.Decoder(Carried).decode
+_decode_format = msgspec.json.Decoder(Format).decode
+
+
+def subject_of(namespace: str, kind: str, name: str) -> str:
+    """The subject for *name*, any text; nothing in it means anything to an engine."""
+    token = urllib.parse.quote(name, safe="", errors="surrogatepass").replace(".", "%2E")
+    if not 0 < len(token) <= _LONGEST_NAME:
+        # The equals sign is in no quoted name, so that none is that of another.
+        digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=20)
+        token = f"={digest.hexdigest()}"
+    return f"{namespace}.{kind}.{token}"
+
+
+def unpack(data: bytes) -> tuple[Post, bytes]:
+    """The post and the frame in *data*. Raises `Refused`."""
+    head, _, frame = data.partition(b"\n")
+    try:
+        post = _decode_post(head)
+        if post.v == _FORMAT:
+            return post, frame
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
+        why = str(exc)
+    else:
+        why = ""
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+        if (version := _decode_format(head).v) != _FORMAT:
+            raise Refused(f"it has format {version}, not {_FORMAT}", version)
+    raise Refused(f"not a message of ours: {why}")
+
+
+def check_carried(frame: bytes, group: str | None) -> None:
+    """Raise `Refused` for a *frame* that no client should get as a message of *group*."""
+    try:
+        carried = _decode_carried(frame)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
+        raise Refused(f"not a message for clients: {exc}") from None
+    if carried.group != group:
+        raise Refused("a message for clients that names another group")
+
+
+class Receiver(typing.Protocol):
+    """What a link tells: its hub."""
+
+    async def _receive(self, kind: str, name: str, post: Post, frame: bytes) -> None:
+        """Take a message."""
+
+    async def _refused(self, kind: str, name: str, why: Refused) -> None:
+        """Take note of what is none."""
+
+    def _restored(self) -> None:
+        """All subscriptions are live again, and messages may have been missed."""
+
+
+class Link:
+    """Keeps a process connected to its engine."""
+
+    def __init__(
+        self, backplane: Backplane, engine: Engine | None, namespace: str, process: str,
+        receiver: Receiver,
+    ) -> None:  # fmt: skip
+        self._backplane = backplane
+        self._engine = engine
+        self._name = str(engine) if engine is not None else type(backplane).__name__
+        self._namespace, self._process = namespace, process
+        self._receiver = receiver
+        self._own = subject_of(namespace, "p", process)
+        self._wanted: dict[str, tuple[str, str]] = {}  # the subjects, with the kind and the name
+        self._live: set[str] = set()
+        self._settling: dict[str, asyncio.Task[None]] = {}
+        self._copies: dict[int, tuple[str, asyncio.Future[None]]] = {}  # on their way back to us
+        self._waits: set[asyncio.Timeout] = set()  # of those who have handed something over
+        self._sessions: dict[str, int] = {}  # by process
+        self._session = self._posts = self.outages = 0
+        self.is_up: bool = False
+        self._has_missed = False  # messages, or may have
+        self._heard = False  # from ourselves, through the engine
+        self._why = "not connected yet"
+        self._lost: asyncio.Future[BaseException | None]
+        self._tried = asyncio.Event()  # else an attempt is in progress that is worth waiting for
+        self.want("p", process)
+        self.want("a", "all")
+        self._task: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._keep())
+
+    async def stop(self) -> None:
+        """Disconnect."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def connected(self) -> None:
+        """Wait for an attempt to connect that is worth it. Raises `PachinkoError` if it fails."""
+        await self._tried.wait()
+        if not self.is_up:
+            raise PachinkoError(f"{self._name} cannot be reached: {self._why}")
+
+    async def publish(self, kind: str, name: str, post: Post, frame: bytes = b"") -> int | None:
+        """Return once the engine has it, and this process its own copy, if it is to get one.
+
+        Raises `PachinkoError` within 5 seconds; it may have arrived all the same.
+        """
+        subject = subject_of(self._namespace, kind, name)
+        try:
+            async with asyncio.timeout(_ENGINE_WAIT) as patience:
+                if not self.is_up:
+                    await self.connected()
+                try:
+                    self._waits.add(patience)
+                    return await self._publish(subject, post, frame)
+                finally:
+                    self._waits.discard(patience)
+        except PachinkoError:
+            raise
+        except TimeoutError:
+            why = self._why or f"no answer within {_ENGINE_WAIT:g} s"
+            raise PachinkoError(f"{self._name} has not taken a message: {why}") from None
+        except Exception as exc:  # of the library
+            raise PachinkoError(f"{self._name}: {_without_secrets(exc, self._engine)}") from None
+
+    async def _publish(self, subject: str, post: Post, frame: bytes) -> int | None:
+        self._posts += 1
+        number = post.n = self._posts
+        post.session = self._session
+        copy: asyncio.Future[None] | None = None
+        if subject in self._live:
+            copy = asyncio.get_running_loop().create_future()
+            self._copies[number] = subject, copy
+        try:
+            reached = await self._backplane.publish(subject, b"%b\n%b" % (_encode(post), frame))
+            if copy is not None:
+                await copy
+            return reached
+        finally:
+            self._copies.pop(number, None)
+
+    def post(self, op: str, **fields: Any) -> Post:
+        """A post of this process."""
+        return Post(_FORMAT, op, self._process, **fields)
+
+    def want(self, kind: str, name: str) -> None:
+        """Subscribe, now and whenever the engine comes back."""
+        subject = subject_of(self._namespace, kind, name)
+        self._wanted[subject] = kind, name
+        self._settle(subject)
+
+    def unwant(self, kind: str, name: str) -> None:
+        """Undo that."""
+        subject = subject_of(self._namespace, kind, name)
+        self._wanted.pop(subject, None)
+        self._settle(subject)
+
+    async def live(self, kind: str, name: str) -> None:
+        """Wait until what is wanted is subscribed; when the engine is away, that comes later."""
+        subject = subject_of(self._namespace, kind, name)
+        try:
+            async with asyncio.timeout(_ENGINE_WAIT):
+                while subject in self._wanted and subject not in self._live:
+                    await self.connected()
+                    await asyncio.wait([self._settling.get(subject, self._lost)])
+        except (PachinkoError, TimeoutError):
+            self._has_missed = True
+
+    def _settle(self, subject: str) -> None:
+        """Bring the subscription about in the background, if that is not in progress."""
+        is_settled = (subject in self._wanted) == (subject in self._live)
+        if self.is_up and subject not in self._settling and not is_settled:
+            task = asyncio.get_running_loop().create_task(self._settle_until_done(subject))
+            self._settling[subject] = task
+
+    async def _settle_until_done(self, subject: str) -> None:
+        """What is wanted may change in the meantime."""
+        try:
+            while (wanted := subject in self._wanted) != (subject in self._live):
+                if wanted:
+                    await self._backplane.subscribe(subject)
+                    self._live.add(subject)
+                else:
+                    self._live.discard(subject)
+                    for about, copy in self._copies.values():
+                        if about == subject and not copy.done():
+                            copy.set_result(None)  # nobody is left here for whom it matters
+                    await self._backplane.unsubscribe(subject)
+        except Exception as exc:  # of the library
+            self._lose(exc)
+        if self._settling.get(subject) is asyncio.current_task():
+            del self._settling[subject]
+
+    async def _keep(self) -> None:
+        """Connect, watch, and connect again."""
+        delays = iter(_RECONNECT)
+        try:
+            while True:
+                self._lost = asyncio.get_running_loop().create_future()
+                self._session += 1
+                try:
+                    await self._open()
+                    self._up()
+                    delays = iter(_RECONNECT)
+                    await self._watch()
+                except Exception as exc:  # of the library, whatever it is
+                    self._down(exc)
+                await self._close()
+                await asyncio.sleep(random.uniform(0.5, 1.0) * next(delays, _RECONNECT[-1]))
+        finally:
+            self._down(None)
+            await self._close()
+
+    def _lose(self, why: BaseException | None) -> None:
+        """End the present connection."""
+        if not self._lost.done():
+            self._lost.set_result(why)
+
+    async def _open(self) -> None:
+        """Connect, and subscribe to all that is wanted."""
+        lost = self._lost
+
+        def lose(why: BaseException | None) -> None:
+            if lost is self._lost:
+                self._lose(why)
+
+        deliver = functools.partial(self._deliver, self._session)
+        async with asyncio.timeout(_CONNECT):
+            await self._backplane.start(deliver, lose)
+        while missing := list(itertools.islice(self._wanted.keys() - self._live, 500)):
+            async with asyncio.timeout(_CONNECT):
+                await asyncio.gather(*map(self._backplane.subscribe, missing))
+            self._live.update(missing)
+
+    def _up(self) -> None:
+        logger.info("%s: connected, with %d subscriptions", self._name, len(self._live))
+        self.is_up, self._why = True, ""
+        self._tried.set()
+        for subject in self._live - self._wanted.keys():
+            self._settle(subject)
+        if self._has_missed:
+            self._has_missed = False
+            self._receiver._restored()
+
+    async def _watch(self) -> None:
+        """Never return; raise when the engine is lost."""
+        missed = 0
+        while missed < _MISSED:
+            self._heard = False
+            beat = self.post("beat", session=self._session)
+            work = self._backplane.publish(self._own, _encode(beat) + b"\n")
+            task = asyncio.get_running_loop().create_task(_ignoring_errors(work))
+            # What counts are turns, not seconds: a loop that was blocked has not read either.
+            await asyncio.wait([self._lost], timeout=_BEAT)
+            task.cancel()
+            if self._lost.done():
+                raise self._lost.result() or ConnectionError("the connection has been closed")
+            missed = 0 if self._heard else missed + 1
+        raise TimeoutError(f"no sign of life for {_BEAT * _MISSED:g} s")
+
+    def _down(self, exc: Exception | None) -> None:
+        """Tell all who wait for the engine."""
+        why = _without_secrets(exc, self._engine) if exc is not None else "disconnected"
+        if exc is not None and why != self._why:
+            logger.error("%s is lost: %s; trying again", self._name, why)
+        self._why, self._has_missed = why, True
+        if self.is_up:
+            self.outages += 1
+            self._tried.clear()  # mostly it comes back at once
+        else:
+            self._tried.set()
+        self.is_up = False
+        self._live.clear()
+        for task in self._settling.values():
+            task.cancel()
+        self._settling.clear()
+        for patience in self._waits:
+            if not patience.expired():
+                patience.reschedule(asyncio.get_running_loop().time())
+
+    async def _close(self) -> None:
+        with contextlib.suppress(Exception):  # of the library: it is over in any case
+            async with asyncio.timeout(_CONNECT):
+                await self._backplane.stop()
+
+    async def _deliver(self, session: int, subject: str, data: bytes) -> None:
+        """Take what the engine has for *subject*."""
+        target = self._wanted.get(subject)
+        if session != self._session or subject not in self._live or target is None:
+            return
+        try:
+            post, frame = unpack(data)
+            if post.op == "send":
+                check_carried(frame, target[1] if target[0] == "g" else None)
+            # What a process sent before it lost the engine it has been told to be lost. It may
+            # still be on its way, but does not overtake what that process has sent since.
+            if post.session >= self._sessions.get(post.source, 0):
+                self._remember(post)
+                if post.op != "beat":
+                    await self._receiver._receive(*target, post, frame)
+        except Refused as why:
+            await self._receiver._refused(*target, why)
+        except Exception:  # a bug of ours; nats-py would stop to read
+            logger.exception("a message from %s was not handled", self._name)
+        else:
+            if post.source == self._process and post.session == session:
+                self._heard = True
+                _, copy = self._copies.get(post.n, (None, None))
+                if copy is not None and not copy.done():
+                    copy.set_result(None)
+
+    def _remember(self, post: Post) -> None:
+        self._sessions[post.source] = post.session
+        if len(self._sessions) > _MAX_PROCESSES:
+            del self._sessions[next(iter(self._sessions))]
+
+
+async def _ignoring_errors(work: Awaitable[object]) -> None:
+    """Of a sign of life: that it does not come is enough."""
+    with contextlib.suppress(Exception):
+        await work
+
+
 # ── outbox and limits ─────────────────────────────────────────────────────────────────────────
 #
 # What connections are made of, each with one job and without knowledge of the others.
@@ -1607,6 +2349,7 @@ class Limits:
 
 _READ_AHEAD = 8  # frames: enough to notice a disconnect behind some messages, and bounded
 _BURST = 32  # messages that code may send in a row before others get a turn
+_PROCESS_BYTES = _OWN_BYTES = 6  # of a connection's id: its process, and in that itself
 _END_OF_TIME = 1e15  # UNIX seconds; beyond, floats and timers give up
 _LOOK_AT_CLOCK = 600.0  # seconds: as often is an expiry compared with the time of day
 _GOODBYE = 1.0  # seconds for what cannot be waited for: an evicted client's close frame, say
@@ -1636,7 +2379,9 @@ class Connection:
     """Falcon's socket, for what Pachinko does not do. What it sends keeps no order with ours."""
     params: dict[str, Any]
     """The path parameters, converted as the path says."""
-    id: str = attrs.Factory(functools.partial(secrets.token_hex, 12))
+    id: str = attrs.Factory(
+        lambda self: self._hub.process + secrets.token_hex(_OWN_BYTES), takes_self=True
+    )
     """Unique across processes, and public: other clients may see it. Never a credential."""
     close_code: int | None = None
     """Why it ended: the client's code (1005 or 1006 for none), or the one we closed with."""
@@ -2086,20 +2831,52 @@ class Connection:
 _TURN = 256  # writes of one message at a stretch: a few milliseconds under uvicorn
 _MAX_CODES = 100  # error codes counted apart: an application may make them up as it goes
 _FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, behind what lingers
+_PRESENCE = 0.4  # seconds for the other processes to say who is there
+_ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the engine
+_questions = itertools.count(1)
+_ANSWER_BYTES = 200_000  # of members in one answer to that
+_CONNECTION_ID = re.compile(rf"[0-9a-f]{{{2 * (_PROCESS_BYTES + _OWN_BYTES)}}}")
 _hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
 Exclude = Union["Connection", str, Iterable[Union["Connection", str]], None]
 
 
+@attrs.frozen
+class Presence:
+    """A connection in a group, of whatever process."""
+
+    id: str
+    """`Connection.id`."""
+    user: str | None
+    process: str
+    """`Hub.process` where it is connected."""
+
+
+@attrs.define(eq=False)
+class Answers:
+    """What the processes have answered to one question."""
+
+    members: dict[str, Presence] = attrs.Factory(dict)
+    final: int = 0
+    """The processes that have said all."""
+    changed: asyncio.Event = attrs.Factory(asyncio.Event)
+
+
 class Hub:
-    """Groups of connections, and sending to them from any code of the process.
+    """Groups of connections, and sending to them from any code, on one process or on many.
 
     The module's own `hub` serves most programs; a `Hub` of one's own keeps two apps apart:
     ``Pachinko(app, "/ws", hub=Hub())``. No method waits for a client: what a slow one has not
     read waits in its outbox. Names of groups and users are `str`, anything else is a `TypeError`.
+
+    With a backplane (`configure`), whatever is sent reaches the members in all processes, and this
+    process's own by the same way, so that there is one order. Then the methods that reach other
+    processes raise `PachinkoError` when the engine does not take a message within 5 seconds.
     """
 
     def __init__(self) -> None:
         self._codec = Codec()
+        self._backplane: str | Backplane | None = None
+        self._namespace: str | None = None
         self._lock = threading.Lock()  # around `_loop` and `_calls`, which threads look at
         self._clean()
         _hubs.add(self)
@@ -2112,32 +2889,111 @@ class Hub:
         self._groups: dict[str, set[Connection]] = {}
         self._users: dict[str, set[Connection]] = {}
         # Of frames, those of connections that are over: each counts its own.
-        counters = ("received", "sent", "dropped", "evicted", "outbox_high_water")
+        counters = ("received", "sent", "dropped", "evicted", "outbox_high_water", "refused")
         self._counts = dict.fromkeys(counters, 0)
         self._errors: dict[str, int] = {}
         self._draining = False
         self._drains: set[asyncio.Task[None]] = set()
         self._calls: set[concurrent.futures.Future[Any]] = set()  # from threads, not yet answered
+        self.process: str = secrets.token_hex(_PROCESS_BYTES)
+        """The id of this process, or rather of this hub in it; new with each start."""
+        self._link: Link | None = None  # to the other processes
+        self._work: set[asyncio.Task[None]] = set()  # what is sent without anybody who waits
+        self._asks: dict[int, Answers] = {}
+        self._gaps: dict[str, tuple[Connection, ...]] = {}  # to be announced
+        self._unread: set[tuple[str, str]] = set()  # gaps that have been, for another format
+        self._suspects: set[int | None] = set()  # the formats that have been logged
 
-    def configure(self, *, converter: cattrs.Converter | None = None) -> None:
-        """Set the cattrs *converter* for all payloads, in and out; None is the strict default.
+    def configure(
+        self,
+        url: str | Backplane | None = None,
+        *,
+        converter: cattrs.Converter | None = None,
+        namespace: str | None = None,
+    ) -> None:
+        """Set up the hub before an app starts; what is left out has its default.
 
-        Start from ``hub.converter.copy()`` to keep the strict rules: a plain ``Converter``
-        coerces (5 becomes ``"5"``). Call it before handlers are registered. Raises
-        `PachinkoError` once an app has started.
+        *url*: the engine between the processes, ``nats://host:4222``, ``tls://…``,
+        ``redis://host:6379``, ``rediss://…``, or a `Backplane`. By default it is that of the
+        environment variable ``PACHINKO_BACKPLANE``, or ``memory://``: this process alone.
+        *namespace*: keeps the apps on one engine apart, also as ``?namespace=`` in the URL;
+        letters, digits, ``_`` and ``-``; by default ``pachinko``.
+
+        *converter*: of cattrs, for all payloads, in and out. Start from ``hub.converter.copy()`` to
+        keep the strict rules: a plain ``Converter`` coerces (5 becomes ``"5"``). Set it before
+        handlers are registered.
+
+        Raises `PachinkoError` for a mistake in any of them, for a library that is not installed,
+        and once an app has started.
         """
         if self._loop is not None:
             raise PachinkoError("call hub.configure() before the app starts, where it is imported")
         if converter is not None and not isinstance(converter, cattrs.BaseConverter):
             raise TypeError(f"write hub.configure(converter=cattrs.Converter()), got {converter!r}")
+        if url is not None:
+            self._open_backplane(url, namespace)
         self._codec = Codec(converter)
+        self._backplane, self._namespace = url, namespace
+
+    @staticmethod
+    def _open_backplane(
+        given: str | Backplane | None, namespace: str | None
+    ) -> tuple[Backplane | None, Engine | None, str]:
+        """The backplane, what its URL says, and the namespace. Raises `PachinkoError`."""
+        engine: Engine | None = None
+        backplane: Backplane | None = None
+        if isinstance(given, str):
+            engine = read_engine(given)
+            make = _BACKPLANES[engine.scheme]
+            backplane = make(engine) if make is not None else None
+            namespace = namespace or engine.namespace
+        elif given is not None:
+            methods = ("start", "publish", "subscribe", "unsubscribe", "stop")
+            if not all(inspect.iscoroutinefunction(getattr(given, name, None)) for name in methods):
+                raise TypeError(
+                    f'write hub.configure("nats://localhost:4222"), or give it an object with '
+                    f"`async def` {', '.join(methods)}; got {type(given).__name__}"
+                )
+            backplane = given
+        namespace = "pachinko" if namespace is None else namespace
+        if not (isinstance(namespace, str) and _NAMESPACE.fullmatch(namespace)):
+            raise PachinkoError(
+                f"a namespace has 1 to 64 letters, digits, _ and -, got {namespace!r}"
+            )
+        return backplane, engine, namespace
 
     @property
     def converter(self) -> cattrs.Converter:
         """The converter in use; copy it, but do not change it."""
         return self._codec.converter
 
-    def _start(self, app: object) -> None:
+    @contextlib.asynccontextmanager
+    async def open(self, url: str | Backplane | None = None) -> AsyncGenerator[Hub, None]:
+        """Use the hub in a program without an app: ``async with hub.open("redis://…"):``.
+
+        By default the *url* is that of `configure` or ``PACHINKO_BACKPLANE``. Raises
+        `PachinkoError` when none is given, when the engine cannot be reached, and when the hub
+        already runs on another one.
+        """
+        given = self._backplane if url is None else url
+        given = os.environ.get(_ENVIRONMENT) if given is None else given
+        if given is None:
+            raise PachinkoError(
+                'hub.open() takes the engine that the app uses, hub.open("nats://localhost:4222"), '
+                f"or finds it in {_ENVIRONMENT}"
+            )
+        if self._loop is not None and url is not None:
+            raise PachinkoError("this hub runs already; write hub.open() to use its engine")
+        user = object()
+        self._start(user, given)
+        try:
+            if self._link is not None:
+                await self._link.connected()
+            yield self
+        finally:
+            await self._stop(user)
+
+    def _start(self, app: object, url: str | Backplane | None = None) -> None:
         """Serve *app* in the running loop; the first one of a loop finds a clean hub."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
@@ -2146,15 +3002,31 @@ class Hub:
                     "this hub serves an app in another event loop; give this app one of its own: "
                     'Pachinko(app, "/ws", hub=Hub())'
                 )
+            given = self._backplane if url is None else url
+            given = os.environ.get(_ENVIRONMENT) if given is None else given
+            backplane, engine, namespace = self._open_backplane(given, self._namespace)
             self._end_calls()  # after a loop that ended without a shutdown
             self._loop = loop
+            if backplane is not None:
+                self._link = Link(backplane, engine, namespace, self.process, self)
         self._apps.add(app)
 
-    def _stop(self, app: object) -> None:
+    async def _stop(self, app: object) -> None:
         """Stop serving *app*; after the last one the hub is as new."""
         self._apps.discard(app)
         if not self._apps:
+            link, work = self._link, self._work
+            for task in tuple(work):
+                task.cancel()
             self._end_calls()
+            if link is not None:
+                await link.stop()
+
+    async def _settled(self) -> None:
+        """Wait until the engine is there, or has not been on the first attempt."""
+        if self._link is not None:
+            with contextlib.suppress(PachinkoError):  # it has been logged, and is tried again
+                await self._link.connected()
 
     def _end_calls(self) -> None:
         """Clean up, and fail what threads still wait for."""
@@ -2173,6 +3045,11 @@ class Hub:
             raise PachinkoError(
                 "the hub was called from another thread or event loop than its app's; "
                 'use hub.call_threadsafe(hub.send, "room:1", ...)'
+            )
+        if self._loop is None and (self._backplane or os.environ.get(_ENVIRONMENT)):
+            raise PachinkoError(
+                "the hub is not connected: it starts with the app; a program without one writes "
+                "`async with hub.open():` around its calls"
             )
 
     def _check_member(self, group: object, conn: object) -> None:
@@ -2195,25 +3072,44 @@ class Hub:
         if self._connections.pop(conn.id, None) is None:
             return
         for group in conn._groups or ():
-            self._discard(self._groups, group, conn)
+            self._discard("g", group, conn)
         conn._groups = None
         self._set_user(conn, None)
 
     def _set_user(self, conn: Connection, user: str | None) -> None:
         if conn.user is not None:
-            self._discard(self._users, conn.user, conn)
+            self._discard("u", conn.user, conn)
         if user is not None and conn.id in self._connections:
-            self._users.setdefault(user, set()).add(conn)
+            self._enter("u", user, conn)
 
-    @staticmethod
-    def _discard(table: dict[str, set[Connection]], name: str, conn: Connection) -> None:
-        members = table.get(name, set())
-        members.discard(conn)
-        if not members:
-            table.pop(name, None)
+    def _enter(self, kind: str, name: str, conn: Connection) -> None:
+        table = self._groups if kind == "g" else self._users
+        if name not in table:
+            table[name] = set()
+            if self._link is not None:
+                self._link.want(kind, name)
+        table[name].add(conn)
+
+    def _discard(self, kind: str, name: str, conn: Connection) -> None:
+        table = self._groups if kind == "g" else self._users
+        members = table.get(name)
+        if members is not None:
+            members.discard(conn)
+            if not members:
+                del table[name]
+                if self._link is not None:
+                    self._link.unwant(kind, name)
+
+    async def _reachable(self, conn: Connection) -> None:
+        """Wait until `send_to_user` from other processes reaches *conn*."""
+        if self._link is not None and conn.user is not None and conn.id in self._connections:
+            await self._link.live("u", conn.user)
 
     async def join(self, group: str, conn: Connection) -> None:
         """Put *conn* into *group*, which needs no making. One that is over stays out.
+
+        When it returns, whatever any process sends to the group arrives; or, if the engine does not
+        answer within 4 seconds, a ``gap`` comes once it does.
 
         Raises `PachinkoError` for a connection of an endpoint with another hub, and `MessageError`
         (``too_many_groups``) for one that is in `max_groups` others: since mostly a client has
@@ -2230,14 +3126,16 @@ class Hub:
             if len(conn._groups) >= most and group not in conn._groups:
                 raise MessageError("too_many_groups", f"at most {most} groups a connection")
             conn._groups.add(group)
-            self._groups.setdefault(group, set()).add(conn)
+            self._enter("g", group, conn)
+            if self._link is not None:
+                await self._link.live("g", group)
 
     async def leave(self, group: str, conn: Connection) -> None:
         """Take *conn* out of *group*; nothing happens if it is not in it."""
         self._check_member(group, conn)
         if conn._groups is not None:
             conn._groups.discard(group)
-        self._discard(self._groups, group, conn)
+        self._discard("g", group, conn)
 
     def members(self, group: str) -> frozenset[Connection]:
         """The accepted connections of this process in *group*."""
@@ -2263,14 +3161,14 @@ class Hub:
         *exclude* leaves out a connection, an id, or several of them.
         """
         self._check(group, "group")
-        await self._push(self._groups.get(group, ()), message, payload, exclude, group)
+        await self._push("g", group, message, payload, exclude)
 
     async def broadcast(
         self, message: object, payload: object = None, *, exclude: Exclude = None
     ) -> None:
-        """Send to every connection."""
+        """Send to every connection of every process."""
         self._check("", "group")
-        await self._push(self._connections.values(), message, payload, exclude)
+        await self._push("a", "all", message, payload, exclude)
 
     async def send_to(
         self, conn: Connection | str, message: object, payload: object = None
@@ -2278,20 +3176,55 @@ class Hub:
         """Send to one connection, given itself or by its id; nothing happens if it is gone."""
         id = conn.id if isinstance(conn, Connection) else conn
         self._check(id, "connection")
-        found = self._connections.get(id)
-        await self._push([found] if found else [], message, payload)
+        process = id[: 2 * _PROCESS_BYTES]
+        if self._link is None or process == self.process or not _CONNECTION_ID.fullmatch(id):
+            data = self._codec.encode(*split_message(message, payload))
+            await self._spread(self._receivers("p", id), data)
+        else:
+            await self._push("p", process, message, payload, to=id)
 
     async def send_to_user(self, user: str, message: object, payload: object = None) -> None:
         """Send to every connection of *user* (`Connection.user`)."""
         self._check(user, "user")
-        await self._push(self._users.get(user, ()), message, payload)
+        await self._push("u", user, message, payload)
 
     async def close_group(self, group: str, code: int = 1000, reason: str = "") -> None:
         """Close every connection in *group*, behind what was sent to it before."""
         self._check(group, "group")
         close = Close(code, reason)
+        if self._link is not None:
+            post = self._link.post("close", code=close.code, reason=close.reason)
+            await self._link.publish("g", group, post)
+        else:
+            self._close_all_of(group, close)
+
+    def _close_all_of(self, group: str, close: Close) -> None:
         for conn in tuple(self._groups.get(group, ())):
             conn._close(close)
+
+    async def presence(self, group: str) -> list[Presence]:
+        """The accepted connections in *group*, of all processes that answer within 0.4 seconds.
+
+        Each process tells its own when it is asked, so that those of one that has crashed are gone
+        at once.
+        """
+        self._check(group, "group")
+        if self._link is None:
+            return [Presence(conn.id, conn.user, self.process) for conn in self.members(group)]
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _PRESENCE
+        number = next(_questions)
+        answers = self._asks[number] = Answers()
+        try:
+            reached = await self._link.publish("g", group, self._link.post("who", ask=number))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    while reached is None or answers.final < reached:
+                        answers.changed.clear()
+                        await answers.changed.wait()
+        finally:
+            self._asks.pop(number, None)
+        return list(answers.members.values())
 
     @property
     def draining(self) -> bool:
@@ -2344,20 +3277,131 @@ class Hub:
 
     async def _push(
         self,
-        receivers: Collection[Connection],
+        kind: str,
+        name: str,
         message: object,
         payload: object,
         exclude: Exclude = None,
-        group: str | None = None,
+        to: str | None = None,
     ) -> None:
-        """Encode once, and start one write each."""
+        """Encode once, and start one write each, wherever they are."""
         type, payload = split_message(message, payload)
+        group = name if kind == "g" else None
         data = self._codec.encode(type, payload, group)
-        event, size, crowded = text_event(data), len(data), False
+        excluded: list[str] = []
         if exclude is not None:
             several = (exclude,) if isinstance(exclude, (Connection, str)) else exclude
-            excluded = {item.id if isinstance(item, Connection) else item for item in several}
-            receivers = [conn for conn in receivers if conn.id not in excluded]
+            excluded = [item.id if isinstance(item, Connection) else item for item in several]
+        if self._link is None:
+            await self._spread(self._receivers(kind, name), data, group, excluded)
+        else:
+            post = self._link.post("send", exclude=excluded, to=to)
+            await self._link.publish(kind, name, post, data)
+
+    def _receivers(self, kind: str, name: str) -> Collection[Connection]:
+        """Those here that a message to *name* is for: a group, a user, a connection's id or all."""
+        if kind == "p":
+            return (self._connections[name],) if name in self._connections else ()
+        if kind == "a":
+            return self._connections.values()
+        return (self._groups if kind == "g" else self._users).get(name, ())
+
+    async def _receive(self, kind: str, name: str, post: Post, frame: bytes) -> None:
+        """Take what a process has sent, this one too. Raises `Refused`."""
+        self._unread.discard((kind, name))
+        if kind == "g" and name in self._gaps:
+            await self._announce(name)
+        group = name if kind == "g" else None
+        if post.op == "send":
+            to = post.to or "" if kind == "p" else name
+            await self._spread(self._receivers(kind, to), frame, group, post.exclude)
+        elif post.op == "close" and kind == "g":
+            try:
+                close = Close(post.code, post.reason)
+            except ValueError as exc:
+                raise Refused(str(exc)) from None
+            self._close_all_of(name, close)
+        elif post.op == "who" and kind == "g":
+            self._start_work(self._answer(name, post))
+        elif post.op == "here" and kind == "p":
+            self._note_answer(post)
+        else:
+            raise Refused(f"{post.op!r} makes no sense here")
+
+    async def _answer(self, group: str, question: Post) -> None:
+        """Tell the process that asks who of *group* is here, in parts of a bounded size."""
+        members = [(conn.id, conn.user) for conn in self.members(group)]
+        is_last = False
+        while not is_last and self._link is not None:
+            part: list[tuple[str, str | None]] = []
+            size = 0
+            while members and size < _ANSWER_BYTES:
+                part.append(members.pop())
+                size += 50 + len(part[-1][1] or "") * 4
+            is_last = not members
+            post = self._link.post("here", ask=question.ask, members=part, more=not is_last)
+            if question.source == self.process:
+                self._note_answer(post)
+            else:
+                with contextlib.suppress(PachinkoError):  # nor does the question's process hear
+                    await self._link.publish("p", question.source, post)
+
+    def _note_answer(self, post: Post) -> None:
+        answers = self._asks.get(post.ask)
+        if answers is not None:
+            found = (Presence(id, user, post.source) for id, user in post.members)
+            answers.members.update((each.id, each) for each in found)
+            answers.final += not post.more
+            answers.changed.set()
+
+    def _start_work(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    async def _refused(self, kind: str, name: str, why: Refused) -> None:
+        """Count what came from the engine and is not understood; a newer version's is a gap."""
+        self._counts["refused"] += 1
+        if why.format not in self._suspects and len(self._suspects) < _MAX_CODES:
+            self._suspects.add(why.format)
+            logger.warning(
+                "refused a message from the engine, by a stranger or another version of Pachinko "
+                "(more of them are counted, not logged): %s", why
+            )  # fmt: skip
+        if why.format is not None and (kind, name) not in self._unread:
+            self._unread.add((kind, name))
+            group = name if kind == "g" else None
+            if kind != "p":
+                await self._spread(self._receivers(kind, name), _gap(group), group)
+
+    def _restored(self) -> None:
+        """The engine has been away: each member misses something, once a group."""
+        self._gaps = {group: tuple(members) for group, members in self._groups.items()}
+        alone = tuple(conn for conn in self._connections.values() if not conn._groups)
+        self._start_work(self._announce_all(alone))
+
+    async def _announce_all(self, alone: Collection[Connection]) -> None:
+        await self._spread(alone, _gap(None))
+        while self._gaps:
+            await self._announce(next(iter(self._gaps)))
+
+    async def _announce(self, group: str) -> None:
+        members = self._gaps.pop(group)
+        present = [conn for conn in members if group in (conn._groups or ())]
+        await self._spread(present, _gap(group), group)
+
+    async def _spread(
+        self,
+        receivers: Collection[Connection],
+        data: bytes,
+        group: str | None = None,
+        excluded: Collection[str] = (),
+    ) -> None:
+        """Start one write each."""
+        event, size, crowded = text_event(data), len(data), False
+        if excluded:
+            ids = frozenset(excluded)
+            receivers = [conn for conn in receivers if conn.id not in ids]
         ready: list[Connection] = []
         try:
             for conn in tuple(receivers):
@@ -2424,14 +3468,17 @@ class Hub:
         """Counts since the start, of this process.
 
         ``connections``, ``groups`` (now); ``received``, ``sent`` (frames); ``dropped`` (messages),
-        ``evicted`` (connections); ``outbox_high_water`` (messages); ``errors`` in all, and
-        ``errors.<code>`` for each code that was answered.
+        ``evicted`` (connections); ``outbox_high_water`` (messages); ``refused`` (messages from the
+        engine that are not ours), ``outages`` (of it), ``connected`` (1, or 0 while it is away);
+        ``errors`` in all, and ``errors.<code>`` for each code that was answered.
         """
         connections = self._connections.values()
         return {
             "connections": len(self.connections),
             "groups": len(self._groups),
             **self._counts,
+            "outages": self._link.outages if self._link is not None else 0,
+            "connected": int(self._link is None or self._link.is_up),
             "received": self._counts["received"] + sum(c._received for c in connections),
             "sent": self._counts["sent"] + sum(c._sent for c in connections),
             "errors": sum(self._errors.values()),
@@ -2442,6 +3489,10 @@ class Hub:
         if code not in self._errors and len(self._errors) >= _MAX_CODES:
             code = "other"
         self._errors[code] = self._errors.get(code, 0) + 1
+
+
+def _gap(group: str | None) -> bytes:
+    return _encode(Sent("gap", payload={"group": group}))
 
 
 def _deliver(receivers: list[Connection], event: Event) -> None:
@@ -3283,6 +4334,7 @@ class Pachinko:
             if not conn.closed:
                 self._hub._add(conn)
                 await self._run_connect_handlers(conn)
+                await self._hub._reachable(conn)
                 is_in = True
         except Close as close:
             self._hub._remove(conn)
@@ -3368,6 +4420,7 @@ class Pachinko:
     async def process_startup(self, scope: Any, event: Any) -> None:
         """Start with the app (Falcon's middleware for the ASGI lifespan)."""
         self._start()
+        await self._hub._settled()
 
     async def process_resource_ws(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, resource: Any, params: Any
@@ -3385,7 +4438,7 @@ class Pachinko:
             conn._close(Close(1012, "the server shuts down"))
         await self._hub._wait_for(conns, *self._workers)
         self._loop = None
-        self._hub._stop(self)
+        await self._hub._stop(self)
 
     def _start(self) -> None:
         """Start, once a loop: with the lifespan, or with the first connection where it has none."""
@@ -3421,3 +4474,132 @@ async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
             backoff = next(backoffs, _BACKOFFS[-1])
             logger.exception("worker %s failed; again in %g s", place_of(function), backoff)
         await asyncio.sleep(backoff)
+
+
+# ── command line ──────────────────────────────────────────────────────────────────────────────
+#
+# For a shell, a cron job or a look at what happens: a hub without an app.
+
+
+class Eavesdropper(Hub):
+    """A hub that prints what a member of one group would see, and has no connections."""
+
+    def __init__(self, group: str, count: int | None) -> None:
+        super().__init__()
+        self._group = group
+        self._left = count
+        self.done = asyncio.Event()
+
+    async def run(self) -> None:
+        """Print until `done`."""
+        if self._link is not None:
+            self._link.want("g", self._group)
+            await self._link.live("g", self._group)
+        print(f"listening to {self._group!r}", file=sys.stderr, flush=True)  # noqa: T201
+        await self.done.wait()
+
+    async def _spread(
+        self,
+        receivers: Collection[Connection],
+        data: bytes,
+        group: str | None = None,
+        excluded: Collection[str] = (),
+    ) -> None:
+        if group is not None and not self.done.is_set():
+            self._print(data.decode())
+
+    def _restored(self) -> None:
+        self._print(_gap(self._group).decode())
+
+    def _close_all_of(self, group: str, close: Close) -> None:
+        text = f"its members were closed with {close.code} {close.reason}".rstrip()
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+    def _print(self, line: str) -> None:
+        try:
+            print(line, flush=True)  # noqa: T201 - that is the program's output
+        except BrokenPipeError:  # into `head`, say, which has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
+            self.done.set()
+        if self._left is not None:
+            self._left -= 1
+            if self._left <= 0:
+                self.done.set()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command ``pachinko``; returns its exit status: 0, 1 for the engine, 2 for the call."""
+    parser = argparse.ArgumentParser(
+        prog="pachinko",
+        description="Talk to the clients of a Falcon app with WebSockets, through its engine.",
+        epilog="URL is what the app has in PACHINKO_BACKPLANE, such as nats://localhost:4222 or "
+        'redis://localhost:6379; "-" takes it from there, which keeps a password off the list of '
+        "processes.",
+    )
+    parser.add_argument("--version", action="version", version=f"pachinko {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("url", metavar="URL", help='the engine, or "-" for $PACHINKO_BACKPLANE')
+    common.add_argument("group", metavar="GROUP", help="the group, as in hub.join")
+    common.add_argument("--namespace", help="as in hub.configure, by default pachinko")
+    send = commands.add_parser(
+        "send", parents=[common], help="send a message to a group",
+        epilog="""pachinko send nats://localhost:4222 room:1 said '{"text": "hi"}'""",
+    )  # fmt: skip
+    send.add_argument("type", metavar="TYPE", help="the message's type")
+    send.add_argument(
+        "json", metavar="JSON", nargs="?", help='the payload; "-" reads it from stdin'
+    )
+    listen = commands.add_parser(
+        "listen", parents=[common], help="print what a member of a group would see, a line each",
+        epilog="pachinko listen nats://localhost:4222 room:1",
+    )  # fmt: skip
+    listen.add_argument("--count", type=int, metavar="N", help="end after N messages")
+    commands.add_parser(
+        "presence", parents=[common], help="print who is in a group, a line of JSON each",
+        epilog="pachinko presence nats://localhost:4222 room:1",
+    )  # fmt: skip
+    given = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        asyncio.run(_run(given))
+    except (TypeError, ValueError, UnicodeError) as exc:
+        print(f"pachinko: {exc}", file=sys.stderr)  # noqa: T201
+        return 2
+    except PachinkoError as exc:
+        print(f"pachinko: {exc}", file=sys.stderr)  # noqa: T201
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+async def _run(given: argparse.Namespace) -> None:
+    """Do what the command line says. Raises `ValueError` or `TypeError` for what is wrong in it."""
+    url = os.environ.get(_ENVIRONMENT, "") if given.url == "-" else given.url
+    try:
+        engine = read_engine(url)
+    except PachinkoError as exc:
+        raise ValueError(str(exc)) from None
+    if engine.scheme == "memory":
+        raise ValueError("memory:// reaches no other process; give the engine that the app uses")
+    payload = None
+    if given.command == "send" and given.json is not None:
+        text = sys.stdin.read() if given.json == "-" else given.json
+        try:
+            payload = msgspec.json.decode(text)
+        except (msgspec.MsgspecError, RecursionError) as exc:
+            raise ValueError(
+                f"""the payload is JSON, such as '{{"text": "hi"}}' or '"hi"': {exc}"""
+            ) from None
+    is_listening = given.command == "listen"
+    hub = Eavesdropper(given.group, given.count) if is_listening else Hub()
+    hub.configure(url, namespace=given.namespace)
+    async with hub.open():
+        if isinstance(hub, Eavesdropper):
+            await hub.run()
+        elif given.command == "send":
+            await hub.send(given.group, given.type, payload)
+        else:
+            for each in sorted(await hub.presence(given.group), key=lambda each: each.id):
+                print(_encode(attrs.asdict(each)).decode(), flush=True)  # noqa: T201

@@ -244,6 +244,9 @@ async def test_stats_count_what_happened() -> None:
             "dropped": 0,
             "evicted": 0,
             "outbox_high_water": 0,
+            "refused": 0,
+            "outages": 0,
+            "connected": 1,
             "errors": 2,
             "errors.unknown_type": 2,
         }
