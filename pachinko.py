@@ -1896,8 +1896,10 @@ class Link:
         try:
             async with asyncio.timeout(_ENGINE_WAIT):
                 while subject in self._wanted and subject not in self._live:
-                    await self.connected()
-                    await asyncio.wait([self._settling.get(subject, self._lost)])
+                    if self.is_up:
+                        await asyncio.wait([self._settling.get(subject, self._lost)])
+                    else:
+                        await self.connected()
         except (PachinkoError, TimeoutError):
             self._has_missed = True
 
@@ -1985,9 +1987,11 @@ class Link:
             beat = self.post("beat", session=self._session)
             work = self._backplane.publish(self._own, _encode(beat) + b"\n")
             task = asyncio.get_running_loop().create_task(_ignoring_errors(work))
-            # What counts are turns, not seconds: a loop that was blocked has not read either.
-            await asyncio.wait([self._lost], timeout=_BEAT)
-            task.cancel()
+            try:
+                # What counts are turns, not seconds: a loop that was blocked has not read either.
+                await asyncio.wait([self._lost], timeout=_BEAT)
+            finally:
+                task.cancel()
             if self._lost.done():
                 raise self._lost.result() or ConnectionError("the connection has been closed")
             missed = 0 if self._heard else missed + 1

@@ -35,6 +35,11 @@ def find(kind: Kind) -> str:
     return found
 
 
+def has_tls(kind: Kind) -> bool:
+    """Whether the engine was built with OpenSSL."""
+    return kind == "nats" or b"libssl" in Path(find(kind)).read_bytes()
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port: int = sock.getsockname()[1]

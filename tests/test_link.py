@@ -1,0 +1,635 @@
+"""The link: posts, subjects, and how a process stays on its engine, whatever that does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import string
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import PATIENCE, until
+
+import pachinko
+from pachinko import Link, PachinkoError, Post, Refused, check_carried, subject_of, unpack
+
+# Subjects
+
+
+@given(st.text(max_size=200), st.text(max_size=200))
+def test_every_name_has_a_subject_of_its_own(one: str, other: str) -> None:
+    """Of few characters, none of which means anything to an engine."""
+    subject = subject_of("ns", "g", one)
+    assert (subject == subject_of("ns", "g", other)) == (one == other)
+    assert len(subject) <= 200 and subject.startswith("ns.g.") and subject.count(".") == 2
+    assert set(subject) <= set(string.ascii_letters + string.digits + "-_.%=~")
+    assert len(subject.split(".")[2]) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [
+        ("room:1", "room%3A1"),
+        ("a.b", "a%2Eb"),
+        (">", "%3E"),
+        ("*", "%2A"),
+        ("a b\n", "a%20b%0A"),
+        ("ä", "%C3%A4"),
+        ("", "="),
+    ],
+)
+def test_a_short_name_stays_readable(name: str, token: str) -> None:
+    """For whoever looks at the engine."""
+    assert subject_of("pachinko", "g", name).startswith(f"pachinko.g.{token}")
+
+
+def test_long_and_odd_names_are_hashed() -> None:
+    """10,000 characters, nothing at all, half a surrogate pair."""
+    names = ["", "x" * 10_000, "x" * 10_001, "\udcff" * 100, "\ud800"]
+    subjects = {subject_of("ns", "u", name) for name in names}
+    assert len(subjects) == len(names) and max(map(len, subjects)) <= 200
+
+
+# Posts
+
+
+def test_a_post_is_a_line_and_the_frame_behind_it() -> None:
+    """The line is JSON; what is not there has its default, what is unknown is ignored."""
+    head = {"v": 1, "op": "send", "from": "p", "n": 3, "later": [1]}
+    post, frame = unpack(json.dumps(head).encode() + b'\n{"type":"a\\nb"}\nrest')
+    assert (post.op, post.source, post.n, post.exclude, post.to) == ("send", "p", 3, [], None)
+    assert frame == b'{"type":"a\\nb"}\nrest'
+
+
+@pytest.mark.parametrize(
+    ("data", "why", "version"),
+    [
+        (b"", "not a message of ours", None),
+        (b"\n", "not a message of ours", None),
+        (b"hello", "not a message of ours", None),
+        (b"\xff\xfe\n{}", "not a message of ours", None),
+        (b'{"v":1}\n', "missing required field", None),
+        (b'{"v":1,"op":5,"from":"p"}\n', "Expected `str`", None),
+        (b'{"v":1,"op":"send","from":"p","exclude":"all"}', "Expected `array`", None),
+        (b'{"v":2,"op":"send","from":"p"}\n', "it has format 2, not 1", 2),
+        (b'{"v":2}\n', "it has format 2, not 1", 2),
+        (b'{"v":3,"op":{}}', "it has format 3, not 1", 3),
+        (b'{"v":"2"}', "not a message of ours", None),
+        (b"[" * 100_000, "not a message of ours", None),
+        (b'{"v":1,"op":"send","from":"p","x":' + b"[" * 100_000, "not a message of ours", None),
+    ],
+)
+def test_what_is_no_post_is_refused(data: bytes, why: str, version: int | None) -> None:
+    """A stranger's bytes, and another version's."""
+    with pytest.raises(Refused, match=why) as caught:
+        unpack(data)
+    assert caught.value.format == version
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_break_it(data: bytes) -> None:
+    """Any bytes are a post or refused."""
+    with contextlib.suppress(Refused):
+        unpack(data)
+    with contextlib.suppress(Refused):
+        check_carried(data, "a")
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"hello",
+        b"[]",
+        b"{}",
+        b'{"type":5}',
+        b'{"type":"a","group":"other"}',
+        b'{"type":"a"}',
+        b'{"type":"a","group":"room","payload":}',
+        b'{"type":"a","group":"room"} and more',
+        b'{"type":"a","group":"room","payload":' + b"[" * 100_000,
+    ],
+)
+def test_what_is_no_frame_for_clients_is_refused(frame: bytes) -> None:
+    """It has a type, and names the group that it was sent to."""
+    with pytest.raises(Refused):
+        check_carried(frame, "room")
+
+
+def test_a_frame_for_clients_passes() -> None:
+    """With its group, or without one where it is for no group."""
+    check_carried(b'{"type":"a","group":"room","payload":[{"x":1}]}', "room")
+    check_carried(b'{"type":"a"}', None)
+
+
+# The link, on an engine that does what no real one will on demand
+
+
+class Broker:
+    """What connects the fakes of one test: in memory, in order, at once."""
+
+    def __init__(self) -> None:
+        self.links: list[Fake] = []
+
+    async def publish(self, subject: str, data: bytes) -> int:
+        reached = [fake for fake in self.links if subject in fake.subjects]
+        for fake in reached:
+            await fake.deliver(subject, data)
+        return len(reached)
+
+
+class Fake:
+    """A backplane to be told what goes wrong."""
+
+    def __init__(self, broker: Broker | None = None) -> None:
+        self.broker = broker or Broker()
+        self.subjects: set[str] = set()
+        self.calls: list[str] = []
+        self.fails: dict[str, Exception] = {}  # by method
+        self.hangs: set[str] = set()
+        self.deliver: Any = None
+        self.lost: Any = None
+
+    async def _do(self, method: str, subject: str = "") -> None:
+        self.calls.append(f"{method} {subject}".strip())
+        if method in self.hangs:
+            await asyncio.Event().wait()
+        if method in self.fails:
+            raise self.fails[method]
+        await asyncio.sleep(0)
+
+    async def start(self, deliver: Any, lost: Any) -> None:
+        await self._do("start")
+        self.deliver, self.lost = deliver, lost
+        self.subjects.clear()
+        self.broker.links.append(self)
+
+    async def publish(self, subject: str, data: bytes) -> int | None:
+        await self._do("publish", subject)
+        return await self.broker.publish(subject, data)
+
+    async def subscribe(self, subject: str) -> None:
+        await self._do("subscribe", subject)
+        self.subjects.add(subject)
+
+    async def unsubscribe(self, subject: str) -> None:
+        await self._do("unsubscribe", subject)
+        self.subjects.discard(subject)
+
+    async def stop(self) -> None:
+        if self in self.broker.links:
+            self.broker.links.remove(self)
+        await self._do("stop")
+
+    def count(self, call: str) -> int:
+        return self.calls.count(call)
+
+
+class Receiver:
+    """Takes the place of a hub."""
+
+    def __init__(self) -> None:
+        self.posts: list[tuple[str, str, str, bytes]] = []
+        self.refused: list[str] = []
+        self.restored = 0
+        self.fails: Exception | None = None
+
+    async def _receive(self, kind: str, name: str, post: Post, frame: bytes) -> None:
+        if self.fails is not None:
+            raise self.fails
+        self.posts.append((kind, name, post.op, frame))
+
+    async def _refused(self, kind: str, name: str, why: Refused) -> None:
+        self.refused.append(str(why))
+
+    def _restored(self) -> None:
+        self.restored += 1
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beats and attempts follow each other fast, so that no test has to wait for them."""
+    monkeypatch.setattr(pachinko, "_BEAT", 0.02)
+    monkeypatch.setattr(pachinko, "_RECONNECT", (0.01,))
+
+
+class Scene:
+    """A link on a fake."""
+
+    def __init__(self, fake: Fake, process: str = "me") -> None:
+        self.fake, self.receiver = fake, Receiver()
+        self.link = Link(fake, None, "ns", process, self.receiver)
+
+    async def send(self, name: str = "room", text: str = "x") -> int | None:
+        frame = json.dumps({"type": text, "group": name}).encode()
+        return await self.link.publish("g", name, self.link.post("send"), frame)
+
+    @property
+    def texts(self) -> list[str]:
+        return [json.loads(frame)["type"] for _, _, _, frame in self.receiver.posts]
+
+
+@contextlib.asynccontextmanager
+async def linked(fake: Fake | None = None, process: str = "me") -> AsyncIterator[Scene]:
+    scene = Scene(fake or Fake(), process)
+    try:
+        yield scene
+    finally:
+        await scene.link.stop()
+
+
+async def test_a_process_is_subscribed_to_itself_and_to_all() -> None:
+    """From the start, and to nothing else."""
+    async with linked() as scene:
+        await scene.link.connected()
+        assert scene.fake.subjects == {"ns.p.me", "ns.a.all"}
+    assert scene.fake.calls[-1] == "stop"
+
+
+async def test_what_is_wanted_is_subscribed_and_what_is_not_is_not() -> None:
+    """Before and after the connection is made."""
+    async with linked() as scene:
+        scene.link.want("g", "early")
+        await scene.link.live("g", "early")
+        scene.link.want("g", "late")
+        await scene.link.live("g", "late")
+        assert {"ns.g.early", "ns.g.late"} <= scene.fake.subjects
+        scene.link.unwant("g", "early")
+        await until(lambda: "ns.g.early" not in scene.fake.subjects)
+        scene.link.unwant("g", "early")
+        scene.link.unwant("g", "never")
+
+
+async def test_joining_and_leaving_in_a_row_ends_as_the_last_one_says() -> None:
+    """However they fall into the subscriptions in progress."""
+    async with linked() as scene:
+        await scene.link.connected()
+        for turns in range(8):
+            scene.link.want("g", "room")
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            scene.link.unwant("g", "room")
+            await asyncio.sleep(0)
+            scene.link.want("g", "room")
+            await scene.link.live("g", "room")
+            assert "ns.g.room" in scene.fake.subjects
+            assert await scene.send() == 1
+            scene.link.unwant("g", "room")
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        await until(lambda: "ns.g.room" not in scene.fake.subjects)
+
+
+async def test_one_who_no_longer_wants_does_not_wait() -> None:
+    """Its last member may leave while it is being subscribed."""
+    async with linked() as scene:
+        await scene.link.connected()
+        scene.fake.hangs.add("subscribe")
+        scene.link.want("g", "room")
+        waiting = asyncio.create_task(scene.link.live("g", "room"))
+        await until(lambda: scene.fake.count("subscribe ns.g.room"))
+        scene.link.unwant("g", "room")
+        scene.fake.lost(None)
+        await asyncio.wait_for(waiting, PATIENCE)
+
+
+async def test_a_send_returns_when_the_own_copy_was_handed_on() -> None:
+    """So a reply that follows is behind it."""
+    async with linked() as scene:
+        scene.link.want("g", "room")
+        await scene.link.live("g", "room")
+        held: list[bytes] = []
+        publish, scene.fake.broker.publish = scene.fake.broker.publish, None  # type: ignore[assignment, method-assign]
+
+        async def hold(subject: str, data: bytes) -> int:
+            if subject == "ns.g.room":
+                held.append(data)
+                return 1
+            return await publish(subject, data)
+
+        scene.fake.broker.publish = hold  # type: ignore[method-assign]
+        sending = asyncio.create_task(scene.send())
+        await until(lambda: held)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not sending.done() and not scene.receiver.posts
+        await scene.fake.deliver("ns.g.room", held[0])
+        await asyncio.wait_for(sending, PATIENCE)
+        assert scene.texts == ["x"]
+
+
+async def test_a_send_does_not_wait_for_a_copy_once_nobody_is_left() -> None:
+    """The last member here has left while it was on its way."""
+    async with linked() as scene:
+        scene.link.want("g", "room")
+        await scene.link.live("g", "room")
+        scene.fake.broker.links.clear()
+        sending = asyncio.create_task(scene.send())
+        await until(lambda: scene.link._copies)
+        scene.link.want("g", "other")
+        scene.link.unwant("g", "room")
+        await asyncio.wait_for(sending, PATIENCE)
+
+
+async def test_a_message_goes_to_every_process_that_wants_it() -> None:
+    """Two processes, one of them the sender."""
+    broker = Broker()
+    async with linked(Fake(broker)) as one, linked(Fake(broker), "other") as other:
+        for scene in (one, other):
+            scene.link.want("g", "room")
+            await scene.link.live("g", "room")
+        assert await one.send() == 2 and await other.send(text="y") == 2
+        assert one.texts == other.texts == ["x", "y"]
+        assert await one.send("empty") == 0
+
+
+async def test_what_is_not_ours_is_passed_as_refused() -> None:
+    """And a receiver that refuses, and one with a bug, stop nothing."""
+    async with linked() as scene:
+        scene.link.want("g", "room")
+        await scene.link.live("g", "room")
+        await scene.fake.deliver("ns.g.room", b"rubbish")
+        await scene.fake.deliver("ns.g.room", b'{"v":1,"op":"send","from":"p"}\n{"type":"x"}')
+        scene.receiver.fails = Refused("not like that")
+        await scene.fake.deliver("ns.g.room", b'{"v":1,"op":"odd","from":"p"}\n')
+        assert [why.split(":")[0] for why in scene.receiver.refused] == [
+            "not a message of ours",
+            "a message for clients that names another group",
+            "not like that",
+        ]
+
+
+async def test_a_bug_in_the_receiver_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """nats-py would stop to read if it were raised."""
+    async with linked() as scene:
+        scene.link.want("g", "room")
+        await scene.link.live("g", "room")
+        scene.receiver.fails = ZeroDivisionError()
+        await scene.fake.deliver("ns.g.room", b'{"v":1,"op":"odd","from":"p"}\n')
+    assert "was not handled" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+async def test_what_nobody_wants_any_more_is_thrown_away() -> None:
+    """As is what comes from a connection that is over."""
+    async with linked() as scene:
+        scene.link.want("g", "room")
+        await scene.link.live("g", "room")
+        old, post = scene.fake.deliver, b'{"v":1,"op":"odd","from":"p"}\n'
+        scene.fake.lost(None)
+        await until(lambda: scene.link.outages == 1 and scene.link.is_up)
+        await old("ns.g.room", post)
+        await scene.fake.deliver("ns.g.other", post)
+        assert not scene.receiver.posts
+        await scene.fake.deliver("ns.g.room", post)
+        assert len(scene.receiver.posts) == 1
+
+
+async def test_a_late_message_does_not_overtake() -> None:
+    """What a process sent on a connection before its present one is told there as lost."""
+    async with linked() as scene:
+        scene.link.want("g", "room")
+        await scene.link.live("g", "room")
+        for session, process in [(1, "p"), (2, "p"), (1, "p"), (2, "p"), (1, "q")]:
+            text = json.dumps({"v": 1, "op": f"{session}", "from": process, "session": session})
+            await scene.fake.deliver("ns.g.room", text.encode())
+        assert [op for _, _, op, _ in scene.receiver.posts] == ["1", "2", "2", "1"]
+
+
+async def test_few_processes_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger may make up as many as it likes."""
+    monkeypatch.setattr(pachinko, "_MAX_PROCESSES", 10)
+    async with linked() as scene:
+        scene.link.want("g", "room")
+        await scene.link.live("g", "room")
+        for n in range(50):
+            text = json.dumps({"v": 1, "op": "x", "from": f"p{n}", "session": 1})
+            await scene.fake.deliver("ns.g.room", text.encode())
+        assert len(scene.receiver.posts) == 50 and len(scene.link._sessions) <= 10
+
+
+async def test_a_lost_engine_is_found_again() -> None:
+    """All is subscribed anew, and then it is said that something may be missing, once."""
+    async with linked() as scene:
+        scene.link.want("g", "room")
+        await scene.link.live("g", "room")
+        assert scene.receiver.restored == 0 and scene.link.outages == 0
+        scene.fake.lost(ConnectionResetError("cut"))
+        scene.fake.lost(None)
+        await until(lambda: scene.receiver.restored)
+        assert scene.fake.subjects == {"ns.p.me", "ns.a.all", "ns.g.room"}
+        assert scene.receiver.restored == 1 and scene.link.outages == 1
+        await scene.send()
+        assert scene.texts == ["x"]
+
+
+async def test_while_it_is_away_everything_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    """A send raises at once, a join comes later, one reason is logged once."""
+    async with linked() as scene:
+        await scene.link.connected()
+        scene.fake.fails["start"] = OSError("no route")
+        scene.fake.lost(None)
+        await until(lambda: scene.fake.count("start") > 3)
+        with pytest.raises(PachinkoError, match="Fake cannot be reached: OSError: no route"):
+            await scene.send()
+        scene.link.want("g", "room")
+        await scene.link.live("g", "room")
+        assert "subscribe ns.g.room" not in scene.fake.calls
+        del scene.fake.fails["start"]
+        await until(lambda: "ns.g.room" in scene.fake.subjects and scene.receiver.restored)
+    assert caplog.text.count("no route") == 1
+
+
+async def test_an_engine_that_comes_after_the_process() -> None:
+    """Whoever has joined before may have missed something."""
+    fake = Fake()
+    fake.fails["start"] = OSError("not yet")
+    async with linked(fake) as scene:
+        with pytest.raises(PachinkoError, match="not yet"):
+            await scene.link.connected()
+        scene.link.want("g", "room")
+        await scene.link.live("g", "room")
+        del fake.fails["start"]
+        await until(lambda: scene.receiver.restored == 1)
+        assert "ns.g.room" in fake.subjects and scene.link.outages == 0
+
+
+async def test_a_send_in_progress_learns_of_the_loss() -> None:
+    """And does not wait for more."""
+    async with linked() as scene:
+        await scene.link.connected()
+        scene.fake.hangs.add("publish")
+        sending = asyncio.create_task(scene.send())
+        await until(lambda: scene.fake.count("publish ns.g.room"))
+        scene.fake.lost(ConnectionResetError("cut"))
+        with pytest.raises(PachinkoError, match="Fake has not taken a message"):
+            await asyncio.wait_for(sending, PATIENCE)
+
+
+async def test_a_send_that_comes_while_it_connects_waits_for_that() -> None:
+    """A moment's loss is not told at all."""
+    async with linked() as scene:
+        sending = asyncio.create_task(scene.send())
+        assert await asyncio.wait_for(sending, PATIENCE) == 0
+        scene.fake.lost(None)
+        await until(lambda: not scene.link.is_up)
+        assert await asyncio.wait_for(scene.send(), PATIENCE) == 0
+
+
+async def test_a_send_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the engine lives: its beats come back."""
+    monkeypatch.setattr(pachinko, "_ENGINE_WAIT", 0.1)
+    async with linked() as scene:
+        await scene.link.connected()
+        publish = scene.fake.publish
+
+        async def hang(subject: str, data: bytes) -> int | None:
+            if subject == "ns.g.room":
+                await asyncio.Event().wait()
+            return await publish(subject, data)
+
+        scene.fake.publish = hang  # type: ignore[method-assign]
+        with pytest.raises(PachinkoError, match=r"no answer within 0\.1 s"):
+            await scene.send()
+        assert not scene.link._copies and not scene.link._waits
+
+
+async def test_what_a_backplane_raises_becomes_ours() -> None:
+    """A user of the hub need not know the engine's exceptions."""
+    async with linked() as scene:
+        await scene.link.connected()
+        scene.fake.fails["publish"] = KeyError("odd")
+        with pytest.raises(PachinkoError, match="Fake: KeyError: 'odd'"):
+            await scene.send()
+        scene.fake.fails["publish"] = PachinkoError("too large")
+        with pytest.raises(PachinkoError, match=r"^too large$"):
+            await scene.send()
+        del scene.fake.fails["publish"]
+        await scene.send()
+
+
+async def test_an_engine_that_is_silent_is_lost() -> None:
+    """Nothing comes back from it, nor does it end the connection."""
+    async with linked() as scene:
+        await scene.link.connected()
+        scene.fake.broker.links.clear()
+        await until(lambda: scene.receiver.restored)
+        assert scene.link.outages == 1
+        scene.fake.hangs.add("publish")
+        await until(lambda: scene.link.outages == 2)
+        scene.fake.hangs.clear()
+        await until(lambda: scene.link.is_up and scene.receiver.restored == 2)
+
+
+async def test_a_subscription_that_fails_ends_the_connection() -> None:
+    """The next one subscribes everything again; a join waits for that."""
+    async with linked() as scene:
+        await scene.link.connected()
+        scene.fake.fails["subscribe"] = OSError("no more")
+        scene.link.want("g", "room")
+        joining = asyncio.create_task(scene.link.live("g", "room"))
+        await until(lambda: scene.link.outages == 1)
+        await asyncio.wait_for(joining, PATIENCE)
+        del scene.fake.fails["subscribe"]
+        await until(lambda: scene.receiver.restored)
+        assert "ns.g.room" in scene.fake.subjects
+
+
+async def test_a_join_waits_for_the_engine_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then a gap is due, although the engine was never lost."""
+    monkeypatch.setattr(pachinko, "_ENGINE_WAIT", 0.05)
+    async with linked() as scene:
+        await scene.link.connected()
+        scene.fake.hangs.add("subscribe")
+        scene.link.want("g", "room")
+        await scene.link.live("g", "room")
+        scene.fake.hangs.clear()
+        scene.fake.lost(None)
+        await until(lambda: scene.receiver.restored == 1)
+
+
+async def test_a_backplane_that_hangs_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In `start`, in `subscribe`, in `stop`; each is tried again."""
+    monkeypatch.setattr(pachinko, "_CONNECT", 0.05)
+    fake = Fake()
+    fake.hangs.update(("start", "stop"))
+    async with linked(fake) as scene:
+        with pytest.raises(PachinkoError, match="no answer"):
+            await scene.link.connected()
+        fake.hangs.discard("start")
+        fake.hangs.add("subscribe")
+        started = fake.count("start")
+        await until(lambda: fake.count("start") > started + 2)
+        fake.hangs.clear()
+        await until(lambda: scene.link.is_up)
+
+
+async def test_one_that_fails_to_stop_is_started_again() -> None:
+    """What `stop` raises is of no interest."""
+    async with linked() as scene:
+        await scene.link.connected()
+        scene.fake.fails["stop"] = RuntimeError("odd")
+        scene.fake.lost(None)
+        await until(lambda: scene.receiver.restored)
+
+
+async def test_what_was_left_while_it_was_subscribed_again_is_unsubscribed() -> None:
+    """A group may lose its last member at any time."""
+    async with linked() as scene:
+        scene.link.want("g", "room")
+        await scene.link.live("g", "room")
+        scene.fake.lost(None)
+        await until(lambda: scene.fake.count("subscribe ns.g.room") == 2)
+        scene.link.unwant("g", "room")
+        await until(lambda: scene.link.is_up and "ns.g.room" not in scene.fake.subjects)
+        assert "ns.g.room" not in scene.link._live
+
+
+async def test_thousands_are_subscribed_again_in_parts() -> None:
+    """An engine gets 500 at a time."""
+    async with linked() as scene:
+        for n in range(1200):
+            scene.link.want("g", str(n))
+        await scene.link.live("g", "1199")
+        scene.fake.lost(None)
+        await until(lambda: scene.receiver.restored)
+        assert len(scene.fake.subjects) == 1202
+
+
+async def test_stopping_ends_whatever_waits() -> None:
+    """No task is left."""
+    before = asyncio.all_tasks()
+    async with linked() as scene:
+        await scene.link.connected()
+        scene.fake.hangs.update(("publish", "subscribe"))
+        scene.link.want("g", "room")
+        waiting = [asyncio.create_task(scene.send()), asyncio.create_task(scene.send())]
+        await until(lambda: scene.fake.count("publish ns.g.room") == 2)
+    for task in waiting:
+        with pytest.raises(PachinkoError):
+            await asyncio.wait_for(task, PATIENCE)
+    await until(lambda: asyncio.all_tasks() <= before)
+    with pytest.raises(PachinkoError):
+        await scene.send()
+
+
+async def test_stopping_before_it_has_started() -> None:
+    """At once, or in the middle of the attempt."""
+    for turns in range(6):
+        async with linked():
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+
+async def test_it_is_logged_when_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
+    """With the number of subscriptions."""
+    caplog.set_level(logging.INFO, "pachinko")
+    async with linked() as scene:
+        await scene.link.connected()
+        assert "Fake: connected, with 2 subscriptions" in caplog.text
