@@ -1665,9 +1665,10 @@ def _without_secrets(exc: BaseException | None, engine: Engine | None) -> str:
     text = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
     if type(exc) is TimeoutError:
         text = str(exc) or f"no answer within {_CONNECT:g} s"
-    for secret in (engine.credentials or ()) if engine is not None else ():
-        for form in (secret, urllib.parse.quote(secret or "", safe="")):
-            text = text.replace(form, "***") if form else text
+    user, password = (engine and engine.credentials) or ("", None)
+    secret = user if password is None else password
+    for form in (secret, urllib.parse.quote(secret, safe="")):
+        text = text.replace(form, "***") if form else text
     return text
 
 
@@ -2003,7 +2004,7 @@ class Link:
         if exc is not None and why != self._why:
             logger.error("%s is lost: %s; trying again", self._name, why)
         self._why, self._has_missed = why, True
-        if self.is_up:
+        if self.is_up and exc is not None:
             self.outages += 1
             self._tried.clear()  # mostly it comes back at once
         else:
@@ -2962,7 +2963,8 @@ class Hub:
             namespace = engine.namespace if namespace is None else namespace
         elif given is not None:
             methods = ("start", "publish", "subscribe", "unsubscribe", "stop")
-            if not all(inspect.iscoroutinefunction(getattr(given, name, None)) for name in methods):
+            found = (getattr(given, name, None) for name in methods)
+            if inspect.isclass(given) or not all(map(inspect.iscoroutinefunction, found)):
                 raise TypeError(
                     f'write hub.configure("nats://localhost:4222"), or give it an object with '
                     f"`async def` {', '.join(methods)}; got {type(given).__name__}"
@@ -2993,7 +2995,7 @@ class Hub:
         `PachinkoError` when none is given, when the engine cannot be reached, and when the hub
         already runs on another one.
         """
-        if self._engine_of(url) is None:
+        if self._loop is None and self._engine_of(url) is None:
             raise PachinkoError(
                 'hub.open() takes the engine that the app uses, hub.open("nats://localhost:4222"), '
                 f"or finds it in {_ENVIRONMENT}"

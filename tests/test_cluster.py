@@ -1,0 +1,676 @@
+"""The hub on several processes, here several hubs on one real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import threading
+from collections.abc import AsyncIterator
+from typing import Any, ClassVar
+
+import falcon
+import pytest
+from engines import EngineProcess, Kind, environment, running
+from support import PATIENCE, Client, connect, new_app, serving, until
+
+import pachinko
+from pachinko import Connection, Hub, Pachinko, PachinkoError, hub, message, subject_of
+
+NAMES = ["room:1", "a.b.c", ">", "*", "a *", "new\nline", "", "x" * 10_000, "ä☃", "%2E", "{a}"]
+
+
+@message("said")
+class Said:
+    text: str
+
+
+@pytest.fixture(params=["nats", "redis"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    kind: Kind = request.param
+    return kind
+
+
+@pytest.fixture
+async def engine(kind: Kind) -> AsyncIterator[EngineProcess]:
+    async with running(kind) as engine:
+        yield engine
+
+
+class Process:
+    """What takes the place of a process: a hub with an app and a server of its own."""
+
+    def __init__(self, url: Any, namespace: str | None = None, **options: Any) -> None:
+        self.hub = Hub()
+        self.hub.configure(url, namespace=namespace)
+        self.app = new_app()
+        self.ws = Pachinko(self.app, "/ws", hub=self.hub, **options)
+        self.url = ""
+
+        @self.ws.connect
+        async def arrive(conn: Connection) -> None:
+            conn.user = conn.req.get_param("user")
+            for group in conn.req.get_param_as_list("group") or ():
+                await conn.join(group)
+
+        @self.ws.on("join")
+        async def join(conn: Connection, group: str) -> None:
+            await conn.join(group)
+
+        @self.ws.on("leave")
+        async def leave(conn: Connection, group: str) -> None:
+            await conn.leave(group)
+
+        @self.ws.on("say")
+        async def say(conn: Connection, *, group: str, text: str) -> str:
+            await self.hub.send(group, Said(text))
+            return text
+
+    @contextlib.asynccontextmanager
+    async def client(self, **query: str) -> AsyncIterator[Client]:
+        async with connect(self.url + falcon.to_query_str(query)) as client:
+            yield client
+
+    async def join(self, client: Client, group: str) -> None:
+        assert (await client.ask("join", group))["type"] == "join.reply"
+
+
+@contextlib.asynccontextmanager
+async def processes(url: Any, count: int = 2, **options: Any) -> AsyncIterator[list[Process]]:
+    async with contextlib.AsyncExitStack() as stack:
+        started = [Process(url, **options) for _ in range(count)]
+        for process in started:
+            server = await stack.enter_async_context(serving(process.app))
+            process.url = f"{server.url}/ws"
+        yield started
+
+
+def text(frame: dict[str, Any]) -> Any:
+    return frame["payload"]["text"]
+
+
+async def test_a_group_reaches_over_processes(engine: EngineProcess) -> None:
+    """From either, each member once; `members` and `groups` are those of the process."""
+    async with processes(engine.url) as (one, two), one.client() as a, two.client() as b:
+        await one.join(a, "room")
+        await two.join(b, "room")
+        for n, hub in enumerate((one.hub, two.hub)):
+            await hub.send("room", Said(str(n)))
+            frame = {"type": "said", "group": "room", "payload": {"text": str(n)}}
+            assert await a.receive() == frame and await b.receive() == frame
+        assert len(one.hub.members("room")) == len(two.hub.members("room")) == 1
+        assert one.hub.groups == two.hub.groups == {"room"}
+        await b.ask("leave", "room")
+        await one.hub.send("room", Said("one only"))
+        await two.hub.send_to(next(iter(two.hub.connections)), "direct")
+        assert text(await a.receive()) == "one only"
+        assert (await b.receive())["type"] == "direct"
+
+
+async def test_a_message_sent_after_join_has_returned_arrives(engine: EngineProcess) -> None:
+    """On any process, at once, however many groups there are."""
+    async with processes(engine.url) as (one, two), one.client() as client:
+        for n in range(50):
+            await one.join(client, f"room:{n}")
+            await two.hub.send(f"room:{n}", Said(str(n)))
+            assert text(await client.receive()) == str(n)
+
+
+async def test_a_reply_comes_after_the_group_message_sent_before_it(
+    engine: EngineProcess,
+) -> None:
+    """Promise 1 holds as on one process, also with others that send."""
+    async with processes(engine.url) as (one, two), one.client() as a, two.client() as b:
+        await one.join(a, "room")
+        await two.join(b, "room")
+
+        async def chatter() -> None:
+            for n in range(25):
+                await b.send("say", {"group": "room", "text": f"b{n}"}, id=n)
+            for _ in range(75):
+                await b.receive()
+
+        async def say() -> list[str]:
+            seen = []
+            for n in range(25):
+                await a.send("say", {"group": "room", "text": f"a{n}"}, id=n)
+            while len(seen) < 75:
+                frame = await a.receive()
+                seen.append(text(frame) if frame["type"] == "said" else frame["payload"] + "!")
+            return seen
+
+        seen, _ = await asyncio.gather(say(), chatter())
+        assert [x for x in seen if x[0] == "b"] == [f"b{n}" for n in range(25)]
+        own = [x for x in seen if x[0] == "a"]
+        assert own == [x for n in range(25) for x in (f"a{n}", f"a{n}!")]
+
+
+async def test_all_processes_see_one_order(engine: EngineProcess) -> None:
+    """That of the engine, for what several senders sent at the same time."""
+    async with (
+        processes(engine.url, 3) as started,
+        started[0].client(group="room") as a,
+        started[1].client(group="room") as b,
+    ):
+        await asyncio.gather(
+            *(
+                p.hub.send("room", Said(f"{k}.{n}"))
+                for n in range(50)
+                for k, p in enumerate(started)
+            )
+        )
+        seen = [[text(await client.receive()) for _ in range(150)] for client in (a, b)]
+        for k in range(3):
+            for log in seen:
+                assert [x for x in log if x[0] == str(k)] == [f"{k}.{n}" for n in range(50)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_names_are_any_text(engine: EngineProcess, name: str) -> None:
+    """None of them is interpreted, so that no other group gets what is sent to it."""
+    others = [other for other in NAMES if other != name]
+    async with processes(engine.url) as (one, two), one.client() as a, one.client() as b:
+        await one.join(a, name)
+        for other in others:
+            await one.join(b, other)
+        await two.hub.send(name, Said("x"))
+        await two.hub.broadcast("end")
+        frame = await a.receive()
+        assert frame["group"] == name and text(frame) == "x"
+        assert (await a.receive())["type"] == (await b.receive())["type"] == "end"
+
+
+async def test_exclude(engine: EngineProcess) -> None:
+    """A connection, an id or several, of any process; also of a broadcast."""
+    async with (
+        processes(engine.url) as (one, two),
+        one.client(group="room") as a,
+        two.client(group="room") as b,
+        two.client(group="room") as c,
+    ):
+        (conn,) = one.hub.connections
+        ids = [p.id for p in await one.hub.presence("room")]
+        (first, second) = (i for i in ids if i != conn.id)
+        await one.hub.send("room", "to-b-and-c", exclude=conn)
+        await one.hub.send("room", "to-a-only", exclude=[first, second])
+        await two.hub.broadcast("to-all-but-one", exclude=first)
+        await two.hub.send("room", "end")
+        logs: list[list[str]] = []
+        for client in (a, b, c):
+            logs.append([])
+            while "end" not in logs[-1]:
+                logs[-1].append((await client.receive())["type"])
+        assert logs[0] == ["to-a-only", "to-all-but-one", "end"]
+        assert sorted(logs[1:], key=len) == [
+            ["to-b-and-c", "end"],
+            ["to-b-and-c", "to-all-but-one", "end"],
+        ]
+
+
+async def test_broadcast_reaches_all(engine: EngineProcess) -> None:
+    """Also those in no group."""
+    async with processes(engine.url) as (one, two), one.client() as a, two.client() as b:
+        await one.hub.broadcast(Said("all"))
+        assert (
+            await a.receive() == await b.receive() == {"type": "said", "payload": {"text": "all"}}
+        )
+
+
+async def test_send_to_finds_the_process(engine: EngineProcess) -> None:
+    """By the id; to one that is gone, or to what is no id, nothing happens."""
+    async with processes(engine.url) as (one, two), one.client() as a, two.client() as b:
+        (there,), (here,) = two.hub.connections, one.hub.connections
+        assert there.id.startswith(two.hub.process) and len(there.id) == 24
+        await one.hub.send_to(there.id, "far")
+        await one.hub.send_to(there, "far-too")
+        await one.hub.send_to(here, "near")
+        for nobody in ("", "*", ">", "0" * 24, one.hub.process + "0" * 12, "x.y" * 8):
+            await one.hub.send_to(nobody, "nothing")
+        assert [(await b.receive())["type"] for _ in "12"] == ["far", "far-too"]
+        assert (await a.receive())["type"] == "near"
+        await b.close()
+        await until(lambda: not two.hub.connections)
+        await one.hub.send_to(there.id, "late")
+
+
+async def test_send_to_user_reaches_all_of_a_users_clients(engine: EngineProcess) -> None:
+    """From the moment at which each is accepted; names of users are any text, too."""
+    user = "a.*>\n ü" + "x" * 300
+    async with (
+        processes(engine.url) as (one, two),
+        one.client(user=user) as a,
+        two.client(user=user) as b,
+        two.client(user="other") as c,
+    ):
+        await one.hub.send_to_user(user, "for-you")
+        await one.hub.send_to_user("nobody", "for-nobody")
+        await one.hub.broadcast("end")
+        assert (await a.receive())["type"] == (await b.receive())["type"] == "for-you"
+        assert (await c.receive())["type"] == "end"
+
+
+async def test_close_group(engine: EngineProcess) -> None:
+    """Behind what was sent before; others stay."""
+    async with (
+        processes(engine.url) as (one, two),
+        one.client(group="room") as a,
+        two.client(group="room") as b,
+        two.client(group="other") as c,
+    ):
+        await one.hub.send("room", "last")
+        await one.hub.close_group("room", 4001, "done")
+        for client in (a, b):
+            assert (await client.receive())["type"] == "last"
+            assert await client.closed() == (4001, "done")
+        await one.hub.send("other", "still-here")
+        assert (await c.receive())["type"] == "still-here"
+        with pytest.raises(ValueError, match="no close code"):
+            await one.hub.close_group("room", 5)
+
+
+async def test_presence_of_all_processes(engine: EngineProcess) -> None:
+    """Ids, users and processes; empty for a group without members; also when nobody asks twice."""
+    async with (
+        processes(engine.url, 3) as (one, two, three),
+        one.client(group="room", user="ann"),
+        two.client(group="room"),
+        two.client(group="room", user="bob"),
+    ):
+        found = await three.hub.presence("room")
+        expected = {
+            (conn.id, conn.user, p.hub.process) for p in (one, two) for conn in p.hub.connections
+        }
+        assert {(p.id, p.user, p.process) for p in found} == expected and len(found) == 3
+        assert {p.user for p in found} == {"ann", "bob", None}
+        assert await three.hub.presence("empty") == []
+        several = await asyncio.gather(*(p.hub.presence("room") for p in (one, two, three) * 5))
+        assert all({p.id for p in each} == {p.id for p in found} for each in several)
+        assert not any(p.hub._asks for p in (one, two, three))
+
+
+async def test_presence_in_parts(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long answer comes in several messages, as an engine takes no large one."""
+    monkeypatch.setattr(pachinko, "_ANSWER_BYTES", 60)
+    async with processes(engine.url) as (one, two), contextlib.AsyncExitStack() as stack:
+        for _ in range(7):
+            await stack.enter_async_context(one.client(group="room"))
+        assert len(await two.hub.presence("room")) == 7
+        assert len(await one.hub.presence("room")) == 7
+
+
+async def test_presence_without_an_engine() -> None:
+    """The same, of the one process."""
+    async with processes("memory://", 1) as (one,), one.client(group="room", user="ann"):
+        (only,) = await one.hub.presence("room")
+        (conn,) = one.hub.members("room")
+        assert (only.id, only.user, only.process) == (conn.id, "ann", one.hub.process)
+        assert conn.id.startswith(one.hub.process)
+
+
+async def test_namespaces_are_apart(engine: EngineProcess) -> None:
+    """By argument or in the URL; the argument counts."""
+    url = f"{engine.url}?namespace=two"
+    async with (
+        processes(engine.url, 1, namespace="one") as (one,),
+        processes(url, 1) as (two,),
+        processes(url, 1, namespace="one") as (three,),
+        one.client(group="room") as a,
+        two.client(group="room") as b,
+    ):
+        await three.hub.send("room", "to-one")
+        await two.hub.broadcast("to-two")
+        assert (await a.receive())["type"] == "to-one"
+        assert (await b.receive())["type"] == "to-two"
+        assert len(await three.hub.presence("room")) == 1
+
+
+async def test_the_environment_names_the_engine(engine: EngineProcess) -> None:
+    """For a file that says nothing of it, with one setting."""
+    with environment(PACHINKO_BACKPLANE=engine.url):
+        async with processes(None) as (one, two), two.client(group="room") as client:
+            await one.hub.send("room", Said("x"))
+            assert text(await client.receive()) == "x"
+        with pytest.raises(PachinkoError, match=r"async with hub\.open\(\)"):
+            await Hub().send("room", "x")
+    await Hub().send("room", "x")
+
+
+async def test_a_program_without_an_app(engine: EngineProcess) -> None:
+    """`hub.open` connects, sends, asks, and leaves nothing behind."""
+    before = asyncio.all_tasks()
+    async with processes(engine.url, 1) as (one,), one.client(group="room") as client:
+        async with hub.open(engine.url) as opened:
+            assert opened is hub
+            await hub.send("room", Said("cron"))
+            assert text(await client.receive()) == "cron"
+            assert len(await hub.presence("room")) == 1
+            async with hub.open():
+                pass
+            with pytest.raises(PachinkoError, match="runs already"):
+                async with hub.open("memory://"):
+                    raise AssertionError
+            await hub.send("room", Said("still-open"))
+        assert hub._loop is None and hub._link is None
+        with environment(PACHINKO_BACKPLANE=engine.url):
+            async with hub.open():
+                await hub.broadcast("again")
+        assert [(await client.receive())["type"] for _ in "12"] == ["said", "again"]
+    await until(lambda: asyncio.all_tasks() <= before)
+
+
+async def test_threads_reach_other_processes(engine: EngineProcess) -> None:
+    """In the order of their calls, with or without waiting for each."""
+    async with processes(engine.url) as (one, two), two.client(group="room") as client:
+
+        def work() -> None:
+            for n in range(50):
+                call = one.hub.call_threadsafe(one.hub.send, "room", Said(str(n)))
+                if n % 10 == 0:
+                    call.result(PATIENCE)
+            found = one.hub.call_threadsafe(one.hub.presence, "room").result(PATIENCE)
+            assert len(found) == 1
+            call.result(PATIENCE)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert [text(await client.receive()) for _ in range(50)] == [str(n) for n in range(50)]
+        await asyncio.to_thread(thread.join)
+
+
+async def test_open_says_what_is_wrong(kind: Kind) -> None:
+    """No engine named; one that is not there; the wrong way to name it."""
+    with pytest.raises(PachinkoError, match=r"PACHINKO_BACKPLANE"):
+        async with hub.open():
+            raise AssertionError
+    with pytest.raises(PachinkoError, match=rf"{kind}://127\.0\.0\.1:1 cannot be reached"):
+        async with hub.open(f"{kind}://127.0.0.1:1"):
+            raise AssertionError
+    assert hub._loop is None
+    async with hub.open("memory://"):
+        await hub.send("room", "x")
+
+
+async def test_messages_that_are_held_and_a_refused_handshake(engine: EngineProcess) -> None:
+    """Group messages from the moment of `join` wait for the handshake; a refused client gets none,
+    and is in no group."""
+    async with processes(engine.url) as (one, two):
+
+        @one.ws.connect
+        async def history(conn: Connection) -> None:
+            await conn.join("held")
+            await two.hub.send("held", Said("from afar"))
+            if conn.req.get_param("refused"):
+                raise falcon.HTTPForbidden
+            await conn.send("history")
+
+        async with one.client() as client:
+            frames = [await client.receive() for _ in "12"]
+            assert sorted(frame["type"] for frame in frames) == ["history", "said"]
+        with pytest.raises(Exception, match="403"):
+            async with one.client(refused="1"):
+                raise AssertionError
+        await until(lambda: not one.hub.groups)
+        assert await two.hub.presence("held") == []
+
+
+async def test_a_failed_send_in_a_handler_is_answered(engine: EngineProcess) -> None:
+    """The connection goes on; the log has the reason."""
+    async with processes(engine.url, 1) as (one,), one.client(group="room") as client:
+        engine.kill()
+        answer = await client.ask("say", {"group": "room", "text": "x"})
+        assert answer["payload"]["code"] == "internal_error"
+        await until(lambda: one.hub.stats()["engine_down"])
+        with pytest.raises(PachinkoError):
+            await one.hub.presence("room")
+        with pytest.raises(PachinkoError):
+            await one.hub.close_group("room")
+        await one.hub.send_to(next(iter(one.hub.connections)), "direct")
+        assert (await client.receive())["type"] == "direct"
+        await one.join(client, "other")
+        async with one.client(group="room", user="ann") as second:
+            await engine.start()
+            gaps = [await client.receive(), await client.receive()]
+            assert all(gap["type"] == "gap" for gap in gaps)
+            assert {gap["payload"]["group"] for gap in gaps} == {"room", "other"}
+            assert await second.receive() == {"type": "gap", "payload": {"group": "room"}}
+            await one.hub.send_to_user("ann", "hello")
+            assert (await second.receive())["type"] == "hello"
+        assert one.hub.stats()["outages"] == 1 and not one.hub.stats()["engine_down"]
+
+
+async def test_gaps_of_an_outage(kind: Kind) -> None:
+    """One with no group for a client in none; none for who has left; before what comes after."""
+    async with (
+        running(kind) as engine,
+        processes(engine.url) as (one, two),
+        one.client() as alone,
+        one.client(group="room") as member,
+        one.client(group="room") as left,
+    ):
+        await engine.restart()
+        await left.send("leave", "room", id=1)
+        await until(lambda: one.hub.stats()["outages"] and not one.hub.stats()["engine_down"])
+        await until(lambda: not one.hub._gaps and not two.hub.stats()["engine_down"])
+        await two.hub.send("room", Said("after"))
+        assert await alone.receive() == {"type": "gap", "payload": {"group": None}}
+        assert await member.receive() == {"type": "gap", "payload": {"group": "room"}}
+        assert text(await member.receive()) == "after"
+        frames = [await left.receive()]
+        if frames[0]["type"] != "leave.reply":
+            frames.append(await left.receive())
+        assert {"type": "leave.reply", "id": 1} in frames
+
+
+async def test_a_message_that_comes_before_its_groups_gap_waits_for_it() -> None:
+    """The gap tells of what was before, so it comes before what is after."""
+    async with processes("memory://", 1) as (one,), one.client(group="room") as client:
+        one.hub._gaps = {group: tuple(members) for group, members in one.hub._groups.items()}
+        post = pachinko.Post(1, "send", "p")
+        await one.hub._receive("g", "room", post, b'{"type":"later","group":"room"}')
+        assert [(await client.receive())["type"] for _ in "12"] == ["gap", "later"]
+        assert not one.hub._gaps
+
+
+async def publish_raw(process: Process, kind: str, name: str, data: bytes) -> None:
+    """As a stranger on the same engine would."""
+    link = process.hub._link
+    assert link is not None
+    await link._backplane.publish(subject_of("pachinko", kind, name), data)
+
+
+async def test_a_stranger_on_our_subjects(
+    engine: EngineProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Is refused, counted, and logged once."""
+    async with (
+        processes(engine.url) as (one, two),
+        one.client(group="room", user="ann") as client,
+    ):
+        head = {"v": 1, "op": "send", "from": "stranger", "session": 1}
+        good = json.dumps(head).encode() + b"\n"
+        wrong = [
+            b"rubbish",
+            good + b"rubbish",
+            good + b'{"type":"x","group":"other"}',
+            json.dumps({**head, "op": "close", "code": 17}).encode(),
+            json.dumps({**head, "op": "close", "reason": "x" * 200}).encode(),
+            json.dumps({**head, "op": "here"}).encode(),
+            json.dumps({**head, "op": "no such"}).encode(),
+        ]
+        for data in wrong:
+            await publish_raw(two, "g", "room", data)
+        await publish_raw(two, "u", "ann", json.dumps({**head, "op": "who"}).encode())
+        await publish_raw(two, "a", "all", json.dumps({**head, "op": "close"}).encode())
+        await publish_raw(two, "p", one.hub.process, good + b'{"type":"x"}')
+        answer = {**head, "op": "here", "ask": 999, "members": [["id", None]]}
+        await publish_raw(two, "p", one.hub.process, json.dumps(answer).encode())
+        await two.hub.send("room", Said("ours"))
+        assert text(await client.receive()) == "ours"
+        await until(lambda: one.hub.stats()["refused"] == len(wrong) + 2)
+        assert one.hub.stats()["connections"] == 1
+    assert caplog.text.count("refused a message from the engine") == 2  # one a process
+
+
+async def test_another_version_of_the_format(engine: EngineProcess) -> None:
+    """A gap for what is not understood, one for a run of them."""
+    async with (
+        processes(engine.url) as (one, two),
+        one.client(group="room", user="ann") as client,
+    ):
+        newer = b'{"v":2,"op":"send","from":"newer"}\n{"type":"x","group":"room"}'
+        for _ in range(2):
+            for _ in range(3):
+                await publish_raw(two, "g", "room", newer)
+            await two.hub.send("room", Said("ours"))
+        await publish_raw(two, "u", "ann", newer)
+        await publish_raw(two, "p", one.hub.process, newer)
+        frames = [await client.receive() for _ in range(5)]
+        assert [frame["type"] for frame in frames] == ["gap", "said", "gap", "said", "gap"]
+        assert [f["payload"]["group"] for f in frames if f["type"] == "gap"] == [
+            "room",
+            "room",
+            None,
+        ]
+        await until(lambda: one.hub.stats()["refused"] == 8)
+
+
+async def test_a_message_that_is_too_large_for_the_engine() -> None:
+    """NATS has a limit; the error names it, and the next message goes through."""
+    async with (
+        running("nats") as engine,
+        processes(engine.url, 1) as (one,),
+        one.client(group="room") as client,
+    ):
+        with pytest.raises(PachinkoError, match="max_payload"):
+            await one.hub.send("room", Said("x" * 1_048_576))
+        await one.hub.send("room", Said("x"))
+        assert text(await client.receive()) == "x"
+
+
+async def test_an_app_starts_without_its_engine(
+    kind: Kind, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It serves, says why, and is connected once the engine is there."""
+    engine = EngineProcess(kind)
+    try:
+        async with (
+            processes(engine.url) as (one, two),
+            one.client(group="room", user="ann") as a,
+            two.client(group="room") as b,
+        ):
+            assert f"{engine.url} is lost" in caplog.text
+            with pytest.raises(PachinkoError, match="cannot be reached"):
+                await one.hub.send("room", "x")
+            await engine.start()
+            for client in (a, b):
+                assert await client.receive() == {"type": "gap", "payload": {"group": "room"}}
+            await one.hub.send("room", Said("x"))
+            assert text(await a.receive()) == text(await b.receive()) == "x"
+    finally:
+        engine.kill()
+        engine.folder.cleanup()
+
+
+async def test_without_a_lifespan_it_starts_with_the_first_connection(
+    engine: EngineProcess,
+) -> None:
+    """Whose join waits for that."""
+    two = Process(engine.url)
+    async with (
+        processes(engine.url, 1) as (one,),
+        serving(two.app, lifespan="off") as server,
+    ):
+        two.url = f"{server.url}/ws"
+        async with two.client(group="room") as client:
+            await one.hub.send("room", Said("x"))
+            assert text(await client.receive()) == "x"
+        await two.hub._stop(two.ws)
+
+
+@pytest.mark.parametrize(
+    ("url", "text"), [("kafka://host", "a backplane is a URL"), ("redis://h?x=1", "another option")]
+)
+async def test_a_wrong_setting_keeps_the_app_from_starting(url: str, text: str) -> None:
+    """When it is started, since the environment is read then."""
+    ws = Pachinko(new_app(), "/ws", hub=Hub())
+    with environment(PACHINKO_BACKPLANE=url), pytest.raises(PachinkoError, match=text):
+        await ws.process_startup({}, {})
+    assert ws._hub._loop is None
+
+
+class Own:
+    """The backplane of the documentation's kind: here, one that connects the hubs of a process."""
+
+    everywhere: ClassVar[list[Own]] = []
+
+    async def start(self, deliver: Any, lost: Any) -> None:
+        self.deliver, self.subjects = deliver, set[str]()
+        self.everywhere.append(self)
+
+    async def publish(self, subject: str, data: bytes) -> int | None:
+        reached = [own for own in self.everywhere if subject in own.subjects]
+        for own in reached:
+            await own.deliver(subject, data)
+        return len(reached)
+
+    async def subscribe(self, subject: str) -> None:
+        self.subjects.add(subject)
+
+    async def unsubscribe(self, subject: str) -> None:
+        self.subjects.discard(subject)
+
+    async def stop(self) -> None:
+        if self in self.everywhere:
+            self.everywhere.remove(self)
+
+
+async def test_a_backplane_of_ones_own() -> None:
+    """An object with the five methods, instead of a URL."""
+    first, second = Process(Own()), Process(Own())
+    async with serving(first.app) as a, serving(second.app) as b:
+        first.url, second.url = f"{a.url}/ws", f"{b.url}/ws"
+        async with first.client(group="room") as client, second.client(group="room"):
+            await second.hub.send("room", Said("x"))
+            assert text(await client.receive()) == "x"
+            assert len(await first.hub.presence("room")) == 2
+    assert not Own.everywhere
+
+
+@pytest.mark.parametrize("given", [5, object(), Own, b"nats://host"])
+def test_what_is_no_backplane_is_refused(given: Any) -> None:
+    """With what to write."""
+    with pytest.raises(TypeError, match=r'hub\.configure\("nats://localhost:4222"\)'):
+        Hub().configure(given)
+
+
+async def test_configure_sets_all_and_comes_first() -> None:
+    """What is left out has its default; once the hub runs it is too late."""
+    one = Hub()
+    one.configure("memory://", namespace="x")
+    assert one._namespace == "x"
+    one.configure()
+    assert one._namespace is None and one._backplane is None
+    async with one.open("memory://"):
+        with pytest.raises(PachinkoError, match="before the app starts"):
+            one.configure("memory://")
+
+
+async def test_credentials_are_in_no_log_and_no_error(
+    kind: Kind, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A wrong password: everything goes on without the engine, and says why."""
+    caplog.set_level(logging.DEBUG)
+    secret = ("--user", "u", "--pass", "right") if kind == "nats" else ("--requirepass", "right")
+    async with running(kind, *secret) as engine:
+        url = f"{kind}://u:wr0ng-s3cret@127.0.0.1:{engine.port}"
+        async with processes(url, 1) as (one,), one.client(group="room") as client:
+            with pytest.raises(PachinkoError, match=r"(?i)authori[sz]ation|password") as caught:
+                await one.hub.send("room", "x")
+            assert "wr0ng" not in str(caught.value)
+            await one.join(client, "other")
+        right = url.replace("u:wr0ng-s3cret", "u:right" if kind == "nats" else ":right")
+        async with processes(right, 1) as (one,), one.client(group="room") as client:
+            await one.hub.send("room", Said("x"))
+            assert text(await client.receive()) == "x"
+    assert "is lost" in caplog.text and "wr0ng" not in caplog.text
