@@ -2002,7 +2002,8 @@ class Link:
         """Tell all who wait for the engine."""
         why = _without_secrets(exc, self._engine) if exc is not None else "disconnected"
         if exc is not None and why != self._why:
-            logger.error("%s is lost: %s; trying again", self._name, why)
+            what = "is lost" if self.is_up else "cannot be reached"
+            logger.error("%s %s: %s; trying again", self._name, what, why)
         self._why, self._has_missed = why, True
         if self.is_up and exc is not None:
             self.outages += 1
@@ -4577,13 +4578,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "listen", parents=[common], help="print what a member of a group would see, a line each",
         epilog="pachinko listen nats://localhost:4222 room:1",
     )  # fmt: skip
-    listen.add_argument("--count", type=int, metavar="N", help="end after N messages")
+    listen.add_argument("--count", type=_count, metavar="N", help="end after N messages")
     commands.add_parser(
         "presence", parents=[common], help="print who is in a group, a line of JSON each",
         epilog="pachinko presence nats://localhost:4222 room:1",
     )  # fmt: skip
     given = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    level = logging.WARNING if given.command == "listen" else logging.CRITICAL
+    logging.basicConfig(format="%(message)s", level=level)
     try:
         asyncio.run(_run(given))
     except (TypeError, ValueError, UnicodeError) as exc:
@@ -4597,15 +4599,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _count(text: str) -> int:
+    """Of messages, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number of messages, at least 1, got {text!r}")
+    return int(text)
+
+
 async def _run(given: argparse.Namespace) -> None:
     """Do what the command line says. Raises `ValueError` or `TypeError` for what is wrong in it."""
     url = os.environ.get(_ENVIRONMENT, "") if given.url == "-" else given.url
+    hub = Eavesdropper(given.group, given.count) if given.command == "listen" else Hub()
     try:
-        engine = read_engine(url)
+        if read_engine(url).scheme == "memory":
+            raise ValueError("memory:// reaches no other process; give the engine of the app")
+        hub.configure(url, namespace=given.namespace)
     except PachinkoError as exc:
         raise ValueError(str(exc)) from None
-    if engine.scheme == "memory":
-        raise ValueError("memory:// reaches no other process; give the engine that the app uses")
     payload = None
     if given.command == "send" and given.json is not None:
         text = sys.stdin.read() if given.json == "-" else given.json
@@ -4615,9 +4625,6 @@ async def _run(given: argparse.Namespace) -> None:
             raise ValueError(
                 f"""the payload is JSON, such as '{{"text": "hi"}}' or '"hi"': {exc}"""
             ) from None
-    is_listening = given.command == "listen"
-    hub = Eavesdropper(given.group, given.count) if is_listening else Hub()
-    hub.configure(url, namespace=given.namespace)
     async with hub.open():
         if isinstance(hub, Eavesdropper):
             await hub.run()

@@ -1,0 +1,314 @@
+"""The command ``pachinko``, as a program of its own and on real engines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+
+import pytest
+from engines import EngineProcess, Kind, environment, free_port, running
+from support import PATIENCE, connect, new_app, serving, until
+
+import pachinko
+from pachinko import Connection, Eavesdropper, Hub, Pachinko, main
+
+COMMAND = (sys.executable, "-c", "import sys, pachinko; sys.exit(pachinko.main())")
+
+
+@pytest.fixture(params=["nats", "redis"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    kind: Kind = request.param
+    return kind
+
+
+class Command:
+    """The program, while it runs."""
+
+    def __init__(self, *arguments: str, **variables: str) -> None:
+        self.arguments, self.variables = arguments, variables
+        self.process: asyncio.subprocess.Process
+
+    async def __aenter__(self) -> Command:
+        self.process = await asyncio.create_subprocess_exec(
+            *COMMAND,
+            *self.arguments,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **self.variables},
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.communicate()
+
+    async def line(self) -> str:
+        """The next line of its output."""
+        assert self.process.stdout is not None
+        return (await asyncio.wait_for(self.process.stdout.readline(), PATIENCE)).decode().strip()
+
+    async def said(self) -> str:
+        """The next line of what it says beside that."""
+        assert self.process.stderr is not None
+        return (await asyncio.wait_for(self.process.stderr.readline(), PATIENCE)).decode().strip()
+
+    async def end(self, input: str = "") -> tuple[int | None, str, str]:
+        """Wait for its end; return the status and what it printed."""
+        work = self.process.communicate(input.encode())
+        out, err = await asyncio.wait_for(work, PATIENCE)
+        return self.process.returncode, out.decode(), err.decode()
+
+
+async def run(*arguments: str, input: str = "", **variables: str) -> tuple[int | None, str, str]:
+    async with Command(*arguments, **variables) as command:
+        return await command.end(input)
+
+
+async def test_listen_prints_what_a_member_would_see(kind: Kind) -> None:
+    """Messages a line each, with nothing of other groups; a close on the side; a gap."""
+    sender = Hub()
+    async with running(kind) as engine, Command("listen", engine.url, "a b.*") as listening:
+        assert "listening to 'a b.*'" in await listening.said()
+        async with sender.open(engine.url):
+            await sender.send("other", "no")
+            await sender.broadcast("no")
+            await sender.send("a b.*", "said", {"text": "hi\n"})
+            assert json.loads(await listening.line()) == {
+                "type": "said",
+                "group": "a b.*",
+                "payload": {"text": "hi\n"},
+            }
+            assert await sender.presence("a b.*") == []
+            await sender.close_group("a b.*", 4001, "done")
+            assert "closed with 4001 done" in await listening.said()
+            await engine.restart()
+            gap = json.loads(await listening.line())
+            assert gap == {"type": "gap", "payload": {"group": "a b.*"}}
+            await until(lambda: not sender.stats()["engine_down"])
+            await sender.send("a b.*", "after")
+            assert json.loads(await listening.line())["type"] == "after"
+        assert "is lost" in await listening.said()
+        listening.process.send_signal(signal.SIGINT)
+        status, out, err = await listening.end()
+        assert status == 130 and not out and "Traceback" not in err
+
+
+async def test_listen_ends_after_a_number_of_messages() -> None:
+    """For scripts."""
+    sender = Hub()
+    async with (
+        running("nats") as engine,
+        Command("listen", engine.url, "room", "--count", "2") as listening,
+    ):
+        await listening.said()
+        async with sender.open(engine.url):
+            for n in range(3):
+                await sender.send("room", "n", n)
+        status, out, _ = await listening.end()
+        assert status == 0 and [json.loads(line)["payload"] for line in out.splitlines()] == [0, 1]
+
+
+async def test_listen_ends_with_whoever_reads_it() -> None:
+    """As in ``pachinko listen … | head -1``: no traceback."""
+    sender = Hub()
+    async with running("nats") as engine, sender.open(engine.url):
+        read, write = os.pipe()
+        process = await asyncio.create_subprocess_exec(
+            *COMMAND, "listen", engine.url, "room", stdout=write, stderr=subprocess.PIPE
+        )
+        os.close(write)
+        assert process.stderr is not None
+        await asyncio.wait_for(process.stderr.readline(), PATIENCE)
+        os.close(read)
+        await sender.send("room", "x")
+        _, err = await asyncio.wait_for(process.communicate(), PATIENCE)
+        assert process.returncode == 0 and err == b""
+
+
+async def test_send_reaches_the_members(kind: Kind) -> None:
+    """A payload as an argument, from standard input, or none; with a namespace."""
+    hub = Hub()
+    app = new_app()
+    ws = Pachinko(app, "/ws", hub=hub)
+
+    @ws.connect
+    async def join(conn: Connection) -> None:
+        conn.user = "ada"
+        await conn.join("room")
+
+    async with running(kind) as engine:
+        hub.configure(engine.url, namespace="shop")
+        named = ("--namespace", "shop")
+        async with serving(app) as server, connect(f"{server.url}/ws") as client:
+            for arguments, input in [((), ""), (('{"a": [1]}',), ""), (("-",), '"from stdin"')]:
+                sent = await run(
+                    "send", "-", "room", "x", *arguments, *named,
+                    input=input, PACHINKO_BACKPLANE=engine.url,
+                )  # fmt: skip
+                assert sent == (0, "", "")
+            frames = [await client.receive() for _ in range(3)]
+            assert [frame.get("payload") for frame in frames] == [None, {"a": [1]}, "from stdin"]
+            status, out, err = await run("presence", engine.url, "room", *named)
+            (conn,) = hub.connections
+            expected = {"id": conn.id, "user": "ada", "process": hub.process}
+            assert (status, err) == (0, "") and json.loads(out) == expected
+            assert await run("presence", engine.url, "room") == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("send", "secret", "room", "x"), "a backplane is a URL"),
+        (("send", "memory://", "room", "x"), "reaches no other process"),
+        (("send", "-", "room", "x"), "a backplane is a URL"),
+        (("send", "nats://h:1", "room", "x", "{secret"), "the payload is JSON"),
+        (("send", "nats://h:1", "room", "x", "[" * 10_000), "the payload is JSON"),
+        (("send", "redis://h:1?odd=1", "room", "x"), "another option"),
+        (("send", "nats://h:1", "room", "x", "--namespace", "a b"), "1 to 64 letters"),
+        (("listen", "nats://h:1"), "required: GROUP"),
+        (("listen", "nats://h:1", "room", "--count", "x"), "at least 1, got 'x'"),
+        (("listen", "nats://h:1", "room", "--count", "0"), "at least 1, got '0'"),
+        (("shout", "nats://h:1", "room"), "invalid choice"),
+        ((), "required: COMMAND"),
+    ],
+)
+async def test_a_wrong_call_is_told(arguments: tuple[str, ...], text: str) -> None:
+    """On one line, without a traceback, without what may be a password; the status is 2."""
+    status, out, err = await run(*arguments, PACHINKO_BACKPLANE="")
+    assert status == 2 and not out and text in err, err
+    assert "Traceback" not in err
+    assert "secret" not in err.replace("redis://:secret@host:6379", "")
+
+
+async def test_a_message_that_is_none_is_told() -> None:
+    """With the hint of `hub.send`."""
+    async with running("nats") as engine:
+        status, _, err = await run("send", engine.url, "room", "hello world")
+        assert status == 2 and 'write send("text", ' in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"), [("redis", ("send", "x")), ("nats", ("listen",)), ("nats", ("presence",))]
+)
+async def test_an_engine_that_is_not_there_is_told(command: tuple[str, ...], kind: Kind) -> None:
+    """The status is 1, and the text has no password."""
+    url = f"{kind}://user:s3cret@127.0.0.1:{free_port()}"
+    status, out, err = await run(command[0], url, "room", *command[1:])
+    assert status == 1 and not out and "cannot be reached" in err
+    assert "s3cret" not in err and "Traceback" not in err
+
+
+async def test_help_and_version() -> None:
+    """Of the program and of each command, with an example."""
+    status, out, _ = await run("--help")
+    assert status == 0 and all(word in out for word in ("send", "listen", "presence", "nats://"))
+    for command in ("send", "listen", "presence"):
+        status, out, _ = await run(command, "--help")
+        assert status == 0 and f"pachinko {command} nats://localhost:4222 room:1" in out
+    assert await run("--version") == (0, f"pachinko {pachinko.__version__}\n", "")
+
+
+# In this process, where the coverage is seen
+
+
+def call(engine: EngineProcess, *arguments: str) -> int:
+    with environment(PACHINKO_BACKPLANE=engine.url):
+        return main([arguments[0], "-", *arguments[1:]])
+
+
+async def test_the_function_behind_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`main` returns the status."""
+    async with running("redis") as engine:
+        assert await asyncio.to_thread(call, engine, "send", "room", "x", '{"a":1}') == 0
+        assert await asyncio.to_thread(call, engine, "presence", "room") == 0
+        assert await asyncio.to_thread(call, engine, "send", "room", "x", "{") == 2
+        given = tmp_path / "payload.json"
+        given.write_text("5")
+        with given.open() as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            assert await asyncio.to_thread(call, engine, "send", "room", "x", "-") == 0
+        engine.kill()
+        assert await asyncio.to_thread(call, engine, "send", "room", "x") == 1
+    capsys.readouterr()
+    for url in ("memory://", "rubbish"):
+        assert await asyncio.to_thread(main, ["send", url, "room", "x"]) == 2
+    assert "reaches no other process" in capsys.readouterr().err
+
+
+def test_it_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the status that a shell expects."""
+
+    def interrupted(work: Coroutine[object, object, None]) -> None:
+        work.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(asyncio, "run", interrupted)
+    assert main(["send", "memory://", "room", "x"]) == 130
+
+
+async def test_the_hub_behind_listen(capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints messages of the group and gaps, and neither broadcasts nor what is too many."""
+    hub, sender = Eavesdropper("room", 3), Hub()
+    app = new_app()
+    Pachinko(app, "/ws", hub=sender)
+    async with running("nats") as engine:
+        sender.configure(engine.url)
+        async with serving(app), hub.open(engine.url):
+            printing = asyncio.create_task(hub.run())
+            await until(lambda: "listening" in capsys.readouterr().err)
+            await sender.broadcast("no")
+            await sender.send("room", "one")
+            await sender.close_group("room", 4000)
+            await engine.restart()
+            await until(lambda: hub._left == 1 and not sender.stats()["engine_down"])
+            await asyncio.gather(sender.send("room", "two"), sender.send("room", "three"))
+            await asyncio.wait_for(printing, PATIENCE)
+            await sender.send("room", "four")
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["type"] for line in out.splitlines()] == ["one", "gap", "two"]
+    assert "closed with 4000" in err
+
+
+async def test_listen_without_an_engine_waits() -> None:
+    """In memory there is nothing to hear."""
+    hub = Eavesdropper("room", None)
+    async with hub.open("memory://"):
+        task = asyncio.create_task(hub.run())
+        await asyncio.sleep(0)
+        hub._print("x")
+        assert not task.done()
+        hub.done.set()
+        await asyncio.wait_for(task, PATIENCE)
+
+
+async def test_a_pipe_that_is_closed_ends_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Python's own flush at exit then has somewhere to go."""
+    hub = Eavesdropper("room", None)
+
+    class Closed:
+        def __init__(self) -> None:
+            self.file = (tmp_path / "out").open("w")
+
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def fileno(self) -> int:
+            return self.file.fileno()
+
+    out = Closed()
+    monkeypatch.setattr(sys, "stdout", out)
+    hub._print("x")
+    assert hub.done.is_set()
+    out.file.close()
