@@ -1315,7 +1315,7 @@ def token_of(payload: Any) -> str | None:
 # An object of these is one connection at a time. To make the next one when it has failed, and to
 # subscribe again, is the link's job (next section).
 
-_CONNECT = 2.0  # seconds for a connection to the engine, and for each 500 subscriptions on it
+_CONNECT = 2.0  # seconds for a connection to the engine
 _DISCONNECT = 1.0  # seconds
 _ENGINE_HOST = r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?"
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -1633,16 +1633,26 @@ class Redis:
             ) from None
         self._pool = pool
         self._connections: list[RedisConnection] = []
+        self._counts_all = True
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
+        from redis.exceptions import ResponseError
+
         make: Callable[[], Any] = self._pool.make_connection
         self._connections = [RedisConnection(make(), deliver, lost) for _ in range(2)]
         for connection in self._connections:
             await connection.open()
+        mode = b""
+        with contextlib.suppress(ResponseError):  # of a server before 6.0
+            about = await self._connections[0].call("HELLO", "2")
+            mode = dict(zip(about[::2], about[1::2], strict=True)).get(b"mode", b"")
+        if mode == b"sentinel":
+            raise PachinkoError("this is a Redis Sentinel: give the address of the primary instead")
+        self._counts_all = mode != b"cluster"  # else a node counts its own subscribers only
 
     async def publish(self, subject: str, data: bytes) -> int | None:
         reached: int = await self._connections[0].call("PUBLISH", subject, data)
-        return reached
+        return reached if self._counts_all else None
 
     async def subscribe(self, subject: str) -> None:
         await self._connections[1].call("SUBSCRIBE", subject)
@@ -1684,6 +1694,7 @@ def _without_secrets(exc: BaseException | None, engine: Engine | None) -> str:
 _FORMAT = 1  # of posts; another one means that older processes cannot read it
 _ENGINE_WAIT = 4.0  # seconds that the engine may take for a message; callers are promised 5
 _BEAT = 0.5  # seconds between two signs of life
+_RESTORE = 10.0  # seconds for 500 subscriptions at once, when all processes come back together
 _MISSED = 5  # of them in a row, and the engine is taken for lost
 _RECONNECT = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds, and then as the last
 _LONGEST_NAME = 120  # characters in a subject, which is part of a line of at most 4 KiB in NATS
@@ -1818,6 +1829,7 @@ class Link:
         self.is_up: bool = False
         self._has_missed = False  # messages, or may have
         self._heard = False  # from ourselves, through the engine
+        self._is_delivering = False
         self._why = "not connected yet"
         self._lost: asyncio.Future[BaseException | None]
         self._tried = asyncio.Event()  # else an attempt is in progress that is worth waiting for
@@ -1966,7 +1978,7 @@ class Link:
         async with asyncio.timeout(_CONNECT):
             await self._backplane.start(deliver, lose)
         while missing := list(itertools.islice(self._wanted.keys() - self._live, 500)):
-            async with asyncio.timeout(_CONNECT):
+            async with asyncio.timeout(_RESTORE):
                 await asyncio.gather(*map(self._backplane.subscribe, missing))
             self._live.update(missing)
 
@@ -1995,7 +2007,10 @@ class Link:
                 task.cancel()
             if self._lost.done():
                 raise self._lost.result() or ConnectionError("the connection has been closed")
-            missed = 0 if self._heard else missed + 1
+            if self._heard:
+                missed = 0
+            elif not self._is_delivering:  # else it may wait behind what is being delivered
+                missed += 1
         raise TimeoutError(f"no sign of life for {_BEAT * _MISSED:g} s")
 
     def _down(self, exc: Exception | None) -> None:
@@ -2038,6 +2053,7 @@ class Link:
             if post.session >= self._sessions.get(post.source, 0):
                 self._remember(post)
                 if post.op != "beat":
+                    self._is_delivering = True
                     await self._receiver._receive(*target, post, frame)
         except Refused as why:
             await self._receiver._refused(*target, why)
@@ -2049,6 +2065,8 @@ class Link:
                 _, copy = self._copies.get(post.n, (None, None))
                 if copy is not None and not copy.done():
                     copy.set_result(None)
+        finally:
+            self._is_delivering = False
 
     def _remember(self, post: Post) -> None:
         self._sessions[post.source] = post.session

@@ -59,13 +59,13 @@ class EngineProcess:
     def url(self) -> str:
         return f"{self.kind}://127.0.0.1:{self.port}"
 
-    async def start(self) -> None:
-        """Return once it takes connections."""
+    async def start(self, *first: str) -> None:
+        """Return once it takes connections; *first* is what the program wants before all else."""
         where = ("-a", "127.0.0.1", "-p") if self.kind == "nats" else (
             "--bind", "127.0.0.1", "--save", "", "--port"
         )  # fmt: skip
         self.process = subprocess.Popen(  # noqa: ASYNC220 - it takes no time
-            [find(self.kind), *where, str(self.port), *self.options],
+            [find(self.kind), *first, *where, str(self.port), *self.options],
             cwd=self.folder.name, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         async with asyncio.timeout(PATIENCE):

@@ -348,6 +348,34 @@ async def test_redis_tells_what_is_not_permitted() -> None:
         await until(lambda: one.messages)
 
 
+async def test_a_sentinel_is_told_apart(tmp_path: Path) -> None:
+    """It takes connections, but no messages."""
+    (tmp_path / "sentinel.conf").write_text("")
+    engine = EngineProcess("redis", "--sentinel")
+    try:
+        await engine.start(str(tmp_path / "sentinel.conf"))
+        one = Connected(engine.url)
+        with pytest.raises(PachinkoError, match="Sentinel: give the address of the primary"):
+            await one.backplane.start(one.deliver, one.lost.append)
+        await one.backplane.stop()
+    finally:
+        engine.kill()
+        engine.folder.cleanup()
+
+
+async def test_a_cluster_node_counts_its_own_only() -> None:
+    """So that nobody waits for less than there is."""
+    async with running("redis", "--cluster-enabled", "yes") as engine:
+        reader, writer = await asyncio.open_connection("127.0.0.1", engine.port)
+        writer.write(b"CLUSTER ADDSLOTSRANGE 0 16383\r\n")
+        assert await asyncio.wait_for(reader.readline(), PATIENCE) == b"+OK\r\n"
+        writer.close()
+        async with Connected(engine.url) as one:
+            await one.backplane.subscribe("n.g.a")
+            assert await one.backplane.publish("n.g.a", b"x") is None
+            await until(lambda: one.messages)
+
+
 @each_engine
 async def test_what_the_engine_cannot_keep_is_no_reason_to_wait(engine: EngineProcess) -> None:
     """A call that is in progress when the connection ends is ended by whoever called it."""

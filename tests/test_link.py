@@ -525,6 +525,27 @@ async def test_an_engine_that_is_silent_is_lost() -> None:
         await until(lambda: scene.link.is_up and scene.receiver.restored == 2)
 
 
+async def test_an_engine_is_not_lost_because_we_are_busy() -> None:
+    """A sign of life may wait behind a message that takes its time to be delivered."""
+    async with linked() as scene:
+        scene.link.want("g", "room")
+        await scene.link.live("g", "room")
+        free, beats = asyncio.Event(), scene.fake.count("publish ns.p.me")
+
+        async def receive(*_: object) -> None:
+            await free.wait()
+
+        scene.receiver._receive = receive  # type: ignore[method-assign]
+        post = b'{"v":1,"op":"odd","from":"p"}\n'
+        busy = asyncio.create_task(scene.fake.deliver("ns.g.room", post))
+        scene.fake.broker.links.clear()  # so that no beat comes back
+        await until(lambda: scene.fake.count("publish ns.p.me") > beats + 20)
+        assert scene.link.outages == 0
+        free.set()
+        await busy
+        await until(lambda: scene.link.outages == 1)
+
+
 async def test_a_subscription_that_fails_ends_the_connection() -> None:
     """The next one subscribes everything again; a join waits for that."""
     async with linked() as scene:
@@ -557,6 +578,7 @@ async def test_a_backplane_that_hangs_is_given_up(
 ) -> None:
     """In `start`, in `subscribe`, in `stop`; each is tried again."""
     monkeypatch.setattr(pachinko, "_CONNECT", 0.05)
+    monkeypatch.setattr(pachinko, "_RESTORE", 0.05)
     fake = Fake()
     fake.hangs.update(("start", "stop"))
     async with linked(fake) as scene:
