@@ -38,6 +38,7 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import logging
@@ -1317,9 +1318,9 @@ def token_of(payload: Any) -> str | None:
 
 _CONNECT = 2.0  # seconds for a connection to the engine
 _DISCONNECT = 1.0  # seconds
-_ENGINE_HOST = r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?"
+_ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
+_LOGIN = re.compile(r"[!-.0-?A-~]*")  # of ASCII what is neither blank, "/" nor "@"
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_HOSTS = re.compile(rf"{_ENGINE_HOST}(?:,{_ENGINE_HOST})*")
 Deliver = Callable[[str, bytes], Awaitable[None]]
 Lost = Callable[["BaseException | None"], None]
 
@@ -1336,8 +1337,8 @@ class Backplane(typing.Protocol):
         """Connect, or raise.
 
         From then on, ``deliver(subject, data)`` is awaited for each message of a subscribed
-        subject, one after the other in their order; ``lost(why)`` is called when the connection
-        has failed. Neither raises.
+        subject, one after the other in their order; ``lost(why)`` is called, in the loop's thread,
+        when the connection has failed. Neither raises.
         """
 
     async def publish(self, subject: str, data: bytes) -> int | None:
@@ -1349,7 +1350,11 @@ class Backplane(typing.Protocol):
         """
 
     async def subscribe(self, subject: str) -> None:
-        """Return once what is published to *subject* will be delivered."""
+        """Return once what is published to *subject* will be delivered.
+
+        Raises `PachinkoError` when the engine does not permit this one; whatever else it raises
+        ends the connection.
+        """
 
     async def unsubscribe(self, subject: str) -> None:
         """Undo that. What is already on its way may still be delivered."""
@@ -1370,7 +1375,7 @@ class Engine:
     namespace: str | None
     options: dict[str, str] = attrs.field(repr=False)
     url: str = attrs.field(repr=False)
-    """Without our own option, the namespace."""
+    """Without the options."""
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.hosts}"
@@ -1382,13 +1387,16 @@ def read_engine(url: str) -> Engine:
         scheme, rest = url.split("://", 1)
         where, _, query = rest.partition("?")
         netloc, slash, path = where.partition("/")
-        login, _, hosts = netloc.rpartition("@")
-        # NATS clients also take "nats://a:4222,nats://b:4222", which has slashes in it.
-        if scheme in ("nats", "tls"):
-            login, _, hosts = where.rpartition("@")
-            hosts, slash, path = hosts.rstrip("/").replace(f"{scheme}://", ""), "", ""
-        is_right = not where if scheme == "memory" else _HOSTS.fullmatch(hosts) is not None
-        if scheme not in _BACKPLANES or not is_right or "@" in path or "#" in url:
+        parts = [netloc]
+        if scheme in ("nats", "tls"):  # whose clients also take "nats://a:4222,nats://b:4222"
+            parts, path = re.split(rf",(?:{scheme}://)?", where.removesuffix("/")), ""
+        logins = {part.rpartition("@")[0] for part in parts if "@" in part}
+        login = logins.pop() if logins else ""
+        hosts = [part.rpartition("@")[2] for part in parts]
+        is_right = not where if scheme == "memory" else all(map(_is_address, hosts))
+        # Nothing odd in a login: no library then quotes it in a form that we do not know.
+        is_right = is_right and not logins and _LOGIN.fullmatch(login) is not None
+        if scheme not in _BACKPLANES or not is_right or "@" in path + query or "#" in url:
             raise ValueError
         pairs = urllib.parse.parse_qsl(query, strict_parsing=True) if query else []
     except ValueError:
@@ -1402,9 +1410,13 @@ def read_engine(url: str) -> Engine:
     credentials = (user, password if has_password else None) if login else None
     options = dict(pairs)
     namespace = options.pop("namespace", None)
-    others = f"?{urllib.parse.urlencode(options)}" if options else ""
-    url = f"{scheme}://{netloc}{slash}{path}{others}"
-    return Engine(scheme, hosts, credentials, namespace, options, url)
+    url = f"{scheme}://{netloc}{slash}{path}"
+    return Engine(scheme, ",".join(hosts), credentials, namespace, options, url)
+
+
+def _is_address(text: str) -> bool:
+    found = _ADDRESS.fullmatch(text)
+    return found is not None and 0 < int(found[1] or 1) < 65536
 
 
 def _not_installed(engine: Engine, extra: str) -> PachinkoError:
@@ -1423,20 +1435,28 @@ class Nats:
         except ImportError:
             raise _not_installed(engine, "nats") from None
         options = dict(engine.options)
+        self._servers = [f"{engine.scheme}://{host}" for host in engine.hosts.split(",")]
         self._settings: dict[str, Any] = {
-            "servers": [f"{engine.scheme}://{host}" for host in engine.hosts.split(",")],
             "name": "pachinko",
             "allow_reconnect": False,  # that is the link's job
             "max_reconnect_attempts": 1,  # else one that refuses a connection is tried for ever
             "reconnect_time_wait": 0,
-            "connect_timeout": _CONNECT,
+            "connect_timeout": _CONNECT / (len(self._servers) + 1),  # one may swallow packets
+            # Never to wait for the socket with the caller's task, whose cancellation it swallows.
+            # What waits is bounded by the callers: each waits for a round trip.
+            "pending_size": sys.maxsize,
+            "flusher_queue_size": 0,
         }
         if engine.credentials is not None:
             user, password = engine.credentials
             login = {"token": user} if password is None else {"user": user, "password": password}
             self._settings.update(login)
-        if (creds := options.pop("credentials", None)) is not None:
-            self._settings["user_credentials"] = creds
+        if (file := options.pop("credentials", None)) is not None:
+            if importlib.util.find_spec("nkeys") is None:
+                raise PachinkoError('?credentials= needs: pip install "nats-py[nkeys]"')
+            if not os.access(file, os.R_OK):
+                raise PachinkoError("?credentials= names no file that can be read")
+            self._settings["user_credentials"] = file
         ca = options.pop("ca", None)
         if engine.scheme == "tls" or ca is not None:
             try:
@@ -1459,6 +1479,12 @@ class Nats:
 
             deliver: Deliver
 
+            def _connect_command(self) -> bytes:
+                # It has the password in it; nats-py encrypts only if the server asks for that.
+                if "tls" in self.options and not self._server_info.get("tls_required"):
+                    raise ConnectionError("the server does not offer TLS")
+                return super()._connect_command()
+
             async def _process_msg(
                 self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
             ) -> None:
@@ -1467,24 +1493,37 @@ class Nats:
         self._class = Client
         self._client: Client | None = None
         self._subscriptions: dict[str, Any] = {}
-        self._round_trip: asyncio.Task[None] | None = None
+        self._refusals: set[str] = set()
+        self._round_trip: asyncio.Task[None] | None = None  # that has not begun
+        self._round_trips: set[asyncio.Task[None]] = set()
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
+        for server in (servers := random.sample(self._servers, len(self._servers))):
+            try:
+                return await self._connect(server, deliver, lost)
+            except Exception:
+                if server == servers[-1]:
+                    raise
+                await self.stop()
+
+    async def _connect(self, server: str, deliver: Deliver, lost: Lost) -> None:
         errors: list[BaseException | None] = [None]
 
         async def failed(exc: Exception) -> None:
-            errors.append(exc)
-            if "permissions violation" in str(exc).lower():  # the connection goes on
-                logger.error("the NATS server refuses: %s", exc)
+            if "permissions violation" in str(exc).lower():
+                self._refusals.add(str(exc).lower())  # and the connection goes on
+            else:
+                errors.append(exc)
 
         async def closed() -> None:
-            lost(errors[-1])
+            lost(errors[-1] or client.last_error)
 
         self._subscriptions, self._round_trip = {}, None
+        self._refusals.clear()
         self._client = client = self._class()
         client.deliver = deliver
         try:
-            await client.connect(error_cb=failed, closed_cb=closed, **self._settings)
+            await client.connect(server, error_cb=failed, closed_cb=closed, **self._settings)
         except Exception as exc:
             raise errors[-1] or exc  # noqa: B904 - "no servers available" hides why
 
@@ -1497,19 +1536,37 @@ class Nats:
             )
         await client.publish(subject, data)
         await self._processed()
+        self._check_permitted("publish", subject)
 
     async def subscribe(self, subject: str) -> None:
         self._subscriptions[subject] = await self._connected().subscribe(subject)
         await self._processed()
+        self._check_permitted("subscription", subject)
 
     async def unsubscribe(self, subject: str) -> None:
         await self._subscriptions.pop(subject).unsubscribe()
 
     async def stop(self) -> None:
-        if self._client is not None:
-            with contextlib.suppress(TimeoutError):  # after a failed TLS handshake it never ends
+        client, self._client = self._client, None
+        if client is None:
+            return
+        try:
+            with contextlib.suppress(TimeoutError):  # a failed TLS handshake, a full socket
                 async with asyncio.timeout(_DISCONNECT):
-                    await self._client.close()
+                    await client.close()
+        finally:  # nats-py leaves it open when it is cancelled, and when it has closed by itself
+            writer = getattr(client._transport, "_io_writer", None)
+            if writer is not None:
+                writer.transport.abort()
+            for task in tuple(self._round_trips):
+                task.cancel()
+
+    def _check_permitted(self, what: str, subject: str) -> None:
+        """The server has said so before it answered the round trip."""
+        refusal = f'nats: permissions violation for {what} to "{subject.lower()}"'
+        if refusal in self._refusals:
+            self._refusals.discard(refusal)
+            raise PachinkoError(f"the NATS server does not permit the {what} to {subject}")
 
     def _connected(self) -> Any:
         if self._client is None or not self._client.is_connected:
@@ -1523,13 +1580,17 @@ class Nats:
         """
         if self._round_trip is None:
             self._round_trip = asyncio.get_running_loop().create_task(self._make_round_trip())
+            self._round_trips.add(self._round_trip)
+            self._round_trip.add_done_callback(self._round_trips.discard)
             self._round_trip.add_done_callback(_look_at_result)
         await asyncio.shield(self._round_trip)
 
     async def _make_round_trip(self) -> None:
-        client = self._connected()
-        while client.is_connected and client.pending_data_size:  # noqa: ASYNC110 - nothing tells
-            await asyncio.sleep(0)  # a PING of nats-py would overtake what it has not written yet
+        client, pause = self._connected(), 0.0
+        # A PING of nats-py would overtake what it has not written yet.
+        while client.is_connected and client.pending_data_size:
+            await asyncio.sleep(pause)
+            pause = min(pause + 0.001, 0.02)
         self._round_trip = None
         await client.flush(timeout=60)  # those who wait have less patience
 
@@ -1620,11 +1681,15 @@ class Redis:
             from redis.backoff import NoBackoff
         except ImportError:
             raise _not_installed(engine, "redis") from None
+        # A URL may be shared with programs that want their replies in another form.
+        ours = ("protocol", "decode_responses", "encoding")
+        options = {name: value for name, value in engine.options.items() if name not in ours}
         never = Retry(NoBackoff(), 0)  # that is the link's job; and it might send a message twice
         try:
             pool: Any = ConnectionPool.from_url(
-                engine.url, retry=never, protocol=2, client_name="pachinko"
-            )
+                f"{engine.url}?{urllib.parse.urlencode(options)}",
+                retry=never, protocol=2, client_name="pachinko",
+            )  # fmt: skip
             pool.make_connection()
         except Exception as exc:
             raise PachinkoError(
@@ -1655,7 +1720,12 @@ class Redis:
         return reached if self._counts_all else None
 
     async def subscribe(self, subject: str) -> None:
-        await self._connections[1].call("SUBSCRIBE", subject)
+        from redis.exceptions import ResponseError
+
+        try:
+            await self._connections[1].call("SUBSCRIBE", subject)
+        except ResponseError as exc:
+            raise PachinkoError(f"Redis does not permit to subscribe to {subject}: {exc}") from None
 
     async def unsubscribe(self, subject: str) -> None:
         await self._connections[1].call("UNSUBSCRIBE", subject)
@@ -1787,6 +1857,7 @@ def check_carried(frame: bytes, group: str | None) -> None:
     """Raise `Refused` for a *frame* that no client should get as a message of *group*."""
     try:
         carried = _decode_carried(frame)
+        frame.decode()
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
         raise Refused(f"not a message for clients: {exc}") from None
     if carried.group != group:
@@ -1802,8 +1873,8 @@ class Receiver(typing.Protocol):
     async def _refused(self, kind: str, name: str, why: Refused) -> None:
         """Take note of what is none."""
 
-    def _restored(self) -> None:
-        """All subscriptions are live again, and messages may have been missed."""
+    def _restored(self, only: str | None = None) -> None:
+        """Subscriptions are live again, all or that of a group; messages may have been missed."""
 
 
 class Link:
@@ -1821,6 +1892,8 @@ class Link:
         self._own = subject_of(namespace, "p", process)
         self._wanted: dict[str, tuple[str, str]] = {}  # the subjects, with the kind and the name
         self._live: set[str] = set()
+        self._denied: dict[str, str] = {}  # what the engine does not permit, and its reason
+        self._late: set[str] = set()  # what somebody has given up to wait for
         self._settling: dict[str, asyncio.Task[None]] = {}
         self._copies: dict[int, tuple[str, asyncio.Future[None]]] = {}  # on their way back to us
         self._waits: set[asyncio.Timeout] = set()  # of those who have handed something over
@@ -1901,35 +1974,48 @@ class Link:
         """Undo that."""
         subject = subject_of(self._namespace, kind, name)
         self._wanted.pop(subject, None)
+        self._denied.pop(subject, None)
+        self._late.discard(subject)
         self._settle(subject)
 
     async def live(self, kind: str, name: str) -> None:
-        """Wait until what is wanted is subscribed; when the engine is away, that comes later."""
+        """Wait until what is wanted is subscribed; when the engine is away, that comes later.
+
+        Raises `PachinkoError` when the engine does not permit it.
+        """
         subject = subject_of(self._namespace, kind, name)
         try:
             async with asyncio.timeout(_ENGINE_WAIT):
-                while subject in self._wanted and subject not in self._live:
+                while subject in self._wanted and self._is_unsettled(subject):
                     if self.is_up:
                         await asyncio.wait([self._settling.get(subject, self._lost)])
                     else:
                         await self.connected()
         except (PachinkoError, TimeoutError):
-            self._has_missed = True
+            self._late.add(subject)
+        if subject in self._denied:
+            raise PachinkoError(self._denied[subject])
+
+    def _is_unsettled(self, subject: str) -> bool:
+        is_live = subject in self._live or subject in self._denied
+        return (subject in self._wanted) != is_live
 
     def _settle(self, subject: str) -> None:
         """Bring the subscription about in the background, if that is not in progress."""
-        is_settled = (subject in self._wanted) == (subject in self._live)
-        if self.is_up and subject not in self._settling and not is_settled:
+        if self.is_up and subject not in self._settling and self._is_unsettled(subject):
             task = asyncio.get_running_loop().create_task(self._settle_until_done(subject))
             self._settling[subject] = task
 
     async def _settle_until_done(self, subject: str) -> None:
-        """What is wanted may change in the meantime."""
+        """What is wanted may change in the meantime; and the connection, which cancels this."""
+        me = asyncio.current_task()
         try:
-            while (wanted := subject in self._wanted) != (subject in self._live):
-                if wanted:
+            while self._is_unsettled(subject):
+                if subject in self._wanted:
                     await self._backplane.subscribe(subject)
-                    self._live.add(subject)
+                    if self._settling.get(subject) is not me:
+                        return
+                    self._add_live(subject)
                 else:
                     self._live.discard(subject)
                     for about, copy in self._copies.values():
@@ -1937,25 +2023,46 @@ class Link:
                             copy.set_result(None)  # nobody is left here for whom it matters
                     await self._backplane.unsubscribe(subject)
         except Exception as exc:  # of the library
-            self._lose(exc)
-        if self._settling.get(subject) is asyncio.current_task():
-            del self._settling[subject]
+            if self._settling.get(subject) is not me:
+                pass
+            elif isinstance(exc, PachinkoError):
+                self._deny(subject, exc)
+            else:
+                self._lose(exc)
+        finally:
+            if self._settling.get(subject) is me:
+                del self._settling[subject]
+
+    def _add_live(self, subject: str) -> None:
+        self._live.add(subject)
+        if self.is_up and subject in self._late and subject in self._wanted:
+            self._receiver._restored(self._wanted[subject][1])
+        self._late.discard(subject)
+
+    def _deny(self, subject: str, exc: PachinkoError) -> None:
+        if subject not in self._denied:
+            logger.error("%s: %s", self._name, exc)
+        self._denied[subject] = str(exc)
 
     async def _keep(self) -> None:
         """Connect, watch, and connect again."""
-        delays = iter(_RECONNECT)
+        loop, delays = asyncio.get_running_loop(), iter(_RECONNECT)
         try:
             while True:
-                self._lost = asyncio.get_running_loop().create_future()
+                self._lost = loop.create_future()
                 self._session += 1
+                up = loop.time()
                 try:
                     await self._open()
                     self._up()
-                    delays = iter(_RECONNECT)
                     await self._watch()
-                except Exception as exc:  # of the library, whatever it is
+                except (Exception, asyncio.CancelledError) as exc:  # of the library, whatever it is
+                    if cast("asyncio.Task[None]", asyncio.current_task()).cancelling():
+                        raise
                     self._down(exc)
                 await self._close()
+                if loop.time() - up > _RECONNECT[-1]:  # else it lets us in and then drops us
+                    delays = iter(_RECONNECT)
                 await asyncio.sleep(random.uniform(0.5, 1.0) * next(delays, _RECONNECT[-1]))
         finally:
             self._down(None)
@@ -1977,10 +2084,18 @@ class Link:
         deliver = functools.partial(self._deliver, self._session)
         async with asyncio.timeout(_CONNECT):
             await self._backplane.start(deliver, lose)
-        while missing := list(itertools.islice(self._wanted.keys() - self._live, 500)):
+        while missing := list(itertools.islice(filter(self._is_unsettled, self._wanted), 500)):
             async with asyncio.timeout(_RESTORE):
-                await asyncio.gather(*map(self._backplane.subscribe, missing))
-            self._live.update(missing)
+                calls = map(self._backplane.subscribe, missing)
+                results = await asyncio.gather(*calls, return_exceptions=True)
+            for subject, result in zip(missing, results, strict=True):
+                kind, _ = self._wanted.get(subject, ("", ""))
+                if isinstance(result, PachinkoError) and kind not in ("p", "a"):
+                    self._deny(subject, result)
+                elif isinstance(result, BaseException):
+                    raise result
+                else:
+                    self._add_live(subject)
 
     def _up(self) -> None:
         logger.info("%s: connected, with %d subscriptions", self._name, len(self._live))
@@ -2011,9 +2126,9 @@ class Link:
                 missed = 0
             elif not self._is_delivering:  # else it may wait behind what is being delivered
                 missed += 1
-        raise TimeoutError(f"no sign of life for {_BEAT * _MISSED:g} s")
+        raise TimeoutError(f"no sign of life for {_BEAT * _MISSED:g} s, or too much to do here")
 
-    def _down(self, exc: Exception | None) -> None:
+    def _down(self, exc: BaseException | None) -> None:
         """Tell all who wait for the engine."""
         why = _without_secrets(exc, self._engine) if exc is not None else "disconnected"
         if exc is not None and why != self._why:
@@ -2027,6 +2142,7 @@ class Link:
             self._tried.set()
         self.is_up = False
         self._live.clear()
+        self._denied.clear()
         for task in self._settling.values():
             task.cancel()
         self._settling.clear()
@@ -2048,13 +2164,10 @@ class Link:
             post, frame = unpack(data)
             if post.op == "send":
                 check_carried(frame, target[1] if target[0] == "g" else None)
-            # What a process sent before it lost the engine it has been told to be lost. It may
-            # still be on its way, but does not overtake what that process has sent since.
-            if post.session >= self._sessions.get(post.source, 0):
-                self._remember(post)
-                if post.op != "beat":
-                    self._is_delivering = True
-                    await self._receiver._receive(*target, post, frame)
+            if post.op != "beat":
+                self._check_session(post)
+                self._is_delivering = True
+                await self._receiver._receive(*target, post, frame)
         except Refused as why:
             await self._receiver._refused(*target, why)
         except Exception:  # a bug of ours; nats-py would stop to read
@@ -2068,7 +2181,13 @@ class Link:
         finally:
             self._is_delivering = False
 
-    def _remember(self, post: Post) -> None:
+    def _check_session(self, post: Post) -> None:
+        """Refuse what its process sent before it lost the engine, and was told to be lost.
+
+        It may still be on its way, but does not overtake what that process has sent since.
+        """
+        if post.session < self._sessions.get(post.source, 0):
+            raise Refused("its process has lost the connection that it came by")
         self._sessions[post.source] = post.session
         if len(self._sessions) > _MAX_PROCESSES:
             del self._sessions[next(iter(self._sessions))]
@@ -2892,6 +3011,8 @@ class Answers:
     members: dict[str, Presence] = attrs.Factory(dict)
     final: int = 0
     """The processes that have said all."""
+    unfinished: set[str] = attrs.Factory(set)
+    """Those that have more to say."""
     changed: asyncio.Event = attrs.Factory(asyncio.Event)
 
 
@@ -3140,6 +3261,7 @@ class Hub:
             if not members:
                 del table[name]
                 if self._link is not None:
+                    self._unread.discard((kind, name))
                     self._link.unwant(kind, name)
 
     async def _reachable(self, conn: Connection) -> None:
@@ -3153,7 +3275,8 @@ class Hub:
         When it returns, whatever any process sends to the group arrives; or, if the engine does not
         answer within 4 seconds, a ``gap`` comes once it does.
 
-        Raises `PachinkoError` for a connection of an endpoint with another hub, and `MessageError`
+        Raises `PachinkoError` for a connection of an endpoint with another hub, and when the engine
+        does not permit the subscription; and `MessageError`
         (``too_many_groups``) for one that is in `max_groups` others: since mostly a client has
         asked for it, a message handler that lets that pass answers it. In a connect handler it is
         an error like any other.
@@ -3170,7 +3293,11 @@ class Hub:
             conn._groups.add(group)
             self._enter("g", group, conn)
             if self._link is not None:
-                await self._link.live("g", group)
+                try:
+                    await self._link.live("g", group)
+                except PachinkoError:
+                    await self.leave(group, conn)
+                    raise
 
     async def leave(self, group: str, conn: Connection) -> None:
         """Take *conn* out of *group*; nothing happens if it is not in it."""
@@ -3247,21 +3374,21 @@ class Hub:
     async def presence(self, group: str) -> list[Presence]:
         """The accepted connections in *group*, of all processes that answer within 0.4 seconds.
 
-        Each process tells its own when it is asked, so that those of one that has crashed are gone
-        at once.
+        (Long answers may take longer, up to 4 seconds.) Each process tells its own when it is
+        asked, so that those of one that has crashed are gone at once.
         """
         self._check(group, "group")
         if self._link is None:
             return [Presence(conn.id, conn.user, self._process) for conn in self.members(group)]
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + _PRESENCE
         number = next(_questions)
         answers = self._asks[number] = Answers()
         try:
             reached = await self._link.publish("g", group, self._link.post("who", ask=number))
+            loop = asyncio.get_running_loop()
+            end, latest = (loop.time() + seconds for seconds in (_PRESENCE, _ENGINE_WAIT))
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(deadline):
-                    while reached is None or answers.final < reached:
+                while reached is None or answers.final < reached:
+                    async with asyncio.timeout_at(latest if answers.unfinished else end):
                         answers.changed.clear()
                         await answers.changed.wait()
         finally:
@@ -3334,6 +3461,8 @@ class Hub:
         if exclude is not None:
             several = (exclude,) if isinstance(exclude, (Connection, str)) else exclude
             excluded = [item.id if isinstance(item, Connection) else item for item in several]
+            if not all(isinstance(id, str) for id in excluded):
+                raise TypeError(f"exclude takes connections and their ids, got {exclude!r}")
         if self._link is None:
             await self._spread(self._receivers(kind, name), data, group, excluded)
         else:
@@ -3372,7 +3501,7 @@ class Hub:
 
     async def _answer(self, group: str, question: Post) -> None:
         """Tell the process that asks who of *group* is here, in parts of a bounded size."""
-        members = [(conn.id, conn.user) for conn in self.members(group)]
+        members = [(conn.id, _encodable(conn.user)) for conn in self.members(group)]
         is_last = False
         while not is_last and self._link is not None:
             part: list[tuple[str, str | None]] = []
@@ -3394,6 +3523,7 @@ class Hub:
             found = (Presence(id, user, post.source) for id, user in post.members)
             answers.members.update((each.id, each) for each in found)
             answers.final += not post.more
+            (answers.unfinished.add if post.more else answers.unfinished.discard)(post.source)
             answers.changed.set()
 
     def _start_work(self, work: Coroutine[Any, Any, None]) -> None:
@@ -3416,10 +3546,12 @@ class Hub:
             if kind != "p":
                 await self._spread(self._receivers(kind, name), _gap(group), group)
 
-    def _restored(self) -> None:
+    def _restored(self, only: str | None = None) -> None:
         """The engine has been away: each member misses something, once a group."""
-        self._gaps = {group: tuple(members) for group, members in self._groups.items()}
-        alone = tuple(conn for conn in self._connections.values() if not conn._groups)
+        groups = self._groups if only is None else {only: self._groups.get(only, set())}
+        self._gaps.update((group, tuple(members)) for group, members in groups.items())
+        is_alone = only is None
+        alone = [c for c in self._connections.values() if is_alone and not c._groups]
         self._start_work(self._announce_all(alone))
 
     async def _announce_all(self, alone: Collection[Connection]) -> None:
@@ -3531,6 +3663,11 @@ class Hub:
         if code not in self._errors and len(self._errors) >= _MAX_CODES:
             code = "other"
         self._errors[code] = self._errors.get(code, 0) + 1
+
+
+def _encodable(user: str | None) -> str | None:
+    """*user* without halves of surrogate pairs, which no JSON may have."""
+    return user if user is None or user.isascii() else user.encode(errors="replace").decode()
 
 
 def _gap(group: str | None) -> bytes:
@@ -4524,12 +4661,13 @@ async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
 
 
 class Eavesdropper(Hub):
-    """A hub that prints what a member of one group would see, and has no connections."""
+    """A hub that prints what a member of one group would see, broadcasts too; it has no members."""
 
     def __init__(self, group: str, count: int | None) -> None:
         super().__init__()
         self._group = group
         self._left = count
+        self.failure: OSError | None = None
         self.done = asyncio.Event()
 
     async def run(self) -> None:
@@ -4539,6 +4677,18 @@ class Eavesdropper(Hub):
             await self._link.live("g", self._group)
         print(f"listening to {self._group!r}", file=sys.stderr, flush=True)  # noqa: T201
         await self.done.wait()
+        if self.failure is not None:
+            raise PachinkoError(f"cannot print: {self.failure}")
+
+    async def _receive(self, kind: str, name: str, post: Post, frame: bytes) -> None:
+        if post.op == "send":
+            if kind != "p":
+                self._print(frame.decode())
+        elif post.op == "close":
+            text = f"its members were closed with {post.code} {post.reason}".rstrip()
+            print(text, file=sys.stderr, flush=True)  # noqa: T201
+        else:
+            await super()._receive(kind, name, post, frame)
 
     async def _spread(
         self,
@@ -4547,20 +4697,18 @@ class Eavesdropper(Hub):
         group: str | None = None,
         excluded: Collection[str] = (),
     ) -> None:
-        if group is not None and not self.done.is_set():
-            self._print(data.decode())
+        self._print(data.decode())  # a gap, since there are no connections here
 
-    def _restored(self) -> None:
+    def _restored(self, only: str | None = None) -> None:
         self._print(_gap(self._group).decode())
 
-    def _close_all_of(self, group: str, close: Close) -> None:
-        text = f"its members were closed with {close.code} {close.reason}".rstrip()
-        print(text, file=sys.stderr, flush=True)  # noqa: T201
-
     def _print(self, line: str) -> None:
+        if self.done.is_set():
+            return
         try:
             print(line, flush=True)  # noqa: T201 - that is the program's output
-        except BrokenPipeError:  # into `head`, say, which has seen enough
+        except OSError as exc:  # `head`, say, has seen enough; or the disk is full
+            self.failure = None if isinstance(exc, BrokenPipeError) else exc
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
             self.done.set()
         if self._left is not None:
@@ -4628,6 +4776,7 @@ async def _run(given: argparse.Namespace) -> None:
     """Do what the command line says. Raises `ValueError` or `TypeError` for what is wrong in it."""
     url = os.environ.get(_ENVIRONMENT, "") if given.url == "-" else given.url
     hub = Eavesdropper(given.group, given.count) if given.command == "listen" else Hub()
+    given.group.encode()  # a UnicodeError for what was no UTF-8
     try:
         if read_engine(url).scheme == "memory":
             raise ValueError("memory:// reaches no other process; give the engine of the app")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -64,12 +64,13 @@ class Connected:
         ("nats://h:4222/", "h:4222", None, None, None),
         ("nats://u:p%40%2F@h:4222?namespace=shop", "h:4222", ("u", "p@/"), "shop", None),
         ("nats://to%3Aken@h", "h", ("to:ken", None), None, None),
-        ("nats://u:p/w@h", "h", ("u", "p/w"), None, None),
+        ("nats://u:p@a:1,nats://u:p@b:2", "a:1,b:2", ("u", "p"), None, None),
+        ("tls://a,tls://b/", "a,b", None, None, None),
         ("nats://u:p@a:1,b:2,[::1]:3", "a:1,b:2,[::1]:3", ("u", "p"), None, None),
         ("nats://u:p@a:1,nats://b:2", "a:1,b:2", ("u", "p"), None, None),
         ("tls://h", "h", None, None, "tls://h"),
         ("redis://h:6379/2", "h:6379", None, None, "redis://h:6379/2"),
-        ("redis://:p@h?namespace=x&db=3", "h", ("", "p"), "x", "redis://:p@h?db=3"),
+        ("redis://:p@h/1?namespace=x&db=3", "h", ("", "p"), "x", "redis://:p@h/1"),
         ("rediss://u:p@h", "h", ("u", "p"), None, "rediss://u:p@h"),
     ],
 )
@@ -95,6 +96,17 @@ def test_a_url_is_taken_apart(
         "redis://:secret#@host",
         "redis://user:sec?ret@host",
         "nats://user:sec#ret@host",
+        "nats://user:sec/ret@host",
+        "nats:///secret@host",
+        "nats://user:secret@a,nats://user:secret2@b",
+        "nats://user:sec ret@host",
+        "nats://user:secr\u00e9t@host",
+        "redis://user:secret\u2100@host",
+        "redis://user:12?secret=x@host",
+        "nats://host?namespace=secret@",
+        "redis://a,b:6379/secret",
+        "nats://host:99999",
+        "redis://host:0",
         "nats://host:secret",
         "redis://host?secret",
         "redis://host host/secret",
@@ -111,7 +123,8 @@ def test_a_wrong_url_is_refused_without_being_shown(url: str) -> None:
     chain: BaseException | None = caught.value
     while chain is not None:
         assert "secret" not in str(chain).replace("redis://:secret@host:6379", "")
-        assert all(text not in str(chain) for text in ("sec/ret", "sec?ret", "sec#ret"))
+        parts = ("sec/ret", "sec?ret", "sec#ret", "sec ret", "secr\u00e9t")
+        assert all(text not in str(chain) for text in parts)
         chain = None if chain.__suppress_context__ else chain.__context__
 
 
@@ -138,6 +151,7 @@ def test_so_is_that_of_a_url(namespace: str) -> None:
 @pytest.mark.parametrize(
     ("url", "text"),
     [
+        ("nats://host?credentials=/no/such/file", r"nats-py\[nkeys\]|no file that can be read"),
         ("nats://:secret@host?user=secret", "knows the options namespace, ca .* not user"),
         ("nats://host?ca=/no/such/file", "names no file of certificates"),
         ("tls://:secret@host?ca=/no/such/file", "names no file of certificates"),
@@ -314,22 +328,26 @@ async def test_nats_credentials(options: tuple[str, ...], login: str) -> None:
         await wrong.stop()
 
 
-async def test_nats_tells_what_is_not_permitted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The server says so on the side; it is in the log."""
+async def test_nats_tells_what_is_not_permitted(tmp_path: Path) -> None:
+    """As the error of the call, although the server says it on the side; the others go on."""
     config = tmp_path / "nats.conf"
     config.write_text(
-        'authorization { users = [ { user: me, password: pw, permissions: { publish: "_INBOX.>" } '
-        "} ] }"
+        "authorization { users = [{ user: me, password: pw, permissions: "
+        '{ publish: "n.g.>", subscribe: "n.g.>" } }] }'
     )
-    caplog.set_level(logging.ERROR)
     async with (
         running("nats", "-c", str(config)) as engine,
         Connected(f"nats://me:pw@127.0.0.1:{engine.port}") as one,
     ):
+        for _ in range(2):
+            with pytest.raises(PachinkoError, match=r"not permit the publish to N\.g\.a"):
+                await one.backplane.publish("N.g.a", b"x")
+            with pytest.raises(PachinkoError, match=r"not permit the subscription to other\.g"):
+                await one.backplane.subscribe("other.g")
+        await one.backplane.subscribe("n.g.a")
         await one.backplane.publish("n.g.a", b"x")
-        await until(lambda: "the NATS server refuses" in caplog.text)
+        await until(lambda: one.messages)
+        assert not one.lost
 
 
 async def test_redis_tells_what_is_not_permitted() -> None:
@@ -344,6 +362,8 @@ async def test_redis_tells_what_is_not_permitted() -> None:
         await one.backplane.subscribe("n.g.a")
         with pytest.raises(Exception, match=r"(?i)no permission"):
             await one.backplane.publish("other.g.a", b"x")
+        with pytest.raises(PachinkoError, match=r"not permit to subscribe to other\.g\.a"):
+            await one.backplane.subscribe("other.g.a")
         await one.backplane.publish("n.g.a", b"x")
         await until(lambda: one.messages)
 
@@ -417,6 +437,67 @@ async def test_tls_to_nats(certificate: tuple[Path, Path]) -> None:
         with pytest.raises(Exception, match=r"(?i)certificate"):
             await stranger.start(one.deliver, one.lost.append)
         await stranger.stop()
+
+
+async def test_tls_is_not_given_up(certificate: tuple[Path, Path]) -> None:
+    """A server that offers none, or somebody in between, gets no password."""
+    received = bytearray()
+
+    async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'INFO {"server_id":"x","version":"2.10.0","max_payload":1000}\r\n')
+        received.extend(await reader.read())
+        writer.close()
+
+    server = await asyncio.start_server(plain, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    for url in (
+        f"tls://me:secret@127.0.0.1:{port}",
+        f"nats://me:secret@127.0.0.1:{port}?ca={certificate[0]}",
+    ):
+        one = Connected(url)
+        with pytest.raises(ConnectionError, match="does not offer TLS"):
+            await one.backplane.start(one.deliver, one.lost.append)
+        await one.backplane.stop()
+    server.close()
+    assert b"secret" not in received
+
+
+async def test_nats_with_a_first_server_that_swallows_packets() -> None:
+    """The second has its part of the time."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        async with running("nats") as engine:
+            url = f"nats://127.0.0.1:{port},127.0.0.1:{engine.port}"
+            for _ in range(4):  # nats-py shuffles them
+                async with Connected(url) as one:
+                    await one.backplane.subscribe("n.g.a")
+
+
+@pytest.mark.parametrize("options", ["decode_responses=true", "protocol=3", "encoding=utf-16"])
+async def test_options_of_redis_that_would_break_it_do_not_count(options: str) -> None:
+    """A URL may be shared with other programs."""
+    async with running("redis") as engine, Connected(f"{engine.url}?{options}") as one:
+        await one.backplane.subscribe("n.g.a")
+        await one.backplane.publish("n.g.a", b"x")
+        await until(lambda: one.messages == [("n.g.a", b"x")])
+
+
+@each_engine
+async def test_a_cancelled_call_ends_at_once(engine: EngineProcess) -> None:
+    """Also when the engine takes nothing and the socket is full; and nothing is left of it."""
+    before = asyncio.all_tasks()
+    one = Connected(engine.url)
+    await one.backplane.start(one.deliver, one.lost.append)
+    engine.pause()
+    tasks = [asyncio.create_task(one.backplane.publish("n.g.a", b"x" * 900_000)) for _ in range(12)]
+    await asyncio.sleep(0.1)
+    for task in tasks:
+        task.cancel()
+    done, pending = await asyncio.wait(tasks, timeout=PATIENCE)
+    assert not pending and all(task.cancelled() for task in done)
+    await one.backplane.stop()
+    engine.resume()
+    await until(lambda: asyncio.all_tasks() <= before)
 
 
 async def test_tls_to_redis(certificate: tuple[Path, Path]) -> None:

@@ -208,6 +208,40 @@ async def test_exclude(engine: EngineProcess) -> None:
         ]
 
 
+@pytest.mark.parametrize("url", ["memory://", "nats"])
+@pytest.mark.parametrize("wrong", [5, [1], [None], b"x", [b"x"]])
+async def test_exclude_takes_ids_only(url: str, wrong: Any) -> None:
+    """Anything else is told where it was written."""
+    async with contextlib.AsyncExitStack() as stack:
+        if url == "nats":
+            url = (await stack.enter_async_context(running("nats"))).url
+        (one,) = await stack.enter_async_context(processes(url, 1))
+        with pytest.raises(TypeError):
+            await one.hub.send("room", "x", exclude=wrong)
+
+
+async def test_a_group_that_the_engine_does_not_permit(tmp_path: Any) -> None:
+    """A join raises, and does not pretend; a send too; the others go on."""
+    config = tmp_path / "nats.conf"
+    permissions = '{ allow: "pachinko.>", deny: "pachinko.g.no*" }'.replace("no*", "denied")
+    config.write_text(
+        f"authorization {{ users = [{{ user: u, password: p, permissions: "
+        f"{{ publish: {permissions}, subscribe: {permissions} }} }}] }}"
+    )
+    async with running("nats", "-c", str(config)) as engine:
+        url = engine.url.replace("://", "://u:p@")
+        async with processes(url, 1) as (one,), one.client(group="room") as client:
+            (conn,) = one.hub.connections
+            with pytest.raises(PachinkoError, match="does not permit the subscription"):
+                await one.hub.join("denied", conn)
+            assert conn.groups == one.hub.groups == {"room"}
+            with pytest.raises(PachinkoError, match="does not permit the publish"):
+                await one.hub.send("denied", "x")
+            await one.hub.send("room", Said("x"))
+            assert text(await client.receive()) == "x"
+            assert one.hub.stats()["outages"] == 0
+
+
 async def test_broadcast_reaches_all(engine: EngineProcess) -> None:
     """Also those in no group."""
     async with processes(engine.url) as (one, two), one.client() as a, two.client() as b:
@@ -277,12 +311,17 @@ async def test_presence_of_all_processes(engine: EngineProcess) -> None:
         two.client(group="room"),
         two.client(group="room", user="bob"),
     ):
+        for conn in two.hub.connections:
+            if conn.user == "bob":
+                conn._user = "bob \udcff"  # half of a pair is no JSON
         found = await three.hub.presence("room")
         expected = {
-            (conn.id, conn.user, p.hub.process) for p in (one, two) for conn in p.hub.connections
+            (conn.id, conn.user and conn.user.replace("\udcff", "?"), p.hub.process)
+            for p in (one, two)
+            for conn in p.hub.connections
         }
         assert {(p.id, p.user, p.process) for p in found} == expected and len(found) == 3
-        assert {p.user for p in found} == {"ann", "bob", None}
+        assert {p.user for p in found} == {"ann", "bob ?", None}
         assert await three.hub.presence("empty") == []
         several = await asyncio.gather(*(p.hub.presence("room") for p in (one, two, three) * 5))
         assert all({p.id for p in each} == {p.id for p in found} for each in several)

@@ -16,7 +16,7 @@ from engines import EngineProcess, Kind, environment, free_port, running
 from support import PATIENCE, connect, new_app, serving, until
 
 import pachinko
-from pachinko import Connection, Eavesdropper, Hub, Pachinko, main
+from pachinko import Connection, Eavesdropper, Hub, Pachinko, PachinkoError, main
 
 COMMAND = (sys.executable, "-c", "import sys, pachinko; sys.exit(pachinko.main())")
 
@@ -79,7 +79,8 @@ async def test_listen_prints_what_a_member_would_see(kind: Kind) -> None:
         assert "listening to 'a b.*'" in await listening.said()
         async with sender.open(engine.url):
             await sender.send("other", "no")
-            await sender.broadcast("no")
+            await sender.broadcast("all")
+            assert json.loads(await listening.line()) == {"type": "all"}
             await sender.send("a b.*", "said", {"text": "hi\n"})
             assert json.loads(await listening.line()) == {
                 "type": "said",
@@ -177,6 +178,7 @@ async def test_send_reaches_the_members(kind: Kind) -> None:
         (("listen", "nats://h:1", "room", "--count", "x"), "at least 1, got 'x'"),
         (("listen", "nats://h:1", "room", "--count", "0"), "at least 1, got '0'"),
         (("shout", "nats://h:1", "room"), "invalid choice"),
+        (("send", "nats://h:1", "\udcff", "x"), "surrogates not allowed"),
         ((), "required: COMMAND"),
     ],
 )
@@ -257,8 +259,8 @@ def test_it_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_the_hub_behind_listen(capsys: pytest.CaptureFixture[str]) -> None:
-    """It prints messages of the group and gaps, and neither broadcasts nor what is too many."""
-    hub, sender = Eavesdropper("room", 3), Hub()
+    """It prints messages of the group, broadcasts and gaps, and no more than it was asked for."""
+    hub, sender = Eavesdropper("room", 4), Hub()
     app = new_app()
     Pachinko(app, "/ws", hub=sender)
     async with running("nats") as engine:
@@ -266,8 +268,14 @@ async def test_the_hub_behind_listen(capsys: pytest.CaptureFixture[str]) -> None
         async with serving(app), hub.open(engine.url):
             printing = asyncio.create_task(hub.run())
             await until(lambda: "listening" in capsys.readouterr().err)
-            await sender.broadcast("no")
+            await sender.broadcast("all")
             await sender.send("room", "one")
+            await sender.send_to(hub.process + "0" * 12, "nobody")
+            assert await sender.presence("room") == []
+            link = sender._link
+            assert link is not None
+            for subject in ("pachinko.g.room", "pachinko.a.all"):
+                await link._backplane.publish(subject, b"rubbish")
             await sender.close_group("room", 4000)
             await engine.restart()
             await until(lambda: hub._left == 1 and not sender.stats()["engine_down"])
@@ -275,7 +283,7 @@ async def test_the_hub_behind_listen(capsys: pytest.CaptureFixture[str]) -> None
             await asyncio.wait_for(printing, PATIENCE)
             await sender.send("room", "four")
     out, err = capsys.readouterr()
-    assert [json.loads(line)["type"] for line in out.splitlines()] == ["one", "gap", "two"]
+    assert [json.loads(line)["type"] for line in out.splitlines()] == ["all", "one", "gap", "two"]
     assert "closed with 4000" in err
 
 
@@ -300,9 +308,10 @@ async def test_a_pipe_that_is_closed_ends_it(
     class Closed:
         def __init__(self) -> None:
             self.file = (tmp_path / "out").open("w")
+            self.failure: OSError = BrokenPipeError()
 
         def write(self, text: str) -> int:
-            raise BrokenPipeError
+            raise self.failure
 
         def fileno(self) -> int:
             return self.file.fileno()
@@ -310,5 +319,12 @@ async def test_a_pipe_that_is_closed_ends_it(
     out = Closed()
     monkeypatch.setattr(sys, "stdout", out)
     hub._print("x")
+    hub._print("x")
     assert hub.done.is_set()
+    await hub.run()
+    full = Eavesdropper("room", None)
+    out.failure = OSError("No space left on device")
+    full._print("x")
+    with pytest.raises(PachinkoError, match="cannot print: No space left"):
+        await full.run()
     out.file.close()

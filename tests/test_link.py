@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import random
 import string
 from collections.abc import AsyncIterator
 from typing import Any
@@ -113,6 +114,7 @@ def test_no_bytes_break_it(data: bytes) -> None:
         b'{"type":"a","group":"room","payload":}',
         b'{"type":"a","group":"room"} and more',
         b'{"type":"a","group":"room","payload":' + b"[" * 100_000,
+        b'{"type":"a","group":"room","payload":"\xff"}',
     ],
 )
 def test_what_is_no_frame_for_clients_is_refused(frame: bytes) -> None:
@@ -197,6 +199,7 @@ class Receiver:
         self.posts: list[tuple[str, str, str, bytes]] = []
         self.refused: list[str] = []
         self.restored = 0
+        self.only: list[str | None] = []
         self.fails: Exception | None = None
 
     async def _receive(self, kind: str, name: str, post: Post, frame: bytes) -> None:
@@ -207,8 +210,9 @@ class Receiver:
     async def _refused(self, kind: str, name: str, why: Refused) -> None:
         self.refused.append(str(why))
 
-    def _restored(self) -> None:
+    def _restored(self, only: str | None = None) -> None:
         self.restored += 1
+        self.only.append(only)
 
 
 @pytest.fixture(autouse=True)
@@ -398,6 +402,12 @@ async def test_a_late_message_does_not_overtake() -> None:
             text = json.dumps({"v": 1, "op": f"{session}", "from": process, "session": session})
             await scene.fake.deliver("ns.g.room", text.encode())
         assert [op for _, _, op, _ in scene.receiver.posts] == ["1", "2", "2", "1"]
+        assert len(scene.receiver.refused) == 1
+        beat = {"v": 1, "op": "beat", "from": "p", "session": 9}  # as a stranger might
+        await scene.fake.deliver("ns.g.room", json.dumps(beat).encode())
+        text = json.dumps({"v": 1, "op": "last", "from": "p", "session": 2})
+        await scene.fake.deliver("ns.g.room", text.encode())
+        assert scene.receiver.posts[-1][2] == "last"
 
 
 async def test_few_processes_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -561,16 +571,139 @@ async def test_a_subscription_that_fails_ends_the_connection() -> None:
 
 
 async def test_a_join_waits_for_the_engine_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then a gap is due, although the engine was never lost."""
+    """Then a gap is due, in that group, although the engine was never lost."""
     monkeypatch.setattr(pachinko, "_ENGINE_WAIT", 0.05)
     async with linked() as scene:
         await scene.link.connected()
-        scene.fake.hangs.add("subscribe")
+        free = asyncio.Event()
+        subscribe = scene.fake.subscribe
+
+        async def slowly(subject: str) -> None:
+            await free.wait()
+            await subscribe(subject)
+
+        scene.fake.subscribe = slowly  # type: ignore[method-assign]
+        for name in ("room", "left"):
+            scene.link.want("g", name)
+            await scene.link.live("g", name)
+        scene.link.unwant("g", "left")
+        free.set()
+        await until(lambda: scene.receiver.only == ["room"])
+        scene.link.want("g", "left")
+        await scene.link.live("g", "left")
+        assert scene.receiver.only == ["room"]
+
+
+async def test_what_is_not_permitted_harms_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    """A join raises; the others go on, also after the engine has been away."""
+    async with linked() as scene:
+        subscribe = scene.fake.subscribe
+
+        async def deny(subject: str) -> None:
+            if subject == "ns.g.denied":
+                raise PachinkoError("not permitted")
+            await subscribe(subject)
+
+        scene.fake.subscribe = deny  # type: ignore[method-assign]
+        await scene.link.connected()
+        scene.link.want("g", "denied")
+        for _ in range(2):
+            with pytest.raises(PachinkoError, match="not permitted"):
+                await scene.link.live("g", "denied")
         scene.link.want("g", "room")
         await scene.link.live("g", "room")
-        scene.fake.hangs.clear()
         scene.fake.lost(None)
-        await until(lambda: scene.receiver.restored == 1)
+        await until(lambda: scene.receiver.restored)
+        assert "ns.g.room" in scene.fake.subjects and scene.link.outages == 1
+        with pytest.raises(PachinkoError, match="not permitted"):
+            await scene.link.live("g", "denied")
+        scene.link.unwant("g", "denied")
+        await scene.link.live("g", "denied")
+        assert await scene.send() == 1
+    assert caplog.text.count("not permitted") == 2  # once a connection
+
+
+async def test_a_process_that_may_not_hear_for_itself_is_not_connected() -> None:
+    """Without that it would be deaf."""
+    fake = Fake()
+    fake.fails["subscribe"] = PachinkoError("not permitted")
+    async with linked(fake) as scene:
+        with pytest.raises(PachinkoError, match="cannot be reached: PachinkoError: not permitted"):
+            await scene.link.connected()
+
+
+async def test_a_cancellation_out_of_a_library_is_a_failure_like_any_other() -> None:
+    """It would end the link without a word."""
+    async with linked() as scene:
+        start, left = scene.fake.start, [1, 1]
+
+        async def cancelled(deliver: Any, lost: Any) -> None:
+            if left:
+                left.pop()
+                raise asyncio.CancelledError
+            await start(deliver, lost)
+
+        scene.fake.start = cancelled  # type: ignore[method-assign]
+        await until(lambda: scene.link.is_up)
+
+
+async def test_a_subscription_of_a_connection_that_is_over_changes_nothing() -> None:
+    """One that takes no cancellation, and then succeeds or fails."""
+    for failure in (None, OSError("late"), PachinkoError("late")):
+        async with linked() as scene:
+            await scene.link.connected()
+            free, subscribe = asyncio.Event(), scene.fake.subscribe
+            held: list[str] = []
+
+            async def stubborn(
+                subject: str, free: Any = free, subscribe: Any = subscribe, failure: Any = failure,
+                held: list[str] = held,
+            ) -> None:  # fmt: skip
+                if subject == "ns.g.room" and not held:
+                    held.append(subject)
+                    while not free.is_set():
+                        with contextlib.suppress(asyncio.CancelledError):
+                            await free.wait()
+                    if failure is not None:
+                        raise failure
+                    return
+                await subscribe(subject)
+
+            scene.fake.subscribe = stubborn  # type: ignore[method-assign]
+            scene.link.want("g", "room")
+            await until(lambda held=held: held)
+            late = scene.link._settling["ns.g.room"]
+            scene.fake.lost(None)
+            await until(lambda scene=scene: scene.receiver.restored)
+            free.set()
+            await asyncio.wait([late])
+            assert scene.link.is_up and scene.link.outages == 1
+            assert not scene.link._denied
+
+
+@pytest.mark.parametrize(("last", "expected"), [(3600.0, [1, 2, 3600, 3600]), (0.0, [1, 1, 1, 1])])
+async def test_an_engine_that_drops_us_right_away_is_asked_ever_less_often(
+    monkeypatch: pytest.MonkeyPatch, last: float, expected: list[float]
+) -> None:
+    """It has let us in, but only one that keeps us for a while is taken for well again."""
+    monkeypatch.setattr(pachinko, "_RECONNECT", (1, 2, last))
+    delays: list[float] = []
+    sleep = asyncio.sleep
+
+    async def note(seconds: float) -> None:
+        if seconds in (1, 2, last) and seconds:
+            delays.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(asyncio, "sleep", note)
+    async with linked() as scene:
+        async with asyncio.timeout(PATIENCE):
+            while len(delays) < 4:
+                if scene.link.is_up:
+                    scene.fake.lost(None)
+                await sleep(0.001)
+    assert delays[:4] == expected
 
 
 async def test_a_backplane_that_hangs_is_given_up(
