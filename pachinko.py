@@ -1498,13 +1498,12 @@ class Nats:
         self._round_trips: set[asyncio.Task[None]] = set()
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
-        for server in (servers := random.sample(self._servers, len(self._servers))):
-            try:
+        *others, last = random.sample(self._servers, len(self._servers))
+        for server in others:
+            with contextlib.suppress(Exception):  # whatever it is, the next one may do
                 return await self._connect(server, deliver, lost)
-            except Exception:
-                if server == servers[-1]:
-                    raise
-                await self.stop()
+            await self.stop()
+        await self._connect(last, deliver, lost)
 
     async def _connect(self, server: str, deliver: Deliver, lost: Lost) -> None:
         errors: list[BaseException | None] = [None]
@@ -2040,8 +2039,7 @@ class Link:
         self._late.discard(subject)
 
     def _deny(self, subject: str, exc: PachinkoError) -> None:
-        if subject not in self._denied:
-            logger.error("%s: %s", self._name, exc)
+        logger.error("%s: %s", self._name, exc)
         self._denied[subject] = str(exc)
 
     async def _keep(self) -> None:

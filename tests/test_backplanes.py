@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import socket
 import subprocess
 import sys
@@ -151,7 +152,6 @@ def test_so_is_that_of_a_url(namespace: str) -> None:
 @pytest.mark.parametrize(
     ("url", "text"),
     [
-        ("nats://host?credentials=/no/such/file", r"nats-py\[nkeys\]|no file that can be read"),
         ("nats://:secret@host?user=secret", "knows the options namespace, ca .* not user"),
         ("nats://host?ca=/no/such/file", "names no file of certificates"),
         ("tls://:secret@host?ca=/no/such/file", "names no file of certificates"),
@@ -272,6 +272,10 @@ async def test_a_cancelled_publish_harms_no_other(engine: EngineProcess) -> None
 async def test_the_loss_of_the_engine_is_told(engine: EngineProcess) -> None:
     """`lost` is called, and a later call raises; then it can be started again."""
     async with Connected(engine.url) as one:
+        engine.pause()
+        given_up = asyncio.create_task(one.backplane.publish("n.g.a", b"x"))
+        await asyncio.sleep(0)
+        given_up.cancel()
         engine.kill()
         await until(lambda: one.lost)
         with pytest.raises(Exception, match=r"connect|closed"):
@@ -302,6 +306,28 @@ async def test_nats_takes_messages_up_to_its_limit() -> None:
             await one.backplane.publish("n.g.a", b"x" * 1_048_577)
         await one.backplane.publish("n.g.a", b"x")
         await until(lambda: one.messages)
+
+
+async def test_a_round_trip_follows_what_was_handed_over_before() -> None:
+    """A PING of nats-py, which its `flush` waits for, goes out before what it has not written."""
+    async with running("nats") as engine, Connected(engine.url) as one:
+        await one.backplane.subscribe("n.g.a")
+        for n in range(20):
+            await one.backplane._client.publish("n.g.a", b"x")  # type: ignore[attr-defined]
+            await one.backplane._make_round_trip()  # type: ignore[attr-defined]
+            assert len(one.messages) == n + 1
+
+
+def test_credentials_of_nats_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The file has to be there, and the library that reads it."""
+    for found, text in [(None, r'pip install "nats-py\[nkeys\]"'), (object(), "can be read")]:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _, found=found: found)
+        with pytest.raises(PachinkoError, match=text):
+            Hub().configure("nats://host?credentials=/no/such/file")
+    file = tmp_path / "app.creds"
+    file.touch()
+    backplane = backplane_for(f"nats://host?credentials={file}")
+    assert backplane._settings["user_credentials"] == str(file)  # type: ignore[attr-defined]
 
 
 async def test_nats_tries_every_server() -> None:

@@ -417,6 +417,22 @@ async def test_threads_reach_other_processes(engine: EngineProcess) -> None:
         await asyncio.to_thread(thread.join)
 
 
+async def test_what_a_hub_does_by_itself_ends_with_it() -> None:
+    """An answer that is on its way to another process, say."""
+    one, ended = Hub(), asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async with one.open("memory://"):
+        one._start_work(work())
+        await asyncio.sleep(0)
+    await asyncio.wait_for(ended.wait(), PATIENCE)
+
+
 async def test_open_says_what_is_wrong(kind: Kind) -> None:
     """No engine named; one that is not there; the wrong way to name it."""
     with pytest.raises(PachinkoError, match=r"PACHINKO_BACKPLANE"):

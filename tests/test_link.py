@@ -422,6 +422,31 @@ async def test_few_processes_are_remembered(monkeypatch: pytest.MonkeyPatch) -> 
         assert len(scene.receiver.posts) == 50 and len(scene.link._sessions) <= 10
 
 
+async def test_a_loss_that_is_told_late_is_none() -> None:
+    """That of a connection before the present one."""
+    async with linked() as scene:
+        await scene.link.connected()
+        late = scene.fake.lost
+        late(None)
+        await until(lambda: scene.receiver.restored)
+        late(OSError("late"))
+        scene.link.want("g", "room")
+        await scene.link.live("g", "room")
+        assert scene.link.is_up and scene.link.outages == 1
+
+
+async def test_one_who_has_just_given_up_needs_no_news_of_a_loss() -> None:
+    """Its time is over, but it has not got round to saying so."""
+    async with linked() as scene:
+        await scene.link.connected()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0) as patience:
+                await asyncio.sleep(PATIENCE)
+        scene.link._waits.add(patience)
+        scene.fake.lost(None)
+        await until(lambda: scene.receiver.restored)
+
+
 async def test_a_lost_engine_is_found_again() -> None:
     """All is subscribed anew, and then it is said that something may be missing, once."""
     async with linked() as scene:
@@ -739,11 +764,20 @@ async def test_what_was_left_while_it_was_subscribed_again_is_unsubscribed() -> 
     async with linked() as scene:
         scene.link.want("g", "room")
         await scene.link.live("g", "room")
+        free, subscribe = asyncio.Event(), scene.fake.subscribe
+
+        async def slowly(subject: str) -> None:
+            await free.wait()
+            await subscribe(subject)
+
+        scene.fake.subscribe = slowly  # type: ignore[method-assign]
         scene.fake.lost(None)
-        await until(lambda: scene.fake.count("subscribe ns.g.room") == 2)
+        await until(lambda: scene.fake.count("start") == 2)
+        await until(lambda: len(scene.fake.broker.links) == 1)
         scene.link.unwant("g", "room")
-        await until(lambda: scene.link.is_up and "ns.g.room" not in scene.fake.subjects)
-        assert "ns.g.room" not in scene.link._live
+        free.set()
+        await until(lambda: scene.link.is_up)
+        await until(lambda: "ns.g.room" not in scene.fake.subjects | scene.link._live)
 
 
 async def test_thousands_are_subscribed_again_in_parts() -> None:
