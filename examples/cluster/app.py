@@ -1,0 +1,88 @@
+"""A room on any number of processes: who is on which of them, and what is said.
+
+    python examples/cluster/run.py                  # NATS, and two processes of this file
+    uvicorn --app-dir examples/cluster app:app      # one process without an engine
+
+Nothing here knows how many processes there are. PACHINKO_BACKPLANE names the engine between them,
+``nats://…`` or ``redis://…``; without it there is one process.
+"""
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+import falcon
+import falcon.asgi
+
+from pachinko import Connection, MessageError, Pachinko, PachinkoError, Presence, hub, message
+
+# The page talks to each process by a port of its own, which makes it a page of another origin for
+# all but one of them. Behind a proxy they would have one address, and these lines would be gone.
+PORTS = [int(port) for port in os.environ.get("PORTS", "").split(",") if port]
+ORIGINS = [f"http://{host}:{port}" for host in ("127.0.0.1", "localhost") for port in PORTS]
+
+app = falcon.asgi.App()
+ws = Pachinko(app, "/ws/{room}", origins=ORIGINS, max_size=32_768, rate=(50, 5.0))
+
+
+@message("said")
+class Said:
+    key: str  # by which a page with several connections knows the copies of one message
+    who: str | None
+    process: str
+    text: str
+
+
+def group_of(conn: Connection) -> str:
+    return f"room:{conn.params['room']}"
+
+
+async def tell_the_others(conn: Connection, type: str) -> None:
+    # Nobody is kept out because the engine is away. The others see it in their next list.
+    with contextlib.suppress(PachinkoError):
+        await hub.send(group_of(conn), type, {"id": conn.id}, exclude=conn)
+
+
+@ws.connect
+async def arrive(conn: Connection, room: str) -> None:
+    conn.user = conn.req.get_param("name", default="somebody")[:24]  # a toy: no passwords
+    await conn.send("welcome", {"id": conn.id, "process": hub.process, "ports": PORTS})
+    await conn.join(group_of(conn))
+    await tell_the_others(conn, "joined")
+
+
+@ws.on("who", concurrent=True)  # it waits for other processes, and nothing else has to
+async def who(conn: Connection) -> list[Presence]:
+    return await hub.presence(group_of(conn))
+
+
+@ws.on("say")
+async def say(conn: Connection, *, text: str) -> None:
+    said = Said(secrets.token_hex(8), conn.user, hub.process, text)
+    await hub.send(group_of(conn), said)
+
+
+@ws.on("wave")
+async def wave(conn: Connection, *, to: str) -> None:
+    await hub.send_to(to, "waved", {"who": conn.user, "process": hub.process})
+
+
+@ws.error(PachinkoError)
+async def engine_is_away(conn: Connection, exc: PachinkoError) -> MessageError:
+    return MessageError("engine_away", "the processes do not reach each other just now; try again")
+
+
+@ws.disconnect
+async def leave(conn: Connection) -> None:
+    await conn.leave(group_of(conn))
+    await tell_the_others(conn, "left")
+
+
+class Page:
+    async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        resp.content_type = falcon.MEDIA_HTML
+        resp.text = Path(__file__).with_name("page.html").read_text("utf-8")
+
+
+app.add_route("/", Page())

@@ -1,0 +1,28 @@
+"""A Flask app that tells the users of the Falcon app something, through the engine between them.
+
+    python -m pip install flask
+    PACHINKO_BACKPLANE=nats://localhost:4222 flask --app examples/notify_flask run
+    curl -d "text=Your parcel is here" http://127.0.0.1:5000/users/Ada/notices
+
+Any WSGI framework does it like this; ``hub_thread.py`` shows Django.
+"""
+
+from flask import Flask, request
+from hub_thread import HubThread
+
+from pachinko import PachinkoError, hub
+
+app = Flask(__name__)
+hub_thread = HubThread()  # the engine is that of PACHINKO_BACKPLANE
+
+
+@app.post("/users/<user>/notices")
+def notify(user: str) -> dict[str, bool]:
+    hub_thread.call(hub.send_to_user, user, "notice", {"text": request.form["text"]})
+    return {"sent": True}  # whether or not the user is there
+
+
+@app.errorhandler(PachinkoError)
+def engine_is_away(exc: PachinkoError) -> tuple[dict[str, str], int]:
+    app.logger.error("nobody was told: %s", exc)
+    return {"error": "users cannot be told anything just now; try again"}, 503

@@ -1,0 +1,48 @@
+"""Workers in threads that take jobs from a queue, and tell the user who waits how far they are.
+
+    PACHINKO_BACKPLANE=nats://localhost:4222 python examples/notify_queue.py Ada Grace
+
+makes a report for each of them. In Celery, `make_report` would be a task, and nothing else changes.
+"""
+
+import logging
+import queue
+import sys
+import threading
+import time
+
+from hub_thread import HubThread
+
+from pachinko import PachinkoError, hub
+
+STEPS = 5
+hub_thread = HubThread()  # the engine is that of PACHINKO_BACKPLANE
+jobs = queue.Queue[str | None]()  # for whom; None ends a worker
+
+
+def make_report(user: str) -> None:
+    for done in range(1, STEPS + 1):
+        time.sleep(0.2)  # the work
+        tell(user, done)
+    print(f"the report for {user} is ready", flush=True)
+
+
+def tell(user: str, done: int) -> None:
+    progress = {"job": "report", "done": done, "of": STEPS}
+    try:
+        hub_thread.call(hub.send_to_user, user, "progress", progress)
+    except PachinkoError as exc:  # the job matters more than that somebody watches
+        logging.warning("%s was not told: %s", user, exc)
+
+
+def work() -> None:
+    while (user := jobs.get()) is not None:
+        make_report(user)
+
+
+if __name__ == "__main__":
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for job in [*sys.argv[1:], *[None for _ in workers]]:
+        jobs.put(job)
+    for worker in workers:
+        worker.start()
