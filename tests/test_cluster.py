@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import falcon
 import pytest
 from engines import EngineProcess, Kind, environment, running
-from support import PATIENCE, Client, connect, new_app, serving, until
+from support import PATIENCE, Client, Server, connect, new_app, serving, until
 
 import pachinko
 from pachinko import Connection, Hub, Pachinko, PachinkoError, hub, message, subject_of
@@ -78,12 +78,15 @@ class Process:
 
 @contextlib.asynccontextmanager
 async def processes(url: Any, count: int = 2, **options: Any) -> AsyncIterator[list[Process]]:
-    async with contextlib.AsyncExitStack() as stack:
-        started = [Process(url, **options) for _ in range(count)]
-        for process in started:
-            server = await stack.enter_async_context(serving(process.app))
+    started = [Process(url, **options) for _ in range(count)]
+    servers = [Server(process.app) for process in started]
+    try:
+        await asyncio.gather(*(server.start() for server in servers))
+        for process, server in zip(started, servers, strict=True):
             process.url = f"{server.url}/ws"
         yield started
+    finally:
+        await asyncio.gather(*(server.stop() for server in servers))
 
 
 def text(frame: dict[str, Any]) -> Any:
@@ -111,7 +114,7 @@ async def test_a_group_reaches_over_processes(engine: EngineProcess) -> None:
 async def test_a_message_sent_after_join_has_returned_arrives(engine: EngineProcess) -> None:
     """On any process, at once, however many groups there are."""
     async with processes(engine.url) as (one, two), one.client() as client:
-        for n in range(50):
+        for n in range(20):
             await one.join(client, f"room:{n}")
             await two.hub.send(f"room:{n}", Said(str(n)))
             assert text(await client.receive()) == str(n)

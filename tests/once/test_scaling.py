@@ -16,7 +16,7 @@ import pytest
 
 import pachinko
 
-TREE = Path(__file__).parent.parent
+TREE = Path(__file__).resolve().parents[2]
 PAGE = TREE / "docs" / "scaling.md"
 
 

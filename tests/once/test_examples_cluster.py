@@ -1,6 +1,6 @@
 """The examples of a cluster: the app, its page in a real browser, and programs without an app.
 
-``python tests/test_examples_cluster.py docs/cluster.png`` makes a screenshot of the page instead.
+``python tests/once/test_examples_cluster.py docs/cluster.png`` makes a picture of it instead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
 from test_chat import PATIENCE, chromium, free_port
 from websockets.sync.client import ClientConnection, connect
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 RUN = str(EXAMPLES / "cluster" / "run.py")
 
