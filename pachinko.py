@@ -1872,8 +1872,8 @@ class Receiver(typing.Protocol):
     async def _refused(self, kind: str, name: str, why: Refused) -> None:
         """Take note of what is none."""
 
-    def _restored(self, only: str | None = None) -> None:
-        """Subscriptions are live again, all or that of a group; messages may have been missed."""
+    def _restored(self, only: tuple[str, str] | None = None) -> None:
+        """All subscriptions are live again, or *only* one; messages may have been missed."""
 
 
 class Link:
@@ -2035,7 +2035,7 @@ class Link:
     def _add_live(self, subject: str) -> None:
         self._live.add(subject)
         if self.is_up and subject in self._late and subject in self._wanted:
-            self._receiver._restored(self._wanted[subject][1])
+            self._receiver._restored(self._wanted[subject])
         self._late.discard(subject)
 
     def _deny(self, subject: str, exc: PachinkoError) -> None:
@@ -2049,10 +2049,11 @@ class Link:
             while True:
                 self._lost = loop.create_future()
                 self._session += 1
-                up = loop.time()
+                up = math.inf
                 try:
                     await self._open()
                     self._up()
+                    up = loop.time()
                     await self._watch()
                 except (Exception, asyncio.CancelledError) as exc:  # of the library, whatever it is
                     if cast("asyncio.Task[None]", asyncio.current_task()).cancelling():
@@ -2096,7 +2097,8 @@ class Link:
                     self._add_live(subject)
 
     def _up(self) -> None:
-        logger.info("%s: connected, with %d subscriptions", self._name, len(self._live))
+        level = logging.WARNING if self._has_missed else logging.INFO
+        logger.log(level, "%s: connected, with %d subscriptions", self._name, len(self._live))
         self.is_up, self._why = True, ""
         self._tried.set()
         for subject in self._live - self._wanted.keys():
@@ -3265,7 +3267,8 @@ class Hub:
     async def _reachable(self, conn: Connection) -> None:
         """Wait until `send_to_user` from other processes reaches *conn*."""
         if self._link is not None and conn.user is not None and conn.id in self._connections:
-            await self._link.live("u", conn.user)
+            with contextlib.suppress(PachinkoError):  # it is not permitted, which has been logged
+                await self._link.live("u", conn.user)
 
     async def join(self, group: str, conn: Connection) -> None:
         """Put *conn* into *group*, which needs no making. One that is over stays out.
@@ -3544,12 +3547,16 @@ class Hub:
             if kind != "p":
                 await self._spread(self._receivers(kind, name), _gap(group), group)
 
-    def _restored(self, only: str | None = None) -> None:
+    def _restored(self, only: tuple[str, str] | None = None) -> None:
         """The engine has been away: each member misses something, once a group."""
-        groups = self._groups if only is None else {only: self._groups.get(only, set())}
-        self._gaps.update((group, tuple(members)) for group, members in groups.items())
-        is_alone = only is None
-        alone = [c for c in self._connections.values() if is_alone and not c._groups]
+        alone: Collection[Connection] = ()
+        if only is None:
+            self._gaps = {group: tuple(members) for group, members in self._groups.items()}
+            alone = tuple(conn for conn in self._connections.values() if not conn._groups)
+        elif only[0] == "g":
+            self._gaps[only[1]] = tuple(self._receivers(*only))
+        else:
+            alone = tuple(self._receivers(*only))
         self._start_work(self._announce_all(alone))
 
     async def _announce_all(self, alone: Collection[Connection]) -> None:
@@ -4511,7 +4518,6 @@ class Pachinko:
             if not conn.closed:
                 self._hub._add(conn)
                 await self._run_connect_handlers(conn)
-                await self._hub._reachable(conn)
                 is_in = True
         except Close as close:
             self._hub._remove(conn)
@@ -4522,6 +4528,7 @@ class Pachinko:
         if conn._ahead is None and not conn._inbox:
             conn._inbox = None  # 760 bytes that few connections need
         try:
+            await self._hub._reachable(conn)
             await self._accept(conn, offered)
         except BaseException as exc:  # let in, so it is seen out; raised again below
             conn._lost()
@@ -4697,7 +4704,7 @@ class Eavesdropper(Hub):
     ) -> None:
         self._print(data.decode())  # a gap, since there are no connections here
 
-    def _restored(self, only: str | None = None) -> None:
+    def _restored(self, only: tuple[str, str] | None = None) -> None:
         self._print(_gap(self._group).decode())
 
     def _print(self, line: str) -> None:

@@ -226,7 +226,7 @@ async def test_exclude_takes_ids_only(url: str, wrong: Any) -> None:
 async def test_a_group_that_the_engine_does_not_permit(tmp_path: Any) -> None:
     """A join raises, and does not pretend; a send too; the others go on."""
     config = tmp_path / "nats.conf"
-    permissions = '{ allow: "pachinko.>", deny: "pachinko.g.no*" }'.replace("no*", "denied")
+    permissions = '{ allow: "pachinko.>", deny: ["pachinko.g.denied", "pachinko.u.denied"] }'
     config.write_text(
         f"authorization {{ users = [{{ user: u, password: p, permissions: "
         f"{{ publish: {permissions}, subscribe: {permissions} }} }}] }}"
@@ -240,6 +240,10 @@ async def test_a_group_that_the_engine_does_not_permit(tmp_path: Any) -> None:
             assert conn.groups == one.hub.groups == {"room"}
             with pytest.raises(PachinkoError, match="does not permit the publish"):
                 await one.hub.send("denied", "x")
+            async with one.client(user="denied") as other:
+                await one.hub.broadcast("hello")  # it is let in all the same
+                assert (await other.receive())["type"] == "hello"
+                assert (await client.receive())["type"] == "hello"
             await one.hub.send("room", Said("x"))
             assert text(await client.receive()) == "x"
             assert one.hub.stats()["outages"] == 0
@@ -518,6 +522,22 @@ async def test_gaps_of_an_outage(kind: Kind) -> None:
         if frames[0]["type"] != "leave.reply":
             frames.append(await left.receive())
         assert {"type": "leave.reply", "id": 1} in frames
+
+
+async def test_a_gap_of_one_group_or_user() -> None:
+    """Whose subscription has taken longer than its join has waited."""
+    async with (
+        processes("memory://", 1) as (one,),
+        one.client(group="room") as a,
+        one.client(group="other", user="ann") as b,
+    ):
+        one.hub._restored(("g", "room"))
+        one.hub._restored(("u", "ann"))
+        await until(lambda: not one.hub._work)
+        await one.hub.broadcast("end")
+        frames = [[await client.receive(), await client.receive()] for client in (a, b)]
+        assert [frame["type"] for both in frames for frame in both] == ["gap", "end"] * 2
+        assert [both[0]["payload"]["group"] for both in frames] == ["room", None]
 
 
 async def test_a_message_that_comes_before_its_groups_gap_waits_for_it() -> None:

@@ -199,7 +199,7 @@ class Receiver:
         self.posts: list[tuple[str, str, str, bytes]] = []
         self.refused: list[str] = []
         self.restored = 0
-        self.only: list[str | None] = []
+        self.only: list[tuple[str, str] | None] = []
         self.fails: Exception | None = None
 
     async def _receive(self, kind: str, name: str, post: Post, frame: bytes) -> None:
@@ -210,7 +210,7 @@ class Receiver:
     async def _refused(self, kind: str, name: str, why: Refused) -> None:
         self.refused.append(str(why))
 
-    def _restored(self, only: str | None = None) -> None:
+    def _restored(self, only: tuple[str, str] | None = None) -> None:
         self.restored += 1
         self.only.append(only)
 
@@ -613,10 +613,10 @@ async def test_a_join_waits_for_the_engine_for_a_while(monkeypatch: pytest.Monke
             await scene.link.live("g", name)
         scene.link.unwant("g", "left")
         free.set()
-        await until(lambda: scene.receiver.only == ["room"])
+        await until(lambda: scene.receiver.only == [("g", "room")])
         scene.link.want("g", "left")
         await scene.link.live("g", "left")
-        assert scene.receiver.only == ["room"]
+        assert scene.receiver.only == [("g", "room")]
 
 
 async def test_what_is_not_permitted_harms_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
@@ -821,4 +821,9 @@ async def test_it_is_logged_when_it_is_back(caplog: pytest.LogCaptureFixture) ->
     caplog.set_level(logging.INFO, "pachinko")
     async with linked() as scene:
         await scene.link.connected()
-        assert "Fake: connected, with 2 subscriptions" in caplog.text
+        scene.fake.lost(None)
+        await until(lambda: scene.receiver.restored)
+    lines = [(r.levelname, r.message) for r in caplog.records if "connected, with" in r.message]
+    assert lines == [
+        (level, "Fake: connected, with 2 subscriptions") for level in ("INFO", "WARNING")
+    ]
