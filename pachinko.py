@@ -1538,7 +1538,8 @@ class Nats:
         self._check_permitted("publish", subject)
 
     async def subscribe(self, subject: str) -> None:
-        self._subscriptions[subject] = await self._connected().subscribe(subject)
+        self._subscriptions[subject] = subscription = await self._connected().subscribe(subject)
+        subscription._pending_queue = None  # unused, and 3 KiB
         await self._processed()
         self._check_permitted("subscription", subject)
 

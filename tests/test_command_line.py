@@ -254,6 +254,25 @@ async def test_the_function_behind_it(
         with given.open() as stdin:
             monkeypatch.setattr(sys, "stdin", stdin)
             assert await asyncio.to_thread(call, engine, "send", "room", "x", "-") == 0
+        listening = asyncio.create_task(
+            asyncio.to_thread(call, engine, "listen", "room", "--count", "1")
+        )
+        capsys.readouterr()
+        await until(lambda: "listening" in capsys.readouterr().err)
+        app, hub = new_app(), Hub()
+        hub.configure(engine.url)
+        ws = Pachinko(app, "/ws", hub=hub)
+
+        @ws.connect
+        async def join(conn: Connection) -> None:
+            await conn.join("room")
+
+        async with serving(app) as server, connect(f"{server.url}/ws"):
+            assert await asyncio.to_thread(call, engine, "send", "room", "x") == 0
+            assert await asyncio.wait_for(listening, PATIENCE) == 0
+            assert await asyncio.to_thread(call, engine, "presence", "room") == 0
+            heard, found = capsys.readouterr().out.splitlines()
+        assert json.loads(heard)["type"] == "x" and len(json.loads(found)["process"]) == 12
         engine.kill()
         assert await asyncio.to_thread(call, engine, "send", "room", "x") == 1
     capsys.readouterr()
@@ -275,7 +294,7 @@ def test_it_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_the_hub_behind_listen(capsys: pytest.CaptureFixture[str]) -> None:
     """It prints messages of the group, broadcasts and gaps, and no more than it was asked for."""
-    hub, sender = Eavesdropper("room", 4), Hub()
+    hub, sender = Eavesdropper("room", 5), Hub()
     app = new_app()
     Pachinko(app, "/ws", hub=sender)
     async with running("nats") as engine:
@@ -291,6 +310,7 @@ async def test_the_hub_behind_listen(capsys: pytest.CaptureFixture[str]) -> None
             assert link is not None
             for subject in ("pachinko.g.room", "pachinko.a.all"):
                 await link._backplane.publish(subject, b"rubbish")
+            await link._backplane.publish("pachinko.g.room", b'{"v":2}')
             await sender.close_group("room", 4000)
             await engine.restart()
             await until(lambda: hub._left == 1 and not sender.stats()["engine_down"])
@@ -298,7 +318,8 @@ async def test_the_hub_behind_listen(capsys: pytest.CaptureFixture[str]) -> None
             await asyncio.wait_for(printing, PATIENCE)
             await sender.send("room", "four")
     out, err = capsys.readouterr()
-    assert [json.loads(line)["type"] for line in out.splitlines()] == ["all", "one", "gap", "two"]
+    types = [json.loads(line)["type"] for line in out.splitlines()]
+    assert types == ["all", "one", "gap", "gap", "two"]
     assert "closed with 4000" in err
 
 
