@@ -11,6 +11,7 @@ import attrs
 import falcon.asgi
 
 from pachinko import (
+    Backplane,
     Close,
     Connection,
     Envelope,
@@ -187,6 +188,38 @@ async def use_hub(conn: Connection) -> None:
     await hub.drain(20)
     await hub.send(1, Say("hello"))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await hub.join("room:1", "id")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+class Own:
+    async def start(
+        self,
+        deliver: Callable[[str, bytes], Awaitable[None]],
+        lost: Callable[[BaseException | None], None],
+    ) -> None: ...
+
+    async def publish(self, subject: str, data: bytes) -> int | None: ...
+
+    async def subscribe(self, subject: str) -> None: ...
+
+    async def unsubscribe(self, subject: str) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+async def several_processes() -> None:
+    own: Backplane = Own()
+    hub.configure("nats://localhost:4222", namespace="shop")
+    hub.configure(own)
+    hub.configure(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    async with hub.open("redis://localhost:6379") as opened:
+        assert_type(opened, Hub)
+        (present,) = await opened.presence("room:1")
+        assert_type(present.id, str)
+        assert_type(present.user, str | None)
+        assert_type(present.process, str)
+        assert_type(hub.process, str)
+    asked = hub.call_threadsafe(hub.presence, "room:1")
+    assert_type(asked.result()[0].process, str)
 
 
 def use_hub_from_a_thread(conn: Connection) -> None:
