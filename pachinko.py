@@ -1316,7 +1316,7 @@ def token_of(payload: Any) -> str | None:
 # An object of these is one connection at a time. To make the next one when it has failed, and to
 # subscribe again, is the link's job (next section).
 
-_CONNECT = 2.0  # seconds for a connection to the engine
+_CONNECT = 3.0  # seconds for a connection to the engine
 _DISCONNECT = 1.0  # seconds
 _ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
 _LOGIN = re.compile(r"[!-.0-?A-~]*")  # of ASCII what is neither blank, "/" nor "@"
@@ -1478,6 +1478,11 @@ class Nats:
             """
 
             deliver: Deliver
+            lost: Lost
+
+            async def _process_op_err(self, e: Exception) -> None:
+                self.lost(e)  # which its own callbacks tell only if it can close without an error
+                await super()._process_op_err(e)
 
             def _connect_command(self) -> bytes:
                 # It has the password in it; nats-py encrypts only if the server asks for that.
@@ -1520,7 +1525,7 @@ class Nats:
         self._subscriptions, self._round_trip = {}, None
         self._refusals.clear()
         self._client = client = self._class()
-        client.deliver = deliver
+        client.deliver, client.lost = deliver, lost
         try:
             await client.connect(server, error_cb=failed, closed_cb=closed, **self._settings)
         except Exception as exc:
@@ -1705,8 +1710,7 @@ class Redis:
 
         make: Callable[[], Any] = self._pool.make_connection
         self._connections = [RedisConnection(make(), deliver, lost) for _ in range(2)]
-        for connection in self._connections:
-            await connection.open()
+        await asyncio.gather(*(connection.open() for connection in self._connections))
         mode = b""
         with contextlib.suppress(ResponseError):  # of a server before 6.0
             about = await self._connections[0].call("HELLO", "2")
@@ -1905,7 +1909,8 @@ class Link:
         self._is_delivering = False
         self._why = "not connected yet"
         self._lost: asyncio.Future[BaseException | None]
-        self._tried = asyncio.Event()  # else an attempt is in progress that is worth waiting for
+        self._is_trying = True  # to connect, and it is worth waiting for
+        self._line: collections.deque[asyncio.Future[None]] = collections.deque()  # who does
         self.want("p", process)
         self.want("a", "all")
         self._task: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._keep())
@@ -1917,7 +1922,15 @@ class Link:
 
     async def connected(self) -> None:
         """Wait for an attempt to connect that is worth it. Raises `PachinkoError` if it fails."""
-        await self._tried.wait()
+        if self._is_trying or self._line:  # behind those who came before
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._line.append(turn)
+            if not self._is_trying:
+                asyncio.get_running_loop().call_soon(_let_go_on, turn)
+            try:
+                await turn
+            finally:
+                self._line.remove(turn)
         if not self.is_up:
             raise PachinkoError(f"{self._name} cannot be reached: {self._why}")
 
@@ -1929,7 +1942,7 @@ class Link:
         subject = subject_of(self._namespace, kind, name)
         try:
             async with asyncio.timeout(_ENGINE_WAIT) as patience:
-                if not self.is_up:
+                if not self.is_up or self._line:
                     await self.connected()
                 try:
                     self._waits.add(patience)
@@ -2101,12 +2114,18 @@ class Link:
         level = logging.WARNING if self._has_missed else logging.INFO
         logger.log(level, "%s: connected, with %d subscriptions", self._name, len(self._live))
         self.is_up, self._why = True, ""
-        self._tried.set()
+        self._has_tried()
         for subject in self._live - self._wanted.keys():
             self._settle(subject)
         if self._has_missed:
             self._has_missed = False
             self._receiver._restored()
+
+    def _has_tried(self) -> None:
+        """Let those who have waited for it go on, in their order."""
+        self._is_trying = False
+        for turn in self._line:
+            _let_go_on(turn)
 
     async def _watch(self) -> None:
         """Never return; raise when the engine is lost."""
@@ -2136,12 +2155,12 @@ class Link:
             what = "is lost" if self.is_up else "cannot be reached"
             logger.error("%s %s: %s; trying again", self._name, what, why)
         self._why, self._has_missed = why, True
-        if self.is_up and exc is not None:
+        was_up, self.is_up = self.is_up, False
+        if was_up and exc is not None:
             self.outages += 1
-            self._tried.clear()  # mostly it comes back at once
+            self._is_trying = True  # mostly it comes back at once
         else:
-            self._tried.set()
-        self.is_up = False
+            self._has_tried()
         self._live.clear()
         self._denied.clear()
         for task in self._settling.values():
@@ -2165,16 +2184,23 @@ class Link:
             post, frame = unpack(data)
             if post.op == "send":
                 check_carried(frame, target[1] if target[0] == "g" else None)
+            is_own = post.source == self._process
             if post.op != "beat":
-                self._check_session(post)
+                known = session if is_own else self._sessions.get(post.source, 0)
+                if post.session < known:
+                    # Its process lost the engine, and was told that this is lost. It may still be
+                    # on its way, but does not overtake what that process has sent since.
+                    raise Refused("its process has lost the connection that it came by")
                 self._is_delivering = True
                 await self._receiver._receive(*target, post, frame)
+                if not is_own:
+                    self._remember(post)
         except Refused as why:
             await self._receiver._refused(*target, why)
         except Exception:  # a bug of ours; nats-py would stop to read
             logger.exception("a message from %s was not handled", self._name)
         else:
-            if post.source == self._process and post.session == session:
+            if is_own and post.session == session:
                 self._heard = True
                 _, copy = self._copies.get(post.n, (None, None))
                 if copy is not None and not copy.done():
@@ -2182,16 +2208,15 @@ class Link:
         finally:
             self._is_delivering = False
 
-    def _check_session(self, post: Post) -> None:
-        """Refuse what its process sent before it lost the engine, and was told to be lost.
-
-        It may still be on its way, but does not overtake what that process has sent since.
-        """
-        if post.session < self._sessions.get(post.source, 0):
-            raise Refused("its process has lost the connection that it came by")
+    def _remember(self, post: Post) -> None:
         self._sessions[post.source] = post.session
         if len(self._sessions) > _MAX_PROCESSES:
             del self._sessions[next(iter(self._sessions))]
+
+
+def _let_go_on(turn: asyncio.Future[None]) -> None:
+    if not turn.done():
+        turn.set_result(None)
 
 
 async def _ignoring_errors(work: Awaitable[object]) -> None:
@@ -3056,7 +3081,7 @@ class Hub:
         self._work: set[asyncio.Task[None]] = set()  # what is sent without anybody who waits
         self._asks: dict[int, Answers] = {}
         self._gaps: dict[str, tuple[Connection, ...]] = {}  # to be announced
-        self._unread: set[tuple[str, str]] = set()  # gaps that have been, for another format
+        self._unread: dict[tuple[str, str], frozenset[str]] = {}  # who knows of another format
         self._suspects: set[int | None] = set()  # the formats that have been logged
 
     def configure(
@@ -3262,7 +3287,7 @@ class Hub:
             if not members:
                 del table[name]
                 if self._link is not None:
-                    self._unread.discard((kind, name))
+                    self._unread.pop((kind, name), None)
                     self._link.unwant(kind, name)
 
     async def _reachable(self, conn: Connection) -> None:
@@ -3481,7 +3506,7 @@ class Hub:
 
     async def _receive(self, kind: str, name: str, post: Post, frame: bytes) -> None:
         """Take what a process has sent, this one too. Raises `Refused`."""
-        self._unread.discard((kind, name))
+        self._unread.pop((kind, name), None)
         if kind == "g" and name in self._gaps:
             await self._announce(name)
         group = name if kind == "g" else None
@@ -3542,11 +3567,11 @@ class Hub:
                 "refused a message from the engine, by a stranger or another version of Pachinko "
                 "(more of them are counted, not logged): %s", why
             )  # fmt: skip
-        if why.format is not None and (kind, name) not in self._unread:
-            self._unread.add((kind, name))
-            group = name if kind == "g" else None
-            if kind != "p":
-                await self._spread(self._receivers(kind, name), _gap(group), group)
+        if why.format is not None and kind != "p":
+            receivers, group = self._receivers(kind, name), name if kind == "g" else None
+            told = self._unread.get((kind, name), frozenset())
+            self._unread[kind, name] = frozenset(conn.id for conn in receivers)
+            await self._spread(receivers, _gap(group), group, told)
 
     def _restored(self, only: tuple[str, str] | None = None) -> None:
         """The engine has been away: each member misses something, once a group."""

@@ -515,6 +515,35 @@ async def test_a_send_that_comes_while_it_connects_waits_for_that() -> None:
         assert await asyncio.wait_for(scene.send(), PATIENCE) == 0
 
 
+async def test_those_who_have_waited_for_the_engine_go_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also before one that comes when it is there, and they have not got round to it."""
+    async with linked() as scene:
+        loop = asyncio.get_running_loop()
+        arrival: asyncio.Future[None] = loop.create_future()
+        up = scene.link._up
+
+        def let_one_come_first() -> None:
+            arrival.set_result(None)
+            up()
+
+        async def come() -> None:
+            await arrival
+            assert scene.link.is_up
+            await scene.send(text="last")
+
+        monkeypatch.setattr(scene.link, "_up", let_one_come_first)
+        scene.link.want("g", "room")
+        tasks = [asyncio.create_task(scene.send(text=str(n))) for n in range(3)]
+        tasks += [asyncio.create_task(come()), asyncio.create_task(scene.send(text="given up"))]
+        await until(lambda: len(scene.link._line) == 4)
+        tasks[-1].cancel()
+        await asyncio.wait(tasks)
+        assert scene.texts == ["0", "1", "2", "last"] and not scene.link._line
+        pachinko._let_go_on(arrival)  # nothing happens to one who has gone on
+
+
 async def test_a_send_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Although the engine lives: its beats come back."""
     monkeypatch.setattr(pachinko, "_ENGINE_WAIT", 0.1)
