@@ -519,7 +519,15 @@ async def test_those_who_have_waited_for_the_engine_go_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also before one that comes when it is there, and they have not got round to it."""
-    async with linked() as scene:
+    fake, free = Fake(), asyncio.Event()
+    start = fake.start
+
+    async def start_later(deliver: Any, lost: Any) -> None:
+        await free.wait()
+        await start(deliver, lost)
+
+    fake.start = start_later  # type: ignore[method-assign]
+    async with linked(fake) as scene:
         loop = asyncio.get_running_loop()
         arrival: asyncio.Future[None] = loop.create_future()
         up = scene.link._up
@@ -539,6 +547,7 @@ async def test_those_who_have_waited_for_the_engine_go_first(
         tasks += [asyncio.create_task(come()), asyncio.create_task(scene.send(text="given up"))]
         await until(lambda: len(scene.link._line) == 4)
         tasks[-1].cancel()
+        free.set()
         await asyncio.wait(tasks)
         assert scene.texts == ["0", "1", "2", "last"] and not scene.link._line
         pachinko._let_go_on(arrival)  # nothing happens to one who has gone on
