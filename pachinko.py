@@ -119,6 +119,10 @@ class PachinkoError(Exception):
     """A mistake in the program that uses Pachinko, with the corrected code in its text."""
 
 
+class EngineAway(PachinkoError):
+    """The engine between processes has not taken a message: no mistake, and no bug to be traced."""
+
+
 class MessageError(Exception):
     """Raise it in a message handler to answer the client with an error of your own.
 
@@ -230,6 +234,11 @@ _no_frame = frame_class("$none", Any)
 _decode_frame = msgspec.json.Decoder(Frame).decode
 _decode_none = decoder_of(())
 _encode = msgspec.json.Encoder().encode
+
+
+def gap_of(group: str | None) -> bytes:
+    """The frame that says that messages of *group* have been lost."""
+    return _encode(Sent("gap", payload={"group": group}))
 
 
 def decode(text: str) -> Frame:
@@ -1318,6 +1327,7 @@ def token_of(payload: Any) -> str | None:
 
 _CONNECT = 3.0  # seconds for a connection to the engine
 _DISCONNECT = 1.0  # seconds
+_REASON_SHOWN = 200  # characters: another protocol's server may say anything
 _ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
 _LOGIN = re.compile(r"[!-.0-?A-~]*")  # of ASCII what is neither blank, "/" nor "@"
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -1398,7 +1408,7 @@ def read_engine(url: str) -> Engine:
         is_right = is_right and not logins and _LOGIN.fullmatch(login) is not None
         if scheme not in _BACKPLANES or not is_right or "@" in path + query or "#" in url:
             raise ValueError
-        pairs = urllib.parse.parse_qsl(query, strict_parsing=True) if query else []
+        pairs = urllib.parse.parse_qsl(query, True, True) if query else []
     except ValueError:
         known = ", ".join(f"{name}://" for name in _BACKPLANES)
         raise PachinkoError(
@@ -1498,7 +1508,7 @@ class Nats:
         self._class = Client
         self._client: Client | None = None
         self._subscriptions: dict[str, Any] = {}
-        self._refusals: set[str] = set()
+        self._refusals: collections.Counter[str] = collections.Counter()
         self._round_trip: asyncio.Task[None] | None = None  # that has not begun
         self._round_trips: set[asyncio.Task[None]] = set()
 
@@ -1513,19 +1523,26 @@ class Nats:
     async def _connect(self, server: str, deliver: Deliver, lost: Lost) -> None:
         errors: list[BaseException | None] = [None]
 
+        def tell(exc: BaseException | None) -> None:
+            if client is self._client:  # else it was one of several servers, or is stopped
+                lost(exc)
+
         async def failed(exc: Exception) -> None:
-            if "permissions violation" in str(exc).lower():
-                self._refusals.add(str(exc).lower())  # and the connection goes on
-            else:
+            text = str(exc).lower()
+            if "permissions violation" not in text:
                 errors.append(exc)
+            elif '(sid "' in text:  # of a subscription that was permitted before
+                tell(exc)
+            else:
+                self._refusals[text] += 1  # and the connection goes on
 
         async def closed() -> None:
-            lost(errors[-1] or client.last_error)
+            tell(errors[-1] or client.last_error)
 
         self._subscriptions, self._round_trip = {}, None
         self._refusals.clear()
         self._client = client = self._class()
-        client.deliver, client.lost = deliver, lost
+        client.deliver, client.lost = deliver, tell
         try:
             await client.connect(server, error_cb=failed, closed_cb=closed, **self._settings)
         except Exception as exc:
@@ -1546,7 +1563,11 @@ class Nats:
         self._subscriptions[subject] = subscription = await self._connected().subscribe(subject)
         subscription._pending_queue = None  # unused, and 3 KiB
         await self._processed()
-        self._check_permitted("subscription", subject)
+        try:
+            self._check_permitted("subscription", subject)
+        except PachinkoError:
+            await self.unsubscribe(subject)  # of which else something stays in nats-py
+            raise
 
     async def unsubscribe(self, subject: str) -> None:
         await self._subscriptions.pop(subject).unsubscribe()
@@ -1569,8 +1590,8 @@ class Nats:
     def _check_permitted(self, what: str, subject: str) -> None:
         """The server has said so before it answered the round trip."""
         refusal = f'nats: permissions violation for {what} to "{subject.lower()}"'
-        if refusal in self._refusals:
-            self._refusals.discard(refusal)
+        if self._refusals[refusal]:  # one for each message, of which several may be in progress
+            self._refusals[refusal] -= 1
             raise PachinkoError(f"the NATS server does not permit the {what} to {subject}")
 
     def _connected(self) -> Any:
@@ -1753,7 +1774,7 @@ def _without_secrets(exc: BaseException | None, engine: Engine | None) -> str:
     secret = user if password is None else password
     for form in (secret, urllib.parse.quote(secret, safe="")):
         text = text.replace(form, "***") if form else text
-    return text
+    return text if len(text) <= _REASON_SHOWN else f"{text[:_REASON_SHOWN]}…"
 
 
 # ── link ──────────────────────────────────────────────────────────────────────────────────────
@@ -1932,7 +1953,7 @@ class Link:
             finally:
                 self._line.remove(turn)
         if not self.is_up:
-            raise PachinkoError(f"{self._name} cannot be reached: {self._why}")
+            raise EngineAway(f"{self._name} cannot be reached: {self._why}")
 
     async def publish(self, kind: str, name: str, post: Post, frame: bytes = b"") -> int | None:
         """Return once the engine has it, and this process its own copy, if it is to get one.
@@ -1953,9 +1974,9 @@ class Link:
             raise
         except TimeoutError:
             why = self._why or f"no answer within {_ENGINE_WAIT:g} s"
-            raise PachinkoError(f"{self._name} has not taken a message: {why}") from None
+            raise EngineAway(f"{self._name} has not taken a message: {why}") from None
         except Exception as exc:  # of the library
-            raise PachinkoError(f"{self._name}: {_without_secrets(exc, self._engine)}") from None
+            raise EngineAway(f"{self._name}: {_without_secrets(exc, self._engine)}") from None
 
     async def _publish(self, subject: str, post: Post, frame: bytes) -> int | None:
         self._posts += 1
@@ -2004,8 +2025,11 @@ class Link:
                         await asyncio.wait([self._settling.get(subject, self._lost)])
                     else:
                         await self.connected()
-        except (PachinkoError, TimeoutError):
-            self._late.add(subject)
+        except (PachinkoError, TimeoutError, asyncio.CancelledError) as exc:
+            if subject in self._wanted and self._is_unsettled(subject):
+                self._late.add(subject)
+            if isinstance(exc, asyncio.CancelledError):
+                raise
         if subject in self._denied:
             raise PachinkoError(self._denied[subject])
 
@@ -2048,13 +2072,17 @@ class Link:
 
     def _add_live(self, subject: str) -> None:
         self._live.add(subject)
-        if self.is_up and subject in self._late and subject in self._wanted:
-            self._receiver._restored(self._wanted[subject])
+        if subject in self._late and subject in self._wanted:
+            if self.is_up:
+                self._receiver._restored(self._wanted[subject])
+            else:
+                self._has_missed = True  # on the first connection, which has taken its time
         self._late.discard(subject)
 
     def _deny(self, subject: str, exc: PachinkoError) -> None:
         logger.error("%s: %s", self._name, exc)
-        self._denied[subject] = str(exc)
+        if subject in self._wanted:
+            self._denied[subject] = str(exc)
 
     async def _keep(self) -> None:
         """Connect, watch, and connect again."""
@@ -2112,7 +2140,8 @@ class Link:
 
     def _up(self) -> None:
         level = logging.WARNING if self._has_missed else logging.INFO
-        logger.log(level, "%s: connected, with %d subscriptions", self._name, len(self._live))
+        text = "%s: connected, with %d subscriptions (process %s)"
+        logger.log(level, text, self._name, len(self._live), self._process)
         self.is_up, self._why = True, ""
         self._has_tried()
         for subject in self._live - self._wanted.keys():
@@ -2153,7 +2182,8 @@ class Link:
         why = _without_secrets(exc, self._engine) if exc is not None else "disconnected"
         if exc is not None and why != self._why:
             what = "is lost" if self.is_up else "cannot be reached"
-            logger.error("%s %s: %s; trying again", self._name, what, why)
+            text = "%s %s: %s; trying again (process %s)"
+            logger.error(text, self._name, what, why, self._process)
         self._why, self._has_missed = why, True
         was_up, self.is_up = self.is_up, False
         if was_up and exc is not None:
@@ -2347,7 +2377,7 @@ class Outbox:
                 return waiting
         for group in self.gaps:
             del self.gaps[group]
-            return Waiting(text_event(_encode(Sent("gap", payload={"group": group}))))
+            return Waiting(text_event(gap_of(group)))
         return None
 
     def clear(self) -> None:
@@ -3077,6 +3107,7 @@ class Hub:
         self._drains: set[asyncio.Task[None]] = set()
         self._calls: set[concurrent.futures.Future[Any]] = set()  # from threads, not yet answered
         self._process = secrets.token_hex(_PROCESS_BYTES)
+        self._engine: str | Backplane | None = None  # in use
         self._link: Link | None = None  # to the other processes
         self._work: set[asyncio.Task[None]] = set()  # what is sent without anybody who waits
         self._asks: dict[int, Answers] = {}
@@ -3110,8 +3141,7 @@ class Hub:
             raise PachinkoError("call hub.configure() before the app starts, where it is imported")
         if converter is not None and not isinstance(converter, cattrs.BaseConverter):
             raise TypeError(f"write hub.configure(converter=cattrs.Converter()), got {converter!r}")
-        if url is not None:
-            self._open_backplane(url, namespace)
+        self._open_backplane(url, namespace)
         self._codec = Codec(converter)
         self._backplane, self._namespace = url, namespace
 
@@ -3161,13 +3191,14 @@ class Hub:
         `PachinkoError` when none is given, when the engine cannot be reached, and when the hub
         already runs on another one.
         """
-        if self._loop is None and self._engine_of(url) is None:
+        is_running = self._loop is not None and self._loop.is_running()
+        if not is_running and self._engine_of(url) is None:
             raise PachinkoError(
                 'hub.open() takes the engine that the app uses, hub.open("nats://localhost:4222"), '
                 f"or finds it in {_ENVIRONMENT}"
             )
-        if self._loop is not None and url is not None:
-            raise PachinkoError("this hub runs already; write hub.open() to use its engine")
+        if is_running and url not in (None, self._engine):
+            raise PachinkoError("this hub runs on another engine; write hub.open() to use that one")
         user = object()
         self._start(user, url)
         try:
@@ -3195,7 +3226,7 @@ class Hub:
             given = self._engine_of(url)
             backplane, engine, namespace = self._open_backplane(given, self._namespace)
             self._end_calls()  # after a loop that ended without a shutdown
-            self._loop = loop
+            self._loop, self._engine = loop, given
             if backplane is not None:
                 self._link = Link(backplane, engine, namespace, self._process, self)
         self._apps.add(app)
@@ -3571,7 +3602,7 @@ class Hub:
             receivers, group = self._receivers(kind, name), name if kind == "g" else None
             told = self._unread.get((kind, name), frozenset())
             self._unread[kind, name] = frozenset(conn.id for conn in receivers)
-            await self._spread(receivers, _gap(group), group, told)
+            await self._spread(receivers, gap_of(group), group, told)
 
     def _restored(self, only: tuple[str, str] | None = None) -> None:
         """The engine has been away: each member misses something, once a group."""
@@ -3586,14 +3617,18 @@ class Hub:
         self._start_work(self._announce_all(alone))
 
     async def _announce_all(self, alone: Collection[Connection]) -> None:
-        await self._spread(alone, _gap(None))
-        while self._gaps:
+        await self._spread(alone, gap_of(None))
+        for n in itertools.count(1):
+            if not self._gaps:
+                break
             await self._announce(next(iter(self._gaps)))
+            if n % _TURN == 0:  # where nobody is behind, nothing else lets the loop run
+                await asyncio.sleep(0)
 
     async def _announce(self, group: str) -> None:
         members = self._gaps.pop(group)
         present = [conn for conn in members if group in (conn._groups or ())]
-        await self._spread(present, _gap(group), group)
+        await self._spread(present, gap_of(group), group)
 
     async def _spread(
         self,
@@ -3699,10 +3734,6 @@ class Hub:
 def _encodable(user: str | None) -> str | None:
     """*user* without halves of surrogate pairs, which no JSON may have."""
     return user if user is None or user.isascii() else user.encode(errors="replace").decode()
-
-
-def _gap(group: str | None) -> bytes:
-    return _encode(Sent("gap", payload={"group": group}))
 
 
 def _deliver(receivers: list[Connection], event: Event) -> None:
@@ -3833,7 +3864,10 @@ def forget_cancellations() -> None:
 def log_failure(what: str, exc: BaseException, conn: Connection, type: str | None = None) -> None:
     """Log a bug in the application with its traceback."""
     extra = {"connection_id": conn.id, "message_type": type}
-    logger.error("%s failed", what, exc_info=exc, extra=extra)
+    if isinstance(exc, EngineAway):  # everybody's handlers fail then, and the reason is logged
+        logger.error("%s failed: %s", what, exc, extra=extra)
+    else:
+        logger.error("%s failed", what, exc_info=exc, extra=extra)
 
 
 @attrs.frozen(eq=False)
@@ -4712,10 +4746,11 @@ class Eavesdropper(Hub):
             raise PachinkoError(f"cannot print: {self.failure}")
 
     async def _receive(self, kind: str, name: str, post: Post, frame: bytes) -> None:
+        self._unread.pop((kind, name), None)
         if post.op == "send":
             if kind != "p":
                 self._print(frame.decode())
-        elif post.op == "close":
+        elif post.op == "close" and kind == "g":
             text = f"its members were closed with {post.code} {post.reason}".rstrip()
             print(text, file=sys.stderr, flush=True)  # noqa: T201
         else:
@@ -4731,7 +4766,7 @@ class Eavesdropper(Hub):
         self._print(data.decode())  # a gap, since there are no connections here
 
     def _restored(self, only: tuple[str, str] | None = None) -> None:
-        self._print(_gap(self._group).decode())
+        self._print(gap_of(self._group).decode())
 
     def _print(self, line: str) -> None:
         if self.done.is_set():
@@ -4740,7 +4775,7 @@ class Eavesdropper(Hub):
             print(line, flush=True)  # noqa: T201 - that is the program's output
         except OSError as exc:  # `head`, say, has seen enough; or the disk is full
             self.failure = None if isinstance(exc, BrokenPipeError) else exc
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
+            _silence_stdout()
             self.done.set()
         if self._left is not None:
             self._left -= 1
@@ -4791,9 +4826,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PachinkoError as exc:
         print(f"pachinko: {exc}", file=sys.stderr)  # noqa: T201
         return 1
+    except BrokenPipeError:  # `head`, say, has seen enough
+        _silence_stdout()
+    except OSError as exc:  # the disk is full
+        _silence_stdout()
+        print(f"pachinko: cannot print: {exc}", file=sys.stderr)  # noqa: T201
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _silence_stdout() -> None:
+    """Python flushes it once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _count(text: str) -> int:
@@ -4806,6 +4852,8 @@ def _count(text: str) -> int:
 async def _run(given: argparse.Namespace) -> None:
     """Do what the command line says. Raises `ValueError` or `TypeError` for what is wrong in it."""
     url = os.environ.get(_ENVIRONMENT, "") if given.url == "-" else given.url
+    if not url:
+        raise ValueError(f"{_ENVIRONMENT} is not set" if given.url == "-" else "the URL is empty")
     hub = Eavesdropper(given.group, given.count) if given.command == "listen" else Hub()
     given.group.encode()  # a UnicodeError for what was no UTF-8
     try:

@@ -46,3 +46,5 @@ if __name__ == "__main__":
         jobs.put(job)
     for worker in workers:
         worker.start()
+    for worker in workers:  # at its end, the main thread would take the resolver of names along
+        worker.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import signal
 import socket
 import subprocess
 import sys
@@ -142,7 +143,7 @@ def test_a_namespace_is_plain(namespace: Any) -> None:
         Hub().configure("memory://", namespace=namespace)
 
 
-@pytest.mark.parametrize("namespace", ["a.b", "a b", "%2A", "%3E"])
+@pytest.mark.parametrize("namespace", ["", "a.b", "a b", "%2A", "%3E"])
 def test_so_is_that_of_a_url(namespace: str) -> None:
     """The same holds for ``?namespace=``."""
     with pytest.raises(PachinkoError, match="1 to 64 letters"):
@@ -334,8 +335,11 @@ async def test_nats_tries_every_server() -> None:
     """A list of them, of which one answers."""
     async with running("nats") as engine:
         url = f"nats://127.0.0.1:1,nats://127.0.0.1:{engine.port}"
-        async with Connected(url) as one:
-            await one.backplane.subscribe("n.g.a")
+        for _ in range(6):  # in any order
+            async with Connected(url) as one:
+                await one.backplane.subscribe("n.g.a")
+                assert not one.lost  # the one that was tried first is no loss
+        assert not one.lost
 
 
 @pytest.mark.parametrize(
@@ -370,10 +374,30 @@ async def test_nats_tells_what_is_not_permitted(tmp_path: Path) -> None:
                 await one.backplane.publish("N.g.a", b"x")
             with pytest.raises(PachinkoError, match=r"not permit the subscription to other\.g"):
                 await one.backplane.subscribe("other.g")
+        several = [one.backplane.publish("other.g", b"x") for _ in range(4)]
+        outcomes = await asyncio.gather(*several, return_exceptions=True)
+        assert all(isinstance(outcome, PachinkoError) for outcome in outcomes)
+        assert not one.backplane._client._subs  # type: ignore[attr-defined]
         await one.backplane.subscribe("n.g.a")
         await one.backplane.publish("n.g.a", b"x")
         await until(lambda: one.messages)
         assert not one.lost
+
+
+async def test_nats_withdraws_a_permission(tmp_path: Path) -> None:
+    """The server drops the subscription: that ends the connection, since messages are missed."""
+    config = tmp_path / "nats.conf"
+    text = "authorization {{ users = [{{ user: me, password: pw, permissions: {} }}] }}"
+    config.write_text(text.format("{}"))
+    async with (
+        running("nats", "-c", str(config)) as engine,
+        Connected(f"nats://me:pw@127.0.0.1:{engine.port}") as one,
+    ):
+        await one.backplane.subscribe("n.g.a")
+        config.write_text(text.format('{ subscribe: { deny: "n.g.a" } }'))
+        engine.signal(signal.SIGHUP)
+        await until(lambda: one.lost)
+        assert "permissions violation" in str(one.lost[0]).lower()
 
 
 async def test_redis_tells_what_is_not_permitted() -> None:

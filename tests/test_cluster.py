@@ -393,7 +393,9 @@ async def test_a_program_without_an_app(engine: EngineProcess) -> None:
             assert len(await hub.presence("room")) == 1
             async with hub.open():
                 pass
-            with pytest.raises(PachinkoError, match="runs already"):
+            async with hub.open(engine.url):
+                pass
+            with pytest.raises(PachinkoError, match="runs on another engine"):
                 async with hub.open("memory://"):
                     raise AssertionError
             await hub.send("room", Said("still-open"))
@@ -440,6 +442,28 @@ async def test_what_a_hub_does_by_itself_ends_with_it() -> None:
     await asyncio.wait_for(ended.wait(), PATIENCE)
 
 
+def test_open_in_one_loop_after_another() -> None:
+    """Also where the first has ended without a word, with a hub that was still open."""
+    one = Hub()
+
+    async def leave_open() -> None:
+        context = one.open("memory://")
+        await context.__aenter__()
+        contexts.append(context)
+
+    async def use() -> None:
+        async with one.open(Own()):
+            assert one._link is not None
+        with pytest.raises(PachinkoError, match="takes the engine"):
+            async with one.open():
+                raise AssertionError
+
+    contexts: list[Any] = []
+    asyncio.run(leave_open())
+    asyncio.run(use())
+    asyncio.run(contexts[0].__aexit__(None, None, None))
+
+
 async def test_open_says_what_is_wrong(kind: Kind) -> None:
     """No engine named; one that is not there; the wrong way to name it."""
     with pytest.raises(PachinkoError, match=r"PACHINKO_BACKPLANE"):
@@ -476,12 +500,15 @@ async def test_messages_that_are_held_and_a_refused_handshake(engine: EngineProc
         assert await two.hub.presence("held") == []
 
 
-async def test_a_failed_send_in_a_handler_is_answered(engine: EngineProcess) -> None:
-    """The connection goes on; the log has the reason."""
+async def test_a_failed_send_in_a_handler_is_answered(
+    engine: EngineProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The connection goes on; the log has a line, and no traceback, since it is no bug."""
     async with processes(engine.url, 1) as (one,), one.client(group="room") as client:
         engine.kill()
         answer = await client.ask("say", {"group": "room", "text": "x"})
         assert answer["payload"]["code"] == "internal_error"
+        assert "the handler of 'say' failed: " in caplog.text and "Traceback" not in caplog.text
         await until(lambda: one.hub.stats()["engine_down"])
         with pytest.raises(PachinkoError):
             await one.hub.presence("room")
@@ -713,6 +740,19 @@ async def test_a_backplane_of_ones_own() -> None:
             assert text(await client.receive()) == "x"
             assert len(await first.hub.presence("room")) == 2
     assert not Own.everywhere
+
+
+async def test_many_gaps_let_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an outage each member of each group gets one."""
+    monkeypatch.setattr(pachinko, "_TURN", 2)
+    async with processes("memory://", 1) as (one,), one.client() as client:
+        for n in range(7):
+            await one.join(client, f"room:{n}")
+        one.hub._restored()
+        for n in range(7):
+            gap = await client.receive()
+            assert gap == {"type": "gap", "payload": {"group": f"room:{n}"}}
+        assert not one.hub._gaps
 
 
 @pytest.mark.parametrize("given", [5, object(), Own, b"nats://host"])

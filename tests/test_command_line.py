@@ -169,7 +169,8 @@ async def test_send_reaches_the_members(kind: Kind) -> None:
     [
         (("send", "secret", "room", "x"), "a backplane is a URL"),
         (("send", "memory://", "room", "x"), "reaches no other process"),
-        (("send", "-", "room", "x"), "a backplane is a URL"),
+        (("send", "-", "room", "x"), "PACHINKO_BACKPLANE is not set"),
+        (("send", "", "room", "x"), "the URL is empty"),
         (("send", "nats://h:1", "room", "x", "{secret"), "the payload is JSON"),
         (("send", "nats://h:1", "room", "x", "[" * 10_000), "the payload is JSON"),
         (("send", "redis://h:1?odd=1", "room", "x"), "another option"),
@@ -281,6 +282,27 @@ async def test_the_function_behind_it(
     assert "reaches no other process" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("failure", "status"), [(BrokenPipeError(), 0), (OSError("No space left"), 1)]
+)
+def test_what_cannot_be_printed(
+    failure: OSError,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Whoever reads has seen enough, which is no failure; or the disk is full."""
+
+    def fail(work: Coroutine[object, object, None]) -> None:
+        work.close()
+        raise failure
+
+    monkeypatch.setattr(asyncio, "run", fail)
+    monkeypatch.setattr(pachinko, "_silence_stdout", lambda: None)
+    assert main(["presence", "nats://h:1", "room"]) == status
+    assert ("cannot print: No space left" in capfd.readouterr().err) == (status == 1)
+
+
 def test_it_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the status that a shell expects."""
 
@@ -294,7 +316,7 @@ def test_it_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_the_hub_behind_listen(capsys: pytest.CaptureFixture[str]) -> None:
     """It prints messages of the group, broadcasts and gaps, and no more than it was asked for."""
-    hub, sender = Eavesdropper("room", 5), Hub()
+    hub, sender = Eavesdropper("room", 7), Hub()
     app = new_app()
     Pachinko(app, "/ws", hub=sender)
     async with running("nats") as engine:
@@ -310,7 +332,10 @@ async def test_the_hub_behind_listen(capsys: pytest.CaptureFixture[str]) -> None
             assert link is not None
             for subject in ("pachinko.g.room", "pachinko.a.all"):
                 await link._backplane.publish(subject, b"rubbish")
-            await link._backplane.publish("pachinko.g.room", b'{"v":2}')
+            for n in range(2):
+                await link._backplane.publish("pachinko.g.room", b'{"v":2}')
+                if n == 0:
+                    await sender.send("room", "between")
             await sender.close_group("room", 4000)
             await engine.restart()
             await until(lambda: hub._left == 1 and not sender.stats()["engine_down"])
@@ -319,7 +344,7 @@ async def test_the_hub_behind_listen(capsys: pytest.CaptureFixture[str]) -> None
             await sender.send("room", "four")
     out, err = capsys.readouterr()
     types = [json.loads(line)["type"] for line in out.splitlines()]
-    assert types == ["all", "one", "gap", "gap", "two"]
+    assert types == ["all", "one", "gap", "between", "gap", "gap", "two"]
     assert "closed with 4000" in err
 
 

@@ -45,10 +45,13 @@ async def test_a_handler_that_answers_when_the_engine_is_away() -> None:
         page = load(CLUSTER)
         hub.configure(engine.url)
         async with serving(page.app) as server, connect(f"{server.url}/ws") as client:
-            assert (await client.ask("say", {"text": "hi"}))["type"] == "say.reply"
+            assert (await client.ask("say", {"text": "hi"}))["type"] == "said"
+            assert (await client.receive())["type"] == "say.reply"
             engine.kill()
             answer = await client.ask("say", {"text": "hi"})
             assert answer["payload"]["code"] == "try_again"
+            async with connect(f"{server.url}/ws") as other:  # is let in all the same
+                assert (await other.ask("say", {"text": "hi"}))["payload"]["code"] == "try_again"
 
 
 @pytest.mark.parametrize(("page", "kind"), [(CLUSTER, "redis"), (README, "nats")])

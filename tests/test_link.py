@@ -657,6 +657,70 @@ async def test_a_join_waits_for_the_engine_for_a_while(monkeypatch: pytest.Monke
         assert scene.receiver.only == [("g", "room")]
 
 
+async def test_a_join_that_is_cancelled_may_miss_messages() -> None:
+    """By a time-out around it, say. Then its group gets a gap, if somebody is still in it."""
+    async with linked() as scene:
+        await scene.link.connected()
+        free, subscribe = asyncio.Event(), scene.fake.subscribe
+
+        async def slowly(subject: str) -> None:
+            await free.wait()
+            await subscribe(subject)
+
+        scene.fake.subscribe = slowly  # type: ignore[method-assign]
+        joins = []
+        for name in ("room", "left"):
+            scene.link.want("g", name)
+            joins.append(asyncio.create_task(scene.link.live("g", name)))
+        await asyncio.sleep(0)
+        scene.link.unwant("g", "left")
+        for join in joins:
+            join.cancel()
+        await asyncio.wait(joins)
+        assert all(join.cancelled() for join in joins) and scene.link._late == {"ns.g.room"}
+        free.set()
+        await until(lambda: scene.receiver.only == [("g", "room")])
+        assert not scene.link._late
+
+
+async def test_a_first_connection_that_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A join has given up to wait for it: all may have missed something."""
+    monkeypatch.setattr(pachinko, "_ENGINE_WAIT", 0.05)
+    fake, free = Fake(), asyncio.Event()
+    start = fake.start
+
+    async def start_later(deliver: Any, lost: Any) -> None:
+        await free.wait()
+        await start(deliver, lost)
+
+    fake.start = start_later  # type: ignore[method-assign]
+    async with linked(fake) as scene:
+        scene.link.want("g", "room")
+        await scene.link.live("g", "room")
+        free.set()
+        await until(lambda: scene.receiver.only == [None])
+
+
+async def test_a_refusal_that_comes_when_nobody_is_left() -> None:
+    """Nothing of it stays."""
+    async with linked() as scene:
+        await scene.link.connected()
+        free = asyncio.Event()
+
+        async def deny(subject: str) -> None:
+            await free.wait()
+            raise PachinkoError("not permitted")
+
+        scene.fake.subscribe = deny  # type: ignore[method-assign]
+        scene.link.want("g", "room")
+        task = scene.link._settling["ns.g.room"]
+        await asyncio.sleep(0)
+        scene.link.unwant("g", "room")
+        free.set()
+        await asyncio.wait([task])
+        assert not scene.link._denied and not scene.link._settling
+
+
 async def test_what_is_not_permitted_harms_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
     """A join raises; the others go on, also after the engine has been away."""
     async with linked() as scene:
@@ -862,6 +926,5 @@ async def test_it_is_logged_when_it_is_back(caplog: pytest.LogCaptureFixture) ->
         scene.fake.lost(None)
         await until(lambda: scene.receiver.restored)
     lines = [(r.levelname, r.message) for r in caplog.records if "connected, with" in r.message]
-    assert lines == [
-        (level, "Fake: connected, with 2 subscriptions") for level in ("INFO", "WARNING")
-    ]
+    text = "Fake: connected, with 2 subscriptions (process me)"
+    assert lines == [("INFO", text), ("WARNING", text)]

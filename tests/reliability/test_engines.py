@@ -41,7 +41,7 @@ BLUE = "blue.*.> \N{SNOWMAN}"  # full of what means something to an engine, or t
 SIDES = ("left", "right")
 LOGGERS = ("pachinko", "asyncio", "nats", "redis", "falcon", "uvicorn")
 EXPECTED_LOG = re.compile(
-    r"; trying again$|: connected, with \d+ subscriptions$|^refused a message from the engine"
+    r"; trying again \(|: connected, with \d+ subscriptions|^refused a message from the engine"
 )
 
 
