@@ -1637,6 +1637,7 @@ class RedisConnection:
         self._replies: collections.deque[asyncio.Future[Any]] = collections.deque()
         self._called = asyncio.Event()
         self._failure: Exception | None = None
+        self.over = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -1665,6 +1666,7 @@ class RedisConnection:
             await work()
         except Exception as exc:  # of the library or the socket
             self._failure = exc
+            self.over.set()
             self._lost(exc)
             for reply in self._replies:
                 if not reply.done():
@@ -1725,12 +1727,14 @@ class Redis:
         self._pool = pool
         self._connections: list[RedisConnection] = []
         self._counts_all = True
+        self._ending: asyncio.Task[None] | None = None
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         from redis.exceptions import ResponseError
 
         make: Callable[[], Any] = self._pool.make_connection
-        self._connections = [RedisConnection(make(), deliver, lost) for _ in range(2)]
+        end_later = functools.partial(self._end_later, lost)
+        self._connections = [RedisConnection(make(), deliver, lost) for lost in (end_later, lost)]
         await asyncio.gather(*(connection.open() for connection in self._connections))
         mode = b""
         with contextlib.suppress(ResponseError):  # of a server before 6.0
@@ -1739,6 +1743,17 @@ class Redis:
         if mode == b"sentinel":
             raise PachinkoError("this is a Redis Sentinel: give the address of the primary instead")
         self._counts_all = mode != b"cluster"  # else a node counts its own subscribers only
+
+    def _end_later(self, lost: Lost, why: BaseException | None) -> None:
+        """The connection to publish on has ended: what has come by the other one is still read."""
+
+        async def end() -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DISCONNECT):
+                    await self._connections[1].over.wait()
+            lost(why)
+
+        self._ending = asyncio.get_running_loop().create_task(end())
 
     async def publish(self, subject: str, data: bytes) -> int | None:
         reached: int = await self._connections[0].call("PUBLISH", subject, data)
@@ -1756,6 +1771,8 @@ class Redis:
         await self._connections[1].call("UNSUBSCRIBE", subject)
 
     async def stop(self) -> None:
+        if self._ending is not None:
+            self._ending.cancel()
         for connection in self._connections:
             await connection.close()
 
@@ -2167,6 +2184,8 @@ class Link:
             try:
                 # What counts are turns, not seconds: a loop that was blocked has not read either.
                 await asyncio.wait([self._lost], timeout=_BEAT)
+                # And it reads now: to write to an engine that has gone would throw that away.
+                await asyncio.wait([self._lost], timeout=_BEAT / 10)
             finally:
                 task.cancel()
             if self._lost.done():
@@ -3618,11 +3637,11 @@ class Hub:
 
     async def _announce_all(self, alone: Collection[Connection]) -> None:
         await self._spread(alone, gap_of(None))
-        for n in itertools.count(1):
-            if not self._gaps:
-                break
+        announced = 0
+        while self._gaps:
             await self._announce(next(iter(self._gaps)))
-            if n % _TURN == 0:  # where nobody is behind, nothing else lets the loop run
+            announced += 1
+            if announced % _TURN == 0:  # where nobody is behind, nothing else lets the loop run
                 await asyncio.sleep(0)
 
     async def _announce(self, group: str) -> None:

@@ -418,6 +418,17 @@ async def test_redis_tells_what_is_not_permitted() -> None:
         await until(lambda: one.messages)
 
 
+async def test_redis_is_lost_with_either_connection() -> None:
+    """The one to publish on has nothing to read; the other one is given the time for that."""
+    async with running("redis") as engine, Connected(engine.url) as one:
+        for n in range(2):
+            await one.backplane.stop()
+            await one.backplane.start(one.deliver, one.lost.append)
+            connection = one.backplane._connections[n]  # type: ignore[attr-defined]
+            await connection._connection.disconnect(nowait=True)
+            await until(lambda n=n: len(one.lost) == n + 1)
+
+
 async def test_a_sentinel_is_told_apart(tmp_path: Path) -> None:
     """It takes connections, but no messages."""
     (tmp_path / "sentinel.conf").write_text("")
