@@ -1735,7 +1735,10 @@ class Redis:
         make: Callable[[], Any] = self._pool.make_connection
         end_later = functools.partial(self._end_later, lost)
         self._connections = [RedisConnection(make(), deliver, lost) for lost in (end_later, lost)]
-        await asyncio.gather(*(connection.open() for connection in self._connections))
+        opens = (connection.open() for connection in self._connections)
+        for failure in await asyncio.gather(*opens, return_exceptions=True):
+            if failure is not None:  # only now that the other one cannot be left half open
+                raise failure
         mode = b""
         with contextlib.suppress(ResponseError):  # of a server before 6.0
             about = await self._connections[0].call("HELLO", "2")
