@@ -1436,15 +1436,47 @@ def _not_installed(engine: Engine, extra: str) -> PachinkoError:
     )
 
 
+def _nats_client() -> Any:
+    """The client's class, made when it is used: only then is nats-py imported."""
+    import nats.aio.client
+
+    class Client(nats.aio.client.Client):
+        """A client that hands messages on in the order in which they came.
+
+        Of its own it has a task and a queue for each subscription, which costs 3 KiB each,
+        mixes up the order between groups, and drops messages when a queue is full. To wait
+        here makes the engine wait, which then gives up on us as on any slow client.
+        """
+
+        deliver: Deliver
+        lost: Lost
+
+        async def _process_op_err(self, e: Exception) -> None:
+            self.lost(e)  # which its own callbacks tell only if it can close without an error
+            await super()._process_op_err(e)
+
+        def _connect_command(self) -> bytes:
+            # It has the password in it; nats-py encrypts only if the server asks for that.
+            if "tls" in self.options and not self._server_info.get("tls_required"):
+                raise ConnectionError("the server does not offer TLS")
+            return super()._connect_command()
+
+        async def _process_msg(
+            self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
+        ) -> None:
+            await self.deliver(subject.decode(), bytes(data))
+
+    return Client
+
+
 class Nats:
     """NATS, by nats-py."""
 
     def __init__(self, engine: Engine) -> None:
         try:
-            import nats.aio.client
+            self._class = _nats_client()
         except ImportError:
             raise _not_installed(engine, "nats") from None
-        options = dict(engine.options)
         self._servers = [f"{engine.scheme}://{host}" for host in engine.hosts.split(",")]
         self._settings: dict[str, Any] = {
             "name": "pachinko",
@@ -1457,20 +1489,31 @@ class Nats:
             "pending_size": sys.maxsize,
             "flusher_queue_size": 0,
         }
+        self._settings.update(self._settings_of(engine))
+        self._client: Any = None
+        self._subscriptions: dict[str, Any] = {}
+        self._refusals: collections.Counter[str] = collections.Counter()
+        self._round_trip: asyncio.Task[None] | None = None  # that has not begun
+        self._round_trips: set[asyncio.Task[None]] = set()
+
+    @staticmethod
+    def _settings_of(engine: Engine) -> dict[str, Any]:
+        """What the URL says beside the servers, for nats-py. Raises `PachinkoError`."""
+        settings: dict[str, Any] = {}
+        options = dict(engine.options)
         if engine.credentials is not None:
             user, password = engine.credentials
-            login = {"token": user} if password is None else {"user": user, "password": password}
-            self._settings.update(login)
+            settings = {"token": user} if password is None else {"user": user, "password": password}
         if (file := options.pop("credentials", None)) is not None:
             if importlib.util.find_spec("nkeys") is None:
                 raise PachinkoError('?credentials= needs: pip install "nats-py[nkeys]"')
             if not os.access(file, os.R_OK):
                 raise PachinkoError("?credentials= names no file that can be read")
-            self._settings["user_credentials"] = file
+            settings["user_credentials"] = file
         ca = options.pop("ca", None)
         if engine.scheme == "tls" or ca is not None:
             try:
-                self._settings["tls"] = ssl.create_default_context(cafile=ca)
+                settings["tls"] = ssl.create_default_context(cafile=ca)
             except OSError as exc:
                 raise PachinkoError(f"?ca= names no file of certificates: {exc}") from None
         if options:
@@ -1478,39 +1521,7 @@ class Nats:
                 f"{engine.scheme}:// knows the options namespace, ca (a file of certificates) and "
                 f"credentials (a file of NATS), not {', '.join(options)}"
             )
-
-        class Client(nats.aio.client.Client):
-            """A client that hands messages on in the order in which they came.
-
-            Of its own it has a task and a queue for each subscription, which costs 3 KiB each,
-            mixes up the order between groups, and drops messages when a queue is full. To wait
-            here makes the engine wait, which then gives up on us as on any slow client.
-            """
-
-            deliver: Deliver
-            lost: Lost
-
-            async def _process_op_err(self, e: Exception) -> None:
-                self.lost(e)  # which its own callbacks tell only if it can close without an error
-                await super()._process_op_err(e)
-
-            def _connect_command(self) -> bytes:
-                # It has the password in it; nats-py encrypts only if the server asks for that.
-                if "tls" in self.options and not self._server_info.get("tls_required"):
-                    raise ConnectionError("the server does not offer TLS")
-                return super()._connect_command()
-
-            async def _process_msg(
-                self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
-            ) -> None:
-                await self.deliver(subject.decode(), bytes(data))
-
-        self._class = Client
-        self._client: Client | None = None
-        self._subscriptions: dict[str, Any] = {}
-        self._refusals: collections.Counter[str] = collections.Counter()
-        self._round_trip: asyncio.Task[None] | None = None  # that has not begun
-        self._round_trips: set[asyncio.Task[None]] = set()
+        return settings
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         *others, last = random.sample(self._servers, len(self._servers))
@@ -1545,7 +1556,7 @@ class Nats:
         client.deliver, client.lost = deliver, tell
         try:
             await client.connect(server, error_cb=failed, closed_cb=closed, **self._settings)
-        except Exception as exc:
+        except Exception as exc:  # whatever nats-py raises
             raise errors[-1] or exc  # noqa: B904 - "no servers available" hides why
 
     async def publish(self, subject: str, data: bytes) -> None:
@@ -1719,7 +1730,7 @@ class Redis:
                 retry=never, protocol=2, client_name="pachinko",
             )  # fmt: skip
             pool.make_connection()
-        except Exception as exc:
+        except Exception as exc:  # redis-py has several for a URL, and Python for a keyword
             raise PachinkoError(
                 f"redis-py takes another option in a {engine.scheme}:// URL: "
                 f"{_without_secrets(exc, engine)}"
@@ -1912,7 +1923,7 @@ def check_carried(frame: bytes, group: str | None) -> None:
 class Receiver(typing.Protocol):
     """What a link tells: its hub."""
 
-    async def _receive(self, kind: str, name: str, post: Post, frame: bytes) -> None:
+    async def _take_post(self, kind: str, name: str, post: Post, frame: bytes) -> None:
         """Take a message."""
 
     async def _refused(self, kind: str, name: str, why: Refused) -> None:
@@ -2244,7 +2255,7 @@ class Link:
                     # on its way, but does not overtake what that process has sent since.
                     raise Refused("its process has lost the connection that it came by")
                 self._is_delivering = True
-                await self._receiver._receive(*target, post, frame)
+                await self._receiver._take_post(*target, post, frame)
                 if not is_own:
                     self._remember(post)
         except Refused as why:
@@ -3557,7 +3568,7 @@ class Hub:
             return self._connections.values()
         return (self._groups if kind == "g" else self._users).get(name, ())
 
-    async def _receive(self, kind: str, name: str, post: Post, frame: bytes) -> None:
+    async def _take_post(self, kind: str, name: str, post: Post, frame: bytes) -> None:
         """Take what a process has sent, this one too. Raises `Refused`."""
         self._unread.pop((kind, name), None)
         if kind == "g" and name in self._gaps:
@@ -4762,21 +4773,20 @@ class Eavesdropper(Hub):
         if self._link is not None:
             self._link.want("g", self._group)
             await self._link.live("g", self._group)
-        print(f"listening to {self._group!r}", file=sys.stderr, flush=True)  # noqa: T201
+        _tell(f"listening to {self._group!r}")
         await self.done.wait()
         if self.failure is not None:
             raise PachinkoError(f"cannot print: {self.failure}")
 
-    async def _receive(self, kind: str, name: str, post: Post, frame: bytes) -> None:
+    async def _take_post(self, kind: str, name: str, post: Post, frame: bytes) -> None:
         self._unread.pop((kind, name), None)
         if post.op == "send":
             if kind != "p":
                 self._print(frame.decode())
         elif post.op == "close" and kind == "g":
-            text = f"its members were closed with {post.code} {post.reason}".rstrip()
-            print(text, file=sys.stderr, flush=True)  # noqa: T201
+            _tell(f"its members were closed with {post.code} {post.reason}".rstrip())
         else:
-            await super()._receive(kind, name, post, frame)
+            await super()._take_post(kind, name, post, frame)
 
     async def _spread(
         self,
@@ -4794,7 +4804,7 @@ class Eavesdropper(Hub):
         if self.done.is_set():
             return
         try:
-            print(line, flush=True)  # noqa: T201 - that is the program's output
+            _print(line)
         except OSError as exc:  # `head`, say, has seen enough; or the disk is full
             self.failure = None if isinstance(exc, BrokenPipeError) else exc
             _silence_stdout()
@@ -4805,8 +4815,7 @@ class Eavesdropper(Hub):
                 self.done.set()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command ``pachinko``; returns its exit status: 0, 1 for the engine, 2 for the call."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pachinko",
         description="Talk to the clients of a Falcon app with WebSockets, through its engine.",
@@ -4837,26 +4846,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "presence", parents=[common], help="print who is in a group, a line of JSON each",
         epilog="pachinko presence nats://localhost:4222 room:1",
     )  # fmt: skip
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command ``pachinko``; returns its exit status: 0, 1 for the engine, 2 for the call."""
+    given = _parser().parse_args(arguments)
     level = logging.WARNING if given.command == "listen" else logging.CRITICAL
     logging.basicConfig(format="%(message)s", level=level)
     try:
         asyncio.run(_run(given))
     except (TypeError, ValueError, UnicodeError) as exc:
-        print(f"pachinko: {exc}", file=sys.stderr)  # noqa: T201
+        _tell(f"pachinko: {exc}")
         return 2
     except PachinkoError as exc:
-        print(f"pachinko: {exc}", file=sys.stderr)  # noqa: T201
+        _tell(f"pachinko: {exc}")
         return 1
     except BrokenPipeError:  # `head`, say, has seen enough
         _silence_stdout()
     except OSError as exc:  # the disk is full
         _silence_stdout()
-        print(f"pachinko: cannot print: {exc}", file=sys.stderr)  # noqa: T201
+        _tell(f"pachinko: cannot print: {exc}")
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)  # noqa: T201 - it is the program's output
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - and this is what it says beside that
 
 
 def _silence_stdout() -> None:
@@ -4900,4 +4922,4 @@ async def _run(given: argparse.Namespace) -> None:
             await hub.send(given.group, given.type, payload)
         else:
             for each in sorted(await hub.presence(given.group), key=lambda each: each.id):
-                print(_encode(attrs.asdict(each)).decode(), flush=True)  # noqa: T201
+                _print(_encode(attrs.asdict(each)).decode())

@@ -1,8 +1,27 @@
-"""Puts the tests' own helpers on the path."""
+"""Puts the tests' own helpers on the path, and gives each test that wants one an engine."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import get_args
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from engines import EngineProcess, Kind, running
+
+
+@pytest.fixture(params=get_args(Kind))
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """A test that asks for it is run with each engine."""
+    kind: Kind = request.param
+    return kind
+
+
+@pytest.fixture
+async def engine(kind: Kind) -> AsyncIterator[EngineProcess]:
+    async with running(kind) as engine:
+        yield engine

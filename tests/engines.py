@@ -75,7 +75,7 @@ class EngineProcess:
                     _, writer = await asyncio.open_connection("127.0.0.1", self.port)
                     writer.close()
                     return
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.02)  # nobody tells when it takes connections
 
     def signal(self, number: int) -> None:
         assert self.process is not None
@@ -185,7 +185,7 @@ class Proxy:
             while True:
                 due, data = await queue.get()
                 if (left := due - loop.time()) > 0:
-                    await asyncio.sleep(left)
+                    await asyncio.sleep(left)  # the slowness of this network
                 if not self.silent:
                     writer.write(data)
                     await writer.drain()

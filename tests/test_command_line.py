@@ -21,12 +21,6 @@ from pachinko import Connection, Eavesdropper, Hub, Pachinko, PachinkoError, mai
 COMMAND = (sys.executable, "-c", "import sys, pachinko; sys.exit(pachinko.main())")
 
 
-@pytest.fixture(params=["nats", "redis"])
-def kind(request: pytest.FixtureRequest) -> Kind:
-    kind: Kind = request.param
-    return kind
-
-
 class Command:
     """The program, while it runs."""
 

@@ -154,6 +154,8 @@ class Fake:
         self.calls: list[str] = []
         self.fails: dict[str, Exception] = {}  # by method
         self.hangs: set[str] = set()
+        self.held: dict[str, asyncio.Event] = {}  # the same, until it is set
+        self.denied: set[str] = set()  # subjects
         self.deliver: Any = None
         self.lost: Any = None
 
@@ -161,9 +163,18 @@ class Fake:
         self.calls.append(f"{method} {subject}".strip())
         if method in self.hangs:
             await asyncio.Event().wait()
+        if method in self.held:
+            await self.held[method].wait()
+        if method == "subscribe" and subject in self.denied:
+            raise PachinkoError("not permitted")
         if method in self.fails:
             raise self.fails[method]
         await asyncio.sleep(0)
+
+    def hold(self, method: str) -> asyncio.Event:
+        """Let *method* wait until the event is set."""
+        free = self.held[method] = asyncio.Event()
+        return free
 
     async def start(self, deliver: Any, lost: Any) -> None:
         await self._do("start")
@@ -202,7 +213,7 @@ class Receiver:
         self.only: list[tuple[str, str] | None] = []
         self.fails: Exception | None = None
 
-    async def _receive(self, kind: str, name: str, post: Post, frame: bytes) -> None:
+    async def _take_post(self, kind: str, name: str, post: Post, frame: bytes) -> None:
         if self.fails is not None:
             raise self.fails
         self.posts.append((kind, name, post.op, frame))
@@ -308,7 +319,7 @@ async def test_a_send_returns_when_the_own_copy_was_handed_on() -> None:
         scene.link.want("g", "room")
         await scene.link.live("g", "room")
         held: list[bytes] = []
-        publish, scene.fake.broker.publish = scene.fake.broker.publish, None  # type: ignore[assignment, method-assign]
+        publish, scene.fake.broker.publish = scene.fake.broker.publish, None
 
         async def hold(subject: str, data: bytes) -> int:
             if subject == "ns.g.room":
@@ -316,7 +327,7 @@ async def test_a_send_returns_when_the_own_copy_was_handed_on() -> None:
                 return 1
             return await publish(subject, data)
 
-        scene.fake.broker.publish = hold  # type: ignore[method-assign]
+        scene.fake.broker.publish = hold
         sending = asyncio.create_task(scene.send())
         await until(lambda: held)
         for _ in range(10):
@@ -519,14 +530,8 @@ async def test_those_who_have_waited_for_the_engine_go_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also before one that comes when it is there, and they have not got round to it."""
-    fake, free = Fake(), asyncio.Event()
-    start = fake.start
-
-    async def start_later(deliver: Any, lost: Any) -> None:
-        await free.wait()
-        await start(deliver, lost)
-
-    fake.start = start_later  # type: ignore[method-assign]
+    fake = Fake()
+    free = fake.hold("start")
     async with linked(fake) as scene:
         loop = asyncio.get_running_loop()
         arrival: asyncio.Future[None] = loop.create_future()
@@ -565,7 +570,7 @@ async def test_a_send_that_takes_too_long_is_given_up(monkeypatch: pytest.Monkey
                 await asyncio.Event().wait()
             return await publish(subject, data)
 
-        scene.fake.publish = hang  # type: ignore[method-assign]
+        scene.fake.publish = hang
         with pytest.raises(PachinkoError, match=r"no answer within 0\.1 s"):
             await scene.send()
         assert not scene.link._copies and not scene.link._waits
@@ -608,7 +613,7 @@ async def test_an_engine_is_not_lost_because_we_are_busy() -> None:
         async def receive(*_: object) -> None:
             await free.wait()
 
-        scene.receiver._receive = receive  # type: ignore[method-assign]
+        scene.receiver._take_post = receive
         post = b'{"v":1,"op":"odd","from":"p"}\n'
         busy = asyncio.create_task(scene.fake.deliver("ns.g.room", post))
         scene.fake.broker.links.clear()  # so that no beat comes back
@@ -638,14 +643,7 @@ async def test_a_join_waits_for_the_engine_for_a_while(monkeypatch: pytest.Monke
     monkeypatch.setattr(pachinko, "_ENGINE_WAIT", 0.05)
     async with linked() as scene:
         await scene.link.connected()
-        free = asyncio.Event()
-        subscribe = scene.fake.subscribe
-
-        async def slowly(subject: str) -> None:
-            await free.wait()
-            await subscribe(subject)
-
-        scene.fake.subscribe = slowly  # type: ignore[method-assign]
+        free = scene.fake.hold("subscribe")
         for name in ("room", "left"):
             scene.link.want("g", name)
             await scene.link.live("g", name)
@@ -661,13 +659,7 @@ async def test_a_join_that_is_cancelled_may_miss_messages() -> None:
     """By a time-out around it, say. Then its group gets a gap, if somebody is still in it."""
     async with linked() as scene:
         await scene.link.connected()
-        free, subscribe = asyncio.Event(), scene.fake.subscribe
-
-        async def slowly(subject: str) -> None:
-            await free.wait()
-            await subscribe(subject)
-
-        scene.fake.subscribe = slowly  # type: ignore[method-assign]
+        free = scene.fake.hold("subscribe")
         joins = []
         for name in ("room", "left"):
             scene.link.want("g", name)
@@ -686,14 +678,8 @@ async def test_a_join_that_is_cancelled_may_miss_messages() -> None:
 async def test_a_first_connection_that_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A join has given up to wait for it: all may have missed something."""
     monkeypatch.setattr(pachinko, "_ENGINE_WAIT", 0.05)
-    fake, free = Fake(), asyncio.Event()
-    start = fake.start
-
-    async def start_later(deliver: Any, lost: Any) -> None:
-        await free.wait()
-        await start(deliver, lost)
-
-    fake.start = start_later  # type: ignore[method-assign]
+    fake = Fake()
+    free = fake.hold("start")
     async with linked(fake) as scene:
         scene.link.want("g", "room")
         await scene.link.live("g", "room")
@@ -705,13 +691,8 @@ async def test_a_refusal_that_comes_when_nobody_is_left() -> None:
     """Nothing of it stays."""
     async with linked() as scene:
         await scene.link.connected()
-        free = asyncio.Event()
-
-        async def deny(subject: str) -> None:
-            await free.wait()
-            raise PachinkoError("not permitted")
-
-        scene.fake.subscribe = deny  # type: ignore[method-assign]
+        free = scene.fake.hold("subscribe")
+        scene.fake.denied.add("ns.g.room")
         scene.link.want("g", "room")
         task = scene.link._settling["ns.g.room"]
         await asyncio.sleep(0)
@@ -724,14 +705,7 @@ async def test_a_refusal_that_comes_when_nobody_is_left() -> None:
 async def test_what_is_not_permitted_harms_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
     """A join raises; the others go on, also after the engine has been away."""
     async with linked() as scene:
-        subscribe = scene.fake.subscribe
-
-        async def deny(subject: str) -> None:
-            if subject == "ns.g.denied":
-                raise PachinkoError("not permitted")
-            await subscribe(subject)
-
-        scene.fake.subscribe = deny  # type: ignore[method-assign]
+        scene.fake.denied.add("ns.g.denied")
         await scene.link.connected()
         scene.link.want("g", "denied")
         for _ in range(2):
@@ -770,7 +744,7 @@ async def test_a_cancellation_out_of_a_library_is_a_failure_like_any_other() -> 
                 raise asyncio.CancelledError
             await start(deliver, lost)
 
-        scene.fake.start = cancelled  # type: ignore[method-assign]
+        scene.fake.start = cancelled
         await until(lambda: scene.link.is_up)
 
 
@@ -796,7 +770,7 @@ async def test_a_subscription_of_a_connection_that_is_over_changes_nothing() -> 
                     return
                 await subscribe(subject)
 
-            scene.fake.subscribe = stubborn  # type: ignore[method-assign]
+            scene.fake.subscribe = stubborn
             scene.link.want("g", "room")
             await until(lambda held=held: held)
             late = scene.link._settling["ns.g.room"]
@@ -866,13 +840,7 @@ async def test_what_was_left_while_it_was_subscribed_again_is_unsubscribed() -> 
     async with linked() as scene:
         scene.link.want("g", "room")
         await scene.link.live("g", "room")
-        free, subscribe = asyncio.Event(), scene.fake.subscribe
-
-        async def slowly(subject: str) -> None:
-            await free.wait()
-            await subscribe(subject)
-
-        scene.fake.subscribe = slowly  # type: ignore[method-assign]
+        free = scene.fake.hold("subscribe")
         scene.fake.lost(None)
         await until(lambda: scene.fake.count("start") == 2)
         await until(lambda: len(scene.fake.broker.links) == 1)

@@ -271,7 +271,7 @@ def until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 4 * PATIENCE
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.05)  # processes of which nobody tells when
 
 
 # The app

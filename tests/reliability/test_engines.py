@@ -23,13 +23,13 @@ import traceback
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import attrs
 import pytest
 import websockets.exceptions
 from cluster_app import cluster_app
-from engines import EngineProcess, Kind, Proxy, running
+from engines import EngineProcess, Kind, Proxy
 from support import PATIENCE, Client, connect, serving, until
 
 import pachinko
@@ -43,19 +43,6 @@ LOGGERS = ("pachinko", "asyncio", "nats", "redis", "falcon", "uvicorn")
 EXPECTED_LOG = re.compile(
     r"; trying again \(|: connected, with \d+ subscriptions|^refused a message from the engine"
 )
-
-
-@pytest.fixture(params=get_args(Kind))
-def kind(request: pytest.FixtureRequest) -> Kind:
-    """Every test is run with each engine."""
-    found: Kind = request.param
-    return found
-
-
-@pytest.fixture
-async def engine(kind: Kind) -> AsyncIterator[EngineProcess]:
-    async with running(kind) as engine:
-        yield engine
 
 
 @pytest.fixture(autouse=True)
@@ -305,7 +292,7 @@ class Scene:
         async def go_on(side: str, group: str) -> None:
             while not is_over:
                 await self.send(side, group, "during")
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.02)  # the pace of the traffic
 
         sending = [
             asyncio.create_task(go_on(*each)) for each in itertools.product(SIDES, (RED, BLUE))
@@ -642,7 +629,9 @@ async def test_a_thousand_groups_are_restored(engine: EngineProcess) -> None:
         await scene.back()
         await asyncio.gather(*(hub.send(group, "last") for group in groups))
         for member in crowd:
-            await until(lambda: sum(each["type"] == "last" for each in member.log) == len(groups))  # noqa: B023
+            await until(
+                lambda log=member.log: sum(each["type"] == "last" for each in log) == len(groups)
+            )
             by_group: dict[str, list[str]] = {}
             for each in member.log:
                 group = each["payload"]["group"] if each["type"] == "gap" else each.get("group")
@@ -674,7 +663,7 @@ async def test_what_a_busy_process_has_not_read_is_not_lost(engine: EngineProces
         await members[0].ask("stats")  # it is awake
         await engine.start()
         for member in members:
-            await until(lambda: member.gaps(RED))  # noqa: B023
+            await until(lambda member=member: member.gaps(RED))
             received = [each["payload"].get("n") for each in member.received(RED)]
             assert received == [*numbers, None]
 
@@ -1163,7 +1152,7 @@ async def test_faults_at_any_moment(engine: EngineProcess) -> None:
                     ended.extend((member, group, stay) for stay in await scene.leave(member, group))
                 else:
                     await scene.join(member, group)
-                await asyncio.sleep(lot.uniform(0, 0.1))
+                await asyncio.sleep(lot.uniform(0, 0.1))  # the chance of this run
 
         async def talk(side: str) -> None:
             while not is_over:
@@ -1172,14 +1161,14 @@ async def test_faults_at_any_moment(engine: EngineProcess) -> None:
                     for _ in range(lot.randint(1, 5))
                 )
                 await asyncio.gather(*sends)
-                await asyncio.sleep(lot.uniform(0, 0.02))
+                await asyncio.sleep(lot.uniform(0, 0.02))  # the chance of this run
 
         work = [asyncio.create_task(wander(member)) for member in crowd]
         work += [asyncio.create_task(talk(side)) for side in SIDES * 2]
         for _ in range(4):
-            await asyncio.sleep(lot.uniform(0.05, 0.6))
+            await asyncio.sleep(lot.uniform(0.05, 0.6))  # the chance of this run
             engine.kill()
-            await asyncio.sleep(lot.choice((0, 0.05, 0.3)))
+            await asyncio.sleep(lot.choice((0, 0.05, 0.3)))  # the chance of this run
             await engine.start()
         is_over = True
         await asyncio.gather(*work)
