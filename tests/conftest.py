@@ -14,6 +14,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from engines import EngineProcess, Kind, running
 
 
+@pytest.fixture(autouse=True)
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of whoever runs the tests is none of theirs."""
+    monkeypatch.delenv("PACHINKO_BACKPLANE", raising=False)
+
+
 @pytest.fixture(params=get_args(Kind))
 def kind(request: pytest.FixtureRequest) -> Kind:
     """A test that asks for it is run with each engine."""

@@ -12,7 +12,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 
 import pytest
-from engines import EngineProcess, Kind, environment, free_port, running
+from engines import Kind, free_port, running
 from support import PATIENCE, connect, new_app, serving, until
 
 import pachinko
@@ -231,9 +231,9 @@ async def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 # In this process, where the coverage is seen
 
 
-def call(engine: EngineProcess, *arguments: str) -> int:
-    with environment(PACHINKO_BACKPLANE=engine.url):
-        return main([arguments[0], "-", *arguments[1:]])
+async def call(*arguments: str) -> int:
+    """Run `main` with the engine of the environment."""
+    return await asyncio.to_thread(main, [arguments[0], "-", *arguments[1:]])
 
 
 async def test_the_function_behind_it(
@@ -241,17 +241,16 @@ async def test_the_function_behind_it(
 ) -> None:
     """`main` returns the status."""
     async with running("redis") as engine:
-        assert await asyncio.to_thread(call, engine, "send", "room", "x", '{"a":1}') == 0
-        assert await asyncio.to_thread(call, engine, "presence", "room") == 0
-        assert await asyncio.to_thread(call, engine, "send", "room", "x", "{") == 2
+        monkeypatch.setenv("PACHINKO_BACKPLANE", engine.url)
+        assert await call("send", "room", "x", '{"a":1}') == 0
+        assert await call("presence", "room") == 0
+        assert await call("send", "room", "x", "{") == 2
         given = tmp_path / "payload.json"
         given.write_text("5")
         with given.open() as stdin:
             monkeypatch.setattr(sys, "stdin", stdin)
-            assert await asyncio.to_thread(call, engine, "send", "room", "x", "-") == 0
-        listening = asyncio.create_task(
-            asyncio.to_thread(call, engine, "listen", "room", "--count", "1")
-        )
+            assert await call("send", "room", "x", "-") == 0
+        listening = asyncio.create_task(call("listen", "room", "--count", "1"))
         capsys.readouterr()
         await until(lambda: "listening" in capsys.readouterr().err)
         app, hub = new_app(), Hub()
@@ -263,13 +262,13 @@ async def test_the_function_behind_it(
             await conn.join("room")
 
         async with serving(app) as server, connect(f"{server.url}/ws"):
-            assert await asyncio.to_thread(call, engine, "send", "room", "x") == 0
+            assert await call("send", "room", "x") == 0
             assert await asyncio.wait_for(listening, PATIENCE) == 0
-            assert await asyncio.to_thread(call, engine, "presence", "room") == 0
+            assert await call("presence", "room") == 0
             heard, found = capsys.readouterr().out.splitlines()
         assert json.loads(heard)["type"] == "x" and len(json.loads(found)["process"]) == 12
         engine.kill()
-        assert await asyncio.to_thread(call, engine, "send", "room", "x") == 1
+        assert await call("send", "room", "x") == 1
     capsys.readouterr()
     for url in ("memory://", "rubbish"):
         assert await asyncio.to_thread(main, ["send", url, "room", "x"]) == 2
