@@ -402,6 +402,20 @@ async def test_redis_tells_what_is_not_permitted() -> None:
         await until(lambda: one.messages)
 
 
+async def test_a_call_to_redis_in_progress_learns_of_the_loss() -> None:
+    """Nobody would answer it any more."""
+    async with running("redis") as engine, Connected(engine.url) as one:
+        engine.pause()
+        calls = [
+            asyncio.create_task(one.backplane.publish("n.g.a", b"x")),
+            asyncio.create_task(one.backplane.subscribe("n.g.a")),
+        ]
+        await asyncio.sleep(0)  # so that they have begun
+        engine.kill()
+        _, pending = await asyncio.wait(calls, timeout=PATIENCE)
+        assert not pending and all(isinstance(call.exception(), Exception) for call in calls)
+
+
 async def test_redis_is_lost_with_either_connection() -> None:
     """The one to publish on has nothing to read; the other one is given the time for that."""
     async with running("redis") as engine, Connected(engine.url) as one:
