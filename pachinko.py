@@ -1648,7 +1648,7 @@ class RedisConnection:
         self._replies: collections.deque[asyncio.Future[Any]] = collections.deque()
         self._called = asyncio.Event()
         self._failure: Exception | None = None
-        self.over = asyncio.Event()
+        self.over: asyncio.Event = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -1954,7 +1954,8 @@ class Link:
         self._copies: dict[int, tuple[str, asyncio.Future[None]]] = {}  # on their way back to us
         self._waits: set[asyncio.Timeout] = set()  # of those who have handed something over
         self._sessions: dict[str, int] = {}  # by process
-        self._session = self._posts = self.outages = 0
+        self._session = self._posts = 0
+        self.outages: int = 0
         self.is_up: bool = False
         self._has_missed = False  # messages, or may have
         self._heard = False  # from ourselves, through the engine
@@ -4766,7 +4767,7 @@ class Eavesdropper(Hub):
         self._group = group
         self._left = count
         self.failure: OSError | None = None
-        self.done = asyncio.Event()
+        self.done: asyncio.Event = asyncio.Event()
 
     async def run(self) -> None:
         """Print until `done`."""
