@@ -1453,6 +1453,7 @@ def _nats_client() -> Any:
 
         async def _process_op_err(self, e: Exception) -> None:
             self.lost(e)  # which its own callbacks tell only if it can close without an error
+            self._pending, self._pending_data_size = [], 0  # that a closed socket refuses to take
             await super()._process_op_err(e)
 
         def _connect_command(self) -> bytes:

@@ -303,6 +303,23 @@ async def test_a_round_trip_follows_what_was_handed_over_before() -> None:
             assert len(one.messages) == n + 1
 
 
+def test_what_nats_has_not_written_is_given_up_with_a_lost_connection() -> None:
+    """A closed socket of uvloop, which a server may run on, takes no more of it."""
+    uvloop = pytest.importorskip("uvloop", reason="not for this Python or platform")
+
+    async def lose() -> None:
+        async with running("nats") as engine, Connected(engine.url) as one:
+            backplane: Any = one.backplane
+            client = backplane._client
+            client._transport._io_writer.transport.abort()
+            await client.publish("N.a", b"x")
+            await client._process_op_err(ConnectionResetError())
+            assert client.is_closed and one.lost
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(lose())
+
+
 def test_credentials_of_nats_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The file has to be there, and the library that reads it."""
     for found, text in [(None, r'pip install "nats-py\[nkeys\]"'), (object(), "can be read")]:
