@@ -3389,7 +3389,10 @@ class Hub:
                 try:
                     await self._link.live("g", group)
                 except PachinkoError:
-                    await self.leave(group, conn)
+                    try:
+                        await asyncio.sleep(0)  # so that whoever waits for the same learns of it
+                    finally:
+                        await self.leave(group, conn)
                     raise
 
     async def leave(self, group: str, conn: Connection) -> None:

@@ -225,6 +225,9 @@ async def test_a_group_that_the_engine_does_not_permit(tmp_path: Any) -> None:
             (conn,) = one.hub.connections
             with pytest.raises(PachinkoError, match="does not permit the subscription"):
                 await one.hub.join("denied", conn)
+            joins = (one.hub.join("denied", conn) for _ in range(3))
+            for outcome in await asyncio.gather(*joins, return_exceptions=True):
+                assert "does not permit the subscription" in str(outcome)
             assert conn.groups == one.hub.groups == {"room"}
             with pytest.raises(PachinkoError, match="does not permit the publish"):
                 await one.hub.send("denied", "x")
