@@ -3123,6 +3123,7 @@ class Hub:
         self._codec = Codec()
         self._backplane: str | Backplane | None = None
         self._namespace: str | None = None
+        self._has_warned = False
         self._lock = threading.Lock()  # around `_loop` and `_calls`, which threads look at
         self._clean()
         _hubs.add(self)
@@ -3301,10 +3302,22 @@ class Hub:
                 "the hub was called from another thread or event loop than its app's; "
                 'use hub.call_threadsafe(hub.send, "room:1", ...)'
             )
-        if self._loop is None and self._engine_of() not in (None, "memory://"):
+        if self._loop is None:
+            self._check_unused()
+
+    def _check_unused(self) -> None:
+        """Before the hub has started, it reaches nobody: a mistake, or the test of a handler."""
+        if self._engine_of() not in (None, "memory://"):
             raise PachinkoError(
                 "the hub is not connected: it starts with the app; a program without one writes "
                 "`async with hub.open():` around its calls"
+            )
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "the hub does not run and reaches nobody: it starts with the app; a program of its "
+                'own writes `async with hub.open("nats://localhost:4222"):` around its calls, with '
+                "the engine that the app uses"
             )
 
     def _check_member(self, group: object, conn: object) -> None:

@@ -168,13 +168,15 @@ async def test_a_connection_belongs_to_one_hub() -> None:
         assert conn.id in repr(conn) and "open" in repr(conn)
 
 
-async def test_sending_without_an_app_reaches_nobody() -> None:
-    """Before an app runs there are no members, which is no error."""
+async def test_sending_without_an_app_reaches_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """Before an app runs there are no members, which is no error; one log line tells a script."""
     hub = Hub()
     await hub.send("a", "x")
     await hub.broadcast("x")
     await hub.close_group("a")
     assert hub.stats()["sent"] == 0
+    (record,) = caplog.records
+    assert "reaches nobody" in record.message and "hub.open(" in record.message
 
 
 async def test_other_threads_use_call_threadsafe() -> None:
