@@ -1453,8 +1453,12 @@ def _nats_client() -> Any:
 
         async def _process_op_err(self, e: Exception) -> None:
             self.lost(e)  # which its own callbacks tell only if it can close without an error
-            self._pending, self._pending_data_size = [], 0  # that a closed socket refuses to take
             await super()._process_op_err(e)
+
+        async def _close(self, status: int, do_cbs: bool = True) -> None:
+            # To write it to a socket that has been closed already is an error with uvloop.
+            self._pending, self._pending_data_size = [], 0
+            await super()._close(status, do_cbs)
 
         def _connect_command(self) -> bytes:
             # It has the password in it; nats-py encrypts only if the server asks for that.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import signal
 import socket
@@ -303,8 +304,14 @@ async def test_a_round_trip_follows_what_was_handed_over_before() -> None:
             assert len(one.messages) == n + 1
 
 
-def test_what_nats_has_not_written_is_given_up_with_a_lost_connection() -> None:
-    """A closed socket of uvloop, which a server may run on, takes no more of it."""
+@pytest.mark.parametrize("is_told", [False, True])
+def test_what_nats_has_not_written_is_given_up_with_a_lost_connection(
+    is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A closed socket of uvloop, which a server may run on, takes no more of it.
+
+    The server may have told why before it closed.
+    """
     uvloop = pytest.importorskip("uvloop", reason="not for this Python or platform")
 
     async def lose() -> None:
@@ -312,9 +319,15 @@ def test_what_nats_has_not_written_is_given_up_with_a_lost_connection() -> None:
             backplane: Any = one.backplane
             client = backplane._client
             client._transport._io_writer.transport.abort()
-            await client.publish("N.a", b"x")
-            await client._process_op_err(ConnectionResetError())
+            client._pending, client._pending_data_size = [b"PING\r\n"], 6
+            if is_told:
+                await client._process_err("'User Authentication Expired'")
+            else:
+                await client._process_op_err(ConnectionResetError())
+            await until(lambda: len(asyncio.all_tasks()) == 1)
             assert client.is_closed and one.lost
+        gc.collect()
+        assert not caplog.records  # such as that of a task with an exception that nobody looked at
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(lose())
