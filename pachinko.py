@@ -23,8 +23,8 @@ One JSON object a text frame, ``{"type": str, "id"?: str | int, "payload"?: any}
 returns goes to the sender with the request's ``id``; what ``hub.send`` gets goes to a group.
 
 The sections, each using only those above it: errors · envelope and message · codec · handlers
-and routing · handshake · backplanes · link · outbox and limits · connection · hub · dispatch ·
-Pachinko · command line.
+and routing · handshake · backplanes · link · outbox and limits · connection · registry · cluster ·
+hub · dispatch · Pachinko · command line.
 """
 
 from __future__ import annotations
@@ -1801,6 +1801,35 @@ _BACKPLANES: dict[str, Callable[[Engine], Backplane] | None] = {
 }  # fmt: skip
 
 
+def open_backplane(
+    given: str | Backplane | None, namespace: str | None
+) -> tuple[Backplane | None, Engine | None, str]:
+    """The backplane (None: memory), what its URL says, and the namespace.
+
+    Raises `PachinkoError`, and `TypeError` for what is none.
+    """
+    engine: Engine | None = None
+    backplane: Backplane | None = None
+    if isinstance(given, str):
+        engine = read_engine(given)
+        make = _BACKPLANES[engine.scheme]
+        backplane = make(engine) if make is not None else None
+        namespace = engine.namespace if namespace is None else namespace
+    elif given is not None:
+        methods = ("start", "publish", "subscribe", "unsubscribe", "stop")
+        found = (getattr(given, name, None) for name in methods)
+        if inspect.isclass(given) or not all(map(inspect.iscoroutinefunction, found)):
+            raise TypeError(
+                f'write hub.configure("nats://localhost:4222"), or give it an object with '
+                f"`async def` {', '.join(methods)}; got {type(given).__name__}"
+            )
+        backplane = given
+    namespace = "pachinko" if namespace is None else namespace
+    if not (isinstance(namespace, str) and _NAMESPACE.fullmatch(namespace)):
+        raise PachinkoError(f"a namespace has 1 to 64 letters, digits, _ and -, got {namespace!r}")
+    return backplane, engine, namespace
+
+
 def _without_secrets(exc: BaseException | None, engine: Engine | None) -> str:
     """What to tell of *exc*: libraries may quote a URL."""
     text = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
@@ -1926,15 +1955,15 @@ def check_carried(frame: bytes, group: str | None) -> None:
 
 
 class Receiver(typing.Protocol):
-    """What a link tells: its hub."""
+    """What a link tells what comes: the cluster."""
 
-    async def _take_post(self, kind: str, name: str, post: Post, frame: bytes) -> None:
+    async def take(self, kind: str, name: str, post: Post, frame: bytes) -> None:
         """Take a message."""
 
-    async def _refused(self, kind: str, name: str, why: Refused) -> None:
+    async def refused(self, kind: str, name: str, why: Refused) -> None:
         """Take note of what is none."""
 
-    def _restored(self, only: tuple[str, str] | None = None) -> None:
+    def restored(self, only: tuple[str, str] | None = None) -> None:
         """All subscriptions are live again, or *only* one; messages may have been missed."""
 
 
@@ -2111,7 +2140,7 @@ class Link:
         self._live.add(subject)
         if subject in self._late and subject in self._wanted:
             if self.is_up:
-                self._receiver._restored(self._wanted[subject])
+                self._receiver.restored(self._wanted[subject])
             else:
                 self._has_missed = True  # on the first connection, which has taken its time
         self._late.discard(subject)
@@ -2185,7 +2214,7 @@ class Link:
             self._settle(subject)
         if self._has_missed:
             self._has_missed = False
-            self._receiver._restored()
+            self._receiver.restored()
 
     def _has_tried(self) -> None:
         """Let those who have waited for it go on, in their order."""
@@ -2261,11 +2290,11 @@ class Link:
                     # on its way, but does not overtake what that process has sent since.
                     raise Refused("its process has lost the connection that it came by")
                 self._is_delivering = True
-                await self._receiver._take_post(*target, post, frame)
+                await self._receiver.take(*target, post, frame)
                 if not is_own:
                     self._remember(post)
         except Refused as why:
-            await self._receiver._refused(*target, why)
+            await self._receiver.refused(*target, why)
         except Exception:  # a bug of ours; nats-py would stop to read
             logger.exception("a message from %s was not handled", self._name)
         else:
@@ -2677,7 +2706,7 @@ class Connection:
             raise TypeError(f"a user is a str or None, got {user!r}; write conn.user = str(...)")
         if self._writing != "handshake":
             raise PachinkoError("conn.user is set in a connect handler, before the client is in")
-        self._hub._set_user(self, user)
+        self._hub._registry.set_user(self, user)
         self._user = user
 
     @property
@@ -3071,21 +3100,182 @@ class Connection:
         return stream is not None
 
 
-# ── hub ───────────────────────────────────────────────────────────────────────────────────────
+# ── registry ──────────────────────────────────────────────────────────────────────────────────
 #
-# Who is where. The tables change only in `_add`, `_remove`, `join`, `leave` and `_set_user`, and
-# always both ways: a connection knows its groups, a group its members.
+# Who is where in this process, and one message to many of them.
 
 _TURN = 256  # writes of one message at a stretch: a few milliseconds under uvicorn
-_MAX_CODES = 100  # error codes counted apart: an application may make them up as it goes
-_FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, behind what lingers
+
+
+class Registry:
+    """The connections of this process, and the groups and users that they belong to.
+
+    A connection knows its groups, a group its members: both change here and nowhere else.
+    """
+
+    def __init__(self) -> None:
+        self.connections: dict[str, Connection] = {}  # without those that have to authenticate
+        self.groups: dict[str, set[Connection]] = {}
+        self.users: dict[str, set[Connection]] = {}
+        # Told of the first connection here of a group ("g") or user ("u"), and after the last one.
+        self.want: Callable[[str, str], None] = _ignore
+        self.unwant: Callable[[str, str], None] = _ignore
+
+    def add(self, conn: Connection) -> None:
+        """Let *conn* be found."""
+        self.connections[conn.id] = conn
+        self.set_user(conn, conn.user)
+
+    def remove(self, conn: Connection) -> None:
+        """Forget *conn*; nothing of it stays."""
+        if self.connections.pop(conn.id, None) is None:
+            return
+        for group in conn._groups or ():
+            self._discard("g", group, conn)
+        conn._groups = None
+        self.set_user(conn, None)
+
+    def set_user(self, conn: Connection, user: str | None) -> None:
+        """Let *conn* be found by *user*; called before its `user` changes."""
+        if conn.user is not None:
+            self._discard("u", conn.user, conn)
+        if user is not None and conn.id in self.connections:
+            self._enter("u", user, conn)
+
+    def join(self, group: str, conn: Connection) -> None:
+        """Put *conn*, which has been added, into *group*."""
+        if conn._groups is None:
+            conn._groups = set()
+        conn._groups.add(group)
+        self._enter("g", group, conn)
+
+    def leave(self, group: str, conn: Connection) -> None:
+        """Take *conn* out of *group*, if it is in it."""
+        if conn._groups is not None:
+            conn._groups.discard(group)
+        self._discard("g", group, conn)
+
+    def _enter(self, kind: str, name: str, conn: Connection) -> None:
+        table = self.groups if kind == "g" else self.users
+        if name not in table:
+            table[name] = set()
+            self.want(kind, name)
+        table[name].add(conn)
+
+    def _discard(self, kind: str, name: str, conn: Connection) -> None:
+        table = self.groups if kind == "g" else self.users
+        members = table.get(name)
+        if members is not None:
+            members.discard(conn)
+            if not members:
+                del table[name]
+                self.unwant(kind, name)
+
+    def receivers(self, kind: str, name: str) -> Collection[Connection]:
+        """Those that a message to *name* is for: a group, a user, a connection's id or all."""
+        if kind == "p":
+            return (self.connections[name],) if name in self.connections else ()
+        if kind == "a":
+            return self.connections.values()
+        return (self.groups if kind == "g" else self.users).get(name, ())
+
+    def members(self, group: str) -> frozenset[Connection]:
+        """Those in *group* that are accepted."""
+        return frozenset(filter(_is_accepted, self.groups.get(group, ())))
+
+    def close_group(self, group: str, close: Close) -> None:
+        """Close those in *group*, behind what was sent to them before."""
+        for conn in tuple(self.groups.get(group, ())):
+            conn._close(close)
+
+
+def _ignore(kind: str, name: str) -> None:
+    """Nobody else has to know."""
+
+
+def _is_accepted(conn: Connection) -> bool:
+    return conn._phase is Phase.OPEN or conn._ended is not None
+
+
+async def spread(
+    receivers: Collection[Connection],
+    data: bytes,
+    group: str | None = None,
+    excluded: Collection[str] = (),
+) -> None:
+    """Start one write to each of *receivers*, without waiting for any client.
+
+    *group* is what the gap names if the message is dropped; *excluded* are ids.
+    """
+    event, size, crowded = text_event(data), len(data), False
+    if excluded:
+        ids = frozenset(excluded)
+        receivers = [conn for conn in receivers if conn.id not in ids]
+    ready: list[Connection] = []
+    try:
+        for conn in tuple(receivers):
+            if conn._phase is _OPEN and not conn._writing:
+                conn._writing = "task"
+                ready.append(conn)
+            else:
+                crowded |= conn._push(event, size, group)
+    finally:
+        _deliver(ready, event)
+    while ready:  # noqa: ASYNC110 - what empties it, a turn at a time, goes on without this
+        await asyncio.sleep(0)
+    if crowded:  # it may be behind only because this code has not let go of the loop
+        await asyncio.sleep(0)
+
+
+def _deliver(receivers: list[Connection], event: Event) -> None:
+    """Write *event* to *receivers* and empty the list: some at once, the rest by and by.
+
+    One task writes to one after the other; to start one for each takes twice as long. When the
+    server lets it wait for one of them, it is left to that one, since what an ASGI middleware does
+    there is bound to the task and to its context; a new task goes on with the others.
+    """
+    batch = receivers[-_TURN:]
+    del receivers[-_TURN:]
+    if batch:
+        start_task(_write_each(batch, event))
+    if batch or receivers:
+        asyncio.get_running_loop().call_soon(_deliver_rest, batch, receivers, event)
+
+
+def _deliver_rest(batch: list[Connection], receivers: list[Connection], event: Event) -> None:
+    """Go on with the others; a task that waits finds its *batch* empty then, and ends."""
+    receivers += batch
+    batch.clear()
+    if receivers:
+        _deliver(receivers, event)
+
+
+async def _write_each(receivers: list[Connection], event: Event) -> None:
+    task = asyncio.current_task()
+    while receivers:
+        conn = receivers.pop()
+        conn._writing, conn._writer = "writer", task
+        try:
+            if conn._phase is not Phase.GONE:
+                await conn.ws._send(event)
+                conn._sent += 1
+        except Exception as exc:  # whatever the server raises
+            conn._write_failed(exc)
+        finally:
+            conn._writing, conn._writer = "", None
+            if conn._outbox is not None:
+                conn._write_next()
+
+
+# ── cluster ───────────────────────────────────────────────────────────────────────────────────
+#
+# What this process and the others say to one another by the link: messages to clients, who is in
+# a group, and what is to be announced to members because some of that was missed.
+
 _PRESENCE = 0.4  # seconds for the other processes to say who is there
-_ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the engine
+_ANSWER_BYTES = 200_000  # of members in one part of such an answer
+_MAX_SUSPECTS = 100  # formats of posts that are logged, once each
 _questions = itertools.count(1)
-_ANSWER_BYTES = 200_000  # of members in one answer to that
-_CONNECTION_ID = re.compile(rf"[0-9a-f]{{{2 * (_PROCESS_BYTES + _OWN_BYTES)}}}")
-_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
-Exclude = Union["Connection", str, Iterable[Union["Connection", str]], None]
 
 
 @attrs.frozen
@@ -3109,6 +3299,182 @@ class Answers:
     unfinished: set[str] = attrs.Factory(set)
     """Those that have more to say."""
     changed: asyncio.Event = attrs.Factory(asyncio.Event)
+
+
+class Cluster:
+    """The processes of an app, as this one sees them."""
+
+    def __init__(
+        self, registry: Registry, process: str,
+        backplane: Backplane, engine: Engine | None, namespace: str,
+    ) -> None:  # fmt: skip
+        self.process = process
+        self._registry = registry
+        self.refusals: int = 0  # of messages from the engine
+        self._work: set[asyncio.Task[None]] = set()  # what is sent without anybody who waits
+        self._asks: dict[int, Answers] = {}
+        self._gaps: dict[str, tuple[Connection, ...]] = {}  # to be announced
+        self._unread: dict[tuple[str, str], frozenset[str]] = {}  # who knows of another format
+        self._suspects: set[int | None] = set()  # the formats that have been logged
+        self.link: Link = Link(backplane, engine, namespace, process, self)
+        registry.want, registry.unwant = self.link.want, self._unwant
+
+    def _unwant(self, kind: str, name: str) -> None:
+        self._unread.pop((kind, name), None)
+        self.link.unwant(kind, name)
+
+    async def stop(self) -> None:
+        """Leave it."""
+        for task in tuple(self._work):
+            task.cancel()
+        await self.link.stop()
+
+    async def send(
+        self, kind: str, name: str, data: bytes, excluded: list[str], to: str | None = None
+    ) -> None:
+        """Send *data*, a frame, to the clients of *name*; for a process ("p") to the one with the
+        id *to*.
+        """
+        post = self.link.post("send", exclude=excluded, to=to)
+        await self.link.publish(kind, name, post, data)
+
+    async def close_group(self, group: str, close: Close) -> None:
+        """Close everybody in *group*."""
+        post = self.link.post("close", code=close.code, reason=close.reason)
+        await self.link.publish("g", group, post)
+
+    async def presence(self, group: str) -> list[Presence]:
+        """Ask who is in *group*."""
+        number = next(_questions)
+        answers = self._asks[number] = Answers()
+        try:
+            reached = await self.link.publish("g", group, self.link.post("who", ask=number))
+            loop = asyncio.get_running_loop()
+            end, latest = (loop.time() + seconds for seconds in (_PRESENCE, _ENGINE_WAIT))
+            with contextlib.suppress(TimeoutError):
+                while reached is None or answers.final < reached:
+                    async with asyncio.timeout_at(latest if answers.unfinished else end):
+                        answers.changed.clear()
+                        await answers.changed.wait()
+        finally:
+            self._asks.pop(number, None)
+        return list(answers.members.values())
+
+    async def take(self, kind: str, name: str, post: Post, frame: bytes) -> None:
+        """Take what a process has sent, this one too. Raises `Refused`."""
+        self._unread.pop((kind, name), None)
+        if kind == "g" and name in self._gaps:
+            await self._announce(name)
+        group = name if kind == "g" else None
+        if post.op == "send":
+            to = post.to or "" if kind == "p" else name
+            await spread(self._registry.receivers(kind, to), frame, group, post.exclude)
+        elif post.op == "close" and kind == "g":
+            try:
+                close = Close(post.code, post.reason)
+            except ValueError as exc:
+                raise Refused(str(exc)) from None
+            self._registry.close_group(name, close)
+        elif post.op == "who" and kind == "g":
+            self._start_work(self._answer(name, post))
+        elif post.op == "here" and kind == "p":
+            self._note_answer(post)
+        else:
+            raise Refused(f"{post.op!r} makes no sense here")
+
+    async def _answer(self, group: str, question: Post) -> None:
+        """Tell the process that asks who of *group* is here, in parts of a bounded size."""
+        members = [(conn.id, _encodable(conn.user)) for conn in self._registry.members(group)]
+        is_last = False
+        while not is_last:
+            part: list[tuple[str, str | None]] = []
+            size = 0
+            while members and size < _ANSWER_BYTES:
+                part.append(members.pop())
+                size += 50 + len(part[-1][1] or "") * 4
+            is_last = not members
+            post = self.link.post("here", ask=question.ask, members=part, more=not is_last)
+            if question.source == self.process:
+                self._note_answer(post)
+            else:
+                with contextlib.suppress(PachinkoError):  # nor does the question's process hear
+                    await self.link.publish("p", question.source, post)
+
+    def _note_answer(self, post: Post) -> None:
+        answers = self._asks.get(post.ask)
+        if answers is not None:
+            found = (Presence(id, user, post.source) for id, user in post.members)
+            answers.members.update((each.id, each) for each in found)
+            answers.final += not post.more
+            (answers.unfinished.add if post.more else answers.unfinished.discard)(post.source)
+            answers.changed.set()
+
+    def _start_work(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    async def refused(self, kind: str, name: str, why: Refused) -> None:
+        """Count what came from the engine and is not understood; a newer version's is a gap."""
+        self.refusals += 1
+        if why.format not in self._suspects and len(self._suspects) < _MAX_SUSPECTS:
+            self._suspects.add(why.format)
+            logger.warning(
+                "refused a message from the engine, by a stranger or another version of Pachinko "
+                "(more of them are counted, not logged): %s", why
+            )  # fmt: skip
+        if why.format is not None and kind != "p":
+            await self._missed(kind, name)
+
+    async def _missed(self, kind: str, name: str) -> None:
+        """Announce a message that cannot be read: a run of them is one gap."""
+        receivers, group = self._registry.receivers(kind, name), name if kind == "g" else None
+        told = self._unread.get((kind, name), frozenset())
+        self._unread[kind, name] = frozenset(conn.id for conn in receivers)
+        await spread(receivers, gap_of(group), group, told)
+
+    def restored(self, only: tuple[str, str] | None = None) -> None:
+        """The engine has been away: each member misses something, once a group."""
+        alone: Collection[Connection] = ()
+        if only is None:
+            self._gaps = {group: tuple(members) for group, members in self._registry.groups.items()}
+            alone = tuple(conn for conn in self._registry.connections.values() if not conn._groups)
+        elif only[0] == "g":
+            self._gaps[only[1]] = tuple(self._registry.receivers(*only))
+        else:
+            alone = tuple(self._registry.receivers(*only))
+        self._start_work(self._announce_all(alone))
+
+    async def _announce_all(self, alone: Collection[Connection]) -> None:
+        await spread(alone, gap_of(None))
+        announced = 0
+        while self._gaps:
+            await self._announce(next(iter(self._gaps)))
+            announced += 1
+            if announced % _TURN == 0:  # where nobody is behind, nothing else lets the loop run
+                await asyncio.sleep(0)
+
+    async def _announce(self, group: str) -> None:
+        members = self._gaps.pop(group)
+        present = [conn for conn in members if group in (conn._groups or ())]
+        await spread(present, gap_of(group), group)
+
+
+def _encodable(user: str | None) -> str | None:
+    """*user* without halves of surrogate pairs, which no JSON may have."""
+    return user if user is None or user.isascii() else user.encode(errors="replace").decode()
+
+
+# ── hub ───────────────────────────────────────────────────────────────────────────────────────
+#
+# What the program calls: groups, sending, the start and the end of it all.
+
+_MAX_CODES = 100  # error codes counted apart: an application may make them up as it goes
+_FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, behind what lingers
+_ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the engine
+_CONNECTION_ID = re.compile(rf"[0-9a-f]{{{2 * (_PROCESS_BYTES + _OWN_BYTES)}}}")
+_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
+Exclude = Union["Connection", str, Iterable[Union["Connection", str]], None]
 
 
 class Hub:
@@ -3136,11 +3502,9 @@ class Hub:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._apps: set[object] = set()
         self._serving: dict[asyncio.Task[Any], Connection] = {}  # from handshake to end
-        self._connections: dict[str, Connection] = {}  # without those that have to authenticate
-        self._groups: dict[str, set[Connection]] = {}
-        self._users: dict[str, set[Connection]] = {}
+        self._registry = Registry()
         # Of frames, those of connections that are over: each counts its own.
-        counters = ("received", "sent", "dropped", "evicted", "outbox_high_water", "refused")
+        counters = ("received", "sent", "dropped", "evicted", "outbox_high_water")
         self._counts = dict.fromkeys(counters, 0)
         self._errors: dict[str, int] = {}
         self._draining = False
@@ -3148,12 +3512,7 @@ class Hub:
         self._calls: set[concurrent.futures.Future[Any]] = set()  # from threads, not yet answered
         self._process = secrets.token_hex(_PROCESS_BYTES)
         self._engine: str | Backplane | None = None  # in use
-        self._link: Link | None = None  # to the other processes
-        self._work: set[asyncio.Task[None]] = set()  # what is sent without anybody who waits
-        self._asks: dict[int, Answers] = {}
-        self._gaps: dict[str, tuple[Connection, ...]] = {}  # to be announced
-        self._unread: dict[tuple[str, str], frozenset[str]] = {}  # who knows of another format
-        self._suspects: set[int | None] = set()  # the formats that have been logged
+        self._cluster: Cluster | None = None  # of several processes
 
     def configure(
         self,
@@ -3181,37 +3540,9 @@ class Hub:
             raise PachinkoError("call hub.configure() before the app starts, where it is imported")
         if converter is not None and not isinstance(converter, cattrs.BaseConverter):
             raise TypeError(f"write hub.configure(converter=cattrs.Converter()), got {converter!r}")
-        self._open_backplane(url, namespace)
+        open_backplane(url, namespace)
         self._codec = Codec(converter)
         self._backplane, self._namespace = url, namespace
-
-    @staticmethod
-    def _open_backplane(
-        given: str | Backplane | None, namespace: str | None
-    ) -> tuple[Backplane | None, Engine | None, str]:
-        """The backplane, what its URL says, and the namespace. Raises `PachinkoError`."""
-        engine: Engine | None = None
-        backplane: Backplane | None = None
-        if isinstance(given, str):
-            engine = read_engine(given)
-            make = _BACKPLANES[engine.scheme]
-            backplane = make(engine) if make is not None else None
-            namespace = engine.namespace if namespace is None else namespace
-        elif given is not None:
-            methods = ("start", "publish", "subscribe", "unsubscribe", "stop")
-            found = (getattr(given, name, None) for name in methods)
-            if inspect.isclass(given) or not all(map(inspect.iscoroutinefunction, found)):
-                raise TypeError(
-                    f'write hub.configure("nats://localhost:4222"), or give it an object with '
-                    f"`async def` {', '.join(methods)}; got {type(given).__name__}"
-                )
-            backplane = given
-        namespace = "pachinko" if namespace is None else namespace
-        if not (isinstance(namespace, str) and _NAMESPACE.fullmatch(namespace)):
-            raise PachinkoError(
-                f"a namespace has 1 to 64 letters, digits, _ and -, got {namespace!r}"
-            )
-        return backplane, engine, namespace
 
     @property
     def process(self) -> str:
@@ -3242,8 +3573,8 @@ class Hub:
         user = object()
         self._start(user, url)
         try:
-            if self._link is not None:
-                await self._link.connected()
+            if self._cluster is not None:
+                await self._cluster.link.connected()
             yield self
         finally:
             await self._stop(user)
@@ -3264,29 +3595,27 @@ class Hub:
                     'Pachinko(app, "/ws", hub=Hub())'
                 )
             given = self._engine_of(url)
-            backplane, engine, namespace = self._open_backplane(given, self._namespace)
+            backplane, engine, namespace = open_backplane(given, self._namespace)
             self._end_calls()  # after a loop that ended without a shutdown
             self._loop, self._engine = loop, given
             if backplane is not None:
-                self._link = Link(backplane, engine, namespace, self._process, self)
+                self._cluster = Cluster(self._registry, self._process, backplane, engine, namespace)
         self._apps.add(app)
 
     async def _stop(self, app: object) -> None:
         """Stop serving *app*; after the last one the hub is as new."""
         self._apps.discard(app)
         if not self._apps:
-            link, work = self._link, self._work
-            for task in tuple(work):
-                task.cancel()
+            cluster = self._cluster
             self._end_calls()
-            if link is not None:
-                await link.stop()
+            if cluster is not None:
+                await cluster.stop()
 
     async def _settled(self) -> None:
         """Wait until the engine is there, or has not been on the first attempt."""
-        if self._link is not None:
+        if self._cluster is not None:
             with contextlib.suppress(PachinkoError):  # it has been logged, and is tried again
-                await self._link.connected()
+                await self._cluster.link.connected()
 
     def _end_calls(self) -> None:
         """Clean up, and fail what threads still wait for."""
@@ -3331,53 +3660,20 @@ class Hub:
         if conn._hub is not self:
             raise PachinkoError("this connection's endpoint has another hub; use conn.join(group)")
 
-    def _add(self, conn: Connection) -> None:
-        self._connections[conn.id] = conn
-        self._set_user(conn, conn.user)
-
     def _remove(self, conn: Connection) -> None:
         """Forget *conn*; nothing of it stays."""
         self._counts["received"] += conn._received
         self._counts["sent"] += conn._sent
         conn._received = conn._sent = 0  # what is still sent counts when it is removed again
         conn._stop_expiry()
-        if self._connections.pop(conn.id, None) is None:
-            return
-        for group in conn._groups or ():
-            self._discard("g", group, conn)
-        conn._groups = None
-        self._set_user(conn, None)
-
-    def _set_user(self, conn: Connection, user: str | None) -> None:
-        if conn.user is not None:
-            self._discard("u", conn.user, conn)
-        if user is not None and conn.id in self._connections:
-            self._enter("u", user, conn)
-
-    def _enter(self, kind: str, name: str, conn: Connection) -> None:
-        table = self._groups if kind == "g" else self._users
-        if name not in table:
-            table[name] = set()
-            if self._link is not None:
-                self._link.want(kind, name)
-        table[name].add(conn)
-
-    def _discard(self, kind: str, name: str, conn: Connection) -> None:
-        table = self._groups if kind == "g" else self._users
-        members = table.get(name)
-        if members is not None:
-            members.discard(conn)
-            if not members:
-                del table[name]
-                if self._link is not None:
-                    self._unread.pop((kind, name), None)
-                    self._link.unwant(kind, name)
+        self._registry.remove(conn)
 
     async def _reachable(self, conn: Connection) -> None:
         """Wait until `send_to_user` from other processes reaches *conn*."""
-        if self._link is not None and conn.user is not None and conn.id in self._connections:
+        is_found = conn.id in self._registry.connections
+        if self._cluster is not None and conn.user is not None and is_found:
             with contextlib.suppress(PachinkoError):  # it is not permitted, which has been logged
-                await self._link.live("u", conn.user)
+                await self._cluster.link.live("u", conn.user)
 
     async def join(self, group: str, conn: Connection) -> None:
         """Put *conn* into *group*, which needs no making. One that is over stays out.
@@ -3392,48 +3688,46 @@ class Hub:
         an error like any other.
         """
         self._check_member(group, conn)
-        if conn._phase is Phase.CONNECTING and conn.id not in self._connections:
-            raise PachinkoError("nobody joins before it has authenticated; do it in @ws.connect")
-        if conn.id in self._connections:
-            if conn._groups is None:
-                conn._groups = set()
-            most = conn._limits.max_groups
-            if len(conn._groups) >= most and group not in conn._groups:
-                raise MessageError("too_many_groups", f"at most {most} groups a connection")
-            conn._groups.add(group)
-            self._enter("g", group, conn)
-            if self._link is not None:
+        if conn.id not in self._registry.connections:
+            if conn._phase is Phase.CONNECTING:
+                raise PachinkoError(
+                    "nobody joins before it has authenticated; do it in @ws.connect"
+                )
+            return
+        groups, most = conn._groups or (), conn._limits.max_groups
+        if len(groups) >= most and group not in groups:
+            raise MessageError("too_many_groups", f"at most {most} groups a connection")
+        self._registry.join(group, conn)
+        if self._cluster is not None:
+            try:
+                await self._cluster.link.live("g", group)
+            except PachinkoError:
                 try:
-                    await self._link.live("g", group)
-                except PachinkoError:
-                    try:
-                        await asyncio.sleep(0)  # so that whoever waits for the same learns of it
-                    finally:
-                        await self.leave(group, conn)
-                    raise
+                    await asyncio.sleep(0)  # so that whoever waits for the same learns of it
+                finally:
+                    self._registry.leave(group, conn)
+                raise
 
     async def leave(self, group: str, conn: Connection) -> None:
         """Take *conn* out of *group*; nothing happens if it is not in it."""
         self._check_member(group, conn)
-        if conn._groups is not None:
-            conn._groups.discard(group)
-        self._discard("g", group, conn)
+        self._registry.leave(group, conn)
 
     def members(self, group: str) -> frozenset[Connection]:
         """The accepted connections of this process in *group*."""
         if not isinstance(group, str):
             raise TypeError(f"a group is named by a str, got {group!r}")
-        return frozenset(filter(_is_accepted, self._groups.get(group, ())))
+        return self._registry.members(group)
 
     @property
     def connections(self) -> frozenset[Connection]:
         """The accepted connections of this process."""
-        return frozenset(filter(_is_accepted, self._connections.values()))
+        return frozenset(filter(_is_accepted, self._registry.connections.values()))
 
     @property
     def groups(self) -> frozenset[str]:
         """The groups that have a member in this process."""
-        return frozenset(self._groups)
+        return frozenset(self._registry.groups)
 
     async def send(
         self, group: str, message: object, payload: object = None, *, exclude: Exclude = None
@@ -3459,9 +3753,9 @@ class Hub:
         id = conn.id if isinstance(conn, Connection) else conn
         self._check(id, "connection")
         process = id[: 2 * _PROCESS_BYTES]
-        if self._link is None or process == self._process or not _CONNECTION_ID.fullmatch(id):
+        if self._cluster is None or process == self._process or not _CONNECTION_ID.fullmatch(id):
             data = self._codec.encode(*split_message(message, payload))
-            await self._spread(self._receivers("p", id), data)
+            await spread(self._registry.receivers("p", id), data)
         else:
             await self._push("p", process, message, payload, to=id)
 
@@ -3474,15 +3768,10 @@ class Hub:
         """Close every connection in *group*, behind what was sent to it before."""
         self._check(group, "group")
         close = Close(code, reason)
-        if self._link is not None:
-            post = self._link.post("close", code=close.code, reason=close.reason)
-            await self._link.publish("g", group, post)
+        if self._cluster is not None:
+            await self._cluster.close_group(group, close)
         else:
-            self._close_all_of(group, close)
-
-    def _close_all_of(self, group: str, close: Close) -> None:
-        for conn in tuple(self._groups.get(group, ())):
-            conn._close(close)
+            self._registry.close_group(group, close)
 
     async def presence(self, group: str) -> list[Presence]:
         """The accepted connections in *group*, of all processes that answer within 0.4 seconds.
@@ -3491,22 +3780,9 @@ class Hub:
         asked, so that those of one that has crashed are gone at once.
         """
         self._check(group, "group")
-        if self._link is None:
-            return [Presence(conn.id, conn.user, self._process) for conn in self.members(group)]
-        number = next(_questions)
-        answers = self._asks[number] = Answers()
-        try:
-            reached = await self._link.publish("g", group, self._link.post("who", ask=number))
-            loop = asyncio.get_running_loop()
-            end, latest = (loop.time() + seconds for seconds in (_PRESENCE, _ENGINE_WAIT))
-            with contextlib.suppress(TimeoutError):
-                while reached is None or answers.final < reached:
-                    async with asyncio.timeout_at(latest if answers.unfinished else end):
-                        answers.changed.clear()
-                        await answers.changed.wait()
-        finally:
-            self._asks.pop(number, None)
-        return list(answers.members.values())
+        if self._cluster is not None:
+            return await self._cluster.presence(group)
+        return [Presence(conn.id, conn.user, self._process) for conn in self.members(group)]
 
     @property
     def draining(self) -> bool:
@@ -3576,141 +3852,10 @@ class Hub:
             excluded = [item.id if isinstance(item, Connection) else item for item in several]
             if not all(isinstance(id, str) for id in excluded):
                 raise TypeError(f"exclude takes connections and their ids, got {exclude!r}")
-        if self._link is None:
-            await self._spread(self._receivers(kind, name), data, group, excluded)
+        if self._cluster is not None:
+            await self._cluster.send(kind, name, data, excluded, to)
         else:
-            post = self._link.post("send", exclude=excluded, to=to)
-            await self._link.publish(kind, name, post, data)
-
-    def _receivers(self, kind: str, name: str) -> Collection[Connection]:
-        """Those here that a message to *name* is for: a group, a user, a connection's id or all."""
-        if kind == "p":
-            return (self._connections[name],) if name in self._connections else ()
-        if kind == "a":
-            return self._connections.values()
-        return (self._groups if kind == "g" else self._users).get(name, ())
-
-    async def _take_post(self, kind: str, name: str, post: Post, frame: bytes) -> None:
-        """Take what a process has sent, this one too. Raises `Refused`."""
-        self._unread.pop((kind, name), None)
-        if kind == "g" and name in self._gaps:
-            await self._announce(name)
-        group = name if kind == "g" else None
-        if post.op == "send":
-            to = post.to or "" if kind == "p" else name
-            await self._spread(self._receivers(kind, to), frame, group, post.exclude)
-        elif post.op == "close" and kind == "g":
-            try:
-                close = Close(post.code, post.reason)
-            except ValueError as exc:
-                raise Refused(str(exc)) from None
-            self._close_all_of(name, close)
-        elif post.op == "who" and kind == "g":
-            self._start_work(self._answer(name, post))
-        elif post.op == "here" and kind == "p":
-            self._note_answer(post)
-        else:
-            raise Refused(f"{post.op!r} makes no sense here")
-
-    async def _answer(self, group: str, question: Post) -> None:
-        """Tell the process that asks who of *group* is here, in parts of a bounded size."""
-        members = [(conn.id, _encodable(conn.user)) for conn in self.members(group)]
-        is_last = False
-        while not is_last and self._link is not None:
-            part: list[tuple[str, str | None]] = []
-            size = 0
-            while members and size < _ANSWER_BYTES:
-                part.append(members.pop())
-                size += 50 + len(part[-1][1] or "") * 4
-            is_last = not members
-            post = self._link.post("here", ask=question.ask, members=part, more=not is_last)
-            if question.source == self._process:
-                self._note_answer(post)
-            else:
-                with contextlib.suppress(PachinkoError):  # nor does the question's process hear
-                    await self._link.publish("p", question.source, post)
-
-    def _note_answer(self, post: Post) -> None:
-        answers = self._asks.get(post.ask)
-        if answers is not None:
-            found = (Presence(id, user, post.source) for id, user in post.members)
-            answers.members.update((each.id, each) for each in found)
-            answers.final += not post.more
-            (answers.unfinished.add if post.more else answers.unfinished.discard)(post.source)
-            answers.changed.set()
-
-    def _start_work(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._work.add(task)
-        task.add_done_callback(self._work.discard)
-
-    async def _refused(self, kind: str, name: str, why: Refused) -> None:
-        """Count what came from the engine and is not understood; a newer version's is a gap."""
-        self._counts["refused"] += 1
-        if why.format not in self._suspects and len(self._suspects) < _MAX_CODES:
-            self._suspects.add(why.format)
-            logger.warning(
-                "refused a message from the engine, by a stranger or another version of Pachinko "
-                "(more of them are counted, not logged): %s", why
-            )  # fmt: skip
-        if why.format is not None and kind != "p":
-            receivers, group = self._receivers(kind, name), name if kind == "g" else None
-            told = self._unread.get((kind, name), frozenset())
-            self._unread[kind, name] = frozenset(conn.id for conn in receivers)
-            await self._spread(receivers, gap_of(group), group, told)
-
-    def _restored(self, only: tuple[str, str] | None = None) -> None:
-        """The engine has been away: each member misses something, once a group."""
-        alone: Collection[Connection] = ()
-        if only is None:
-            self._gaps = {group: tuple(members) for group, members in self._groups.items()}
-            alone = tuple(conn for conn in self._connections.values() if not conn._groups)
-        elif only[0] == "g":
-            self._gaps[only[1]] = tuple(self._receivers(*only))
-        else:
-            alone = tuple(self._receivers(*only))
-        self._start_work(self._announce_all(alone))
-
-    async def _announce_all(self, alone: Collection[Connection]) -> None:
-        await self._spread(alone, gap_of(None))
-        announced = 0
-        while self._gaps:
-            await self._announce(next(iter(self._gaps)))
-            announced += 1
-            if announced % _TURN == 0:  # where nobody is behind, nothing else lets the loop run
-                await asyncio.sleep(0)
-
-    async def _announce(self, group: str) -> None:
-        members = self._gaps.pop(group)
-        present = [conn for conn in members if group in (conn._groups or ())]
-        await self._spread(present, gap_of(group), group)
-
-    async def _spread(
-        self,
-        receivers: Collection[Connection],
-        data: bytes,
-        group: str | None = None,
-        excluded: Collection[str] = (),
-    ) -> None:
-        """Start one write each."""
-        event, size, crowded = text_event(data), len(data), False
-        if excluded:
-            ids = frozenset(excluded)
-            receivers = [conn for conn in receivers if conn.id not in ids]
-        ready: list[Connection] = []
-        try:
-            for conn in tuple(receivers):
-                if conn._phase is _OPEN and not conn._writing:
-                    conn._writing = "task"
-                    ready.append(conn)
-                else:
-                    crowded |= conn._push(event, size, group)
-        finally:
-            _deliver(ready, event)
-        while ready:  # noqa: ASYNC110 - what empties it, a turn at a time, goes on without this
-            await asyncio.sleep(0)
-        if crowded:  # it may be behind only because this code has not let go of the loop
-            await asyncio.sleep(0)
+            await spread(self._registry.receivers(kind, name), data, group, excluded)
 
     @typing.overload
     def call_threadsafe(
@@ -3767,13 +3912,14 @@ class Hub:
         engine that are not ours), ``outages`` (of it), ``engine_down`` (1 while it is away, or 0);
         ``errors`` in all, and ``errors.<code>`` for each code that was answered.
         """
-        connections = self._connections.values()
+        connections, cluster = self._registry.connections.values(), self._cluster
         return {
             "connections": len(self.connections),
-            "groups": len(self._groups),
+            "groups": len(self._registry.groups),
             **self._counts,
-            "outages": self._link.outages if self._link is not None else 0,
-            "engine_down": int(self._link is not None and not self._link.is_up),
+            "refused": cluster.refusals if cluster is not None else 0,
+            "outages": cluster.link.outages if cluster is not None else 0,
+            "engine_down": int(cluster is not None and not cluster.link.is_up),
             "received": self._counts["received"] + sum(c._received for c in connections),
             "sent": self._counts["sent"] + sum(c._sent for c in connections),
             "errors": sum(self._errors.values()),
@@ -3784,51 +3930,6 @@ class Hub:
         if code not in self._errors and len(self._errors) >= _MAX_CODES:
             code = "other"
         self._errors[code] = self._errors.get(code, 0) + 1
-
-
-def _encodable(user: str | None) -> str | None:
-    """*user* without halves of surrogate pairs, which no JSON may have."""
-    return user if user is None or user.isascii() else user.encode(errors="replace").decode()
-
-
-def _deliver(receivers: list[Connection], event: Event) -> None:
-    """Write *event* to *receivers* and empty the list: some at once, the rest by and by.
-
-    One task writes to one after the other; to start one for each takes twice as long. When the
-    server lets it wait for one of them, it is left to that one, since what an ASGI middleware does
-    there is bound to the task and to its context; a new task goes on with the others.
-    """
-    batch = receivers[-_TURN:]
-    del receivers[-_TURN:]
-    if batch:
-        start_task(_write_each(batch, event))
-    if batch or receivers:
-        asyncio.get_running_loop().call_soon(_deliver_rest, batch, receivers, event)
-
-
-def _deliver_rest(batch: list[Connection], receivers: list[Connection], event: Event) -> None:
-    """Go on with the others; a task that waits finds its *batch* empty then, and ends."""
-    receivers += batch
-    batch.clear()
-    if receivers:
-        _deliver(receivers, event)
-
-
-async def _write_each(receivers: list[Connection], event: Event) -> None:
-    task = asyncio.current_task()
-    while receivers:
-        conn = receivers.pop()
-        conn._writing, conn._writer = "writer", task
-        try:
-            if conn._phase is not Phase.GONE:
-                await conn.ws._send(event)
-                conn._sent += 1
-        except Exception as exc:  # whatever the server raises
-            conn._write_failed(exc)
-        finally:
-            conn._writing, conn._writer = "", None
-            if conn._outbox is not None:
-                conn._write_next()
 
 
 def _tell_cancelled(future: concurrent.futures.Future[Any]) -> None:
@@ -3853,10 +3954,6 @@ def _pass_on(future: concurrent.futures.Future[Any], ended: asyncio.Task[Any]) -
             future.set_exception(exc)
         else:
             future.set_result(ended.result())
-
-
-def _is_accepted(conn: Connection) -> bool:
-    return conn._phase is Phase.OPEN or conn._ended is not None
 
 
 def _forget_parent() -> None:
@@ -4631,7 +4728,7 @@ class Pachinko:
                 token, offered = credentials(conn.req, offered)
                 await self._authenticate(conn, self._routes.authenticate, token, offered)
             if not conn.closed:
-                self._hub._add(conn)
+                self._hub._registry.add(conn)
                 await self._run_connect_handlers(conn)
                 is_in = True
         except Close as close:
@@ -4777,64 +4874,79 @@ async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
 
 # ── command line ──────────────────────────────────────────────────────────────────────────────
 #
-# For a shell, a cron job or a look at what happens: a hub without an app.
+# For a shell, a cron job or a look at what happens, without an app.
 
 
-class Eavesdropper(Hub):
-    """A hub that prints what a member of one group would see, broadcasts too; it has no members."""
+class Printer:
+    """Prints messages, until there were *count* or nobody reads them any more."""
 
-    def __init__(self, group: str, count: int | None) -> None:
-        super().__init__()
-        self._group = group
+    def __init__(self, count: int | None) -> None:
         self._left = count
-        self.failure: OSError | None = None
-        self.done: asyncio.Event = asyncio.Event()
+        self._failure: OSError | None = None
+        self._done = asyncio.Event()
 
-    async def run(self) -> None:
-        """Print until `done`."""
-        if self._link is not None:
-            self._link.want("g", self._group)
-            await self._link.live("g", self._group)
-        _tell(f"listening to {self._group!r}")
-        await self.done.wait()
-        if self.failure is not None:
-            raise PachinkoError(f"cannot print: {self.failure}")
-
-    async def _take_post(self, kind: str, name: str, post: Post, frame: bytes) -> None:
-        self._unread.pop((kind, name), None)
-        if post.op == "send":
-            if kind != "p":
-                self._print(frame.decode())
-        elif post.op == "close" and kind == "g":
-            _tell(f"its members were closed with {post.code} {post.reason}".rstrip())
-        else:
-            await super()._take_post(kind, name, post, frame)
-
-    async def _spread(
-        self,
-        receivers: Collection[Connection],
-        data: bytes,
-        group: str | None = None,
-        excluded: Collection[str] = (),
-    ) -> None:
-        self._print(data.decode())  # a gap, since there are no connections here
-
-    def _restored(self, only: tuple[str, str] | None = None) -> None:
-        self._print(gap_of(self._group).decode())
-
-    def _print(self, line: str) -> None:
-        if self.done.is_set():
+    def message(self, line: str) -> None:
+        """Print one."""
+        if self._done.is_set():
             return
         try:
             _print(line)
         except OSError as exc:  # `head`, say, has seen enough; or the disk is full
-            self.failure = None if isinstance(exc, BrokenPipeError) else exc
+            self._failure = None if isinstance(exc, BrokenPipeError) else exc
             _silence_stdout()
-            self.done.set()
+            self._done.set()
         if self._left is not None:
             self._left -= 1
             if self._left <= 0:
-                self.done.set()
+                self._done.set()
+
+    async def done(self) -> None:
+        """Wait for the last one. Raises `PachinkoError` when it could not be printed."""
+        await self._done.wait()
+        if self._failure is not None:
+            raise PachinkoError(f"cannot print: {self._failure}")
+
+
+class Eavesdropper(Cluster):
+    """Prints what a member of one group would see, broadcasts too; it has no members."""
+
+    def __init__(
+        self, group: str, printer: Printer,
+        backplane: Backplane, engine: Engine | None, namespace: str,
+    ) -> None:  # fmt: skip
+        process = secrets.token_hex(_PROCESS_BYTES)
+        super().__init__(Registry(), process, backplane, engine, namespace)
+        self._group = group
+        self._printer = printer
+
+    async def run(self) -> None:
+        """Print until that is done. Raises `PachinkoError`."""
+        try:
+            await self.link.connected()
+            self.link.want("g", self._group)
+            await self.link.live("g", self._group)
+            _tell(f"listening to {self._group!r}")
+            await self._printer.done()
+        finally:
+            await self.stop()
+
+    async def take(self, kind: str, name: str, post: Post, frame: bytes) -> None:
+        self._unread.pop((kind, name), None)
+        if post.op == "send":
+            if kind != "p":
+                self._printer.message(frame.decode())
+        elif post.op == "close" and kind == "g":
+            _tell(f"its members were closed with {post.code} {post.reason}".rstrip())
+        else:
+            await super().take(kind, name, post, frame)
+
+    async def _missed(self, kind: str, name: str) -> None:
+        if (kind, name) not in self._unread:
+            self._unread[kind, name] = frozenset()
+            self._printer.message(gap_of(name if kind == "g" else None).decode())
+
+    def restored(self, only: tuple[str, str] | None = None) -> None:
+        self._printer.message(gap_of(self._group).decode())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -4920,12 +5032,11 @@ async def _run(given: argparse.Namespace) -> None:
     url = os.environ.get(_ENVIRONMENT, "") if given.url == "-" else given.url
     if not url:
         raise ValueError(f"{_ENVIRONMENT} is not set" if given.url == "-" else "the URL is empty")
-    hub = Eavesdropper(given.group, given.count) if given.command == "listen" else Hub()
     given.group.encode()  # a UnicodeError for what was no UTF-8
     try:
-        if read_engine(url).scheme == "memory":
+        backplane, engine, namespace = open_backplane(url, given.namespace)
+        if backplane is None:
             raise ValueError("memory:// reaches no other process; give the engine of the app")
-        hub.configure(url, namespace=given.namespace)
     except PachinkoError as exc:
         raise ValueError(str(exc)) from None
     payload = None
@@ -4937,10 +5048,14 @@ async def _run(given: argparse.Namespace) -> None:
             raise ValueError(
                 f"""the payload is JSON, such as '{{"text": "hi"}}' or '"hi"': {exc}"""
             ) from None
+    if given.command == "listen":
+        printer = Printer(given.count)
+        await Eavesdropper(given.group, printer, backplane, engine, namespace).run()
+        return
+    hub = Hub()
+    hub.configure(url, namespace=given.namespace)
     async with hub.open():
-        if isinstance(hub, Eavesdropper):
-            await hub.run()
-        elif given.command == "send":
+        if given.command == "send":
             await hub.send(given.group, given.type, payload)
         else:
             for each in sorted(await hub.presence(given.group), key=lambda each: each.id):

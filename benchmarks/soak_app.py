@@ -331,9 +331,9 @@ class Desk:
         return {
             **self.counts(),
             "groups": len(hub.groups),
-            "rows of hub._connections": len(hub._connections),
-            "rows of hub._groups": len(hub._groups),
-            "rows of hub._users": len(hub._users),
+            "rows of the hub's connections": len(hub._registry.connections),
+            "rows of the hub's groups": len(hub._registry.groups),
+            "rows of the hub's users": len(hub._registry.users),
             "clients to be seen out": len(attendance.present),
             "threads": threading.active_count(),
             **{f"objects of {cls.__name__}": counts[cls] for cls in kept},

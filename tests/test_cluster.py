@@ -323,7 +323,7 @@ async def test_presence_of_all_processes(engine: EngineProcess) -> None:
         assert await three.hub.presence("empty") == []
         several = await asyncio.gather(*(p.hub.presence("room") for p in (one, two, three) * 5))
         assert all({p.id for p in each} == {p.id for p in found} for each in several)
-        assert not any(p.hub._asks for p in (one, two, three))
+        assert not any(p.hub._cluster._asks for p in (one, two, three))
 
 
 async def test_presence_in_parts(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,7 +390,7 @@ async def test_a_program_without_an_app(engine: EngineProcess) -> None:
                 async with hub.open("memory://"):
                     raise AssertionError
             await hub.send("room", Said("still-open"))
-        assert hub._loop is None and hub._link is None
+        assert hub._loop is None and hub._cluster is None
         with environment(PACHINKO_BACKPLANE=engine.url):
             async with hub.open():
                 await hub.broadcast("again")
@@ -427,8 +427,9 @@ async def test_what_a_hub_does_by_itself_ends_with_it() -> None:
         finally:
             ended.set()
 
-    async with one.open("memory://"):
-        one._start_work(work())
+    async with one.open(Own()):
+        assert one._cluster is not None
+        one._cluster._start_work(work())
         await asyncio.sleep(0)
     await asyncio.wait_for(ended.wait(), PATIENCE)
 
@@ -444,7 +445,7 @@ def test_open_in_one_loop_after_another() -> None:
 
     async def use() -> None:
         async with one.open(Own()):
-            assert one._link is not None
+            assert one._cluster is not None
         with pytest.raises(PachinkoError, match="takes the engine"):
             async with one.open():
                 raise AssertionError
@@ -531,7 +532,7 @@ async def test_gaps_of_an_outage(kind: Kind) -> None:
         await engine.restart()
         await left.send("leave", "room", id=1)
         await until(lambda: one.hub.stats()["outages"] and not one.hub.stats()["engine_down"])
-        await until(lambda: not one.hub._gaps and not two.hub.stats()["engine_down"])
+        await until(lambda: not one.hub._cluster._gaps and not two.hub.stats()["engine_down"])
         await two.hub.send("room", Said("after"))
         assert await alone.receive() == {"type": "gap", "payload": {"group": None}}
         assert await member.receive() == {"type": "gap", "payload": {"group": "room"}}
@@ -545,13 +546,13 @@ async def test_gaps_of_an_outage(kind: Kind) -> None:
 async def test_a_gap_of_one_group_or_user() -> None:
     """Whose subscription has taken longer than its join has waited."""
     async with (
-        processes("memory://", 1) as (one,),
+        processes(Own(), 1) as (one,),
         one.client(group="room") as a,
         one.client(group="other", user="ann") as b,
     ):
-        one.hub._restored(("g", "room"))
-        one.hub._restored(("u", "ann"))
-        await until(lambda: not one.hub._work)
+        one.hub._cluster.restored(("g", "room"))
+        one.hub._cluster.restored(("u", "ann"))
+        await until(lambda: not one.hub._cluster._work)
         await one.hub.broadcast("end")
         frames = [[await client.receive(), await client.receive()] for client in (a, b)]
         assert [frame["type"] for both in frames for frame in both] == ["gap", "end"] * 2
@@ -560,18 +561,19 @@ async def test_a_gap_of_one_group_or_user() -> None:
 
 async def test_a_message_that_comes_before_its_groups_gap_waits_for_it() -> None:
     """The gap tells of what was before, so it comes before what is after."""
-    async with processes("memory://", 1) as (one,), one.client(group="room") as client:
-        one.hub._gaps = {group: tuple(members) for group, members in one.hub._groups.items()}
+    async with processes(Own(), 1) as (one,), one.client(group="room") as client:
+        one.hub._cluster._gaps = {
+            group: tuple(members) for group, members in one.hub._registry.groups.items()
+        }
         post = pachinko.Post(1, "send", "p")
-        await one.hub._take_post("g", "room", post, b'{"type":"later","group":"room"}')
+        await one.hub._cluster.take("g", "room", post, b'{"type":"later","group":"room"}')
         assert [(await client.receive())["type"] for _ in "12"] == ["gap", "later"]
-        assert not one.hub._gaps
+        assert not one.hub._cluster._gaps
 
 
 async def publish_raw(process: Process, kind: str, name: str, data: bytes) -> None:
     """As a stranger on the same engine would."""
-    link = process.hub._link
-    assert link is not None
+    link = process.hub._cluster.link
     await link._backplane.publish(subject_of("pachinko", kind, name), data)
 
 
@@ -736,14 +738,14 @@ async def test_a_backplane_of_ones_own() -> None:
 async def test_many_gaps_let_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """After an outage each member of each group gets one."""
     monkeypatch.setattr(pachinko, "_TURN", 2)
-    async with processes("memory://", 1) as (one,), one.client() as client:
+    async with processes(Own(), 1) as (one,), one.client() as client:
         for n in range(7):
             await one.join(client, f"room:{n}")
-        one.hub._restored()
+        one.hub._cluster.restored()
         for n in range(7):
             gap = await client.receive()
             assert gap == {"type": "gap", "payload": {"group": f"room:{n}"}}
-        assert not one.hub._gaps
+        assert not one.hub._cluster._gaps
 
 
 @pytest.mark.parametrize("given", [5, object(), Own, b"nats://host"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import operator
 import os
 import signal
 import subprocess
@@ -16,7 +17,16 @@ from engines import Kind, free_port, running
 from support import PATIENCE, connect, new_app, serving, until
 
 import pachinko
-from pachinko import Connection, Eavesdropper, Hub, Pachinko, PachinkoError, main
+from pachinko import (
+    Connection,
+    Eavesdropper,
+    Hub,
+    Pachinko,
+    PachinkoError,
+    Printer,
+    main,
+    open_backplane,
+)
 
 COMMAND = (sys.executable, "-c", "import sys, pachinko; sys.exit(pachinko.main())")
 
@@ -307,57 +317,54 @@ def test_it_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["send", "memory://", "room", "x"]) == 130
 
 
-async def test_the_hub_behind_listen(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_what_is_behind_listen(capsys: pytest.CaptureFixture[str]) -> None:
     """It prints messages of the group, broadcasts and gaps, and no more than it was asked for."""
-    hub, sender = Eavesdropper("room", 7), Hub()
+    sender, printer = Hub(), Printer(7)
+    texts = ["", ""]  # of stdout and stderr
+
+    def has_told(text: str) -> bool:
+        texts[:] = map(operator.add, texts, capsys.readouterr())
+        return text in texts[1]
+
     app = new_app()
     Pachinko(app, "/ws", hub=sender)
     async with running("nats") as engine:
         sender.configure(engine.url)
-        async with serving(app), hub.open(engine.url):
-            printing = asyncio.create_task(hub.run())
-            await until(lambda: "listening" in capsys.readouterr().err)
+        backplane, about, namespace = open_backplane(engine.url, None)
+        assert backplane is not None
+        async with serving(app):
+            listener = Eavesdropper("room", printer, backplane, about, namespace)
+            printing = asyncio.create_task(listener.run())
+            await until(lambda: has_told("listening"))
             await sender.broadcast("all")
             await sender.send("room", "one")
-            await sender.send_to(hub.process + "0" * 12, "nobody")
+            await sender.send_to(listener.process + "0" * 12, "nobody")
             assert await sender.presence("room") == []
-            link = sender._link
-            assert link is not None
+            assert sender._cluster is not None
+            raw = sender._cluster.link._backplane
             for subject in ("pachinko.g.room", "pachinko.a.all"):
-                await link._backplane.publish(subject, b"rubbish")
-            for n in range(2):
-                await link._backplane.publish("pachinko.g.room", b'{"v":2}')
-                if n == 0:
+                await raw.publish(subject, b"rubbish")
+            for n in range(3):
+                await raw.publish("pachinko.g.room", b'{"v":2}')
+                if n == 1:
                     await sender.send("room", "between")
             await sender.close_group("room", 4000)
+            await until(lambda: has_told("closed with 4000"))
             await engine.restart()
-            await until(lambda: hub._left == 1 and not sender.stats()["engine_down"])
+            await until(lambda: printer._left == 1 and not sender.stats()["engine_down"])
             await asyncio.gather(sender.send("room", "two"), sender.send("room", "three"))
             await asyncio.wait_for(printing, PATIENCE)
             await sender.send("room", "four")
-    out, err = capsys.readouterr()
-    types = [json.loads(line)["type"] for line in out.splitlines()]
+    assert has_told("closed with 4000")
+    types = [json.loads(line)["type"] for line in texts[0].splitlines()]
     assert types == ["all", "one", "gap", "between", "gap", "gap", "two"]
-    assert "closed with 4000" in err
-
-
-async def test_listen_without_an_engine_waits() -> None:
-    """In memory there is nothing to hear."""
-    hub = Eavesdropper("room", None)
-    async with hub.open("memory://"):
-        task = asyncio.create_task(hub.run())
-        await asyncio.sleep(0)
-        hub._print("x")
-        assert not task.done()
-        hub.done.set()
-        await asyncio.wait_for(task, PATIENCE)
 
 
 async def test_a_pipe_that_is_closed_ends_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Python's own flush at exit then has somewhere to go."""
-    hub = Eavesdropper("room", None)
+    printer = Printer(None)
 
     class Closed:
         def __init__(self) -> None:
@@ -372,13 +379,12 @@ async def test_a_pipe_that_is_closed_ends_it(
 
     out = Closed()
     monkeypatch.setattr(sys, "stdout", out)
-    hub._print("x")
-    hub._print("x")
-    assert hub.done.is_set()
-    await hub.run()
-    full = Eavesdropper("room", None)
+    printer.message("x")
+    printer.message("x")
+    await asyncio.wait_for(printer.done(), PATIENCE)
+    full = Printer(None)
     out.failure = OSError("No space left on device")
-    full._print("x")
+    full.message("x")
     with pytest.raises(PachinkoError, match="cannot print: No space left"):
-        await full.run()
+        await full.done()
     out.file.close()

@@ -343,7 +343,7 @@ async def test_closing_a_stalled_client_ends_in_bounded_time() -> None:
         conn = await stall(ws)
         await conn.close(4000)
         await until(lambda: codes and not ws._hub._serving)
-        assert not ws._hub._connections
+        assert not ws._hub._registry.connections
     assert codes == [4000]
 
 

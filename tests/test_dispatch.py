@@ -1200,7 +1200,7 @@ async def clean(ws: Pachinko, codes: list[int | None], count: int = 1) -> None:
     """Wait until *count* disconnect handlers have run and nothing is left of the connections."""
     await until(lambda: len(codes) >= count and not ws._hub._serving)
     assert len(codes) == count
-    assert not ws._hub.connections and not ws._hub.groups and not ws._hub._connections
+    assert not ws._hub.connections and not ws._hub.groups and not ws._hub._registry.connections
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 4001])

@@ -198,7 +198,7 @@ async def test_the_browser_client_runs(server: Server) -> None:
         lost += "await lost.catch((event) => event.type)"
         assert await paste(lost) == "close"
         await paste(here(log_in, server))
-        await until(lambda: len(hub._users.get("ada", ())) == 2)
+        await until(lambda: len(hub._registry.users.get("ada", ())) == 2)
         await browser.close()
     assert errors == []
     assert re.fullmatch(r"\S{24} said hi", lines[0])

@@ -392,7 +392,7 @@ async def test_a_refused_token_closes_with_3401(options: Any) -> None:
             assert await client.closed() == (3401, "authentication failed")
         await until(lambda: not door.ws._hub._serving)
     assert door.seen == ["bad"]
-    assert not door.ws._hub._connections and not door.ws._hub._users
+    assert not door.ws._hub._registry.connections and not door.ws._hub._registry.users
 
 
 async def test_the_first_message_may_bring_the_token() -> None:
@@ -614,7 +614,11 @@ async def test_a_connect_handler_may_refuse_after_the_first_message(
             assert (await client.closed())[0] == closed_with
         await until(lambda: not door.ws._hub._serving)
     assert door.seen == [None, "t-ann", ("connect", "ann")]
-    assert not door.ws._hub._connections and not door.ws._hub._users and not door.ws._hub.groups
+    assert (
+        not door.ws._hub._registry.connections
+        and not door.ws._hub._registry.users
+        and not door.ws._hub.groups
+    )
 
 
 async def test_a_refused_client_that_does_not_answer_leaves_no_task() -> None:
@@ -763,11 +767,11 @@ async def test_the_function_cannot_join_a_group(caplog: pytest.LogCaptureFixture
     async with serving(ws._app) as server:
         async with connect(f"{server.url}/ws", **bearer("bad")) as client:
             await client.closed()
-            assert not ws._hub._users
+            assert not ws._hub._registry.users
         with pytest.raises(websockets.exceptions.InvalidStatus):
             async with connect(f"{server.url}/ws", **bearer("join")):
                 pass
-    assert not ws._hub.groups and not ws._hub._users
+    assert not ws._hub.groups and not ws._hub._registry.users
     assert "nobody joins before it has authenticated; do it in @ws.connect" in caplog.text
 
 
@@ -877,7 +881,7 @@ async def test_the_user_may_be_changed_while_it_is_being_closed() -> None:
         may_go_on.set()
         await draining
         assert await visitor == (1012, "the server restarts")
-    assert codes == [1012] and not ws._hub._users
+    assert codes == [1012] and not ws._hub._registry.users
 
 
 async def test_an_accept_that_takes_its_time_is_not_cancelled() -> None:

@@ -1,4 +1,4 @@
-"""Who is where, and sending to them."""
+"""Groups, and sending to them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ import cattrs
 import falcon
 import pytest
 import websockets.exceptions
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from support import PATIENCE, connect, new_app, serving, until
 
 import pachinko
@@ -281,108 +278,6 @@ async def test_the_converter_is_the_hubs_in_and_out() -> None:
         hub.configure(converter="json")  # type: ignore[arg-type]
     hub.configure()
     assert hub.converter is not converter
-
-
-class Socket:
-    """As much of Falcon's socket as the tables need: it can always be written to."""
-
-    def __init__(self) -> None:
-        self.sent: list[dict[str, Any]] = []
-
-    async def _send(self, event: dict[str, Any]) -> None:
-        self.sent.append(event)
-
-    async def close(self, code: int, reason: str | None) -> None:
-        self.sent.append({"type": "websocket.close", "code": code})
-
-
-class Tables(RuleBasedStateMachine):
-    """Random interleavings of connect, join, leave, send, close keep hub and model the same."""
-
-    groups = st.sampled_from("abc")
-    indexes = st.integers(0, 5)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.runner = asyncio.Runner()
-        self.hub = Hub()
-        self.limits = Pachinko(hub=self.hub)._limits
-        self.conns: list[Connection] = []
-        self.joined: dict[Connection, set[str]] = {}
-        self.expected: dict[Connection, int] = {}
-        self.runner.run(_start(self.hub))
-
-    def pick(self, index: int) -> Connection | None:
-        return self.conns[index % len(self.conns)] if self.conns else None
-
-    @rule(user=st.sampled_from(["ann", "bob", None]))
-    def connect(self, user: str | None) -> None:
-        conn = Connection(self.hub, self.limits, None, Socket(), {})  # type: ignore[arg-type]
-        self.hub._add(conn)
-        conn.user = user
-        conn._opened()
-        self.conns.append(conn)
-        self.joined[conn], self.expected[conn] = set(), 0
-
-    @rule(group=groups, index=indexes)
-    def join(self, group: str, index: int) -> None:
-        if (conn := self.pick(index)) is not None:
-            self.runner.run(self.hub.join(group, conn))
-            if conn.id in self.hub._connections:
-                self.joined[conn].add(group)
-
-    @rule(group=groups, index=indexes)
-    def leave(self, group: str, index: int) -> None:
-        if (conn := self.pick(index)) is not None:
-            self.runner.run(self.hub.leave(group, conn))
-            self.joined[conn].discard(group)
-
-    @rule(group=groups, index=st.none() | indexes)
-    def send(self, group: str, index: int | None) -> None:
-        exclude = None if index is None else self.pick(index)
-        self.runner.run(self.settled(self.hub.send(group, "x", exclude=exclude)))
-        for conn, groups in self.joined.items():
-            self.expected[conn] += group in groups and not conn.closed and conn is not exclude
-
-    @rule(group=groups)
-    def close_group(self, group: str) -> None:
-        self.runner.run(self.settled(self.hub.close_group(group)))
-        for conn, groups in self.joined.items():
-            assert conn.closed or group not in groups
-
-    @rule(index=indexes)
-    def remove(self, index: int) -> None:
-        if (conn := self.pick(index)) is not None:
-            conn._phase = type(conn._phase).GONE
-            self.hub._remove(conn)
-            self.joined[conn] = set()
-
-    async def settled(self, call: Any) -> None:
-        await call
-        while any(conn._writing for conn in self.conns):
-            await asyncio.sleep(0)
-
-    @invariant()
-    def tables_agree(self) -> None:
-        alive = {conn for conn in self.conns if conn.id in self.hub._connections}
-        assert self.hub.connections == alive
-        for conn in self.conns:
-            assert conn.groups == self.joined[conn]
-            sent = [e for e in conn.ws.sent if e["type"] == "websocket.send"]  # type: ignore[attr-defined]
-            assert len(sent) == self.expected[conn]
-        names = set().union(*self.joined.values()) if self.joined else set()
-        assert self.hub.groups == names
-        for name in names:
-            assert self.hub.members(name) == {c for c, g in self.joined.items() if name in g}
-        users = {conn.user for conn in alive if conn.user is not None}
-        assert set(self.hub._users) == users
-
-    def teardown(self) -> None:
-        self.runner.close()
-
-
-TestTables = Tables.TestCase
-TestTables.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
 # The limit of groups

@@ -208,21 +208,21 @@ class Receiver:
 
     def __init__(self) -> None:
         self.posts: list[tuple[str, str, str, bytes]] = []
-        self.refused: list[str] = []
-        self.restored = 0
+        self.reasons: list[str] = []
+        self.restores = 0
         self.only: list[tuple[str, str] | None] = []
         self.fails: Exception | None = None
 
-    async def _take_post(self, kind: str, name: str, post: Post, frame: bytes) -> None:
+    async def take(self, kind: str, name: str, post: Post, frame: bytes) -> None:
         if self.fails is not None:
             raise self.fails
         self.posts.append((kind, name, post.op, frame))
 
-    async def _refused(self, kind: str, name: str, why: Refused) -> None:
-        self.refused.append(str(why))
+    async def refused(self, kind: str, name: str, why: Refused) -> None:
+        self.reasons.append(str(why))
 
-    def _restored(self, only: tuple[str, str] | None = None) -> None:
-        self.restored += 1
+    def restored(self, only: tuple[str, str] | None = None) -> None:
+        self.restores += 1
         self.only.append(only)
 
 
@@ -372,7 +372,7 @@ async def test_what_is_not_ours_is_passed_as_refused() -> None:
         await scene.fake.deliver("ns.g.room", b'{"v":1,"op":"send","from":"p"}\n{"type":"x"}')
         scene.receiver.fails = Refused("not like that")
         await scene.fake.deliver("ns.g.room", b'{"v":1,"op":"odd","from":"p"}\n')
-        assert [why.split(":")[0] for why in scene.receiver.refused] == [
+        assert [why.split(":")[0] for why in scene.receiver.reasons] == [
             "not a message of ours",
             "a message for clients that names another group",
             "not like that",
@@ -413,7 +413,7 @@ async def test_a_late_message_does_not_overtake() -> None:
             text = json.dumps({"v": 1, "op": f"{session}", "from": process, "session": session})
             await scene.fake.deliver("ns.g.room", text.encode())
         assert [op for _, _, op, _ in scene.receiver.posts] == ["1", "2", "2", "1"]
-        assert len(scene.receiver.refused) == 1
+        assert len(scene.receiver.reasons) == 1
         beat = {"v": 1, "op": "beat", "from": "p", "session": 9}  # as a stranger might
         await scene.fake.deliver("ns.g.room", json.dumps(beat).encode())
         text = json.dumps({"v": 1, "op": "last", "from": "p", "session": 2})
@@ -439,7 +439,7 @@ async def test_a_loss_that_is_told_late_is_none() -> None:
         await scene.link.connected()
         late = scene.fake.lost
         late(None)
-        await until(lambda: scene.receiver.restored)
+        await until(lambda: scene.receiver.restores)
         late(OSError("late"))
         scene.link.want("g", "room")
         await scene.link.live("g", "room")
@@ -455,7 +455,7 @@ async def test_one_who_has_just_given_up_needs_no_news_of_a_loss() -> None:
                 await asyncio.sleep(PATIENCE)
         scene.link._waits.add(patience)
         scene.fake.lost(None)
-        await until(lambda: scene.receiver.restored)
+        await until(lambda: scene.receiver.restores)
 
 
 async def test_a_lost_engine_is_found_again() -> None:
@@ -463,12 +463,12 @@ async def test_a_lost_engine_is_found_again() -> None:
     async with linked() as scene:
         scene.link.want("g", "room")
         await scene.link.live("g", "room")
-        assert scene.receiver.restored == 0 and scene.link.outages == 0
+        assert scene.receiver.restores == 0 and scene.link.outages == 0
         scene.fake.lost(ConnectionResetError("cut"))
         scene.fake.lost(None)
-        await until(lambda: scene.receiver.restored)
+        await until(lambda: scene.receiver.restores)
         assert scene.fake.subjects == {"ns.p.me", "ns.a.all", "ns.g.room"}
-        assert scene.receiver.restored == 1 and scene.link.outages == 1
+        assert scene.receiver.restores == 1 and scene.link.outages == 1
         await scene.send()
         assert scene.texts == ["x"]
 
@@ -486,7 +486,7 @@ async def test_while_it_is_away_everything_is_told_so(caplog: pytest.LogCaptureF
         await scene.link.live("g", "room")
         assert "subscribe ns.g.room" not in scene.fake.calls
         del scene.fake.fails["start"]
-        await until(lambda: "ns.g.room" in scene.fake.subjects and scene.receiver.restored)
+        await until(lambda: "ns.g.room" in scene.fake.subjects and scene.receiver.restores)
     assert caplog.text.count("no route") == 1
 
 
@@ -500,7 +500,7 @@ async def test_an_engine_that_comes_after_the_process() -> None:
         scene.link.want("g", "room")
         await scene.link.live("g", "room")
         del fake.fails["start"]
-        await until(lambda: scene.receiver.restored == 1)
+        await until(lambda: scene.receiver.restores == 1)
         assert "ns.g.room" in fake.subjects and scene.link.outages == 0
 
 
@@ -595,12 +595,12 @@ async def test_an_engine_that_is_silent_is_lost() -> None:
     async with linked() as scene:
         await scene.link.connected()
         scene.fake.broker.links.clear()
-        await until(lambda: scene.receiver.restored)
+        await until(lambda: scene.receiver.restores)
         assert scene.link.outages == 1
         scene.fake.hangs.add("publish")
         await until(lambda: scene.link.outages == 2)
         scene.fake.hangs.clear()
-        await until(lambda: scene.link.is_up and scene.receiver.restored == 2)
+        await until(lambda: scene.link.is_up and scene.receiver.restores == 2)
 
 
 async def test_an_engine_is_not_lost_because_we_are_busy() -> None:
@@ -613,7 +613,7 @@ async def test_an_engine_is_not_lost_because_we_are_busy() -> None:
         async def receive(*_: object) -> None:
             await free.wait()
 
-        scene.receiver._take_post = receive
+        scene.receiver.take = receive
         post = b'{"v":1,"op":"odd","from":"p"}\n'
         busy = asyncio.create_task(scene.fake.deliver("ns.g.room", post))
         scene.fake.broker.links.clear()  # so that no beat comes back
@@ -634,7 +634,7 @@ async def test_a_subscription_that_fails_ends_the_connection() -> None:
         await until(lambda: scene.link.outages == 1)
         await asyncio.wait_for(joining, PATIENCE)
         del scene.fake.fails["subscribe"]
-        await until(lambda: scene.receiver.restored)
+        await until(lambda: scene.receiver.restores)
         assert "ns.g.room" in scene.fake.subjects
 
 
@@ -714,7 +714,7 @@ async def test_what_is_not_permitted_harms_nothing_else(caplog: pytest.LogCaptur
         scene.link.want("g", "room")
         await scene.link.live("g", "room")
         scene.fake.lost(None)
-        await until(lambda: scene.receiver.restored)
+        await until(lambda: scene.receiver.restores)
         assert "ns.g.room" in scene.fake.subjects and scene.link.outages == 1
         with pytest.raises(PachinkoError, match="not permitted"):
             await scene.link.live("g", "denied")
@@ -775,7 +775,7 @@ async def test_a_subscription_of_a_connection_that_is_over_changes_nothing() -> 
             await until(lambda held=held: held)
             late = scene.link._settling["ns.g.room"]
             scene.fake.lost(None)
-            await until(lambda scene=scene: scene.receiver.restored)
+            await until(lambda scene=scene: scene.receiver.restores)
             free.set()
             await asyncio.wait([late])
             assert scene.link.is_up and scene.link.outages == 1
@@ -832,7 +832,7 @@ async def test_one_that_fails_to_stop_is_started_again() -> None:
         await scene.link.connected()
         scene.fake.fails["stop"] = RuntimeError("odd")
         scene.fake.lost(None)
-        await until(lambda: scene.receiver.restored)
+        await until(lambda: scene.receiver.restores)
 
 
 async def test_what_was_left_while_it_was_subscribed_again_is_unsubscribed() -> None:
@@ -857,7 +857,7 @@ async def test_thousands_are_subscribed_again_in_parts() -> None:
             scene.link.want("g", str(n))
         await scene.link.live("g", "1199")
         scene.fake.lost(None)
-        await until(lambda: scene.receiver.restored)
+        await until(lambda: scene.receiver.restores)
         assert len(scene.fake.subjects) == 1202
 
 
@@ -892,7 +892,7 @@ async def test_it_is_logged_when_it_is_back(caplog: pytest.LogCaptureFixture) ->
     async with linked() as scene:
         await scene.link.connected()
         scene.fake.lost(None)
-        await until(lambda: scene.receiver.restored)
+        await until(lambda: scene.receiver.restores)
     lines = [(r.levelname, r.message) for r in caplog.records if "connected, with" in r.message]
     text = "Fake: connected, with 2 subscriptions (process me)"
     assert lines == [("INFO", text), ("WARNING", text)]

@@ -299,7 +299,9 @@ async def test_an_http_error_in_connect_goes_through_falcons_error_handlers() ->
     async with serving(app) as server:
         for why in ("own", "plain", "bug"):
             assert await refused(f"{server.url}/ws?why={why}") == 403
-        assert not ws._hub.groups and not ws._hub._connections and not ws._hub._users
+        assert (
+            not ws._hub.groups and not ws._hub._registry.connections and not ws._hub._registry.users
+        )
     assert len(seen) == 1 and isinstance(seen[0][0], falcon.HTTPForbidden) and seen[0][1]
 
 

@@ -632,7 +632,7 @@ async def member(ws: Pachinko, socket: Any) -> Connection:
     """A connection in the group "all" that nobody reads from."""
     req: Any = None
     conn = Connection(ws._hub, ws._limits, req, socket, {"name": ""})
-    ws._hub._add(conn)
+    ws._hub._registry.add(conn)
     conn._opened()
     await conn.join("all")
     return conn
@@ -640,7 +640,7 @@ async def member(ws: Pachinko, socket: Any) -> Connection:
 
 async def written(ws: Pachinko) -> None:
     """Wait until no connection is marked as being written to."""
-    await until(lambda: not any(conn._writing for conn in ws._hub._connections.values()))
+    await until(lambda: not any(conn._writing for conn in ws._hub._registry.connections.values()))
 
 
 async def test_who_leaves_during_a_large_send_is_passed_over() -> None:

@@ -1103,7 +1103,7 @@ async def test_a_run_of_another_format_is_forgotten_with_its_group(engine: Engin
             await scene.check_reach()
             assert member.gaps("short-lived") == gaps
             await scene.leave(member, "short-lived")
-        assert ("g", "short-lived") not in hub._unread
+        assert ("g", "short-lived") not in hub._cluster._unread
 
 
 async def test_processes_of_two_formats_side_by_side(engine: EngineProcess) -> None:

@@ -99,7 +99,13 @@ def endpoint(**options: Any) -> Pachinko:
 
 def held(hub: Hub) -> list[Any]:
     """What the hub has in its tables."""
-    return [hub._serving, hub._connections, hub._groups, hub._users, hub._calls]
+    return [
+        hub._serving,
+        hub._registry.connections,
+        hub._registry.groups,
+        hub._registry.users,
+        hub._calls,
+    ]
 
 
 async def empty(hub: Hub) -> None:

@@ -2028,7 +2028,9 @@ class Stage:
     def verify_end(self, app: Endpoint, visits: list[Visit]) -> None:
         """Nothing is left of the connections."""
         hub = app.hub
-        assert not (hub._connections or hub._groups or hub._users or hub._serving)
+        assert not (
+            hub._registry.connections or hub._registry.groups or hub._registry.users or hub._serving
+        )
         gc.collect(0)
         assert self.uncaught == []
         assert [visit.conn() for visit in visits] == [None] * len(visits)
