@@ -24,7 +24,7 @@ def make_report(user: str) -> None:
     for done in range(1, STEPS + 1):
         time.sleep(0.2)  # the work
         tell(user, done)
-    print(f"the report for {user} is ready", flush=True)
+    print(f"the report for {user} is ready\n", end="", flush=True)  # whole, though threads share it
 
 
 def tell(user: str, done: int) -> None:
