@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
 import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
 from typing import Any
-
-import psutil
 
 from benchmarks.cluster_measurements import (
     ENTRIES,
@@ -25,7 +21,7 @@ from benchmarks.cluster_measurements import (
 from benchmarks.cluster_processes import KINDS, find
 from benchmarks.measurements import Result
 from benchmarks.processes import PINNED
-from benchmarks.report import cpu_model, number
+from benchmarks.report import machine, number, packages
 
 Results = dict[str, Result]
 
@@ -43,12 +39,9 @@ def about(bench: ClusterBench, load: float) -> dict[str, str]:
     ]
     shares = bench.shares or [0.0]
     return {
-        "Date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-        "Machine": f"{cpu_model()}, {psutil.cpu_count()} cores",
-        "System": f"{platform.system()} {platform.release()}",
-        "Python": f"{platform.python_implementation()} {platform.python_version()}",
+        **machine(),
         "Engines": "; ".join(engines),
-        "Packages": ", ".join(f"{name} {bench.versions[name]}" for name in sorted(bench.versions)),
+        "Packages": packages(bench.versions),
         "Cores": "one for the app's processes, another for engine and clients"
         if PINNED
         else "not pinned",

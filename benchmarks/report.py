@@ -40,6 +40,20 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def machine() -> dict[str, str]:
+    """On what, and when."""
+    return {
+        "Date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "Machine": f"{cpu_model()}, {psutil.cpu_count()} cores",
+        "System": f"{platform.system()} {platform.release()}",
+        "Python": f"{platform.python_implementation()} {platform.python_version()}",
+    }
+
+
+def packages(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {versions[name]}" for name in sorted(versions))
+
+
 def about(bench: Bench, results: list[Result]) -> dict[str, str]:
     """Under which circumstances."""
     noise = [
@@ -49,11 +63,8 @@ def about(bench: Bench, results: list[Result]) -> dict[str, str]:
     ]
     shares = bench.shares or [0.0]
     return {
-        "Date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-        "Machine": f"{cpu_model()}, {psutil.cpu_count()} cores",
-        "System": f"{platform.system()} {platform.release()}",
-        "Python": f"{platform.python_implementation()} {platform.python_version()}",
-        "Packages": ", ".join(f"{name} {bench.versions[name]}" for name in sorted(bench.versions)),
+        **machine(),
+        "Packages": packages(bench.versions),
         "Cores": "one for the server, another for the load client" if PINNED else "not pinned",
         "Load client": f"used {statistics.median(shares):.0%} of a core, at most {max(shares):.0%}",
         "Rounds": str(bench.rounds),

@@ -57,8 +57,8 @@ async def work(sid: str, data: Any) -> dict[str, Any]:
     return {"a": y.a, "b": y.b}
 
 
-def create_app() -> Any:
-    sio = socketio.AsyncServer(async_mode="asgi", ping_interval=3600)
+def create_app(client_manager: Any = None) -> Any:
+    sio = socketio.AsyncServer(async_mode="asgi", ping_interval=3600, client_manager=client_manager)
 
     @sio.event
     async def connect(sid: str, environ: dict[str, Any]) -> None:
