@@ -261,7 +261,7 @@ async def test_the_loss_of_the_engine_is_told(engine: EngineProcess) -> None:
     async with Connected(engine.url) as one:
         engine.pause()
         given_up = asyncio.create_task(one.backplane.publish("n.g.a", b"x"))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # so that it has begun
         given_up.cancel()
         engine.kill()
         await until(lambda: one.lost)

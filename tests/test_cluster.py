@@ -430,7 +430,7 @@ async def test_what_a_hub_does_by_itself_ends_with_it() -> None:
     async with one.open(Own()):
         assert one._cluster is not None
         one._cluster._start_work(work())
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # so that it has begun
     await asyncio.wait_for(ended.wait(), PATIENCE)
 
 

@@ -452,7 +452,7 @@ async def test_one_who_has_just_given_up_needs_no_news_of_a_loss() -> None:
         await scene.link.connected()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0) as patience:
-                await asyncio.sleep(PATIENCE)
+                await asyncio.Event().wait()
         scene.link._waits.add(patience)
         scene.fake.lost(None)
         await until(lambda: scene.receiver.restores)
@@ -664,7 +664,7 @@ async def test_a_join_that_is_cancelled_may_miss_messages() -> None:
         for name in ("room", "left"):
             scene.link.want("g", name)
             joins.append(asyncio.create_task(scene.link.live("g", name)))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # so that they wait
         scene.link.unwant("g", "left")
         for join in joins:
             join.cancel()
@@ -695,7 +695,7 @@ async def test_a_refusal_that_comes_when_nobody_is_left() -> None:
         scene.fake.denied.add("ns.g.room")
         scene.link.want("g", "room")
         task = scene.link._settling["ns.g.room"]
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # so that it has begun
         scene.link.unwant("g", "room")
         free.set()
         await asyncio.wait([task])

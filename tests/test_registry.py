@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -62,7 +62,9 @@ class Tables(RuleBasedStateMachine):
 
     @rule(user=st.sampled_from(["ann", "bob", None]))
     def connect(self, user: str | None) -> None:
-        conn = Connection(self.hub, self.limits, None, Socket(), {})  # type: ignore[arg-type]
+        request: Any = None
+        socket: Any = Socket()
+        conn = Connection(self.hub, self.limits, request, socket, {})
         self.hub._registry.add(conn)
         conn.user = user
         conn._opened()
@@ -105,7 +107,7 @@ class Tables(RuleBasedStateMachine):
     async def settled(self, call: Any) -> None:
         await call
         while any(conn._writing for conn in self.conns):
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # the turn of the next one
 
     @invariant()
     def tables_agree(self) -> None:
@@ -113,7 +115,8 @@ class Tables(RuleBasedStateMachine):
         assert self.hub.connections == alive
         for conn in self.conns:
             assert conn.groups == self.joined[conn]
-            sent = [e for e in conn.ws.sent if e["type"] == "websocket.send"]  # type: ignore[attr-defined]
+            events = cast(Any, conn.ws).sent
+            sent = [event for event in events if event["type"] == "websocket.send"]
             assert len(sent) == self.expected[conn]
         names = set().union(*self.joined.values()) if self.joined else set()
         assert self.hub.groups == names
