@@ -1497,7 +1497,7 @@ class Nats:
         self._settings.update(self._settings_of(engine))
         self._client: Any = None
         self._subscriptions: dict[str, Any] = {}
-        self._refusals: collections.Counter[str] = collections.Counter()
+        self._refusals: list[str] = []  # one for each message, of which several may be in progress
         self._round_trip: asyncio.Task[None] | None = None  # that has not begun
         self._round_trips: set[asyncio.Task[None]] = set()
 
@@ -1550,7 +1550,7 @@ class Nats:
             elif '(sid "' in text:  # of a subscription that was permitted before
                 tell(exc)
             else:
-                self._refusals[text] += 1  # and the connection goes on
+                self._refusals.append(text)  # and the connection goes on
 
         async def closed() -> None:
             tell(errors[-1] or client.last_error)
@@ -1606,8 +1606,8 @@ class Nats:
     def _check_permitted(self, what: str, subject: str) -> None:
         """The server has said so before it answered the round trip."""
         refusal = f'nats: permissions violation for {what} to "{subject.lower()}"'
-        if self._refusals[refusal]:  # one for each message, of which several may be in progress
-            self._refusals[refusal] -= 1
+        if refusal in self._refusals:
+            self._refusals.remove(refusal)
             raise PachinkoError(f"the NATS server does not permit the {what} to {subject}")
 
     def _connected(self) -> Any:
