@@ -4882,7 +4882,7 @@ class Printer:
 
     def __init__(self, count: int | None) -> None:
         self._left = count
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         self._done = asyncio.Event()
 
     def message(self, line: str) -> None:
@@ -4891,9 +4891,8 @@ class Printer:
             return
         try:
             _print(line)
-        except OSError as exc:  # `head`, say, has seen enough; or the disk is full
-            self._failure = None if isinstance(exc, BrokenPipeError) else exc
-            _silence_stdout()
+        except (OSError, UnicodeError) as exc:  # `head`, say, has seen enough
+            self._failure = exc
             self._done.set()
         if self._left is not None:
             self._left -= 1
@@ -4901,10 +4900,10 @@ class Printer:
                 self._done.set()
 
     async def done(self) -> None:
-        """Wait for the last one. Raises `PachinkoError` when it could not be printed."""
+        """Wait for the last one. Raises `OSError` or `UnicodeError` when one cannot be printed."""
         await self._done.wait()
         if self._failure is not None:
-            raise PachinkoError(f"cannot print: {self._failure}")
+            raise self._failure
 
 
 class Eavesdropper(Cluster):
@@ -4920,7 +4919,7 @@ class Eavesdropper(Cluster):
         self._printer = printer
 
     async def run(self) -> None:
-        """Print until that is done. Raises `PachinkoError`."""
+        """Print until that is done. Raises `PachinkoError`, and what the printer raises."""
         try:
             await self.link.connected()
             self.link.want("g", self._group)

@@ -22,7 +22,6 @@ from pachinko import (
     Eavesdropper,
     Hub,
     Pachinko,
-    PachinkoError,
     Printer,
     main,
     open_backplane,
@@ -360,31 +359,24 @@ async def test_what_is_behind_listen(capsys: pytest.CaptureFixture[str]) -> None
     assert types == ["all", "one", "gap", "between", "gap", "gap", "two"]
 
 
-async def test_a_pipe_that_is_closed_ends_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    "failure",
+    [BrokenPipeError(), OSError("No space left"), UnicodeEncodeError("ascii", "ä", 0, 1, "")],
+)
+async def test_a_message_that_cannot_be_printed_is_the_last_one(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python's own flush at exit then has somewhere to go."""
+    """Whoever reads has seen enough, the disk is full, or the terminal has no such character."""
+    printed: list[str] = []
+
+    def fail(line: str) -> None:
+        printed.append(line)
+        raise failure
+
+    monkeypatch.setattr(pachinko, "_print", fail)
     printer = Printer(None)
-
-    class Closed:
-        def __init__(self) -> None:
-            self.file = (tmp_path / "out").open("w")
-            self.failure: OSError = BrokenPipeError()
-
-        def write(self, text: str) -> int:
-            raise self.failure
-
-        def fileno(self) -> int:
-            return self.file.fileno()
-
-    out = Closed()
-    monkeypatch.setattr(sys, "stdout", out)
-    printer.message("x")
-    printer.message("x")
-    await asyncio.wait_for(printer.done(), PATIENCE)
-    full = Printer(None)
-    out.failure = OSError("No space left on device")
-    full.message("x")
-    with pytest.raises(PachinkoError, match="cannot print: No space left"):
-        await full.done()
-    out.file.close()
+    printer.message("one")
+    printer.message("two")
+    with pytest.raises(type(failure)):
+        await asyncio.wait_for(printer.done(), PATIENCE)
+    assert printed == ["one"]
