@@ -23,8 +23,8 @@ One JSON object a text frame, ``{"type": str, "id"?: str | int, "payload"?: any}
 returns goes to the sender with the request's ``id``; what ``hub.send`` gets goes to a group.
 
 The sections, each using only those above it: errors · envelope and message · codec · handlers
-and routing · handshake · backplanes · link · outbox and limits · connection · registry · cluster ·
-hub · dispatch · Pachinko · command line.
+and routing · handshake · backplanes · posts · link · outbox and limits · connection · registry ·
+cluster · hub · dispatch · Pachinko · command line.
 """
 
 from __future__ import annotations
@@ -1741,7 +1741,9 @@ class Redis:
                 f"{_without_secrets(exc, engine)}"
             ) from None
         self._pool = pool
-        self._connections: list[RedisConnection] = []
+        self._publishing: RedisConnection
+        self._subscribed: RedisConnection
+        self._connections: list[RedisConnection] = []  # both
         self._counts_all = True
         self._ending: asyncio.Task[None] | None = None
 
@@ -1750,14 +1752,16 @@ class Redis:
 
         make: Callable[[], Any] = self._pool.make_connection
         end_later = functools.partial(self._end_later, lost)
-        self._connections = [RedisConnection(make(), deliver, lost) for lost in (end_later, lost)]
+        self._publishing = RedisConnection(make(), deliver, end_later)
+        self._subscribed = RedisConnection(make(), deliver, lost)
+        self._connections = [self._publishing, self._subscribed]
         opens = (connection.open() for connection in self._connections)
         for failure in await asyncio.gather(*opens, return_exceptions=True):
             if failure is not None:  # only now that the other one cannot be left half open
                 raise failure
         mode = b""
         with contextlib.suppress(ResponseError):  # of a server before 6.0
-            about = await self._connections[0].call("HELLO", "2")
+            about = await self._publishing.call("HELLO", "2")
             mode = dict(zip(about[::2], about[1::2], strict=True)).get(b"mode", b"")
         if mode == b"sentinel":
             raise PachinkoError("this is a Redis Sentinel: give the address of the primary instead")
@@ -1769,25 +1773,25 @@ class Redis:
         async def end() -> None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_DISCONNECT):
-                    await self._connections[1].over.wait()
+                    await self._subscribed.over.wait()
             lost(why)
 
         self._ending = asyncio.get_running_loop().create_task(end())
 
     async def publish(self, subject: str, data: bytes) -> int | None:
-        reached: int = await self._connections[0].call("PUBLISH", subject, data)
+        reached: int = await self._publishing.call("PUBLISH", subject, data)
         return reached if self._counts_all else None
 
     async def subscribe(self, subject: str) -> None:
         from redis.exceptions import ResponseError
 
         try:
-            await self._connections[1].call("SUBSCRIBE", subject)
+            await self._subscribed.call("SUBSCRIBE", subject)
         except ResponseError as exc:
             raise PachinkoError(f"Redis does not permit to subscribe to {subject}: {exc}") from None
 
     async def unsubscribe(self, subject: str) -> None:
-        await self._connections[1].call("UNSUBSCRIBE", subject)
+        await self._subscribed.call("UNSUBSCRIBE", subject)
 
     async def stop(self) -> None:
         if self._ending is not None:
@@ -1842,23 +1846,14 @@ def _without_secrets(exc: BaseException | None, engine: Engine | None) -> str:
     return text if len(text) <= _REASON_SHOWN else f"{text[:_REASON_SHOWN]}…"
 
 
-# ── link ──────────────────────────────────────────────────────────────────────────────────────
-#
-# Keeps this process on its engine: subscribes to what is wanted, whatever the order in which that
-# comes and goes; notices that the engine no longer answers; connects again.
+# ── posts ─────────────────────────────────────────────────────────────────────────────────────
 #
 # A message between processes is a line of JSON, a `Post`, and behind it the text frame for the
 # clients. Subjects are "pachinko.g.room%3A1": the namespace; g for a group, u for a user, p for a
 # process, a for all; the name.
 
 _FORMAT = 1  # of posts; another one means that older processes cannot read it
-_ENGINE_WAIT = 4.0  # seconds that the engine may take for a message; callers are promised 5
-_BEAT = 0.5  # seconds between two signs of life
-_RESTORE = 10.0  # seconds for 500 subscriptions at once, when all processes come back together
-_MISSED = 5  # of them in a row, and the engine is taken for lost
-_RECONNECT = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds, and then as the last
 _LONGEST_NAME = 120  # characters in a subject, which is part of a line of at most 4 KiB in NATS
-_MAX_PROCESSES = 10_000  # whose present session is known
 
 
 class Post(msgspec.Struct, omit_defaults=True):
@@ -1911,6 +1906,10 @@ class Refused(Exception):
         self.format = format
 
 
+class Late(Refused):
+    """It is one, but its sender was told that it is lost."""
+
+
 _decode_post = msgspec.json.Decoder(Post).decode
 _decode_carried = msgspec.json.Decoder(Carried).decode
 _decode_format = msgspec.json.Decoder(Format).decode
@@ -1952,6 +1951,19 @@ def check_carried(frame: bytes, group: str | None) -> None:
         raise Refused(f"not a message for clients: {exc}") from None
     if carried.group != group:
         raise Refused("a message for clients that names another group")
+
+
+# ── link ──────────────────────────────────────────────────────────────────────────────────────
+#
+# Keeps this process on its engine: subscribes to what is wanted, whatever the order in which that
+# comes and goes; notices that the engine no longer answers; connects again.
+
+_ENGINE_WAIT = 4.0  # seconds that the engine may take for a message; callers are promised 5
+_BEAT = 0.5  # seconds between two signs of life
+_RESTORE = 10.0  # seconds for 500 subscriptions at once, when all processes come back together
+_MISSED = 5  # of them in a row, and the engine is taken for lost
+_RECONNECT = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds, and then as the last
+_MAX_PROCESSES = 10_000  # whose present session is known
 
 
 class Receiver(typing.Protocol):
@@ -2042,14 +2054,17 @@ class Link:
             why = self._why or f"no answer within {_ENGINE_WAIT:g} s"
             raise EngineAway(f"{self._name} has not taken a message: {why}") from None
         except Exception as exc:  # of the library
-            raise EngineAway(f"{self._name}: {_without_secrets(exc, self._engine)}") from None
+            text = f"{self._name}: {_without_secrets(exc, self._engine)}"
+            if self._is_bug(exc):
+                raise PachinkoError(text) from exc
+            raise EngineAway(text) from None
 
     async def _publish(self, subject: str, post: Post, frame: bytes) -> int | None:
         self._posts += 1
         number = post.n = self._posts
         post.session = self._session
         copy: asyncio.Future[None] | None = None
-        if subject in self._live:
+        if subject in self._live and subject in self._wanted:
             copy = asyncio.get_running_loop().create_future()
             self._copies[number] = subject, copy
         try:
@@ -2059,6 +2074,10 @@ class Link:
             return reached
         finally:
             self._copies.pop(number, None)
+
+    def _is_bug(self, exc: BaseException) -> bool:
+        """In a backplane that the program has of its own, to be traced."""
+        return self._engine is None and not isinstance(exc, (OSError, PachinkoError))
 
     def post(self, op: str, **fields: Any) -> Post:
         """A post of this process."""
@@ -2076,6 +2095,9 @@ class Link:
         self._wanted.pop(subject, None)
         self._denied.pop(subject, None)
         self._late.discard(subject)
+        for about, copy in self._copies.values():
+            if about == subject:
+                _let_go_on(copy)  # nobody is left here for whom it matters
         self._settle(subject)
 
     async def live(self, kind: str, name: str) -> None:
@@ -2091,11 +2113,11 @@ class Link:
                         await asyncio.wait([self._settling.get(subject, self._lost)])
                     else:
                         await self.connected()
-        except (PachinkoError, TimeoutError, asyncio.CancelledError) as exc:
+        except (PachinkoError, TimeoutError):
+            pass
+        finally:
             if subject in self._wanted and self._is_unsettled(subject):
                 self._late.add(subject)
-            if isinstance(exc, asyncio.CancelledError):
-                raise
         if subject in self._denied:
             raise PachinkoError(self._denied[subject])
 
@@ -2121,9 +2143,6 @@ class Link:
                     self._add_live(subject)
                 else:
                     self._live.discard(subject)
-                    for about, copy in self._copies.values():
-                        if about == subject and not copy.done():
-                            copy.set_result(None)  # nobody is left here for whom it matters
                     await self._backplane.unsubscribe(subject)
         except Exception as exc:  # of the library
             if self._settling.get(subject) is not me:
@@ -2251,7 +2270,8 @@ class Link:
         if exc is not None and why != self._why:
             what = "is lost" if self.is_up else "cannot be reached"
             text = "%s %s: %s; trying again (process %s)"
-            logger.error(text, self._name, what, why, self._process)
+            bug = exc if self._is_bug(exc) else None
+            logger.error(text, self._name, what, why, self._process, exc_info=bug)
         self._why, self._has_missed = why, True
         was_up, self.is_up = self.is_up, False
         if was_up and exc is not None:
@@ -2288,7 +2308,7 @@ class Link:
                 if post.session < known:
                     # Its process lost the engine, and was told that this is lost. It may still be
                     # on its way, but does not overtake what that process has sent since.
-                    raise Refused("its process has lost the connection that it came by")
+                    raise Late("its process has lost the connection that it came by")
                 self._is_delivering = True
                 await self._receiver.take(*target, post, frame)
                 if not is_own:
@@ -2301,8 +2321,8 @@ class Link:
             if is_own and post.session == session:
                 self._heard = True
                 _, copy = self._copies.get(post.n, (None, None))
-                if copy is not None and not copy.done():
-                    copy.set_result(None)
+                if copy is not None:
+                    _let_go_on(copy)
         finally:
             self._is_delivering = False
 
@@ -3117,6 +3137,7 @@ class Registry:
         self.connections: dict[str, Connection] = {}  # without those that have to authenticate
         self.groups: dict[str, set[Connection]] = {}
         self.users: dict[str, set[Connection]] = {}
+        self._tables = {"g": self.groups, "u": self.users}
         # Told of the first connection here of a group ("g") or user ("u"), and after the last one.
         self.want: Callable[[str, str], None] = _ignore
         self.unwant: Callable[[str, str], None] = _ignore
@@ -3156,14 +3177,14 @@ class Registry:
         self._discard("g", group, conn)
 
     def _enter(self, kind: str, name: str, conn: Connection) -> None:
-        table = self.groups if kind == "g" else self.users
+        table = self._tables[kind]
         if name not in table:
             table[name] = set()
             self.want(kind, name)
         table[name].add(conn)
 
     def _discard(self, kind: str, name: str, conn: Connection) -> None:
-        table = self.groups if kind == "g" else self.users
+        table = self._tables[kind]
         members = table.get(name)
         if members is not None:
             members.discard(conn)
@@ -3177,7 +3198,7 @@ class Registry:
             return (self.connections[name],) if name in self.connections else ()
         if kind == "a":
             return self.connections.values()
-        return (self.groups if kind == "g" else self.users).get(name, ())
+        return self._tables[kind].get(name, ())
 
     def members(self, group: str) -> frozenset[Connection]:
         """Those in *group* that are accepted."""
@@ -3274,7 +3295,7 @@ async def _write_each(receivers: list[Connection], event: Event) -> None:
 
 _PRESENCE = 0.4  # seconds for the other processes to say who is there
 _ANSWER_BYTES = 200_000  # of members in one part of such an answer
-_MAX_SUSPECTS = 100  # formats of posts that are logged, once each
+_MAX_SUSPECTS = 100  # kinds of refused posts that are logged, once each
 _questions = itertools.count(1)
 
 
@@ -3315,7 +3336,7 @@ class Cluster:
         self._asks: dict[int, Answers] = {}
         self._gaps: dict[str, tuple[Connection, ...]] = {}  # to be announced
         self._unread: dict[tuple[str, str], frozenset[str]] = {}  # who knows of another format
-        self._suspects: set[int | None] = set()  # the formats that have been logged
+        self._suspects: set[object] = set()  # the kinds that have been logged
         self.link: Link = Link(backplane, engine, namespace, process, self)
         registry.want, registry.unwant = self.link.want, self._unwant
 
@@ -3417,12 +3438,12 @@ class Cluster:
     async def refused(self, kind: str, name: str, why: Refused) -> None:
         """Count what came from the engine and is not understood; a newer version's is a gap."""
         self.refusals += 1
-        if why.format not in self._suspects and len(self._suspects) < _MAX_SUSPECTS:
-            self._suspects.add(why.format)
+        suspect = type(why), why.format
+        if suspect not in self._suspects and len(self._suspects) < _MAX_SUSPECTS:
+            self._suspects.add(suspect)
             logger.warning(
-                "refused a message from the engine, by a stranger or another version of Pachinko "
-                "(more of them are counted, not logged): %s", why
-            )  # fmt: skip
+                "refused a message from the engine (more like it are counted, not logged): %s", why
+            )
         if why.format is not None and kind != "p":
             await self._missed(kind, name)
 

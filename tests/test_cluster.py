@@ -577,6 +577,16 @@ async def publish_raw(process: Process, kind: str, name: str, data: bytes) -> No
     await link._backplane.publish(subject_of("pachinko", kind, name), data)
 
 
+async def test_what_is_late_does_not_hide_a_stranger(caplog: pytest.LogCaptureFixture) -> None:
+    """What comes after an outage is logged apart from what is none of ours, once each."""
+    async with processes(Own(), 1) as (one,):
+        for why in (pachinko.Late("late"), pachinko.Refused("rubbish")) * 2:
+            await one.hub._cluster.refused("g", "room", why)
+        assert one.hub.stats()["refused"] == 4
+    texts = [record.getMessage() for record in caplog.records if "refused" in record.msg]
+    assert [text.rpartition(": ")[2] for text in texts] == ["late", "rubbish"]
+
+
 async def test_a_stranger_on_our_subjects(
     engine: EngineProcess, caplog: pytest.LogCaptureFixture
 ) -> None:

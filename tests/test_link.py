@@ -1,4 +1,4 @@
-"""The link: posts, subjects, and how a process stays on its engine, whatever that does."""
+"""The link: how a process stays on its engine, whatever that does."""
 
 from __future__ import annotations
 
@@ -7,129 +7,16 @@ import contextlib
 import json
 import logging
 import random
-import string
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support import PATIENCE, until
 
 import pachinko
-from pachinko import Link, PachinkoError, Post, Refused, check_carried, subject_of, unpack
+from pachinko import EngineAway, Link, PachinkoError, Post, Refused
 
-# Subjects
-
-
-@given(st.text(max_size=200), st.text(max_size=200))
-def test_every_name_has_a_subject_of_its_own(one: str, other: str) -> None:
-    """Of few characters, none of which means anything to an engine."""
-    subject = subject_of("ns", "g", one)
-    assert (subject == subject_of("ns", "g", other)) == (one == other)
-    assert len(subject) <= 200 and subject.startswith("ns.g.") and subject.count(".") == 2
-    assert set(subject) <= set(string.ascii_letters + string.digits + "-_.%=~")
-    assert len(subject.split(".")[2]) > 0
-
-
-@pytest.mark.parametrize(
-    ("name", "token"),
-    [
-        ("room:1", "room%3A1"),
-        ("a.b", "a%2Eb"),
-        (">", "%3E"),
-        ("*", "%2A"),
-        ("a b\n", "a%20b%0A"),
-        ("ä", "%C3%A4"),
-        ("", "="),
-    ],
-)
-def test_a_short_name_stays_readable(name: str, token: str) -> None:
-    """For whoever looks at the engine."""
-    assert subject_of("pachinko", "g", name).startswith(f"pachinko.g.{token}")
-
-
-def test_long_and_odd_names_are_hashed() -> None:
-    """10,000 characters, nothing at all, half a surrogate pair."""
-    names = ["", "x" * 10_000, "x" * 10_001, "\udcff" * 100, "\ud800"]
-    subjects = {subject_of("ns", "u", name) for name in names}
-    assert len(subjects) == len(names) and max(map(len, subjects)) <= 200
-
-
-# Posts
-
-
-def test_a_post_is_a_line_and_the_frame_behind_it() -> None:
-    """The line is JSON; what is not there has its default, what is unknown is ignored."""
-    head = {"v": 1, "op": "send", "from": "p", "n": 3, "later": [1]}
-    post, frame = unpack(json.dumps(head).encode() + b'\n{"type":"a\\nb"}\nrest')
-    assert (post.op, post.source, post.n, post.exclude, post.to) == ("send", "p", 3, [], None)
-    assert frame == b'{"type":"a\\nb"}\nrest'
-
-
-@pytest.mark.parametrize(
-    ("data", "why", "version"),
-    [
-        (b"", "not a message of ours", None),
-        (b"\n", "not a message of ours", None),
-        (b"hello", "not a message of ours", None),
-        (b"\xff\xfe\n{}", "not a message of ours", None),
-        (b'{"v":1}\n', "missing required field", None),
-        (b'{"v":1,"op":5,"from":"p"}\n', "Expected `str`", None),
-        (b'{"v":1,"op":"send","from":"p","exclude":"all"}', "Expected `array`", None),
-        (b'{"v":2,"op":"send","from":"p"}\n', "it has format 2, not 1", 2),
-        (b'{"v":2}\n', "it has format 2, not 1", 2),
-        (b'{"v":3,"op":{}}', "it has format 3, not 1", 3),
-        (b'{"v":"2"}', "not a message of ours", None),
-        (b"[" * 100_000, "not a message of ours", None),
-        (b'{"v":1,"op":"send","from":"p","x":' + b"[" * 100_000, "not a message of ours", None),
-    ],
-)
-def test_what_is_no_post_is_refused(data: bytes, why: str, version: int | None) -> None:
-    """A stranger's bytes, and another version's."""
-    with pytest.raises(Refused, match=why) as caught:
-        unpack(data)
-    assert caught.value.format == version
-
-
-@given(st.binary(max_size=300))
-def test_no_bytes_break_it(data: bytes) -> None:
-    """Any bytes are a post or refused."""
-    with contextlib.suppress(Refused):
-        unpack(data)
-    with contextlib.suppress(Refused):
-        check_carried(data, "a")
-
-
-@pytest.mark.parametrize(
-    "frame",
-    [
-        b"",
-        b"hello",
-        b"[]",
-        b"{}",
-        b'{"type":5}',
-        b'{"type":"a","group":"other"}',
-        b'{"type":"a"}',
-        b'{"type":"a","group":"room","payload":}',
-        b'{"type":"a","group":"room"} and more',
-        b'{"type":"a","group":"room","payload":' + b"[" * 100_000,
-        b'{"type":"a","group":"room","payload":"\xff"}',
-    ],
-)
-def test_what_is_no_frame_for_clients_is_refused(frame: bytes) -> None:
-    """It has a type, and names the group that it was sent to."""
-    with pytest.raises(Refused):
-        check_carried(frame, "room")
-
-
-def test_a_frame_for_clients_passes() -> None:
-    """With its group, or without one where it is for no group."""
-    check_carried(b'{"type":"a","group":"room","payload":[{"x":1}]}', "room")
-    check_carried(b'{"type":"a"}', None)
-
-
-# The link, on an engine that does what no real one will on demand
+# On an engine that does what no real one will on demand
 
 
 class Broker:
@@ -349,6 +236,48 @@ async def test_a_send_does_not_wait_for_a_copy_once_nobody_is_left() -> None:
         scene.link.want("g", "other")
         scene.link.unwant("g", "room")
         await asyncio.wait_for(sending, PATIENCE)
+
+
+async def test_a_copy_that_comes_while_nobody_wants_it_is_not_waited_for() -> None:
+    """The last member leaves and another one joins, in one turn of the loop."""
+    held: list[bytes] = []
+    async with linked() as scene:
+        scene.link.want("g", "room")
+        await scene.link.live("g", "room")
+
+        async def hold(subject: str, data: bytes) -> int:
+            held.append(data)
+            return 1
+
+        scene.fake.broker.publish = hold  # type: ignore[method-assign]
+        sending = asyncio.create_task(scene.send())
+        await until(lambda: any(b"send" in data for data in held))
+        (copy,) = (data for data in held if b"send" in data)
+        scene.link.unwant("g", "room")
+        await scene.fake.deliver("ns.g.room", copy)
+        scene.link.want("g", "room")
+        await asyncio.wait_for(sending, PATIENCE)
+
+
+@pytest.mark.parametrize("call", ["start", "publish"])
+async def test_a_bug_in_a_backplane_of_ones_own_is_traced(
+    call: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where it fails as engines do, one line is enough."""
+    for failure in (KeyError("nope"), ConnectionError("away")):
+        fake = Fake()
+        fake.fails[call] = failure
+        caplog.clear()
+        async with linked(fake) as scene:
+            with pytest.raises(PachinkoError, match=r"nope|away") as caught:
+                await scene.send()
+        logged = [record.exc_info for record in caplog.records if record.exc_info]
+        if isinstance(failure, OSError):
+            assert not logged and isinstance(caught.value, EngineAway)
+        elif call == "start":
+            assert logged and logged[0][1] is failure
+        else:
+            assert caught.value.__cause__ is failure and not isinstance(caught.value, EngineAway)
 
 
 async def test_a_message_goes_to_every_process_that_wants_it() -> None:
