@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import importlib.util
 import signal
@@ -304,6 +305,31 @@ async def test_a_round_trip_follows_what_was_handed_over_before() -> None:
             assert len(one.messages) == n + 1
 
 
+def test_what_a_library_quotes_is_hidden() -> None:
+    """As it is, and as it stands in a URL; what is long is cut."""
+    text = pachinko._without_secrets(
+        ValueError("p@ss or p%40ss in nats://me:p%40ss@h"), read_engine("nats://me:p%40ss@h")
+    )
+    assert text == "ValueError: *** or *** in nats://me:***@h"
+    token = read_engine("nats://t%3Aken@h")
+    assert pachinko._without_secrets(OSError("t:ken, t%3Aken"), token) == "OSError: ***, ***"
+    long = pachinko._without_secrets(OSError("x" * 1000), None)
+    assert len(long) == pachinko._REASON_SHOWN + 1 and long.endswith("x…")
+
+
+async def test_the_loss_of_nats_is_told_before_it_is_closed() -> None:
+    """To say good-bye may take its time, with TLS above all."""
+    async with running("nats") as engine, Connected(engine.url) as one:
+        backplane: Any = one.backplane
+        client, closed = backplane._client, asyncio.Event()
+        client._transport.wait_closed = closed.wait
+        ending = asyncio.create_task(client._process_op_err(ConnectionResetError()))
+        await until(lambda: one.lost)
+        assert not ending.done()
+        closed.set()
+        await ending
+
+
 @pytest.mark.parametrize("is_told", [False, True])
 def test_what_nats_has_not_written_is_given_up_with_a_lost_connection(
     is_told: bool, caplog: pytest.LogCaptureFixture
@@ -447,6 +473,19 @@ async def test_a_call_to_redis_in_progress_learns_of_the_loss() -> None:
         assert not pending and all(isinstance(call.exception(), Exception) for call in calls)
 
 
+async def test_redis_has_room_for_one_connection_only() -> None:
+    """Neither of the two is left half open."""
+    async with running("redis", "--maxclients", "1") as engine:
+        one = Connected(engine.url)
+        backplane: Any = one.backplane
+        for _ in range(5):
+            with pytest.raises(Exception, match=r"max number of clients|Connection closed"):
+                await backplane.start(one.deliver, one.lost.append)
+            await backplane.stop()
+            states = [connection._connection.is_connected for connection in backplane._connections]
+            assert states == [False, False] and len(asyncio.all_tasks()) == 1
+
+
 async def test_redis_is_lost_with_either_connection() -> None:
     """The one to publish on has nothing to read; the other one is given the time for that."""
     async with running("redis") as engine, Connected(engine.url) as one:
@@ -546,7 +585,9 @@ async def test_nats_with_a_first_server_that_swallows_packets() -> None:
         async with running("nats") as engine:
             url = f"nats://127.0.0.1:{port},127.0.0.1:{engine.port}"
             for _ in range(4):  # nats-py shuffles them
-                async with Connected(url) as one:
+                async with contextlib.AsyncExitStack() as stack:
+                    async with asyncio.timeout(pachinko._CONNECT):  # the link waits no longer
+                        one = await stack.enter_async_context(Connected(url))
                     await one.backplane.subscribe("n.g.a")
 
 

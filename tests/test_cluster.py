@@ -77,6 +77,32 @@ async def processes(url: Any, count: int = 2, **options: Any) -> AsyncIterator[l
         await asyncio.gather(*(server.stop() for server in servers))
 
 
+class Own:
+    """The backplane of the documentation's kind: here, one that connects the hubs of a process."""
+
+    everywhere: ClassVar[list[Own]] = []
+
+    async def start(self, deliver: Any, lost: Any) -> None:
+        self.deliver, self.subjects = deliver, set[str]()
+        self.everywhere.append(self)
+
+    async def publish(self, subject: str, data: bytes) -> int | None:
+        reached = [own for own in self.everywhere if subject in own.subjects]
+        for own in reached:
+            await own.deliver(subject, data)
+        return len(reached)
+
+    async def subscribe(self, subject: str) -> None:
+        self.subjects.add(subject)
+
+    async def unsubscribe(self, subject: str) -> None:
+        self.subjects.discard(subject)
+
+    async def stop(self) -> None:
+        if self in self.everywhere:
+            self.everywhere.remove(self)
+
+
 def text(frame: dict[str, Any]) -> Any:
     return frame["payload"]["text"]
 
@@ -138,7 +164,7 @@ async def test_a_reply_comes_after_the_group_message_sent_before_it(
 
 
 async def test_all_processes_see_one_order(engine: EngineProcess) -> None:
-    """That of the engine, for what several senders sent at the same time."""
+    """Of each sender, of several that send at the same time; with one Redis of all of them."""
     async with (
         processes(engine.url, 3) as started,
         started[0].client(group="room") as a,
@@ -155,6 +181,7 @@ async def test_all_processes_see_one_order(engine: EngineProcess) -> None:
         for k in range(3):
             for log in seen:
                 assert [x for x in log if x[0] == str(k)] == [f"{k}.{n}" for n in range(50)]
+        assert engine.kind == "nats" or seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -334,6 +361,47 @@ async def test_presence_in_parts(engine: EngineProcess, monkeypatch: pytest.Monk
             await stack.enter_async_context(one.client(group="room"))
         assert len(await two.hub.presence("room")) == 7
         assert len(await one.hub.presence("room")) == 7
+
+
+class Trickle(Own):
+    """From the second part of an answer on, a question has been asked too long ago."""
+
+    parts = 0
+
+    async def publish(self, subject: str, data: bytes) -> int | None:
+        if b'"op":"here"' in data:
+            self.parts += 1
+            if self.parts == 2:
+                await asyncio.sleep(pachinko._PRESENCE)  # what is tested
+        return await super().publish(subject, data)
+
+
+async def test_presence_waits_for_an_answer_that_has_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For the rest of it, some seconds more than for an answer."""
+    monkeypatch.setattr(pachinko, "_ANSWER_BYTES", 60)
+    monkeypatch.setattr(pachinko, "_PRESENCE", 1.0)
+    one, two = Process(Trickle()), Process(Own())
+    async with serving(one.app) as a, serving(two.app), contextlib.AsyncExitStack() as stack:
+        one.url = f"{a.url}/ws"
+        for _ in range(5):
+            await stack.enter_async_context(one.client(group="room"))
+        assert len(await two.hub.presence("room")) == 5
+
+
+async def test_presence_is_complete_when_all_have_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the engine says how many it has asked, nobody waits for more."""
+    monkeypatch.setattr(pachinko, "_PRESENCE", 2 * PATIENCE)
+    async with (
+        running("redis") as engine,
+        processes(engine.url) as (one, two),
+        one.client(group="room"),
+        asyncio.timeout(PATIENCE),
+    ):
+        assert len(await one.hub.presence("room")) == len(await two.hub.presence("room")) == 1
 
 
 async def test_presence_without_an_engine() -> None:
@@ -560,14 +628,21 @@ async def test_a_gap_of_one_group_or_user() -> None:
 
 
 async def test_a_message_that_comes_before_its_groups_gap_waits_for_it() -> None:
-    """The gap tells of what was before, so it comes before what is after."""
-    async with processes(Own(), 1) as (one,), one.client(group="room") as client:
+    """The gap tells of what was before, so it comes before what is after; not to who has left."""
+    async with (
+        processes(Own(), 1) as (one,),
+        one.client(group="room") as client,
+        one.client(group="room") as left,
+    ):
         one.hub._cluster._gaps = {
             group: tuple(members) for group, members in one.hub._registry.groups.items()
         }
+        await left.ask("leave", "room")
         post = pachinko.Post(1, "send", "p")
         await one.hub._cluster.take("g", "room", post, b'{"type":"later","group":"room"}')
         assert [(await client.receive())["type"] for _ in "12"] == ["gap", "later"]
+        await one.hub.broadcast("end")
+        assert (await left.receive())["type"] == "end"
         assert not one.hub._cluster._gaps
 
 
@@ -585,6 +660,45 @@ async def test_what_is_late_does_not_hide_a_stranger(caplog: pytest.LogCaptureFi
         assert one.hub.stats()["refused"] == 4
     texts = [record.getMessage() for record in caplog.records if "refused" in record.msg]
     assert [text.rpartition(": ")[2] for text in texts] == ["late", "rubbish"]
+
+
+async def test_kinds_of_refused_messages_are_logged_up_to_a_bound(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stranger may make up formats without end."""
+    monkeypatch.setattr(pachinko, "_MAX_SUSPECTS", 3)
+    async with processes(Own(), 1) as (one,):
+        for format in range(2, 9):
+            await one.hub._cluster.refused("g", "room", pachinko.Refused("later", format))
+        assert one.hub.stats()["refused"] == 7
+    assert caplog.text.count("refused a message from the engine") == 3
+
+
+class Unhurried(Own):
+    """It takes its time for users."""
+
+    def __init__(self) -> None:
+        self.asked, self.free = asyncio.Event(), asyncio.Event()
+
+    async def subscribe(self, subject: str) -> None:
+        if ".u." in subject:
+            self.asked.set()
+            await self.free.wait()
+        await super().subscribe(subject)
+
+
+async def test_who_is_let_in_can_be_reached_as_a_user() -> None:
+    """So that the handshake waits for the subscription."""
+    own = Unhurried()
+    async with processes(own, 1) as (one,), contextlib.AsyncExitStack() as stack:
+        entering = asyncio.create_task(stack.enter_async_context(one.client(user="ann")))
+        await asyncio.wait_for(own.asked.wait(), PATIENCE)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(entering), 0.2)
+        own.free.set()
+        client = await asyncio.wait_for(entering, PATIENCE)
+        await one.hub.send_to_user("ann", "hello")
+        assert (await client.receive())["type"] == "hello"
 
 
 async def test_a_stranger_on_our_subjects(
@@ -705,32 +819,6 @@ async def test_a_wrong_setting_keeps_the_app_from_starting(url: str, text: str) 
     with environment(PACHINKO_BACKPLANE=url), pytest.raises(PachinkoError, match=text):
         await ws.process_startup({}, {})
     assert ws._hub._loop is None
-
-
-class Own:
-    """The backplane of the documentation's kind: here, one that connects the hubs of a process."""
-
-    everywhere: ClassVar[list[Own]] = []
-
-    async def start(self, deliver: Any, lost: Any) -> None:
-        self.deliver, self.subjects = deliver, set[str]()
-        self.everywhere.append(self)
-
-    async def publish(self, subject: str, data: bytes) -> int | None:
-        reached = [own for own in self.everywhere if subject in own.subjects]
-        for own in reached:
-            await own.deliver(subject, data)
-        return len(reached)
-
-    async def subscribe(self, subject: str) -> None:
-        self.subjects.add(subject)
-
-    async def unsubscribe(self, subject: str) -> None:
-        self.subjects.discard(subject)
-
-    async def stop(self) -> None:
-        if self in self.everywhere:
-            self.everywhere.remove(self)
 
 
 async def test_a_backplane_of_ones_own() -> None:

@@ -120,14 +120,17 @@ async def test_listen_ends_after_a_number_of_messages() -> None:
         assert status == 0 and [json.loads(line)["payload"] for line in out.splitlines()] == [0, 1]
 
 
-async def test_listen_ends_with_whoever_reads_it() -> None:
-    """As in ``pachinko listen … | head -1``: no traceback."""
+async def test_listen_ends_with_whoever_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ``pachinko listen … | head -1``: no traceback. Also with a namespace."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # else there is nothing to be flushed
     sender = Hub()
+    sender.configure(namespace="shop")
     async with running("nats") as engine, sender.open(engine.url):
         read, write = os.pipe()
         process = await asyncio.create_subprocess_exec(
-            *COMMAND, "listen", engine.url, "room", stdout=write, stderr=subprocess.PIPE
-        )
+            *COMMAND, "listen", engine.url, "room", "--namespace", "shop",
+            stdout=write, stderr=subprocess.PIPE,
+        )  # fmt: skip
         os.close(write)
         assert process.stderr is not None
         await asyncio.wait_for(process.stderr.readline(), PATIENCE)
@@ -300,8 +303,10 @@ def test_what_cannot_be_printed(
         raise failure
 
     monkeypatch.setattr(asyncio, "run", fail)
-    monkeypatch.setattr(pachinko, "_silence_stdout", lambda: None)
+    silenced: list[bool] = []
+    monkeypatch.setattr(pachinko, "_silence_stdout", lambda: silenced.append(True))
     assert main(["presence", "nats://h:1", "room"]) == status
+    assert silenced  # since Python would flush once more at its end
     assert ("cannot print: No space left" in capfd.readouterr().err) == (status == 1)
 
 

@@ -40,6 +40,7 @@ class Tables(RuleBasedStateMachine):
         self.hub = Hub()
         self.limits = Pachinko(hub=self.hub)._limits
         self.conns: list[Connection] = []
+        self.alive: set[Connection] = set()
         self.joined: dict[Connection, set[str]] = {}
         self.expected: dict[Connection, int] = {}
         self.runner.run(self.start())
@@ -69,13 +70,14 @@ class Tables(RuleBasedStateMachine):
         conn.user = user
         conn._opened()
         self.conns.append(conn)
+        self.alive.add(conn)
         self.joined[conn], self.expected[conn] = set(), 0
 
     @rule(group=groups, index=indexes)
     def join(self, group: str, index: int) -> None:
         if (conn := self.pick(index)) is not None:
             self.runner.run(self.hub.join(group, conn))
-            if conn.id in self.hub._registry.connections:
+            if conn in self.alive:
                 self.joined[conn].add(group)
 
     @rule(group=groups, index=indexes)
@@ -102,6 +104,7 @@ class Tables(RuleBasedStateMachine):
         if (conn := self.pick(index)) is not None:
             conn._phase = type(conn._phase).GONE
             self.hub._remove(conn)
+            self.alive.discard(conn)
             self.joined[conn] = set()
 
     async def settled(self, call: Any) -> None:
@@ -111,8 +114,7 @@ class Tables(RuleBasedStateMachine):
 
     @invariant()
     def tables_agree(self) -> None:
-        alive = {conn for conn in self.conns if conn.id in self.hub._registry.connections}
-        assert self.hub.connections == alive
+        assert self.hub.connections == self.alive
         for conn in self.conns:
             assert conn.groups == self.joined[conn]
             events = cast(Any, conn.ws).sent
@@ -122,7 +124,7 @@ class Tables(RuleBasedStateMachine):
         assert self.hub.groups == names
         for name in names:
             assert self.hub.members(name) == {c for c, g in self.joined.items() if name in g}
-        users = {conn.user for conn in alive if conn.user is not None}
+        users = {conn.user for conn in self.alive if conn.user is not None}
         assert set(self.hub._registry.users) == users
         assert self.wanted == {("g", name) for name in names} | {("u", user) for user in users}
 
