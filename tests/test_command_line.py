@@ -310,6 +310,16 @@ def test_what_cannot_be_printed(
     assert ("cannot print: No space left" in capfd.readouterr().err) == (status == 1)
 
 
+def test_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is still to be flushed goes nowhere."""
+    path = tmp_path / "out"
+    with path.open("w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        out.write("x")
+        pachinko._silence_stdout()
+    assert not path.read_text()
+
+
 def test_it_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the status that a shell expects."""
 

@@ -234,14 +234,16 @@ async def test_a_send_returns_when_the_own_copy_was_handed_on() -> None:
 async def test_a_send_does_not_wait_for_a_copy_once_nobody_is_left() -> None:
     """The last member here has left while it was on its way."""
     async with linked() as scene:
-        scene.link.want("g", "room")
-        await scene.link.live("g", "room")
+        for name in ("other", "room"):
+            scene.link.want("g", name)
+            await scene.link.live("g", name)
         scene.fake.broker.links.clear()
-        sending = asyncio.create_task(scene.send())
-        await until(lambda: scene.link._copies)
-        scene.link.want("g", "other")
+        other, sending = (asyncio.create_task(scene.send(name)) for name in ("other", "room"))
+        await until(lambda: len(scene.link._copies) == 2)
         scene.link.unwant("g", "room")
         await asyncio.wait_for(sending, PATIENCE)
+        assert not other.done()
+        other.cancel()
 
 
 async def test_a_copy_that_comes_while_nobody_wants_it_is_not_waited_for() -> None:
