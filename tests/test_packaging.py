@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import re
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,17 @@ def test_a_plain_install_brings_only_what_the_module_imports(metadata):
         "falcon",
         "msgspec",
     }
+
+
+def test_the_oldest_packages_are_tested(metadata):
+    """The lower bounds of the metadata are what tox installs for one of its environments."""
+    tox = configparser.ConfigParser(interpolation=None)
+    tox.read(TREE / "tox.ini")
+    pinned = dict(line.split("==") for line in tox["testenv:oldest"]["deps"].split())
+    lines = [line for line in metadata.get_all("Requires-Dist", []) if "'test'" not in line]
+    bounds = dict(re.match(r"([\w-]+).*?>=([\d.]+)", line).groups() for line in lines)
+    assert {name: version.removesuffix(".*") for name, version in pinned.items()} == bounds
+    assert "oldest" in tox["tox"]["env_list"].split()
 
 
 def test_the_sdist_has_what_building_and_testing_needs(sdist):
