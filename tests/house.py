@@ -47,6 +47,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 OWNERS = ("Outgoing", "Incoming", "Session", "Connection")
 
+# What several of the owners hold, and the reason for each. A constructor stores it, nobody else.
+SHARED: dict[str, str] = {}
+
 # The private names of other packages that a module may use, and the reason for each. Those of
 # Falcon are pinned by test_falcon_names.py, against the oldest and the newest supported release.
 FALCON = {
@@ -288,11 +291,12 @@ def _bound(nodes: Iterable[ast.AST]) -> Iterator[str]:
 # Owners
 
 
-def check_owners(text: str, names: Collection[str] = OWNERS) -> Found:
+def check_owners(text: str, shared: Collection[str] = (), names: Collection[str] = OWNERS) -> Found:
     """What one of the four owners declares is stored inside the body of its class only.
 
-    Another class may have an attribute of that name, and stores it on ``self``; another owner may
-    not. A property is no attribute in this sense.
+    Another class may have an attribute of that name, and stores it on ``self``. Another owner may
+    not, unless the name is *shared* and stored by constructors only. A property is no attribute in
+    this sense.
     """
     tree = ast.parse(text)
     classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
@@ -301,8 +305,13 @@ def check_owners(text: str, names: Collection[str] = OWNERS) -> Found:
     owner_of: dict[str, str] = {}
     for owner, attributes in owners.items():
         for attribute in attributes:
-            if (first := owner_of.setdefault(attribute, owner)) != owner:
+            if attribute in shared:
+                found += _stored_later(classes[owner], attribute)
+            elif (first := owner_of.setdefault(attribute, owner)) != owner:
                 found.append(f"'{attribute}' is declared by {first} and by {owner}")
+    for name in shared:
+        if sum(name in attributes for attributes in owners.values()) < 2:
+            found.append(f"'{name}' is listed as shared, and no two owners have it")
     for line, receiver, attribute, inside in _stores(tree, items=True):
         owner = owner_of.get(attribute, "")
         if not owner or owner in inside:
@@ -314,6 +323,17 @@ def check_owners(text: str, names: Collection[str] = OWNERS) -> Found:
         if receiver not in {"self", "cls"} or is_owner or inner is None:
             found.append(f"line {line}: {receiver}.{attribute} is stored, which {owner} owns")
     return found
+
+
+def _stored_later(node: ast.ClassDef, attribute: str) -> Found:
+    """Say where a method that is no constructor stores *attribute*."""
+    return [
+        f"line {line}: '{attribute}' is shared, and {node.name}.{part.name} stores it"
+        for part in node.body
+        if isinstance(part, _FUNCTIONS) and part.name not in {"__init__", "__attrs_post_init__"}
+        for line, _, stored, _ in _stores(part, items=True)
+        if stored == attribute
+    ]
 
 
 def _declared(node: ast.ClassDef) -> dict[str, int]:

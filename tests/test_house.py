@@ -43,7 +43,8 @@ def test_the_map_is_that_of_the_code(module: str) -> None:
 @needs_the_tree
 def test_each_attribute_of_a_connection_has_one_owner() -> None:
     """What one of the four owners declares is stored nowhere else."""
-    assert listed(house.check_owners(text_of("pachinko.py"))) == ""
+    assert listed(house.check_owners(text_of("pachinko.py"), house.SHARED)) == ""
+    assert all(house.SHARED.values())
 
 
 @needs_the_tree
@@ -352,6 +353,19 @@ def test_two_owners_of_one_attribute_are_found() -> None:
     assert "'listening' is declared by Incoming and by Connection" in house.check_owners(twice)
     twice = OWNING.replace("del self.streams[1]", "self.ahead = 1")
     assert "'ahead' is declared by Incoming and by Session" in house.check_owners(twice)
+
+
+def test_what_owners_share_is_stored_by_constructors_only() -> None:
+    """A listed name may be in several owners as long as nobody stores it later."""
+    twice = OWNING.replace("user: str", "user: str\n    streams: dict")
+    twice = twice.replace("del self.streams[1]", "self.tasks = 1")
+    assert house.check_owners(twice) == ["'streams' is declared by Session and by Connection"]
+    assert house.check_owners(twice, {"streams": "a reason"}) == []
+    later = twice.replace("self.tasks = 1", "self.streams = 1")
+    (found,) = house.check_owners(later, {"streams": "a reason"})
+    assert "'streams' is shared, and Session.stop stores it" in found
+    (found,) = house.check_owners(OWNING, {"outbox": "a reason"})
+    assert found == "'outbox' is listed as shared, and no two owners have it"
 
 
 def test_an_owner_that_is_missing_is_found() -> None:
