@@ -28,6 +28,9 @@ pytestmark = pytest.mark.skipif(
     not (TREE / "hatch_build.py").exists(), reason="needs the files of the checkout"
 )
 
+where_the_file_is = pytest.mark.parametrize("place", ["alone"], indirect=True, scope="module")
+where_the_wheel_is = pytest.mark.parametrize("place", ["wheel"], indirect=True, scope="module")
+
 BROKERS = ["nats://127.0.0.1:4222", "tls://127.0.0.1", "redis://127.0.0.1", "rediss://127.0.0.1"]
 # What the environment says of Python, of coverage and of a broker is not for the servers.
 ENVIRONMENT = {
@@ -92,20 +95,6 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         install = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
         subprocess.run([*pip, *install], check=True)
     return Place(request.param, folder, bin, library)
-
-
-@pytest.fixture
-def alone(place: Place) -> Place:
-    if place.kind != "alone":
-        pytest.skip("for the lone file")
-    return place
-
-
-@pytest.fixture
-def installed(place: Place) -> Place:
-    if place.kind != "wheel":
-        pytest.skip("for the wheel")
-    return place
 
 
 class Uvicorn:
@@ -193,7 +182,7 @@ def test_the_library_is_there_once(place: Place) -> None:
 async def test_the_first_app_and_its_client(place: Place) -> None:
     """The README's first block, saved as ``app.py``, answers the README's client in Python."""
     with Uvicorn(place, parts()[0]) as server:
-        await test_docs.test_the_python_client_runs(server)  # type: ignore[arg-type]
+        await test_docs.test_the_python_client_runs(server)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +208,7 @@ async def test_authentication_the_resource_and_the_hub(page: Uvicorn) -> None:
         async with connect(f"{page.url}/ws/lobby") as client:
             answer = await client.ask("todo.add", {"text": "x"})
             assert answer == {"type": "todo.add.reply", "id": 1, "payload": ["x"]}
-            assert test_docs.post(page, "/notices", {"text": "soon"}) == 200  # type: ignore[arg-type]
+            assert test_docs.post(page, "/notices", {"text": "soon"}) == 200
             assert await client.receive() == {"type": "notice", "payload": {"text": "soon"}}
         assert await ada.receive() == {"type": "notice", "payload": {"text": "soon"}}
         await ada.close(4000)
@@ -227,10 +216,11 @@ async def test_authentication_the_resource_and_the_hub(page: Uvicorn) -> None:
     page.wait_for(r"^todo\.add: 0\.\d{6} s$")
 
 
+@where_the_file_is
 @pytest.mark.parametrize("url", BROKERS)
-def test_a_broker_needs_the_companion(alone: Place, url: str) -> None:
+def test_a_broker_needs_the_companion(place: Place, url: str) -> None:
     """Its URL is a `PachinkoError` that names the file which is missing."""
-    (text,) = alone.prints(
+    (text,) = place.prints(
         "import asyncio\nfrom pachinko import PachinkoError, hub\n"
         "async def main():\n"
         f"    async with hub.open({url!r}): pass\n"
@@ -240,10 +230,11 @@ def test_a_broker_needs_the_companion(alone: Place, url: str) -> None:
     assert "pachinko_cluster.py" in text
 
 
-def test_an_app_with_a_broker_does_not_start_without_the_companion(alone: Place) -> None:
+@where_the_file_is
+def test_an_app_with_a_broker_does_not_start_without_the_companion(place: Place) -> None:
     """The server says why, and ends."""
     code = parts()[0] + f"\nhub.configure({BROKERS[0]!r})\n"
-    with pytest.raises(AssertionError, match=r"pachinko_cluster\.py"), Uvicorn(alone, code):
+    with pytest.raises(AssertionError, match=r"pachinko_cluster\.py"), Uvicorn(place, code):
         pass
 
 
@@ -305,9 +296,10 @@ endpoint("/two")
 '''
 
 
-async def test_a_cluster_of_two_hubs(installed: Place) -> None:
+@where_the_wheel_is
+async def test_a_cluster_of_two_hubs(place: Place) -> None:
     """A backplane of one's own carries a group message from one hub to another."""
-    with Uvicorn(installed, BUS) as server:
+    with Uvicorn(place, BUS) as server:
         async with (
             connect(f"{server.url}/one") as one,
             connect(f"{server.url}/two") as two,
@@ -318,16 +310,18 @@ async def test_a_cluster_of_two_hubs(installed: Place) -> None:
             assert await two.receive() == said
 
 
-def test_a_backplane_needs_the_companion(alone: Place) -> None:
+@where_the_file_is
+def test_a_backplane_needs_the_companion(place: Place) -> None:
     """An object in place of a URL does not help: the companion knows what to send to others."""
-    with pytest.raises(AssertionError, match=r"pachinko_cluster\.py"), Uvicorn(alone, BUS):
+    with pytest.raises(AssertionError, match=r"pachinko_cluster\.py"), Uvicorn(place, BUS):
         pass
 
 
-def test_the_command(installed: Place) -> None:
+@where_the_wheel_is
+def test_the_command(place: Place) -> None:
     """The installed command tells its version, and what it would need."""
-    done = installed.run("pachinko", "--version")
-    (version,) = installed.prints("import pachinko; print(pachinko.__version__)")
+    done = place.run("pachinko", "--version")
+    (version,) = place.prints("import pachinko; print(pachinko.__version__)")
     assert (done.returncode, done.stdout) == (0, f"pachinko {version}\n"), done.stderr
-    done = installed.run("pachinko", "send", "memory://", "room", "said", json.dumps({"n": 1}))
+    done = place.run("pachinko", "send", "memory://", "room", "said", json.dumps({"n": 1}))
     assert done.returncode == 2 and "reaches no other process" in done.stderr
