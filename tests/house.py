@@ -50,8 +50,8 @@ OWNERS = ("Outgoing", "Incoming", "Session", "Connection")
 # What several of the owners hold, and the reason for each. A constructor stores it, nobody else.
 SHARED: dict[str, str] = {}
 
-# The private names of other packages that a module may use, and the reason for each. Those of
-# Falcon are pinned by test_falcon_names.py, against the oldest and the newest supported release.
+# The private names of other packages that a module may use, and the reason for each. They are
+# pinned by test_falcon_names.py and test_nats_names.py, with the oldest and the newest release.
 FALCON = {
     "_asgi_receive": "the server's receive: a message costs less without Falcon's coroutine",
     "_asgi_send": "the server's send: a delivery costs less without Falcon's coroutine",
@@ -62,9 +62,16 @@ FALCON = {
     "_close_code": "has to be known to Falcon after an end that only the module has read",
 }
 NATS = {
-    "_pending_queue": "a queue a subscription that nothing reads, and that takes 3 KiB",
+    "_process_msg": "hands messages on in their order: nats-py has a task a subscription",
+    "_process_op_err": "tells at once that the connection has failed",
+    "_close": "with uvloop it must not write to a socket that has been closed",
+    "_pending": "what it would write then",
+    "_pending_data_size": "what it would write then",
+    "_connect_command": "has the password in it, and is not to be sent in the clear",
+    "_server_info": "says whether the server offers TLS",
     "_transport": "has the writer below",
-    "_io_writer": "has the socket's own buffer, which says how far behind the broker is",
+    "_io_writer": "its socket is aborted where nats-py leaves it open",
+    "_pending_queue": "a queue a subscription, which takes 3 KiB and is not used",
 }
 STANDARD_LIBRARY = {
     "sys._getframe": "the namespace of the caller, in which annotations are looked up",
@@ -82,6 +89,9 @@ MODULE_LINES = {"pachinko.py": 4000, "pachinko_cluster.py": 1350}
 SECTION_LINES = 450
 FUNCTION_LINES = 45
 
+FOREIGN = ("falcon.", "nats.")
+
+_SELF = ("self", "cls", "super()")
 _BANNER = re.compile(r"# ── (.+?) ─+")
 _ENTRY = re.compile(r"(?P<name>.+?) — (?P<text>.+?)(?: \(uses: (?P<uses>[^()]+)\))?")
 _FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
@@ -404,7 +414,10 @@ def stored(*texts: str) -> set[str]:
 
 
 def check_private(text: str, *lists: Mapping[str, str]) -> Found:
-    """No private name of another object is used, but for those in *lists*."""
+    """No private name of another object is used, but for those in *lists*.
+
+    In a class that derives from one of `FOREIGN` the private names of ``self`` are another's, too.
+    """
     tree, allowed = ast.parse(text), {name for one in lists for name in one}
     found = [
         f"line {line}: {receiver}.{name} is a private name of another class"
@@ -412,7 +425,7 @@ def check_private(text: str, *lists: Mapping[str, str]) -> Found:
         if name not in allowed and f"{receiver}.{name}" not in allowed
     ]
     for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
+        if isinstance(node, ast.ClassDef) and not _is_foreign(node):
             own = {*_declared(node)} | {x.name for x in node.body if isinstance(x, _FUNCTIONS)}
             found += [
                 f"line {node.lineno}: {node.name}.{name} has the name of a listed exception"
@@ -430,25 +443,33 @@ def check_private_list(text: str, *lists: Mapping[str, str]) -> Found:
     return [f"{name} is listed, and not used any more" for name in listed if name not in names]
 
 
-def _private(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
+def _private(node: ast.AST, own: Collection[str] = _SELF) -> Iterator[tuple[int, str, str]]:
     """Line, receiver and name of each private attribute of anything but ``self`` and ``cls``."""
-    for node in ast.walk(tree):
-        line, receiver, name = 0, "", ""
-        if isinstance(node, ast.Attribute):
-            line, receiver, name = node.lineno, ast.unparse(node.value), node.attr
-        elif isinstance(node, ast.ImportFrom):
-            line, receiver = node.lineno, node.module or ""
-            parts = [*receiver.split("."), *(one.name for one in node.names)]
-            name = next((part for part in parts if _is_private(part)), "")
-        elif isinstance(node, ast.Call):
-            function = ast.unparse(node.func).split(".")[-1]
-            for argument in node.args if function in _BY_NAME else ():
-                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
-                    line, receiver = node.lineno, ast.unparse(node.args[0])
-                    name = argument.value.split(".")[-1]
-                    break
-        if _is_private(name) and receiver not in {"self", "cls", "super()"}:
-            yield line, receiver, name
+    if isinstance(node, ast.ClassDef):
+        own = () if _is_foreign(node) else _SELF
+        if not own:
+            defined = [part for part in node.body if isinstance(part, _FUNCTIONS)]
+            yield from ((d.lineno, node.name, d.name) for d in defined if _is_private(d.name))
+    line, receiver, name = 0, "", ""
+    if isinstance(node, ast.Attribute):
+        line, receiver, name = node.lineno, ast.unparse(node.value), node.attr
+    elif isinstance(node, ast.ImportFrom):
+        line, receiver = node.lineno, node.module or ""
+        parts = [*receiver.split("."), *(one.name for one in node.names)]
+        name = next((part for part in parts if _is_private(part)), "")
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in _BY_NAME:
+        texts = [a.value for a in node.args if isinstance(a, ast.Constant)]
+        line, receiver = node.lineno, ast.unparse(node.args[0]) if node.args else ""
+        name = next((text.split(".")[-1] for text in texts if isinstance(text, str)), "")
+    if _is_private(name) and receiver not in own:
+        yield line, receiver, name
+    for child in ast.iter_child_nodes(node):
+        yield from _private(child, own)
+
+
+def _is_foreign(node: ast.ClassDef) -> bool:
+    """Whether a class derives from one of another package that has private names of its own."""
+    return any(ast.unparse(base).startswith(FOREIGN) for base in node.bases)
 
 
 def _is_private(name: str) -> bool:

@@ -416,6 +416,11 @@ def test_an_attribute_stored_from_outside_is_found(code: str, is_found: bool) ->
         ("x._listed", False),
         ("sys._module_function()", False),
         ("os._module_function()", True),
+        ("class F(nats.Client):\n    def f(self): self._name", True),
+        ("class F(nats.Client):\n    def f(self): super()._name()", True),
+        ("class F(nats.Client):\n    def _name(self): ...", True),
+        ("class F(nats.Client):\n    def _listed(self): self._listed", False),
+        ("class F(Exception):\n    def _name(self): self._name", False),
     ],
 )
 def test_a_private_name_of_another_class_is_found(code: str, is_found: bool) -> None:
