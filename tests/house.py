@@ -419,6 +419,8 @@ def check_private(text: str, *lists: Mapping[str, str]) -> Found:
     In a class that derives from one of `FOREIGN` the private names of ``self`` are another's, too.
     """
     tree, allowed = ast.parse(text), {name for one in lists for name in one}
+    classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    elsewhere = {name for _, receiver, name in _private(tree) if receiver not in {*_SELF, *classes}}
     found = [
         f"line {line}: {receiver}.{name} is a private name of another class"
         for line, receiver, name in _private(tree)
@@ -429,7 +431,7 @@ def check_private(text: str, *lists: Mapping[str, str]) -> Found:
             own = {*_declared(node)} | {x.name for x in node.body if isinstance(x, _FUNCTIONS)}
             found += [
                 f"line {node.lineno}: {node.name}.{name} has the name of a listed exception"
-                for name in sorted(own & allowed)
+                for name in sorted(own & allowed & elsewhere)
             ]
     return found
 

@@ -440,8 +440,12 @@ def test_a_list_of_private_names_that_has_too_many_is_found() -> None:
 @pytest.mark.parametrize("code", ["_state: int", "__slots__ = ('_state',)", "def _state(s): ..."])
 def test_an_own_name_like_a_listed_one_is_found(code: str) -> None:
     """The list would hide the accesses to a private name of a class of the module."""
-    (found,) = house.check_private(f"class F:\n    {code}\n", {"_state": "a reason"})
+    own, lists = f"class F:\n    {code}\n", {"_state": "a reason"}
+    (found,) = house.check_private(f"{own}f._state", lists)
     assert "F._state has the name of a listed exception" in found
+    assert house.check_private(own, lists) == []
+    foreign = "class G(nats.Client):\n    def _state(self): super()._state()\n"
+    assert house.check_private(own + foreign, lists) == []
 
 
 def test_what_is_too_long_is_found() -> None:
