@@ -1,5 +1,8 @@
 """What the sdist, the wheel and an editable install hold."""
 
+import ast
+import configparser
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 TREE = Path(__file__).parent.parent
+MODULES = ("pachinko", "pachinko_cluster")
 
 pytestmark = pytest.mark.skipif(
     not (TREE / "hatch_build.py").exists(), reason="needs the files of the checkout"
@@ -55,13 +59,15 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
-    """The wheel has the module as a package, the marker of PEP 561, and metadata."""
+def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
+    """The wheel has each module as a package with the marker of PEP 561, and metadata."""
     (info,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     assert sorted(wheel.namelist()) == sorted(
         [
             "pachinko/__init__.py",
             "pachinko/py.typed",
+            "pachinko_cluster/__init__.py",
+            "pachinko_cluster/py.typed",
             f"{info}/METADATA",
             f"{info}/RECORD",
             f"{info}/WHEEL",
@@ -71,9 +77,26 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     )
 
 
-def test_the_wheel_has_the_bytes_of_the_module(wheel):
+@pytest.mark.parametrize("module", MODULES)
+def test_the_wheel_has_the_bytes_of_the_module(wheel, module):
     """The installed package is the file of the checkout, byte for byte."""
-    assert wheel.read("pachinko/__init__.py") == (TREE / "pachinko.py").read_bytes()
+    assert wheel.read(f"{module}/__init__.py") == (TREE / f"{module}.py").read_bytes()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_wheel_marks_the_package_as_typed(wheel, module):
+    """The marker is an empty file: with text in it, PEP 561 would call the stubs partial."""
+    assert wheel.read(f"{module}/py.typed") == b""
+
+
+def test_the_wheel_installs_the_command(wheel):
+    """The shell command is a function that the companion defines."""
+    (name,) = (name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
+    parser = configparser.ConfigParser()
+    parser.read_string(wheel.read(name).decode())
+    assert dict(parser["console_scripts"]) == {"pachinko": "pachinko_cluster:main"}
+    companion = ast.parse(wheel.read("pachinko_cluster/__init__.py"))
+    assert "main" in {node.name for node in companion.body if isinstance(node, ast.FunctionDef)}
 
 
 def test_the_wheel_is_for_every_python_and_system(wheel):
@@ -118,9 +141,23 @@ def test_a_plain_install_brings_only_what_the_module_imports(metadata):
     }
 
 
+def test_the_oldest_packages_are_tested(metadata):
+    """The lower bounds of the metadata are what tox installs for one of its environments."""
+    tox = configparser.ConfigParser(interpolation=None)
+    tox.read(TREE / "tox.ini")
+    pinned = dict(line.split("==") for line in tox["testenv:oldest"]["deps"].split())
+    lines = [line for line in metadata.get_all("Requires-Dist", []) if "'test'" not in line]
+    bounds = dict(re.match(r"([\w-]+).*?>=([\d.]+)", line).groups() for line in lines)
+    for name, bound in bounds.items():
+        bounds[name] = bound + ".0" * (2 - bound.count("."))  # 4.0 is 4.0.0
+    assert pinned == bounds
+    assert "oldest" in tox["tox"]["env_list"].split()
+
+
 def test_the_sdist_has_what_building_and_testing_needs(sdist):
     """Everything that a contributor or a distributor runs is in the sdist."""
-    needed = ["LICENSE", "README.md", "hatch_build.py", "pachinko.py", "pyproject.toml", "tox.ini"]
+    needed = ["LICENSE", "README.md", "hatch_build.py", "pyproject.toml", "tox.ini"]
+    needed += [f"{module}.py" for module in MODULES]
     assert [name for name in needed if not (sdist / name).is_file()] == []
     here = {path.relative_to(TREE) for path in (TREE / "tests").rglob("*.py")}
     assert {path.relative_to(sdist) for path in (sdist / "tests").rglob("*.py")} == here
@@ -143,7 +180,7 @@ def test_the_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
         }
 
 
-def test_an_editable_install_imports_the_live_file(sdist, tmp_path):
+def test_an_editable_install_imports_the_live_files(sdist, tmp_path):
     """What is edited after an editable install is what Python imports."""
     tree = shutil.copytree(sdist, tmp_path / "tree")
     environment = tmp_path / "environment"
@@ -155,7 +192,9 @@ def test_an_editable_install_imports_the_live_file(sdist, tmp_path):
     (site / "zz_outer.pth").write_text("\n".join(outer))
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps"]
     run(*pip, "--ignore-installed", "--no-build-isolation", "--editable", str(tree))
-    with (tree / "pachinko.py").open("a") as module:
-        module.write("\nedited = True\n")
-    show = "import pachinko; print(pachinko.edited, pachinko.__file__)"
-    assert run(python, "-c", show, cwd=tmp_path).split() == ["True", str(tree / "pachinko.py")]
+    for module in MODULES:
+        file = tree / f"{module}.py"
+        with file.open("a") as source:
+            source.write("\nedited = True\n")
+        show = f"import {module}; print({module}.edited, {module}.__file__)"
+        assert run(python, "-c", show, cwd=tmp_path).split() == ["True", str(file)]
