@@ -1,10 +1,10 @@
 """A chat: rooms by path, nicknames, who is here, who is typing, a sum, and the server's clock.
 
-    python examples/chat.py                 # at http://127.0.0.1:8000/, or where HOST and PORT say
-    uvicorn --app-dir examples chat:app     # the same, with uvicorn's own options
+    python examples/chat.py                 # at http://127.0.0.1:8000/, or as HOST and PORT say
+    uvicorn --app-dir examples chat:app     # the same app, with uvicorn's own options
 
-A client sends ``enter`` first. The ``welcome`` that answers it, with the client's own id and
-everybody who is here, is the first message it gets.
+A client sends ``enter`` first. The answer is ``welcome``, with the client's own id and everybody
+who is here. It is the first message that the client gets.
 """
 
 import asyncio
@@ -65,7 +65,7 @@ def group_of(conn: Connection) -> str:
 
 @ws.connect
 async def check_room(conn: Connection, room: str) -> None:
-    if len(room) > 32:  # refused after the handshake: a browser can read that, and no HTTP status
+    if len(room) > 32:  # A browser can read a close code, but not the status of a refusal.
         raise Close(4400, "a room's name has at most 32 characters")
 
 
@@ -73,7 +73,7 @@ async def check_room(conn: Connection, room: str) -> None:
 async def enter(conn: Connection, msg: Enter) -> Welcome:
     conn.context.nick = msg.nick
     await conn.join(group_of(conn))
-    # Someone who enters again has a new nickname, and everybody hears it by the same message.
+    # Somebody who enters again has a new nickname. The same message tells everybody.
     await hub.send(group_of(conn), "joined", person(conn), exclude=conn)
     return Welcome(person(conn), [person(member) for member in hub.members(group_of(conn))])
 
@@ -82,7 +82,7 @@ async def enter(conn: Connection, msg: Enter) -> Welcome:
 async def say(conn: Connection, msg: Say) -> Said:
     said = Said(person(conn), msg.text, datetime.now(UTC))
     await hub.send(group_of(conn), said, exclude=conn)
-    return said  # to the sender as the reply: its id tells which of its messages has arrived
+    return said  # The reply's id tells the sender which of its messages has arrived.
 
 
 @ws.on("typing")
@@ -98,7 +98,7 @@ async def add(conn: Connection, *, a: int, b: int) -> int:
 @ws.disconnect
 async def leave(conn: Connection) -> None:
     for group in conn.groups:
-        await conn.leave(group)  # before the notice, so that no list made after it shows a ghost
+        await conn.leave(group)  # Leave before the notice: lists made after it show no ghost.
         await hub.send(group, "left", person(conn))
 
 

@@ -1,11 +1,11 @@
-"""An echo: every frame goes back as it came, text as text and bytes as bytes.
+"""An echo: every frame goes back unchanged, text as text and bytes as bytes.
 
     python examples/echo.py                 # at ws://127.0.0.1:8000/echo, or as HOST and PORT say
-    uvicorn --app-dir examples echo:app     # the same, with uvicorn's own options
+    uvicorn --app-dir examples echo:app     # the same app, with uvicorn's own options
 
-No message type has a handler here, so that all text goes to the fallback, be it a message or not;
-only ``complete``, which stops a stream, is the library's own. ``conn.ws`` is Falcon's socket: what
-is sent with it goes out as it is.
+No message type has a handler here, so the fallback gets all text, valid messages included. The only
+exception is ``complete``, which stops a stream and belongs to the library. ``conn.ws`` is Falcon's
+socket. It sends text and bytes unchanged.
 """
 
 import os

@@ -1,9 +1,10 @@
-"""A cron job that tells a group of the Falcon app's clients something.
+"""A cron job that sends a notice to a group of the Falcon app's clients.
 
     PACHINKO_BACKPLANE=nats://localhost:4222 python examples/notify_cron.py room:lobby "Backup done"
 
-The exit status is 0 when the engine has taken the message, 1 with a line on stderr when it has not,
-and 2 for a wrong command line. Cron mails that line; a systemd timer's unit counts as failed.
+The exit status is 0 when the broker has taken the message, and 2 for a wrong command line. It is 1,
+with a line on stderr, when the broker has not taken the message. Cron mails that line; the unit of
+a systemd timer counts as failed.
 """
 
 import argparse
@@ -14,12 +15,12 @@ from pachinko import PachinkoError, hub
 
 
 async def notify(group: str, text: str) -> None:
-    async with hub.open():  # the engine is that of PACHINKO_BACKPLANE
+    async with hub.open():  # the broker that PACHINKO_BACKPLANE names
         await hub.send(group, "notice", {"text": text})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tell a group of clients something.")
+    parser = argparse.ArgumentParser(description="Send a notice to a group of clients.")
     parser.add_argument("group", help='such as "room:lobby"')
     parser.add_argument("text")
     given = parser.parse_args()

@@ -1,10 +1,10 @@
-"""A Flask app that tells the users of the Falcon app something, through the engine between them.
+"""A Flask app that sends notices to the users of the Falcon app, through the broker between them.
 
     python -m pip install flask
     PACHINKO_BACKPLANE=nats://localhost:4222 flask --app examples/notify_flask run
     curl -d "text=Your parcel is here" http://127.0.0.1:5000/users/Ada/notices
 
-Any WSGI framework does it like this; ``hub_thread.py`` shows Django.
+Other WSGI frameworks do the same; ``hub_thread.py`` shows Django.
 """
 
 from flask import Flask, request
@@ -13,16 +13,16 @@ from hub_thread import HubThread
 from pachinko import PachinkoError, hub
 
 app = Flask(__name__)
-hub_thread = HubThread()  # the engine is that of PACHINKO_BACKPLANE
+hub_thread = HubThread()  # the broker that PACHINKO_BACKPLANE names
 
 
 @app.post("/users/<user>/notices")
 def notify(user: str) -> dict[str, bool]:
     hub_thread.call(hub.send_to_user, user, "notice", {"text": request.form["text"]})
-    return {"sent": True}  # whether or not the user is there
+    return {"sent": True}  # The user may not be connected.
 
 
 @app.errorhandler(PachinkoError)
-def engine_is_away(exc: PachinkoError) -> tuple[dict[str, str], int]:
+def broker_is_away(exc: PachinkoError) -> tuple[dict[str, str], int]:
     app.logger.error("nobody was told: %s", exc)
     return {"error": "users cannot be told anything just now; try again"}, 503

@@ -1,8 +1,8 @@
-"""Workers in threads that take jobs from a queue, and tell the user who waits how far they are.
+"""Workers in threads that take jobs from a queue, and report progress to the waiting user.
 
     PACHINKO_BACKPLANE=nats://localhost:4222 python examples/notify_queue.py Ada Grace
 
-makes a report for each of them. In Celery, `make_report` would be a task, and nothing else changes.
+This makes a report for each user. In Celery, `make_report` would be a task, and the rest the same.
 """
 
 import logging
@@ -16,22 +16,22 @@ from hub_thread import HubThread
 from pachinko import PachinkoError, hub
 
 STEPS = 5
-hub_thread = HubThread()  # the engine is that of PACHINKO_BACKPLANE
-jobs = queue.Queue[str | None]()  # for whom; None ends a worker
+hub_thread = HubThread()  # the broker that PACHINKO_BACKPLANE names
+jobs = queue.Queue[str | None]()  # the users to make reports for; None ends a worker
 
 
 def make_report(user: str) -> None:
     for done in range(1, STEPS + 1):
         time.sleep(0.2)  # the work
         tell(user, done)
-    print(f"the report for {user} is ready\n", end="", flush=True)  # whole, though threads share it
+    print(f"the report for {user} is ready\n", end="", flush=True)  # one write a line
 
 
 def tell(user: str, done: int) -> None:
     progress = {"job": "report", "done": done, "of": STEPS}
     try:
         hub_thread.call(hub.send_to_user, user, "progress", progress)
-    except PachinkoError as exc:  # the job matters more than that somebody watches
+    except PachinkoError as exc:  # The job goes on when nobody can be told.
         logging.warning("%s was not told: %s", user, exc)
 
 
@@ -46,5 +46,5 @@ if __name__ == "__main__":
         jobs.put(job)
     for worker in workers:
         worker.start()
-    for worker in workers:  # at its end, the main thread would take the resolver of names along
+    for worker in workers:  # No name can be resolved once the main thread has ended.
         worker.join()

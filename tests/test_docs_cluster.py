@@ -30,7 +30,7 @@ CLUSTER = ROOT / "docs" / "cluster.md"
 
 def test_the_table_of_engines_has_all() -> None:
     """Each scheme, and the extra that it needs."""
-    rows = tables(CLUSTER, "URL", "Engine", "Install")
+    rows = tables(CLUSTER, "URL", "Broker", "Install")
     schemes = {span.split("://")[0] for row in rows for span in spans(row[0])}
     assert schemes == set(pachinko._BACKPLANES)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][

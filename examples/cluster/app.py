@@ -1,10 +1,10 @@
 """A room on any number of processes: who is on which of them, and what is said.
 
     python examples/cluster/run.py                  # NATS, and two processes of this file
-    uvicorn --app-dir examples/cluster app:app      # one process without an engine
+    uvicorn --app-dir examples/cluster app:app      # one process without a broker
 
-Nothing here knows how many processes there are. PACHINKO_BACKPLANE names the engine between them,
-``nats://…`` or ``redis://…``; without it there is one process.
+This file does not know how many processes there are. PACHINKO_BACKPLANE names the broker between
+them, ``nats://…`` or ``redis://…``. Without it there is one process.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ import falcon.asgi
 
 from pachinko import Connection, MessageError, Pachinko, PachinkoError, Presence, hub, message
 
-# The page talks to each process by a port of its own, which makes it a page of another origin for
-# all but one of them. Behind a proxy they would have one address, and these lines would be gone.
+# The page connects to each process by a port of its own. For all processes but one it is therefore
+# a page of another origin. Behind a proxy all have one address, and these lines are not needed.
 PORTS = [int(port) for port in os.environ.get("PORTS", "").split(",") if port]
 ORIGINS = [f"http://{host}:{port}" for host in ("127.0.0.1", "localhost") for port in PORTS]
 
@@ -28,7 +28,7 @@ ws = Pachinko(app, "/ws/{room}", origins=ORIGINS, max_size=32_768, rate=(50, 5.0
 
 @message("said")
 class Said:
-    key: str  # by which a page with several connections knows the copies of one message
+    key: str  # the same in all copies of a message, for a page with several connections
     who: str | None
     process: str
     text: str
@@ -39,7 +39,7 @@ def group_of(conn: Connection) -> str:
 
 
 async def tell_the_others(conn: Connection, type: str) -> None:
-    # Nobody is kept out because the engine is away. The others see it in their next list.
+    # A client may come in while the broker is away. The others see it in their next list.
     with contextlib.suppress(PachinkoError):
         await hub.send(group_of(conn), type, {"id": conn.id}, exclude=conn)
 
@@ -52,7 +52,7 @@ async def arrive(conn: Connection, room: str) -> None:
     await tell_the_others(conn, "joined")
 
 
-@ws.on("who", concurrent=True)  # it waits for other processes, and nothing else has to
+@ws.on("who", concurrent=True)  # Other messages do not wait for the other processes' answers.
 async def who(conn: Connection) -> list[Presence]:
     return await hub.presence(group_of(conn))
 
@@ -69,8 +69,8 @@ async def wave(conn: Connection, *, to: str) -> None:
 
 
 @ws.error(PachinkoError)
-async def engine_is_away(conn: Connection, exc: PachinkoError) -> MessageError:
-    return MessageError("engine_away", "the processes do not reach each other just now; try again")
+async def broker_is_away(conn: Connection, exc: PachinkoError) -> MessageError:
+    return MessageError("broker_away", "the processes do not reach each other just now; try again")
 
 
 @ws.disconnect

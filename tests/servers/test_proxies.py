@@ -272,7 +272,7 @@ class Nginx(Proxy):
         (folder / "nginx.conf").write_text(
             "daemon off; worker_processes 1; error_log stderr info; "
             f"pid {folder}/pid; user root; "  # if it is root's; nobody may not enter the folder
-            + block("## Descriptors, ports and memory", "text")
+            + block("### File descriptors", "text")
             + f"http {{ access_log {folder}/requests; {paths} include {folder}/chat.conf; }}"
         )
 
