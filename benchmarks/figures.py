@@ -1,0 +1,198 @@
+"""Measure the five figures that a release is held against: ``python -m benchmarks.figures``.
+
+Each figure compares Pachinko with one peer. In every round the peer, Pachinko and the peer once
+more are measured in turn. The round's ratio is Pachinko's CPU time divided by that of the peer;
+the figure is the median of the ratios. The ratio of the peer to itself shows the noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks import measurements
+from benchmarks.machine import machine, packages
+from benchmarks.measurements import Bench, Result, log
+
+ROUNDS, QUICK_ROUNDS = 201, 61
+WINDOW = 0.03  # seconds; many short rounds see the same noise of the machine as their neighbours
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure and its target."""
+
+    result: str
+    """The name of the measurement's result that it is made of."""
+    title: str
+    peer: str
+    """The peer that Pachinko is compared with."""
+    most: float
+    """The target: the highest ratio, or the highest difference in the result's unit."""
+
+
+FIGURES: dict[Callable[[Bench], list[Result]], tuple[Figure, ...]] = {
+    measurements.dispatch_in_process: (
+        Figure("dispatch-in-process", "a typed message and its reply", "falcon_expert", 0.9),
+    ),
+    measurements.alone_in_process: (
+        Figure("alone-in-process", "a message that comes alone", "bare", 1.3),
+    ),
+    measurements.group: (
+        Figure("group", "a delivery to one of 1,000, under uvicorn", "bare", 1.08),
+    ),
+    measurements.connections_in_process: (
+        Figure("connect-in-process", "connect and disconnect", "falcon_expert", 1.3),
+        Figure("memory-in-process", "an idle connection", "falcon_expert", 1.5),
+    ),
+}
+"""The figures by what measures them. All of one measurement have the same peer."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run says about a figure."""
+
+    title: str
+    peer: str
+    unit: str
+    is_difference: bool
+    most: float
+    median: float
+    lowest: float
+    highest: float
+    noise: tuple[float, float, float]
+    """The peer compared with itself: the median, the lowest and the highest of the rounds."""
+    holds: bool
+    rounds: dict[str, list[float]]
+    """Pachinko, the peer and the peer again, round by round, in the unit."""
+
+
+class Trio(Bench):
+    """A bench for Pachinko and one peer, which is measured twice. Sizes are never reduced."""
+
+    peer = ""
+
+    def entries(self, only: Iterable[str] = (), *, again: bool = True) -> list[str]:
+        return [self.peer, "pachinko", f"{self.peer} again"]
+
+    def choose(self, full: int, quick: int) -> int:
+        return full
+
+
+def outcome_of(figure: Figure, result: Result) -> Outcome:
+    """Compare Pachinko, and the peer's second run, with the peer, round by round.
+
+    Raises `ValueError` if one of the three was not measured.
+    """
+    result.baseline = figure.peer
+    again = f"{figure.peer} again"
+    for entry in (figure.peer, "pachinko", again):
+        if not result.rounds.get(entry) or entry in result.errors:
+            raise ValueError(f"{figure.title}: {entry}: {result.errors.get(entry, 'not measured')}")
+    median, lowest, highest = summary(result.compared("pachinko"))
+    return Outcome(
+        figure.title,
+        figure.peer,
+        result.unit,
+        result.is_difference,
+        figure.most,
+        median,
+        lowest,
+        highest,
+        summary(result.compared(again)),
+        median <= figure.most,
+        result.rounds,
+    )
+
+
+def summary(figures: Sequence[float]) -> tuple[float, float, float]:
+    """The median, the lowest and the highest."""
+    return statistics.median(figures), min(figures), max(figures)
+
+
+def table(outcomes: Sequence[Outcome], labels: dict[str, str]) -> str:
+    """The outcomes in Markdown."""
+    heads = ["", "compared with", "target", "measured", "lowest … highest", "noise", "it holds"]
+    rows = [heads, ["---", "---", "---:", "---:", "---:", "---:", "---"]]
+    for one in outcomes:
+        form, unit = ("{:+.2f}", f" {one.unit}") if one.is_difference else ("{:.2f}", "")
+        noise = [form.format(figure) for figure in one.noise]
+        rows.append(
+            [
+                one.title,
+                labels.get(one.peer, one.peer),
+                f"≤ {form.format(one.most)}{unit}",
+                f"{form.format(one.median)}{unit}",
+                f"{form.format(one.lowest)} … {form.format(one.highest)}",
+                f"{noise[0]} ({noise[1]} … {noise[2]})",
+                "yes" if one.holds else "no",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [" | ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def costs(outcomes: Sequence[Outcome], labels: dict[str, str]) -> str:
+    """The medians themselves, one line a figure."""
+    lines = []
+    for one in outcomes:
+        parts = [
+            f"{labels.get(entry, 'again')} {statistics.median(figures):.3g}"
+            for entry, figures in one.rounds.items()
+        ]
+        lines.append(f"{one.title}, in {one.unit}: {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def measure(bench: Trio) -> list[Outcome]:
+    """Measure all five; those that cannot be measured are logged and left out."""
+    outcomes = []
+    begun = time.monotonic()
+    for run, figures in FIGURES.items():
+        log(f"{run.__name__}, after {time.monotonic() - begun:.0f} s")
+        bench.peer = figures[0].peer
+        results = {result.name: result for result in run(bench)}
+        for figure in figures:
+            try:
+                outcomes.append(outcome_of(figure, results[figure.result]))
+            except ValueError as exc:
+                log(f"cannot measure {exc}")
+    return outcomes
+
+
+def as_json(bench: Bench, outcomes: Sequence[Outcome], about: dict[str, str]) -> str:
+    data = {"about": about, "figures": [asdict(outcome) for outcome in outcomes]}
+    return json.dumps(data, ensure_ascii=False, indent=1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds")
+    parser.add_argument("--rounds", type=int, help=f"{ROUNDS}, or {QUICK_ROUNDS} with --quick")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every round there")
+    options = parser.parse_args()
+
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    bench = Trio((), rounds=rounds, quick=options.quick, window=WINDOW)
+    try:
+        outcomes = measure(bench)
+    finally:
+        bench.stop()
+    about = {**machine(), "Packages": packages(bench.versions), "Rounds": str(rounds)}
+    print(table(outcomes, bench.labels), costs(outcomes, bench.labels), sep="\n\n", end="\n\n")
+    print("\n".join(f"{name}: {text}" for name, text in about.items()))
+    if options.json:
+        options.json.write_text(as_json(bench, outcomes, about) + "\n", encoding="utf-8")
+    return len(outcomes) < sum(map(len, FIGURES.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
