@@ -180,29 +180,37 @@ def answering(bench: Bench, children: dict[str, Child], do: str) -> Callable[[st
 
 
 def connections_in_process(bench: Bench) -> list[Result]:
-    count = bench.choose(2000, 500)
-    children = bench.start(driver.run, bench.entries(FALCON))
+    return [*coming_and_going(bench), *staying(bench)]
+
+
+def coming_and_going(bench: Bench) -> list[Result]:
     method = "CPU time from the handshake to the end of the app's call, without a server."
     title = "A connection that comes and goes, in process"
-    going = Result("connect-in-process", title, "µs", method)
+    result = Result("connect-in-process", title, "µs", method)
+    children = bench.start(driver.run, bench.entries(FALCON))
+
+    def prepare(entry: str) -> Measure:
+        child = children[entry]
+        count = max(50, int(bench.window / child.ask("come_and_go", count=200)))
+        return lambda: float(child.ask("come_and_go", count=count)) / MICRO
+
+    return [bench.interleave(result, children, prepare)]
+
+
+def staying(bench: Bench) -> list[Result]:
+    count = bench.choose(2000, 500)
     method = (
         f"What Python allocates for each of {count:,} connections in one group (tracemalloc), "
         "including what the fake server does; so the difference counts."
     )
     title = "An idle connection, in process"
-    staying = Result("memory-in-process", title, "KiB", method, "falcon_expert", True)
+    result = Result("memory-in-process", title, "KiB", method, "falcon_expert", True)
+    children = bench.start(driver.run, bench.entries(FALCON))
 
-    def prepare_going(entry: str) -> Measure:
-        child = children[entry]
-        times = max(50, int(bench.window / child.ask("come_and_go", count=200)))
-        return lambda: float(child.ask("come_and_go", count=times)) / MICRO
-
-    def prepare_staying(entry: str) -> Measure:
+    def prepare(entry: str) -> Measure:
         return lambda: float(children[entry].ask("memory", count=count)) / KIB
 
-    bench.interleave(going, children, prepare_going)
-    bench.interleave(staying, children, prepare_staying, rounds=bench.choose(3, 1))
-    return [going, staying]
+    return [bench.interleave(result, children, prepare, rounds=bench.choose(3, 1))]
 
 
 def hold(bench: Bench) -> list[Result]:

@@ -152,7 +152,9 @@ def write(bench: Bench, results: list[Result], output: Path) -> str:
     parts = [
         "# Benchmarks",
         "Written by `python -m benchmarks`. Medians over rounds in which the peers take turns; "
-        "each is compared with the baseline of its round.",
+        "each is compared with the baseline of its round. "
+        "`python -m benchmarks.figures` measures more often [the five that have a target]"
+        "(../performance.md#the-five-figures).",
         "\n".join(f"- {name}: {text}" for name, text in circumstances.items()),
     ]
     for result in results:

@@ -74,7 +74,7 @@ def result(five):
 @pytest.mark.parametrize(("most", "holds"), [(1.99, False), (2.0, True)])
 def test_a_figure_is_the_median_of_ratios_to_the_peer_of_the_same_round(five, result, most, holds):
     """A ratio of the medians would be that of two different rounds, and more noisy."""
-    outcome = five.outcome_of(five.Figure("group", "a group", "bare", most), result)
+    outcome = five.outcome_of(five.Figure("a group", five.measurements.group, "bare", most), result)
     assert (outcome.median, outcome.lowest, outcome.highest) == (2.0, 1.0, 3.0)
     assert outcome.noise == (1.0, 0.5, 1.0)
     assert outcome.holds is holds
@@ -88,7 +88,7 @@ def test_a_figure_is_the_median_of_ratios_to_the_peer_of_the_same_round(five, re
 def test_a_figure_may_be_a_difference(five, result):
     """Memory is compared in KiB: what an idle connection takes more than the peer's."""
     result.is_difference, result.unit = True, "KiB"
-    outcome = five.outcome_of(five.Figure("group", "a group", "bare", 1.5), result)
+    outcome = five.outcome_of(five.Figure("a group", five.measurements.group, "bare", 1.5), result)
     assert (outcome.median, outcome.lowest, outcome.highest) == (10.0, 0.0, 20.0)
     assert "| +10.00 KiB |" in five.table([outcome], {})
 
@@ -96,7 +96,7 @@ def test_a_figure_may_be_a_difference(five, result):
 @pytest.mark.parametrize("entry", ["bare", "pachinko", "bare again"])
 def test_a_figure_needs_all_three(five, result, entry):
     """What could not be measured is no figure, and the error says what was missing."""
-    figure = five.Figure("group", "a group", "bare", 1.5)
+    figure = five.Figure("a group", five.measurements.group, "bare", 1.5)
     result.errors[entry] = "it ended"
     with pytest.raises(ValueError, match=f"^a group: {entry}: it ended$"):
         five.outcome_of(figure, result)
