@@ -111,12 +111,17 @@ def summary(figures: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(figures), min(figures), max(figures)
 
 
+def form_of(is_difference: bool, unit: str) -> tuple[str, str]:
+    """The format of a figure, and the unit behind it: a ratio has none."""
+    return ("{:+.2f}", f" {unit}") if is_difference else ("{:.2f}", "")
+
+
 def table(outcomes: Sequence[Outcome], labels: dict[str, str]) -> str:
     """The outcomes in Markdown."""
     heads = ["", "compared with", "target", "measured", "lowest … highest", "noise", "it holds"]
     rows = [heads, ["---", "---", "---:", "---:", "---:", "---:", "---"]]
     for one in outcomes:
-        form, unit = ("{:+.2f}", f" {one.unit}") if one.is_difference else ("{:.2f}", "")
+        form, unit = form_of(one.is_difference, one.unit)
         noise = [form.format(figure) for figure in one.noise]
         rows.append(
             [
@@ -140,12 +145,12 @@ def side_by_side(runs: Sequence[Path]) -> str:
     ]
     rows = [["", "target", *(run.stem for run in runs)], ["---"] + ["---:"] * (1 + len(runs))]
     for title, figure in by_run[0].items():
-        form = f"{{:+.2f}} {figure['unit']}" if figure["is_difference"] else "{:.2f}"
-        row = [title, f"≤ {form.format(figure['most'])}"]
+        form, unit = form_of(figure["is_difference"], figure["unit"])
+        row = [title, f"≤ {form.format(figure['most'])}{unit}"]
         for measured in by_run:
             if title in measured:
                 median, noise = measured[title]["median"], measured[title]["noise"][0]
-                row.append(f"{form.format(median)} ({form.format(noise)})")
+                row.append(f"{form.format(median)}{unit} ({form.format(noise)})")
             else:
                 row.append("")
         rows.append(row)
@@ -153,6 +158,7 @@ def side_by_side(runs: Sequence[Path]) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown whose columns are also columns as plain text."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [" | ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     return "\n".join(f"| {line} |" for line in lines)
@@ -197,7 +203,7 @@ def measure(bench: Trio, processes: int) -> list[Outcome]:
     return outcomes
 
 
-def as_json(bench: Bench, outcomes: Sequence[Outcome], about: dict[str, str]) -> str:
+def as_json(outcomes: Sequence[Outcome], about: dict[str, str]) -> str:
     data = {"about": about, "figures": [asdict(outcome) for outcome in outcomes]}
     return json.dumps(data, ensure_ascii=False, indent=1)
 
@@ -232,7 +238,7 @@ def main() -> int:
     print(table(outcomes, bench.labels), costs(outcomes, bench.labels), sep="\n\n", end="\n\n")
     print("\n".join(f"{name}: {text}" for name, text in about.items()))
     if options.json:
-        options.json.write_text(as_json(bench, outcomes, about) + "\n", encoding="utf-8")
+        options.json.write_text(as_json(outcomes, about) + "\n", encoding="utf-8")
     return len(outcomes) < len(FIGURES)
 
 
