@@ -159,8 +159,9 @@ def dispatch_in_process(bench: Bench) -> list[Result]:
 
 def alone_in_process(bench: Bench) -> list[Result]:
     method = (
-        "CPU time of the same, where each message comes when the one before has been answered: the "
-        "app and its client wake each other up. On asyncio's event loop, without a server."
+        "CPU time to take one of ten message types and reply, where each message comes when the "
+        "one before has been answered: the app and its client wake each other up. On asyncio's "
+        "event loop, without a server."
     )
     result = Result("alone-in-process", "A message that comes alone, in process", "µs", method)
     children = bench.start(driver.run_on_asyncio, bench.entries(FALCON))
