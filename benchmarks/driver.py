@@ -100,6 +100,13 @@ class Call:
         self.feed([text])
         return await self.until(self.sent + answers)
 
+    async def turn(self, text: str) -> None:
+        """Feed *text* to the app, which waits, and wait for one event. Has no time limit."""
+        self.awaited = self.sent + 1
+        self.has_sent.clear()
+        self.feed((text,))
+        await self.has_sent.wait()
+
     async def end(self) -> None:
         self.inbox.append({"type": "websocket.disconnect", "code": 1000, "reason": ""})
         self.has_more.set()
@@ -131,6 +138,20 @@ async def drain(call: Call, texts: list[str]) -> float:
     return (time.process_time() - before) / len(texts)
 
 
+async def take_turns(call: Call, texts: list[str]) -> float:
+    """CPU seconds for each of *texts*, when the app and its client wait for each other."""
+    await asyncio.sleep(0)  # until it waits
+    gc.collect()
+    answered = call.sent + len(texts)
+    async with asyncio.timeout(LIMIT):
+        before = time.process_time()
+        for text in texts:
+            await call.turn(text)
+        cost = (time.process_time() - before) / len(texts)
+    await call.until(answered)  # raises what has ended the app
+    return cost
+
+
 class Driver:
     """The commands. Each leaves no connection behind."""
 
@@ -149,11 +170,20 @@ class Driver:
 
     async def dispatch(self, messages: int) -> float:
         """CPU seconds a message; all answers are counted, ten and the last one checked."""
+        return await self.answered(messages, drain)
+
+    async def alone(self, messages: int) -> float:
+        """CPU seconds a message that comes when the one before has been answered."""
+        return await self.answered(messages, take_turns)
+
+    async def answered(
+        self, messages: int, cost_of: Callable[[Call, list[str]], Awaitable[float]]
+    ) -> float:
         call = await connect(self.app, self.wire, self.wire.path)
         for id in range(len(TYPES)):
             self.check(await call.ask(self.wire.request(id, id)), id)
         texts = [self.wire.request(id % len(TYPES), id) for id in range(messages)]
-        cost = await drain(call, texts)
+        cost = await cost_of(call, texts)
         self.check(str(call.last.get("text")), messages - 1)
         await call.end()
         return cost
@@ -218,3 +248,8 @@ class Driver:
 def run(pipe: Pipe, name: str) -> None:
     """A child of the harness."""
     answer_all(pipe, functools.partial(Driver, name))
+
+
+def run_on_asyncio(pipe: Pipe, name: str) -> None:
+    """A child of the harness, on the event loop that comes with Python."""
+    answer_all(pipe, functools.partial(Driver, name), asyncio.new_event_loop)

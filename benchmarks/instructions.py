@@ -4,6 +4,7 @@ A Falcon app with a Pachinko gets ASGI events that are all at hand, while every 
 and every call of a C function outside of this file is counted. What some work costs is subtracted
 from what twice as much costs, so that what happens once drops out. The rest is the same in every
 run and on every machine: ``--repeat 20`` shows that, and ``tests/test_speed.py`` relies on it.
+Where a task waits, the event loop's own instructions are counted as well.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ import statistics
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from types import FrameType
 from typing import Any
 
 import falcon.asgi
 
 import pachinko
-from pachinko import Connection, Pachinko, hub, message
+from pachinko import Connection, Envelope, Pachinko, hub, message
 
 Event = dict[str, Any]  # of ASGI
+App = Callable[..., Awaitable[None]]  # of ASGI
 Work = Callable[[int], Awaitable[None]]  # to be done so many times
 Figures = dict[str, dict[str, int]]  # by case and column
 
@@ -43,6 +45,8 @@ TIMES = 50  # and twice that
 
 app = falcon.asgi.App()
 ws = Pachinko(app, "/pachinko")
+app_with_middleware = falcon.asgi.App()
+surrounded = Pachinko(app_with_middleware, "/pachinko")
 
 
 @message("y")
@@ -61,6 +65,18 @@ async def arrive(conn: Connection) -> None:
     await hub.join("all", conn)
 
 
+@surrounded.middleware
+async def pass_on(conn: Connection, envelope: Envelope, call_next: Callable[[], Any]) -> Any:
+    return await call_next()
+
+
+class Turn:
+    """One turn of the event loop, which a task waits for."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
 def add_handlers(number: int) -> None:
     @message(f"typed{number}")
     class X:
@@ -69,6 +85,7 @@ def add_handlers(number: int) -> None:
         c: float
 
     @ws.on(X)
+    @surrounded.on(X)
     async def typed(conn: Connection, msg: X) -> Y:
         return Y(msg.a, msg.b)
 
@@ -79,6 +96,11 @@ def add_handlers(number: int) -> None:
     @ws.on(f"silent{number}")
     async def silent(conn: Connection, msg: X) -> None:
         pass
+
+    @ws.on(f"waiting{number}")
+    async def waiting(conn: Connection, msg: X) -> Y:
+        await Turn()
+        return Y(msg.a, msg.b)
 
 
 for number in range(TYPES):
@@ -107,11 +129,13 @@ async def send(event: Event) -> None:
         sent.append(event["text"])
 
 
-async def serve(path: str, *events: Event) -> None:
-    """A connection with these *events*, and then silence."""
+async def serve(path: str, *events: Event, to: App = app, is_slow: bool = False) -> None:
+    """A connection with these *events*, and then silence. Each makes *to* wait if *is_slow*."""
     coming = iter([{"type": "websocket.connect"}, *events])
 
     async def receive() -> Event:
+        if is_slow:
+            await Turn()
         return next(coming, None) or await asyncio.get_running_loop().create_future()
 
     scope = {
@@ -121,7 +145,7 @@ async def serve(path: str, *events: Event) -> None:
         "query_string": b"",
         "headers": [(b"host", b"localhost")],
     }
-    await app(scope, receive, send)
+    await to(scope, receive, send)
 
 
 async def settle() -> None:
@@ -147,17 +171,25 @@ async def release(tasks: Sequence[asyncio.Task[None]]) -> None:
 # ── instructions and calls ────────────────────────────────────────────────────────────────────
 
 
-def backlog(type: str, *, is_answered: bool) -> Work:
-    """Messages that have all arrived when the app asks for the first."""
+def messages(
+    type: str,
+    *,
+    to: App = app,
+    is_answered: bool = True,
+    is_refused: bool = False,
+    is_slow: bool = False,
+) -> Work:
+    """Messages that have all arrived when *to* asks for the first; or, if *is_slow*, none has."""
     id = '"id":7,' if is_answered else ""
     rest = id + '"payload":{"a":1,"b":"text","c":1.5}'
 
     async def work(times: int) -> None:
         texts = [f'{{"type":"{type}{n % TYPES}",{rest}}}' for n in range(times)]
+        events = [{"type": "websocket.receive", "text": text} for text in texts]
         sent.clear()
-        await serve("/pachinko", *({"type": "websocket.receive", "text": t} for t in texts), LEAVE)
+        await serve("/pachinko", *events, LEAVE, to=to, is_slow=is_slow)
         assert len(sent) == is_answered * times
-        assert '"error"' not in "".join(sent)
+        assert sum('"error"' in text for text in sent) == is_refused * times
 
     return work
 
@@ -234,9 +266,13 @@ async def idle_bytes(path: str) -> float:
 async def measure() -> Figures:
     gc.disable()  # where it ran by itself, finalizers would be counted
     figures = {
-        "typed message and reply": await cost(backlog("typed", is_answered=True)),
-        "fields and int reply": await cost(backlog("fields", is_answered=True)),
-        "message without a reply": await cost(backlog("silent", is_answered=False)),
+        "typed message and reply": await cost(messages("typed")),
+        "a message that comes alone": await cost(messages("typed", is_slow=True)),
+        "fields and int reply": await cost(messages("fields")),
+        "message without a reply": await cost(messages("silent", is_answered=False)),
+        "middleware": await cost(messages("typed", to=app_with_middleware)),
+        "an unknown type": await cost(messages("unknown", is_refused=True)),
+        "handler that suspends": await cost(messages("waiting")),
         "connect and disconnect": await cost(visits),
     }
     members = await hold("/pachinko", 2 * TIMES)
@@ -262,13 +298,13 @@ def show(runs: Sequence[Figures]) -> None:
     packages = ("falcon", "attrs", "cattrs", "msgspec")
     versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
     print(f"Python {platform.python_version()}, {', '.join(versions)}\n")
-    print(f"{'one more':25}", *(f"{column:>16}" for column in COLUMNS))
+    print(f"{'one more':27}", *(f"{column:>16}" for column in COLUMNS))
     for case, columns in runs[0].items():
         cells = [
             spread([figures[case][column] for figures in runs]) if column in columns else ""
             for column in COLUMNS
         ]
-        print(f"{case:25}", *(f"{cell:>16}" for cell in cells))
+        print(f"{case:27}", *(f"{cell:>16}" for cell in cells))
 
 
 def spread(values: Sequence[int]) -> str:

@@ -17,7 +17,7 @@ from benchmarks.processes import Child, ChildFailed
 AGAIN = "bare again"  # the same as "bare", for the noise
 FALCON = ("bare", "falcon_expert", "pachinko")
 MICRO, KIB, MIB = 1e-6, 2**10, 2**20
-WINDOW = 0.15  # seconds that a round takes
+WINDOW = 0.15  # seconds that an entry is measured in one round
 
 Measure = Callable[[], float]
 numbers = itertools.count()
@@ -64,10 +64,13 @@ def noting(result: Result, entry: str) -> Iterator[None]:
 class Bench:
     """What the measurements share: processes that are kept for the next one, and what to do."""
 
-    def __init__(self, names: Sequence[str], *, rounds: int, quick: bool) -> None:
+    def __init__(
+        self, names: Sequence[str], *, rounds: int, quick: bool, window: float = WINDOW
+    ) -> None:
         self.names = names
         self.rounds = rounds
         self.quick = quick
+        self.window = window
         self.labels: dict[str, str] = {}
         self.versions: dict[str, str] = {}
         self.missing: dict[str, str] = {}  # peers that cannot start, and why
@@ -151,38 +154,64 @@ def dispatch_in_process(bench: Bench) -> list[Result]:
     result = Result("dispatch-in-process", "A message, in process", "µs", method)
     no_asgi = {"websockets_library"}
     children = bench.start(driver.run, bench.entries(set(peers.NAMES) - no_asgi))
+    return [bench.interleave(result, children, answering(bench, children, "dispatch"))]
+
+
+def alone_in_process(bench: Bench) -> list[Result]:
+    method = (
+        "CPU time to take one of ten message types and reply, where each message comes when the "
+        "one before has been answered: the app and its client wake each other up. On asyncio's "
+        "event loop, without a server."
+    )
+    result = Result("alone-in-process", "A message that comes alone, in process", "µs", method)
+    children = bench.start(driver.run_on_asyncio, bench.entries(FALCON))
+    return [bench.interleave(result, children, answering(bench, children, "alone"))]
+
+
+def answering(bench: Bench, children: dict[str, Child], do: str) -> Callable[[str], Measure]:
+    """Prepares an entry to answer messages in the way that its command *do* feeds them."""
 
     def prepare(entry: str) -> Measure:
         child = children[entry]
-        child.ask("dispatch", messages=50)
-        messages = max(50, int(WINDOW / child.ask("dispatch", messages=200)))
-        return lambda: float(child.ask("dispatch", messages=messages)) / MICRO
+        child.ask(do, messages=50)
+        messages = max(50, int(bench.window / child.ask(do, messages=200)))
+        return lambda: float(child.ask(do, messages=messages)) / MICRO
+
+    return prepare
+
+
+def connections_in_process(bench: Bench) -> list[Result]:
+    return [*coming_and_going(bench), *staying(bench)]
+
+
+def coming_and_going(bench: Bench) -> list[Result]:
+    method = "CPU time from the handshake to the end of the app's call, without a server."
+    title = "A connection that comes and goes, in process"
+    result = Result("connect-in-process", title, "µs", method)
+    children = bench.start(driver.run, bench.entries(FALCON))
+
+    def prepare(entry: str) -> Measure:
+        child = children[entry]
+        count = max(50, int(bench.window / child.ask("come_and_go", count=200)))
+        return lambda: float(child.ask("come_and_go", count=count)) / MICRO
 
     return [bench.interleave(result, children, prepare)]
 
 
-def connections_in_process(bench: Bench) -> list[Result]:
+def staying(bench: Bench) -> list[Result]:
     count = bench.choose(2000, 500)
-    children = bench.start(driver.run, bench.entries(FALCON))
-    method = "CPU time from the handshake to the end of the app's call, without a server."
-    title = "A connection that comes and goes, in process"
-    going = Result("connect-in-process", title, "µs", method)
     method = (
         f"What Python allocates for each of {count:,} connections in one group (tracemalloc), "
         "including what the fake server does; so the difference counts."
     )
     title = "An idle connection, in process"
-    staying = Result("memory-in-process", title, "KiB", method, "falcon_expert", True)
+    result = Result("memory-in-process", title, "KiB", method, "falcon_expert", True)
+    children = bench.start(driver.run, bench.entries(FALCON))
 
-    def prepare_going(entry: str) -> Measure:
-        return lambda: float(children[entry].ask("come_and_go", count=count)) / MICRO
-
-    def prepare_staying(entry: str) -> Measure:
+    def prepare(entry: str) -> Measure:
         return lambda: float(children[entry].ask("memory", count=count)) / KIB
 
-    bench.interleave(going, children, prepare_going)
-    bench.interleave(staying, children, prepare_staying, rounds=bench.choose(3, 1))
-    return [going, staying]
+    return [bench.interleave(result, children, prepare, rounds=bench.choose(3, 1))]
 
 
 def hold(bench: Bench) -> list[Result]:
@@ -311,7 +340,7 @@ def dispatch(bench: Bench) -> list[Result]:
             return cpu / messages, messages / done["wall"]
 
         run(1000)
-        messages = max(1000, int(WINDOW / run(1000)[0]))
+        messages = max(1000, int(bench.window / run(1000)[0]))
 
         def measure() -> float:
             cost, rate = run(messages)
@@ -348,7 +377,7 @@ def group(bench: Bench) -> list[Result]:
             return float(cpu) / sends / receivers
 
         run(2)
-        sends = max(2, int(WINDOW / run(2) / receivers))
+        sends = max(2, int(bench.window / run(2) / receivers))
         return lambda: run(sends) / MICRO
 
     return [bench.interleave(result, served, prepare, budget=30)]
@@ -464,6 +493,7 @@ def memory(bench: Bench) -> list[Result]:
 
 MEASUREMENTS: dict[str, Callable[[Bench], list[Result]]] = {
     "dispatch-in-process": dispatch_in_process,
+    "alone-in-process": alone_in_process,
     "connections-in-process": connections_in_process,
     "hold": hold,
     "growth": growing,

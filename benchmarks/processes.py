@@ -92,9 +92,13 @@ def answer(pipe: Pipe, commands: object, run: Callable[[Any], Any] | None = None
         pipe.send((None, text_of(exc)))
 
 
-def answer_all(pipe: Pipe, commands: Callable[[], object]) -> None:
+def answer_all(
+    pipe: Pipe,
+    commands: Callable[[], object],
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
+) -> None:
     """In a child: every question, in one event loop."""
-    with explained(pipe), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with explained(pipe), asyncio.Runner(loop_factory=loop_factory) as runner:
         made = commands()
         while True:
             answer(pipe, made, runner.run)

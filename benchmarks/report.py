@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
 import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import psutil
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from benchmarks.machine import machine as machine
+from benchmarks.machine import packages as packages
 from benchmarks.measurements import AGAIN, Bench, Result
 from benchmarks.processes import PINNED
 
@@ -28,30 +27,6 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "pachinko",  # the same figures give the same file
 }
-
-
-def cpu_model() -> str:
-    """As the system calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def machine() -> dict[str, str]:
-    """On what, and when."""
-    return {
-        "Date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-        "Machine": f"{cpu_model()}, {psutil.cpu_count()} cores",
-        "System": f"{platform.system()} {platform.release()}",
-        "Python": f"{platform.python_implementation()} {platform.python_version()}",
-    }
-
-
-def packages(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {versions[name]}" for name in sorted(versions))
 
 
 def about(bench: Bench, results: list[Result]) -> dict[str, str]:
@@ -177,7 +152,9 @@ def write(bench: Bench, results: list[Result], output: Path) -> str:
     parts = [
         "# Benchmarks",
         "Written by `python -m benchmarks`. Medians over rounds in which the peers take turns; "
-        "each is compared with the baseline of its round.",
+        "each is compared with the baseline of its round. "
+        "`python -m benchmarks.figures` measures more often [the five that have a target]"
+        "(../performance.md#the-five-figures).",
         "\n".join(f"- {name}: {text}" for name, text in circumstances.items()),
     ]
     for result in results:

@@ -21,7 +21,8 @@ from unittest import mock
 import uvicorn
 import uvloop
 
-from benchmarks import load, measurements, report, server
+from benchmarks import load, measurements, server
+from benchmarks.machine import cpu_model
 from benchmarks.measurements import Bench, Result
 from benchmarks.peers import pachinko_
 from benchmarks.processes import Child, Pipe, allow_open_files, answer_all, explained
@@ -142,7 +143,7 @@ def main() -> None:
         bench.stop()
     lines = [["", *COLUMNS], ["---"] + ["---:"] * len(COLUMNS), *zip(*rows, strict=True)]
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    print(f"\n{report.cpu_model()}, Python {platform.python_version()}, {bench.versions}")
+    print(f"\n{cpu_model()}, Python {platform.python_version()}, {bench.versions}")
 
 
 if __name__ == "__main__":

@@ -934,11 +934,11 @@ def environments() -> set[str]:
     tox = configparser.ConfigParser(interpolation=None)
     tox.read(ROOT / "tox.ini")
     listed = tox["tox"]["env_list"].split()
-    names = {section.partition(":")[2] for section in tox.sections()} - {""}
-    for entry in listed:
+    names = set()
+    for entry in [*listed, *(section.partition(":")[2] for section in tox.sections())]:
         head, _, choices = entry.partition("{")
         names |= {head + choice for choice in choices.rstrip("}").split(",")}
-    return names
+    return names - {""}
 
 
 @each_page

@@ -19,10 +19,18 @@ pytestmark = pytest.mark.skipif(
 LIMITS = [
     ("typed message and reply", "instructions", 270),
     ("typed message and reply", "C calls", 7),
+    ("a message that comes alone", "in pachinko.py", 235),  # the rest is mostly the event loop's
+    ("a message that comes alone", "from pachinko.py", 7),
     ("fields and int reply", "instructions", 250),
     ("fields and int reply", "C calls", 7),
     ("message without a reply", "instructions", 126),
     ("message without a reply", "C calls", 4),
+    ("middleware", "instructions", 670),
+    ("middleware", "C calls", 20),
+    ("an unknown type", "instructions", 670),
+    ("an unknown type", "C calls", 26),
+    ("handler that suspends", "in pachinko.py", 640),  # as above
+    ("handler that suspends", "from pachinko.py", 21),
     ("connect and disconnect", "instructions", 2430),
     ("connect and disconnect", "C calls", 61),
     ("receiver of a group send", "instructions", 103),
@@ -48,3 +56,51 @@ def test_what_it_costs_has_a_limit(figures, case, column, limit):
         f"the packages it names. Make pachinko.py cheaper again; or raise the limit in {__file__}, "
         f"where another package is the reason, or where the change is worth its cost."
     )
+
+
+@pytest.fixture(scope="module")
+def five():
+    """The module `benchmarks.figures`, where what the benchmarks need is installed."""
+    return pytest.importorskip("benchmarks.figures", reason="needs psutil")
+
+
+@pytest.fixture
+def result(five):
+    """Three rounds: Pachinko costs 1, 2 and 3 times what the peer costs."""
+    rounds = {"bare": [10.0, 20.0, 10.0], "pachinko": [20.0, 20.0, 30.0], "bare again": [10.0] * 3}
+    return five.Result("group", "a title", "µs", "a method", "falcon_expert", rounds=rounds)
+
+
+@pytest.mark.parametrize(("most", "holds"), [(1.99, False), (2.0, True)])
+def test_a_figure_is_the_median_of_ratios_to_the_peer_of_the_same_round(five, result, most, holds):
+    """A ratio of the medians would be that of two different rounds, and more noisy."""
+    outcome = five.outcome_of(five.Figure("a group", five.measurements.group, "bare", most), result)
+    assert (outcome.median, outcome.lowest, outcome.highest) == (2.0, 1.0, 3.0)
+    assert outcome.noise == (1.0, 0.5, 1.0)
+    assert outcome.holds is holds
+    (line,) = [line for line in five.table([outcome], {}).splitlines() if "a group" in line]
+    cells = [cell.strip() for cell in line.strip("| ").split("|")]
+    noise = "1.00 (0.50 … 1.00)"
+    verdict = "yes" if holds else "no"
+    assert cells == ["a group", "bare", f"≤ {most:.2f}", "2.00", "1.00 … 3.00", noise, verdict]
+
+
+def test_a_figure_may_be_a_difference(five, result):
+    """Memory is compared in KiB: what an idle connection takes more than the peer's."""
+    result.is_difference, result.unit = True, "KiB"
+    outcome = five.outcome_of(five.Figure("a group", five.measurements.group, "bare", 1.5), result)
+    assert (outcome.median, outcome.lowest, outcome.highest) == (10.0, 0.0, 20.0)
+    assert "| +10.00 KiB |" in five.table([outcome], {})
+
+
+@pytest.mark.parametrize("entry", ["bare", "pachinko", "bare again"])
+def test_a_figure_needs_all_three(five, result, entry):
+    """What could not be measured is no figure, and the error says what was missing."""
+    figure = five.Figure("a group", five.measurements.group, "bare", 1.5)
+    result.errors[entry] = "it ended"
+    with pytest.raises(ValueError, match=f"^a group: {entry}: it ended$"):
+        five.outcome_of(figure, result)
+    result.errors.clear()
+    del result.rounds[entry]
+    with pytest.raises(ValueError, match=f"^a group: {entry}: not measured$"):
+        five.outcome_of(figure, result)
