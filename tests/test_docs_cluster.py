@@ -16,7 +16,7 @@ from typing import Any
 import falcon
 import falcon.asgi
 import pytest
-from engines import EngineProcess, Kind, running
+from brokers import BrokerProcess, Kind, running
 from support import PATIENCE, Server, connect, serving
 from test_docs import README, ROOT, blocks, clean_hub, load, spans, tables
 
@@ -95,7 +95,7 @@ class Scene:
         return connect(f"{self.server.url}/ws{falcon.to_query_str({'group': group})}")
 
 
-async def run_command(line: str, engine: EngineProcess) -> asyncio.subprocess.Process:
+async def run_command(line: str, engine: BrokerProcess) -> asyncio.subprocess.Process:
     """Run a line of a shell with the commands of this environment and another engine."""
     folder = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     line = re.sub(r"localhost:\d+", f"127.0.0.1:{engine.port}", line.removeprefix("$ "))

@@ -93,7 +93,7 @@ async def test_send_to_finds_a_connection_by_itself_or_its_id() -> None:
         await ws._hub.send_to("unknown", "three")
         assert [(await client.receive())["type"] for _ in range(2)] == ["one", "said"]
         await client.close()
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
         await ws._hub.send_to(conn, "four")
         await ws._hub.join("late", conn)
         await ws._hub.leave("late", conn)
@@ -218,7 +218,7 @@ def test_call_threadsafe_needs_a_running_app() -> None:
 
 
 async def _start(hub: Hub) -> None:
-    hub._start(object())
+    hub.state.start(object())
 
 
 async def test_stats_count_what_happened() -> None:
@@ -245,12 +245,12 @@ async def test_stats_count_what_happened() -> None:
             "outbox_high_water": 0,
             "refused": 0,
             "outages": 0,
-            "engine_down": 0,
+            "broker_down": 0,
             "errors": 2,
             "errors.unknown_type": 2,
         }
         for n in range(200):
-            ws._hub._count_error(str(n))
+            ws._hub.state.counters.error(str(n))
         stats = ws._hub.stats()
         assert stats["errors"] == 202 and stats["errors.other"] == 101 and len(stats) < 120
 
@@ -410,13 +410,13 @@ async def test_draining_includes_those_that_are_not_in_yet() -> None:
 
     async with serving(ws._app) as server, connect(server.url + "/locked") as stranger:
         connecting = asyncio.create_task(slow(server.url + "/ws/a?slow=1"))
-        await until(lambda: len(ws._hub._serving) == 2)
+        await until(lambda: len(ws._hub.state.serving) == 2)
         draining = asyncio.create_task(ws._hub.drain(0))
         assert await stranger.closed() == (1012, "the server restarts")
         may_go_on.set()
         assert await connecting == (1012, "the server restarts")
         await draining
-        assert codes == [1012] and not ws._hub._serving
+        assert codes == [1012] and not ws._hub.state.serving
 
 
 async def test_a_disconnect_handler_that_hangs_is_given_up(
@@ -435,7 +435,7 @@ async def test_a_disconnect_handler_that_hangs_is_given_up(
         await ws._hub.drain(0)
         assert "not waiting any longer for <Task" in caplog.text
         await ws._hub.drain(0)  # does not wait for it once more
-        assert caplog.text.count("not waiting any longer") == 1 and not ws._hub._serving
+        assert caplog.text.count("not waiting any longer") == 1 and not ws._hub.state.serving
         may_go_on.set()
 
 
@@ -454,7 +454,7 @@ async def test_a_handler_may_drain(concurrent: bool) -> None:
         async with connect(server.url + "/ws/a") as client, connect(server.url + "/ws/a"):
             await client.send("drain")
             assert (await client.closed())[0] == 1012
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
     assert done == ["drained"] and codes == [1012, 1012]
 
 
@@ -472,7 +472,7 @@ async def test_a_drain_goes_on_without_the_handler_that_began_it() -> None:
         await clients[0].send("drain")
         for client in clients:
             assert (await client.closed())[0] == 1012
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
     assert codes == [1012] * 10
 
 
@@ -495,9 +495,9 @@ async def test_the_lifespan_closes_those_that_are_not_in_yet() -> None:
 
     async with serving(ws._app) as server:
         visits = [asyncio.create_task(visit(server.url + path)) for path in ("/ws/a", "/locked")]
-        await until(lambda: len(ws._hub._serving) == 2)
+        await until(lambda: len(ws._hub.state.serving) == 2)
         ending = [asyncio.create_task(each.process_shutdown({}, {})) for each in (ws, locked)]
-        await until(lambda: all(conn.closed for conn in ws._hub._serving.values()))
+        await until(lambda: all(conn.closed for conn in ws._hub.state.serving.values()))
         may_go_on.set()
         assert await asyncio.gather(*visits) == [1012, 1012]
         await asyncio.gather(*ending)
@@ -535,7 +535,7 @@ async def test_calls_from_threads_end_with_the_hub() -> None:
         )  # its turn may come too late
         done = ws._hub.call_threadsafe(ws._hub.stats)
         await until(done.done)
-        assert done not in ws._hub._calls
+        assert done not in ws._hub.state.calls.pending
     with pytest.raises(PachinkoError, match="the hub has stopped before it was done"):
         futures[0].result(0)
     assert futures[1].done()
@@ -561,7 +561,7 @@ async def test_a_thread_may_cancel_its_call() -> None:
         await asyncio.wait_for(begun.wait(), PATIENCE)
         assert future.cancel()
         await until(lambda: ended)
-        assert not ws._hub._calls
+        assert not ws._hub.state.calls.pending
         stray = ws._hub.call_threadsafe(cancelled)
         await until(stray.done)
         assert stray.cancelled()
@@ -605,7 +605,7 @@ async def main():
         try:
             hub.call_threadsafe(hub.send, "a", "x")
         except PachinkoError as exc:
-            os._exit(0 if "not running" in str(exc) and not hub._serving else 1)
+            os._exit(0 if "not running" in str(exc) and not hub.state.serving else 1)
         os._exit(2)
     _, status = os.waitpid(child, 0)
     future = hub.call_threadsafe(hub.stats)
@@ -629,8 +629,8 @@ async def test_what_a_fork_leaves_is_forgotten(monkeypatch: pytest.MonkeyPatch) 
     """Loop and connections of each hub are the parent's; a lock that was held is not held."""
     hub = Hub()
     monkeypatch.setattr(pachinko, "_hubs", [hub])
-    hub._start(object())
+    hub.state.start(object())
     hub._lock.acquire()
     pachinko._forget_parent()
-    assert hub._loop is None and not hub._apps
+    assert hub.state.loop is None and not hub._apps
     assert hub._lock.acquire(blocking=False)

@@ -45,11 +45,11 @@ class Tables(RuleBasedStateMachine):
         self.expected: dict[Connection, int] = {}
         self.runner.run(self.start())
         self.wanted: set[tuple[str, str]] = set()
-        self.hub._registry.want = self.want
-        self.hub._registry.unwant = self.unwant
+        self.hub.state.registry.want = self.want
+        self.hub.state.registry.unwant = self.unwant
 
     async def start(self) -> None:
-        self.hub._start(self)
+        self.hub.state.start(self)
 
     def want(self, kind: str, name: str) -> None:
         assert (kind, name) not in self.wanted
@@ -66,7 +66,7 @@ class Tables(RuleBasedStateMachine):
         request: Any = None
         socket: Any = Socket()
         conn = Connection(self.hub, self.limits, request, socket, {})
-        self.hub._registry.add(conn)
+        self.hub.state.registry.add(conn)
         conn.user = user
         conn._opened()
         self.conns.append(conn)
@@ -103,7 +103,7 @@ class Tables(RuleBasedStateMachine):
     def remove(self, index: int) -> None:
         if (conn := self.pick(index)) is not None:
             conn._phase = type(conn._phase).GONE
-            self.hub._remove(conn)
+            self.hub.state.remove(conn)
             self.alive.discard(conn)
             self.joined[conn] = set()
 
@@ -125,7 +125,7 @@ class Tables(RuleBasedStateMachine):
         for name in names:
             assert self.hub.members(name) == {c for c, g in self.joined.items() if name in g}
         users = {conn.user for conn in self.alive if conn.user is not None}
-        assert set(self.hub._registry.users) == users
+        assert set(self.hub.state.registry.users) == users
         assert self.wanted == {("g", name) for name in names} | {("u", user) for user in users}
 
     def teardown(self) -> None:

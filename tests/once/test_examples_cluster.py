@@ -24,7 +24,7 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
-from engines import find
+from brokers import find
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
 from test_chat import PATIENCE, chromium, free_port
 from websockets.sync.client import ClientConnection, connect

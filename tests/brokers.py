@@ -22,7 +22,7 @@ Kind = Literal["nats", "redis"]
 
 
 def find(kind: Kind) -> str:
-    """The engine's program: NATS of the wheel, Redis of the system or else of a wheel."""
+    """The broker's program: NATS of the wheel, Redis of the system or else of a wheel."""
     name = f"{kind}-server"
     own = Path(sys.executable).parent
     others = os.pathsep.join(
@@ -36,7 +36,7 @@ def find(kind: Kind) -> str:
 
 
 def has_tls(kind: Kind) -> bool:
-    """Whether the engine was built with OpenSSL."""
+    """Whether the broker was built with OpenSSL."""
     return kind == "nats" or b"libssl" in Path(find(kind)).read_bytes()
 
 
@@ -46,14 +46,14 @@ def free_port() -> int:
         return port
 
 
-class EngineProcess:
+class BrokerProcess:
     """A server of its own on a port that stays the same when it is started again."""
 
     def __init__(self, kind: Kind, *options: str) -> None:
         self.kind, self.options = kind, options
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
-        self.folder = tempfile.TemporaryDirectory(prefix="engine-")
+        self.folder = tempfile.TemporaryDirectory(prefix="broker-")
 
     @property
     def url(self) -> str:
@@ -100,15 +100,15 @@ class EngineProcess:
 
 
 @contextlib.asynccontextmanager
-async def running(kind: Kind, *options: str) -> AsyncIterator[EngineProcess]:
-    """A running server: ``async with running("nats") as engine:``."""
-    engine = EngineProcess(kind, *options)
+async def running(kind: Kind, *options: str) -> AsyncIterator[BrokerProcess]:
+    """A running server: ``async with running("nats") as broker:``."""
+    broker = BrokerProcess(kind, *options)
     try:
-        await engine.start()
-        yield engine
+        await broker.start()
+        yield broker
     finally:
-        engine.kill()
-        engine.folder.cleanup()
+        broker.kill()
+        broker.folder.cleanup()
 
 
 @contextlib.contextmanager
@@ -121,7 +121,7 @@ def environment(**variables: str) -> Iterator[None]:
 
 
 class Proxy:
-    """A network between the app and an engine that can be slow, silent or cut."""
+    """A network between the app and a broker that can be slow, silent or cut."""
 
     def __init__(self, port: int) -> None:
         self.target = port
