@@ -18,10 +18,10 @@ from typing import Literal
 import pytest
 from support import PATIENCE
 
-Kind = Literal["nats", "redis"]
+BrokerKind = Literal["nats", "redis"]
 
 
-def find(kind: Kind) -> str:
+def find(kind: BrokerKind) -> str:
     """The broker's program: NATS of the wheel, Redis of the system or else of a wheel."""
     name = f"{kind}-server"
     own = Path(sys.executable).parent
@@ -35,7 +35,7 @@ def find(kind: Kind) -> str:
     return found
 
 
-def has_tls(kind: Kind) -> bool:
+def has_tls(kind: BrokerKind) -> bool:
     """Whether the broker was built with OpenSSL."""
     return kind == "nats" or b"libssl" in Path(find(kind)).read_bytes()
 
@@ -49,7 +49,7 @@ def free_port() -> int:
 class BrokerProcess:
     """A server of its own on a port that stays the same when it is started again."""
 
-    def __init__(self, kind: Kind, *options: str) -> None:
+    def __init__(self, kind: BrokerKind, *options: str) -> None:
         self.kind, self.options = kind, options
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
@@ -100,7 +100,7 @@ class BrokerProcess:
 
 
 @contextlib.asynccontextmanager
-async def running(kind: Kind, *options: str) -> AsyncIterator[BrokerProcess]:
+async def running(kind: BrokerKind, *options: str) -> AsyncIterator[BrokerProcess]:
     """A running server: ``async with running("nats") as broker:``."""
     broker = BrokerProcess(kind, *options)
     try:
@@ -146,7 +146,7 @@ class Proxy:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
 
-    def url(self, kind: Kind) -> str:
+    def url(self, kind: BrokerKind) -> str:
         return f"{kind}://127.0.0.1:{self.port}"
 
     def cut(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from brokers import BrokerProcess, Kind, running
+from brokers import BrokerKind, BrokerProcess, running
 
 
 @pytest.fixture(autouse=True)
@@ -20,14 +20,14 @@ def no_broker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PACHINKO_BACKPLANE", raising=False)
 
 
-@pytest.fixture(params=get_args(Kind))
-def kind(request: pytest.FixtureRequest) -> Kind:
+@pytest.fixture(params=get_args(BrokerKind))
+def kind(request: pytest.FixtureRequest) -> BrokerKind:
     """A test that asks for it is run with each broker."""
-    kind: Kind = request.param
+    kind: BrokerKind = request.param
     return kind
 
 
 @pytest.fixture
-async def broker(kind: Kind) -> AsyncIterator[BrokerProcess]:
+async def broker(kind: BrokerKind) -> AsyncIterator[BrokerProcess]:
     async with running(kind) as broker:
         yield broker

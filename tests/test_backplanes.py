@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers import BrokerProcess, Kind, free_port, has_tls, running
+from brokers import BrokerKind, BrokerProcess, free_port, has_tls, running
 from support import PATIENCE, until
 
 import pachinko_cluster
@@ -229,7 +229,9 @@ async def test_any_bytes_are_carried(broker: BrokerProcess) -> None:
         assert [data for _, data in one.messages] == several
 
 
-async def test_the_broker_says_whom_it_went_to_if_it_can(kind: Kind, broker: BrokerProcess) -> None:
+async def test_the_broker_says_whom_it_went_to_if_it_can(
+    kind: BrokerKind, broker: BrokerProcess
+) -> None:
     """Redis counts, NATS does not."""
     async with Connected(broker.url) as one, Connected(broker.url) as other:
         await one.backplane.subscribe("n.g.a")
@@ -275,7 +277,7 @@ async def test_the_loss_of_the_broker_is_told(broker: BrokerProcess) -> None:
         await until(lambda: one.messages == [("n.g.a", b"again")])
 
 
-async def test_one_that_was_never_started_is_stopped(kind: Kind) -> None:
+async def test_one_that_was_never_started_is_stopped(kind: BrokerKind) -> None:
     """Which says nothing."""
     await backplane_for(f"{kind}://127.0.0.1:1").stop()
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import falcon
 import pytest
-from brokers import BrokerProcess, Kind, environment, running
+from brokers import BrokerKind, BrokerProcess, environment, running
 from support import PATIENCE, Client, Server, connect, new_app, serving, until
 
 import pachinko_cluster
@@ -288,7 +288,9 @@ async def test_send_to_finds_the_process(broker: BrokerProcess) -> None:
         (there,), (here,) = two.hub.connections, one.hub.connections
         assert there.id.startswith(two.hub.process) and len(there.id) == 24
         await one.hub.send_to(there.id, "far")
-        await one.hub.send_to(there, "far-too")
+        await one.hub.send_to(there.id, "far-too")
+        with pytest.raises(PachinkoError, match="another hub"):
+            await one.hub.send_to(there, "not-by-the-object")
         await one.hub.send_to(here, "near")
         for nobody in ("", "*", ">", "0" * 24, one.hub.process + "0" * 12, "x.y" * 8):
             await one.hub.send_to(nobody, "nothing")
@@ -529,7 +531,7 @@ def test_open_in_one_loop_after_another() -> None:
     asyncio.run(contexts[0].__aexit__(None, None, None))
 
 
-async def test_open_says_what_is_wrong(kind: Kind) -> None:
+async def test_open_says_what_is_wrong(kind: BrokerKind) -> None:
     """No broker named; one that is not there; the wrong way to name it."""
     with pytest.raises(PachinkoError, match=r"PACHINKO_BACKPLANE"):
         async with hub.open():
@@ -593,7 +595,7 @@ async def test_a_failed_send_in_a_handler_is_answered(
         assert one.hub.stats()["outages"] == 1 and not one.hub.stats()["broker_down"]
 
 
-async def test_gaps_of_an_outage(kind: Kind) -> None:
+async def test_gaps_of_an_outage(kind: BrokerKind) -> None:
     """One with no group for a client in none; none for who has left; before what comes after."""
     async with (
         running(kind) as broker,
@@ -822,7 +824,7 @@ async def test_a_message_that_is_too_large_for_the_broker() -> None:
 
 
 async def test_an_app_starts_without_its_broker(
-    kind: Kind, caplog: pytest.LogCaptureFixture
+    kind: BrokerKind, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It serves, says why, and is connected once the broker is there."""
     broker = BrokerProcess(kind)
@@ -904,20 +906,8 @@ def test_what_is_no_backplane_is_refused(given: Any) -> None:
         Hub().configure(given)
 
 
-async def test_configure_sets_all_and_comes_first() -> None:
-    """What is left out has its default; once the hub runs it is too late."""
-    one = Hub()
-    one.configure("memory://", namespace="x")
-    assert one._namespace == "x"
-    one.configure()
-    assert one._namespace is None and one._backplane is None
-    async with one.open("memory://"):
-        with pytest.raises(PachinkoError, match="before the app starts"):
-            one.configure("memory://")
-
-
 async def test_credentials_are_in_no_log_and_no_error(
-    kind: Kind, caplog: pytest.LogCaptureFixture
+    kind: BrokerKind, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A wrong password: everything goes on without the broker, and says why."""
     caplog.set_level(logging.DEBUG)

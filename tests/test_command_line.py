@@ -13,12 +13,12 @@ from collections.abc import Coroutine
 from pathlib import Path
 
 import pytest
-from brokers import Kind, free_port, running
+from brokers import BrokerKind, free_port, running
 from support import PATIENCE, connect, new_app, serving, until
 
 import pachinko_cluster
 from pachinko import Connection, Hub, Pachinko, __version__
-from pachinko_cluster import Eavesdropper, main
+from pachinko_cluster import Cluster, Eavesdropper, main
 
 COMMAND = (sys.executable, "-c", "import sys, pachinko_cluster; sys.exit(pachinko_cluster.main())")
 
@@ -68,7 +68,7 @@ async def run(*arguments: str, input: str = "", **variables: str) -> tuple[int |
         return await command.end(input)
 
 
-async def test_listen_prints_what_a_member_would_see(kind: Kind) -> None:
+async def test_listen_prints_what_a_member_would_see(kind: BrokerKind) -> None:
     """Messages a line each, with nothing of other groups; a close on the side; a gap."""
     sender = Hub()
     async with running(kind) as broker, Command("listen", broker.url, "a b.*") as listening:
@@ -133,7 +133,7 @@ async def test_listen_ends_with_whoever_reads_it(monkeypatch: pytest.MonkeyPatch
         assert process.returncode == 0 and err == b""
 
 
-async def test_send_reaches_the_members(kind: Kind) -> None:
+async def test_send_reaches_the_members(kind: BrokerKind) -> None:
     """A payload as an argument, from standard input, or none; with a namespace."""
     hub = Hub()
     app = new_app()
@@ -213,7 +213,9 @@ async def test_a_message_that_is_none_is_told() -> None:
 @pytest.mark.parametrize(
     ("kind", "command"), [("redis", ("send", "x")), ("nats", ("listen",)), ("nats", ("presence",))]
 )
-async def test_a_broker_that_is_not_there_is_told(command: tuple[str, ...], kind: Kind) -> None:
+async def test_a_broker_that_is_not_there_is_told(
+    command: tuple[str, ...], kind: BrokerKind
+) -> None:
     """The status is 1, and the text has no password."""
     url = f"{kind}://user:s3cret@127.0.0.1:{free_port()}"
     status, out, err = await run(command[0], url, "room", *command[1:])
@@ -326,7 +328,7 @@ def test_it_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_what_is_behind_listen(capsys: pytest.CaptureFixture[str]) -> None:
     """It prints messages of the group, broadcasts and gaps, and no more than it was asked for."""
-    sender, printer = Hub(), Printer(7)
+    sender = Hub()
     texts = ["", ""]  # of stdout and stderr
 
     def has_told(text: str) -> bool:
@@ -337,18 +339,17 @@ async def test_what_is_behind_listen(capsys: pytest.CaptureFixture[str]) -> None
     Pachinko(app, "/ws", hub=sender)
     async with running("nats") as broker:
         sender.configure(broker.url)
-        backplane, about, namespace = open_backplane(broker.url, None)
-        assert backplane is not None
         async with serving(app):
-            listener = Eavesdropper("room", printer, backplane, about, namespace)
-            printing = asyncio.create_task(listener.run())
+            listener = Eavesdropper(broker.url, "pachinko", "room")
+            printing = asyncio.create_task(listener.run(7))
             await until(lambda: has_told("listening"))
             await sender.broadcast("all")
             await sender.send("room", "one")
             await sender.send_to(listener.process + "0" * 12, "nobody")
             assert await sender.presence("room") == []
-            assert sender._cluster is not None
-            raw = sender._cluster.link._backplane
+            relay = sender.state.relay
+            assert isinstance(relay, Cluster)
+            raw = relay._backplane
             for subject in ("pachinko.g.room", "pachinko.a.all"):
                 await raw.publish(subject, b"rubbish")
             for n in range(3):
@@ -358,7 +359,8 @@ async def test_what_is_behind_listen(capsys: pytest.CaptureFixture[str]) -> None
             await sender.close_group("room", 4000)
             await until(lambda: has_told("closed with 4000"))
             await broker.restart()
-            await until(lambda: printer._left == 1 and not sender.stats()["broker_down"])
+            await until(lambda: has_told("") and texts[0].count("gap") == 3)
+            await until(lambda: not sender.stats()["broker_down"])
             await asyncio.gather(sender.send("room", "two"), sender.send("room", "three"))
             await asyncio.wait_for(printing, PATIENCE)
             await sender.send("room", "four")
@@ -382,9 +384,11 @@ async def test_a_message_that_cannot_be_printed_is_the_last_one(
         raise failure
 
     monkeypatch.setattr(pachinko_cluster, "_print", fail)
-    printer = Printer(None)
-    printer.message("one")
-    printer.message("two")
-    with pytest.raises(type(failure)):
-        await asyncio.wait_for(printer.done(), PATIENCE)
-    assert printed == ["one"]
+    sender = Hub()
+    async with running("nats") as broker, sender.open(broker.url):
+        listening = asyncio.create_task(Eavesdropper(broker.url, "pachinko", "room").run())
+        while not listening.done():  # it is not subscribed at once
+            await sender.send("room", "x")
+        with pytest.raises(type(failure)):
+            listening.result()
+    assert len(printed) == 1

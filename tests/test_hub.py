@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import itertools
 import subprocess
 import sys
 import threading
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import cattrs
@@ -17,7 +19,7 @@ import websockets.exceptions
 from support import PATIENCE, connect, new_app, serving, until
 
 import pachinko
-from pachinko import Connection, Hub, Pachinko, PachinkoError, message
+from pachinko import Connection, Counters, Hub, Pachinko, PachinkoError, message
 
 
 @message("said")
@@ -155,14 +157,32 @@ async def test_names_that_are_no_text_are_type_errors() -> None:
 
 
 async def test_a_connection_belongs_to_one_hub() -> None:
-    """Joining another hub's group is a mistake."""
-    ws = endpoint()
-    async with serving(ws._app) as server, connect(server.url + "/ws/a"):
+    """To give it to another hub is a mistake, whatever the method, and whether it is open."""
+    ws, other = endpoint(), endpoint()
+    async with (
+        serving(ws._app) as server, connect(server.url + "/ws/a") as client,
+        serving(other._app) as elsewhere, connect(elsewhere.url + "/ws/a") as member,
+    ):  # fmt: skip
         (conn,) = ws._hub.connections
-        for method in (Hub().join, Hub().leave):
-            with pytest.raises(PachinkoError, match="another hub"):
-                await method("a", conn)
-        assert conn.id in repr(conn) and "open" in repr(conn)
+        for hub in (Hub(), other._hub):
+            calls: list[Callable[[], Awaitable[None]]] = [
+                lambda hub=hub: hub.join("a", conn),
+                lambda hub=hub: hub.leave("a", conn),
+                lambda hub=hub: hub.send_to(conn, "x"),
+                lambda hub=hub: hub.send("a", "x", exclude=conn),
+                lambda hub=hub: hub.send("a", "x", exclude=["id", conn]),
+                lambda hub=hub: hub.broadcast("x", exclude={conn}),
+            ]
+            for _ in range(2):
+                for call in calls:
+                    with pytest.raises(PachinkoError, match="another hub"):
+                        await call()
+                await client.close()
+                await until(lambda: not ws._hub.state.serving)
+        await other._hub.send("a", "end", exclude=conn.id)  # an id may be of any process
+        assert (await member.receive())["type"] == "end"
+        assert not other._hub.stats()["dropped"]
+        assert conn.id in repr(conn) and "gone" in repr(conn)
 
 
 async def test_sending_without_an_app_reaches_nobody(caplog: pytest.LogCaptureFixture) -> None:
@@ -249,10 +269,6 @@ async def test_stats_count_what_happened() -> None:
             "errors": 2,
             "errors.unknown_type": 2,
         }
-        for n in range(200):
-            ws._hub.state.counters.error(str(n))
-        stats = ws._hub.stats()
-        assert stats["errors"] == 202 and stats["errors.other"] == 101 and len(stats) < 120
 
 
 async def test_the_converter_is_the_hubs_in_and_out() -> None:
@@ -276,8 +292,154 @@ async def test_the_converter_is_the_hubs_in_and_out() -> None:
             hub.configure(converter=cattrs.Converter())
     with pytest.raises(TypeError, match="converter"):
         hub.configure(converter="json")  # type: ignore[arg-type]
-    hub.configure()
+    hub.configure(converter=None)
     assert hub.converter is not converter
+
+
+# Settings
+
+OTHERS: dict[str, Any] = {
+    "url": "memory://",
+    "namespace": "shop",
+    "converter": cattrs.Converter(),
+}
+
+
+def settings_of(hub: Hub) -> dict[str, Any]:
+    """What an application sees of them, or a process of its namespace."""
+    settings = hub.state.settings
+    converter = settings.codec.converter
+    return {"url": settings.url, "namespace": settings.namespace, "converter": converter}
+
+
+@pytest.mark.parametrize("names", list(itertools.permutations(OTHERS, 3)))
+def test_each_configure_changes_only_what_it_names(names: tuple[str, ...]) -> None:
+    """In any order; None brings the default back, again of that one alone."""
+    hub = Hub()
+    expected = settings_of(hub)
+    for name in names:
+        hub.configure(**{name: OTHERS[name]})
+        expected[name] = OTHERS[name]
+        assert settings_of(hub) == expected
+        hub.configure()
+        assert settings_of(hub) == expected
+    for name in names:
+        hub.configure(**{name: None})
+        if name == "converter":
+            assert hub.converter is not OTHERS["converter"]
+            expected["converter"] = hub.converter
+        else:
+            expected[name] = None
+        assert settings_of(hub) == expected
+
+
+def test_configure_takes_several_at_once() -> None:
+    """Any combination; the URL also by its place."""
+    hub = Hub()
+    hub.configure("memory://", namespace="a", converter=OTHERS["converter"])
+    hub.configure(None, namespace="b")
+    assert settings_of(hub) == {
+        "url": None, "namespace": "b", "converter": OTHERS["converter"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"url": "kafka://host"}, PachinkoError),
+        ({"url": 5}, TypeError),
+        ({"url": "memory://", "namespace": "a b"}, PachinkoError),
+        ({"namespace": "x" * 65}, PachinkoError),
+        ({"url": None, "namespace": "b", "converter": "json"}, TypeError),
+        ({"url": "nats://host?odd=1", "converter": None}, PachinkoError),
+    ],
+)
+async def test_a_configure_that_fails_changes_nothing(
+    wrong: dict[str, Any], error: type[Exception]
+) -> None:
+    """None of what it names, right or wrong; and it comes before the start."""
+    hub = Hub()
+    hub.configure("memory://", namespace="a", converter=OTHERS["converter"])
+    before, state = settings_of(hub), hub.state
+    with pytest.raises(error):
+        hub.configure(**wrong)
+    assert settings_of(hub) == before and hub.state is state
+    async with hub.open():
+        with pytest.raises(PachinkoError, match="before the app starts"):
+            hub.configure("memory://")
+    assert settings_of(hub) == before
+
+
+ALONE = """
+import asyncio, sys
+sys.modules["pachinko_cluster"] = None  # as where the file is missing
+from pachinko import Hub, PachinkoError
+
+class Own:
+    async def start(self, deliver, lost): ...
+    async def publish(self, subject, data): ...
+    async def subscribe(self, subject): ...
+    async def unsubscribe(self, subject): ...
+    async def stop(self): ...
+
+def refusal(given):
+    hub = Hub()
+    try:
+        hub.configure(given)
+    except PachinkoError as exc:
+        assert hub.state.settings.url is None
+        return str(exc)
+
+for given in ("nats://host", "tls://host", "redis://host", "rediss://host", Own()):
+    assert "pachinko_cluster.py" in refusal(given), given
+    assert "pip install" in refusal(given)
+assert "known are memory://, nats://" in refusal("natz://host")
+hub = Hub()
+hub.configure("memory://?namespace=shop")
+
+async def main():
+    async with hub.open():
+        await hub.send("room", "x")
+        assert await hub.presence("room") == []
+
+asyncio.run(main())
+"""
+
+
+def test_without_its_companion_it_serves_one_process() -> None:
+    """A broker is refused with what to do; a wrong scheme is told with those that are known."""
+    script = [sys.executable, "-W", "error", "-c", ALONE]
+    assert subprocess.run(script, timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("url", ["memory://", "memory://?namespace=a", "memory://?other=b"])
+def test_memory_needs_no_more(url: str) -> None:
+    """The companion is not even loaded."""
+    code = f"import sys, pachinko; pachinko.hub.configure({url!r}); print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pachinko" in out.stdout.split() and "pachinko_cluster" not in out.stdout.split()
+
+
+# Private owners
+
+
+def test_errors_are_counted_up_to_a_number_of_codes() -> None:
+    """An application may make codes up without end."""
+    counters = Counters()
+    for n in range(200):
+        counters.error(str(n))
+    assert counters.errors["0"] == 1 and counters.errors["other"] == 100
+    assert sum(counters.errors.values()) == 200 and len(counters.errors) == 101
+
+
+def test_counters_add_up() -> None:
+    """What is named grows; the high water mark only rises."""
+    counters = Counters()
+    counters.add(received=2, sent=3)
+    counters.add(dropped=1, evicted=1)
+    for waiting in (1, 5, 2):
+        counters.peak(waiting)
+    assert counters == Counters(2, 3, 1, 1, 5, {})
 
 
 # The limit of groups
@@ -630,7 +792,8 @@ async def test_what_a_fork_leaves_is_forgotten(monkeypatch: pytest.MonkeyPatch) 
     hub = Hub()
     monkeypatch.setattr(pachinko, "_hubs", [hub])
     hub.state.start(object())
-    hub._lock.acquire()
+    state, lock = hub.state, hub.state.calls._lock
+    lock.acquire()
     pachinko._forget_parent()
-    assert hub.state.loop is None and not hub._apps
-    assert hub._lock.acquire(blocking=False)
+    assert hub.state is not state and hub.state.loop is None
+    assert hub.state.calls._lock is not lock and state.loop is not None

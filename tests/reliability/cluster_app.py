@@ -1,7 +1,7 @@
-"""The app of the tests in test_engines.py; as a program, one more process of their cluster.
+"""The app of the tests in test_brokers.py; as a program, one more process of their cluster.
 
 ``PACHINKO_BACKPLANE=nats://localhost:4222 python cluster_app.py`` prints the port that it has
-found; ``--format 2`` makes it write, and take, posts of another version of Pachinko.
+found; ``--format 2`` makes it write, and take, peer messages of another version of Pachinko.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import falcon.asgi
 import uvicorn
 
-import pachinko
+import pachinko_cluster
 from pachinko import Connection, Hub, MessageError, Pachinko, PachinkoError
 
 

@@ -28,12 +28,12 @@ from typing import Any
 import attrs
 import pytest
 import websockets.exceptions
+from brokers import BrokerKind, BrokerProcess, Proxy
 from cluster_app import cluster_app
-from brokers import BrokerProcess, Kind, Proxy
 from support import PATIENCE, Client, connect, serving, until
 
-import pachinko
-from pachinko import Hub, PachinkoError
+import pachinko_cluster
+from pachinko import Hub, Kind, PachinkoError
 
 PROMISED = 5.0  # seconds for a send, to succeed or to fail
 RED = "red"
@@ -194,7 +194,7 @@ class Side:
 class Scene:
     """Two processes of an app, left and right, and what happens to them and their clients."""
 
-    kind: Kind
+    kind: BrokerKind
     stack: contextlib.AsyncExitStack
     sides: dict[str, Side] = attrs.Factory(dict)
     members: list[Member] = attrs.Factory(list)
@@ -581,7 +581,7 @@ async def test_a_broker_that_is_paused_shortly(broker: BrokerProcess) -> None:
         assert all(each.acknowledged for each in await waiting)
 
 
-async def test_a_broker_that_is_started_after_the_app(kind: Kind) -> None:
+async def test_a_broker_that_is_started_after_the_app(kind: BrokerKind) -> None:
     """The app starts all the same; its clients join, and hear of it when the broker is there."""
     broker = BrokerProcess(kind)
     try:
@@ -671,7 +671,7 @@ async def test_what_a_busy_process_has_not_read_is_not_lost(broker: BrokerProces
 # The network between
 
 
-async def test_a_slow_link(kind: Kind, broker: BrokerProcess) -> None:
+async def test_a_slow_link(kind: BrokerKind, broker: BrokerProcess) -> None:
     """With 200 ms each way everything works, slowly: joins, sends, their order, restoring."""
     async with Proxy(broker.port) as near, Proxy(broker.port) as far:
         near.delay = far.delay = 0.2
@@ -689,7 +689,7 @@ async def test_a_slow_link(kind: Kind, broker: BrokerProcess) -> None:
             near.refuses = far.refuses = False
 
 
-async def test_a_link_that_is_cut_in_mid_stream(kind: Kind, broker: BrokerProcess) -> None:
+async def test_a_link_that_is_cut_in_mid_stream(kind: BrokerKind, broker: BrokerProcess) -> None:
     """Only the process whose connection it was has an outage; the other misses nothing."""
     async with Proxy(broker.port) as near, Proxy(broker.port) as far:
         near.delay = 0.01
@@ -712,7 +712,7 @@ async def test_a_link_that_is_cut_in_mid_stream(kind: Kind, broker: BrokerProces
                 near.refuses = False
 
 
-async def test_a_link_that_falls_silent(kind: Kind, broker: BrokerProcess) -> None:
+async def test_a_link_that_falls_silent(kind: BrokerKind, broker: BrokerProcess) -> None:
     """Nothing comes, and nothing says so: it is noticed, and given up for new connections."""
     async with (
         Proxy(broker.port) as near,
@@ -729,7 +729,7 @@ async def test_a_link_that_falls_silent(kind: Kind, broker: BrokerProcess) -> No
 
 
 async def test_sends_that_wait_for_the_broker_keep_their_order(
-    kind: Kind, broker: BrokerProcess
+    kind: BrokerKind, broker: BrokerProcess
 ) -> None:
     """What has waited goes out before what is sent in the turn of the loop when it is back."""
     async with Proxy(broker.port) as proxy, cluster(proxy.url(kind), broker.url) as scene:
@@ -763,13 +763,13 @@ async def test_sends_that_wait_for_the_broker_keep_their_order(
 # Who else is there
 
 
-def login(kind: Kind, password: str) -> tuple[str, ...]:
+def login(kind: BrokerKind, password: str) -> tuple[str, ...]:
     """Options of a server that asks for *password*."""
     options = ("--user", "app", "--pass") if kind == "nats" else ("--requirepass",)
     return (*options, password)
 
 
-async def test_a_wrong_password(kind: Kind, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_wrong_password(kind: BrokerKind, caplog: pytest.LogCaptureFixture) -> None:
     """It is an outage like any other, which says why; and nowhere says the password."""
     wrong = "s3cret/p@ss%word"
     user = "app" if kind == "nats" else ""
@@ -889,12 +889,15 @@ async def stranger(broker: BrokerProcess) -> AsyncIterator[Publish]:
             await other.aclose()
 
 
+KINDS = {"g": Kind.GROUP, "u": Kind.USER, "p": Kind.CONNECTION, "a": Kind.EVERYBODY}
+
+
 def subjects(scene: Scene) -> dict[str, tuple[str, int]]:
     """A subject of each kind, and how many of the two processes have subscribed to it."""
     processes = [hub.process for hub in scene.hubs]
     names = {"g": (RED, 2), "u": ("user of left", 1), "p": (processes[0], 1), "a": ("all", 2)}
     return {
-        kind: (pachinko_cluster.subject_of("pachinko", kind, name), count)
+        kind: (pachinko_cluster.subject_of("pachinko", KINDS[kind], name), count)
         for kind, (name, count) in names.items()
     }
 
@@ -1004,7 +1007,7 @@ async def test_a_forged_name_silences_nobody(broker: BrokerProcess) -> None:
             post = header(**{"from": process}, op=op, session=session, n=n)
             async with stranger(broker) as publish:
                 await publish(
-                    pachinko_cluster.subject_of("pachinko", kind, name), post + b"\n" + body
+                    pachinko_cluster.subject_of("pachinko", KINDS[kind], name), post + b"\n" + body
                 )
             await publish_is_handled(broker, scene)
             sends = await scene.burst("during", 2)
@@ -1015,7 +1018,7 @@ async def publish_is_handled(broker: BrokerProcess, scene: Scene) -> None:
     """Wait until both processes have handled what a stranger has published."""
     refused = [hub.stats()["refused"] for hub in scene.hubs]
     async with stranger(broker) as publish:
-        await publish(pachinko_cluster.subject_of("pachinko", "a", "all"), b"a mark")
+        await publish(pachinko_cluster.subject_of("pachinko", Kind.EVERYBODY, "all"), b"a mark")
     await until(
         lambda: all(
             hub.stats()["refused"] > known for hub, known in zip(scene.hubs, refused, strict=True)
@@ -1095,7 +1098,7 @@ async def test_who_comes_within_a_run_of_another_format_is_told_as_well(
 async def test_a_run_of_another_format_is_forgotten_with_its_group(broker: BrokerProcess) -> None:
     """When the last member has left, nothing stays of it."""
     async with cluster(broker.url) as scene, stranger(broker) as publish:
-        subject = pachinko_cluster.subject_of("pachinko", "g", "short-lived")
+        subject = pachinko_cluster.subject_of("pachinko", Kind.GROUP, "short-lived")
         hub = scene.sides["left"].hub
         member = await scene.enter("left")
         for gaps in (1, 2):
@@ -1105,7 +1108,9 @@ async def test_a_run_of_another_format_is_forgotten_with_its_group(broker: Broke
             await scene.check_reach()
             assert member.gaps("short-lived") == gaps
             await scene.leave(member, "short-lived")
-        assert ("g", "short-lived") not in hub.state.relay._unread
+        relay = hub.state.relay
+        assert isinstance(relay, pachinko_cluster.Cluster)
+        assert (Kind.GROUP, "short-lived") not in relay._unread
 
 
 async def test_processes_of_two_formats_side_by_side(broker: BrokerProcess) -> None:
