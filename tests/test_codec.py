@@ -961,7 +961,7 @@ def test_configure_without_a_converter_is_strict_again() -> None:
     """None is the default."""
     hub = Hub()
     hub.configure(converter=with_money())
-    hub.configure()
+    hub.configure(converter=None)
     with pytest.raises(cattrs.StructureHandlerNotFoundError):
         check(Price, hub.state.codec)
 
