@@ -38,14 +38,14 @@ import ssl
 import sys
 import urllib.parse
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import attrs
 import msgspec
 from msgspec import UNSET, UnsetType
 
+import pachinko
 from pachinko import (
-    ENVIRONMENT,
     Backplane,
     BrokerAway,
     Close,
@@ -57,14 +57,8 @@ from pachinko import (
     PachinkoError,
     Presence,
     Registry,
-    __version__,
     gap_of,
     logger,
-    namespace_of,
-    new_process,
-    process_of,
-    split_url,
-    wrong_url,
 )
 
 __all__ = ["main"]
@@ -85,14 +79,11 @@ class Broker:
     """What a URL says of a broker."""
 
     scheme: str
-    hosts: str
-    """As in the URL, without credentials."""
+    hosts: str  # as in the URL, without credentials
     credentials: tuple[str, str | None] | None = attrs.field(repr=False)
     """User and password, or a token and None."""
-    options: dict[str, str] = attrs.field(repr=False)
-    """All but the namespace."""
-    url: str = attrs.field(repr=False)
-    """Without the options."""
+    options: dict[str, str] = attrs.field(repr=False)  # all but the namespace
+    url: str = attrs.field(repr=False)  # without the options
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.hosts}"
@@ -100,7 +91,7 @@ class Broker:
 
 def read_broker(url: str) -> Broker:
     """Read the URL of a broker. Raises `PachinkoError`, whose text shows no credentials."""
-    scheme, where, options = split_url(url)
+    scheme, where, options = pachinko.split_url(url)
     options.pop("namespace", None)
     netloc, _, path = where.partition("/")
     parts = [netloc]
@@ -112,7 +103,7 @@ def read_broker(url: str) -> Broker:
     # A login of plain characters is quoted by no library in a form that `without_secrets` misses.
     is_right = not logins and _LOGIN.fullmatch(login) is not None and "@" not in path
     if not (is_right and all(map(_is_address, hosts))):
-        raise wrong_url()
+        raise pachinko.wrong_url()
     user, has_password, password = map(urllib.parse.unquote, login.partition(":"))
     credentials = (user, password if has_password else None) if login else None
     return Broker(scheme, ",".join(hosts), credentials, options, f"{scheme}://{where}")
@@ -121,14 +112,6 @@ def read_broker(url: str) -> Broker:
 def _is_address(text: str) -> bool:
     found = _ADDRESS.fullmatch(text)
     return found is not None and 0 < int(found[1] or 1) < 65536
-
-
-def not_installed(broker: Broker, extra: str) -> PachinkoError:
-    """Return the error for a library that *broker* needs and that is missing."""
-    return PachinkoError(
-        f"{broker.scheme}:// needs a library that is not installed: "
-        f'pip install "falcon-pachinko[{extra}]"'
-    )
 
 
 def without_secrets(exc: BaseException, broker: Broker | None) -> str:
@@ -210,10 +193,7 @@ class Nats:
     """A `Backplane` on NATS, by nats-py."""
 
     def __init__(self, broker: Broker) -> None:
-        try:
-            self._class = _client_class()
-        except ImportError:
-            raise not_installed(broker, "nats") from None
+        self._class = _client_class()
         self._servers = [f"{broker.scheme}://{host}" for host in broker.hosts.split(",")]
         self._settings: dict[str, Any] = {
             "name": "pachinko",
@@ -229,10 +209,8 @@ class Nats:
         self._settings.update(_nats_settings(broker))
         self._client: Any = None
         self._subscriptions: dict[str, Any] = {}
-        self._refusals: list[str] = []
-        """Permission errors, one a message; several messages may be in progress."""
-        self._round_trip: asyncio.Task[None] | None = None
-        """The one that has not begun, and that new calls may still join."""
+        self._refusals: list[str] = []  # permission errors, one a message
+        self._round_trip: asyncio.Task[None] | None = None  # has not begun: new calls may join it
         self._round_trips: set[asyncio.Task[None]] = set()
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
@@ -452,12 +430,10 @@ class Redis:
     """A `Backplane` on Redis, by redis-py."""
 
     def __init__(self, broker: Broker) -> None:
-        try:
-            from redis.asyncio.connection import ConnectionPool
-            from redis.asyncio.retry import Retry
-            from redis.backoff import NoBackoff
-        except ImportError:
-            raise not_installed(broker, "redis") from None
+        from redis.asyncio.connection import ConnectionPool
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
         # A URL may be shared with programs that want their replies in another form.
         ours = ("protocol", "decode_responses", "encoding")
         options = {name: value for name, value in broker.options.items() if name not in ours}
@@ -535,7 +511,14 @@ class Redis:
 
 def backplane_of(broker: Broker) -> Backplane:
     """Return a backplane, not yet started. Raises `PachinkoError`."""
-    return Nats(broker) if broker.scheme in ("nats", "tls") else Redis(broker)
+    extra = "nats" if broker.scheme in ("nats", "tls") else "redis"
+    try:
+        return Nats(broker) if extra == "nats" else Redis(broker)
+    except ImportError:
+        raise PachinkoError(
+            f"{broker.scheme}:// needs a library that is not installed: "
+            f'pip install "falcon-pachinko[{extra}]"'
+        ) from None
 
 
 # ── link ──────────────────────────────────────────────────────────────────────────────────────
@@ -548,6 +531,7 @@ _BEAT = 0.5  # seconds between two signs of life
 _RESTORE = 10.0  # seconds for 500 subscriptions at once, when all processes come back together
 _MISSED = 5  # signs of life in a row that fail to come, and the broker is taken for lost
 _RECONNECT = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts; then always the last
+T = TypeVar("T")
 Pack = Callable[[int], bytes]  # makes a message for the session with this number
 
 
@@ -611,8 +595,6 @@ class Link:
         if not self.is_connected:
             raise BrokerAway(f"{self._name} cannot be reached: {self._why}")
 
-    # Messages
-
     async def publish(self, subject: str, pack: Pack) -> int | None:
         """Publish what *pack* makes; no two messages are equal.
 
@@ -669,11 +651,9 @@ class Link:
             _, copy = self._copies.get(data, (None, None))
             if copy is not None:
                 self._has_heard = True
-                let_go_on(copy)
+                resolve(copy, None)
         finally:
             self._is_receiving = False
-
-    # Subscriptions
 
     def subscribe(self, subject: str) -> None:
         """Subscribe to *subject*, now and in each later session."""
@@ -687,7 +667,7 @@ class Link:
         self._late.discard(subject)
         for about, copy in self._copies.values():
             if about == subject:
-                let_go_on(copy)  # nobody is left here for whom it matters
+                resolve(copy, None)  # nobody is left here for whom it matters
         self._start_change(subject)
 
     async def subscribed(self, subject: str) -> None:
@@ -746,7 +726,7 @@ class Link:
             elif isinstance(exc, PachinkoError):
                 self._note_denied(subject, exc)
             else:
-                self._lose(exc)
+                resolve(self._lost, exc)
         finally:
             if self._changes.get(subject) is me:
                 del self._changes[subject]
@@ -764,8 +744,6 @@ class Link:
         logger.error("%s: %s", self._name, exc)
         if subject in self._subjects:
             self._denied[subject] = str(exc)
-
-    # The connection
 
     async def _run(self) -> None:
         """Connect, wait for the end of the session, and connect again."""
@@ -792,20 +770,10 @@ class Link:
             self._end(None)
             await self._close()
 
-    def _lose(self, why: BaseException | None) -> None:
-        """End the session."""
-        if not self._lost.done():
-            self._lost.set_result(why)
-
     async def _open(self) -> None:
         """Connect, and subscribe to all subjects."""
-        lost = self._lost
-
-        def lose(why: BaseException | None) -> None:
-            if lost is self._lost:
-                self._lose(why)
-
         receive = functools.partial(self._receive, self.session)
+        lose = functools.partial(resolve, self._lost)
         async with asyncio.timeout(_CONNECT):
             await self._backplane.start(receive, lose)
         while missing := list(itertools.islice(filter(self._is_pending, self._subjects), 500)):
@@ -892,10 +860,10 @@ class Link:
                 await self._backplane.stop()
 
 
-def let_go_on(turn: asyncio.Future[None]) -> None:
-    """Wake whoever waits for *turn*, if it still waits."""
-    if not turn.done():
-        turn.set_result(None)
+def resolve(future: asyncio.Future[T], result: T) -> None:
+    """Give *future* its result, if it has none."""
+    if not future.done():
+        future.set_result(result)
 
 
 # ── peer messages ─────────────────────────────────────────────────────────────────────────────
@@ -912,29 +880,20 @@ Address = tuple[Kind, str]  # what a subject stands for; a connection is reached
 class PeerMessage(msgspec.Struct, omit_defaults=True):
     """The head of a message between processes."""
 
-    v: int
-    """The format."""
+    v: int  # the format
     op: str
     """``send`` or ``close``: to the receivers; ``who``: to the processes with members of a group,
     answered with ``here``; ``beat``: to the sender itself, as a sign of life."""
-    source: str = msgspec.field(name="from")
-    """The process that sends."""
-    session: int = 0
-    """The number of the sender's session with the broker."""
-    n: int = 0
-    """The message's number in its process."""
-    exclude: list[str] = []
-    """The ids of connections that do not get it."""
-    to: str | None = None
-    """The id of the only connection that gets it."""
+    source: str = msgspec.field(name="from")  # the process that sends
+    session: int = 0  # the number of the sender's session with the broker
+    n: int = 0  # the message's number in its process
+    exclude: list[str] = []  # the ids of connections that do not get it
+    to: str | None = None  # the id of the only connection that gets it
     code: int = 1000
     reason: str = ""
-    ask: int = 0
-    """The number of the question that this asks or answers."""
-    members: list[tuple[str, str | None]] = []
-    """Ids and users."""
-    more: bool = False
-    """Whether further answers of this process follow."""
+    ask: int = 0  # the number of the question that this asks or answers
+    members: list[tuple[str, str | None]] = []  # ids and users
+    more: bool = False  # whether further answers of this process follow
 
 
 class Carried(msgspec.Struct):
@@ -1030,18 +989,6 @@ _GAPS_A_TURN = 256  # groups told of a gap at a stretch
 _questions = itertools.count(1)
 
 
-@attrs.define(eq=False)
-class Answers:
-    """What the processes have answered to one question."""
-
-    members: dict[str, Presence] = attrs.Factory(dict)
-    final: int = 0
-    """The number of processes that have answered in full."""
-    unfinished: set[str] = attrs.Factory(set)
-    """The processes that have more to answer."""
-    changed: asyncio.Event = attrs.Factory(asyncio.Event)
-
-
 class Cluster:
     """The `Relay` of an app with a broker: its processes, as this one sees them."""
 
@@ -1063,7 +1010,7 @@ class Cluster:
         self._refused = 0
         self._suspects: set[object] = set()  # the kinds of refused messages that have been logged
         self._work: set[asyncio.Task[None]] = set()  # what is sent while nobody waits for it
-        self._asks: dict[int, Answers] = {}
+        self._asks: dict[int, asyncio.Queue[PeerMessage]] = {}  # answers, by question
         self._gaps: dict[str, tuple[Connection, ...]] = {}  # members to be told, by group
         self._unread: dict[Address, frozenset[str]] = {}  # ids told of a message of another format
 
@@ -1108,8 +1055,6 @@ class Cluster:
             "broker_down": int(not self._link.is_connected),
         }
 
-    # What this process sends
-
     def _pack(self, session: int, op: str, frame: bytes = b"", **fields: Any) -> bytes:
         self._sent += 1
         return pack(PeerMessage(_FORMAT, op, self.process, session, self._sent, **fields), frame)
@@ -1124,7 +1069,7 @@ class Cluster:
     async def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> None:
         to: str | None = None
         if kind is Kind.CONNECTION:
-            process = process_of(name)
+            process = pachinko.process_of(name)
             if process is None or process == self.process:
                 await self._registry.deliver(kind, name, data, excluded)
                 return
@@ -1136,21 +1081,23 @@ class Cluster:
 
     async def ask(self, group: str) -> list[Presence]:
         number = next(_questions)
-        answers = self._asks[number] = Answers()
+        answers = self._asks[number] = asyncio.Queue[PeerMessage]()
+        found: dict[str, Presence] = {}
+        unfinished: dict[str, bool] = {}  # by process
         try:
             reached = await self._publish(Kind.GROUP, group, "who", ask=number)
             loop = asyncio.get_running_loop()
             end, latest = (loop.time() + seconds for seconds in (_PRESENCE, _BROKER_WAIT))
             with contextlib.suppress(TimeoutError):
-                while reached is None or answers.final < reached:
-                    async with asyncio.timeout_at(latest if answers.unfinished else end):
-                        answers.changed.clear()
-                        await answers.changed.wait()
+                while reached is None or any(unfinished.values()) or len(unfinished) < reached:
+                    async with asyncio.timeout_at(latest if any(unfinished.values()) else end):
+                        answer = await answers.get()
+                    unfinished[answer.source] = answer.more
+                    for id, user in answer.members:
+                        found[id] = Presence(id, user, answer.source)
         finally:
             self._asks.pop(number, None)
-        return list(answers.members.values())
-
-    # What comes, from this process too
+        return list(found.values())
 
     async def receive(self, subject: str, data: bytes) -> None:
         """Take a message from the link."""
@@ -1214,13 +1161,8 @@ class Cluster:
                     await self._publish(Kind.CONNECTION, question.source, "here", **answer)
 
     def _note_answer(self, answer: PeerMessage) -> None:
-        answers = self._asks.get(answer.ask)
-        if answers is not None:
-            found = (Presence(id, user, answer.source) for id, user in answer.members)
-            answers.members.update((each.id, each) for each in found)
-            answers.final += not answer.more
-            (answers.unfinished.add if answer.more else answers.unfinished.discard)(answer.source)
-            answers.changed.set()
+        if answer.ask in self._asks:
+            self._asks[answer.ask].put_nowait(answer)
 
     def _start_work(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -1246,8 +1188,6 @@ class Cluster:
         told = self._unread.get((kind, name), frozenset())
         self._unread[kind, name] = frozenset(conn.id for conn in receivers)
         await self._registry.tell(receivers, gap_of(group), group, told)
-
-    # Gaps after an outage
 
     def restored(self, subject: str | None) -> None:
         """Begin to tell everybody who may have missed something, once a group."""
@@ -1301,7 +1241,7 @@ class Eavesdropper(Cluster):
 
     async def run(self, count: int | None = None) -> None:
         """Print *count* messages, or all. Raises `PachinkoError`, and what `print` raises."""
-        self.start(Registry(self), new_process())
+        self.start(Registry(self), pachinko.new_process())
         try:
             await self.connected()
             self.subscribe(Kind.GROUP, self._group)
@@ -1339,7 +1279,7 @@ def _parser() -> argparse.ArgumentParser:
         'redis://localhost:6379; "-" takes it from there, which keeps a password off the list of '
         "processes.",
     )
-    parser.add_argument("--version", action="version", version=f"pachinko {__version__}")
+    parser.add_argument("--version", action="version", version=f"pachinko {pachinko.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("url", metavar="URL", help='the broker, or "-" for $PACHINKO_BACKPLANE')
@@ -1414,9 +1354,11 @@ def _count(text: str) -> int:
 
 async def _run(given: argparse.Namespace) -> None:
     """Do what the command line says. Raises `ValueError` or `TypeError` for what is wrong in it."""
-    url = os.environ.get(ENVIRONMENT, "") if given.url == "-" else given.url
+    url = os.environ.get(pachinko.ENVIRONMENT, "") if given.url == "-" else given.url
     if not url:
-        raise ValueError(f"{ENVIRONMENT} is not set" if given.url == "-" else "the URL is empty")
+        raise ValueError(
+            f"{pachinko.ENVIRONMENT} is not set" if given.url == "-" else "the URL is empty"
+        )
     given.group.encode()  # raises a UnicodeError for an argument that was no UTF-8
     hub = Hub()
     try:
@@ -1426,25 +1368,21 @@ async def _run(given: argparse.Namespace) -> None:
     if url.startswith("memory://"):
         raise ValueError("memory:// reaches no other process; give the broker of the app")
     if given.command == "listen":
-        namespace = namespace_of(url, given.namespace)
+        namespace = pachinko.namespace_of(url, given.namespace)
         await Eavesdropper(url, namespace, given.group).run(given.count)
         return
-    payload = _payload(given.json) if given.command == "send" else None
+    payload = None
+    if given.command == "send" and given.json is not None:
+        text = sys.stdin.read() if given.json == "-" else given.json
+        try:
+            payload = msgspec.json.decode(text)
+        except (msgspec.MsgspecError, RecursionError) as exc:
+            raise ValueError(
+                f"""the payload is JSON, such as '{{"text": "hi"}}' or '"hi"': {exc}"""
+            ) from None
     async with hub.open():
         if given.command == "send":
             await hub.send(given.group, given.type, payload)
         else:
             for each in sorted(await hub.presence(given.group), key=lambda each: each.id):
                 _print(_encode(attrs.asdict(each)).decode())
-
-
-def _payload(text: str | None) -> Any:
-    """Return the payload in an argument, or in standard input. Raises `ValueError`."""
-    if text is None:
-        return None
-    try:
-        return msgspec.json.decode(sys.stdin.read() if text == "-" else text)
-    except (msgspec.MsgspecError, RecursionError) as exc:
-        raise ValueError(
-            f"""the payload is JSON, such as '{{"text": "hi"}}' or '"hi"': {exc}"""
-        ) from None
