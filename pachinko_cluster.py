@@ -38,28 +38,14 @@ import ssl
 import sys
 import urllib.parse
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import attrs
 import msgspec
 from msgspec import UNSET, UnsetType
 
 import pachinko
-from pachinko import (
-    Backplane,
-    BrokerAway,
-    Close,
-    Connection,
-    Deliver,
-    Hub,
-    Kind,
-    Lost,
-    PachinkoError,
-    Presence,
-    Registry,
-    gap_of,
-    logger,
-)
+from pachinko import Backplane, Deliver, Kind, Lost, PachinkoError, Registry, gap_of, logger
 
 __all__ = ["main"]
 
@@ -531,7 +517,6 @@ _BEAT = 0.5  # seconds between two signs of life
 _RESTORE = 10.0  # seconds for 500 subscriptions at once, when all processes come back together
 _MISSED = 5  # signs of life in a row that fail to come, and the broker is taken for lost
 _RECONNECT = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts; then always the last
-T = TypeVar("T")
 Pack = Callable[[int], bytes]  # makes a message for the session with this number
 
 
@@ -549,29 +534,23 @@ class Link:
         deliver: Deliver, restored: Callable[[str | None], None],
         essential: Sequence[str], beat: Pack, process: str,
     ) -> None:  # fmt: skip
-        self._backplane = backplane
-        self._broker = broker
+        self._backplane, self._broker = backplane, broker
         self._name = str(broker) if broker is not None else type(backplane).__name__
         self._deliver, self._restored = deliver, restored
-        self._essential = essential
-        self._make_beat = beat
-        self._process = process
+        self._essential, self._make_beat, self._process = essential, beat, process
         self.session: int = 0
         self.outages: int = 0
         self.is_connected: bool = False
-        # Subscriptions
         self._subjects: dict[str, None] = dict.fromkeys(essential)  # to be subscribed, in order
         self._subscribed: set[str] = set()  # as far as the broker has said so
         self._denied: dict[str, str] = {}  # not permitted, with the reason
         self._late: set[str] = set()  # a caller of `subscribed` has given up waiting
         self._changes: dict[str, asyncio.Task[None]] = {}  # that subscribe or unsubscribe
-        # Messages
         self._copies: dict[bytes, tuple[str, asyncio.Future[None]]] = {}  # on their way back to us
         self._waits: set[asyncio.Timeout] = set()  # of callers whose message the broker may have
         self._beat = b""
         self._has_heard = False  # a message of our own, since the last beat
         self._is_receiving = False
-        # The connection
         self._why = "not connected yet"
         self._has_missed = False  # messages, or may have
         self._lost: asyncio.Future[BaseException | None]
@@ -593,7 +572,7 @@ class Link:
         async with self._turn:
             await self._attempted.wait()
         if not self.is_connected:
-            raise BrokerAway(f"{self._name} cannot be reached: {self._why}")
+            raise pachinko.BrokerAway(f"{self._name} cannot be reached: {self._why}")
 
     async def publish(self, subject: str, pack: Pack) -> int | None:
         """Publish what *pack* makes; no two messages are equal.
@@ -614,12 +593,12 @@ class Link:
             raise
         except TimeoutError:
             why = self._why or f"no answer within {_BROKER_WAIT:g} s"
-            raise BrokerAway(f"{self._name} has not taken a message: {why}") from None
+            raise pachinko.BrokerAway(f"{self._name} has not taken a message: {why}") from None
         except Exception as exc:  # of the library
             text = f"{self._name}: {without_secrets(exc, self._broker)}"
             if self._is_bug(exc):
                 raise PachinkoError(text) from exc
-            raise BrokerAway(text) from None
+            raise pachinko.BrokerAway(text) from None
 
     async def _publish(self, subject: str, data: bytes) -> int | None:
         copy: asyncio.Future[None] | None = None
@@ -651,7 +630,7 @@ class Link:
             _, copy = self._copies.get(data, (None, None))
             if copy is not None:
                 self._has_heard = True
-                resolve(copy, None)
+                resolve(copy)
         finally:
             self._is_receiving = False
 
@@ -667,7 +646,7 @@ class Link:
         self._late.discard(subject)
         for about, copy in self._copies.values():
             if about == subject:
-                resolve(copy, None)  # nobody is left here for whom it matters
+                resolve(copy)  # nobody is left here for whom it matters
         self._start_change(subject)
 
     async def subscribed(self, subject: str) -> None:
@@ -803,12 +782,12 @@ class Link:
 
     async def _listen_for_beats(self) -> None:
         """Send signs of life to ourselves. Never returns; raises when the broker is lost."""
-        missed, publish = 0, self._backplane.publish
+        missed = 0
         self._beat = self._make_beat(self.session)
         while missed < _MISSED:
             self._has_heard = False
-            work = cast("Coroutine[Any, Any, object]", publish(self._essential[0], self._beat))
-            task = asyncio.get_running_loop().create_task(work)
+            work = self._backplane.publish(self._essential[0], self._beat)
+            task = asyncio.ensure_future(work)
             task.add_done_callback(look_at_result)  # a beat that fails is noticed: none comes
             try:
                 # Turns of the loop count, not seconds: a loop that was blocked has not read either.
@@ -860,7 +839,7 @@ class Link:
                 await self._backplane.stop()
 
 
-def resolve(future: asyncio.Future[T], result: T) -> None:
+def resolve(future: asyncio.Future[Any], result: Any = None) -> None:
     """Give *future* its result, if it has none."""
     if not future.done():
         future.set_result(result)
@@ -904,12 +883,6 @@ class Carried(msgspec.Struct):
     group: str | None = None
 
 
-class Format(msgspec.Struct):
-    """What the heads of all formats have."""
-
-    v: int
-
-
 class Refused(Exception):
     """What came from the broker is no peer message of ours.
 
@@ -930,7 +903,6 @@ class Late(Refused):
 
 _decode_head = msgspec.json.Decoder(PeerMessage).decode
 _decode_carried = msgspec.json.Decoder(Carried).decode
-_decode_format = msgspec.json.Decoder(Format).decode
 
 
 def subject_of(namespace: str, kind: Kind, name: str) -> str:
@@ -951,16 +923,16 @@ def pack(message: PeerMessage, frame: bytes = b"") -> bytes:
 def unpack(data: bytes) -> tuple[PeerMessage, bytes]:
     """Return the peer message and the frame in *data*. Raises `Refused`."""
     head, _, frame = data.partition(b"\n")
+    why = ""
     try:
         message = _decode_head(head)
         if message.v == _FORMAT:
             return message, frame
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
         why = str(exc)
-    else:
-        why = ""
     with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
-        if (version := _decode_format(head).v) != _FORMAT:
+        version = msgspec.json.decode(head, type=dict[str, Any]).get("v")
+        if type(version) is int and version != _FORMAT:
             raise Refused(f"it has format {version}, not {_FORMAT}", version)
     raise Refused(f"not a message of ours: {why}")
 
@@ -1011,7 +983,7 @@ class Cluster:
         self._suspects: set[object] = set()  # the kinds of refused messages that have been logged
         self._work: set[asyncio.Task[None]] = set()  # what is sent while nobody waits for it
         self._asks: dict[int, asyncio.Queue[PeerMessage]] = {}  # answers, by question
-        self._gaps: dict[str, tuple[Connection, ...]] = {}  # members to be told, by group
+        self._gaps: dict[str, tuple[pachinko.Connection, ...]] = {}  # members to be told, by group
         self._unread: dict[Address, frozenset[str]] = {}  # ids told of a message of another format
 
     def start(self, registry: Registry, process: str) -> None:
@@ -1076,13 +1048,13 @@ class Cluster:
             name, to = process, name
         await self._publish(kind, name, "send", data, exclude=excluded, to=to)
 
-    async def close(self, kind: Kind, name: str, close: Close) -> None:
+    async def close(self, kind: Kind, name: str, close: pachinko.Close) -> None:
         await self._publish(kind, name, "close", code=close.code, reason=close.reason)
 
-    async def ask(self, group: str) -> list[Presence]:
+    async def ask(self, group: str) -> list[pachinko.Presence]:
         number = next(_questions)
         answers = self._asks[number] = asyncio.Queue[PeerMessage]()
-        found: dict[str, Presence] = {}
+        found: dict[str, pachinko.Presence] = {}
         unfinished: dict[str, bool] = {}  # by process
         try:
             reached = await self._publish(Kind.GROUP, group, "who", ask=number)
@@ -1094,7 +1066,7 @@ class Cluster:
                         answer = await answers.get()
                     unfinished[answer.source] = answer.more
                     for id, user in answer.members:
-                        found[id] = Presence(id, user, answer.source)
+                        found[id] = pachinko.Presence(id, user, answer.source)
         finally:
             self._asks.pop(number, None)
         return list(found.values())
@@ -1108,10 +1080,8 @@ class Cluster:
                 return
             if message.op == "send":
                 check_carried(frame, address[1] if address[0] is Kind.GROUP else None)
-            if message.source == self.process:
-                latest = self._link.session
-            else:
-                latest = self._sessions.get(message.source, 0)
+            is_ours = message.source == self.process
+            latest = self._link.session if is_ours else self._sessions.get(message.source, 0)
             if message.session < latest:
                 raise Late("its process has lost the connection that it came by")
             await self._take(*address, message, frame)
@@ -1131,7 +1101,7 @@ class Cluster:
             await self._registry.deliver(kind, receiver, frame, message.exclude)
         elif message.op == "close" and kind is Kind.GROUP:
             try:
-                close = Close(message.code, message.reason)
+                close = pachinko.Close(message.code, message.reason)
             except ValueError as exc:
                 raise Refused(str(exc)) from None
             self._registry.close(kind, name, close)
@@ -1144,7 +1114,10 @@ class Cluster:
 
     async def _answer(self, group: str, question: PeerMessage) -> None:
         """Tell the process that asks who of *group* is here, in parts of a bounded size."""
-        members = [(conn.id, _encodable(conn.user)) for conn in self._registry.members(group)]
+        found = self._registry.members(group)
+        # Halves of surrogate pairs become question marks: no JSON may have them.
+        users = {c.id: c.user and c.user.encode(errors="replace").decode() for c in found}
+        members = list(users.items())
         is_last = False
         while not is_last:
             part: list[tuple[str, str | None]] = []
@@ -1192,7 +1165,7 @@ class Cluster:
     def restored(self, subject: str | None) -> None:
         """Begin to tell everybody who may have missed something, once a group."""
         registry = self._registry
-        alone: Collection[Connection] = ()
+        alone: Collection[pachinko.Connection] = ()
         if subject is None:
             self._gaps = {group: tuple(members) for group, members in registry.groups.items()}
             conns = registry.connections.values()
@@ -1205,7 +1178,7 @@ class Cluster:
                 alone = tuple(registry.receivers(kind, name))
         self._start_work(self._announce_all(alone))
 
-    async def _announce_all(self, alone: Collection[Connection]) -> None:
+    async def _announce_all(self, alone: Collection[pachinko.Connection]) -> None:
         await self._registry.tell(alone, gap_of(None), None)
         announced = 0
         while self._gaps:
@@ -1219,11 +1192,6 @@ class Cluster:
         members = self._gaps.pop(group)
         present = [conn for conn in members if group in self._registry.groups_of(conn)]
         await self._registry.tell(present, gap_of(group), group)
-
-
-def _encodable(user: str | None) -> str | None:
-    """Return *user* without halves of surrogate pairs, which no JSON may have."""
-    return user if user is None or user.isascii() else user.encode(errors="replace").decode()
 
 
 # ── shell command ─────────────────────────────────────────────────────────────────────────────
@@ -1315,18 +1283,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=level)
     try:
         asyncio.run(_run(given))
-    except (TypeError, ValueError, UnicodeError) as exc:
+    except (TypeError, ValueError, PachinkoError) as exc:
         _tell(f"pachinko: {exc}")
-        return 2
-    except PachinkoError as exc:
-        _tell(f"pachinko: {exc}")
-        return 1
-    except BrokenPipeError:  # `head`, for one, stops to read
+        return 1 if isinstance(exc, PachinkoError) else 2
+    except OSError as exc:
         _silence_stdout()
-    except OSError as exc:  # the disk is full
-        _silence_stdout()
-        _tell(f"pachinko: cannot print: {exc}")
-        return 1
+        if not isinstance(exc, BrokenPipeError):  # `head`, for one, stops to read
+            _tell(f"pachinko: cannot print: {exc}")
+            return 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -1356,11 +1320,9 @@ async def _run(given: argparse.Namespace) -> None:
     """Do what the command line says. Raises `ValueError` or `TypeError` for what is wrong in it."""
     url = os.environ.get(pachinko.ENVIRONMENT, "") if given.url == "-" else given.url
     if not url:
-        raise ValueError(
-            f"{pachinko.ENVIRONMENT} is not set" if given.url == "-" else "the URL is empty"
-        )
+        raise ValueError("PACHINKO_BACKPLANE is not set" if given.url else "the URL is empty")
     given.group.encode()  # raises a UnicodeError for an argument that was no UTF-8
-    hub = Hub()
+    hub = pachinko.Hub()
     try:
         hub.configure(url, namespace=given.namespace)
     except PachinkoError as exc:
