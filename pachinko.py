@@ -23,8 +23,8 @@ One JSON object a text frame, ``{"type": str, "id"?: str | int, "payload"?: any}
 returns goes to the sender with the request's ``id``; what ``hub.send`` gets goes to a group.
 
 The sections, each using only those above it: errors · envelope and message · codec · handlers
-and routing · handshake · backplanes · posts · link · outbox and limits · connection · registry ·
-cluster · hub · dispatch · Pachinko · command line.
+and routing · handshake · outbox and limits · connection · registry and relay · hub state · hub ·
+dispatch · Pachinko. Brokers, and the shell command, are in the module `pachinko_cluster`.
 """
 
 from __future__ import annotations
@@ -2234,6 +2234,7 @@ class Relay(typing.Protocol):
 
     async def ask(self, group: str) -> list[Presence]:
         """Ask all processes who is in *group*."""
+        ...
 
     def subscribe(self, kind: Kind, name: str) -> None:
         """Note that the first receiver of that name is in the registry."""
@@ -2250,6 +2251,7 @@ class Relay(typing.Protocol):
 
     def stats(self) -> dict[str, int]:
         """Return the counts of messages that were refused, and of what the broker does."""
+        ...
 
 
 class LocalRelay:

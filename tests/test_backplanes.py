@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import gc
 import importlib.util
+import inspect
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from brokers import BrokerKind, BrokerProcess, free_port, has_tls, running
@@ -187,6 +188,31 @@ def test_libraries_are_imported_only_when_used() -> None:
 
 
 # NATS and Redis
+
+
+async def test_the_private_names_of_nats_are_there() -> None:
+    """Those that the section lists: another version of nats-py may have renamed them."""
+    import nats.aio.client
+    import nats.aio.subscription
+
+    client: Any = nats.aio.client.Client
+    signatures = {
+        "_process_msg": ["self", "sid", "subject", "reply", "data", "headers"],
+        "_process_op_err": ["self", "e"],
+        "_close": ["self", "status", "do_cbs"],
+        "_connect_command": ["self"],
+    }
+    for name, parameters in signatures.items():
+        assert list(inspect.signature(getattr(client, name)).parameters) == parameters
+    made = client()
+    for name in ("_pending", "_pending_data_size", "_server_info", "_transport", "options"):
+        assert hasattr(made, name), name
+    async with running("nats") as broker, Connected(broker.url) as one:
+        made = cast(Any, one.backplane)._client
+        assert made._transport._io_writer.transport
+        subscription = await made.subscribe("n.g.a")
+        assert isinstance(subscription, nats.aio.subscription.Subscription)
+        assert subscription._pending_queue is not None
 
 
 async def test_messages_come_in_order_and_across_subjects(broker: BrokerProcess) -> None:
