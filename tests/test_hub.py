@@ -370,6 +370,18 @@ async def test_a_configure_that_fails_changes_nothing(
     assert settings_of(hub) == before
 
 
+def test_a_missing_companion_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is there and cannot be loaded; once it is there, it is found."""
+    hub = Hub()
+    monkeypatch.setitem(sys.modules, "pachinko_cluster", None)
+    with pytest.raises(PachinkoError, match=r"copy it to where pachinko\.py is.*pip install"):
+        hub.configure("nats://localhost:4222")
+    assert hub.state.settings.url is None
+    monkeypatch.undo()
+    hub.configure("nats://localhost:4222")
+    assert hub.state.settings.url == "nats://localhost:4222"
+
+
 ALONE = """
 import asyncio, sys
 sys.modules["pachinko_cluster"] = None  # as where the file is missing
