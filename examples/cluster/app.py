@@ -1,9 +1,9 @@
 """A room on any number of processes: who is on which of them, and what is said.
 
     python examples/cluster/run.py                  # NATS, and two processes of this file
-    uvicorn --app-dir examples/cluster app:app      # one process without an engine
+    uvicorn --app-dir examples/cluster app:app      # one process without a broker
 
-Nothing here knows how many processes there are. PACHINKO_BACKPLANE names the engine between them,
+Nothing here knows how many processes there are. PACHINKO_BACKPLANE names the broker between them,
 ``nats://…`` or ``redis://…``; without it there is one process.
 """
 
@@ -39,7 +39,7 @@ def group_of(conn: Connection) -> str:
 
 
 async def tell_the_others(conn: Connection, type: str) -> None:
-    # Nobody is kept out because the engine is away. The others see it in their next list.
+    # Nobody is kept out because the broker is away. The others see it in their next list.
     with contextlib.suppress(PachinkoError):
         await hub.send(group_of(conn), type, {"id": conn.id}, exclude=conn)
 
@@ -69,8 +69,8 @@ async def wave(conn: Connection, *, to: str) -> None:
 
 
 @ws.error(PachinkoError)
-async def engine_is_away(conn: Connection, exc: PachinkoError) -> MessageError:
-    return MessageError("engine_away", "the processes do not reach each other just now; try again")
+async def broker_is_away(conn: Connection, exc: PachinkoError) -> MessageError:
+    return MessageError("broker_away", "the processes do not reach each other just now; try again")
 
 
 @ws.disconnect

@@ -206,7 +206,7 @@ def main() -> None:
             watch([nats, *apps])
         say(f"\n{signal.Signals(signals[0]).name}: ending all")
     finally:
-        end(apps)  # before the engine, which they would miss
+        end(apps)  # before the broker, which they would miss
         end([nats])
 
 
