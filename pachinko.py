@@ -1626,12 +1626,15 @@ class Counters:
     errors: dict[str, int] = attrs.Factory(dict)
     """Errors answered, by code; those beyond `_MAX_CODES` codes count as ``other``."""
 
-    def add(self, *, received: int = 0, sent: int = 0, dropped: int = 0, evicted: int = 0) -> None:
-        """Add to the counters named."""
-        self.received += received
-        self.sent += sent
+    def add(self, *, dropped: int = 0, evicted: int = 0) -> None:
+        """Add messages dropped and clients evicted."""
         self.dropped += dropped
         self.evicted += evicted
+
+    def frames(self, received: int, sent: int) -> None:
+        """Add the frames of a connection that has ended."""
+        self.received += received
+        self.sent += sent
 
     def peak(self, waiting: int) -> None:
         """Note that *waiting* messages wait in an outbox."""
@@ -2720,7 +2723,7 @@ class HubState:
 
     def remove(self, conn: Connection) -> None:
         """Remove *conn* from the registry, and keep its counts."""
-        self.counters.add(received=conn._received, sent=conn._sent)
+        self.counters.frames(conn._received, conn._sent)
         conn._received = conn._sent = 0  # frames sent from now on count at the next removal
         conn._stop_expiry()
         self.registry.remove(conn)

@@ -443,7 +443,7 @@ def test_errors_are_counted_up_to_a_number_of_codes() -> None:
 def test_counters_add_up() -> None:
     """What is named grows; the high water mark only rises."""
     counters = Counters()
-    counters.add(received=2, sent=3)
+    counters.frames(2, 3)
     counters.add(dropped=1, evicted=1)
     for waiting in (1, 5, 2):
         counters.peak(waiting)
