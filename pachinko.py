@@ -23,13 +23,12 @@ One JSON object a text frame, ``{"type": str, "id"?: str | int, "payload"?: any}
 returns goes to the sender with the request's ``id``; what ``hub.send`` gets goes to a group.
 
 The sections, each using only those above it: errors · envelope and message · codec · handlers
-and routing · handshake · backplanes · posts · link · outbox and limits · connection · registry ·
-cluster · hub · dispatch · Pachinko · command line.
+and routing · handshake · outbox and limits · connection · registry and relay · hub state · hub ·
+dispatch · Pachinko. Brokers, and the shell command, are in the module `pachinko_cluster`.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import collections
 import concurrent.futures
@@ -37,8 +36,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
-import hashlib
-import importlib.util
+import importlib
 import inspect
 import itertools
 import logging
@@ -47,7 +45,6 @@ import os
 import random
 import re
 import secrets
-import ssl
 import sys
 import threading
 import time
@@ -119,8 +116,8 @@ class PachinkoError(Exception):
     """A mistake in the program that uses Pachinko, with the corrected code in its text."""
 
 
-class EngineAway(PachinkoError):
-    """The engine between processes has not taken a message: no mistake, and no bug to be traced."""
+class BrokerAway(PachinkoError):
+    """The broker between processes has not taken a message. It is no bug to be traced."""
 
 
 class MessageError(Exception):
@@ -1319,1030 +1316,6 @@ def token_of(payload: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
-# ── backplanes ────────────────────────────────────────────────────────────────────────────────
-#
-# What carries messages between processes: an engine that exists, spoken to by its own library.
-# An object of these is one connection at a time. To make the next one when it has failed, and to
-# subscribe again, is the link's job (next section).
-
-_CONNECT = 3.0  # seconds for a connection to the engine
-_DISCONNECT = 1.0  # seconds
-_REASON_SHOWN = 200  # characters: another protocol's server may say anything
-_ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
-_LOGIN = re.compile(r"[!-.0-?A-~]*")  # of ASCII what is neither blank, "/" nor "@"
-_NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
-Deliver = Callable[[str, bytes], Awaitable[None]]
-Lost = Callable[["BaseException | None"], None]
-
-
-class Backplane(typing.Protocol):
-    """What carries messages between processes; one of your own goes into ``hub.configure(…)``.
-
-    It knows no groups, only subjects: texts of at most 200 characters of ``A-Z a-z 0-9 . _ - % =
-    ~``. It need not reconnect: when a connection is over, its subscriptions are forgotten, and
-    `stop` and `start` are called again until that works.
-    """
-
-    async def start(self, deliver: Deliver, lost: Lost) -> None:
-        """Connect, or raise.
-
-        From then on, ``deliver(subject, data)`` is awaited for each message of a subscribed
-        subject, one after the other in their order; ``lost(why)`` is called, in the loop's thread,
-        when the connection has failed. Neither raises.
-        """
-
-    async def publish(self, subject: str, data: bytes) -> int | None:
-        """Send to every process that has subscribed, this one too; return once the engine has it.
-
-        Several calls may be in progress, and their messages keep the order of the calls. Returns
-        how many subscribers it went to, or None if the engine does not say. Raises what is wrong
-        with this message.
-        """
-
-    async def subscribe(self, subject: str) -> None:
-        """Return once what is published to *subject* will be delivered.
-
-        Raises `PachinkoError` when the engine does not permit this one; whatever else it raises
-        ends the connection.
-        """
-
-    async def unsubscribe(self, subject: str) -> None:
-        """Undo that. What is already on its way may still be delivered."""
-
-    async def stop(self) -> None:
-        """Disconnect, also when the connection has failed or was never made."""
-
-
-@attrs.frozen
-class Engine:
-    """What a URL says of an engine."""
-
-    scheme: str
-    hosts: str
-    """As in the URL, without credentials."""
-    credentials: tuple[str, str | None] | None = attrs.field(repr=False)
-    """User and password, or a token and None."""
-    namespace: str | None
-    options: dict[str, str] = attrs.field(repr=False)
-    url: str = attrs.field(repr=False)
-    """Without the options."""
-
-    def __str__(self) -> str:
-        return f"{self.scheme}://{self.hosts}"
-
-
-def read_engine(url: str) -> Engine:
-    """Take the URL of an engine apart. Raises `PachinkoError`, whose text shows no credentials."""
-    try:
-        scheme, rest = url.split("://", 1)
-        where, _, query = rest.partition("?")
-        netloc, slash, path = where.partition("/")
-        parts = [netloc]
-        if scheme in ("nats", "tls"):  # whose clients also take "nats://a:4222,nats://b:4222"
-            parts, path = re.split(rf",(?:{scheme}://)?", where.removesuffix("/")), ""
-        logins = {part.rpartition("@")[0] for part in parts if "@" in part}
-        login = logins.pop() if logins else ""
-        hosts = [part.rpartition("@")[2] for part in parts]
-        is_right = not where if scheme == "memory" else all(map(_is_address, hosts))
-        # Nothing odd in a login: no library then quotes it in a form that we do not know.
-        is_right = is_right and not logins and _LOGIN.fullmatch(login) is not None
-        if scheme not in _BACKPLANES or not is_right or "@" in path + query or "#" in url:
-            raise ValueError
-        pairs = urllib.parse.parse_qsl(query, True, True) if query else []
-    except ValueError:
-        known = ", ".join(f"{name}://" for name in _BACKPLANES)
-        raise PachinkoError(
-            'a backplane is a URL such as "nats://localhost:4222" or "redis://:secret@host:6379"; '
-            f'known are {known}. "/", "@", "?", "#" and "%" in a password are written "%2F", '
-            '"%40", "%3F", "%23", "%25". The one given is not shown, for it may hold a password'
-        ) from None
-    user, has_password, password = map(urllib.parse.unquote, login.partition(":"))
-    credentials = (user, password if has_password else None) if login else None
-    options = dict(pairs)
-    namespace = options.pop("namespace", None)
-    url = f"{scheme}://{netloc}{slash}{path}"
-    return Engine(scheme, ",".join(hosts), credentials, namespace, options, url)
-
-
-def _is_address(text: str) -> bool:
-    found = _ADDRESS.fullmatch(text)
-    return found is not None and 0 < int(found[1] or 1) < 65536
-
-
-def _not_installed(engine: Engine, extra: str) -> PachinkoError:
-    return PachinkoError(
-        f"{engine.scheme}:// needs a library that is not installed: "
-        f'pip install "falcon-pachinko[{extra}]"'
-    )
-
-
-def _nats_client() -> Any:
-    """The client's class, made when it is used: only then is nats-py imported."""
-    import nats.aio.client
-
-    class Client(nats.aio.client.Client):
-        """A client that hands messages on in the order in which they came.
-
-        Of its own it has a task and a queue for each subscription, which costs 3 KiB each,
-        mixes up the order between groups, and drops messages when a queue is full. To wait
-        here makes the engine wait, which then gives up on us as on any slow client.
-        """
-
-        deliver: Deliver
-        lost: Lost
-
-        async def _process_op_err(self, e: Exception) -> None:
-            self.lost(e)  # which its own callbacks tell only if it can close without an error
-            await super()._process_op_err(e)
-
-        async def _close(self, status: int, do_cbs: bool = True) -> None:
-            # To write it to a socket that has been closed already is an error with uvloop.
-            self._pending, self._pending_data_size = [], 0
-            await super()._close(status, do_cbs)
-
-        def _connect_command(self) -> bytes:
-            # It has the password in it; nats-py encrypts only if the server asks for that.
-            if "tls" in self.options and not self._server_info.get("tls_required"):
-                raise ConnectionError("the server does not offer TLS")
-            return super()._connect_command()
-
-        async def _process_msg(
-            self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
-        ) -> None:
-            await self.deliver(subject.decode(), bytes(data))
-
-    return Client
-
-
-class Nats:
-    """NATS, by nats-py."""
-
-    def __init__(self, engine: Engine) -> None:
-        try:
-            self._class = _nats_client()
-        except ImportError:
-            raise _not_installed(engine, "nats") from None
-        self._servers = [f"{engine.scheme}://{host}" for host in engine.hosts.split(",")]
-        self._settings: dict[str, Any] = {
-            "name": "pachinko",
-            "allow_reconnect": False,  # that is the link's job
-            "max_reconnect_attempts": 1,  # else one that refuses a connection is tried for ever
-            "reconnect_time_wait": 0,
-            "connect_timeout": _CONNECT / (len(self._servers) + 1),  # one may swallow packets
-            # Never to wait for the socket with the caller's task, whose cancellation it swallows.
-            # What waits is bounded by the callers: each waits for a round trip.
-            "pending_size": sys.maxsize,
-            "flusher_queue_size": 0,
-        }
-        self._settings.update(self._settings_of(engine))
-        self._client: Any = None
-        self._subscriptions: dict[str, Any] = {}
-        self._refusals: list[str] = []  # one for each message, of which several may be in progress
-        self._round_trip: asyncio.Task[None] | None = None  # that has not begun
-        self._round_trips: set[asyncio.Task[None]] = set()
-
-    @staticmethod
-    def _settings_of(engine: Engine) -> dict[str, Any]:
-        """What the URL says beside the servers, for nats-py. Raises `PachinkoError`."""
-        settings: dict[str, Any] = {}
-        options = dict(engine.options)
-        if engine.credentials is not None:
-            user, password = engine.credentials
-            settings = {"token": user} if password is None else {"user": user, "password": password}
-        if (file := options.pop("credentials", None)) is not None:
-            if importlib.util.find_spec("nkeys") is None:
-                raise PachinkoError('?credentials= needs: pip install "nats-py[nkeys]"')
-            if not os.access(file, os.R_OK):
-                raise PachinkoError("?credentials= names no file that can be read")
-            settings["user_credentials"] = file
-        ca = options.pop("ca", None)
-        if engine.scheme == "tls" or ca is not None:
-            try:
-                settings["tls"] = ssl.create_default_context(cafile=ca)
-            except OSError as exc:
-                raise PachinkoError(f"?ca= names no file of certificates: {exc}") from None
-        if options:
-            raise PachinkoError(
-                f"{engine.scheme}:// knows the options namespace, ca (a file of certificates) and "
-                f"credentials (a file of NATS), not {', '.join(options)}"
-            )
-        return settings
-
-    async def start(self, deliver: Deliver, lost: Lost) -> None:
-        *others, last = random.sample(self._servers, len(self._servers))
-        for server in others:
-            with contextlib.suppress(Exception):  # whatever it is, the next one may do
-                return await self._connect(server, deliver, lost)
-            await self.stop()
-        await self._connect(last, deliver, lost)
-
-    async def _connect(self, server: str, deliver: Deliver, lost: Lost) -> None:
-        errors: list[BaseException | None] = [None]
-
-        def tell(exc: BaseException | None) -> None:
-            if client is self._client:  # else it was one of several servers, or is stopped
-                lost(exc)
-
-        async def failed(exc: Exception) -> None:
-            text = str(exc).lower()
-            if "permissions violation" not in text:
-                errors.append(exc)
-            elif '(sid "' in text:  # of a subscription that was permitted before
-                tell(exc)
-            else:
-                self._refusals.append(text)  # and the connection goes on
-
-        async def closed() -> None:
-            tell(errors[-1] or client.last_error)
-
-        self._subscriptions, self._round_trip = {}, None
-        self._refusals.clear()
-        self._client = client = self._class()
-        client.deliver, client.lost = deliver, tell
-        try:
-            await client.connect(server, error_cb=failed, closed_cb=closed, **self._settings)
-        except Exception as exc:  # whatever nats-py raises
-            raise errors[-1] or exc  # noqa: B904 - "no servers available" hides why
-
-    async def publish(self, subject: str, data: bytes) -> None:
-        client = self._connected()
-        if len(data) > client.max_payload:
-            raise PachinkoError(
-                f"the NATS server takes messages of at most {client.max_payload} bytes "
-                f"(max_payload), this one has {len(data)}"
-            )
-        await client.publish(subject, data)
-        await self._processed()
-        self._check_permitted("publish", subject)
-
-    async def subscribe(self, subject: str) -> None:
-        self._subscriptions[subject] = subscription = await self._connected().subscribe(subject)
-        subscription._pending_queue = None  # unused, and 3 KiB
-        await self._processed()
-        try:
-            self._check_permitted("subscription", subject)
-        except PachinkoError:
-            await self.unsubscribe(subject)  # of which else something stays in nats-py
-            raise
-
-    async def unsubscribe(self, subject: str) -> None:
-        await self._subscriptions.pop(subject).unsubscribe()
-
-    async def stop(self) -> None:
-        client, self._client = self._client, None
-        if client is None:
-            return
-        try:
-            with contextlib.suppress(TimeoutError):  # a failed TLS handshake, a full socket
-                async with asyncio.timeout(_DISCONNECT):
-                    await client.close()
-        finally:  # nats-py leaves it open when it is cancelled, and when it has closed by itself
-            writer = getattr(client._transport, "_io_writer", None)
-            if writer is not None:
-                writer.transport.abort()
-            for task in tuple(self._round_trips):
-                task.cancel()
-
-    def _check_permitted(self, what: str, subject: str) -> None:
-        """The server has said so before it answered the round trip."""
-        refusal = f'nats: permissions violation for {what} to "{subject.lower()}"'
-        if refusal in self._refusals:
-            self._refusals.remove(refusal)
-            raise PachinkoError(f"the NATS server does not permit the {what} to {subject}")
-
-    def _connected(self) -> Any:
-        if self._client is None or not self._client.is_connected:
-            raise ConnectionError("not connected")
-        return self._client
-
-    async def _processed(self) -> None:
-        """Return once the server has processed all that was handed over before.
-
-        One round trip serves all that have asked for it before it begins.
-        """
-        if self._round_trip is None:
-            self._round_trip = asyncio.get_running_loop().create_task(self._make_round_trip())
-            self._round_trips.add(self._round_trip)
-            self._round_trip.add_done_callback(self._round_trips.discard)
-            self._round_trip.add_done_callback(_look_at_result)
-        await asyncio.shield(self._round_trip)
-
-    async def _make_round_trip(self) -> None:
-        client, pause = self._connected(), 0.0
-        # A PING of nats-py would overtake what it has not written yet.
-        while client.is_connected and client.pending_data_size:
-            await asyncio.sleep(pause)
-            pause = min(pause + 0.001, 0.02)
-        self._round_trip = None
-        await client.flush(timeout=60)  # those who wait have less patience
-
-
-def _look_at_result(task: asyncio.Task[None]) -> None:
-    """Keep asyncio from complaining that nobody has: whoever waited for *task* was cancelled."""
-    if not task.cancelled():
-        task.exception()
-
-
-class RedisConnection:
-    """A connection to Redis on which commands do not wait for the replies to those before."""
-
-    def __init__(self, connection: Any, deliver: Deliver, lost: Lost) -> None:
-        self._connection = connection
-        self._deliver, self._lost = deliver, lost
-        self._commands: list[tuple[str | bytes, ...]] = []
-        self._replies: collections.deque[asyncio.Future[Any]] = collections.deque()
-        self._called = asyncio.Event()
-        self._failure: Exception | None = None
-        self.over: asyncio.Event = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
-
-    async def open(self) -> None:
-        await self._connection.connect()
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._run(work)) for work in (self._read, self._write)]
-
-    async def call(self, *command: str | bytes) -> Any:
-        """The reply to *command*. Raises what Redis answers with, such as a missing permission."""
-        if self._failure is not None:
-            raise self._failure
-        reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._replies.append(reply)
-        self._commands.append(command)
-        self._called.set()
-        return await reply
-
-    async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._connection.disconnect(nowait=True)
-
-    async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await work()
-        except Exception as exc:  # of the library or the socket
-            self._failure = exc
-            self.over.set()
-            self._lost(exc)
-            for reply in self._replies:
-                if not reply.done():
-                    reply.set_exception(exc)
-
-    async def _write(self) -> None:
-        # A task of its own, since redis-py disconnects when it is cancelled while it writes.
-        while await self._called.wait():
-            self._called.clear()
-            commands, self._commands = self._commands, []
-            packed = self._connection.pack_commands(commands)
-            await self._connection.send_packed_command(packed, check_health=False)
-
-    async def _read(self) -> None:
-        from redis.exceptions import ResponseError
-
-        while True:
-            error = reply = None
-            try:
-                reply = await self._connection.read_response(timeout=math.inf)
-            except ResponseError as exc:
-                error = exc
-            if type(reply) is list and reply[0] == b"message":
-                await self._deliver(reply[1].decode(), reply[2])
-                continue
-            future = self._replies.popleft()
-            if error is not None and not future.done():
-                future.set_exception(error)
-            elif not future.done():
-                future.set_result(reply)
-
-
-class Redis:
-    """Redis, by redis-py: one connection to publish on, and one for what is subscribed."""
-
-    def __init__(self, engine: Engine) -> None:
-        try:
-            from redis.asyncio.connection import ConnectionPool
-            from redis.asyncio.retry import Retry
-            from redis.backoff import NoBackoff
-        except ImportError:
-            raise _not_installed(engine, "redis") from None
-        # A URL may be shared with programs that want their replies in another form.
-        ours = ("protocol", "decode_responses", "encoding")
-        options = {name: value for name, value in engine.options.items() if name not in ours}
-        never = Retry(NoBackoff(), 0)  # that is the link's job; and it might send a message twice
-        try:
-            pool: Any = ConnectionPool.from_url(
-                f"{engine.url}?{urllib.parse.urlencode(options)}",
-                retry=never, protocol=2, client_name="pachinko",
-            )  # fmt: skip
-            pool.make_connection()
-        except Exception as exc:  # redis-py has several for a URL, and Python for a keyword
-            raise PachinkoError(
-                f"redis-py takes another option in a {engine.scheme}:// URL: "
-                f"{_without_secrets(exc, engine)}"
-            ) from None
-        self._pool = pool
-        self._publishing: RedisConnection
-        self._subscribed: RedisConnection
-        self._connections: list[RedisConnection] = []  # both
-        self._counts_all = True
-        self._ending: asyncio.Task[None] | None = None
-
-    async def start(self, deliver: Deliver, lost: Lost) -> None:
-        from redis.exceptions import ResponseError
-
-        make: Callable[[], Any] = self._pool.make_connection
-        end_later = functools.partial(self._end_later, lost)
-        self._publishing = RedisConnection(make(), deliver, end_later)
-        self._subscribed = RedisConnection(make(), deliver, lost)
-        self._connections = [self._publishing, self._subscribed]
-        opens = (connection.open() for connection in self._connections)
-        for failure in await asyncio.gather(*opens, return_exceptions=True):
-            if failure is not None:  # only now that the other one cannot be left half open
-                raise failure
-        mode = b""
-        with contextlib.suppress(ResponseError):  # of a server before 6.0
-            about = await self._publishing.call("HELLO", "2")
-            mode = dict(zip(about[::2], about[1::2], strict=True)).get(b"mode", b"")
-        if mode == b"sentinel":
-            raise PachinkoError("this is a Redis Sentinel: give the address of the primary instead")
-        self._counts_all = mode != b"cluster"  # else a node counts its own subscribers only
-
-    def _end_later(self, lost: Lost, why: BaseException | None) -> None:
-        """The connection to publish on has ended: what has come by the other one is still read."""
-
-        async def end() -> None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_DISCONNECT):
-                    await self._subscribed.over.wait()
-            lost(why)
-
-        self._ending = asyncio.get_running_loop().create_task(end())
-
-    async def publish(self, subject: str, data: bytes) -> int | None:
-        reached: int = await self._publishing.call("PUBLISH", subject, data)
-        return reached if self._counts_all else None
-
-    async def subscribe(self, subject: str) -> None:
-        from redis.exceptions import ResponseError
-
-        try:
-            await self._subscribed.call("SUBSCRIBE", subject)
-        except ResponseError as exc:
-            raise PachinkoError(f"Redis does not permit to subscribe to {subject}: {exc}") from None
-
-    async def unsubscribe(self, subject: str) -> None:
-        await self._subscribed.call("UNSUBSCRIBE", subject)
-
-    async def stop(self) -> None:
-        if self._ending is not None:
-            self._ending.cancel()
-        for connection in self._connections:
-            await connection.close()
-
-
-_BACKPLANES: dict[str, Callable[[Engine], Backplane] | None] = {
-    "memory": None, "nats": Nats, "tls": Nats, "redis": Redis, "rediss": Redis,
-}  # fmt: skip
-
-
-def open_backplane(
-    given: str | Backplane | None, namespace: str | None
-) -> tuple[Backplane | None, Engine | None, str]:
-    """The backplane (None: memory), what its URL says, and the namespace.
-
-    Raises `PachinkoError`, and `TypeError` for what is none.
-    """
-    engine: Engine | None = None
-    backplane: Backplane | None = None
-    if isinstance(given, str):
-        engine = read_engine(given)
-        make = _BACKPLANES[engine.scheme]
-        backplane = make(engine) if make is not None else None
-        namespace = engine.namespace if namespace is None else namespace
-    elif given is not None:
-        methods = ("start", "publish", "subscribe", "unsubscribe", "stop")
-        found = (getattr(given, name, None) for name in methods)
-        if inspect.isclass(given) or not all(map(inspect.iscoroutinefunction, found)):
-            raise TypeError(
-                f'write hub.configure("nats://localhost:4222"), or give it an object with '
-                f"`async def` {', '.join(methods)}; got {type(given).__name__}"
-            )
-        backplane = given
-    namespace = "pachinko" if namespace is None else namespace
-    if not (isinstance(namespace, str) and _NAMESPACE.fullmatch(namespace)):
-        raise PachinkoError(f"a namespace has 1 to 64 letters, digits, _ and -, got {namespace!r}")
-    return backplane, engine, namespace
-
-
-def _without_secrets(exc: BaseException | None, engine: Engine | None) -> str:
-    """What to tell of *exc*: libraries may quote a URL."""
-    text = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
-    if type(exc) is TimeoutError:
-        text = str(exc) or f"no answer within {_CONNECT:g} s"
-    user, password = (engine and engine.credentials) or ("", None)
-    secret = user if password is None else password
-    for form in (secret, urllib.parse.quote(secret, safe="")):
-        text = text.replace(form, "***") if form else text
-    return text if len(text) <= _REASON_SHOWN else f"{text[:_REASON_SHOWN]}…"
-
-
-# ── posts ─────────────────────────────────────────────────────────────────────────────────────
-#
-# A message between processes is a line of JSON, a `Post`, and behind it the text frame for the
-# clients. Subjects are "pachinko.g.room%3A1": the namespace; g for a group, u for a user, p for a
-# process, a for all; the name.
-
-_FORMAT = 1  # of posts; another one means that older processes cannot read it
-_LONGEST_NAME = 120  # characters in a subject, which is part of a line of at most 4 KiB in NATS
-
-
-class Post(msgspec.Struct, omit_defaults=True):
-    """What is between processes, apart from the frame for clients."""
-
-    v: int
-    """The format."""
-    op: str
-    """``send`` or ``close`` to the members; ``who`` is a member, answered with ``here``; ``beat``
-    is a process's sign of life to itself."""
-    source: str = msgspec.field(name="from")
-    """The process."""
-    session: int = 0
-    """The number of its connection to the engine."""
-    n: int = 0
-    """The message's number in the source."""
-    exclude: list[str] = []
-    """The ids of connections that do not get it."""
-    to: str | None = None
-    """The id of the only connection that does."""
-    code: int = 1000
-    reason: str = ""
-    ask: int = 0
-    """The number of the question that this asks or answers."""
-    members: list[tuple[str, str | None]] = []
-    """Ids and users."""
-    more: bool = False
-    """Not the last answer of this process."""
-
-
-class Carried(msgspec.Struct):
-    """The frame behind a post, as far as it is looked at."""
-
-    type: str
-    payload: msgspec.Raw | UnsetType = UNSET
-    group: str | None = None
-
-
-class Format(msgspec.Struct):
-    """What posts of all formats have."""
-
-    v: int
-
-
-class Refused(Exception):
-    """What came from the engine is no post of ours; `format` is that of another version's."""
-
-    def __init__(self, why: str, format: int | None = None) -> None:
-        super().__init__(why)
-        self.format = format
-
-
-class Late(Refused):
-    """It is one, but its sender was told that it is lost."""
-
-
-_decode_post = msgspec.json.Decoder(Post).decode
-_decode_carried = msgspec.json.Decoder(Carried).decode
-_decode_format = msgspec.json.Decoder(Format).decode
-
-
-def subject_of(namespace: str, kind: str, name: str) -> str:
-    """The subject for *name*, any text; nothing in it means anything to an engine."""
-    token = urllib.parse.quote(name, safe="", errors="surrogatepass").replace(".", "%2E")
-    if not 0 < len(token) <= _LONGEST_NAME:
-        # The equals sign is in no quoted name, so that none is that of another.
-        digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=20)
-        token = f"={digest.hexdigest()}"
-    return f"{namespace}.{kind}.{token}"
-
-
-def unpack(data: bytes) -> tuple[Post, bytes]:
-    """The post and the frame in *data*. Raises `Refused`."""
-    head, _, frame = data.partition(b"\n")
-    try:
-        post = _decode_post(head)
-        if post.v == _FORMAT:
-            return post, frame
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
-        why = str(exc)
-    else:
-        why = ""
-    with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
-        if (version := _decode_format(head).v) != _FORMAT:
-            raise Refused(f"it has format {version}, not {_FORMAT}", version)
-    raise Refused(f"not a message of ours: {why}")
-
-
-def check_carried(frame: bytes, group: str | None) -> None:
-    """Raise `Refused` for a *frame* that no client should get as a message of *group*."""
-    try:
-        carried = _decode_carried(frame)
-        frame.decode()
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
-        raise Refused(f"not a message for clients: {exc}") from None
-    if carried.group != group:
-        raise Refused("a message for clients that names another group")
-
-
-# ── link ──────────────────────────────────────────────────────────────────────────────────────
-#
-# Keeps this process on its engine: subscribes to what is wanted, whatever the order in which that
-# comes and goes; notices that the engine no longer answers; connects again.
-
-_ENGINE_WAIT = 4.0  # seconds that the engine may take for a message; callers are promised 5
-_BEAT = 0.5  # seconds between two signs of life
-_RESTORE = 10.0  # seconds for 500 subscriptions at once, when all processes come back together
-_MISSED = 5  # of them in a row, and the engine is taken for lost
-_RECONNECT = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds, and then as the last
-_MAX_PROCESSES = 10_000  # whose present session is known
-
-
-class Receiver(typing.Protocol):
-    """What a link tells what comes: the cluster."""
-
-    async def take(self, kind: str, name: str, post: Post, frame: bytes) -> None:
-        """Take a message."""
-
-    async def refused(self, kind: str, name: str, why: Refused) -> None:
-        """Take note of what is none."""
-
-    def restored(self, only: tuple[str, str] | None = None) -> None:
-        """All subscriptions are live again, or *only* one; messages may have been missed."""
-
-
-class Link:
-    """Keeps a process connected to its engine."""
-
-    def __init__(
-        self, backplane: Backplane, engine: Engine | None, namespace: str, process: str,
-        receiver: Receiver,
-    ) -> None:  # fmt: skip
-        self._backplane = backplane
-        self._engine = engine
-        self._name = str(engine) if engine is not None else type(backplane).__name__
-        self._namespace, self._process = namespace, process
-        self._receiver = receiver
-        self._own = subject_of(namespace, "p", process)
-        self._wanted: dict[str, tuple[str, str]] = {}  # the subjects, with the kind and the name
-        self._live: set[str] = set()
-        self._denied: dict[str, str] = {}  # what the engine does not permit, and its reason
-        self._late: set[str] = set()  # what somebody has given up to wait for
-        self._settling: dict[str, asyncio.Task[None]] = {}
-        self._copies: dict[int, tuple[str, asyncio.Future[None]]] = {}  # on their way back to us
-        self._waits: set[asyncio.Timeout] = set()  # of those who have handed something over
-        self._sessions: dict[str, int] = {}  # by process
-        self._session = self._posts = 0
-        self.outages: int = 0
-        self.is_up: bool = False
-        self._has_missed = False  # messages, or may have
-        self._heard = False  # from ourselves, through the engine
-        self._is_delivering = False
-        self._why = "not connected yet"
-        self._lost: asyncio.Future[BaseException | None]
-        self._is_trying = True  # to connect, and it is worth waiting for
-        self._line: collections.deque[asyncio.Future[None]] = collections.deque()  # who does
-        self.want("p", process)
-        self.want("a", "all")
-        self._task: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._keep())
-
-    async def stop(self) -> None:
-        """Disconnect."""
-        self._task.cancel()
-        await asyncio.wait([self._task])
-
-    async def connected(self) -> None:
-        """Wait for an attempt to connect that is worth it. Raises `PachinkoError` if it fails."""
-        if self._is_trying or self._line:  # behind those who came before
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._line.append(turn)
-            if not self._is_trying:
-                asyncio.get_running_loop().call_soon(_let_go_on, turn)
-            try:
-                await turn
-            finally:
-                self._line.remove(turn)
-        if not self.is_up:
-            raise EngineAway(f"{self._name} cannot be reached: {self._why}")
-
-    async def publish(self, kind: str, name: str, post: Post, frame: bytes = b"") -> int | None:
-        """Return once the engine has it, and this process its own copy, if it is to get one.
-
-        Raises `PachinkoError` within 5 seconds; it may have arrived all the same.
-        """
-        subject = subject_of(self._namespace, kind, name)
-        try:
-            async with asyncio.timeout(_ENGINE_WAIT) as patience:
-                if not self.is_up or self._line:
-                    await self.connected()
-                try:
-                    self._waits.add(patience)
-                    return await self._publish(subject, post, frame)
-                finally:
-                    self._waits.discard(patience)
-        except PachinkoError:
-            raise
-        except TimeoutError:
-            why = self._why or f"no answer within {_ENGINE_WAIT:g} s"
-            raise EngineAway(f"{self._name} has not taken a message: {why}") from None
-        except Exception as exc:  # of the library
-            text = f"{self._name}: {_without_secrets(exc, self._engine)}"
-            if self._is_bug(exc):
-                raise PachinkoError(text) from exc
-            raise EngineAway(text) from None
-
-    async def _publish(self, subject: str, post: Post, frame: bytes) -> int | None:
-        self._posts += 1
-        number = post.n = self._posts
-        post.session = self._session
-        copy: asyncio.Future[None] | None = None
-        if subject in self._live and subject in self._wanted:
-            copy = asyncio.get_running_loop().create_future()
-            self._copies[number] = subject, copy
-        try:
-            reached = await self._backplane.publish(subject, b"%b\n%b" % (_encode(post), frame))
-            if copy is not None:
-                await copy
-            return reached
-        finally:
-            self._copies.pop(number, None)
-
-    def _is_bug(self, exc: BaseException) -> bool:
-        """In a backplane that the program has of its own, to be traced."""
-        return self._engine is None and not isinstance(exc, (OSError, PachinkoError))
-
-    def post(self, op: str, **fields: Any) -> Post:
-        """A post of this process."""
-        return Post(_FORMAT, op, self._process, **fields)
-
-    def want(self, kind: str, name: str) -> None:
-        """Subscribe, now and whenever the engine comes back."""
-        subject = subject_of(self._namespace, kind, name)
-        self._wanted[subject] = kind, name
-        self._settle(subject)
-
-    def unwant(self, kind: str, name: str) -> None:
-        """Undo that."""
-        subject = subject_of(self._namespace, kind, name)
-        self._wanted.pop(subject, None)
-        self._denied.pop(subject, None)
-        self._late.discard(subject)
-        for about, copy in self._copies.values():
-            if about == subject:
-                _let_go_on(copy)  # nobody is left here for whom it matters
-        self._settle(subject)
-
-    async def live(self, kind: str, name: str) -> None:
-        """Wait until what is wanted is subscribed; when the engine is away, that comes later.
-
-        Raises `PachinkoError` when the engine does not permit it.
-        """
-        subject = subject_of(self._namespace, kind, name)
-        try:
-            async with asyncio.timeout(_ENGINE_WAIT):
-                while subject in self._wanted and self._is_unsettled(subject):
-                    if self.is_up:
-                        await asyncio.wait([self._settling.get(subject, self._lost)])
-                    else:
-                        await self.connected()
-        except (PachinkoError, TimeoutError):
-            pass
-        finally:
-            if subject in self._wanted and self._is_unsettled(subject):
-                self._late.add(subject)
-        if subject in self._denied:
-            raise PachinkoError(self._denied[subject])
-
-    def _is_unsettled(self, subject: str) -> bool:
-        is_live = subject in self._live or subject in self._denied
-        return (subject in self._wanted) != is_live
-
-    def _settle(self, subject: str) -> None:
-        """Bring the subscription about in the background, if that is not in progress."""
-        if self.is_up and subject not in self._settling and self._is_unsettled(subject):
-            task = asyncio.get_running_loop().create_task(self._settle_until_done(subject))
-            self._settling[subject] = task
-
-    async def _settle_until_done(self, subject: str) -> None:
-        """What is wanted may change in the meantime; and the connection, which cancels this."""
-        me = asyncio.current_task()
-        try:
-            while self._is_unsettled(subject):
-                if subject in self._wanted:
-                    await self._backplane.subscribe(subject)
-                    if self._settling.get(subject) is not me:
-                        return
-                    self._add_live(subject)
-                else:
-                    self._live.discard(subject)
-                    await self._backplane.unsubscribe(subject)
-        except Exception as exc:  # of the library
-            if self._settling.get(subject) is not me:
-                pass
-            elif isinstance(exc, PachinkoError):
-                self._deny(subject, exc)
-            else:
-                self._lose(exc)
-        finally:
-            if self._settling.get(subject) is me:
-                del self._settling[subject]
-
-    def _add_live(self, subject: str) -> None:
-        self._live.add(subject)
-        if subject in self._late and subject in self._wanted:
-            if self.is_up:
-                self._receiver.restored(self._wanted[subject])
-            else:
-                self._has_missed = True  # on the first connection, which has taken its time
-        self._late.discard(subject)
-
-    def _deny(self, subject: str, exc: PachinkoError) -> None:
-        logger.error("%s: %s", self._name, exc)
-        if subject in self._wanted:
-            self._denied[subject] = str(exc)
-
-    async def _keep(self) -> None:
-        """Connect, watch, and connect again."""
-        loop, delays = asyncio.get_running_loop(), iter(_RECONNECT)
-        try:
-            while True:
-                self._lost = loop.create_future()
-                self._session += 1
-                up = math.inf
-                try:
-                    await self._open()
-                    self._up()
-                    up = loop.time()
-                    await self._watch()
-                except (Exception, asyncio.CancelledError) as exc:  # of the library, whatever it is
-                    if cast("asyncio.Task[None]", asyncio.current_task()).cancelling():
-                        raise
-                    self._down(exc)
-                await self._close()
-                if loop.time() - up > _RECONNECT[-1]:  # else it lets us in and then drops us
-                    delays = iter(_RECONNECT)
-                await asyncio.sleep(random.uniform(0.5, 1.0) * next(delays, _RECONNECT[-1]))
-        finally:
-            self._down(None)
-            await self._close()
-
-    def _lose(self, why: BaseException | None) -> None:
-        """End the present connection."""
-        if not self._lost.done():
-            self._lost.set_result(why)
-
-    async def _open(self) -> None:
-        """Connect, and subscribe to all that is wanted."""
-        lost = self._lost
-
-        def lose(why: BaseException | None) -> None:
-            if lost is self._lost:
-                self._lose(why)
-
-        deliver = functools.partial(self._deliver, self._session)
-        async with asyncio.timeout(_CONNECT):
-            await self._backplane.start(deliver, lose)
-        while missing := list(itertools.islice(filter(self._is_unsettled, self._wanted), 500)):
-            async with asyncio.timeout(_RESTORE):
-                calls = map(self._backplane.subscribe, missing)
-                results = await asyncio.gather(*calls, return_exceptions=True)
-            for subject, result in zip(missing, results, strict=True):
-                kind, _ = self._wanted.get(subject, ("", ""))
-                if isinstance(result, PachinkoError) and kind not in ("p", "a"):
-                    self._deny(subject, result)
-                elif isinstance(result, BaseException):
-                    raise result
-                else:
-                    self._add_live(subject)
-
-    def _up(self) -> None:
-        level = logging.WARNING if self._has_missed else logging.INFO
-        text = "%s: connected, with %d subscriptions (process %s)"
-        logger.log(level, text, self._name, len(self._live), self._process)
-        self.is_up, self._why = True, ""
-        self._has_tried()
-        for subject in self._live - self._wanted.keys():
-            self._settle(subject)
-        if self._has_missed:
-            self._has_missed = False
-            self._receiver.restored()
-
-    def _has_tried(self) -> None:
-        """Let those who have waited for it go on, in their order."""
-        self._is_trying = False
-        for turn in self._line:
-            _let_go_on(turn)
-
-    async def _watch(self) -> None:
-        """Never return; raise when the engine is lost."""
-        missed = 0
-        while missed < _MISSED:
-            self._heard = False
-            beat = self.post("beat", session=self._session)
-            work = self._backplane.publish(self._own, _encode(beat) + b"\n")
-            task = asyncio.get_running_loop().create_task(_ignoring_errors(work))
-            try:
-                # What counts are turns, not seconds: a loop that was blocked has not read either.
-                await asyncio.wait([self._lost], timeout=_BEAT)
-                # And it reads now: to write to an engine that has gone would throw that away.
-                await asyncio.wait([self._lost], timeout=_BEAT / 10)
-            finally:
-                task.cancel()
-            if self._lost.done():
-                raise self._lost.result() or ConnectionError("the connection has been closed")
-            if self._heard:
-                missed = 0
-            elif not self._is_delivering:  # else it may wait behind what is being delivered
-                missed += 1
-        raise TimeoutError(f"no sign of life for {_BEAT * _MISSED:g} s, or too much to do here")
-
-    def _down(self, exc: BaseException | None) -> None:
-        """Tell all who wait for the engine."""
-        why = _without_secrets(exc, self._engine) if exc is not None else "disconnected"
-        if exc is not None and why != self._why:
-            what = "is lost" if self.is_up else "cannot be reached"
-            text = "%s %s: %s; trying again (process %s)"
-            bug = exc if self._is_bug(exc) else None
-            logger.error(text, self._name, what, why, self._process, exc_info=bug)
-        self._why, self._has_missed = why, True
-        was_up, self.is_up = self.is_up, False
-        if was_up and exc is not None:
-            self.outages += 1
-            self._is_trying = True  # mostly it comes back at once
-        else:
-            self._has_tried()
-        self._live.clear()
-        self._denied.clear()
-        for task in self._settling.values():
-            task.cancel()
-        self._settling.clear()
-        for patience in self._waits:
-            if not patience.expired():
-                patience.reschedule(asyncio.get_running_loop().time())
-
-    async def _close(self) -> None:
-        with contextlib.suppress(Exception):  # of the library: it is over in any case
-            async with asyncio.timeout(_CONNECT):
-                await self._backplane.stop()
-
-    async def _deliver(self, session: int, subject: str, data: bytes) -> None:
-        """Take what the engine has for *subject*."""
-        target = self._wanted.get(subject)
-        if session != self._session or subject not in self._live or target is None:
-            return
-        try:
-            post, frame = unpack(data)
-            if post.op == "send":
-                check_carried(frame, target[1] if target[0] == "g" else None)
-            is_own = post.source == self._process
-            if post.op != "beat":
-                known = session if is_own else self._sessions.get(post.source, 0)
-                if post.session < known:
-                    # Its process lost the engine, and was told that this is lost. It may still be
-                    # on its way, but does not overtake what that process has sent since.
-                    raise Late("its process has lost the connection that it came by")
-                self._is_delivering = True
-                await self._receiver.take(*target, post, frame)
-                if not is_own:
-                    self._remember(post)
-        except Refused as why:
-            await self._receiver.refused(*target, why)
-        except Exception:  # a bug of ours; nats-py would stop to read
-            logger.exception("a message from %s was not handled", self._name)
-        else:
-            if is_own and post.session == session:
-                self._heard = True
-                _, copy = self._copies.get(post.n, (None, None))
-                if copy is not None:
-                    _let_go_on(copy)
-        finally:
-            self._is_delivering = False
-
-    def _remember(self, post: Post) -> None:
-        self._sessions[post.source] = post.session
-        if len(self._sessions) > _MAX_PROCESSES:
-            del self._sessions[next(iter(self._sessions))]
-
-
-def _let_go_on(turn: asyncio.Future[None]) -> None:
-    if not turn.done():
-        turn.set_result(None)
-
-
-async def _ignoring_errors(work: Awaitable[object]) -> None:
-    """Of a sign of life: that it does not come is enough."""
-    with contextlib.suppress(Exception):
-        await work
-
-
 # ── outbox and limits ─────────────────────────────────────────────────────────────────────────
 #
 # What connections are made of, each with one job and without knowledge of the others.
@@ -2633,6 +1606,47 @@ class Limits:
     auth_timeout: float = _option(_is_time_limit, "a number of seconds above 0")
 
 
+_MAX_CODES = 100  # error codes counted apart: an application may make them up as it goes
+
+
+@attrs.define
+class Counters:
+    """What has happened on a hub since its start."""
+
+    received: int = 0
+    """Frames, as far as their connections have ended; each counts its own until then."""
+    sent: int = 0
+    """Frames, the same."""
+    dropped: int = 0
+    """Messages that clients were too slow for."""
+    evicted: int = 0
+    """Clients closed because they were too slow."""
+    outbox_high_water: int = 0
+    """The most messages that have waited in one outbox."""
+    errors: dict[str, int] = attrs.Factory(dict)
+    """Errors answered, by code; those beyond `_MAX_CODES` codes count as ``other``."""
+
+    def add(self, *, dropped: int = 0, evicted: int = 0) -> None:
+        """Add messages dropped and clients evicted."""
+        self.dropped += dropped
+        self.evicted += evicted
+
+    def frames(self, received: int, sent: int) -> None:
+        """Add the frames of a connection that has ended."""
+        self.received += received
+        self.sent += sent
+
+    def peak(self, waiting: int) -> None:
+        """Note that *waiting* messages wait in an outbox."""
+        self.outbox_high_water = max(self.outbox_high_water, waiting)
+
+    def error(self, code: str) -> None:
+        """Count an error answered with *code*."""
+        if code not in self.errors and len(self.errors) >= _MAX_CODES:
+            code = "other"
+        self.errors[code] = self.errors.get(code, 0) + 1
+
+
 # ── connection ────────────────────────────────────────────────────────────────────────────────
 #
 # Writing. At most one write is in progress on a socket, and whatever else is sent meanwhile waits
@@ -2677,13 +1691,12 @@ class Connection:
     params: dict[str, Any]
     """The path parameters, converted as the path says."""
     id: str = attrs.Factory(
-        lambda self: self._hub._process + secrets.token_hex(_OWN_BYTES), takes_self=True
+        lambda self: self._hub.state.process + secrets.token_hex(_OWN_BYTES), takes_self=True
     )
     """Unique across processes, and public: other clients may see it. Never a credential."""
     close_code: int | None = None
     """Why it ended: the client's code (1005 or 1006 for none), or the one we closed with."""
     _user: str | None = None
-    _groups: set[str] | None = None
     _phase: Phase = Phase.CONNECTING
     _ended: float | None = None  # when it left OPEN, on the loop's clock
     _is_slow: bool = False  # and that has been logged
@@ -2726,7 +1739,7 @@ class Connection:
             raise TypeError(f"a user is a str or None, got {user!r}; write conn.user = str(...)")
         if self._writing != "handshake":
             raise PachinkoError("conn.user is set in a connect handler, before the client is in")
-        self._hub._registry.set_user(self, user)
+        self._hub.state.registry.set_user(self, user)
         self._user = user
 
     @property
@@ -2764,7 +1777,7 @@ class Connection:
     @property
     def groups(self) -> frozenset[str]:
         """The groups that it is in."""
-        return frozenset(self._groups or ())
+        return frozenset(self._hub.state.registry.groups_of(self))
 
     @property
     def closed(self) -> bool:
@@ -2779,7 +1792,7 @@ class Connection:
         handler it returns at once, and the message goes out after the handshake.
         """
         type, payload = split_message(message, payload)
-        await self._post(text_event(self._hub._codec.encode(type, payload)))
+        await self._post(text_event(self._hub.state.codec.encode(type, payload)))
         self._sends += 1
         if self._sends % _BURST == 0:
             await asyncio.sleep(0)  # while a client keeps up, nothing else lets the loop run
@@ -2869,22 +1882,22 @@ class Connection:
         """Send behind what is being written; return whether the outbox is more than half full."""
         if self.closed:
             return False
-        outbox, limits, counts = self._queue(), self._limits, self._hub._counts
+        outbox, limits, counts = self._queue(), self._limits, self._hub.state.counters
         outbox.put(Waiting(event, None, size, group))
-        counts["outbox_high_water"] = max(counts["outbox_high_water"], outbox.pushed)
+        counts.peak(outbox.pushed)
         is_behind = self._writing != "task"  # which has only not begun
         if is_behind and outbox.exceeds(1, limits) and limits.overflow == "close":
             self._evict()
         while is_behind and outbox.exceeds(1, limits):
             outbox.drop_oldest()
-            counts["dropped"] += 1
+            counts.add(dropped=1)
             self._log_slow("messages for it are dropped")
         return outbox.exceeds(0.5, limits)
 
     def _evict(self) -> None:
         """Give up on a client that is too slow."""
         if not self.closed:
-            self._hub._counts["evicted"] += 1
+            self._hub.state.counters.add(evicted=1)
             self._log_slow("closed with 1013")
             if self._outbox is not None:
                 self._outbox.clear()
@@ -3120,118 +2133,361 @@ class Connection:
         return stream is not None
 
 
-# ── registry ──────────────────────────────────────────────────────────────────────────────────
+# ── registry and relay ────────────────────────────────────────────────────────────────────────
 #
-# Who is where in this process, and one message to many of them.
+# The registry knows the connections of this process. The relay reaches the other processes of the
+# app, and tells the registry what they send. `LocalRelay` is the one of an app without a broker;
+# `pachinko_cluster` has the other.
 
 _TURN = 256  # writes of one message at a stretch: a few milliseconds under uvicorn
+SCHEMES = ("memory", "nats", "tls", "redis", "rediss")  # of URLs; all but the first need a broker
+_NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_CONNECTION_ID = re.compile(rf"[0-9a-f]{{{2 * (_PROCESS_BYTES + _OWN_BYTES)}}}")
+_NO_GROUPS: Set[str] = frozenset()
+Deliver = Callable[[str, bytes], Awaitable[None]]
+Lost = Callable[["BaseException | None"], None]
+
+
+class Backplane(typing.Protocol):
+    """What carries messages between processes; one of your own goes into ``hub.configure(…)``.
+
+    It knows no groups, only subjects: texts of at most 200 characters of ``A-Z a-z 0-9 . _ - % =
+    ~``. It need not reconnect: when a connection has ended, its subscriptions are forgotten, and
+    `stop` and `start` are called again until that works.
+    """
+
+    async def start(self, deliver: Deliver, lost: Lost) -> None:
+        """Connect, or raise.
+
+        From then on, ``deliver(subject, data)`` is awaited for each message of a subscribed
+        subject, one after the other in their order; ``lost(why)`` is called, in the loop's thread,
+        when the connection has failed. Neither raises.
+        """
+
+    async def publish(self, subject: str, data: bytes) -> int | None:
+        """Send to every process that has subscribed, this one too; return once the broker has it.
+
+        Several calls may be in progress, and their messages keep the order of the calls. Returns
+        how many subscribers it went to, or None if the broker does not say. Raises what is wrong
+        with this message.
+        """
+
+    async def subscribe(self, subject: str) -> None:
+        """Return once what is published to *subject* will be delivered.
+
+        Raises `PachinkoError` when the broker does not permit this one; whatever else it raises
+        ends the connection.
+        """
+
+    async def unsubscribe(self, subject: str) -> None:
+        """Undo `subscribe`. Messages on their way may still be delivered."""
+
+    async def stop(self) -> None:
+        """Disconnect, also when the connection has failed or was never made."""
+
+
+class Kind(enum.StrEnum):
+    """What the name of a receiver stands for."""
+
+    GROUP = "group"
+    USER = "user"
+    CONNECTION = "connection"
+    EVERYBODY = "everybody"
+    """All connections, of any name."""
+
+
+@attrs.frozen
+class Presence:
+    """A connection in a group, of whatever process."""
+
+    id: str
+    """`Connection.id`."""
+    user: str | None
+    process: str
+    """`Hub.process` where it is connected."""
+
+
+class Relay(typing.Protocol):
+    """What a hub needs of all processes of its app, this one included.
+
+    Receivers are given as a kind and a name. `send`, `close` and `ask` raise `PachinkoError` when
+    the broker does not take a message within 5 seconds.
+    """
+
+    def start(self, registry: Registry, process: str) -> None:
+        """Begin to deliver to *registry*, that of the process with the id *process*.
+
+        Called once, before all other methods, in the loop of the app. Connects in the background.
+        """
+
+    async def connected(self) -> None:
+        """Wait for the connection attempt in progress. Raises `PachinkoError` if it has failed."""
+
+    async def stop(self) -> None:
+        """Disconnect, for good."""
+
+    async def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> None:
+        """Send the frame *data* to the receivers, but to no connection with an *excluded* id.
+
+        Returns when the writes to the receivers in this process have begun.
+        """
+
+    async def close(self, kind: Kind, name: str, close: Close) -> None:
+        """Close the receivers, behind what was sent to them before."""
+
+    async def ask(self, group: str) -> list[Presence]:
+        """Ask all processes who is in *group*."""
+        ...
+
+    def subscribe(self, kind: Kind, name: str) -> None:
+        """Note that the first receiver of that name is in the registry."""
+
+    def unsubscribe(self, kind: Kind, name: str) -> None:
+        """Note that the last receiver of that name has left the registry."""
+
+    async def subscribed(self, kind: Kind, name: str) -> None:
+        """Wait until what other processes send to that name arrives.
+
+        Gives up after 4 seconds: the receivers get a gap when it does arrive. Raises
+        `PachinkoError` when the broker does not permit the subscription.
+        """
+
+    def stats(self) -> dict[str, int]:
+        """Return the counts of messages that were refused, and of what the broker does."""
+        ...
+
+
+class LocalRelay:
+    """The relay of an app with one process: whatever is sent goes straight to the registry."""
+
+    def start(self, registry: Registry, process: str) -> None:
+        self._registry, self._process = registry, process
+
+    async def connected(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> None:
+        await self._registry.deliver(kind, name, data, excluded)
+
+    async def close(self, kind: Kind, name: str, close: Close) -> None:
+        self._registry.close(kind, name, close)
+
+    async def ask(self, group: str) -> list[Presence]:
+        members = self._registry.members(group)
+        return [Presence(conn.id, conn.user, self._process) for conn in members]
+
+    def subscribe(self, kind: Kind, name: str) -> None: ...
+
+    def unsubscribe(self, kind: Kind, name: str) -> None: ...
+
+    async def subscribed(self, kind: Kind, name: str) -> None: ...
+
+    def stats(self) -> dict[str, int]:
+        return {}
+
+
+def open_relay(given: str | Backplane | None, namespace: str | None) -> Relay:
+    """Return the relay, not yet started, for what `Hub.configure` was given.
+
+    Raises `PachinkoError` for a mistake in the URL or the namespace and for a missing library, and
+    `TypeError` for what is no `Backplane`.
+    """
+    namespace = namespace_of(given, namespace)
+    if given is None or (isinstance(given, str) and split_url(given)[0] == "memory"):
+        return LocalRelay()
+    if not isinstance(given, str):
+        methods = ("start", "publish", "subscribe", "unsubscribe", "stop")
+        found = (getattr(given, name, None) for name in methods)
+        if inspect.isclass(given) or not all(map(inspect.iscoroutinefunction, found)):
+            raise TypeError(
+                f'write hub.configure("nats://localhost:4222"), or give it an object with '
+                f"`async def` {', '.join(methods)}; got {type(given).__name__}"
+            )
+    try:
+        companion = importlib.import_module("pachinko_cluster")
+    except ImportError as exc:
+        raise PachinkoError(
+            "a broker needs pachinko_cluster.py of the same version: copy it to where pachinko.py "
+            f'is, or install both with: pip install "falcon-pachinko" ({exc})'
+        ) from exc
+    return cast(Relay, companion.Cluster(given, namespace))
+
+
+def split_url(url: str) -> tuple[str, str, dict[str, str]]:
+    """Return the scheme of a broker's URL, what stands between it and the options, and the options.
+
+    Raises `PachinkoError`, whose text does not show the URL.
+    """
+    scheme, _, rest = url.partition("://")
+    where, _, query = rest.partition("?")
+    is_right = scheme in SCHEMES and "#" not in url and "@" not in query
+    options: dict[str, str] = {}
+    try:
+        options.update(urllib.parse.parse_qsl(query, True, True) if query else ())
+    except ValueError:
+        is_right = False
+    if not is_right or (where != "") is (scheme == "memory"):
+        raise wrong_url()
+    return scheme, where, options
+
+
+def wrong_url() -> PachinkoError:
+    """Return the error for a URL of no broker."""
+    known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+    return PachinkoError(
+        'a backplane is a URL such as "nats://localhost:4222" or "redis://:secret@host:6379"; '
+        f'known are {known}. "/", "@", "?", "#" and "%" in a password are written "%2F", '
+        '"%40", "%3F", "%23", "%25". The one given is not shown, for it may hold a password'
+    )
+
+
+def namespace_of(given: object, namespace: str | None) -> str:
+    """Return *namespace*, else that of the URL *given*, else the default.
+
+    Raises `PachinkoError` for one that a subject cannot hold.
+    """
+    if isinstance(given, str):
+        in_url = split_url(given)[2].get("namespace")
+        namespace = in_url if namespace is None else namespace
+    namespace = "pachinko" if namespace is None else namespace
+    if not (isinstance(namespace, str) and _NAMESPACE.fullmatch(namespace)):
+        raise PachinkoError(f"a namespace has 1 to 64 letters, digits, _ and -, got {namespace!r}")
+    return namespace
+
+
+def new_process() -> str:
+    """Return an id for this process, which the ids of its connections begin with."""
+    return secrets.token_hex(_PROCESS_BYTES)
+
+
+def process_of(id: str) -> str | None:
+    """Return the process of the connection *id*, or None for a text that is no such id."""
+    return id[: 2 * _PROCESS_BYTES] if _CONNECTION_ID.fullmatch(id) else None
 
 
 class Registry:
     """The connections of this process, and the groups and users that they belong to.
 
-    A connection knows its groups, a group its members: both change here and nowhere else.
+    It is the only owner of memberships, in both directions. Its *relay* learns of the first
+    receiver of each group and user, and when the last one has left.
     """
 
-    def __init__(self) -> None:
-        self.connections: dict[str, Connection] = {}  # without those that have to authenticate
+    def __init__(self, relay: Relay) -> None:
+        self.connections: dict[str, Connection] = {}
+        """By id, without those that have not authenticated yet."""
         self.groups: dict[str, set[Connection]] = {}
         self.users: dict[str, set[Connection]] = {}
-        self._tables = {"g": self.groups, "u": self.users}
-        # Told of the first connection here of a group ("g") or user ("u"), and after the last one.
-        self.want: Callable[[str, str], None] = _ignore
-        self.unwant: Callable[[str, str], None] = _ignore
+        self._tables = {Kind.GROUP: self.groups, Kind.USER: self.users}
+        self._joined: dict[Connection, set[str]] = {}
+        self._relay = relay
 
     def add(self, conn: Connection) -> None:
-        """Let *conn* be found."""
+        """Add *conn*, and let its user's messages reach it."""
         self.connections[conn.id] = conn
         self.set_user(conn, conn.user)
 
     def remove(self, conn: Connection) -> None:
-        """Forget *conn*; nothing of it stays."""
+        """Remove *conn* from all tables."""
         if self.connections.pop(conn.id, None) is None:
             return
-        for group in conn._groups or ():
-            self._discard("g", group, conn)
-        conn._groups = None
+        for group in self._joined.pop(conn, ()):
+            self._discard(Kind.GROUP, group, conn)
         self.set_user(conn, None)
 
     def set_user(self, conn: Connection, user: str | None) -> None:
-        """Let *conn* be found by *user*; called before its `user` changes."""
+        """Let messages to *user* reach *conn*. Called before ``conn.user`` changes."""
         if conn.user is not None:
-            self._discard("u", conn.user, conn)
+            self._discard(Kind.USER, conn.user, conn)
         if user is not None and conn.id in self.connections:
-            self._enter("u", user, conn)
+            self._enter(Kind.USER, user, conn)
 
     def join(self, group: str, conn: Connection) -> None:
-        """Put *conn*, which has been added, into *group*."""
-        if conn._groups is None:
-            conn._groups = set()
-        conn._groups.add(group)
-        self._enter("g", group, conn)
+        """Add *conn*, a connection of this registry, to *group*."""
+        self._joined.setdefault(conn, set()).add(group)
+        self._enter(Kind.GROUP, group, conn)
 
     def leave(self, group: str, conn: Connection) -> None:
-        """Take *conn* out of *group*, if it is in it."""
-        if conn._groups is not None:
-            conn._groups.discard(group)
-        self._discard("g", group, conn)
+        """Remove *conn* from *group*, if it is a member."""
+        groups = self._joined.get(conn)
+        if groups is not None:
+            groups.discard(group)
+            if not groups:
+                del self._joined[conn]
+            self._discard(Kind.GROUP, group, conn)
 
-    def _enter(self, kind: str, name: str, conn: Connection) -> None:
+    def _enter(self, kind: Kind, name: str, conn: Connection) -> None:
         table = self._tables[kind]
         if name not in table:
             table[name] = set()
-            self.want(kind, name)
+            self._relay.subscribe(kind, name)
         table[name].add(conn)
 
-    def _discard(self, kind: str, name: str, conn: Connection) -> None:
+    def _discard(self, kind: Kind, name: str, conn: Connection) -> None:
         table = self._tables[kind]
         members = table.get(name)
         if members is not None:
             members.discard(conn)
             if not members:
                 del table[name]
-                self.unwant(kind, name)
+                self._relay.unsubscribe(kind, name)
 
-    def receivers(self, kind: str, name: str) -> Collection[Connection]:
-        """Those that a message to *name* is for: a group, a user, a connection's id or all."""
-        if kind == "p":
+    def groups_of(self, conn: Connection) -> Set[str]:
+        """Return the groups that *conn* is in, not a copy."""
+        return self._joined.get(conn, _NO_GROUPS)
+
+    def receivers(self, kind: Kind, name: str) -> Collection[Connection]:
+        """Return the connections here that a message to *name* is for, not a copy."""
+        if kind is Kind.CONNECTION:
             return (self.connections[name],) if name in self.connections else ()
-        if kind == "a":
+        if kind is Kind.EVERYBODY:
             return self.connections.values()
         return self._tables[kind].get(name, ())
 
     def members(self, group: str) -> frozenset[Connection]:
-        """Those in *group* that are accepted."""
-        return frozenset(filter(_is_accepted, self.groups.get(group, ())))
+        """Return the accepted connections in *group*."""
+        return frozenset(filter(is_accepted, self.groups.get(group, ())))
 
-    def close_group(self, group: str, close: Close) -> None:
-        """Close those in *group*, behind what was sent to them before."""
-        for conn in tuple(self.groups.get(group, ())):
+    async def deliver(
+        self, kind: Kind, name: str, data: bytes, excluded: Collection[str] = ()
+    ) -> None:
+        """Begin one write of the frame *data* to each receiver whose id is not *excluded*."""
+        group = name if kind is Kind.GROUP else None
+        await self.tell(self.receivers(kind, name), data, group, excluded)
+
+    async def tell(
+        self,
+        receivers: Collection[Connection],
+        data: bytes,
+        group: str | None,
+        excluded: Collection[str] = (),
+    ) -> None:
+        """Begin one write of the frame *data* to each of *receivers*, without waiting for any.
+
+        *group* is the one that a gap names if the message is dropped.
+        """
+        if excluded:
+            ids = frozenset(excluded)
+            receivers = [conn for conn in receivers if conn.id not in ids]
+        await spread(receivers, data, group)
+
+    def close(self, kind: Kind, name: str, close: Close) -> None:
+        """Close the receivers, behind what was sent to them before."""
+        for conn in tuple(self.receivers(kind, name)):
             conn._close(close)
 
 
-def _ignore(kind: str, name: str) -> None:
-    """Nobody else has to know."""
-
-
-def _is_accepted(conn: Connection) -> bool:
+def is_accepted(conn: Connection) -> bool:
+    """Whether the handshake of *conn* has been answered."""
     return conn._phase is Phase.OPEN or conn._ended is not None
 
 
-async def spread(
-    receivers: Collection[Connection],
-    data: bytes,
-    group: str | None = None,
-    excluded: Collection[str] = (),
-) -> None:
+async def spread(receivers: Collection[Connection], data: bytes, group: str | None = None) -> None:
     """Start one write to each of *receivers*, without waiting for any client.
 
-    *group* is what the gap names if the message is dropped; *excluded* are ids.
+    *group* is what the gap names if the message is dropped.
     """
     event, size, crowded = text_event(data), len(data), False
-    if excluded:
-        ids = frozenset(excluded)
-        receivers = [conn for conn in receivers if conn.id not in ids]
     ready: list[Connection] = []
     try:
         for conn in tuple(receivers):
@@ -3288,623 +2544,40 @@ async def _write_each(receivers: list[Connection], event: Event) -> None:
                 conn._write_next()
 
 
-# ── cluster ───────────────────────────────────────────────────────────────────────────────────
+# ── hub state ─────────────────────────────────────────────────────────────────────────────────
 #
-# What this process and the others say to one another by the link: messages to clients, who is in
-# a group, and what is to be announced to members because some of that was missed.
+# What a hub has while it runs, and how it starts, drains and stops.
 
-_PRESENCE = 0.4  # seconds for the other processes to say who is there
-_ANSWER_BYTES = 200_000  # of members in one part of such an answer
-_MAX_SUSPECTS = 100  # kinds of refused posts that are logged, once each
-_questions = itertools.count(1)
-
-
-@attrs.frozen
-class Presence:
-    """A connection in a group, of whatever process."""
-
-    id: str
-    """`Connection.id`."""
-    user: str | None
-    process: str
-    """`Hub.process` where it is connected."""
-
-
-@attrs.define(eq=False)
-class Answers:
-    """What the processes have answered to one question."""
-
-    members: dict[str, Presence] = attrs.Factory(dict)
-    final: int = 0
-    """The processes that have said all."""
-    unfinished: set[str] = attrs.Factory(set)
-    """Those that have more to say."""
-    changed: asyncio.Event = attrs.Factory(asyncio.Event)
-
-
-class Cluster:
-    """The processes of an app, as this one sees them."""
-
-    def __init__(
-        self, registry: Registry, process: str,
-        backplane: Backplane, engine: Engine | None, namespace: str,
-    ) -> None:  # fmt: skip
-        self.process = process
-        self._registry = registry
-        self.refusals: int = 0  # of messages from the engine
-        self._work: set[asyncio.Task[None]] = set()  # what is sent without anybody who waits
-        self._asks: dict[int, Answers] = {}
-        self._gaps: dict[str, tuple[Connection, ...]] = {}  # to be announced
-        self._unread: dict[tuple[str, str], frozenset[str]] = {}  # who knows of another format
-        self._suspects: set[object] = set()  # the kinds that have been logged
-        self.link: Link = Link(backplane, engine, namespace, process, self)
-        registry.want, registry.unwant = self.link.want, self._unwant
-
-    def _unwant(self, kind: str, name: str) -> None:
-        self._unread.pop((kind, name), None)
-        self.link.unwant(kind, name)
-
-    async def stop(self) -> None:
-        """Leave it."""
-        for task in tuple(self._work):
-            task.cancel()
-        await self.link.stop()
-
-    async def send(
-        self, kind: str, name: str, data: bytes, excluded: list[str], to: str | None = None
-    ) -> None:
-        """Send *data*, a frame, to the clients of *name*; for a process ("p") to the one with the
-        id *to*.
-        """
-        post = self.link.post("send", exclude=excluded, to=to)
-        await self.link.publish(kind, name, post, data)
-
-    async def close_group(self, group: str, close: Close) -> None:
-        """Close everybody in *group*."""
-        post = self.link.post("close", code=close.code, reason=close.reason)
-        await self.link.publish("g", group, post)
-
-    async def presence(self, group: str) -> list[Presence]:
-        """Ask who is in *group*."""
-        number = next(_questions)
-        answers = self._asks[number] = Answers()
-        try:
-            reached = await self.link.publish("g", group, self.link.post("who", ask=number))
-            loop = asyncio.get_running_loop()
-            end, latest = (loop.time() + seconds for seconds in (_PRESENCE, _ENGINE_WAIT))
-            with contextlib.suppress(TimeoutError):
-                while reached is None or answers.final < reached:
-                    async with asyncio.timeout_at(latest if answers.unfinished else end):
-                        answers.changed.clear()
-                        await answers.changed.wait()
-        finally:
-            self._asks.pop(number, None)
-        return list(answers.members.values())
-
-    async def take(self, kind: str, name: str, post: Post, frame: bytes) -> None:
-        """Take what a process has sent, this one too. Raises `Refused`."""
-        self._unread.pop((kind, name), None)
-        if kind == "g" and name in self._gaps:
-            await self._announce(name)
-        group = name if kind == "g" else None
-        if post.op == "send":
-            to = post.to or "" if kind == "p" else name
-            await spread(self._registry.receivers(kind, to), frame, group, post.exclude)
-        elif post.op == "close" and kind == "g":
-            try:
-                close = Close(post.code, post.reason)
-            except ValueError as exc:
-                raise Refused(str(exc)) from None
-            self._registry.close_group(name, close)
-        elif post.op == "who" and kind == "g":
-            self._start_work(self._answer(name, post))
-        elif post.op == "here" and kind == "p":
-            self._note_answer(post)
-        else:
-            raise Refused(f"{post.op!r} makes no sense here")
-
-    async def _answer(self, group: str, question: Post) -> None:
-        """Tell the process that asks who of *group* is here, in parts of a bounded size."""
-        members = [(conn.id, _encodable(conn.user)) for conn in self._registry.members(group)]
-        is_last = False
-        while not is_last:
-            part: list[tuple[str, str | None]] = []
-            size = 0
-            while members and size < _ANSWER_BYTES:
-                part.append(members.pop())
-                size += 50 + len(part[-1][1] or "") * 4
-            is_last = not members
-            post = self.link.post("here", ask=question.ask, members=part, more=not is_last)
-            if question.source == self.process:
-                self._note_answer(post)
-            else:
-                with contextlib.suppress(PachinkoError):  # nor does the question's process hear
-                    await self.link.publish("p", question.source, post)
-
-    def _note_answer(self, post: Post) -> None:
-        answers = self._asks.get(post.ask)
-        if answers is not None:
-            found = (Presence(id, user, post.source) for id, user in post.members)
-            answers.members.update((each.id, each) for each in found)
-            answers.final += not post.more
-            (answers.unfinished.add if post.more else answers.unfinished.discard)(post.source)
-            answers.changed.set()
-
-    def _start_work(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._work.add(task)
-        task.add_done_callback(self._work.discard)
-
-    async def refused(self, kind: str, name: str, why: Refused) -> None:
-        """Count what came from the engine and is not understood; a newer version's is a gap."""
-        self.refusals += 1
-        suspect = type(why), why.format
-        if suspect not in self._suspects and len(self._suspects) < _MAX_SUSPECTS:
-            self._suspects.add(suspect)
-            logger.warning(
-                "refused a message from the engine (more like it are counted, not logged): %s", why
-            )
-        if why.format is not None and kind != "p":
-            await self._missed(kind, name)
-
-    async def _missed(self, kind: str, name: str) -> None:
-        """Announce a message that cannot be read: a run of them is one gap."""
-        receivers, group = self._registry.receivers(kind, name), name if kind == "g" else None
-        told = self._unread.get((kind, name), frozenset())
-        self._unread[kind, name] = frozenset(conn.id for conn in receivers)
-        await spread(receivers, gap_of(group), group, told)
-
-    def restored(self, only: tuple[str, str] | None = None) -> None:
-        """The engine has been away: each member misses something, once a group."""
-        alone: Collection[Connection] = ()
-        if only is None:
-            self._gaps = {group: tuple(members) for group, members in self._registry.groups.items()}
-            alone = tuple(conn for conn in self._registry.connections.values() if not conn._groups)
-        elif only[0] == "g":
-            self._gaps[only[1]] = tuple(self._registry.receivers(*only))
-        else:
-            alone = tuple(self._registry.receivers(*only))
-        self._start_work(self._announce_all(alone))
-
-    async def _announce_all(self, alone: Collection[Connection]) -> None:
-        await spread(alone, gap_of(None))
-        announced = 0
-        while self._gaps:
-            await self._announce(next(iter(self._gaps)))
-            announced += 1
-            if announced % _TURN == 0:  # where nobody is behind, nothing else lets the loop run
-                await asyncio.sleep(0)
-
-    async def _announce(self, group: str) -> None:
-        members = self._gaps.pop(group)
-        present = [conn for conn in members if group in (conn._groups or ())]
-        await spread(present, gap_of(group), group)
-
-
-def _encodable(user: str | None) -> str | None:
-    """*user* without halves of surrogate pairs, which no JSON may have."""
-    return user if user is None or user.isascii() else user.encode(errors="replace").decode()
-
-
-# ── hub ───────────────────────────────────────────────────────────────────────────────────────
-#
-# What the program calls: groups, sending, the start and the end of it all.
-
-_MAX_CODES = 100  # error codes counted apart: an application may make them up as it goes
 _FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, behind what lingers
-_ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the engine
-_CONNECTION_ID = re.compile(rf"[0-9a-f]{{{2 * (_PROCESS_BYTES + _OWN_BYTES)}}}")
-_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
-Exclude = Union["Connection", str, Iterable[Union["Connection", str]], None]
+ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the broker
 
 
-class Hub:
-    """Groups of connections, and sending to them from any code, on one process or on many.
+class ThreadCalls:
+    """Calls of a hub's methods from threads without its event loop.
 
-    The module's own `hub` serves most programs; a `Hub` of one's own keeps two apps apart:
-    ``Pachinko(app, "/ws", hub=Hub())``. No method waits for a client: what a slow one has not
-    read waits in its outbox. Names of groups and users are `str`, anything else is a `TypeError`.
-
-    With a backplane (`configure`), whatever is sent reaches the members in all processes, and this
-    process's own by the same way, so that there is one order. Then the methods that reach other
-    processes raise `PachinkoError` when the engine does not take a message within 5 seconds.
+    `asyncio.run_coroutine_threadsafe` would do but for one fault: a thread hangs for ever when the
+    loop ends before its call has begun. Here `stop` fails every call that is not done.
     """
 
     def __init__(self) -> None:
-        self._codec = Codec()
-        self._backplane: str | Backplane | None = None
-        self._namespace: str | None = None
-        self._has_warned = False
-        self._lock = threading.Lock()  # around `_loop` and `_calls`, which threads look at
-        self._clean()
-        _hubs.add(self)
-
-    def _clean(self) -> None:
+        self.pending: set[concurrent.futures.Future[Any]] = set()
+        self._lock = threading.Lock()  # so that `stop` sees every call that was submitted before it
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._apps: set[object] = set()
-        self._serving: dict[asyncio.Task[Any], Connection] = {}  # from handshake to end
-        self._registry = Registry()
-        # Of frames, those of connections that are over: each counts its own.
-        counters = ("received", "sent", "dropped", "evicted", "outbox_high_water")
-        self._counts = dict.fromkeys(counters, 0)
-        self._errors: dict[str, int] = {}
-        self._draining = False
-        self._drains: set[asyncio.Task[None]] = set()
-        self._calls: set[concurrent.futures.Future[Any]] = set()  # from threads, not yet answered
-        self._process = secrets.token_hex(_PROCESS_BYTES)
-        self._engine: str | Backplane | None = None  # in use
-        self._cluster: Cluster | None = None  # of several processes
 
-    def configure(
-        self,
-        url: str | Backplane | None = None,
-        *,
-        converter: cattrs.Converter | None = None,
-        namespace: str | None = None,
-    ) -> None:
-        """Set up the hub before an app starts; what is left out has its default.
-
-        *url*: the engine between the processes, ``nats://host:4222``, ``tls://…``,
-        ``redis://host:6379``, ``rediss://…``, or a `Backplane`. By default it is that of the
-        environment variable ``PACHINKO_BACKPLANE``, or ``memory://``: this process alone.
-        *namespace*: keeps the apps on one engine apart, also as ``?namespace=`` in the URL;
-        letters, digits, ``_`` and ``-``; by default ``pachinko``.
-
-        *converter*: of cattrs, for all payloads, in and out. Start from ``hub.converter.copy()`` to
-        keep the strict rules: a plain ``Converter`` coerces (5 becomes ``"5"``). Set it before
-        handlers are registered.
-
-        Raises `PachinkoError` for a mistake in any of them, for a library that is not installed,
-        and once an app has started.
-        """
-        if self._loop is not None:
-            raise PachinkoError("call hub.configure() before the app starts, where it is imported")
-        if converter is not None and not isinstance(converter, cattrs.BaseConverter):
-            raise TypeError(f"write hub.configure(converter=cattrs.Converter()), got {converter!r}")
-        open_backplane(url, namespace)
-        self._codec = Codec(converter)
-        self._backplane, self._namespace = url, namespace
-
-    @property
-    def process(self) -> str:
-        """The id of this process, as in `Presence.process`; a new one with each start."""
-        return self._process
-
-    @property
-    def converter(self) -> cattrs.Converter:
-        """The converter in use; copy it, but do not change it."""
-        return self._codec.converter
-
-    @contextlib.asynccontextmanager
-    async def open(self, url: str | Backplane | None = None) -> AsyncGenerator[Hub, None]:
-        """Use the hub in a program without an app: ``async with hub.open("redis://…"):``.
-
-        By default the *url* is that of `configure` or ``PACHINKO_BACKPLANE``. Raises
-        `PachinkoError` when none is given, when the engine cannot be reached, and when the hub
-        already runs on another one.
-        """
-        is_running = self._loop is not None and self._loop.is_running()
-        if not is_running and self._engine_of(url) is None:
-            raise PachinkoError(
-                'hub.open() takes the engine that the app uses, hub.open("nats://localhost:4222"), '
-                f"or finds it in {_ENVIRONMENT}"
-            )
-        if is_running and url not in (None, self._engine):
-            raise PachinkoError("this hub runs on another engine; write hub.open() to use that one")
-        user = object()
-        self._start(user, url)
-        try:
-            if self._cluster is not None:
-                await self._cluster.link.connected()
-            yield self
-        finally:
-            await self._stop(user)
-
-    def _engine_of(self, url: str | Backplane | None = None) -> str | Backplane | None:
-        """The engine to use: as given, configured, or in the environment."""
-        if url is not None:
-            return url
-        return self._backplane or os.environ.get(_ENVIRONMENT) or None
-
-    def _start(self, app: object, url: str | Backplane | None = None) -> None:
-        """Serve *app* in the running loop; the first one of a loop finds a clean hub."""
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            if self._loop is not None and self._loop.is_running():
-                raise PachinkoError(
-                    "this hub serves an app in another event loop; give this app one of its own: "
-                    'Pachinko(app, "/ws", hub=Hub())'
-                )
-            given = self._engine_of(url)
-            backplane, engine, namespace = open_backplane(given, self._namespace)
-            self._end_calls()  # after a loop that ended without a shutdown
-            self._loop, self._engine = loop, given
-            if backplane is not None:
-                self._cluster = Cluster(self._registry, self._process, backplane, engine, namespace)
-        self._apps.add(app)
-
-    async def _stop(self, app: object) -> None:
-        """Stop serving *app*; after the last one the hub is as new."""
-        self._apps.discard(app)
-        if not self._apps:
-            cluster = self._cluster
-            self._end_calls()
-            if cluster is not None:
-                await cluster.stop()
-
-    async def _settled(self) -> None:
-        """Wait until the engine is there, or has not been on the first attempt."""
-        if self._cluster is not None:
-            with contextlib.suppress(PachinkoError):  # it has been logged, and is tried again
-                await self._cluster.link.connected()
-
-    def _end_calls(self) -> None:
-        """Clean up, and fail what threads still wait for."""
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take calls, to be run in *loop*."""
         with self._lock:
-            calls = self._calls
-            self._clean()
-        for call in tuple(calls):
-            with contextlib.suppress(concurrent.futures.InvalidStateError):
-                call.set_exception(PachinkoError("the hub has stopped before it was done"))
+            self._loop = loop
 
-    def _check(self, name: object, what: str) -> None:
-        """Refuse names that are not text, and calls from a thread or loop that is not the app's."""
-        if not isinstance(name, str):
-            raise TypeError(f"a {what} is named by a str, got {name!r}")
-        if self._loop is not None and self._loop is not asyncio.get_running_loop():
-            raise PachinkoError(
-                "the hub was called from another thread or event loop than its app's; "
-                'use hub.call_threadsafe(hub.send, "room:1", ...)'
-            )
-        if self._loop is None:
-            self._check_unused()
-
-    def _check_unused(self) -> None:
-        """Before the hub has started, it reaches nobody: a mistake, or the test of a handler."""
-        if self._engine_of() not in (None, "memory://"):
-            raise PachinkoError(
-                "the hub is not connected: it starts with the app; a program without one writes "
-                "`async with hub.open():` around its calls"
-            )
-        if not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "the hub does not run and reaches nobody: it starts with the app; a program of its "
-                'own writes `async with hub.open("nats://localhost:4222"):` around its calls, with '
-                "the engine that the app uses"
-            )
-
-    def _check_member(self, group: object, conn: object) -> None:
-        self._check(group, "group")
-        if not isinstance(conn, Connection):
-            raise TypeError(f'write hub.join("room:1", conn); got {conn!r} for the connection')
-        if conn._hub is not self:
-            raise PachinkoError("this connection's endpoint has another hub; use conn.join(group)")
-
-    def _remove(self, conn: Connection) -> None:
-        """Forget *conn*; nothing of it stays."""
-        self._counts["received"] += conn._received
-        self._counts["sent"] += conn._sent
-        conn._received = conn._sent = 0  # what is still sent counts when it is removed again
-        conn._stop_expiry()
-        self._registry.remove(conn)
-
-    async def _reachable(self, conn: Connection) -> None:
-        """Wait until `send_to_user` from other processes reaches *conn*."""
-        is_found = conn.id in self._registry.connections
-        if self._cluster is not None and conn.user is not None and is_found:
-            with contextlib.suppress(PachinkoError):  # it is not permitted, which has been logged
-                await self._cluster.link.live("u", conn.user)
-
-    async def join(self, group: str, conn: Connection) -> None:
-        """Put *conn* into *group*, which needs no making. One that is over stays out.
-
-        When it returns, whatever any process sends to the group arrives; or, if the engine does not
-        answer within 4 seconds, a ``gap`` comes once it does.
-
-        Raises `PachinkoError` for a connection of an endpoint with another hub, and when the engine
-        does not permit the subscription; and `MessageError`
-        (``too_many_groups``) for one that is in `max_groups` others: since mostly a client has
-        asked for it, a message handler that lets that pass answers it. In a connect handler it is
-        an error like any other.
-        """
-        self._check_member(group, conn)
-        if conn.id not in self._registry.connections:
-            if conn._phase is Phase.CONNECTING:
-                raise PachinkoError(
-                    "nobody joins before it has authenticated; do it in @ws.connect"
-                )
-            return
-        groups, most = conn._groups or (), conn._limits.max_groups
-        if len(groups) >= most and group not in groups:
-            raise MessageError("too_many_groups", f"at most {most} groups a connection")
-        self._registry.join(group, conn)
-        if self._cluster is not None:
-            try:
-                await self._cluster.link.live("g", group)
-            except PachinkoError:
-                try:
-                    await asyncio.sleep(0)  # so that whoever waits for the same learns of it
-                finally:
-                    self._registry.leave(group, conn)
-                raise
-
-    async def leave(self, group: str, conn: Connection) -> None:
-        """Take *conn* out of *group*; nothing happens if it is not in it."""
-        self._check_member(group, conn)
-        self._registry.leave(group, conn)
-
-    def members(self, group: str) -> frozenset[Connection]:
-        """The accepted connections of this process in *group*."""
-        if not isinstance(group, str):
-            raise TypeError(f"a group is named by a str, got {group!r}")
-        return self._registry.members(group)
-
-    @property
-    def connections(self) -> frozenset[Connection]:
-        """The accepted connections of this process."""
-        return frozenset(filter(_is_accepted, self._registry.connections.values()))
-
-    @property
-    def groups(self) -> frozenset[str]:
-        """The groups that have a member in this process."""
-        return frozenset(self._registry.groups)
-
-    async def send(
-        self, group: str, message: object, payload: object = None, *, exclude: Exclude = None
-    ) -> None:
-        """Send a ``@message`` object, or a type and its payload, to the members of *group*.
-
-        *exclude* leaves out a connection, an id, or several of them.
-        """
-        self._check(group, "group")
-        await self._push("g", group, message, payload, exclude)
-
-    async def broadcast(
-        self, message: object, payload: object = None, *, exclude: Exclude = None
-    ) -> None:
-        """Send to every connection of every process."""
-        self._check("", "group")
-        await self._push("a", "all", message, payload, exclude)
-
-    async def send_to(
-        self, conn: Connection | str, message: object, payload: object = None
-    ) -> None:
-        """Send to one connection, given itself or by its id; nothing happens if it is gone."""
-        id = conn.id if isinstance(conn, Connection) else conn
-        self._check(id, "connection")
-        process = id[: 2 * _PROCESS_BYTES]
-        if self._cluster is None or process == self._process or not _CONNECTION_ID.fullmatch(id):
-            data = self._codec.encode(*split_message(message, payload))
-            await spread(self._registry.receivers("p", id), data)
-        else:
-            await self._push("p", process, message, payload, to=id)
-
-    async def send_to_user(self, user: str, message: object, payload: object = None) -> None:
-        """Send to every connection of *user* (`Connection.user`)."""
-        self._check(user, "user")
-        await self._push("u", user, message, payload)
-
-    async def close_group(self, group: str, code: int = 1000, reason: str = "") -> None:
-        """Close every connection in *group*, behind what was sent to it before."""
-        self._check(group, "group")
-        close = Close(code, reason)
-        if self._cluster is not None:
-            await self._cluster.close_group(group, close)
-        else:
-            self._registry.close_group(group, close)
-
-    async def presence(self, group: str) -> list[Presence]:
-        """The accepted connections in *group*, of all processes that answer within 0.4 seconds.
-
-        (Long answers may take longer, up to 4 seconds.) Each process tells its own when it is
-        asked, so that those of one that has crashed are gone at once.
-        """
-        self._check(group, "group")
-        if self._cluster is not None:
-            return await self._cluster.presence(group)
-        return [Presence(conn.id, conn.user, self._process) for conn in self.members(group)]
-
-    @property
-    def draining(self) -> bool:
-        """Whether `drain` has been called: a health check may tell a load balancer to go away."""
-        return self._draining
-
-    async def drain(self, seconds: float = 10.0) -> None:
-        """Let go of all clients before a shutdown, spread over *seconds*, so that they do not all
-        come back at once.
-
-        New handshakes are refused from now on. Connections are closed with 1012 in random order.
-        Returns when the disconnect handlers have ended, or hang: `linger` and 5 seconds after the
-        last close. Raises `ValueError` for *seconds* below 0.
-        """
-        if not _is_seconds(seconds):
-            raise ValueError(f"seconds is a number, at least 0, got {seconds!r}")
-        self._check("", "group")
-        self._draining = True
-        # By a task of its own, since the caller may be a handler, and cancelled with its client.
-        work = self._close_all(seconds, asyncio.current_task())
-        task = asyncio.get_running_loop().create_task(work)
-        self._drains.add(task)
-        task.add_done_callback(self._drains.discard)
-        await asyncio.shield(task)
-
-    async def _close_all(self, seconds: float, caller: object) -> None:
-        conns = random.sample(list(self._serving.values()), len(self._serving))
-        logger.info("draining %d connections in %g s", len(conns), seconds)
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
-        for n, conn in enumerate(conns):
-            if conn.closed:
-                continue  # has left by itself, and needs no turn
-            if (early := begun + seconds * n / len(conns) - loop.time()) > 0 or n % _TURN == 0:
-                await asyncio.sleep(early)
-            conn._close(Close(1012, "the server restarts"))
-        own = {c for task, c in self._serving.items() if caller in (task, *(c._tasks or ()))}
-        await self._wait_for(frozenset(conns) - own)
-
-    async def _wait_for(self, conns: Iterable[Connection], *others: asyncio.Task[Any]) -> None:
-        """Wait until *conns*, which are closed, are over, with their disconnect handlers."""
-        closed = frozenset(conns)
-        ending = {*others, *(task for task, conn in self._serving.items() if conn in closed)}
-        if ending:
-            linger = max((conn._limits.linger for conn in closed), default=0.0)
-            _, stuck = await asyncio.wait(ending, timeout=linger + _FAREWELL)
-            for task in stuck:
-                logger.error("not waiting any longer for %r, which does not end", task)
-                self._serving.pop(task, None)  # nor once more, when the lifespan ends after a drain
-
-    async def _push(
-        self,
-        kind: str,
-        name: str,
-        message: object,
-        payload: object,
-        exclude: Exclude = None,
-        to: str | None = None,
-    ) -> None:
-        """Encode once, and start one write each, wherever they are."""
-        type, payload = split_message(message, payload)
-        group = name if kind == "g" else None
-        data = self._codec.encode(type, payload, group)
-        excluded: list[str] = []
-        if exclude is not None:
-            several = (exclude,) if isinstance(exclude, (Connection, str)) else exclude
-            excluded = [item.id if isinstance(item, Connection) else item for item in several]
-            if not all(isinstance(id, str) for id in excluded):
-                raise TypeError(f"exclude takes connections and their ids, got {exclude!r}")
-        if self._cluster is not None:
-            await self._cluster.send(kind, name, data, excluded, to)
-        else:
-            await spread(self._registry.receivers(kind, name), data, group, excluded)
-
-    @typing.overload
-    def call_threadsafe(
-        self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
-    ) -> concurrent.futures.Future[T]: ...
-
-    @typing.overload
-    def call_threadsafe(
-        self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> concurrent.futures.Future[T]: ...
-
-    def call_threadsafe(
-        self, function: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> concurrent.futures.Future[Any]:
-        """Call a method of the hub from any thread: ``hub.call_threadsafe(hub.send, "room:1", …)``.
-
-        The future gives what the method returns or raises. Raises `PachinkoError` when no app
-        is running.
-        """
-        if not callable(function):
-            raise TypeError(f'write hub.call_threadsafe(hub.send, "room:1", ...), got {function!r}')
+    def submit(self, work: Callable[[], Any]) -> concurrent.futures.Future[Any]:
+        """Call *work* in the loop, and await what it returns. Raises `PachinkoError`."""
         future = concurrent.futures.Future[Any]()
 
         async def call() -> Any:
             try:
-                result = function(*args, **kwargs)
+                result = work()
                 return await result if inspect.isawaitable(result) else result
-            except SystemExit as exc:  # which would end the server
+            except SystemExit as exc:  # asyncio would end the server
                 raise RuntimeError("sys.exit() in a call from a thread") from exc
 
         def begin(loop: asyncio.AbstractEventLoop) -> None:
@@ -3914,47 +2587,28 @@ class Hub:
                 future.add_done_callback(functools.partial(_cancel, loop, task))
 
         try:
-            with self._lock:  # so that whatever comes before `_stop` is ended by it
+            with self._lock:
                 if self._loop is None:
                     raise RuntimeError("it starts with the app")
                 self._loop.call_soon_threadsafe(begin, self._loop)
-                self._calls.add(future)
-        except RuntimeError as exc:  # also when the loop has been closed
+                self.pending.add(future)
+        except RuntimeError as exc:  # the loop may also have been closed
             raise PachinkoError(f"the hub is not running: {exc}") from None
-        future.add_done_callback(self._calls.discard)
+        future.add_done_callback(self.pending.discard)
         future.add_done_callback(_tell_cancelled)
         return future
 
-    def stats(self) -> dict[str, int]:
-        """Counts since the start, of this process.
-
-        ``connections``, ``groups`` (now); ``received``, ``sent`` (frames); ``dropped`` (messages),
-        ``evicted`` (connections); ``outbox_high_water`` (messages); ``refused`` (messages from the
-        engine that are not ours), ``outages`` (of it), ``engine_down`` (1 while it is away, or 0);
-        ``errors`` in all, and ``errors.<code>`` for each code that was answered.
-        """
-        connections, cluster = self._registry.connections.values(), self._cluster
-        return {
-            "connections": len(self.connections),
-            "groups": len(self._registry.groups),
-            **self._counts,
-            "refused": cluster.refusals if cluster is not None else 0,
-            "outages": cluster.link.outages if cluster is not None else 0,
-            "engine_down": int(cluster is not None and not cluster.link.is_up),
-            "received": self._counts["received"] + sum(c._received for c in connections),
-            "sent": self._counts["sent"] + sum(c._sent for c in connections),
-            "errors": sum(self._errors.values()),
-            **{f"errors.{code}": count for code, count in self._errors.items()},
-        }
-
-    def _count_error(self, code: str) -> None:
-        if code not in self._errors and len(self._errors) >= _MAX_CODES:
-            code = "other"
-        self._errors[code] = self._errors.get(code, 0) + 1
+    def stop(self) -> None:
+        """Take no more calls, and fail those that are not done."""
+        with self._lock:
+            self._loop = None
+        for call in tuple(self.pending):
+            with contextlib.suppress(concurrent.futures.InvalidStateError):
+                call.set_exception(PachinkoError("the hub has stopped before it was done"))
 
 
 def _tell_cancelled(future: concurrent.futures.Future[Any]) -> None:
-    """Let `concurrent.futures.wait` know, which hears of a cancellation from the executor only."""
+    """Let `concurrent.futures.wait` know of a cancellation, as an executor would."""
     if future.cancelled():
         future.set_running_or_notify_cancel()
 
@@ -3977,14 +2631,500 @@ def _pass_on(future: concurrent.futures.Future[Any], ended: asyncio.Task[Any]) -
             future.set_result(ended.result())
 
 
+@attrs.frozen
+class Settings:
+    """What `Hub.configure` has set; it survives the hub's restarts."""
+
+    url: str | Backplane | None = None
+    namespace: str | None = None
+    codec: Codec = attrs.Factory(Codec)
+
+    def broker(self, url: str | Backplane | None = None) -> str | Backplane | None:
+        """Return the broker to use: *url*, else the configured one, else the environment's."""
+        return url if url is not None else self.url or os.environ.get(ENVIRONMENT) or None
+
+
+class HubState:
+    """What a hub has from the start of its first app to the stop of the last one.
+
+    *replace* gives the hub a new state, and returns it. The hub does that when it has stopped, in
+    a forked process, and when it is configured: no attribute is ever reset.
+    """
+
+    def __init__(self, settings: Settings, replace: Callable[[], HubState]) -> None:
+        self.settings = settings
+        self.codec: Codec = settings.codec
+        self.process: str = new_process()
+        self.counters: Counters = Counters()
+        self.calls: ThreadCalls = ThreadCalls()
+        self.serving: dict[asyncio.Task[Any], Connection] = {}
+        """Connections by the task that serves them, from the handshake to their end."""
+        self.draining: bool = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.broker: str | Backplane | None = None
+        """What the app was started with."""
+        self._apps: set[object] = set()
+        self._drains: set[asyncio.Task[None]] = set()
+        self._replace = replace
+        self._open(LocalRelay())
+
+    def _open(self, relay: Relay) -> None:
+        registry = Registry(relay)
+        relay.start(registry, self.process)
+        self.relay: Relay = relay
+        self.registry: Registry = registry
+
+    def start(self, app: object, url: str | Backplane | None = None) -> None:
+        """Serve *app* in the running loop. Raises `PachinkoError` in a second loop."""
+        loop = asyncio.get_running_loop()
+        if self.loop is None:
+            broker = self.settings.broker(url)
+            self._open(open_relay(broker, self.settings.namespace))
+            self.calls.start(loop)
+            self.loop, self.broker = loop, broker
+        elif self.loop is not loop:
+            if self.loop.is_running():
+                raise PachinkoError(
+                    "this hub serves an app in another event loop; give this app one of its own: "
+                    'Pachinko(app, "/ws", hub=Hub())'
+                )
+            self._end().start(app, url)  # the former loop has ended without a shutdown
+            return
+        self._apps.add(app)
+
+    async def stop(self, app: object) -> None:
+        """Stop serving *app*; with the last one the hub gets a new state."""
+        self._apps.discard(app)
+        if not self._apps:
+            self._end()
+            await self.relay.stop()
+
+    def _end(self) -> HubState:
+        successor = self._replace()
+        self.calls.stop()
+        return successor
+
+    def abandon(self) -> None:
+        """Replace this state and stop nothing: in a forked process all is the parent's."""
+        self._replace()
+
+    async def connected(self) -> None:
+        """Wait for the first attempt to connect to the broker, whether it succeeds or not."""
+        with contextlib.suppress(PachinkoError):  # it has been logged, and is tried again
+            await self.relay.connected()
+
+    def enter(self, conn: Connection) -> None:
+        """Note that the current task serves *conn*."""
+        self.serving[cast("asyncio.Task[Any]", asyncio.current_task())] = conn
+
+    def leave(self) -> None:
+        """Note that the current task has ended its service."""
+        self.serving.pop(cast("asyncio.Task[Any]", asyncio.current_task()), None)
+
+    def remove(self, conn: Connection) -> None:
+        """Remove *conn* from the registry, and keep its counts."""
+        self.counters.frames(conn._received, conn._sent)
+        conn._received = conn._sent = 0  # frames sent from now on count at the next removal
+        conn._stop_expiry()
+        self.registry.remove(conn)
+
+    async def reachable(self, conn: Connection) -> None:
+        """Wait until `Hub.send_to_user` in other processes reaches *conn*."""
+        if conn.user is not None and conn.id in self.registry.connections:
+            with contextlib.suppress(PachinkoError):  # it is not permitted, which has been logged
+                await self.relay.subscribed(Kind.USER, conn.user)
+
+    async def drain(self, seconds: float) -> None:
+        """Close all connections, as `Hub.drain` says."""
+        self.draining = True
+        # A task of its own does it: the caller may be a handler, and cancelled with its client.
+        work = self._close_all(seconds, asyncio.current_task())
+        task = asyncio.get_running_loop().create_task(work)
+        self._drains.add(task)
+        task.add_done_callback(self._drains.discard)
+        await asyncio.shield(task)
+
+    async def _close_all(self, seconds: float, caller: object) -> None:
+        conns = random.sample(list(self.serving.values()), len(self.serving))
+        logger.info("draining %d connections in %g s", len(conns), seconds)
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        for n, conn in enumerate(conns):
+            if conn.closed:
+                continue  # it has left by itself, and needs no turn
+            if (early := begun + seconds * n / len(conns) - loop.time()) > 0 or n % _TURN == 0:
+                await asyncio.sleep(early)
+            conn._close(Close(1012, "the server restarts"))
+        own = {c for task, c in self.serving.items() if caller in (task, *(c._tasks or ()))}
+        await self.wait_for(frozenset(conns) - own)
+
+    async def wait_for(self, conns: Iterable[Connection], *others: asyncio.Task[Any]) -> None:
+        """Wait until *others* and the disconnect handlers of *conns*, which are closed, have ended.
+
+        Gives up after the longest `linger` of *conns* and 5 seconds.
+        """
+        closed = frozenset(conns)
+        ending = {*others, *(task for task, conn in self.serving.items() if conn in closed)}
+        if ending:
+            linger = max((conn._limits.linger for conn in closed), default=0.0)
+            _, stuck = await asyncio.wait(ending, timeout=linger + _FAREWELL)
+            for task in stuck:
+                logger.error("not waiting any longer for %r, which does not end", task)
+                # The shutdown after a drain does not wait for it again.
+                self.serving.pop(task, None)
+
+
+# ── hub ───────────────────────────────────────────────────────────────────────────────────────
+#
+# What an application calls: groups, sending, the start and the end of it all.
+
+_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
+Exclude = Union["Connection", str, Iterable[Union["Connection", str]], None]
+
+
+class Hub:
+    """Groups of connections, and sending to them from any code, on one process or on many.
+
+    The module's own `hub` serves most programs; a `Hub` of one's own keeps two apps apart:
+    ``Pachinko(app, "/ws", hub=Hub())``. No method waits for a client: what a slow one has not
+    read waits in its outbox. Names of groups and users are `str`, anything else is a `TypeError`.
+
+    With a broker (`configure`), whatever is sent reaches the members in all processes, and this
+    process's own by the same way, so that there is one order. Then the methods that reach other
+    processes raise `PachinkoError` when the broker does not take a message within 5 seconds.
+    """
+
+    state: HubState
+    """The library's own, not for applications: it changes without notice."""
+
+    def __init__(self) -> None:
+        self._settings = Settings()
+        self._has_warned = False
+        self._replace_state()
+        _hubs.add(self)
+
+    def _replace_state(self) -> HubState:
+        self.state = HubState(self._settings, self._replace_state)
+        return self.state
+
+    def configure(
+        self,
+        url: str | Backplane | UnsetType | None = UNSET,
+        *,
+        converter: cattrs.Converter | UnsetType | None = UNSET,
+        namespace: str | UnsetType | None = UNSET,
+    ) -> None:
+        """Set up the hub before an app starts.
+
+        Each call changes only what it names; None brings the default back.
+
+        *url*: the broker between the processes, ``nats://host:4222``, ``tls://…``,
+        ``redis://host:6379``, ``rediss://…``, or a `Backplane`. By default it is that of the
+        environment variable ``PACHINKO_BACKPLANE``, or ``memory://``: this process alone.
+
+        *namespace*: keeps the apps on one broker apart, also as ``?namespace=`` in the URL;
+        letters, digits, ``_`` and ``-``; by default ``pachinko``.
+
+        *converter*: of cattrs, for all payloads, in and out. Start from ``hub.converter.copy()`` to
+        keep the strict rules: a plain ``Converter`` coerces (5 becomes ``"5"``). Set it before
+        handlers are registered.
+
+        Raises `PachinkoError` for a mistake in any of them, for a library that is not installed,
+        and once an app has started. Then nothing has changed.
+        """
+        if self.state.loop is not None:
+            raise PachinkoError("call hub.configure() before the app starts, where it is imported")
+        settings = self._settings
+        if url is not UNSET:
+            settings = attrs.evolve(settings, url=url)
+        if namespace is not UNSET:
+            settings = attrs.evolve(settings, namespace=namespace)
+        open_relay(settings.url, settings.namespace)
+        if converter is not UNSET:
+            if converter is not None and not isinstance(converter, cattrs.BaseConverter):
+                raise TypeError(
+                    f"write hub.configure(converter=cattrs.Converter()), got {converter!r}"
+                )
+            settings = attrs.evolve(settings, codec=Codec(converter))
+        self._settings = settings
+        self._replace_state()
+
+    @property
+    def process(self) -> str:
+        """The id of this process, as in `Presence.process`; a new one with each start."""
+        return self.state.process
+
+    @property
+    def converter(self) -> cattrs.Converter:
+        """The converter in use; copy it, but do not change it."""
+        return self.state.codec.converter
+
+    @contextlib.asynccontextmanager
+    async def open(self, url: str | Backplane | None = None) -> AsyncGenerator[Hub, None]:
+        """Use the hub in a program without an app: ``async with hub.open("redis://…"):``.
+
+        By default the *url* is that of `configure` or ``PACHINKO_BACKPLANE``. Raises
+        `PachinkoError` when none is given, when the broker cannot be reached, and when the hub
+        already runs on another one.
+        """
+        is_running = self.state.loop is not None and self.state.loop.is_running()
+        if not is_running and self._settings.broker(url) is None:
+            raise PachinkoError(
+                'hub.open() takes the broker that the app uses, hub.open("nats://localhost:4222"), '
+                f"or finds it in {ENVIRONMENT}"
+            )
+        if is_running and url not in (None, self.state.broker):
+            raise PachinkoError("this hub runs on another broker; write hub.open() to use that one")
+        program = object()
+        self.state.start(program, url)
+        try:
+            await self.state.relay.connected()
+            yield self
+        finally:
+            await self.state.stop(program)
+
+    def _check(self, name: object, what: str) -> None:
+        """Refuse names that are not text, and calls from a thread or loop that is not the app's."""
+        if not isinstance(name, str):
+            raise TypeError(f"a {what} is named by a str, got {name!r}")
+        loop = self.state.loop
+        if loop is None:
+            self._check_unused()
+        elif loop is not asyncio.get_running_loop():
+            raise PachinkoError(
+                "the hub was called from another thread or event loop than its app's; "
+                'use hub.call_threadsafe(hub.send, "room:1", ...)'
+            )
+
+    def _check_unused(self) -> None:
+        """Refuse a call that would reach nobody, since the hub has not started; or warn, once.
+
+        Without a broker it may be the test of a handler.
+        """
+        if self._settings.broker() not in (None, "memory://"):
+            raise PachinkoError(
+                "the hub is not connected: it starts with the app; a program without one writes "
+                "`async with hub.open():` around its calls"
+            )
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "the hub does not run and reaches nobody: it starts with the app; a program of its "
+                'own writes `async with hub.open("nats://localhost:4222"):` around its calls, with '
+                "the broker that the app uses"
+            )
+
+    def _check_own(self, conn: object, instead: str) -> None:
+        """Refuse what is no connection, and the connection of another hub."""
+        if not isinstance(conn, Connection):
+            raise TypeError(f'write hub.join("room:1", conn); got {conn!r} for the connection')
+        if conn._hub is not self:
+            raise PachinkoError(f"this connection's endpoint has another hub; {instead}")
+
+    async def join(self, group: str, conn: Connection) -> None:
+        """Add *conn* to *group*. A group exists from its first member on.
+
+        When it returns, whatever any process sends to the group arrives; or, if the broker does not
+        answer within 4 seconds, a ``gap`` comes once it does. Does nothing if the connection has
+        ended.
+
+        Raises `PachinkoError` for a connection of an endpoint with another hub, and when the broker
+        does not permit the subscription. Raises `MessageError` (``too_many_groups``) for a
+        connection that is in `max_groups` others: mostly a client has asked for it, and a message
+        handler that lets the error pass answers the client. In a connect handler it is an error
+        like any other.
+        """
+        self._check(group, "group")
+        self._check_own(conn, "use conn.join(group)")
+        state = self.state
+        if conn.id not in state.registry.connections:
+            if conn._phase is Phase.CONNECTING:
+                raise PachinkoError(
+                    "nobody joins before it has authenticated; do it in @ws.connect"
+                )
+            return
+        groups, most = state.registry.groups_of(conn), conn._limits.max_groups
+        if len(groups) >= most and group not in groups:
+            raise MessageError("too_many_groups", f"at most {most} groups a connection")
+        state.registry.join(group, conn)
+        try:
+            await state.relay.subscribed(Kind.GROUP, group)
+        except PachinkoError:
+            try:
+                await asyncio.sleep(0)  # so that other joins that wait for this learn of it
+            finally:
+                state.registry.leave(group, conn)
+            raise
+
+    async def leave(self, group: str, conn: Connection) -> None:
+        """Remove *conn* from *group*. Does nothing if it is not a member."""
+        self._check(group, "group")
+        self._check_own(conn, "use conn.leave(group)")
+        self.state.registry.leave(group, conn)
+
+    def members(self, group: str) -> frozenset[Connection]:
+        """Return the accepted connections of this process in *group*."""
+        if not isinstance(group, str):
+            raise TypeError(f"a group is named by a str, got {group!r}")
+        return self.state.registry.members(group)
+
+    @property
+    def connections(self) -> frozenset[Connection]:
+        """The accepted connections of this process."""
+        return frozenset(filter(is_accepted, self.state.registry.connections.values()))
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """The groups that have a member in this process."""
+        return frozenset(self.state.registry.groups)
+
+    async def send(
+        self, group: str, message: object, payload: object = None, *, exclude: Exclude = None
+    ) -> None:
+        """Send a ``@message`` object, or a type and its payload, to the members of *group*.
+
+        *exclude* leaves out a connection, an id, or several of them.
+        """
+        self._check(group, "group")
+        await self._send(Kind.GROUP, group, message, payload, exclude)
+
+    async def broadcast(
+        self, message: object, payload: object = None, *, exclude: Exclude = None
+    ) -> None:
+        """Send to every connection of every process."""
+        self._check("", "group")
+        await self._send(Kind.EVERYBODY, "all", message, payload, exclude)
+
+    async def send_to(
+        self, conn: Connection | str, message: object, payload: object = None
+    ) -> None:
+        """Send to one connection, given itself or by its id. Does nothing if it has ended.
+
+        Raises `PachinkoError` for a connection of an endpoint with another hub.
+        """
+        self._check(conn.id if isinstance(conn, Connection) else conn, "connection")
+        await self._send(Kind.CONNECTION, self._id_of(conn), message, payload)
+
+    async def send_to_user(self, user: str, message: object, payload: object = None) -> None:
+        """Send to every connection of *user* (`Connection.user`)."""
+        self._check(user, "user")
+        await self._send(Kind.USER, user, message, payload)
+
+    async def _send(
+        self,
+        kind: Kind,
+        name: str,
+        message: object,
+        payload: object,
+        exclude: Exclude = None,
+    ) -> None:
+        """Encode once, and begin one write to each receiver, wherever it is."""
+        type, payload = split_message(message, payload)
+        state = self.state
+        data = state.codec.encode(type, payload, name if kind is Kind.GROUP else None)
+        excluded: list[str] = []
+        if exclude is not None:
+            several = (exclude,) if isinstance(exclude, (Connection, str)) else exclude
+            excluded = [self._id_of(item) for item in several]
+            if not all(isinstance(id, str) for id in excluded):
+                raise TypeError(f"exclude takes connections and their ids, got {exclude!r}")
+        await state.relay.send(kind, name, data, excluded)
+
+    def _id_of(self, item: Connection | str) -> str:
+        """Return the id of a connection, or the id given. Raises `PachinkoError`, as `send_to`."""
+        if not isinstance(item, Connection):
+            return item
+        self._check_own(item, "use its id, or the hub that it was given")
+        return item.id
+
+    async def close_group(self, group: str, code: int = 1000, reason: str = "") -> None:
+        """Close every connection in *group*, behind what was sent to it before."""
+        self._check(group, "group")
+        await self.state.relay.close(Kind.GROUP, group, Close(code, reason))
+
+    async def presence(self, group: str) -> list[Presence]:
+        """Ask for the accepted connections in *group*, of all processes.
+
+        Each process tells its own when it is asked, so that those of one that has crashed are gone
+        at once. Waits 0.4 seconds for answers; for the rest of a long one up to 4 seconds.
+        """
+        self._check(group, "group")
+        return await self.state.relay.ask(group)
+
+    @property
+    def draining(self) -> bool:
+        """Whether `drain` has been called: a health check may tell a load balancer to go away."""
+        return self.state.draining
+
+    async def drain(self, seconds: float = 10.0) -> None:
+        """Close all clients before a shutdown, spread over *seconds*.
+
+        So they do not all come back at once. New handshakes are refused from now on. Connections
+        are closed with 1012 in random order. Returns when the disconnect handlers have ended, or
+        hang: `linger` and 5 seconds after the last close. Raises `ValueError` for *seconds* below
+        0.
+        """
+        if not _is_seconds(seconds):
+            raise ValueError(f"seconds is a number, at least 0, got {seconds!r}")
+        self._check("", "group")
+        await self.state.drain(seconds)
+
+    @typing.overload
+    def call_threadsafe(
+        self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> concurrent.futures.Future[T]: ...
+
+    @typing.overload
+    def call_threadsafe(
+        self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> concurrent.futures.Future[T]: ...
+
+    def call_threadsafe(
+        self, function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> concurrent.futures.Future[Any]:
+        """Call a method of the hub from any thread: ``hub.call_threadsafe(hub.send, "room:1", …)``.
+
+        The future gives what the method returns or raises. Raises `PachinkoError` when no app
+        is running.
+        """
+        if not callable(function):
+            raise TypeError(f'write hub.call_threadsafe(hub.send, "room:1", ...), got {function!r}')
+        return self.state.calls.submit(functools.partial(function, *args, **kwargs))
+
+    def stats(self) -> dict[str, int]:
+        """Return counts since the start, of this process.
+
+        ``connections``, ``groups`` (now); ``received``, ``sent`` (frames); ``dropped`` (messages),
+        ``evicted`` (connections); ``outbox_high_water`` (messages); ``refused`` (messages from the
+        broker that are not ours), ``outages`` (of it), ``broker_down`` (1 while it is away, or 0);
+        ``errors`` in all, and ``errors.<code>`` for each code that was answered.
+        """
+        state = self.state
+        counters, connections = state.counters, state.registry.connections.values()
+        return {
+            "connections": len(self.connections),
+            "groups": len(state.registry.groups),
+            "received": counters.received + sum(conn._received for conn in connections),
+            "sent": counters.sent + sum(conn._sent for conn in connections),
+            "dropped": counters.dropped,
+            "evicted": counters.evicted,
+            "outbox_high_water": counters.outbox_high_water,
+            "refused": 0,
+            "outages": 0,
+            "broker_down": 0,
+            **state.relay.stats(),
+            "errors": sum(counters.errors.values()),
+            **{f"errors.{code}": count for code, count in counters.errors.items()},
+        }
+
+
 def _forget_parent() -> None:
-    """In a process that was forked: the loop and the sockets are those of the parent."""
+    """Replace the state of each hub in a forked process."""
     for each in _hubs:
-        each._lock = threading.Lock()  # a thread that is not here may have held it
-        each._clean()
+        each.state.abandon()
 
 
-# Where there is no fork, there is no such function either.
+# Without fork (on Windows) `os` has no such function.
 getattr(os, "register_at_fork", lambda **_: None)(after_in_child=_forget_parent)
 
 hub: Hub = Hub()
@@ -4037,7 +3177,7 @@ def forget_cancellations() -> None:
 def log_failure(what: str, exc: BaseException, conn: Connection, type: str | None = None) -> None:
     """Log a bug in the application with its traceback."""
     extra = {"connection_id": conn.id, "message_type": type}
-    if isinstance(exc, EngineAway):  # everybody's handlers fail then, and the reason is logged
+    if isinstance(exc, BrokerAway):  # everybody's handlers fail then, and the reason is logged
         logger.error("%s failed: %s", what, exc, extra=extra)
     else:
         logger.error("%s failed", what, exc_info=exc, extra=extra)
@@ -4144,7 +3284,7 @@ class Dispatcher:
                     log_failure(place_of(step), exc, conn)
             if not cancelled:
                 forget_cancellations()
-        self._hub._remove(conn)
+        self._hub.state.remove(conn)
         logger.debug("disconnected: %s", conn.close_code, extra={"connection_id": conn.id})
         await conn._settle()
         if cancelled:
@@ -4213,7 +3353,7 @@ class Dispatcher:
         if isinstance(frame, BadFrame):
             await self._unhandled(conn, text, frame, frame.id)
         elif (handler := self._routes.handlers.get(frame.type)) is not None:
-            error = handler.refusal(frame.payload, self._hub._codec, exc)
+            error = handler.refusal(frame.payload, self._hub.state.codec, exc)
             await self._fail(conn, error, frame.type, frame.id)
         elif not is_complete:  # else of a stream that has just ended, say
             error = MessageError("unknown_type", f"no handler for {frame.type[:80]!r}")
@@ -4281,21 +3421,23 @@ class Dispatcher:
         """How what *handler* returns is written, found once for each class."""
         writer = handler.writers.get(type(result))
         if writer is None:
-            writer = self._hub._codec.writer_of(result, f"{handler.type}.reply", handler.returns)
+            writer = self._hub.state.codec.writer_of(
+                result, f"{handler.type}.reply", handler.returns
+            )
             handler.writers[type(result)] = writer
         return writer
 
     async def _answer(self, conn: Connection, type: str, id: Id | None, result: object) -> None:
         """Answer with what something else than the handler returned."""
         if result is not None or id is not None:
-            writer = self._hub._codec.writer_of(result, f"{type}.reply")
+            writer = self._hub.state.codec.writer_of(result, f"{type}.reply")
             await conn._post(reply_event(writer, id, result))
 
     async def _call(self, conn: Connection, handler: Handler, message: Received) -> Any:
         """What the handler returns, through the middleware; for a stream its generator."""
         value = message.payload
         if value is UNSET or not message.is_built:
-            value = handler.structure(value, self._hub._codec)
+            value = handler.structure(value, self._hub.state.codec)
         if not self._routes.middleware or handler.type == "authenticate":  # whose token is secret
             result = handler.call(conn, value)
             return result if handler.streams else await result
@@ -4422,7 +3564,7 @@ class Dispatcher:
     async def _send_error(self, conn: Connection, error: MessageError, id: Id | None) -> None:
         payload = {"code": error.code, "message": error.message, **error.details}
         data = _encode(Sent("error", id, payload=payload))
-        self._hub._count_error(error.code)
+        self._hub.state.counters.error(error.code)
         with contextlib.suppress(falcon.WebSocketDisconnected):
             await conn._post(text_event(data))
 
@@ -4627,14 +3769,14 @@ class Pachinko:
         if (first := self._routes.handlers.get(type)) is not None:
             refuse_second(first.function, function, repr(type))
         params = path_parameters(self._path or "")
-        codec = self._hub._codec
+        codec = self._hub.state.codec
         handler = read_handler(type, function, codec, namespaces, cls, params, concurrent)
         self._add_checked(handler)
 
     def _add_checked(self, handler: Handler) -> None:
         self._routes.handlers[handler.type] = handler
         if self._loop is not None:
-            self._routes.add_frame(handler, self._hub._codec)
+            self._routes.add_frame(handler, self._hub.state.codec)
 
     def disconnect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn)`` once when a connection is over, whatever ended it.
@@ -4716,7 +3858,7 @@ class Pachinko:
         if ws.closed:
             return  # a middleware has refused it
         self._start()
-        if self._hub._draining:
+        if self._hub.state.draining:
             await ws.close(3503)  # before accept: HTTP 403, as are all of Falcon's refusals
             return
         if (refusal := self._origins.refusal(req)) is not None:
@@ -4726,9 +3868,8 @@ class Pachinko:
         conn = Connection(self._hub, self._limits, req, ws, params)
         if self._limits.rate is not None:
             conn._rate = Rate(*self._limits.rate)
-        task = cast("asyncio.Task[Any]", asyncio.current_task())
-        serving = self._hub._serving
-        serving[task] = conn
+        state = self._hub.state
+        state.enter(conn)
         try:
             if await self._connect(conn):
                 await self._dispatcher.serve(conn)
@@ -4737,8 +3878,8 @@ class Pachinko:
             conn._writing = ""  # also of a handshake that an exception has ended
             if conn._ahead is not None:  # it may have no end of its own
                 conn._ahead.cancel()
-            self._hub._remove(conn)
-            serving.pop(task, None)
+            state.remove(conn)
+            state.leave()
 
     async def _connect(self, conn: Connection) -> bool:
         """Run what comes before the client is in; return whether it is."""
@@ -4749,11 +3890,11 @@ class Pachinko:
                 token, offered = credentials(conn.req, offered)
                 await self._authenticate(conn, self._routes.authenticate, token, offered)
             if not conn.closed:
-                self._hub._registry.add(conn)
+                self._hub.state.registry.add(conn)
                 await self._run_connect_handlers(conn)
                 is_in = True
         except Close as close:
-            self._hub._remove(conn)
+            self._hub.state.remove(conn)
             if not conn.closed:
                 conn._queue().clear()
                 conn._close(close)
@@ -4761,7 +3902,7 @@ class Pachinko:
         if conn._ahead is None and not conn._inbox:
             conn._inbox = None  # 760 bytes that few connections need
         try:
-            await self._hub._reachable(conn)
+            await self._hub.state.reachable(conn)
             await self._accept(conn, offered)
         except BaseException as exc:  # let in, so it is seen out; raised again below
             conn._lost()
@@ -4837,7 +3978,7 @@ class Pachinko:
     async def process_startup(self, scope: Any, event: Any) -> None:
         """Start with the app (Falcon's middleware for the ASGI lifespan)."""
         self._start()
-        await self._hub._settled()
+        await self._hub.state.connected()
 
     async def process_resource_ws(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, resource: Any, params: Any
@@ -4850,20 +3991,20 @@ class Pachinko:
         """Stop with the app: close what is still open with 1012, and wait for its handlers."""
         for worker in self._workers:
             worker.cancel()
-        conns = frozenset(c for c in self._hub._serving.values() if c._limits is self._limits)
+        conns = frozenset(c for c in self._hub.state.serving.values() if c._limits is self._limits)
         for conn in conns:
             conn._close(Close(1012, "the server shuts down"))
-        await self._hub._wait_for(conns, *self._workers)
+        await self._hub.state.wait_for(conns, *self._workers)
         self._loop = None
-        await self._hub._stop(self)
+        await self._hub.state.stop(self)
 
     def _start(self) -> None:
         """Start, once a loop: with the lifespan, or with the first connection where it has none."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            self._hub._start(self)
+            self._hub.state.start(self)
             self._loop = loop
-            self._routes.start(self._hub._codec)
+            self._routes.start(self._hub.state.codec)
             self._workers.clear()
             for function in self._routes.workers:
                 self._start_worker(function)
@@ -4891,192 +4032,3 @@ async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
             backoff = next(backoffs, _BACKOFFS[-1])
             logger.exception("worker %s failed; again in %g s", place_of(function), backoff)
         await asyncio.sleep(backoff)
-
-
-# ── command line ──────────────────────────────────────────────────────────────────────────────
-#
-# For a shell, a cron job or a look at what happens, without an app.
-
-
-class Printer:
-    """Prints messages, until there were *count* or nobody reads them any more."""
-
-    def __init__(self, count: int | None) -> None:
-        self._left = count
-        self._failure: Exception | None = None
-        self._done = asyncio.Event()
-
-    def message(self, line: str) -> None:
-        """Print one."""
-        if self._done.is_set():
-            return
-        try:
-            _print(line)
-        except (OSError, UnicodeError) as exc:  # `head`, say, has seen enough
-            self._failure = exc
-            self._done.set()
-        if self._left is not None:
-            self._left -= 1
-            if self._left <= 0:
-                self._done.set()
-
-    async def done(self) -> None:
-        """Wait for the last one. Raises `OSError` or `UnicodeError` when one cannot be printed."""
-        await self._done.wait()
-        if self._failure is not None:
-            raise self._failure
-
-
-class Eavesdropper(Cluster):
-    """Prints what a member of one group would see, broadcasts too; it has no members."""
-
-    def __init__(
-        self, group: str, printer: Printer,
-        backplane: Backplane, engine: Engine | None, namespace: str,
-    ) -> None:  # fmt: skip
-        process = secrets.token_hex(_PROCESS_BYTES)
-        super().__init__(Registry(), process, backplane, engine, namespace)
-        self._group = group
-        self._printer = printer
-
-    async def run(self) -> None:
-        """Print until that is done. Raises `PachinkoError`, and what the printer raises."""
-        try:
-            await self.link.connected()
-            self.link.want("g", self._group)
-            await self.link.live("g", self._group)
-            _tell(f"listening to {self._group!r}")
-            await self._printer.done()
-        finally:
-            await self.stop()
-
-    async def take(self, kind: str, name: str, post: Post, frame: bytes) -> None:
-        self._unread.pop((kind, name), None)
-        if post.op == "send":
-            if kind != "p":
-                self._printer.message(frame.decode())
-        elif post.op == "close" and kind == "g":
-            _tell(f"its members were closed with {post.code} {post.reason}".rstrip())
-        else:
-            await super().take(kind, name, post, frame)
-
-    async def _missed(self, kind: str, name: str) -> None:
-        if (kind, name) not in self._unread:
-            self._unread[kind, name] = frozenset()
-            self._printer.message(gap_of(name if kind == "g" else None).decode())
-
-    def restored(self, only: tuple[str, str] | None = None) -> None:
-        self._printer.message(gap_of(self._group).decode())
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pachinko",
-        description="Talk to the clients of a Falcon app with WebSockets, through its engine.",
-        epilog="URL is what the app has in PACHINKO_BACKPLANE, such as nats://localhost:4222 or "
-        'redis://localhost:6379; "-" takes it from there, which keeps a password off the list of '
-        "processes.",
-    )
-    parser.add_argument("--version", action="version", version=f"pachinko {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("url", metavar="URL", help='the engine, or "-" for $PACHINKO_BACKPLANE')
-    common.add_argument("group", metavar="GROUP", help="the group, as in hub.join")
-    common.add_argument("--namespace", help="as in hub.configure, by default pachinko")
-    send = commands.add_parser(
-        "send", parents=[common], help="send a message to a group",
-        epilog="""pachinko send nats://localhost:4222 room:1 said '{"text": "hi"}'""",
-    )  # fmt: skip
-    send.add_argument("type", metavar="TYPE", help="the message's type")
-    send.add_argument(
-        "json", metavar="JSON", nargs="?", help='the payload; "-" reads it from stdin'
-    )
-    listen = commands.add_parser(
-        "listen", parents=[common], help="print what a member of a group would see, a line each",
-        epilog="pachinko listen nats://localhost:4222 room:1",
-    )  # fmt: skip
-    listen.add_argument("--count", type=_count, metavar="N", help="end after N messages")
-    commands.add_parser(
-        "presence", parents=[common], help="print who is in a group, a line of JSON each",
-        epilog="pachinko presence nats://localhost:4222 room:1",
-    )  # fmt: skip
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command ``pachinko``; returns its exit status: 0, 1 for the engine, 2 for the call."""
-    given = _parser().parse_args(arguments)
-    level = logging.WARNING if given.command == "listen" else logging.CRITICAL
-    logging.basicConfig(format="%(message)s", level=level)
-    try:
-        asyncio.run(_run(given))
-    except (TypeError, ValueError, UnicodeError) as exc:
-        _tell(f"pachinko: {exc}")
-        return 2
-    except PachinkoError as exc:
-        _tell(f"pachinko: {exc}")
-        return 1
-    except BrokenPipeError:  # `head`, say, has seen enough
-        _silence_stdout()
-    except OSError as exc:  # the disk is full
-        _silence_stdout()
-        _tell(f"pachinko: cannot print: {exc}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)  # noqa: T201 - it is the program's output
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 - and this is what it says beside that
-
-
-def _silence_stdout() -> None:
-    """Python flushes it once more when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _count(text: str) -> int:
-    """Of messages, at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a number of messages, at least 1, got {text!r}")
-    return int(text)
-
-
-async def _run(given: argparse.Namespace) -> None:
-    """Do what the command line says. Raises `ValueError` or `TypeError` for what is wrong in it."""
-    url = os.environ.get(_ENVIRONMENT, "") if given.url == "-" else given.url
-    if not url:
-        raise ValueError(f"{_ENVIRONMENT} is not set" if given.url == "-" else "the URL is empty")
-    given.group.encode()  # a UnicodeError for what was no UTF-8
-    try:
-        backplane, engine, namespace = open_backplane(url, given.namespace)
-        if backplane is None:
-            raise ValueError("memory:// reaches no other process; give the engine of the app")
-    except PachinkoError as exc:
-        raise ValueError(str(exc)) from None
-    payload = None
-    if given.command == "send" and given.json is not None:
-        text = sys.stdin.read() if given.json == "-" else given.json
-        try:
-            payload = msgspec.json.decode(text)
-        except (msgspec.MsgspecError, RecursionError) as exc:
-            raise ValueError(
-                f"""the payload is JSON, such as '{{"text": "hi"}}' or '"hi"': {exc}"""
-            ) from None
-    if given.command == "listen":
-        printer = Printer(given.count)
-        await Eavesdropper(given.group, printer, backplane, engine, namespace).run()
-        return
-    hub = Hub()
-    hub.configure(url, namespace=given.namespace)
-    async with hub.open():
-        if given.command == "send":
-            await hub.send(given.group, given.type, payload)
-        else:
-            for each in sorted(await hub.presence(given.group), key=lambda each: each.id):
-                _print(_encode(attrs.asdict(each)).decode())

@@ -1,7 +1,7 @@
 """Measure a cluster, and what others do in its place: ``python -m benchmarks.cluster --quick``.
 
-Two processes of each app and an engine between them: what a message to a group costs whose members
-are in both. And what else Pachinko's processes have to do when there is an engine.
+Two processes of each app and a broker between them: what a message to a group costs whose members
+are in both. And what else Pachinko's processes have to do when there is a broker.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.cluster_processes import Cluster, Engine, Entry, run_load
+from benchmarks.cluster_processes import Broker, Cluster, Entry, run_load
 from benchmarks.measurements import KIB, MICRO, Bench, Measure, Result, log, noting
 from benchmarks.processes import Child, ChildFailed
 
@@ -44,7 +44,7 @@ RATES = {FEW: 20, 1000: 10}  # messages a second, by receivers
 
 
 class ClusterBench(Bench):
-    """Entries that take turns, each with processes and an engine of its own."""
+    """Entries that take turns, each with processes and a broker of its own."""
 
     def __init__(self, names: Iterable[str], *, rounds: int, quick: bool) -> None:
         super().__init__(list(names), rounds=rounds, quick=quick)
@@ -124,12 +124,12 @@ class Group:
         return {**ask, "size": heard["bytes"]}
 
     def costs(self, ask: dict[str, Any], sends: int) -> tuple[float, list[float]]:
-        """CPU seconds of the engine, and of each process, for each of *sends*."""
+        """CPU seconds of the broker, and of each process, for each of *sends*."""
         before = self.cluster.cpu()
         done = self.bench.clients.ask("ask_all", sends=sends, **ask)
-        engine, *processes = map(operator.sub, self.cluster.cpu(), before)
+        broker, *processes = map(operator.sub, self.cluster.cpu(), before)
         self.bench.shares.append(done["share"])
-        return engine / sends, [cpu / sends for cpu in processes]
+        return broker / sends, [cpu / sends for cpu in processes]
 
 
 def deliveries(bench: ClusterBench) -> list[Result]:
@@ -160,8 +160,8 @@ def shouts(bench: ClusterBench, receivers: int, askers: int | None = None) -> Re
         sends = min(1000, max(1, int(window / sum(group.costs(ask, 2)[1]))))
 
         def measure() -> float:
-            engine, processes = group.costs(ask, sends)
-            result.add("engine", name, engine / deliveries * receivers / MICRO)
+            broker, processes = group.costs(ask, sends)
+            result.add("broker", name, broker / deliveries * receivers / MICRO)
             for n, cpu in enumerate(processes):
                 result.add(f"process {n}", name, cpu / deliveries * receivers / MICRO)
             return sum(processes) / deliveries * 100_000
@@ -227,14 +227,14 @@ def groups(bench: ClusterBench) -> list[Result]:
     titles = {
         "join": ("A join of a new group, one after the other", "CPU µs"),
         "join-ms": ("A join of a new group, one after the other", "ms"),
-        "join-engine": ("The same for the engine", "CPU µs"),
+        "join-broker": ("The same for the broker", "CPU µs"),
         "join-last": ("The last tenth of these joins", "CPU µs"),
         "join-together": (f"A join, {TOGETHER} at the same time", "CPU µs"),
         "join-together-ms": (f"A join, {TOGETHER} at the same time", "ms"),
         "leave": ("A leave of a group's last member", "CPU µs"),
         "group-kib": ("A group with a member, resident", "KiB"),
-        "engine-kib": ("The same in the engine", "KiB"),
-        "restore": (f"From the engine's restart to {GROUPS:,} groups restored", "s"),
+        "broker-kib": ("The same in the broker", "KiB"),
+        "restore": (f"From the broker's restart to {GROUPS:,} groups restored", "s"),
         "restore-cpu": ("CPU time of the process for that, and for the gaps it tells of", "CPU s"),
     }
     results = {name: Result(name, title, unit, "", None) for name, (title, unit) in titles.items()}
@@ -260,34 +260,34 @@ def many_groups(bench: ClusterBench, name: str) -> dict[str, float]:
         return spent["cpu"] / count / MICRO, spent["wall"] / count / MICRO
 
     def resident() -> tuple[int, int]:
-        return cluster.collect()[0], cluster.engine.memory() if cluster.engine else 0
+        return cluster.collect()[0], cluster.broker.memory() if cluster.broker else 0
 
     do("enter", count, 100)  # what is made when it is first used
     do("leave", count, 100)
     figures: dict[str, float] = {}
-    before, engine = resident(), cluster.cpu()[0]
+    before, broker = resident(), cluster.cpu()[0]
     tenths = [do("enter", first, count // 10) for first in range(0, count, count // 10)]
     figures["join"] = statistics.mean(cpu for cpu, _ in tenths)
     figures["join-last"] = tenths[-1][0]
     figures["join-ms"] = statistics.mean(wall for _, wall in tenths) / 1000
-    figures["join-engine"] = (cluster.cpu()[0] - engine) / count / MICRO
+    figures["join-broker"] = (cluster.cpu()[0] - broker) / count / MICRO
     kib = [(now - then) / count / KIB for now, then in zip(resident(), before, strict=True)]
-    figures["group-kib"], figures["engine-kib"] = kib
+    figures["group-kib"], figures["broker-kib"] = kib
     figures["leave"], _ = do("leave", 0, count)
     together, wall = do("enter", 0, count, together=TOGETHER)
     figures["join-together"], figures["join-together-ms"] = together, wall / 1000
-    if cluster.engine:
-        figures["restore"], figures["restore-cpu"] = restore(cluster, cluster.engine)
+    if cluster.broker:
+        figures["restore"], figures["restore-cpu"] = restore(cluster, cluster.broker)
     return figures
 
 
-def restore(cluster: Cluster, engine: Engine) -> tuple[float, float]:
-    """Seconds, and CPU seconds, from when a restarted engine takes connections."""
-    engine.kill()
-    cluster.wait_until_engine_is(down=True)
-    engine.start()
+def restore(cluster: Cluster, broker: Broker) -> tuple[float, float]:
+    """Seconds, and CPU seconds, from when a restarted broker takes connections."""
+    broker.kill()
+    cluster.wait_until_broker_is(down=True)
+    broker.start()
     begun, (_, cpu) = time.perf_counter(), cluster.cpu()
-    cluster.wait_until_engine_is(down=False)
+    cluster.wait_until_broker_is(down=False)
     return time.perf_counter() - begun, cluster.cpu()[1] - cpu
 
 

@@ -1,4 +1,4 @@
-"""The processes of one app, the engine between them, and the clients of all."""
+"""The processes of one app, the broker between them, and the clients of all."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ PATIENCE = 30.0  # seconds, for what takes a few at most
 
 @dataclass(frozen=True)
 class Entry:
-    """What is measured: an app, how many processes of it, and the engine between them."""
+    """What is measured: an app, how many processes of it, and the broker between them."""
 
     label: str
     module: str
-    engine: Kind | None
+    broker: Kind | None
     processes: int = 2
     options: tuple[str, ...] = ()  # of its `create_app`, behind the URL
 
     @property
     def parts(self) -> int:
         """How many clients have to ask for a message that all get."""
-        return 1 if self.engine else self.processes
+        return 1 if self.broker else self.processes
 
 
 def find(kind: Kind) -> str:
-    """The engine's program: of the wheel that is installed, or of the system."""
+    """The broker's program: of the wheel that is installed, or of the system."""
     name = f"{kind}-server"
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
@@ -70,13 +70,13 @@ def free_port() -> int:
         return port
 
 
-class Engine:
+class Broker:
     """A server on a port that stays the same when it is started again. On the last core."""
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
         self.port = free_port()
-        self.folder = tempfile.TemporaryDirectory(prefix="engine-")
+        self.folder = tempfile.TemporaryDirectory(prefix="broker-")
         self.start()
 
     @property
@@ -246,8 +246,8 @@ class Cluster:
 
     def __init__(self, entry: Entry, *, cores: Sequence[int] = (0,)) -> None:
         self.entry = entry
-        self.engine = Engine(entry.engine) if entry.engine else None
-        url = self.engine.url if self.engine else "memory://"
+        self.broker = Broker(entry.broker) if entry.broker else None
+        url = self.broker.url if self.broker else "memory://"
         self.processes = [
             Child(run_server, entry.module, url, *entry.options, core=cores[n % len(cores)])
             for n in range(entry.processes)
@@ -262,24 +262,24 @@ class Cluster:
         return [process.ask("usage") for process in self.processes]
 
     def cpu(self) -> tuple[float, ...]:
-        """Seconds so far: the engine's, and those of each process."""
-        engine = self.engine.cpu() if self.engine else 0.0
-        return engine, *(usage["cpu"] for usage in self.usages())
+        """Seconds so far: the broker's, and those of each process."""
+        broker = self.broker.cpu() if self.broker else 0.0
+        return broker, *(usage["cpu"] for usage in self.usages())
 
     def collect(self) -> list[int]:
         """The resident bytes of each process without garbage."""
         return [process.ask("collect") for process in self.processes]
 
-    def wait_until_engine_is(self, *, down: bool) -> None:
+    def wait_until_broker_is(self, *, down: bool) -> None:
         """Until all processes have noticed."""
         deadline = time.monotonic() + PATIENCE
-        while any(bool(usage["stats"]["engine_down"]) != down for usage in self.usages()):
+        while any(bool(usage["stats"]["broker_down"]) != down for usage in self.usages()):
             if time.monotonic() > deadline:
-                raise ChildFailed(f"not noticed in {PATIENCE:g} s: engine_down = {down:d}")
+                raise ChildFailed(f"not noticed in {PATIENCE:g} s: broker_down = {down:d}")
             time.sleep(0.01)
 
     def close(self) -> None:
         for process in self.processes:
             process.close()
-        if self.engine:
-            self.engine.close()
+        if self.broker:
+            self.broker.close()

@@ -33,16 +33,16 @@ def percentile(figures: Iterable[float], percent: float) -> float:
 
 def about(bench: ClusterBench, load: float) -> dict[str, str]:
     """Under which circumstances."""
-    engines = [
+    brokers = [
         subprocess.check_output([find(kind), "--version"], text=True).partition(" sha=")[0].strip()
         for kind in KINDS
     ]
     shares = bench.shares or [0.0]
     return {
         **machine(),
-        "Engines": "; ".join(engines),
+        "Brokers": "; ".join(brokers),
         "Packages": packages(bench.versions),
-        "Cores": "one for the app's processes, another for engine and clients"
+        "Cores": "one for the app's processes, another for broker and clients"
         if PINNED
         else "not pinned",
         "Load of the machine before the run": f"{load:.1f}",
@@ -96,8 +96,8 @@ class Costs:
             "delivery_us": self.delivery(name),
             "message_us": self.fixed(alone, name, few, 1),
             "message_busy_us": self.fixed(crowded, name, FEW, FEW),
-            "engine_us": self.of(alone, name, "engine") / processes,
-            "engine_busy_us": self.of(crowded, name, "engine") / processes,
+            "broker_us": self.of(alone, name, "broker") / processes,
+            "broker_busy_us": self.of(crowded, name, "broker") / processes,
         }
         if processes > 1:  # the second one does not publish
             deliveries = self.delivery(name) * few / processes
@@ -108,7 +108,7 @@ class Costs:
             unit: self.of(result, name)
             for unit, result in {
                 "join_us": "join", "join_ms": "join-ms", "join_together_us": "join-together",
-                "leave_us": "leave", "group_kib": "group-kib", "engine_group_kib": "engine-kib",
+                "leave_us": "leave", "group_kib": "group-kib", "broker_group_kib": "broker-kib",
                 "restore_s": "restore",
             }.items()
         }  # fmt: skip
@@ -125,7 +125,7 @@ def as_json(bench: ClusterBench, results: Results, circumstances: dict[str, str]
         "machine": circumstances["Machine"],
         "python": circumstances["Python"],
         "date": circumstances["Date"],
-        "engines": {
+        "brokers": {
             name: {unit: float(f"{cost:.4g}") for unit, cost in costs.units(name).items() if cost}
             for name in ours
         },
@@ -178,14 +178,14 @@ def delivery_table(bench: ClusterBench, results: Results) -> str:
 
 
 def ratio_table(bench: ClusterBench, result: Result) -> str:
-    lines = [["", "CPU s", "ratio", "middle half (all)", "engine, CPU s", "rounds"]]
+    lines = [["", "CPU s", "ratio", "middle half (all)", "broker, CPU s", "rounds"]]
     for name, figures in result.rounds.items():
         receivers = int(result.name.partition("-")[2])
-        engine = statistics.median(result.more["engine"][name]) / receivers / 10
+        broker = statistics.median(result.more["broker"][name]) / receivers / 10
         lines.append(
             [
                 bench.labels[name], number(statistics.median(figures)), ratio(result, name),
-                spread(result, name), number(engine) if engine else "", str(len(figures)),
+                spread(result, name), number(broker) if broker else "", str(len(figures)),
             ]
         )  # fmt: skip
     return table(*lines)
@@ -235,7 +235,7 @@ def as_markdown(bench: ClusterBench, results: Results, circumstances: dict[str, 
     others += [each for name, each in results.items() if name.startswith("request-")]
     rooms = [
         each for name, each in results.items()
-        if name.startswith(("join", "leave", "group-", "engine-", "restore"))
+        if name.startswith(("join", "leave", "group-", "broker-", "restore"))
     ]  # fmt: skip
     parts = [
         "# A cluster",
@@ -249,7 +249,7 @@ def as_markdown(bench: ClusterBench, results: Results, circumstances: dict[str, 
         "## Latency",
         "From `hub.send` in one process until the last of the clients of both processes has the "
         f"message, {' or '.join(f'{rate} a second to {n:,}' for n, rate in RATES.items())}; here "
-        "each process is on a core of its own, engine and clients share both.",
+        "each process is on a core of its own, broker and clients share both.",
         latency_table(bench, results),
         "## Groups",
         f"Of {GROUPS:,} groups in one process, with {MEMBERS} "
@@ -272,17 +272,17 @@ CPU time, user and system, of the app's processes. A client of one process asks 
 for the next one when everybody has it and it has its reply. So a message comes alone; in the \
 column "all ask at once" each of {few} members asks, and again when everybody has everything. In \
 brackets: the median of the ratios to the first line, round by round, in which the entries take \
-turns. The first line is the same app and hub without an engine, in one process with all \
+turns. The first line is the same app and hub without a broker, in one process with all \
 receivers: what those deliveries cost before there are two processes. \
 The second line shows the noise. In the third there are two processes which do not know of each \
 other, and each is asked for its half: what two processes cost that have nothing to do with each \
-other, so that the rest is due to the engine."""
+other, so that the rest is due to the broker."""
 
 UNITS = """\
 CPU µs of the app's processes, unless it says otherwise: `delivery_us` is the slope between the \
 smallest and the largest group; `message_us` is the rest of a message for each subscribed process, \
 without the request of the client that has asked for it (for the memory hub, little more than \
 noise), and `message_busy_us` the same when many come at once; of `message_us`, `publish_us` is \
-spent once and `receive_us` in each process; `engine_us` and `engine_busy_us` are the engine's for \
+spent once and `receive_us` in each process; `broker_us` and `broker_busy_us` are the broker's for \
 each process. Much of what a message that comes alone costs is to wake the other side up: it is \
 spent in system calls, and differs from one machine to the next more than the rest."""

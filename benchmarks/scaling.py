@@ -7,7 +7,7 @@ What is assumed beyond that is in `Assumed`.
 
 Nothing here measures anything. Where there is a formula it is used; what has none, or one that
 should not be taken on trust, is simulated: where connections come to lie, peaks of the load, and
-all processes at once at an engine that has been restarted.
+all processes at once at a broker that has been restarted.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from typing import Any
 
 COSTS = Path(__file__).parent.parent / "docs" / "benchmarks" / "cluster.json"
 SEED = 1
-ENGINES = {"nats": "NATS", "redis": "Redis"}
-NEEDED = ("delivery_us", "message_us", "engine_us", "restore_s")  # of each engine
+BROKERS = {"nats": "NATS", "redis": "Redis"}
+NEEDED = ("delivery_us", "message_us", "broker_us", "restore_s")  # of each broker
 RESTORED = 10_000  # the groups of restore_s
 MOST = 1_000_000_000  # processes: something is wrong with the costs
 MEGA = 1e6
 PROCESSES = (10, 50, 100, 300, 1000)  # for the placement
-LONG_AWAY, SHORT_AWAY = 10.0, 0.05  # seconds without an engine
+LONG_AWAY, SHORT_AWAY = 10.0, 0.05  # seconds without a broker
 SECONDS = 20_000  # of a queue that is simulated, or fewer with many messages
 
 
@@ -47,7 +47,7 @@ class CostsError(Exception):
 
 
 @dataclass(frozen=True)
-class EngineCosts:
+class BrokerCosts:
     """As `benchmarks.cluster` measures them; what it has not measured is 0."""
 
     delivery_us: float = 0.0
@@ -55,8 +55,8 @@ class EngineCosts:
     message_busy_us: float = 0.0
     publish_us: float = 0.0
     receive_us: float = 0.0
-    engine_us: float = 0.0
-    engine_busy_us: float = 0.0
+    broker_us: float = 0.0
+    broker_busy_us: float = 0.0
     join_us: float = 0.0
     join_together_us: float = 0.0
     join_ms: float = 0.0
@@ -64,7 +64,7 @@ class EngineCosts:
     latency_p50_ms: float = 0.0
     latency_p99_ms: float = 0.0
 
-    # What a process and an engine with much to do take: there, messages do not come one by one.
+    # What a process and a broker with much to do take: there, messages do not come one by one.
 
     @property
     def when_busy(self) -> float:
@@ -83,8 +83,8 @@ class EngineCosts:
 
     @property
     def copy(self) -> float:
-        """µs of the engine for each of these."""
-        return self.engine_busy_us if self.engine_busy_us > 0 else self.engine_us
+        """µs of the broker for each of these."""
+        return self.broker_busy_us if self.broker_busy_us > 0 else self.broker_us
 
     @property
     def join(self) -> float:
@@ -97,7 +97,7 @@ class Costs:
     machine: str
     python: str
     date: str
-    engines: dict[str, EngineCosts]
+    brokers: dict[str, BrokerCosts]
     connection_kib: float
     deliveries_per_s: float
 
@@ -128,16 +128,16 @@ def read_costs(path: Path) -> Costs:
             raise CostsError(f"{path}: {place} should be a number above 0, not {value!r}; {again}")
         return float(value)
 
-    engines = {}
-    for name in ("memory", *ENGINES):
-        given = {field.name: at(f"engines.{name}.{field.name}") for field in fields(EngineCosts)}
-        wanted = NEEDED if name in ENGINES else NEEDED[:1]
+    brokers = {}
+    for name in ("memory", *BROKERS):
+        given = {field.name: at(f"brokers.{name}.{field.name}") for field in fields(BrokerCosts)}
+        wanted = NEEDED if name in BROKERS else NEEDED[:1]
         for key, value in given.items():
             if key in wanted or not (value is None or is_number(value)):
-                number(f"engines.{name}.{key}")
-        engines[name] = EngineCosts(**{key: value or 0.0 for key, value in given.items()})
+                number(f"brokers.{name}.{key}")
+        brokers[name] = BrokerCosts(**{key: value or 0.0 for key, value in given.items()})
     return Costs(
-        text("machine"), text("python"), text("date"), engines,
+        text("machine"), text("python"), text("date"), brokers,
         number("connection_kib"), number("deliveries_per_s"),
     )  # fmt: skip
 
@@ -165,14 +165,14 @@ class Assumed:
     return_s: float = 10  # in which the clients of a process that has failed may come back
     host_processes: int = 16  # of the app on one host, one a core
     node_cores: float = 8  # of a NATS node; Redis has one core
-    network_gbit: float = 10  # of a host, and of an engine's node
+    network_gbit: float = 10  # of a host, and of a broker's node
     frame: int = 200  # bytes of a message for clients
-    post: int = 70  # bytes that Pachinko puts before it between processes
-    protocol: int = 50  # bytes of the engine's protocol around both
+    head: int = 70  # bytes that Pachinko puts before it between processes
+    protocol: int = 50  # bytes of the broker's protocol around both
     packet: int = 70  # bytes around a frame to a client: WebSocket, TCP, IP, Ethernet
     subscribe_us: tuple[tuple[str, float], ...] = (("nats", 4), ("redis", 2.5))
     batch: int = 500  # subscriptions that Pachinko asks for at a time when it reconnects
-    batch_s: float = 10  # that the engine may take for them; else it starts again
+    batch_s: float = 10  # that the broker may take for them; else it starts again
     reconnect_s: tuple[float, ...] = (0.1, 0.2, 0.5, 1, 2, 5)  # then as the last; less, at random
     beats: float = 2  # signs of life of a process to itself, each second
 
@@ -182,17 +182,17 @@ class Assumed:
         return self.network_gbit * 1e9 / 8
 
     @property
-    def post_bytes(self) -> int:
-        """Of one copy of a message from the engine."""
-        return self.frame + self.post + self.protocol
+    def peer_bytes(self) -> int:
+        """Of one copy of a message from the broker."""
+        return self.frame + self.head + self.protocol
 
     @property
     def frame_bytes(self) -> int:
         """Of one delivery on the network."""
         return self.frame + self.packet
 
-    def engine_subscribe_us(self, engine: str) -> float:
-        return dict(self.subscribe_us)[engine]
+    def broker_subscribe_us(self, broker: str) -> float:
+        return dict(self.subscribe_us)[broker]
 
 
 # The model
@@ -224,7 +224,7 @@ class Load:
         return self.messages * self.members
 
     def copies(self, processes: int) -> float:
-        """To how many processes the engine hands a message, on average."""
+        """To how many processes the broker hands a message, on average."""
         return 1.0 if self.is_sticky else reached(self.members, processes)
 
 
@@ -236,7 +236,7 @@ def reached(things: float, places: int) -> float:
 def capacity(costs: Costs, assumed: Assumed) -> dict[str, int]:
     """Idle connections that a process may have, by what bounds them."""
     per_connection = (costs.connection_kib + assumed.socket_kib) / 1024
-    coming_ms = assumed.handshake_ms + max(unit.join for unit in costs.engines.values()) / 1000
+    coming_ms = assumed.handshake_ms + max(unit.join for unit in costs.brokers.values()) / 1000
     return {
         "memory": int(assumed.process_mib / per_connection),
         "pings": int(assumed.ping_share * MEGA / assumed.ping_us * assumed.ping_s),
@@ -247,10 +247,10 @@ def capacity(costs: Costs, assumed: Assumed) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many processes of the app a load takes with an engine, and what that means for it."""
+    """How many processes of the app a load takes with a broker, and what that means for it."""
 
     load: Load
-    engine: str
+    broker: str
     costs: Costs
     assumed: Assumed
     processes: int
@@ -258,8 +258,8 @@ class Plan:
     """The processes that the connections alone need."""
 
     @property
-    def unit(self) -> EngineCosts:
-        return self.costs.engines[self.engine]
+    def unit(self) -> BrokerCosts:
+        return self.costs.brokers[self.broker]
 
     @property
     def copies(self) -> float:
@@ -294,19 +294,19 @@ class Plan:
         return max(("deliveries", "copies"), key=self.parts.__getitem__)
 
     @property
-    def engine_copies(self) -> float:
-        """Messages that the engine hands to processes, a second."""
+    def broker_copies(self) -> float:
+        """Messages that the broker hands to processes, a second."""
         return self.load.messages * self.copies + self.assumed.beats * self.processes
 
     @property
-    def engine_in(self) -> float:
+    def broker_in(self) -> float:
         """Bytes a second."""
-        return (self.load.messages + self.assumed.beats * self.processes) * self.assumed.post_bytes
+        return (self.load.messages + self.assumed.beats * self.processes) * self.assumed.peer_bytes
 
     @property
-    def engine_out(self) -> float:
+    def broker_out(self) -> float:
         """Bytes a second."""
-        return self.engine_copies * self.assumed.post_bytes
+        return self.broker_copies * self.assumed.peer_bytes
 
     @property
     def clients_out(self) -> float:
@@ -320,16 +320,16 @@ class Plan:
     @property
     def host_in(self) -> float:
         """Bytes a second of one host of the app, without what clients send."""
-        return self.engine_out / self.hosts
+        return self.broker_out / self.hosts
 
     @property
     def host_out(self) -> float:
         """Bytes a second of one host of the app."""
-        return (self.clients_out + self.engine_in) / self.hosts
+        return (self.clients_out + self.broker_in) / self.hosts
 
     @property
     def of_one(self) -> float:
-        """How full a single engine is: of its CPU or of its network, whichever is fuller."""
+        """How full a single broker is: of its CPU or of its network, whichever is fuller."""
         return self.of_nodes(1)
 
     def of_nodes(self, nodes: int) -> float:
@@ -339,11 +339,11 @@ class Plan:
         processes: what comes by a route is not passed on to another node.
         """
         others = reached(self.copies, nodes) * (nodes - 1) / nodes
-        routed = (self.engine_copies + self.load.messages * others) / nodes
-        cores = self.assumed.node_cores if self.engine == "nats" else 1.0
+        routed = (self.broker_copies + self.load.messages * others) / nodes
+        cores = self.assumed.node_cores if self.broker == "nats" else 1.0
         return max(
             routed * self.unit.copy / MEGA / cores,
-            routed * self.assumed.post_bytes / self.assumed.network,
+            routed * self.assumed.peer_bytes / self.assumed.network,
         )
 
     @cached_property
@@ -368,15 +368,15 @@ class Plan:
         return self.load.groups * self.copies / self.processes
 
 
-def plan(load: Load, engine: str, costs: Costs, assumed: Assumed) -> Plan:
+def plan(load: Load, broker: str, costs: Costs, assumed: Assumed) -> Plan:
     """The fewest processes that are enough. More of them need more copies, so it is a search."""
     floor = max(1, math.ceil(load.connections / min(capacity(costs, assumed).values())))
-    found = Plan(load, engine, costs, assumed, floor, floor)
+    found = Plan(load, broker, costs, assumed, floor, floor)
     while found.share > assumed.full:
         processes = max(found.processes + 1, math.ceil(found.cores / assumed.full))
         if processes > MOST:
-            raise CostsError(f"{engine}: with these costs no number of processes is enough")
-        found = Plan(load, engine, costs, assumed, processes, floor)
+            raise CostsError(f"{broker}: with these costs no number of processes is enough")
+        found = Plan(load, broker, costs, assumed, processes, floor)
     return found
 
 
@@ -483,23 +483,23 @@ def works(rng: random.Random, found: Plan, number: int = 10_000) -> list[float]:
 
 @dataclass(frozen=True)
 class Recovery:
-    """After an engine has come back."""
+    """After a broker has come back."""
 
     median_s: float
     """Until half of the processes are subscribed to all of theirs again."""
     last_s: float
     """Until all are; infinite, if some were not after ten minutes."""
     failed: int
-    """Attempts that were given up, because the engine took too long."""
+    """Attempts that were given up, because the broker took too long."""
 
 
 def recover(
-    rng: random.Random, processes: int, subscriptions: float, process_us: float, engine_us: float,
+    rng: random.Random, processes: int, subscriptions: float, process_us: float, broker_us: float,
     assumed: Assumed, down_s: float = 10, patience_s: float = 600,
 ) -> Recovery:  # fmt: skip
-    """All *processes* have lost the engine *down_s* before 0, when it is back.
+    """All *processes* have lost the broker *down_s* before 0, when it is back.
 
-    A subscription takes the engine *engine_us*, one after the other, whoever asks; and with that
+    A subscription takes the broker *broker_us*, one after the other, whoever asks; and with that
     *process_us* when it has nothing else to do. A process asks for a batch, waits for it, and asks
     for the next one; when that takes too long, it connects again and begins from the start.
     """
@@ -517,8 +517,8 @@ def recover(
     while events and events[0][0] < patience_s:
         when, process, has, failures = heapq.heappop(events)
         asks = min(assumed.batch, wanted - has)
-        free = max(free, when) + asks * engine_us / MEGA
-        answered = free + asks * max(0.0, process_us - engine_us) / MEGA
+        free = max(free, when) + asks * broker_us / MEGA
+        answered = free + asks * max(0.0, process_us - broker_us) / MEGA
         if answered - when > assumed.batch_s:
             failed += 1
             delay = rng.uniform(0.5, 1) * delays[min(failures, len(delays) - 1)]
@@ -532,10 +532,10 @@ def recover(
 
 
 def recovery_at_best(
-    processes: int, subscriptions: float, process_us: float, engine_us: float
+    processes: int, subscriptions: float, process_us: float, broker_us: float
 ) -> float:
     """Seconds, if all begin at once and none gives up: the slower one of both sides decides."""
-    return max(subscriptions * process_us, processes * subscriptions * engine_us) / MEGA
+    return max(subscriptions * process_us, processes * subscriptions * broker_us) / MEGA
 
 
 # As Markdown
@@ -564,7 +564,7 @@ def bullets(lines: Sequence[str]) -> str:
 GROUPS, GIANT = (10_000, 100), (1, 1_000_000)
 RATES = {"one every 10 s": 0.1, "one a second": 1.0, "10 a second": 10.0}
 APP_HEADS = ["processes", "because of", "MB/s to clients", "in / out of a host"]
-ENGINE_HEADS = ["copies a second", "MB/s in / out of the engine", "NATS nodes", "of one Redis"]
+BROKER_HEADS = ["copies a second", "MB/s in / out of the broker", "NATS nodes", "of one Redis"]
 
 
 def app_columns(found: Plan) -> list[str]:
@@ -572,10 +572,10 @@ def app_columns(found: Plan) -> list[str]:
     return [f"{found.processes:,}", found.bound, figure(found.clients_out / MEGA), host]
 
 
-def engine_columns(nats: Plan, redis: Plan) -> list[str]:
+def broker_columns(nats: Plan, redis: Plan) -> list[str]:
     return [
-        figure(nats.engine_copies),
-        f"{figure(nats.engine_in / MEGA)} / {figure(nats.engine_out / MEGA)}",
+        figure(nats.broker_copies),
+        f"{figure(nats.broker_in / MEGA)} / {figure(nats.broker_out / MEGA)}",
         "no number" if nats.nodes is None else f"{nats.nodes:,}",
         f"{figure(100 * redis.of_one)} %",
     ]
@@ -594,9 +594,9 @@ class Page:
         return random.Random(f"{self.seed} {what}")
 
     def plan(
-        self, shape: tuple[int, int], rate: float, *, sticky: bool = False, engine: str = "nats"
+        self, shape: tuple[int, int], rate: float, *, sticky: bool = False, broker: str = "nats"
     ) -> Plan:
-        return plan(Load(*shape, rate, sticky), engine, self.costs, self.assumed)
+        return plan(Load(*shape, rate, sticky), broker, self.costs, self.assumed)
 
     def parts(self) -> dict[str, str]:
         return {
@@ -619,23 +619,23 @@ class Page:
             "message_busy_us": "the same, when many come at once",
             "receive_us": "of the first, to receive it",
             "publish_us": "to publish it, once",
-            "engine_us": "a message, for each process with members, µs of the engine",
-            "engine_busy_us": "the same, when many come at once",
+            "broker_us": "a message, for each process with members, µs of the broker",
+            "broker_busy_us": "the same, when many come at once",
             "join_us": "a join of a group that is new to the process, µs of the app",
             "join_ms": "the same, ms until it is live",
             "restore_s": "10,000 groups subscribed again, s",
             "latency_p50_ms": "from `hub.send` to the last receiver, median, ms",
             "latency_p99_ms": "the same, 99th percentile, ms",
         }
-        engines = [self.costs.engines[name] for name in ("memory", *ENGINES)]
+        brokers = [self.costs.brokers[name] for name in ("memory", *BROKERS)]
         rows = []
         for field, title in titles.items():
-            values = [getattr(engine, field) for engine in engines]
+            values = [getattr(broker, field) for broker in brokers]
             if any(values):
                 rows.append([title, *(figure(value) if value else "" for value in values)])
         return (
             f"{self.costs.machine}; {self.costs.python}; {self.costs.date}.\n\n"
-            + table(["", "memory", *ENGINES.values()], *rows)
+            + table(["", "memory", *BROKERS.values()], *rows)
             + f"\n\nAn idle connection takes {figure(self.costs.connection_kib)} KiB. A core makes "
             f"{figure(self.costs.deliveries_per_s)} deliveries a second."
         )
@@ -662,7 +662,7 @@ class Page:
 
     def assumptions(self) -> str:
         assumed = self.assumed
-        engines = " and ".join(f"{us:g} µs ({ENGINES[name]})" for name, us in assumed.subscribe_us)
+        brokers = " and ".join(f"{us:g} µs ({BROKERS[name]})" for name, us in assumed.subscribe_us)
         lines = [
             f"{min(capacity(self.costs, assumed).values()):,} connections a process at most, "
             f"{assumed.host_processes} processes a host, one a core.",
@@ -670,11 +670,11 @@ class Page:
             f"A NATS node has {assumed.node_cores:g} cores, among which its work is divided "
             "evenly. Redis has one.",
             f"{assumed.network_gbit:g} Gbit/s for each host and each node.",
-            f"A message has {assumed.frame} bytes. Between processes {assumed.post} are added by "
-            f"Pachinko and {assumed.protocol} by the engine's protocol; towards a client "
+            f"A message has {assumed.frame} bytes. Between processes {assumed.head} are added by "
+            f"Pachinko and {assumed.protocol} by the broker's protocol; towards a client "
             f"{assumed.packet} by WebSocket, TCP, IP and Ethernet. TLS comes on top, at the proxy.",
             f"Each process hears from itself {assumed.beats:g} times a second.",
-            f"A subscription takes the engine {engines}, measured with nothing but SUB and "
+            f"A subscription takes the broker {brokers}, measured with nothing but SUB and "
             "SUBSCRIBE on one connection.",
             "Messages come independently of each other (Poisson).",
         ]
@@ -696,19 +696,19 @@ class Page:
         for sticky in (False, True):
             for words, rate in RATES.items():
                 nats = self.plan(GROUPS, rate, sticky=sticky)
-                redis = self.plan(GROUPS, rate, sticky=sticky, engine="redis")
+                redis = self.plan(GROUPS, rate, sticky=sticky, broker="redis")
                 title = f"{words}, {'sticky' if sticky else 'spread'}"
-                rows.append([title, *app_columns(nats), *engine_columns(nats, redis)])
-        return table(["Messages to each group", *APP_HEADS, *ENGINE_HEADS], *rows)
+                rows.append([title, *app_columns(nats), *broker_columns(nats, redis)])
+        return table(["Messages to each group", *APP_HEADS, *BROKER_HEADS], *rows)
 
     def giant(self) -> str:
         rows = []
         for words, rate in RATES.items():
-            nats, redis = self.plan(GIANT, rate), self.plan(GIANT, rate, engine="redis")
+            nats, redis = self.plan(GIANT, rate), self.plan(GIANT, rate, broker="redis")
             here = [figure(nats.local_members), figure(nats.busy_s)]
-            rows.append([words, *app_columns(nats), *here, *engine_columns(nats, redis)])
+            rows.append([words, *app_columns(nats), *here, *broker_columns(nats, redis)])
         heads = ["members in each", "first to last of them, s"]
-        return table(["Messages", *APP_HEADS, *heads, *ENGINE_HEADS], *rows)
+        return table(["Messages", *APP_HEADS, *heads, *BROKER_HEADS], *rows)
 
     def summary(self) -> str:
         firsts = [min((rates[n], title) for title, rates in self.limit_rates().items())
@@ -748,15 +748,15 @@ class Page:
             ),
         }  # fmt: skip
         return {
-            title: [self.first_rate(*case, engine, is_over) for case in cases]
-            for title, (engine, is_over) in checks.items()
+            title: [self.first_rate(*case, broker, is_over) for case in cases]
+            for title, (broker, is_over) in checks.items()
         }
 
     def first_rate(
-        self, shape: tuple[int, int], sticky: bool, engine: str, is_over: Callable[[Plan], bool]
+        self, shape: tuple[int, int], sticky: bool, broker: str, is_over: Callable[[Plan], bool]
     ) -> float:
         return first_rate(
-            lambda rate: is_over(self.plan(shape, rate, sticky=sticky, engine=engine))
+            lambda rate: is_over(self.plan(shape, rate, sticky=sticky, broker=broker))
         )
 
     def peaks(self) -> str:
@@ -790,12 +790,12 @@ class Page:
         cases = [(100, True, 0), (100, False, 0)]
         cases += [(processes, False, 1) for processes in (100, 1000, 2000)]
         for processes, sticky, users in cases:
-            for engine, name in ENGINES.items():
+            for broker, name in BROKERS.items():
                 load = Load(*GROUPS, 1, sticky)
-                found = Plan(load, engine, self.costs, self.assumed, processes, processes)
+                found = Plan(load, broker, self.costs, self.assumed, processes, processes)
                 connections = load.connections / processes
                 wanted = found.subscriptions + users * connections
-                us = self.restore_us(engine), self.assumed.engine_subscribe_us(engine)
+                us = self.restore_us(broker), self.assumed.broker_subscribe_us(broker)
                 long, short = (
                     recover(rng, processes, wanted, *us, self.assumed, down_s=down)
                     for down in (LONG_AWAY, SHORT_AWAY)
@@ -816,9 +816,9 @@ class Page:
         ]  # fmt: skip
         return table(heads, *rows)
 
-    def restore_us(self, engine: str) -> float:
+    def restore_us(self, broker: str) -> float:
         """For one subscription."""
-        return self.costs.engines[engine].restore_s / RESTORED * MEGA
+        return self.costs.brokers[broker].restore_s / RESTORED * MEGA
 
 
 PLACE = re.compile(r"(<!-- begin: (\w+) -->\n).*?(<!-- end: (\w+) -->)", re.DOTALL)
@@ -889,20 +889,20 @@ def draw_rates(
         line = "--" if shape is GIANT else "-"  # which has about as many as sticky groups
         for axes, values in (
             (left, [found.processes for found in plans]),
-            (right, [found.engine_copies for found in plans]),
+            (right, [found.broker_copies for found in plans]),
         ):
             axes.plot(rates, values, line, color=color, label=label)
     floor = page.plan(GROUPS, rates[0]).floor
     limit_line(left, floor, "what the connections need", limit, rates[0])
     full = page.assumed.full
-    for engine, name, cores in (
+    for broker, name, cores in (
         ("redis", "one Redis", 1.0), ("nats", "one NATS node", page.assumed.node_cores)
     ):  # fmt: skip
-        us = page.costs.engines[engine].copy
+        us = page.costs.brokers[broker].copy
         limit_line(
             right, full * cores / us * MEGA, f"{name}, CPU {100 * full:g} % full", limit, rates[0]
         )
-    network = full * page.assumed.network / page.assumed.post_bytes
+    network = full * page.assumed.network / page.assumed.peer_bytes
     limit_line(right, network, f"network {100 * full:g} % full", limit, rates[-9])
     left.set(
         xscale="log", yscale="log", ylim=(floor / 3, None),
@@ -912,7 +912,7 @@ def draw_rates(
     right.set(
         xscale="log", yscale="log",
         xlabel="messages a second to each group", ylabel="copies a second",
-        title="The same: copies that the engine makes, and its limits",
+        title="The same: copies that the broker makes, and its limits",
     )  # fmt: skip
     for axes in (left, right):
         axes.xaxis.set_major_formatter("{x:g}")
@@ -922,12 +922,12 @@ def draw_rates(
 
 def draw_recovery(page: Page, axes: Any, nats: str, redis: str) -> None:
     many = [100, 150, 200, 300, 500, 700, 1000, 1500, 2000, 3000]
-    for (engine, name), color in zip(ENGINES.items(), (nats, redis), strict=True):
-        us = page.restore_us(engine), page.assumed.engine_subscribe_us(engine)
+    for (broker, name), color in zip(BROKERS.items(), (nats, redis), strict=True):
+        us = page.restore_us(broker), page.assumed.broker_subscribe_us(broker)
         for down, words, line in (
             (LONG_AWAY, f"it was away {LONG_AWAY:g} s", "o-"), (SHORT_AWAY, "a moment", "o:")
         ):  # fmt: skip
-            rng, lasts = page.rng(f"picture {engine}"), []
+            rng, lasts = page.rng(f"picture {broker}"), []
             for processes in many:
                 load = Load(*GROUPS, 1)
                 wanted = (load.groups * load.copies(processes) + load.connections) / processes

@@ -331,9 +331,9 @@ class Desk:
         return {
             **self.counts(),
             "groups": len(hub.groups),
-            "rows of the hub's connections": len(hub._registry.connections),
-            "rows of the hub's groups": len(hub._registry.groups),
-            "rows of the hub's users": len(hub._registry.users),
+            "rows of the hub's connections": len(hub.state.registry.connections),
+            "rows of the hub's groups": len(hub.state.registry.groups),
+            "rows of the hub's users": len(hub.state.registry.users),
             "clients to be seen out": len(attendance.present),
             "threads": threading.active_count(),
             **{f"objects of {cls.__name__}": counts[cls] for cls in kept},

@@ -1,4 +1,4 @@
-"""Puts the tests' own helpers on the path, and gives each test that wants one an engine."""
+"""Puts the tests' own helpers on the path, and gives each test that wants one a broker."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from engines import EngineProcess, Kind, running
+from brokers import BrokerKind, BrokerProcess, running
 
 
 @pytest.fixture(autouse=True)
-def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_broker(monkeypatch: pytest.MonkeyPatch) -> None:
     """That of whoever runs the tests is none of theirs."""
     monkeypatch.delenv("PACHINKO_BACKPLANE", raising=False)
 
 
-@pytest.fixture(params=get_args(Kind))
-def kind(request: pytest.FixtureRequest) -> Kind:
-    """A test that asks for it is run with each engine."""
-    kind: Kind = request.param
+@pytest.fixture(params=get_args(BrokerKind))
+def kind(request: pytest.FixtureRequest) -> BrokerKind:
+    """A test that asks for it is run with each broker."""
+    kind: BrokerKind = request.param
     return kind
 
 
 @pytest.fixture
-async def engine(kind: Kind) -> AsyncIterator[EngineProcess]:
-    async with running(kind) as engine:
-        yield engine
+async def broker(kind: BrokerKind) -> AsyncIterator[BrokerProcess]:
+    async with running(kind) as broker:
+        yield broker

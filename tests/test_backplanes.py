@@ -6,26 +6,25 @@ import asyncio
 import contextlib
 import gc
 import importlib.util
+import inspect
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from engines import EngineProcess, Kind, free_port, has_tls, running
+from brokers import BrokerKind, BrokerProcess, free_port, has_tls, running
 from support import PATIENCE, until
 
-import pachinko
-from pachinko import Backplane, Hub, PachinkoError, read_engine
+import pachinko_cluster
+from pachinko import Backplane, Hub, PachinkoError
+from pachinko_cluster import backplane_of, read_broker, without_secrets
 
 
 def backplane_for(url: str) -> Backplane:
-    engine = read_engine(url)
-    make = pachinko._BACKPLANES[engine.scheme]
-    assert make is not None
-    return make(engine)
+    return backplane_of(read_broker(url))
 
 
 class Connected:
@@ -51,31 +50,28 @@ class Connected:
 
 
 @pytest.mark.parametrize(
-    ("url", "hosts", "credentials", "namespace", "rest"),
+    ("url", "hosts", "credentials", "rest"),
     [
-        ("memory://", "", None, None, "memory://"),
-        ("memory://?namespace=a", "", None, "a", "memory://"),
-        ("nats://h", "h", None, None, "nats://h"),
-        ("nats://h:4222/", "h:4222", None, None, None),
-        ("nats://u:p%40%2F@h:4222?namespace=shop", "h:4222", ("u", "p@/"), "shop", None),
-        ("nats://to%3Aken@h", "h", ("to:ken", None), None, None),
-        ("nats://u:p@a:1,nats://u:p@b:2", "a:1,b:2", ("u", "p"), None, None),
-        ("tls://a,tls://b/", "a,b", None, None, None),
-        ("nats://u:p@a:1,b:2,[::1]:3", "a:1,b:2,[::1]:3", ("u", "p"), None, None),
-        ("nats://u:p@a:1,nats://b:2", "a:1,b:2", ("u", "p"), None, None),
-        ("tls://h", "h", None, None, "tls://h"),
-        ("redis://h:6379/2", "h:6379", None, None, "redis://h:6379/2"),
-        ("redis://:p@h/1?namespace=x&db=3", "h", ("", "p"), "x", "redis://:p@h/1"),
-        ("rediss://u:p@h", "h", ("u", "p"), None, "rediss://u:p@h"),
+        ("nats://h", "h", None, "nats://h"),
+        ("nats://h:4222/", "h:4222", None, None),
+        ("nats://u:p%40%2F@h:4222?namespace=shop", "h:4222", ("u", "p@/"), None),
+        ("nats://to%3Aken@h", "h", ("to:ken", None), None),
+        ("nats://u:p@a:1,nats://u:p@b:2", "a:1,b:2", ("u", "p"), None),
+        ("tls://a,tls://b/", "a,b", None, None),
+        ("nats://u:p@a:1,b:2,[::1]:3", "a:1,b:2,[::1]:3", ("u", "p"), None),
+        ("nats://u:p@a:1,nats://b:2", "a:1,b:2", ("u", "p"), None),
+        ("tls://h", "h", None, "tls://h"),
+        ("redis://h:6379/2", "h:6379", None, "redis://h:6379/2"),
+        ("redis://:p@h/1?namespace=x&db=3", "h", ("", "p"), "redis://:p@h/1"),
+        ("rediss://u:p@h", "h", ("u", "p"), "rediss://u:p@h"),
     ],
 )
-def test_a_url_is_taken_apart(
-    url: str, hosts: str, credentials: Any, namespace: str | None, rest: str | None
-) -> None:
-    """The hosts, the credentials with their percent signs read, our own option, and the rest."""
-    engine = read_engine(url)
-    assert (engine.hosts, engine.credentials, engine.namespace) == (hosts, credentials, namespace)
-    assert rest in (None, engine.url)
+def test_a_url_is_taken_apart(url: str, hosts: str, credentials: Any, rest: str | None) -> None:
+    """The hosts, the credentials with their percent signs read, and the rest."""
+    broker = read_broker(url)
+    assert (broker.hosts, broker.credentials) == (hosts, credentials)
+    assert "namespace" not in broker.options
+    assert rest in (None, broker.url)
 
 
 @pytest.mark.parametrize(
@@ -123,10 +119,10 @@ def test_a_wrong_url_is_refused_without_being_shown(url: str) -> None:
         chain = None if chain.__suppress_context__ else chain.__context__
 
 
-def test_an_engine_shows_no_credentials() -> None:
+def test_a_broker_shows_no_credentials() -> None:
     """Neither its name nor its repr."""
-    engine = read_engine("nats://user:secret@host:4222?ca=secret")
-    assert str(engine) == "nats://host:4222" and "secret" not in repr(engine)
+    broker = read_broker("nats://user:secret@host:4222?ca=secret")
+    assert str(broker) == "nats://host:4222" and "secret" not in repr(broker)
 
 
 @pytest.mark.parametrize("namespace", ["", "a.b", "a b", "*", ">", "x" * 65, "ä", 5])
@@ -194,9 +190,34 @@ def test_libraries_are_imported_only_when_used() -> None:
 # NATS and Redis
 
 
-async def test_messages_come_in_order_and_across_subjects(engine: EngineProcess) -> None:
+async def test_the_private_names_of_nats_are_there() -> None:
+    """Those that the section lists: another version of nats-py may have renamed them."""
+    import nats.aio.client
+    import nats.aio.subscription
+
+    client: Any = nats.aio.client.Client
+    signatures = {
+        "_process_msg": ["self", "sid", "subject", "reply", "data", "headers"],
+        "_process_op_err": ["self", "e"],
+        "_close": ["self", "status", "do_cbs"],
+        "_connect_command": ["self"],
+    }
+    for name, parameters in signatures.items():
+        assert list(inspect.signature(getattr(client, name)).parameters) == parameters
+    made = client()
+    for name in ("_pending", "_pending_data_size", "_server_info", "_transport", "options"):
+        assert hasattr(made, name), name
+    async with running("nats") as broker, Connected(broker.url) as one:
+        made = cast(Any, one.backplane)._client
+        assert made._transport._io_writer.transport
+        subscription = await made.subscribe("n.g.a")
+        assert isinstance(subscription, nats.aio.subscription.Subscription)
+        assert subscription._pending_queue is not None
+
+
+async def test_messages_come_in_order_and_across_subjects(broker: BrokerProcess) -> None:
     """Those of one process, also of several subjects and of calls that were not awaited."""
-    async with Connected(engine.url) as one, Connected(engine.url) as other:
+    async with Connected(broker.url) as one, Connected(broker.url) as other:
         for subject in ("n.g.a", "n.g.b"):
             await other.backplane.subscribe(subject)
         calls = [one.backplane.publish(f"n.g.{'ab'[n % 2]}", b"%d" % n) for n in range(500)]
@@ -206,10 +227,10 @@ async def test_messages_come_in_order_and_across_subjects(engine: EngineProcess)
 
 
 async def test_what_is_published_after_subscribe_has_returned_arrives(
-    engine: EngineProcess,
+    broker: BrokerProcess,
 ) -> None:
     """By any connection, at once; and nothing arrives any more some time after unsubscribe."""
-    async with Connected(engine.url) as one, Connected(engine.url) as other:
+    async with Connected(broker.url) as one, Connected(broker.url) as other:
         for n in range(200):
             await other.backplane.subscribe(f"n.g.{n}")
             await one.backplane.publish(f"n.g.{n}", b"x")
@@ -223,9 +244,9 @@ async def test_what_is_published_after_subscribe_has_returned_arrives(
         assert ("n.g.5", b"y") not in other.messages
 
 
-async def test_any_bytes_are_carried(engine: EngineProcess) -> None:
+async def test_any_bytes_are_carried(broker: BrokerProcess) -> None:
     """Empty, binary and nearly as long as NATS takes by default."""
-    async with Connected(engine.url) as one:
+    async with Connected(broker.url) as one:
         await one.backplane.subscribe("n.g.a")
         several = [b"", b"\r\n\0\xff+OK\r\n", b"x" * 1_000_000]
         for data in several:
@@ -234,18 +255,20 @@ async def test_any_bytes_are_carried(engine: EngineProcess) -> None:
         assert [data for _, data in one.messages] == several
 
 
-async def test_the_engine_says_whom_it_went_to_if_it_can(kind: Kind, engine: EngineProcess) -> None:
+async def test_the_broker_says_whom_it_went_to_if_it_can(
+    kind: BrokerKind, broker: BrokerProcess
+) -> None:
     """Redis counts, NATS does not."""
-    async with Connected(engine.url) as one, Connected(engine.url) as other:
+    async with Connected(broker.url) as one, Connected(broker.url) as other:
         await one.backplane.subscribe("n.g.a")
         await other.backplane.subscribe("n.g.a")
         expected = {"redis": 2, "nats": None}[kind]
         assert await one.backplane.publish("n.g.a", b"x") == expected
 
 
-async def test_a_cancelled_publish_harms_no_other(engine: EngineProcess) -> None:
+async def test_a_cancelled_publish_harms_no_other(broker: BrokerProcess) -> None:
     """A handler may be cancelled at any time; the connection is everybody's."""
-    async with Connected(engine.url) as one:
+    async with Connected(broker.url) as one:
         await one.backplane.subscribe("n.g.a")
         for n in range(50):
             task = asyncio.create_task(one.backplane.publish("n.g.a", b"lost" * 10_000))
@@ -257,14 +280,14 @@ async def test_a_cancelled_publish_harms_no_other(engine: EngineProcess) -> None
         assert not one.lost
 
 
-async def test_the_loss_of_the_engine_is_told(engine: EngineProcess) -> None:
+async def test_the_loss_of_the_broker_is_told(broker: BrokerProcess) -> None:
     """`lost` is called, and a later call raises; then it can be started again."""
-    async with Connected(engine.url) as one:
-        engine.pause()
+    async with Connected(broker.url) as one:
+        broker.pause()
         given_up = asyncio.create_task(one.backplane.publish("n.g.a", b"x"))
         await asyncio.sleep(0)  # so that it has begun
         given_up.cancel()
-        engine.kill()
+        broker.kill()
         await until(lambda: one.lost)
         with pytest.raises(Exception, match=r"connect|closed"):
             async with asyncio.timeout(PATIENCE):
@@ -273,21 +296,21 @@ async def test_the_loss_of_the_engine_is_told(engine: EngineProcess) -> None:
         with pytest.raises(Exception, match=r"refused|Connect call failed"):
             await one.backplane.start(one.deliver, one.lost.append)
         await one.backplane.stop()
-        await engine.start()
+        await broker.start()
         await one.backplane.start(one.deliver, one.lost.append)
         await one.backplane.subscribe("n.g.a")
         await one.backplane.publish("n.g.a", b"again")
         await until(lambda: one.messages == [("n.g.a", b"again")])
 
 
-async def test_one_that_was_never_started_is_stopped(kind: Kind) -> None:
+async def test_one_that_was_never_started_is_stopped(kind: BrokerKind) -> None:
     """Which says nothing."""
     await backplane_for(f"{kind}://127.0.0.1:1").stop()
 
 
 async def test_nats_takes_messages_up_to_its_limit() -> None:
     """The text names the limit and the server's setting; nothing else is harmed."""
-    async with running("nats") as engine, Connected(engine.url) as one:
+    async with running("nats") as broker, Connected(broker.url) as one:
         await one.backplane.subscribe("n.g.a")
         with pytest.raises(PachinkoError, match=r"at most 1048576 bytes .*max_payload"):
             await one.backplane.publish("n.g.a", b"x" * 1_048_577)
@@ -297,7 +320,7 @@ async def test_nats_takes_messages_up_to_its_limit() -> None:
 
 async def test_a_round_trip_follows_what_was_handed_over_before() -> None:
     """A PING of nats-py, which its `flush` waits for, goes out before what it has not written."""
-    async with running("nats") as engine, Connected(engine.url) as one:
+    async with running("nats") as broker, Connected(broker.url) as one:
         await one.backplane.subscribe("n.g.a")
         for n in range(20):
             await one.backplane._client.publish("n.g.a", b"x")
@@ -307,19 +330,19 @@ async def test_a_round_trip_follows_what_was_handed_over_before() -> None:
 
 def test_what_a_library_quotes_is_hidden() -> None:
     """As it is, and as it stands in a URL; what is long is cut."""
-    text = pachinko._without_secrets(
-        ValueError("p@ss or p%40ss in nats://me:p%40ss@h"), read_engine("nats://me:p%40ss@h")
+    text = without_secrets(
+        ValueError("p@ss or p%40ss in nats://me:p%40ss@h"), read_broker("nats://me:p%40ss@h")
     )
     assert text == "ValueError: *** or *** in nats://me:***@h"
-    token = read_engine("nats://t%3Aken@h")
-    assert pachinko._without_secrets(OSError("t:ken, t%3Aken"), token) == "OSError: ***, ***"
-    long = pachinko._without_secrets(OSError("x" * 1000), None)
-    assert len(long) == pachinko._REASON_SHOWN + 1 and long.endswith("x…")
+    token = read_broker("nats://t%3Aken@h")
+    assert without_secrets(OSError("t:ken, t%3Aken"), token) == "OSError: ***, ***"
+    long = without_secrets(OSError("x" * 1000), None)
+    assert len(long) == pachinko_cluster._REASON_SHOWN + 1 and long.endswith("x…")
 
 
 async def test_the_loss_of_nats_is_told_before_it_is_closed() -> None:
     """To say good-bye may take its time, with TLS above all."""
-    async with running("nats") as engine, Connected(engine.url) as one:
+    async with running("nats") as broker, Connected(broker.url) as one:
         backplane: Any = one.backplane
         client, closed = backplane._client, asyncio.Event()
         client._transport.wait_closed = closed.wait
@@ -341,7 +364,7 @@ def test_what_nats_has_not_written_is_given_up_with_a_lost_connection(
     uvloop = pytest.importorskip("uvloop", reason="not for this Python or platform")
 
     async def lose() -> None:
-        async with running("nats") as engine, Connected(engine.url) as one:
+        async with running("nats") as broker, Connected(broker.url) as one:
             backplane: Any = one.backplane
             client = backplane._client
             client._transport._io_writer.transport.abort()
@@ -373,8 +396,8 @@ def test_credentials_of_nats_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 async def test_nats_tries_every_server() -> None:
     """A list of them, of which one answers."""
-    async with running("nats") as engine:
-        url = f"nats://127.0.0.1:1,nats://127.0.0.1:{engine.port}"
+    async with running("nats") as broker:
+        url = f"nats://127.0.0.1:1,nats://127.0.0.1:{broker.port}"
         for _ in range(6):  # in any order
             async with Connected(url) as one:
                 await one.backplane.subscribe("n.g.a")
@@ -388,8 +411,8 @@ async def test_nats_tries_every_server() -> None:
 )
 async def test_nats_credentials(options: tuple[str, ...], login: str) -> None:
     """A user with a password, or a token; a wrong one is told without being shown."""
-    async with running("nats", *options) as engine:
-        where = f"127.0.0.1:{engine.port}"
+    async with running("nats", *options) as broker:
+        where = f"127.0.0.1:{broker.port}"
         async with Connected(f"nats://{login}{where}") as one:
             await one.backplane.subscribe("n.g.a")
         wrong = backplane_for(f"nats://me:wr0ng@{where}")
@@ -406,8 +429,8 @@ async def test_nats_tells_what_is_not_permitted(tmp_path: Path) -> None:
         '{ publish: "n.g.>", subscribe: "n.g.>" } }] }'
     )
     async with (
-        running("nats", "-c", str(config)) as engine,
-        Connected(f"nats://me:pw@127.0.0.1:{engine.port}") as one,
+        running("nats", "-c", str(config)) as broker,
+        Connected(f"nats://me:pw@127.0.0.1:{broker.port}") as one,
     ):
         for _ in range(2):
             with pytest.raises(PachinkoError, match=r"not permit the publish to N\.g\.a"):
@@ -431,19 +454,19 @@ async def test_nats_withdraws_a_permission(tmp_path: Path) -> None:
     text = "authorization {{ users = [{{ user: me, password: pw, permissions: {} }}] }}"
     config.write_text(text.format("{}"))
     async with (
-        running("nats", "-c", str(config)) as engine,
-        Connected(f"nats://me:pw@127.0.0.1:{engine.port}") as one,
+        running("nats", "-c", str(config)) as broker,
+        Connected(f"nats://me:pw@127.0.0.1:{broker.port}") as one,
     ):
         await one.backplane.subscribe("n.g.a")
         config.write_text(text.format('{ subscribe: { deny: "n.g.a" } }'))
-        engine.signal(signal.SIGHUP)
+        broker.signal(signal.SIGHUP)
         await until(lambda: one.lost)
         assert "permissions violation" in str(one.lost[0]).lower()
 
 
 async def test_redis_tells_what_is_not_permitted() -> None:
     """As the error of the call; the others go on."""
-    async with running("redis") as engine, Connected(engine.url) as one:
+    async with running("redis") as broker, Connected(broker.url) as one:
         make = one.backplane._pool.make_connection
         admin = make()
         await admin.connect()
@@ -461,22 +484,22 @@ async def test_redis_tells_what_is_not_permitted() -> None:
 
 async def test_a_call_to_redis_in_progress_learns_of_the_loss() -> None:
     """Nobody would answer it any more."""
-    async with running("redis") as engine, Connected(engine.url) as one:
-        engine.pause()
+    async with running("redis") as broker, Connected(broker.url) as one:
+        broker.pause()
         calls = [
             asyncio.create_task(one.backplane.publish("n.g.a", b"x")),
             asyncio.create_task(one.backplane.subscribe("n.g.a")),
         ]
         await asyncio.sleep(0)  # so that they have begun
-        engine.kill()
+        broker.kill()
         _, pending = await asyncio.wait(calls, timeout=PATIENCE)
         assert not pending and all(isinstance(call.exception(), Exception) for call in calls)
 
 
 async def test_redis_has_room_for_one_connection_only() -> None:
     """Neither of the two is left half open."""
-    async with running("redis", "--maxclients", "1") as engine:
-        one = Connected(engine.url)
+    async with running("redis", "--maxclients", "1") as broker:
+        one = Connected(broker.url)
         backplane: Any = one.backplane
         for _ in range(5):
             with pytest.raises(Exception, match=r"max number of clients|Connection closed"):
@@ -488,7 +511,7 @@ async def test_redis_has_room_for_one_connection_only() -> None:
 
 async def test_redis_is_lost_with_either_connection() -> None:
     """The one to publish on has nothing to read; the other one is given the time for that."""
-    async with running("redis") as engine, Connected(engine.url) as one:
+    async with running("redis") as broker, Connected(broker.url) as one:
         for n in range(2):
             await one.backplane.stop()
             await one.backplane.start(one.deliver, one.lost.append)
@@ -500,26 +523,26 @@ async def test_redis_is_lost_with_either_connection() -> None:
 async def test_a_sentinel_is_told_apart(tmp_path: Path) -> None:
     """It takes connections, but no messages."""
     (tmp_path / "sentinel.conf").write_text("")
-    engine = EngineProcess("redis", "--sentinel")
+    broker = BrokerProcess("redis", "--sentinel")
     try:
-        await engine.start(str(tmp_path / "sentinel.conf"))
-        one = Connected(engine.url)
+        await broker.start(str(tmp_path / "sentinel.conf"))
+        one = Connected(broker.url)
         with pytest.raises(PachinkoError, match="Sentinel: give the address of the primary"):
             await one.backplane.start(one.deliver, one.lost.append)
         await one.backplane.stop()
     finally:
-        engine.kill()
-        engine.folder.cleanup()
+        broker.kill()
+        broker.folder.cleanup()
 
 
 async def test_a_cluster_node_counts_its_own_only() -> None:
     """So that nobody waits for less than there is."""
-    async with running("redis", "--cluster-enabled", "yes") as engine:
-        reader, writer = await asyncio.open_connection("127.0.0.1", engine.port)
+    async with running("redis", "--cluster-enabled", "yes") as broker:
+        reader, writer = await asyncio.open_connection("127.0.0.1", broker.port)
         writer.write(b"CLUSTER ADDSLOTSRANGE 0 16383\r\n")
         assert await asyncio.wait_for(reader.readline(), PATIENCE) == b"+OK\r\n"
         writer.close()
-        async with Connected(engine.url) as one:
+        async with Connected(broker.url) as one:
             await one.backplane.subscribe("n.g.a")
             assert await one.backplane.publish("n.g.a", b"x") is None
             await until(lambda: one.messages)
@@ -543,8 +566,8 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 async def test_tls_to_nats(certificate: tuple[Path, Path]) -> None:
     """``tls://`` with the authority's file; without it, the server is not trusted."""
     cert, key = map(str, certificate)
-    async with running("nats", "--tls", "--tlscert", cert, "--tlskey", key) as engine:
-        where = f"127.0.0.1:{engine.port}"
+    async with running("nats", "--tls", "--tlscert", cert, "--tlskey", key) as broker:
+        where = f"127.0.0.1:{broker.port}"
         async with Connected(f"tls://{where}?ca={cert}") as one:
             await one.backplane.subscribe("n.g.a")
             await one.backplane.publish("n.g.a", b"x")
@@ -582,11 +605,13 @@ async def test_nats_with_a_first_server_that_swallows_packets() -> None:
     """The second has its part of the time."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        async with running("nats") as engine:
-            url = f"nats://127.0.0.1:{port},127.0.0.1:{engine.port}"
+        async with running("nats") as broker:
+            url = f"nats://127.0.0.1:{port},127.0.0.1:{broker.port}"
             for _ in range(4):  # nats-py shuffles them
                 async with contextlib.AsyncExitStack() as stack:
-                    async with asyncio.timeout(pachinko._CONNECT):  # the link waits no longer
+                    async with asyncio.timeout(
+                        pachinko_cluster._CONNECT
+                    ):  # the link waits no longer
                         one = await stack.enter_async_context(Connected(url))
                     await one.backplane.subscribe("n.g.a")
 
@@ -594,18 +619,18 @@ async def test_nats_with_a_first_server_that_swallows_packets() -> None:
 @pytest.mark.parametrize("options", ["decode_responses=true", "protocol=3", "encoding=utf-16"])
 async def test_options_of_redis_that_would_break_it_do_not_count(options: str) -> None:
     """A URL may be shared with other programs."""
-    async with running("redis") as engine, Connected(f"{engine.url}?{options}") as one:
+    async with running("redis") as broker, Connected(f"{broker.url}?{options}") as one:
         await one.backplane.subscribe("n.g.a")
         await one.backplane.publish("n.g.a", b"x")
         await until(lambda: one.messages == [("n.g.a", b"x")])
 
 
-async def test_a_cancelled_call_ends_at_once(engine: EngineProcess) -> None:
-    """Also when the engine takes nothing and the socket is full; and nothing is left of it."""
+async def test_a_cancelled_call_ends_at_once(broker: BrokerProcess) -> None:
+    """Also when the broker takes nothing and the socket is full; and nothing is left of it."""
     before = asyncio.all_tasks()
-    one = Connected(engine.url)
+    one = Connected(broker.url)
     await one.backplane.start(one.deliver, one.lost.append)
-    engine.pause()
+    broker.pause()
     tasks = [asyncio.create_task(one.backplane.publish("n.g.a", b"x" * 900_000)) for _ in range(12)]
     await asyncio.sleep(0)  # so that they have begun
     for task in tasks:
@@ -613,7 +638,7 @@ async def test_a_cancelled_call_ends_at_once(engine: EngineProcess) -> None:
     done, pending = await asyncio.wait(tasks, timeout=PATIENCE)
     assert not pending and all(task.cancelled() for task in done)
     await one.backplane.stop()
-    engine.resume()
+    broker.resume()
     await until(lambda: asyncio.all_tasks() <= before)
 
 

@@ -1,4 +1,4 @@
-"""The hub on several processes, here several hubs on one real engine."""
+"""The hub on several processes, here several hubs on one real broker."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 
 import falcon
 import pytest
-from engines import EngineProcess, Kind, environment, running
+from brokers import BrokerKind, BrokerProcess, environment, running
 from support import PATIENCE, Client, Server, connect, new_app, serving, until
 
-import pachinko
-from pachinko import Connection, Hub, Pachinko, PachinkoError, hub, message, subject_of
+import pachinko_cluster
+from pachinko import Connection, Hub, Kind, LocalRelay, Pachinko, PachinkoError, hub, message
+from pachinko_cluster import Cluster, PeerMessage, pack, subject_of
 
 NAMES = ["room:1", "a.b.c", ">", "*", "a *", "new\nline", "", "x" * 10_000, "ä☃", "%2E", "{a}"]
 
@@ -103,13 +104,18 @@ class Own:
             self.everywhere.remove(self)
 
 
+def cluster_of(hub: Hub) -> Cluster:
+    assert isinstance(hub.state.relay, Cluster)
+    return hub.state.relay
+
+
 def text(frame: dict[str, Any]) -> Any:
     return frame["payload"]["text"]
 
 
-async def test_a_group_reaches_over_processes(engine: EngineProcess) -> None:
+async def test_a_group_reaches_over_processes(broker: BrokerProcess) -> None:
     """From either, each member once; `members` and `groups` are those of the process."""
-    async with processes(engine.url) as (one, two), one.client() as a, two.client() as b:
+    async with processes(broker.url) as (one, two), one.client() as a, two.client() as b:
         await one.join(a, "room")
         await two.join(b, "room")
         for n, hub in enumerate((one.hub, two.hub)):
@@ -125,9 +131,9 @@ async def test_a_group_reaches_over_processes(engine: EngineProcess) -> None:
         assert (await b.receive())["type"] == "direct"
 
 
-async def test_a_message_sent_after_join_has_returned_arrives(engine: EngineProcess) -> None:
+async def test_a_message_sent_after_join_has_returned_arrives(broker: BrokerProcess) -> None:
     """On any process, at once, however many groups there are."""
-    async with processes(engine.url) as (one, two), one.client() as client:
+    async with processes(broker.url) as (one, two), one.client() as client:
         for n in range(20):
             await one.join(client, f"room:{n}")
             await two.hub.send(f"room:{n}", Said(str(n)))
@@ -135,10 +141,10 @@ async def test_a_message_sent_after_join_has_returned_arrives(engine: EngineProc
 
 
 async def test_a_reply_comes_after_the_group_message_sent_before_it(
-    engine: EngineProcess,
+    broker: BrokerProcess,
 ) -> None:
     """Promise 1 holds as on one process, also with others that send."""
-    async with processes(engine.url) as (one, two), one.client() as a, two.client() as b:
+    async with processes(broker.url) as (one, two), one.client() as a, two.client() as b:
         await one.join(a, "room")
         await two.join(b, "room")
 
@@ -163,10 +169,10 @@ async def test_a_reply_comes_after_the_group_message_sent_before_it(
         assert own == [x for n in range(25) for x in (f"a{n}", f"a{n}!")]
 
 
-async def test_all_processes_see_one_order(engine: EngineProcess) -> None:
+async def test_all_processes_see_one_order(broker: BrokerProcess) -> None:
     """Of each sender, of several that send at the same time; with one Redis of all of them."""
     async with (
-        processes(engine.url, 3) as started,
+        processes(broker.url, 3) as started,
         started[0].client(group="room") as a,
         started[1].client(group="room") as b,
     ):
@@ -181,14 +187,14 @@ async def test_all_processes_see_one_order(engine: EngineProcess) -> None:
         for k in range(3):
             for log in seen:
                 assert [x for x in log if x[0] == str(k)] == [f"{k}.{n}" for n in range(50)]
-        assert engine.kind == "nats" or seen[0] == seen[1]
+        assert broker.kind == "nats" or seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_names_are_any_text(engine: EngineProcess, name: str) -> None:
+async def test_names_are_any_text(broker: BrokerProcess, name: str) -> None:
     """None of them is interpreted, so that no other group gets what is sent to it."""
     others = [other for other in NAMES if other != name]
-    async with processes(engine.url) as (one, two), one.client() as a, one.client() as b:
+    async with processes(broker.url) as (one, two), one.client() as a, one.client() as b:
         await one.join(a, name)
         for other in others:
             await one.join(b, other)
@@ -199,10 +205,10 @@ async def test_names_are_any_text(engine: EngineProcess, name: str) -> None:
         assert (await a.receive())["type"] == (await b.receive())["type"] == "end"
 
 
-async def test_exclude(engine: EngineProcess) -> None:
+async def test_exclude(broker: BrokerProcess) -> None:
     """A connection, an id or several, of any process; also of a broadcast."""
     async with (
-        processes(engine.url) as (one, two),
+        processes(broker.url) as (one, two),
         one.client(group="room") as a,
         two.client(group="room") as b,
         two.client(group="room") as c,
@@ -238,7 +244,7 @@ async def test_exclude_takes_ids_only(url: str, wrong: Any) -> None:
             await one.hub.send("room", "x", exclude=wrong)
 
 
-async def test_a_group_that_the_engine_does_not_permit(tmp_path: Any) -> None:
+async def test_a_group_that_the_broker_does_not_permit(tmp_path: Any) -> None:
     """A join raises, and does not pretend; a send too; the others go on."""
     config = tmp_path / "nats.conf"
     permissions = '{ allow: "pachinko.>", deny: ["pachinko.g.denied", "pachinko.u.denied"] }'
@@ -246,8 +252,8 @@ async def test_a_group_that_the_engine_does_not_permit(tmp_path: Any) -> None:
         f"authorization {{ users = [{{ user: u, password: p, permissions: "
         f"{{ publish: {permissions}, subscribe: {permissions} }} }}] }}"
     )
-    async with running("nats", "-c", str(config)) as engine:
-        url = engine.url.replace("://", "://u:p@")
+    async with running("nats", "-c", str(config)) as broker:
+        url = broker.url.replace("://", "://u:p@")
         async with processes(url, 1) as (one,), one.client(group="room") as client:
             (conn,) = one.hub.connections
             with pytest.raises(PachinkoError, match="does not permit the subscription"):
@@ -267,22 +273,24 @@ async def test_a_group_that_the_engine_does_not_permit(tmp_path: Any) -> None:
             assert one.hub.stats()["outages"] == 0
 
 
-async def test_broadcast_reaches_all(engine: EngineProcess) -> None:
+async def test_broadcast_reaches_all(broker: BrokerProcess) -> None:
     """Also those in no group."""
-    async with processes(engine.url) as (one, two), one.client() as a, two.client() as b:
+    async with processes(broker.url) as (one, two), one.client() as a, two.client() as b:
         await one.hub.broadcast(Said("all"))
         assert (
             await a.receive() == await b.receive() == {"type": "said", "payload": {"text": "all"}}
         )
 
 
-async def test_send_to_finds_the_process(engine: EngineProcess) -> None:
+async def test_send_to_finds_the_process(broker: BrokerProcess) -> None:
     """By the id; to one that is gone, or to what is no id, nothing happens."""
-    async with processes(engine.url) as (one, two), one.client() as a, two.client() as b:
+    async with processes(broker.url) as (one, two), one.client() as a, two.client() as b:
         (there,), (here,) = two.hub.connections, one.hub.connections
         assert there.id.startswith(two.hub.process) and len(there.id) == 24
         await one.hub.send_to(there.id, "far")
-        await one.hub.send_to(there, "far-too")
+        await one.hub.send_to(there.id, "far-too")
+        with pytest.raises(PachinkoError, match="another hub"):
+            await one.hub.send_to(there, "not-by-the-object")
         await one.hub.send_to(here, "near")
         for nobody in ("", "*", ">", "0" * 24, one.hub.process + "0" * 12, "x.y" * 8):
             await one.hub.send_to(nobody, "nothing")
@@ -293,11 +301,11 @@ async def test_send_to_finds_the_process(engine: EngineProcess) -> None:
         await one.hub.send_to(there.id, "late")
 
 
-async def test_send_to_user_reaches_all_of_a_users_clients(engine: EngineProcess) -> None:
+async def test_send_to_user_reaches_all_of_a_users_clients(broker: BrokerProcess) -> None:
     """From the moment at which each is accepted; names of users are any text, too."""
     user = "a.*>\n ü" + "x" * 300
     async with (
-        processes(engine.url) as (one, two),
+        processes(broker.url) as (one, two),
         one.client(user=user) as a,
         two.client(user=user) as b,
         two.client(user="other") as c,
@@ -309,10 +317,10 @@ async def test_send_to_user_reaches_all_of_a_users_clients(engine: EngineProcess
         assert (await c.receive())["type"] == "end"
 
 
-async def test_close_group(engine: EngineProcess) -> None:
+async def test_close_group(broker: BrokerProcess) -> None:
     """Behind what was sent before; others stay."""
     async with (
-        processes(engine.url) as (one, two),
+        processes(broker.url) as (one, two),
         one.client(group="room") as a,
         two.client(group="room") as b,
         two.client(group="other") as c,
@@ -328,10 +336,10 @@ async def test_close_group(engine: EngineProcess) -> None:
             await one.hub.close_group("room", 5)
 
 
-async def test_presence_of_all_processes(engine: EngineProcess) -> None:
+async def test_presence_of_all_processes(broker: BrokerProcess) -> None:
     """Ids, users and processes; empty for a group without members; also when nobody asks twice."""
     async with (
-        processes(engine.url, 3) as (one, two, three),
+        processes(broker.url, 3) as (one, two, three),
         one.client(group="room", user="ann"),
         two.client(group="room"),
         two.client(group="room", user="bob"),
@@ -350,13 +358,13 @@ async def test_presence_of_all_processes(engine: EngineProcess) -> None:
         assert await three.hub.presence("empty") == []
         several = await asyncio.gather(*(p.hub.presence("room") for p in (one, two, three) * 5))
         assert all({p.id for p in each} == {p.id for p in found} for each in several)
-        assert not any(p.hub._cluster._asks for p in (one, two, three))
+        assert not any(cluster_of(p.hub)._asks for p in (one, two, three))
 
 
-async def test_presence_in_parts(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long answer comes in several messages, as an engine takes no large one."""
-    monkeypatch.setattr(pachinko, "_ANSWER_BYTES", 60)
-    async with processes(engine.url) as (one, two), contextlib.AsyncExitStack() as stack:
+async def test_presence_in_parts(broker: BrokerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long answer comes in several messages, as a broker takes no large one."""
+    monkeypatch.setattr(pachinko_cluster, "_ANSWER_BYTES", 60)
+    async with processes(broker.url) as (one, two), contextlib.AsyncExitStack() as stack:
         for _ in range(7):
             await stack.enter_async_context(one.client(group="room"))
         assert len(await two.hub.presence("room")) == 7
@@ -372,7 +380,7 @@ class Trickle(Own):
         if b'"op":"here"' in data:
             self.parts += 1
             if self.parts == 2:
-                await asyncio.sleep(pachinko._PRESENCE)  # what is tested
+                await asyncio.sleep(pachinko_cluster._PRESENCE)  # what is tested
         return await super().publish(subject, data)
 
 
@@ -380,8 +388,8 @@ async def test_presence_waits_for_an_answer_that_has_begun(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For the rest of it, some seconds more than for an answer."""
-    monkeypatch.setattr(pachinko, "_ANSWER_BYTES", 60)
-    monkeypatch.setattr(pachinko, "_PRESENCE", 1.0)
+    monkeypatch.setattr(pachinko_cluster, "_ANSWER_BYTES", 60)
+    monkeypatch.setattr(pachinko_cluster, "_PRESENCE", 1.0)
     one, two = Process(Trickle()), Process(Own())
     async with serving(one.app) as a, serving(two.app), contextlib.AsyncExitStack() as stack:
         one.url = f"{a.url}/ws"
@@ -393,18 +401,18 @@ async def test_presence_waits_for_an_answer_that_has_begun(
 async def test_presence_is_complete_when_all_have_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where the engine says how many it has asked, nobody waits for more."""
-    monkeypatch.setattr(pachinko, "_PRESENCE", 2 * PATIENCE)
+    """Where the broker says how many it has asked, nobody waits for more."""
+    monkeypatch.setattr(pachinko_cluster, "_PRESENCE", 2 * PATIENCE)
     async with (
-        running("redis") as engine,
-        processes(engine.url) as (one, two),
+        running("redis") as broker,
+        processes(broker.url) as (one, two),
         one.client(group="room"),
         asyncio.timeout(PATIENCE),
     ):
         assert len(await one.hub.presence("room")) == len(await two.hub.presence("room")) == 1
 
 
-async def test_presence_without_an_engine() -> None:
+async def test_presence_without_a_broker() -> None:
     """The same, of the one process."""
     async with processes("memory://", 1) as (one,), one.client(group="room", user="ann"):
         (only,) = await one.hub.presence("room")
@@ -413,11 +421,11 @@ async def test_presence_without_an_engine() -> None:
         assert conn.id.startswith(one.hub.process)
 
 
-async def test_namespaces_are_apart(engine: EngineProcess) -> None:
+async def test_namespaces_are_apart(broker: BrokerProcess) -> None:
     """By argument or in the URL; the argument counts."""
-    url = f"{engine.url}?namespace=two"
+    url = f"{broker.url}?namespace=two"
     async with (
-        processes(engine.url, 1, namespace="one") as (one,),
+        processes(broker.url, 1, namespace="one") as (one,),
         processes(url, 1) as (two,),
         processes(url, 1, namespace="one") as (three,),
         one.client(group="room") as a,
@@ -430,9 +438,9 @@ async def test_namespaces_are_apart(engine: EngineProcess) -> None:
         assert len(await three.hub.presence("room")) == 1
 
 
-async def test_the_environment_names_the_engine(engine: EngineProcess) -> None:
+async def test_the_environment_names_the_broker(broker: BrokerProcess) -> None:
     """For a file that says nothing of it, with one setting."""
-    with environment(PACHINKO_BACKPLANE=engine.url):
+    with environment(PACHINKO_BACKPLANE=broker.url):
         async with processes(None) as (one, two), two.client(group="room") as client:
             await one.hub.send("room", Said("x"))
             assert text(await client.receive()) == "x"
@@ -441,34 +449,34 @@ async def test_the_environment_names_the_engine(engine: EngineProcess) -> None:
     await Hub().send("room", "x")
 
 
-async def test_a_program_without_an_app(engine: EngineProcess) -> None:
+async def test_a_program_without_an_app(broker: BrokerProcess) -> None:
     """`hub.open` connects, sends, asks, and leaves nothing behind."""
     before = asyncio.all_tasks()
-    async with processes(engine.url, 1) as (one,), one.client(group="room") as client:
-        async with hub.open(engine.url) as opened:
+    async with processes(broker.url, 1) as (one,), one.client(group="room") as client:
+        async with hub.open(broker.url) as opened:
             assert opened is hub
             await hub.send("room", Said("cron"))
             assert text(await client.receive()) == "cron"
             assert len(await hub.presence("room")) == 1
             async with hub.open():
                 pass
-            async with hub.open(engine.url):
+            async with hub.open(broker.url):
                 pass
-            with pytest.raises(PachinkoError, match="runs on another engine"):
+            with pytest.raises(PachinkoError, match="runs on another broker"):
                 async with hub.open("memory://"):
                     raise AssertionError
             await hub.send("room", Said("still-open"))
-        assert hub._loop is None and hub._cluster is None
-        with environment(PACHINKO_BACKPLANE=engine.url):
+        assert hub.state.loop is None and isinstance(hub.state.relay, LocalRelay)
+        with environment(PACHINKO_BACKPLANE=broker.url):
             async with hub.open():
                 await hub.broadcast("again")
         assert [(await client.receive())["type"] for _ in "12"] == ["said", "again"]
     await until(lambda: asyncio.all_tasks() <= before)
 
 
-async def test_threads_reach_other_processes(engine: EngineProcess) -> None:
+async def test_threads_reach_other_processes(broker: BrokerProcess) -> None:
     """In the order of their calls, with or without waiting for each."""
-    async with processes(engine.url) as (one, two), two.client(group="room") as client:
+    async with processes(broker.url) as (one, two), two.client(group="room") as client:
 
         def work() -> None:
             for n in range(50):
@@ -496,8 +504,7 @@ async def test_what_a_hub_does_by_itself_ends_with_it() -> None:
             ended.set()
 
     async with one.open(Own()):
-        assert one._cluster is not None
-        one._cluster._start_work(work())
+        cluster_of(one)._start_work(work())
         await asyncio.sleep(0)  # so that it has begun
     await asyncio.wait_for(ended.wait(), PATIENCE)
 
@@ -513,8 +520,8 @@ def test_open_in_one_loop_after_another() -> None:
 
     async def use() -> None:
         async with one.open(Own()):
-            assert one._cluster is not None
-        with pytest.raises(PachinkoError, match="takes the engine"):
+            assert isinstance(one.state.relay, Cluster)
+        with pytest.raises(PachinkoError, match="takes the broker"):
             async with one.open():
                 raise AssertionError
 
@@ -524,23 +531,23 @@ def test_open_in_one_loop_after_another() -> None:
     asyncio.run(contexts[0].__aexit__(None, None, None))
 
 
-async def test_open_says_what_is_wrong(kind: Kind) -> None:
-    """No engine named; one that is not there; the wrong way to name it."""
+async def test_open_says_what_is_wrong(kind: BrokerKind) -> None:
+    """No broker named; one that is not there; the wrong way to name it."""
     with pytest.raises(PachinkoError, match=r"PACHINKO_BACKPLANE"):
         async with hub.open():
             raise AssertionError
     with pytest.raises(PachinkoError, match=rf"{kind}://127\.0\.0\.1:1 cannot be reached"):
         async with hub.open(f"{kind}://127.0.0.1:1"):
             raise AssertionError
-    assert hub._loop is None
+    assert hub.state.loop is None
     async with hub.open("memory://"):
         await hub.send("room", "x")
 
 
-async def test_messages_that_are_held_and_a_refused_handshake(engine: EngineProcess) -> None:
+async def test_messages_that_are_held_and_a_refused_handshake(broker: BrokerProcess) -> None:
     """Group messages from the moment of `join` wait for the handshake; a refused client gets none,
     and is in no group."""
-    async with processes(engine.url) as (one, two):
+    async with processes(broker.url) as (one, two):
 
         @one.ws.connect
         async def history(conn: Connection) -> None:
@@ -561,15 +568,15 @@ async def test_messages_that_are_held_and_a_refused_handshake(engine: EngineProc
 
 
 async def test_a_failed_send_in_a_handler_is_answered(
-    engine: EngineProcess, caplog: pytest.LogCaptureFixture
+    broker: BrokerProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The connection goes on; the log has a line, and no traceback, since it is no bug."""
-    async with processes(engine.url, 1) as (one,), one.client(group="room") as client:
-        engine.kill()
+    async with processes(broker.url, 1) as (one,), one.client(group="room") as client:
+        broker.kill()
         answer = await client.ask("say", {"group": "room", "text": "x"})
         assert answer["payload"]["code"] == "internal_error"
         assert "the handler of 'say' failed: " in caplog.text and "Traceback" not in caplog.text
-        await until(lambda: one.hub.stats()["engine_down"])
+        await until(lambda: one.hub.stats()["broker_down"])
         with pytest.raises(PachinkoError):
             await one.hub.presence("room")
         with pytest.raises(PachinkoError):
@@ -578,29 +585,29 @@ async def test_a_failed_send_in_a_handler_is_answered(
         assert (await client.receive())["type"] == "direct"
         await one.join(client, "other")
         async with one.client(group="room", user="ann") as second:
-            await engine.start()
+            await broker.start()
             gaps = [await client.receive(), await client.receive()]
             assert all(gap["type"] == "gap" for gap in gaps)
             assert {gap["payload"]["group"] for gap in gaps} == {"room", "other"}
             assert await second.receive() == {"type": "gap", "payload": {"group": "room"}}
             await one.hub.send_to_user("ann", "hello")
             assert (await second.receive())["type"] == "hello"
-        assert one.hub.stats()["outages"] == 1 and not one.hub.stats()["engine_down"]
+        assert one.hub.stats()["outages"] == 1 and not one.hub.stats()["broker_down"]
 
 
-async def test_gaps_of_an_outage(kind: Kind) -> None:
+async def test_gaps_of_an_outage(kind: BrokerKind) -> None:
     """One with no group for a client in none; none for who has left; before what comes after."""
     async with (
-        running(kind) as engine,
-        processes(engine.url) as (one, two),
+        running(kind) as broker,
+        processes(broker.url) as (one, two),
         one.client() as alone,
         one.client(group="room") as member,
         one.client(group="room") as left,
     ):
-        await engine.restart()
+        await broker.restart()
         await left.send("leave", "room", id=1)
-        await until(lambda: one.hub.stats()["outages"] and not one.hub.stats()["engine_down"])
-        await until(lambda: not one.hub._cluster._gaps and not two.hub.stats()["engine_down"])
+        await until(lambda: one.hub.stats()["outages"] and not one.hub.stats()["broker_down"])
+        await until(lambda: not cluster_of(one.hub)._gaps and not two.hub.stats()["broker_down"])
         await two.hub.send("room", Said("after"))
         assert await alone.receive() == {"type": "gap", "payload": {"group": None}}
         assert await member.receive() == {"type": "gap", "payload": {"group": "room"}}
@@ -618,9 +625,9 @@ async def test_a_gap_of_one_group_or_user() -> None:
         one.client(group="room") as a,
         one.client(group="other", user="ann") as b,
     ):
-        one.hub._cluster.restored(("g", "room"))
-        one.hub._cluster.restored(("u", "ann"))
-        await until(lambda: not one.hub._cluster._work)
+        cluster_of(one.hub).restored("pachinko.g.room")
+        cluster_of(one.hub).restored("pachinko.u.ann")
+        await until(lambda: not cluster_of(one.hub)._work)
         await one.hub.broadcast("end")
         frames = [[await client.receive(), await client.receive()] for client in (a, b)]
         assert [frame["type"] for both in frames for frame in both] == ["gap", "end"] * 2
@@ -634,44 +641,90 @@ async def test_a_message_that_comes_before_its_groups_gap_waits_for_it() -> None
         one.client(group="room") as client,
         one.client(group="room") as left,
     ):
-        one.hub._cluster._gaps = {
-            group: tuple(members) for group, members in one.hub._registry.groups.items()
-        }
+        cluster = cluster_of(one.hub)
+        cluster.restored(None)
+        (announcing,) = cluster._work
+        announcing.cancel()  # so that the message is first
         await left.ask("leave", "room")
-        post = pachinko.Post(1, "send", "p")
-        await one.hub._cluster.take("g", "room", post, b'{"type":"later","group":"room"}')
+        data = pack(PeerMessage(1, "send", "p"), b'{"type":"later","group":"room"}')
+        await cluster.receive("pachinko.g.room", data)
         assert [(await client.receive())["type"] for _ in "12"] == ["gap", "later"]
         await one.hub.broadcast("end")
         assert (await left.receive())["type"] == "end"
-        assert not one.hub._cluster._gaps
+        assert not cluster_of(one.hub)._gaps
 
 
-async def publish_raw(process: Process, kind: str, name: str, data: bytes) -> None:
-    """As a stranger on the same engine would."""
-    link = process.hub._cluster.link
-    await link._backplane.publish(subject_of("pachinko", kind, name), data)
+async def publish_raw(process: Process, kind: Kind, name: str, data: bytes) -> None:
+    """As a stranger on the same broker would."""
+    subject = subject_of("pachinko", kind, name)
+    await cluster_of(process.hub)._backplane.publish(subject, data)
+
+
+def message_of(process: str, session: int, op: str = "send") -> bytes:
+    """A message to a process, for nobody in it."""
+    return pack(PeerMessage(1, op, process, session, to="nobody"), b'{"type":"x"}')
+
+
+def cluster_subject(process: Process) -> str:
+    return subject_of("pachinko", Kind.CONNECTION, process.hub.process)
+
+
+async def test_a_late_message_does_not_overtake() -> None:
+    """What a process sent in a session before its present one is told there as lost."""
+    async with processes(Own(), 1) as (one,), one.client(group="room") as client:
+        cluster = cluster_of(one.hub)
+
+        async def receive(process: str, session: int, type: str, op: str = "send") -> None:
+            frame = json.dumps({"type": type, "group": "room"}).encode()
+            data = pack(PeerMessage(1, op, process, session), frame)
+            await cluster.receive("pachinko.g.room", data)
+
+        for session, process, is_late in [
+            (1, "p", False), (2, "p", False), (1, "p", True), (2, "p", False), (1, "q", False),
+            (0, one.hub.process, True), (1, one.hub.process, False),
+        ]:  # fmt: skip
+            await receive(process, session, "late" if is_late else "in-time")
+        assert one.hub.stats()["refused"] == 2
+        await receive("p", 9, "beat", "beat")  # as a stranger might
+        await receive("p", 2, "last")
+        frames = [(await client.receive())["type"] for _ in range(6)]
+        assert frames == ["in-time"] * 5 + ["last"]
+
+
+async def test_few_processes_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger may make up as many as it likes."""
+    monkeypatch.setattr(pachinko_cluster, "_MAX_PROCESSES", 10)
+    async with processes(Own(), 1) as (one,):
+        for n in range(50):
+            await cluster_of(one.hub).receive(cluster_subject(one), message_of(f"p{n}", 2))
+        for n in (49, 0):
+            await cluster_of(one.hub).receive(cluster_subject(one), message_of(f"p{n}", 1))
+        assert one.hub.stats()["refused"] == 1
 
 
 async def test_what_is_late_does_not_hide_a_stranger(caplog: pytest.LogCaptureFixture) -> None:
     """What comes after an outage is logged apart from what is none of ours, once each."""
     async with processes(Own(), 1) as (one,):
-        for why in (pachinko.Late("late"), pachinko.Refused("rubbish")) * 2:
-            await one.hub._cluster.refused("g", "room", why)
+        cluster = cluster_of(one.hub)
+        await cluster.receive(cluster_subject(one), message_of("p", 2))
+        for data in (message_of("p", 1), b'{"v":1}') * 2:
+            await cluster.receive(cluster_subject(one), data)
         assert one.hub.stats()["refused"] == 4
     texts = [record.getMessage() for record in caplog.records if "refused" in record.msg]
-    assert [text.rpartition(": ")[2] for text in texts] == ["late", "rubbish"]
+    assert len(texts) == 2 and "has lost the connection" in texts[0] and "not a message" in texts[1]
 
 
 async def test_kinds_of_refused_messages_are_logged_up_to_a_bound(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A stranger may make up formats without end."""
-    monkeypatch.setattr(pachinko, "_MAX_SUSPECTS", 3)
+    monkeypatch.setattr(pachinko_cluster, "_MAX_SUSPECTS", 3)
     async with processes(Own(), 1) as (one,):
         for format in range(2, 9):
-            await one.hub._cluster.refused("g", "room", pachinko.Refused("later", format))
+            data = json.dumps({"v": format}).encode()
+            await cluster_of(one.hub).receive(cluster_subject(one), data)
         assert one.hub.stats()["refused"] == 7
-    assert caplog.text.count("refused a message from the engine") == 3
+    assert caplog.text.count("refused a message from the broker") == 3
 
 
 class Unhurried(Own):
@@ -702,11 +755,11 @@ async def test_who_is_let_in_can_be_reached_as_a_user() -> None:
 
 
 async def test_a_stranger_on_our_subjects(
-    engine: EngineProcess, caplog: pytest.LogCaptureFixture
+    broker: BrokerProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Is refused, counted, and logged once."""
     async with (
-        processes(engine.url) as (one, two),
+        processes(broker.url) as (one, two),
         one.client(group="room", user="ann") as client,
     ):
         head = {"v": 1, "op": "send", "from": "stranger", "session": 1}
@@ -721,32 +774,32 @@ async def test_a_stranger_on_our_subjects(
             json.dumps({**head, "op": "no such"}).encode(),
         ]
         for data in wrong:
-            await publish_raw(two, "g", "room", data)
-        await publish_raw(two, "u", "ann", json.dumps({**head, "op": "who"}).encode())
-        await publish_raw(two, "a", "all", json.dumps({**head, "op": "close"}).encode())
-        await publish_raw(two, "p", one.hub.process, good + b'{"type":"x"}')
+            await publish_raw(two, Kind.GROUP, "room", data)
+        await publish_raw(two, Kind.USER, "ann", json.dumps({**head, "op": "who"}).encode())
+        await publish_raw(two, Kind.EVERYBODY, "all", json.dumps({**head, "op": "close"}).encode())
+        await publish_raw(two, Kind.CONNECTION, one.hub.process, good + b'{"type":"x"}')
         answer = {**head, "op": "here", "ask": 999, "members": [["id", None]]}
-        await publish_raw(two, "p", one.hub.process, json.dumps(answer).encode())
+        await publish_raw(two, Kind.CONNECTION, one.hub.process, json.dumps(answer).encode())
         await two.hub.send("room", Said("ours"))
         assert text(await client.receive()) == "ours"
         await until(lambda: one.hub.stats()["refused"] == len(wrong) + 2)
         assert one.hub.stats()["connections"] == 1
-    assert caplog.text.count("refused a message from the engine") == 2  # one a process
+    assert caplog.text.count("refused a message from the broker") == 2  # one a process
 
 
-async def test_another_version_of_the_format(engine: EngineProcess) -> None:
+async def test_another_version_of_the_format(broker: BrokerProcess) -> None:
     """A gap for what is not understood, one for a run of them."""
     async with (
-        processes(engine.url) as (one, two),
+        processes(broker.url) as (one, two),
         one.client(group="room", user="ann") as client,
     ):
         newer = b'{"v":2,"op":"send","from":"newer"}\n{"type":"x","group":"room"}'
         for _ in range(2):
             for _ in range(3):
-                await publish_raw(two, "g", "room", newer)
+                await publish_raw(two, Kind.GROUP, "room", newer)
             await two.hub.send("room", Said("ours"))
-        await publish_raw(two, "u", "ann", newer)
-        await publish_raw(two, "p", one.hub.process, newer)
+        await publish_raw(two, Kind.USER, "ann", newer)
+        await publish_raw(two, Kind.CONNECTION, one.hub.process, newer)
         frames = [await client.receive() for _ in range(5)]
         assert [frame["type"] for frame in frames] == ["gap", "said", "gap", "said", "gap"]
         assert [f["payload"]["group"] for f in frames if f["type"] == "gap"] == [
@@ -757,11 +810,11 @@ async def test_another_version_of_the_format(engine: EngineProcess) -> None:
         await until(lambda: one.hub.stats()["refused"] == 8)
 
 
-async def test_a_message_that_is_too_large_for_the_engine() -> None:
+async def test_a_message_that_is_too_large_for_the_broker() -> None:
     """NATS has a limit; the error names it, and the next message goes through."""
     async with (
-        running("nats") as engine,
-        processes(engine.url, 1) as (one,),
+        running("nats") as broker,
+        processes(broker.url, 1) as (one,),
         one.client(group="room") as client,
     ):
         with pytest.raises(PachinkoError, match="max_payload"):
@@ -770,44 +823,44 @@ async def test_a_message_that_is_too_large_for_the_engine() -> None:
         assert text(await client.receive()) == "x"
 
 
-async def test_an_app_starts_without_its_engine(
-    kind: Kind, caplog: pytest.LogCaptureFixture
+async def test_an_app_starts_without_its_broker(
+    kind: BrokerKind, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It serves, says why, and is connected once the engine is there."""
-    engine = EngineProcess(kind)
+    """It serves, says why, and is connected once the broker is there."""
+    broker = BrokerProcess(kind)
     try:
         async with (
-            processes(engine.url) as (one, two),
+            processes(broker.url) as (one, two),
             one.client(group="room", user="ann") as a,
             two.client(group="room") as b,
         ):
-            assert f"{engine.url} cannot be reached" in caplog.text
+            assert f"{broker.url} cannot be reached" in caplog.text
             with pytest.raises(PachinkoError, match="cannot be reached"):
                 await one.hub.send("room", "x")
-            await engine.start()
+            await broker.start()
             for client in (a, b):
                 assert await client.receive() == {"type": "gap", "payload": {"group": "room"}}
             await one.hub.send("room", Said("x"))
             assert text(await a.receive()) == text(await b.receive()) == "x"
     finally:
-        engine.kill()
-        engine.folder.cleanup()
+        broker.kill()
+        broker.folder.cleanup()
 
 
 async def test_without_a_lifespan_it_starts_with_the_first_connection(
-    engine: EngineProcess,
+    broker: BrokerProcess,
 ) -> None:
     """Whose join waits for that."""
-    two = Process(engine.url)
+    two = Process(broker.url)
     async with (
-        processes(engine.url, 1) as (one,),
+        processes(broker.url, 1) as (one,),
         serving(two.app, lifespan="off") as server,
     ):
         two.url = f"{server.url}/ws"
         async with two.client(group="room") as client:
             await one.hub.send("room", Said("x"))
             assert text(await client.receive()) == "x"
-        await two.hub._stop(two.ws)
+        await two.hub.state.stop(two.ws)
 
 
 @pytest.mark.parametrize(
@@ -818,7 +871,7 @@ async def test_a_wrong_setting_keeps_the_app_from_starting(url: str, text: str) 
     ws = Pachinko(new_app(), "/ws", hub=Hub())
     with environment(PACHINKO_BACKPLANE=url), pytest.raises(PachinkoError, match=text):
         await ws.process_startup({}, {})
-    assert ws._hub._loop is None
+    assert ws._hub.state.loop is None
 
 
 async def test_a_backplane_of_ones_own() -> None:
@@ -835,15 +888,15 @@ async def test_a_backplane_of_ones_own() -> None:
 
 async def test_many_gaps_let_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """After an outage each member of each group gets one."""
-    monkeypatch.setattr(pachinko, "_TURN", 2)
+    monkeypatch.setattr(pachinko_cluster, "_GAPS_A_TURN", 2)
     async with processes(Own(), 1) as (one,), one.client() as client:
         for n in range(7):
             await one.join(client, f"room:{n}")
-        one.hub._cluster.restored()
+        cluster_of(one.hub).restored(None)
         for n in range(7):
             gap = await client.receive()
             assert gap == {"type": "gap", "payload": {"group": f"room:{n}"}}
-        assert not one.hub._cluster._gaps
+        assert not cluster_of(one.hub)._gaps
 
 
 @pytest.mark.parametrize("given", [5, object(), Own, b"nats://host"])
@@ -853,26 +906,14 @@ def test_what_is_no_backplane_is_refused(given: Any) -> None:
         Hub().configure(given)
 
 
-async def test_configure_sets_all_and_comes_first() -> None:
-    """What is left out has its default; once the hub runs it is too late."""
-    one = Hub()
-    one.configure("memory://", namespace="x")
-    assert one._namespace == "x"
-    one.configure()
-    assert one._namespace is None and one._backplane is None
-    async with one.open("memory://"):
-        with pytest.raises(PachinkoError, match="before the app starts"):
-            one.configure("memory://")
-
-
 async def test_credentials_are_in_no_log_and_no_error(
-    kind: Kind, caplog: pytest.LogCaptureFixture
+    kind: BrokerKind, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A wrong password: everything goes on without the engine, and says why."""
+    """A wrong password: everything goes on without the broker, and says why."""
     caplog.set_level(logging.DEBUG)
     secret = ("--user", "u", "--pass", "right") if kind == "nats" else ("--requirepass", "right")
-    async with running(kind, *secret) as engine:
-        url = f"{kind}://u:wr0ng-s3cret@127.0.0.1:{engine.port}"
+    async with running(kind, *secret) as broker:
+        url = f"{kind}://u:wr0ng-s3cret@127.0.0.1:{broker.port}"
         async with processes(url, 1) as (one,), one.client(group="room") as client:
             with pytest.raises(PachinkoError, match=r"(?i)authori[sz]ation|password") as caught:
                 await one.hub.send("room", "x")

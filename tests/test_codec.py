@@ -954,16 +954,16 @@ def test_the_hub_of_an_endpoint_brings_the_converter() -> None:
     async def pay(conn: Any, price: Price) -> None: ...
 
     handler = ws._routes.handlers["pay"]
-    assert handler.structure({"amount": "2"}, hub._codec).amount.cents == 200
+    assert handler.structure({"amount": "2"}, hub.state.codec).amount.cents == 200
 
 
 def test_configure_without_a_converter_is_strict_again() -> None:
     """None is the default."""
     hub = Hub()
     hub.configure(converter=with_money())
-    hub.configure()
+    hub.configure(converter=None)
     with pytest.raises(cattrs.StructureHandlerNotFoundError):
-        check(Price, hub._codec)
+        check(Price, hub.state.codec)
 
 
 @pytest.mark.parametrize("converter", ["strict", cattrs.Converter, object(), 5])

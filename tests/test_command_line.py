@@ -1,4 +1,4 @@
-"""The command ``pachinko``, as a program of its own and on real engines."""
+"""The command ``pachinko``, as a program of its own and on real brokers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,14 @@ from collections.abc import Coroutine
 from pathlib import Path
 
 import pytest
-from engines import Kind, free_port, running
+from brokers import BrokerKind, free_port, running
 from support import PATIENCE, connect, new_app, serving, until
 
-import pachinko
-from pachinko import (
-    Connection,
-    Eavesdropper,
-    Hub,
-    Pachinko,
-    Printer,
-    main,
-    open_backplane,
-)
+import pachinko_cluster
+from pachinko import Connection, Hub, Pachinko, __version__
+from pachinko_cluster import Cluster, Eavesdropper, main
 
-COMMAND = (sys.executable, "-c", "import sys, pachinko; sys.exit(pachinko.main())")
+COMMAND = (sys.executable, "-c", "import sys, pachinko_cluster; sys.exit(pachinko_cluster.main())")
 
 
 class Command:
@@ -75,12 +68,12 @@ async def run(*arguments: str, input: str = "", **variables: str) -> tuple[int |
         return await command.end(input)
 
 
-async def test_listen_prints_what_a_member_would_see(kind: Kind) -> None:
+async def test_listen_prints_what_a_member_would_see(kind: BrokerKind) -> None:
     """Messages a line each, with nothing of other groups; a close on the side; a gap."""
     sender = Hub()
-    async with running(kind) as engine, Command("listen", engine.url, "a b.*") as listening:
+    async with running(kind) as broker, Command("listen", broker.url, "a b.*") as listening:
         assert "listening to 'a b.*'" in await listening.said()
-        async with sender.open(engine.url):
+        async with sender.open(broker.url):
             await sender.send("other", "no")
             await sender.broadcast("all")
             assert json.loads(await listening.line()) == {"type": "all"}
@@ -93,10 +86,10 @@ async def test_listen_prints_what_a_member_would_see(kind: Kind) -> None:
             assert await sender.presence("a b.*") == []
             await sender.close_group("a b.*", 4001, "done")
             assert "closed with 4001 done" in await listening.said()
-            await engine.restart()
+            await broker.restart()
             gap = json.loads(await listening.line())
             assert gap == {"type": "gap", "payload": {"group": "a b.*"}}
-            await until(lambda: not sender.stats()["engine_down"])
+            await until(lambda: not sender.stats()["broker_down"])
             await sender.send("a b.*", "after")
             assert json.loads(await listening.line())["type"] == "after"
         assert "is lost" in await listening.said()
@@ -109,11 +102,11 @@ async def test_listen_ends_after_a_number_of_messages() -> None:
     """For scripts."""
     sender = Hub()
     async with (
-        running("nats") as engine,
-        Command("listen", engine.url, "room", "--count", "2") as listening,
+        running("nats") as broker,
+        Command("listen", broker.url, "room", "--count", "2") as listening,
     ):
         await listening.said()
-        async with sender.open(engine.url):
+        async with sender.open(broker.url):
             for n in range(3):
                 await sender.send("room", "n", n)
         status, out, _ = await listening.end()
@@ -125,10 +118,10 @@ async def test_listen_ends_with_whoever_reads_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # else there is nothing to be flushed
     sender = Hub()
     sender.configure(namespace="shop")
-    async with running("nats") as engine, sender.open(engine.url):
+    async with running("nats") as broker, sender.open(broker.url):
         read, write = os.pipe()
         process = await asyncio.create_subprocess_exec(
-            *COMMAND, "listen", engine.url, "room", "--namespace", "shop",
+            *COMMAND, "listen", broker.url, "room", "--namespace", "shop",
             stdout=write, stderr=subprocess.PIPE,
         )  # fmt: skip
         os.close(write)
@@ -140,7 +133,7 @@ async def test_listen_ends_with_whoever_reads_it(monkeypatch: pytest.MonkeyPatch
         assert process.returncode == 0 and err == b""
 
 
-async def test_send_reaches_the_members(kind: Kind) -> None:
+async def test_send_reaches_the_members(kind: BrokerKind) -> None:
     """A payload as an argument, from standard input, or none; with a namespace."""
     hub = Hub()
     app = new_app()
@@ -151,23 +144,23 @@ async def test_send_reaches_the_members(kind: Kind) -> None:
         conn.user = "ada"
         await conn.join("room")
 
-    async with running(kind) as engine:
-        hub.configure(engine.url, namespace="shop")
+    async with running(kind) as broker:
+        hub.configure(broker.url, namespace="shop")
         named = ("--namespace", "shop")
         async with serving(app) as server, connect(f"{server.url}/ws") as client:
             for arguments, input in [((), ""), (('{"a": [1]}',), ""), (("-",), '"from stdin"')]:
                 sent = await run(
                     "send", "-", "room", "x", *arguments, *named,
-                    input=input, PACHINKO_BACKPLANE=engine.url,
+                    input=input, PACHINKO_BACKPLANE=broker.url,
                 )  # fmt: skip
                 assert sent == (0, "", "")
             frames = [await client.receive() for _ in range(3)]
             assert [frame.get("payload") for frame in frames] == [None, {"a": [1]}, "from stdin"]
-            status, out, err = await run("presence", engine.url, "room", *named)
+            status, out, err = await run("presence", broker.url, "room", *named)
             (conn,) = hub.connections
             expected = {"id": conn.id, "user": "ada", "process": hub.process}
             assert (status, err) == (0, "") and json.loads(out) == expected
-            assert await run("presence", engine.url, "room") == (0, "", "")
+            assert await run("presence", broker.url, "room") == (0, "", "")
 
 
 @pytest.mark.parametrize(
@@ -212,15 +205,17 @@ def status_of(*arguments: str) -> object:
 
 async def test_a_message_that_is_none_is_told() -> None:
     """With the hint of `hub.send`."""
-    async with running("nats") as engine:
-        status, _, err = await run("send", engine.url, "room", "hello world")
+    async with running("nats") as broker:
+        status, _, err = await run("send", broker.url, "room", "hello world")
         assert status == 2 and 'write send("text", ' in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
     ("kind", "command"), [("redis", ("send", "x")), ("nats", ("listen",)), ("nats", ("presence",))]
 )
-async def test_an_engine_that_is_not_there_is_told(command: tuple[str, ...], kind: Kind) -> None:
+async def test_a_broker_that_is_not_there_is_told(
+    command: tuple[str, ...], kind: BrokerKind
+) -> None:
     """The status is 1, and the text has no password."""
     url = f"{kind}://user:s3cret@127.0.0.1:{free_port()}"
     status, out, err = await run(command[0], url, "room", *command[1:])
@@ -237,14 +232,14 @@ async def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         example = f"pachinko {command} nats://localhost:4222 room:1"
         assert example in " ".join(capsys.readouterr().out.split())
     assert status_of("--version") == 0
-    assert capsys.readouterr().out == f"pachinko {pachinko.__version__}\n"
+    assert capsys.readouterr().out == f"pachinko {__version__}\n"
 
 
 # In this process, where the coverage is seen
 
 
 async def call(*arguments: str) -> int:
-    """Run `main` with the engine of the environment."""
+    """Run `main` with the broker of the environment."""
     return await asyncio.to_thread(main, [arguments[0], "-", *arguments[1:]])
 
 
@@ -252,8 +247,8 @@ async def test_the_function_behind_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """`main` returns the status."""
-    async with running("redis") as engine:
-        monkeypatch.setenv("PACHINKO_BACKPLANE", engine.url)
+    async with running("redis") as broker:
+        monkeypatch.setenv("PACHINKO_BACKPLANE", broker.url)
         assert await call("send", "room", "x", '{"a":1}') == 0
         assert await call("presence", "room") == 0
         assert await call("send", "room", "x", "{") == 2
@@ -266,7 +261,7 @@ async def test_the_function_behind_it(
         capsys.readouterr()
         await until(lambda: "listening" in capsys.readouterr().err)
         app, hub = new_app(), Hub()
-        hub.configure(engine.url)
+        hub.configure(broker.url)
         ws = Pachinko(app, "/ws", hub=hub)
 
         @ws.connect
@@ -279,7 +274,7 @@ async def test_the_function_behind_it(
             assert await call("presence", "room") == 0
             heard, found = capsys.readouterr().out.splitlines()
         assert json.loads(heard)["type"] == "x" and len(json.loads(found)["process"]) == 12
-        engine.kill()
+        broker.kill()
         assert await call("send", "room", "x") == 1
     capsys.readouterr()
     for url in ("memory://", "rubbish"):
@@ -304,7 +299,7 @@ def test_what_cannot_be_printed(
 
     monkeypatch.setattr(asyncio, "run", fail)
     silenced: list[bool] = []
-    monkeypatch.setattr(pachinko, "_silence_stdout", lambda: silenced.append(True))
+    monkeypatch.setattr(pachinko_cluster, "_silence_stdout", lambda: silenced.append(True))
     assert main(["presence", "nats://h:1", "room"]) == status
     assert silenced  # since Python would flush once more at its end
     assert ("cannot print: No space left" in capfd.readouterr().err) == (status == 1)
@@ -316,7 +311,7 @@ def test_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with path.open("w") as out:
         monkeypatch.setattr(sys, "stdout", out)
         out.write("x")
-        pachinko._silence_stdout()
+        pachinko_cluster._silence_stdout()
     assert not path.read_text()
 
 
@@ -333,7 +328,7 @@ def test_it_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_what_is_behind_listen(capsys: pytest.CaptureFixture[str]) -> None:
     """It prints messages of the group, broadcasts and gaps, and no more than it was asked for."""
-    sender, printer = Hub(), Printer(7)
+    sender = Hub()
     texts = ["", ""]  # of stdout and stderr
 
     def has_told(text: str) -> bool:
@@ -342,20 +337,19 @@ async def test_what_is_behind_listen(capsys: pytest.CaptureFixture[str]) -> None
 
     app = new_app()
     Pachinko(app, "/ws", hub=sender)
-    async with running("nats") as engine:
-        sender.configure(engine.url)
-        backplane, about, namespace = open_backplane(engine.url, None)
-        assert backplane is not None
+    async with running("nats") as broker:
+        sender.configure(broker.url)
         async with serving(app):
-            listener = Eavesdropper("room", printer, backplane, about, namespace)
-            printing = asyncio.create_task(listener.run())
+            listener = Eavesdropper(broker.url, "pachinko", "room")
+            printing = asyncio.create_task(listener.run(7))
             await until(lambda: has_told("listening"))
             await sender.broadcast("all")
             await sender.send("room", "one")
             await sender.send_to(listener.process + "0" * 12, "nobody")
             assert await sender.presence("room") == []
-            assert sender._cluster is not None
-            raw = sender._cluster.link._backplane
+            relay = sender.state.relay
+            assert isinstance(relay, Cluster)
+            raw = relay._backplane
             for subject in ("pachinko.g.room", "pachinko.a.all"):
                 await raw.publish(subject, b"rubbish")
             for n in range(3):
@@ -364,8 +358,9 @@ async def test_what_is_behind_listen(capsys: pytest.CaptureFixture[str]) -> None
                     await sender.send("room", "between")
             await sender.close_group("room", 4000)
             await until(lambda: has_told("closed with 4000"))
-            await engine.restart()
-            await until(lambda: printer._left == 1 and not sender.stats()["engine_down"])
+            await broker.restart()
+            await until(lambda: has_told("") and texts[0].count("gap") == 3)
+            await until(lambda: not sender.stats()["broker_down"])
             await asyncio.gather(sender.send("room", "two"), sender.send("room", "three"))
             await asyncio.wait_for(printing, PATIENCE)
             await sender.send("room", "four")
@@ -388,10 +383,12 @@ async def test_a_message_that_cannot_be_printed_is_the_last_one(
         printed.append(line)
         raise failure
 
-    monkeypatch.setattr(pachinko, "_print", fail)
-    printer = Printer(None)
-    printer.message("one")
-    printer.message("two")
-    with pytest.raises(type(failure)):
-        await asyncio.wait_for(printer.done(), PATIENCE)
-    assert printed == ["one"]
+    monkeypatch.setattr(pachinko_cluster, "_print", fail)
+    sender = Hub()
+    async with running("nats") as broker, sender.open(broker.url):
+        listening = asyncio.create_task(Eavesdropper(broker.url, "pachinko", "room").run())
+        while not listening.done():  # it is not subscribed at once
+            await sender.send("room", "x")
+        with pytest.raises(type(failure)):
+            listening.result()
+    assert len(printed) == 1

@@ -60,7 +60,7 @@ async def test_a_stalled_client_is_evicted_over_its_bound(
         for _ in range(3):
             await ws._hub.send("all", "n", BIG)
         assert conn.closed
-        await until(lambda: codes and not ws._hub._serving)
+        await until(lambda: codes and not ws._hub.state.serving)
         stats = ws._hub.stats()
     assert codes == [1013]
     assert (stats["evicted"], stats["dropped"], stats["connections"]) == (1, 0, 0)
@@ -165,7 +165,7 @@ async def test_a_client_that_never_reads_its_replies_is_evicted() -> None:
                 await client.send({"type": "big", "id": 1})
 
         asking = asyncio.create_task(ask())
-        await until(lambda: codes and not ws._hub._serving)
+        await until(lambda: codes and not ws._hub.state.serving)
         asking.cancel()
         await asyncio.wait([asking])
         stats = ws._hub.stats()
@@ -233,7 +233,7 @@ async def test_an_eviction_wakes_a_sender_whose_message_the_writer_holds() -> No
         await until(lambda: conn._outbox is not None and conn._outbox.queue)
         for _ in range(3):
             await ws._hub.send("all", "n", BIG)
-        await until(lambda: codes and not ws._hub._serving)
+        await until(lambda: codes and not ws._hub.state.serving)
     assert codes == [1013]
 
 
@@ -269,7 +269,7 @@ async def test_a_writer_cancelled_before_it_began_holds_nobody_up() -> None:
         (conn,) = ws._hub.connections
         conn._close(pachinko.Close(4000))
         conn._gone(1000)
-        await until(lambda: codes and not ws._hub._serving)
+        await until(lambda: codes and not ws._hub.state.serving)
     assert codes == [4000]
 
 
@@ -342,8 +342,8 @@ async def test_closing_a_stalled_client_ends_in_bounded_time() -> None:
     async with serving(ws._app) as server, Stalled(server.url + "/ws"):
         conn = await stall(ws)
         await conn.close(4000)
-        await until(lambda: codes and not ws._hub._serving)
-        assert not ws._hub._registry.connections
+        await until(lambda: codes and not ws._hub.state.serving)
+        assert not ws._hub.state.registry.connections
     assert codes == [4000]
 
 
@@ -396,4 +396,4 @@ async def test_sigterm_ends_with_a_stalled_client_in_the_grace_period() -> None:
     ):
         await stall(ws)
         await server.stop()
-        assert codes == [1012] and not ws._hub._serving
+        assert codes == [1012] and not ws._hub.state.serving

@@ -1152,7 +1152,7 @@ async def test_a_stream_that_closes_the_connection_goes_on_by_itself() -> None:
     async with Session(ws) as client:
         await client.send("quit", id=1)
         assert (await client.closed())[0] == 4003
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
     assert seen == ["went on"]
 
 
@@ -1198,9 +1198,9 @@ def recording(ws: Pachinko) -> list[int | None]:
 
 async def clean(ws: Pachinko, codes: list[int | None], count: int = 1) -> None:
     """Wait until *count* disconnect handlers have run and nothing is left of the connections."""
-    await until(lambda: len(codes) >= count and not ws._hub._serving)
+    await until(lambda: len(codes) >= count and not ws._hub.state.serving)
     assert len(codes) == count
-    assert not ws._hub.connections and not ws._hub.groups and not ws._hub._registry.connections
+    assert not ws._hub.connections and not ws._hub.groups and not ws._hub.state.registry.connections
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 4001])
@@ -1348,7 +1348,7 @@ async def test_a_handler_goes_on_after_its_own_close() -> None:
         async with Session(ws) as client:
             await client.send("quit", wait)
             await client.closed()
-            await until(lambda: not ws._hub._serving)
+            await until(lambda: not ws._hub.state.serving)
     assert seen == ["done", "cancelled"] and codes == [1000, 1000]
 
 
@@ -1479,7 +1479,7 @@ async def test_a_cancellation_during_disconnect_spares_the_other_handlers() -> N
 
     codes = recording(ws)
     async with Session(ws) as client:
-        (task,) = ws._hub._serving
+        (task,) = ws._hub.state.serving
         await client.close()
         await asyncio.wait_for(entered.wait(), PATIENCE)
         task.cancel()

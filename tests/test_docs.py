@@ -114,7 +114,7 @@ def clean_hub() -> Iterator[None]:
     """The pages' apps share the module's hub."""
     hub.configure()
     yield
-    hub._clean()  # also after a test that failed before its app was shut down
+    hub.state.abandon()  # also after a test that failed before its app was shut down
     hub.configure()
 
 
@@ -198,7 +198,7 @@ async def test_the_browser_client_runs(server: Server) -> None:
         lost += "await lost.catch((event) => event.type)"
         assert await paste(lost) == "close"
         await paste(here(log_in, server))
-        await until(lambda: len(hub._registry.users.get("ada", ())) == 2)
+        await until(lambda: len(hub.state.registry.users.get("ada", ())) == 2)
         await browser.close()
     assert errors == []
     assert re.fullmatch(r"\S{24} said hi", lines[0])

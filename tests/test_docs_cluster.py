@@ -16,7 +16,7 @@ from typing import Any
 import falcon
 import falcon.asgi
 import pytest
-from engines import EngineProcess, Kind, running
+from brokers import BrokerKind, BrokerProcess, running
 from support import PATIENCE, Server, connect, serving
 from test_docs import README, ROOT, blocks, clean_hub, load, spans, tables
 
@@ -32,7 +32,7 @@ def test_the_table_of_engines_has_all() -> None:
     """Each scheme, and the extra that it needs."""
     rows = tables(CLUSTER, "URL", "Broker", "Install")
     schemes = {span.split("://")[0] for row in rows for span in spans(row[0])}
-    assert schemes == set(pachinko._BACKPLANES)
+    assert schemes == set(pachinko.SCHEMES)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
@@ -56,7 +56,7 @@ async def test_a_handler_that_answers_when_the_engine_is_away() -> None:
 
 
 @pytest.mark.parametrize(("page", "kind"), [(CLUSTER, "redis"), (README, "nats")])
-async def test_nightly(page: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nightly(page: Path, kind: BrokerKind, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program without an app reaches the members of a group."""
     async with running(kind) as engine, Scene(engine.url) as scene:
         (code,) = (code for code in blocks(page, "python") if "async def nightly" in code)
@@ -95,7 +95,7 @@ class Scene:
         return connect(f"{self.server.url}/ws{falcon.to_query_str({'group': group})}")
 
 
-async def run_command(line: str, engine: EngineProcess) -> asyncio.subprocess.Process:
+async def run_command(line: str, engine: BrokerProcess) -> asyncio.subprocess.Process:
     """Run a line of a shell with the commands of this environment and another engine."""
     folder = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     line = re.sub(r"localhost:\d+", f"127.0.0.1:{engine.port}", line.removeprefix("$ "))

@@ -50,7 +50,7 @@ def registered(function: Any, type: Any = "t", path: str | None = None, **option
 
 async def call(handler: Any, payload: Any = msgspec.UNSET) -> Any:
     """What the function returns for *payload*."""
-    codec = Hub()._codec
+    codec = Hub().state.codec
     value = handler.structure(payload, codec)
     return await handler.call(CONN, value)
 

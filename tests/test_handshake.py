@@ -360,7 +360,7 @@ async def test_a_token_in_the_handshake(options: Any, subprotocol: str | None) -
             assert (await client.ask("whoami"))["payload"] == "ann"
             await door.ws._hub.send_to_user("ann", "mail", {})
             assert (await client.receive())["type"] == "mail"
-        await until(lambda: not door.ws._hub._serving)
+        await until(lambda: not door.ws._hub.state.serving)
     assert door.seen == ["t-ann", ("connect", "ann"), ("disconnect", 1000)]
 
 
@@ -390,9 +390,9 @@ async def test_a_refused_token_closes_with_3401(options: Any) -> None:
     async with serving(door.ws._app) as server:
         async with door.visit(server.url, **options) as client:
             assert await client.closed() == (3401, "authentication failed")
-        await until(lambda: not door.ws._hub._serving)
+        await until(lambda: not door.ws._hub.state.serving)
     assert door.seen == ["bad"]
-    assert not door.ws._hub._registry.connections and not door.ws._hub._registry.users
+    assert not door.ws._hub.state.registry.connections and not door.ws._hub.state.registry.users
 
 
 async def test_the_first_message_may_bring_the_token() -> None:
@@ -410,7 +410,7 @@ async def test_the_first_message_may_bring_the_token() -> None:
             assert len(door.ws._hub.members("all")) == 1
             assert door.ws._hub.stats()["received"] == 2
             assert next(iter(door.ws._hub.connections))._inbox is None
-        await until(lambda: not door.ws._hub._serving)
+        await until(lambda: not door.ws._hub.state.serving)
     assert door.seen == [None, "t-ann", ("connect", "ann"), ("disconnect", 1000)]
 
 
@@ -525,7 +525,7 @@ async def test_a_client_may_leave_before_it_authenticates() -> None:
                 await client.send("whoami")
                 if (left := leave(client)) is not None:
                     await left
-            await until(lambda: not door.ws._hub._serving)
+            await until(lambda: not door.ws._hub.state.serving)
     assert door.seen == [None, None]
 
 
@@ -550,9 +550,9 @@ async def test_a_client_may_leave_while_the_function_is_asked() -> None:
     async with serving(ws._app) as server:
         async with connect(f"{server.url}/ws") as client:
             await authenticate(client)
-            await until(lambda: next(iter(ws._hub._serving.values()))._ahead)
+            await until(lambda: next(iter(ws._hub.state.serving.values()))._ahead)
             client.cut()
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
     assert seen == ["cancelled"]
 
 
@@ -575,10 +575,10 @@ async def test_a_client_may_leave_during_connect_handlers() -> None:
             await authenticate(client)
             await client.send("save")
             await client.close(4000)
-        (conn,) = door.ws._hub._serving.values()
+        (conn,) = door.ws._hub.state.serving.values()
         await until(lambda: conn.closed)
         may_go_on.set()
-        await until(lambda: not door.ws._hub._serving)
+        await until(lambda: not door.ws._hub.state.serving)
     assert door.seen == [
         None, "t-ann", ("connect", "ann"), ("gone", True, 4000), ("saved", True),
         ("disconnect", 4000),
@@ -612,11 +612,11 @@ async def test_a_connect_handler_may_refuse_after_the_first_message(
             with pytest.raises(websockets.exceptions.ConnectionClosed):
                 await client.receive()
             assert (await client.closed())[0] == closed_with
-        await until(lambda: not door.ws._hub._serving)
+        await until(lambda: not door.ws._hub.state.serving)
     assert door.seen == [None, "t-ann", ("connect", "ann")]
     assert (
-        not door.ws._hub._registry.connections
-        and not door.ws._hub._registry.users
+        not door.ws._hub.state.registry.connections
+        and not door.ws._hub.state.registry.users
         and not door.ws._hub.groups
     )
 
@@ -633,7 +633,7 @@ async def test_a_refused_client_that_does_not_answer_leaves_no_task() -> None:
     async with serving(door.ws._app) as server, Stalled(f"{server.url}/ws") as client:
         await client.send({"type": "authenticate", "payload": {"token": "t-ann"}})
         await until(lambda: door.seen[-1] == ("connect", "ann"))
-        await until(lambda: not door.ws._hub._serving)
+        await until(lambda: not door.ws._hub.state.serving)
         await until(lambda: not [t for t in asyncio.all_tasks() if "_read_ahead" in repr(t)])
 
 
@@ -767,11 +767,11 @@ async def test_the_function_cannot_join_a_group(caplog: pytest.LogCaptureFixture
     async with serving(ws._app) as server:
         async with connect(f"{server.url}/ws", **bearer("bad")) as client:
             await client.closed()
-            assert not ws._hub._registry.users
+            assert not ws._hub.state.registry.users
         with pytest.raises(websockets.exceptions.InvalidStatus):
             async with connect(f"{server.url}/ws", **bearer("join")):
                 pass
-    assert not ws._hub.groups and not ws._hub._registry.users
+    assert not ws._hub.groups and not ws._hub.state.registry.users
     assert "nobody joins before it has authenticated; do it in @ws.connect" in caplog.text
 
 
@@ -849,7 +849,7 @@ async def test_a_function_that_cleans_up_holds_up_no_drain() -> None:
         stranger = asyncio.create_task(closed(f"{server.url}/ws"))
         await asyncio.wait_for(cleaning.wait(), PATIENCE)
         draining = asyncio.create_task(ws._hub.drain(0))
-        await until(lambda: all(conn.closed for conn in ws._hub._serving.values()))
+        await until(lambda: all(conn.closed for conn in ws._hub.state.serving.values()))
         may_end.set()
         await draining
         assert await stranger == (1012, "the server restarts")
@@ -875,13 +875,13 @@ async def test_the_user_may_be_changed_while_it_is_being_closed() -> None:
 
     async with serving(ws._app) as server:
         visitor = asyncio.create_task(closed(f"{server.url}/ws"))
-        await until(lambda: ws._hub._serving)
+        await until(lambda: ws._hub.state.serving)
         draining = asyncio.create_task(ws._hub.drain(0))
-        await until(lambda: next(iter(ws._hub._serving.values())).closed)
+        await until(lambda: next(iter(ws._hub.state.serving.values())).closed)
         may_go_on.set()
         await draining
         assert await visitor == (1012, "the server restarts")
-    assert codes == [1012] and not ws._hub._registry.users
+    assert codes == [1012] and not ws._hub.state.registry.users
 
 
 async def test_an_accept_that_takes_its_time_is_not_cancelled() -> None:
@@ -919,7 +919,7 @@ async def test_what_is_read_ahead_of_a_stranger_is_bounded_in_bytes() -> None:
 
     async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
         await authenticate(client)
-        (conn,) = ws._hub._serving.values()
+        (conn,) = ws._hub.state.serving.values()
         for id in range(6):
             await client.send("x", "x" * 400, id=id)
         await until(lambda: conn._ahead is not None and conn._ahead.done())
@@ -984,7 +984,7 @@ async def test_it_expires() -> None:
     async with serving(door.ws._app) as server:
         async with door.visit(server.url, **bearer("t-ann")) as client:
             assert await client.closed() == (3401, "the authentication has expired")
-        await until(lambda: not door.ws._hub._serving)
+        await until(lambda: not door.ws._hub.state.serving)
     assert door.seen[-1] == ("disconnect", 3401)
 
 
@@ -1052,7 +1052,7 @@ async def test_a_later_message_renews_it() -> None:
         assert error["payload"]["code"] == "invalid_payload"
         await authenticate(client, "long")  # without an id: no answer
         assert await client.ask("hello", id=3) == {"type": "hello.reply", "id": 3}
-    await until(lambda: not ws._hub._serving)
+    await until(lambda: not ws._hub.state.serving)
     assert seen == ["a", "long", "long", "hello"]
     assert conn._expiry is None
 
@@ -1096,7 +1096,7 @@ async def test_a_renewal_names_the_same_user(token: str) -> None:
             await client.receive()
             await authenticate(client, token, id=1)
             assert await client.closed() == (3401, "authentication failed")
-        await until(lambda: not door.ws._hub._serving)
+        await until(lambda: not door.ws._hub.state.serving)
     assert door.seen == ["t-ann", ("connect", "ann"), token, ("disconnect", 3401)]
 
 
@@ -1139,7 +1139,7 @@ async def test_an_expiry_is_a_time(at: Any) -> None:
         conn.expires_at = time.time() + 60
         conn.expires_at = None
         assert conn._expiry is None
-    await until(lambda: not ws._hub._serving)
+    await until(lambda: not ws._hub.state.serving)
     conn.expires_at = time.time() - 60  # of one that is over
     assert conn._expiry is None
 

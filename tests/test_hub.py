@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-import contextlib
+import itertools
 import subprocess
 import sys
 import threading
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import cattrs
 import falcon
 import pytest
-import websockets.exceptions
 from support import PATIENCE, connect, new_app, serving, until
 
-import pachinko
-from pachinko import Connection, Hub, Pachinko, PachinkoError, message
+from pachinko import Connection, Counters, Hub, Pachinko, PachinkoError, message
 
 
 @message("said")
@@ -93,7 +91,7 @@ async def test_send_to_finds_a_connection_by_itself_or_its_id() -> None:
         await ws._hub.send_to("unknown", "three")
         assert [(await client.receive())["type"] for _ in range(2)] == ["one", "said"]
         await client.close()
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
         await ws._hub.send_to(conn, "four")
         await ws._hub.join("late", conn)
         await ws._hub.leave("late", conn)
@@ -155,14 +153,32 @@ async def test_names_that_are_no_text_are_type_errors() -> None:
 
 
 async def test_a_connection_belongs_to_one_hub() -> None:
-    """Joining another hub's group is a mistake."""
-    ws = endpoint()
-    async with serving(ws._app) as server, connect(server.url + "/ws/a"):
+    """To give it to another hub is a mistake, whatever the method, and whether it is open."""
+    ws, other = endpoint(), endpoint()
+    async with (
+        serving(ws._app) as server, connect(server.url + "/ws/a") as client,
+        serving(other._app) as elsewhere, connect(elsewhere.url + "/ws/a") as member,
+    ):  # fmt: skip
         (conn,) = ws._hub.connections
-        for method in (Hub().join, Hub().leave):
-            with pytest.raises(PachinkoError, match="another hub"):
-                await method("a", conn)
-        assert conn.id in repr(conn) and "open" in repr(conn)
+        for hub in (Hub(), other._hub):
+            calls: list[Callable[[], Awaitable[None]]] = [
+                lambda hub=hub: hub.join("a", conn),
+                lambda hub=hub: hub.leave("a", conn),
+                lambda hub=hub: hub.send_to(conn, "x"),
+                lambda hub=hub: hub.send("a", "x", exclude=conn),
+                lambda hub=hub: hub.send("a", "x", exclude=["id", conn]),
+                lambda hub=hub: hub.broadcast("x", exclude={conn}),
+            ]
+            for _ in range(2):
+                for call in calls:
+                    with pytest.raises(PachinkoError, match="another hub"):
+                        await call()
+                await client.close()
+                await until(lambda: not ws._hub.state.serving)
+        await other._hub.send("a", "end", exclude=conn.id)  # an id may be of any process
+        assert (await member.receive())["type"] == "end"
+        assert not other._hub.stats()["dropped"]
+        assert conn.id in repr(conn) and "gone" in repr(conn)
 
 
 async def test_sending_without_an_app_reaches_nobody(caplog: pytest.LogCaptureFixture) -> None:
@@ -218,7 +234,7 @@ def test_call_threadsafe_needs_a_running_app() -> None:
 
 
 async def _start(hub: Hub) -> None:
-    hub._start(object())
+    hub.state.start(object())
 
 
 async def test_stats_count_what_happened() -> None:
@@ -245,14 +261,10 @@ async def test_stats_count_what_happened() -> None:
             "outbox_high_water": 0,
             "refused": 0,
             "outages": 0,
-            "engine_down": 0,
+            "broker_down": 0,
             "errors": 2,
             "errors.unknown_type": 2,
         }
-        for n in range(200):
-            ws._hub._count_error(str(n))
-        stats = ws._hub.stats()
-        assert stats["errors"] == 202 and stats["errors.other"] == 101 and len(stats) < 120
 
 
 async def test_the_converter_is_the_hubs_in_and_out() -> None:
@@ -276,8 +288,166 @@ async def test_the_converter_is_the_hubs_in_and_out() -> None:
             hub.configure(converter=cattrs.Converter())
     with pytest.raises(TypeError, match="converter"):
         hub.configure(converter="json")  # type: ignore[arg-type]
-    hub.configure()
+    hub.configure(converter=None)
     assert hub.converter is not converter
+
+
+# Settings
+
+OTHERS: dict[str, Any] = {
+    "url": "memory://",
+    "namespace": "shop",
+    "converter": cattrs.Converter(),
+}
+
+
+def settings_of(hub: Hub) -> dict[str, Any]:
+    """What an application sees of them, or a process of its namespace."""
+    settings = hub.state.settings
+    converter = settings.codec.converter
+    return {"url": settings.url, "namespace": settings.namespace, "converter": converter}
+
+
+@pytest.mark.parametrize("names", list(itertools.permutations(OTHERS, 3)))
+def test_each_configure_changes_only_what_it_names(names: tuple[str, ...]) -> None:
+    """In any order; None brings the default back, again of that one alone."""
+    hub = Hub()
+    expected = settings_of(hub)
+    for name in names:
+        hub.configure(**{name: OTHERS[name]})
+        expected[name] = OTHERS[name]
+        assert settings_of(hub) == expected
+        hub.configure()
+        assert settings_of(hub) == expected
+    for name in names:
+        hub.configure(**{name: None})
+        if name == "converter":
+            assert hub.converter is not OTHERS["converter"]
+            expected["converter"] = hub.converter
+        else:
+            expected[name] = None
+        assert settings_of(hub) == expected
+
+
+def test_configure_takes_several_at_once() -> None:
+    """Any combination; the URL also by its place."""
+    hub = Hub()
+    hub.configure("memory://", namespace="a", converter=OTHERS["converter"])
+    hub.configure(None, namespace="b")
+    assert settings_of(hub) == {
+        "url": None, "namespace": "b", "converter": OTHERS["converter"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"url": "kafka://host"}, PachinkoError),
+        ({"url": 5}, TypeError),
+        ({"url": "memory://", "namespace": "a b"}, PachinkoError),
+        ({"namespace": "x" * 65}, PachinkoError),
+        ({"url": None, "namespace": "b", "converter": "json"}, TypeError),
+        ({"url": "nats://host?odd=1", "converter": None}, PachinkoError),
+    ],
+)
+async def test_a_configure_that_fails_changes_nothing(
+    wrong: dict[str, Any], error: type[Exception]
+) -> None:
+    """None of what it names, right or wrong; and it comes before the start."""
+    hub = Hub()
+    hub.configure("memory://", namespace="a", converter=OTHERS["converter"])
+    before, state = settings_of(hub), hub.state
+    with pytest.raises(error):
+        hub.configure(**wrong)
+    assert settings_of(hub) == before and hub.state is state
+    async with hub.open():
+        with pytest.raises(PachinkoError, match="before the app starts"):
+            hub.configure("memory://")
+    assert settings_of(hub) == before
+
+
+def test_a_missing_companion_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is there and cannot be loaded; once it is there, it is found."""
+    hub = Hub()
+    monkeypatch.setitem(sys.modules, "pachinko_cluster", None)
+    with pytest.raises(PachinkoError, match=r"copy it to where pachinko\.py is.*pip install"):
+        hub.configure("nats://localhost:4222")
+    assert hub.state.settings.url is None
+    monkeypatch.undo()
+    hub.configure("nats://localhost:4222")
+    assert hub.state.settings.url == "nats://localhost:4222"
+
+
+ALONE = """
+import asyncio, sys
+sys.modules["pachinko_cluster"] = None  # as where the file is missing
+from pachinko import Hub, PachinkoError
+
+class Own:
+    async def start(self, deliver, lost): ...
+    async def publish(self, subject, data): ...
+    async def subscribe(self, subject): ...
+    async def unsubscribe(self, subject): ...
+    async def stop(self): ...
+
+def refusal(given):
+    hub = Hub()
+    try:
+        hub.configure(given)
+    except PachinkoError as exc:
+        assert hub.state.settings.url is None
+        return str(exc)
+
+for given in ("nats://host", "tls://host", "redis://host", "rediss://host", Own()):
+    assert "pachinko_cluster.py" in refusal(given), given
+    assert "pip install" in refusal(given)
+assert "known are memory://, nats://" in refusal("natz://host")
+hub = Hub()
+hub.configure("memory://?namespace=shop")
+
+async def main():
+    async with hub.open():
+        await hub.send("room", "x")
+        assert await hub.presence("room") == []
+
+asyncio.run(main())
+"""
+
+
+def test_without_its_companion_it_serves_one_process() -> None:
+    """A broker is refused with what to do; a wrong scheme is told with those that are known."""
+    script = [sys.executable, "-W", "error", "-c", ALONE]
+    assert subprocess.run(script, timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("url", ["memory://", "memory://?namespace=a", "memory://?other=b"])
+def test_memory_needs_no_more(url: str) -> None:
+    """The companion is not even loaded."""
+    code = f"import sys, pachinko; pachinko.hub.configure({url!r}); print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pachinko" in out.stdout.split() and "pachinko_cluster" not in out.stdout.split()
+
+
+# Private owners
+
+
+def test_errors_are_counted_up_to_a_number_of_codes() -> None:
+    """An application may make codes up without end."""
+    counters = Counters()
+    for n in range(200):
+        counters.error(str(n))
+    assert counters.errors["0"] == 1 and counters.errors["other"] == 100
+    assert sum(counters.errors.values()) == 200 and len(counters.errors) == 101
+
+
+def test_counters_add_up() -> None:
+    """What is named grows; the high water mark only rises."""
+    counters = Counters()
+    counters.frames(2, 3)
+    counters.add(dropped=1, evicted=1)
+    for waiting in (1, 5, 2):
+        counters.peak(waiting)
+    assert counters == Counters(2, 3, 1, 1, 5, {})
 
 
 # The limit of groups
@@ -307,330 +477,3 @@ async def test_a_connection_may_be_in_max_groups() -> None:
         assert (await client.ask("join", {"name": "c"}))["type"] == "join.reply"
         (conn,) = ws._hub.connections
         assert conn.groups == {"b", "c"}
-
-
-# Draining
-
-
-def leaving(**options: Any) -> tuple[Pachinko, list[int | None]]:
-    """An endpoint, and the close codes of those whose disconnect handler has ended."""
-    ws, codes = endpoint(**options), list[int | None]()
-
-    @ws.disconnect
-    async def leave(conn: Connection) -> None:
-        await asyncio.sleep(0.01)
-        codes.append(conn.close_code)
-
-    return ws, codes
-
-
-async def refused(url: str) -> int:
-    with pytest.raises(websockets.exceptions.InvalidStatus) as caught:
-        async with connect(url):
-            pass
-    return int(caught.value.response.status_code)
-
-
-@pytest.mark.parametrize("seconds", [0, 0.2])
-async def test_draining_closes_everybody_within_the_time(seconds: float) -> None:
-    """With 1012, one after the other; it ends after the disconnect handlers, and lets nobody in."""
-    ws, codes = leaving()
-    hub = ws._hub
-    async with serving(ws._app) as server, contextlib.AsyncExitStack() as stack:
-        url = server.url + "/ws/a"
-        clients = [await stack.enter_async_context(connect(url)) for _ in range(10)]
-        assert not hub.draining
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
-        await hub.drain(seconds)
-        assert codes == [1012] * 10 and not hub.connections
-        assert loop.time() - begun >= seconds * 0.9
-        assert hub.draining
-        assert await refused(url) == 403
-        for client in clients:
-            assert await client.closed() == (1012, "the server restarts")
-        await hub.drain()  # nobody is left
-    assert not hub.draining
-    async with serving(ws._app) as server, connect(server.url + "/ws/a"):
-        pass  # the same hub serves again
-
-
-async def test_draining_takes_them_in_random_order_one_after_the_other(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Each at its own time, here those that came last first."""
-    monkeypatch.setattr(pachinko.random, "sample", lambda population, k: population[::-1])
-    ws = endpoint()
-    left: list[tuple[str, int]] = []
-
-    @ws.disconnect
-    async def leave(conn: Connection) -> None:
-        left.append((conn.params["group"], sum(not c.closed for c in ws._hub.connections)))
-
-    async with serving(ws._app) as server, contextlib.AsyncExitStack() as stack:
-        for name in "abcd":
-            await stack.enter_async_context(connect(f"{server.url}/ws/{name}"))
-        await ws._hub.drain(1.0)
-    assert [name for name, _ in left] == ["d", "c", "b", "a"]
-    still_open = [number for _, number in left]  # fewer than 3 only where the machine was slow
-    assert still_open == sorted(still_open, reverse=True)
-    assert still_open[0] > 0 and still_open[-1] == 0
-
-
-async def test_draining_does_not_wait_for_the_turn_of_those_that_have_gone() -> None:
-    """Clients that leave by themselves save their share of the time."""
-    ws, codes = leaving()
-    async with serving(ws._app) as server, contextlib.AsyncExitStack() as stack:
-        url = server.url + "/ws/a"
-        clients = [await stack.enter_async_context(connect(url)) for _ in range(100)]
-        draining = asyncio.create_task(ws._hub.drain(100.0))  # a second for each
-        for client in clients:
-            await client.close()
-        await until(draining.done)
-        assert len(codes) == 100 and set(codes) <= {1000, 1012}
-
-
-async def test_draining_includes_those_that_are_not_in_yet() -> None:
-    """Whoever connects is let in and closed; whoever has not authenticated is closed at once."""
-    ws, codes = leaving()
-    may_go_on = asyncio.Event()
-    locked = Pachinko(ws._app, "/locked", hub=ws._hub, auth_timeout=PATIENCE)
-
-    @locked.authenticate
-    async def who(conn: Connection, token: str | None) -> None: ...
-
-    @ws.connect
-    async def load(conn: Connection) -> None:
-        if "slow" in conn.req.params:
-            await may_go_on.wait()
-
-    async def slow(url: str) -> tuple[int | None, str | None]:
-        async with connect(url) as client:
-            return await client.closed()
-
-    async with serving(ws._app) as server, connect(server.url + "/locked") as stranger:
-        connecting = asyncio.create_task(slow(server.url + "/ws/a?slow=1"))
-        await until(lambda: len(ws._hub._serving) == 2)
-        draining = asyncio.create_task(ws._hub.drain(0))
-        assert await stranger.closed() == (1012, "the server restarts")
-        may_go_on.set()
-        assert await connecting == (1012, "the server restarts")
-        await draining
-        assert codes == [1012] and not ws._hub._serving
-
-
-async def test_a_disconnect_handler_that_hangs_is_given_up(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """After the linger and five seconds, here fewer; the log says which task it was."""
-    monkeypatch.setattr(pachinko, "_FAREWELL", 0.05)
-    ws, may_go_on = endpoint(linger=0.0), asyncio.Event()
-
-    @ws.disconnect
-    async def leave(conn: Connection) -> None:
-        await may_go_on.wait()
-
-    async with serving(ws._app) as server, connect(server.url + "/ws/a"):
-        await until(lambda: ws._hub.connections)
-        await ws._hub.drain(0)
-        assert "not waiting any longer for <Task" in caplog.text
-        await ws._hub.drain(0)  # does not wait for it once more
-        assert caplog.text.count("not waiting any longer") == 1 and not ws._hub._serving
-        may_go_on.set()
-
-
-@pytest.mark.parametrize("concurrent", [False, True])
-async def test_a_handler_may_drain(concurrent: bool) -> None:
-    """It does not wait for its own connection."""
-    ws, codes = leaving()
-    done: list[str] = []
-
-    @ws.on("drain", concurrent=concurrent)
-    async def drain(conn: Connection) -> None:
-        await ws._hub.drain(0)
-        done.append("drained")
-
-    async with serving(ws._app) as server:
-        async with connect(server.url + "/ws/a") as client, connect(server.url + "/ws/a"):
-            await client.send("drain")
-            assert (await client.closed())[0] == 1012
-        await until(lambda: not ws._hub._serving)
-    assert done == ["drained"] and codes == [1012, 1012]
-
-
-async def test_a_drain_goes_on_without_the_handler_that_began_it() -> None:
-    """That one is closed as well, and has its *linger*; the others are closed all the same."""
-    ws, codes = leaving(linger=0.0)
-
-    @ws.on("drain")
-    async def drain(conn: Connection) -> None:
-        await ws._hub.drain(0.5)
-
-    async with serving(ws._app) as server, contextlib.AsyncExitStack() as stack:
-        url = server.url + "/ws/a"
-        clients = [await stack.enter_async_context(connect(url)) for _ in range(10)]
-        await clients[0].send("drain")
-        for client in clients:
-            assert (await client.closed())[0] == 1012
-        await until(lambda: not ws._hub._serving)
-    assert codes == [1012] * 10
-
-
-async def test_the_lifespan_closes_those_that_are_not_in_yet() -> None:
-    """A shutdown that comes while clients authenticate or connect waits for neither."""
-    ws, codes = leaving()
-    locked = Pachinko(ws._app, "/locked", hub=ws._hub, auth_timeout=10 * PATIENCE)
-    may_go_on = asyncio.Event()
-
-    @locked.authenticate
-    async def who(conn: Connection, token: str | None) -> None: ...
-
-    @ws.connect
-    async def load(conn: Connection) -> None:
-        await may_go_on.wait()
-
-    async def visit(url: str) -> int | None:
-        async with connect(url) as client:
-            return (await client.closed())[0]
-
-    async with serving(ws._app) as server:
-        visits = [asyncio.create_task(visit(server.url + path)) for path in ("/ws/a", "/locked")]
-        await until(lambda: len(ws._hub._serving) == 2)
-        ending = [asyncio.create_task(each.process_shutdown({}, {})) for each in (ws, locked)]
-        await until(lambda: all(conn.closed for conn in ws._hub._serving.values()))
-        may_go_on.set()
-        assert await asyncio.gather(*visits) == [1012, 1012]
-        await asyncio.gather(*ending)
-    assert codes == [1012]
-
-
-@pytest.mark.parametrize("seconds", [-1, "10", None, float("inf")])
-async def test_draining_takes_seconds(seconds: Any) -> None:
-    """Anything else is a `ValueError`, and nothing is drained."""
-    hub = Hub()
-    with pytest.raises(ValueError, match="seconds is a number, at least 0"):
-        await hub.drain(seconds)
-    assert not hub.draining
-
-
-# Threads, when the hub stops
-
-
-async def test_calls_from_threads_end_with_the_hub() -> None:
-    """What is still in progress when the last app stops fails, and its task is cancelled."""
-    ws, ended = endpoint(), list[str]()
-    futures: list[concurrent.futures.Future[Any]] = []
-
-    async def for_ever() -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ended.append("cancelled")
-
-    async with serving(ws._app):
-        futures.append(ws._hub.call_threadsafe(for_ever))
-        await asyncio.sleep(0)
-        futures.append(
-            ws._hub.call_threadsafe(ws._hub.send, "a", "x")
-        )  # its turn may come too late
-        done = ws._hub.call_threadsafe(ws._hub.stats)
-        await until(done.done)
-        assert done not in ws._hub._calls
-    with pytest.raises(PachinkoError, match="the hub has stopped before it was done"):
-        futures[0].result(0)
-    assert futures[1].done()
-    await until(lambda: ended)
-
-
-async def test_a_thread_may_cancel_its_call() -> None:
-    """Then the task in the loop is cancelled, and its outcome goes nowhere."""
-    ws, begun, ended = endpoint(), asyncio.Event(), list[str]()
-
-    async def slow() -> None:
-        begun.set()
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            ended.append("cancelled")
-
-    async def cancelled() -> None:
-        raise asyncio.CancelledError
-
-    async with serving(ws._app):
-        future = ws._hub.call_threadsafe(slow)
-        await asyncio.wait_for(begun.wait(), PATIENCE)
-        assert future.cancel()
-        await until(lambda: ended)
-        assert not ws._hub._calls
-        stray = ws._hub.call_threadsafe(cancelled)
-        await until(stray.done)
-        assert stray.cancelled()
-        early = ws._hub.call_threadsafe(slow)
-        assert early.cancel()  # before its turn
-        begun.clear()
-        await ws._hub.send("a", "x")
-        await asyncio.sleep(0)
-        assert not begun.is_set()
-        done, _ = concurrent.futures.wait([future, stray, early], timeout=0)
-        assert done == {future, stray, early}
-
-
-async def test_sys_exit_in_a_call_from_a_thread_is_its_error() -> None:
-    """asyncio would end the loop, and with it the server."""
-    ws = endpoint()
-
-    async def leave() -> None:
-        raise SystemExit(3)
-
-    async with serving(ws._app):
-        future = ws._hub.call_threadsafe(leave)
-        await until(future.done)
-        with pytest.raises(RuntimeError, match=r"sys.exit\(\) in a call from a thread"):
-            future.result()
-
-
-FORKS = """
-import asyncio, os, sys
-import falcon.asgi
-from pachinko import Hub, Pachinko, PachinkoError, hub
-
-app = falcon.asgi.App()
-ws = Pachinko(app, "/ws")
-
-
-async def main():
-    await ws.process_startup({}, {})
-    child = os.fork()
-    if child == 0:
-        try:
-            hub.call_threadsafe(hub.send, "a", "x")
-        except PachinkoError as exc:
-            os._exit(0 if "not running" in str(exc) and not hub._serving else 1)
-        os._exit(2)
-    _, status = os.waitpid(child, 0)
-    future = hub.call_threadsafe(hub.stats)
-    while not future.done():
-        await asyncio.sleep(0)
-    assert future.result()["connections"] == 0
-    return os.waitstatus_to_exitcode(status)
-
-
-sys.exit(asyncio.run(main()))
-"""
-
-
-def test_a_forked_process_has_a_clean_hub() -> None:
-    """A call there says that nothing runs, instead of waiting for the parent's loop."""
-    script = [sys.executable, "-W", "error", "-c", FORKS]
-    assert subprocess.run(script, timeout=60, check=False).returncode == 0
-
-
-async def test_what_a_fork_leaves_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loop and connections of each hub are the parent's; a lock that was held is not held."""
-    hub = Hub()
-    monkeypatch.setattr(pachinko, "_hubs", [hub])
-    hub._start(object())
-    hub._lock.acquire()
-    pachinko._forget_parent()
-    assert hub._loop is None and not hub._apps
-    assert hub._lock.acquire(blocking=False)

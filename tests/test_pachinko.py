@@ -300,7 +300,9 @@ async def test_an_http_error_in_connect_goes_through_falcons_error_handlers() ->
         for why in ("own", "plain", "bug"):
             assert await refused(f"{server.url}/ws?why={why}") == 403
         assert (
-            not ws._hub.groups and not ws._hub._registry.connections and not ws._hub._registry.users
+            not ws._hub.groups
+            and not ws._hub.state.registry.connections
+            and not ws._hub.state.registry.users
         )
     assert len(seen) == 1 and isinstance(seen[0][0], falcon.HTTPForbidden) and seen[0][1]
 
@@ -363,7 +365,7 @@ async def test_a_refused_connection_is_over() -> None:
     async with serving(app) as server:
         assert await refused(server.url + "/ws") == 403
         (conn,) = refused_ones
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
         assert conn.closed
         with pytest.raises(falcon.WebSocketDisconnected):
             await conn.send("late", {})
@@ -415,7 +417,7 @@ async def test_a_failed_accept_runs_the_disconnect_handlers(closing: bool) -> No
         writer.transport.abort()
         await until(lambda: not server.uvicorn.server_state.connections)
         gate.set()
-        await until(lambda: codes and not ws._hub._serving)
+        await until(lambda: codes and not ws._hub.state.serving)
     assert codes == [4001 if closing else 1006]
 
 
@@ -653,7 +655,7 @@ async def test_shutdown_closes_what_the_server_has_left_open() -> None:
         assert (await client.closed())[0] == 1012
         assert codes == [1012] and len(ws._hub.connections) == 1
         await other.process_shutdown({}, {})
-        assert ws._hub._loop is None
+        assert ws._hub.state.loop is None
 
 
 async def test_a_responder_cancelled_by_the_server_runs_its_disconnect_handlers() -> None:
@@ -685,7 +687,7 @@ async def test_a_responder_cancelled_by_the_server_runs_its_disconnect_handlers(
         await client.send("handler", id=2)
         await asyncio.wait_for(started.wait(), PATIENCE)
         await server.stop()
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
     assert events == ["left"]
 
 
@@ -700,7 +702,7 @@ async def test_a_responder_cancelled_while_idle_runs_its_disconnect_handlers() -
         codes.append(conn.close_code)
 
     async with serving(app) as server, connect(server.url + "/ws"):
-        (task,) = ws._hub._serving
+        (task,) = ws._hub.state.serving
         task.cancel()
         await until(task.done)
         assert codes == [1006] and task.cancelling()
@@ -722,7 +724,7 @@ def test_the_module_hub_holds_no_loop_before_and_after() -> None:
 
     for _ in range(2):
         asyncio.run(once())
-        assert hub._loop is None and not hub.groups and not hub.connections
+        assert hub.state.loop is None and not hub.groups and not hub.connections
         assert set(hub.stats().values()) == {0}
 
 

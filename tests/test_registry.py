@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pachinko import Connection, Hub, Pachinko
+import pachinko
+from pachinko import Connection, Hub, Kind, LocalRelay, Pachinko
 
 
 class Socket:
@@ -25,10 +27,24 @@ class Socket:
         self.sent.append({"type": "websocket.close", "code": code})
 
 
+class Noting(LocalRelay):
+    """Notes what the registry has told it."""
+
+    def __init__(self) -> None:
+        self.subscriptions: set[tuple[Kind, str]] = set()
+
+    def subscribe(self, kind: Kind, name: str) -> None:
+        assert (kind, name) not in self.subscriptions
+        self.subscriptions.add((kind, name))
+
+    def unsubscribe(self, kind: Kind, name: str) -> None:
+        self.subscriptions.remove((kind, name))
+
+
 class Tables(RuleBasedStateMachine):
     """Random interleavings of connect, join, leave, send, close keep hub and model the same.
 
-    Whoever wants to know is told of the first one in each group and of the last, also for users.
+    The relay is told of the first one in each group and of the last, also for users.
     """
 
     groups = st.sampled_from("abc")
@@ -37,26 +53,18 @@ class Tables(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
-        self.hub = Hub()
-        self.limits = Pachinko(hub=self.hub)._limits
         self.conns: list[Connection] = []
         self.alive: set[Connection] = set()
         self.joined: dict[Connection, set[str]] = {}
         self.expected: dict[Connection, int] = {}
-        self.runner.run(self.start())
-        self.wanted: set[tuple[str, str]] = set()
-        self.hub._registry.want = self.want
-        self.hub._registry.unwant = self.unwant
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pachinko, "LocalRelay", Noting)
+            self.hub = Hub()
+            self.runner.run(self.start())
+        self.limits = Pachinko(hub=self.hub)._limits
 
     async def start(self) -> None:
-        self.hub._start(self)
-
-    def want(self, kind: str, name: str) -> None:
-        assert (kind, name) not in self.wanted
-        self.wanted.add((kind, name))
-
-    def unwant(self, kind: str, name: str) -> None:
-        self.wanted.remove((kind, name))
+        self.hub.state.start(self)
 
     def pick(self, index: int) -> Connection | None:
         return self.conns[index % len(self.conns)] if self.conns else None
@@ -66,7 +74,7 @@ class Tables(RuleBasedStateMachine):
         request: Any = None
         socket: Any = Socket()
         conn = Connection(self.hub, self.limits, request, socket, {})
-        self.hub._registry.add(conn)
+        self.hub.state.registry.add(conn)
         conn.user = user
         conn._opened()
         self.conns.append(conn)
@@ -103,7 +111,7 @@ class Tables(RuleBasedStateMachine):
     def remove(self, index: int) -> None:
         if (conn := self.pick(index)) is not None:
             conn._phase = type(conn._phase).GONE
-            self.hub._remove(conn)
+            self.hub.state.remove(conn)
             self.alive.discard(conn)
             self.joined[conn] = set()
 
@@ -125,8 +133,10 @@ class Tables(RuleBasedStateMachine):
         for name in names:
             assert self.hub.members(name) == {c for c, g in self.joined.items() if name in g}
         users = {conn.user for conn in self.alive if conn.user is not None}
-        assert set(self.hub._registry.users) == users
-        assert self.wanted == {("g", name) for name in names} | {("u", user) for user in users}
+        assert set(self.hub.state.registry.users) == users
+        relay = cast(Noting, self.hub.state.relay)
+        expected = {(Kind.GROUP, name) for name in names} | {(Kind.USER, user) for user in users}
+        assert relay.subscriptions == expected
 
     def teardown(self) -> None:
         self.runner.close()

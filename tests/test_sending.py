@@ -456,7 +456,7 @@ async def test_a_reply_that_fails_ends_its_connection(pause: bool) -> None:
     async with served(ws, wrap) as server, connect(f"{server.url}/bad") as client:
         await client.send("echo", 1)
         await client.closed()
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
         assert [name for name, _ in left] == ["bad"]
 
 
@@ -479,7 +479,7 @@ async def test_a_middlewares_timeout_around_receive_closes_the_connection() -> N
 
     async with serving(app) as server, connect(f"{server.url}/idle") as client:
         await client.closed()
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
     assert len(left) == 1 and failures == []
 
 
@@ -632,7 +632,7 @@ async def member(ws: Pachinko, socket: Any) -> Connection:
     """A connection in the group "all" that nobody reads from."""
     req: Any = None
     conn = Connection(ws._hub, ws._limits, req, socket, {"name": ""})
-    ws._hub._registry.add(conn)
+    ws._hub.state.registry.add(conn)
     conn._opened()
     await conn.join("all")
     return conn
@@ -640,7 +640,9 @@ async def member(ws: Pachinko, socket: Any) -> Connection:
 
 async def written(ws: Pachinko) -> None:
     """Wait until no connection is marked as being written to."""
-    await until(lambda: not any(conn._writing for conn in ws._hub._registry.connections.values()))
+    await until(
+        lambda: not any(conn._writing for conn in ws._hub.state.registry.connections.values())
+    )
 
 
 async def test_who_leaves_during_a_large_send_is_passed_over() -> None:
@@ -820,7 +822,7 @@ async def test_nothing_waits_for_a_client_that_was_evicted_in_a_group_send() -> 
         while not conn.closed:
             await ws._hub.send("all", "n", 1)
             await asyncio.sleep(0)
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
         assert left == [("bad", 1013)]
         await until(lambda: not any(is_ours(task) for task in asyncio.all_tasks()))
 
@@ -849,7 +851,7 @@ async def test_a_reply_waits_at_most_send_timeout(how: str) -> None:
         await until(lambda: conn.closed)
         data = await client.read_all()
         assert data.endswith(b"\x88\x0a\x03\xf5too slow")
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
         assert left == [("slow", 1013)] and ws._hub.stats()["evicted"] == 1
 
 
@@ -860,7 +862,7 @@ async def test_a_client_that_vanishes_while_its_reply_waits_is_noticed(how: str)
     async with served(ws) as server, Stalled(f"{server.url}/slow") as client:
         await waiting(ws, client, how)
         client.socket.close()
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
         assert len(left) == 1
 
 
@@ -880,7 +882,7 @@ async def test_a_backlog_behind_a_reply_that_waited_lingers(how: str) -> None:
         await client.send({"type": "nap"})
         await until(lambda: conn._inbox)
         client.socket.close()
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
         assert len(left) == 1 and began.is_set()
 
 
@@ -905,7 +907,7 @@ async def test_a_close_comes_behind_a_reply_that_waits(end: str, how: str) -> No
             assert data.endswith(struct.pack(">BBH", 0x88, 2, 4001))
         else:
             await stopping
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
         assert left == [("slow", 1012 if stopping else 4001)]
 
 
@@ -916,7 +918,7 @@ async def test_a_close_behind_a_reply_that_waits_is_bounded(how: str) -> None:
     async with served(ws) as server, Stalled(f"{server.url}/slow") as client:
         conn = await waiting(ws, client, how)
         await conn.close(4001)
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
         assert left == [("slow", 4001)]
 
 
@@ -1148,7 +1150,7 @@ async def test_a_reply_waits_for_its_client_although_a_cancellation_is_left() ->
 
     async with served(ws) as server, Stalled(f"{server.url}/slow") as client:
         await waiting(ws, client, "stray")
-        await until(lambda: not ws._hub._serving)
+        await until(lambda: not ws._hub.state.serving)
         assert left == [("slow", 1013)]
 
 

@@ -78,7 +78,7 @@ async def leave(conn: Connection, msg: Groups) -> Spent:
     there, clock = members(), Clock()
     for n in range(msg.first, msg.first + msg.count):
         await hub.leave(f"room:{n}", there[n % len(there)])
-    # The engine hears of it in the background. What comes behind is done when that is.
+    # The broker hears of it in the background. What comes behind is done when that is.
     await hub.join("the end", conn)
     spent = clock.spent()
     await hub.leave("the end", conn)

@@ -24,7 +24,7 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
-from engines import find
+from brokers import find
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
 from test_chat import PATIENCE, chromium, free_port
 from websockets.sync.client import ClientConnection, connect
@@ -37,7 +37,7 @@ RUN = str(EXAMPLES / "cluster" / "run.py")
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """As a user has it: a script finds modules beside it, and no engine is used unless named."""
+    """As a user has it: a script finds modules beside it, and no broker is used unless named."""
     left_out = ("PYTHONSAFEPATH", "PACHINKO_BACKPLANE", "PORTS")
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
@@ -157,7 +157,7 @@ class Cluster(App):
         free = free_ports(3)
         self.nats_port = nats_port or free[0]
         self.ports = ports or free[1:]
-        self.engine = f"nats://127.0.0.1:{self.nats_port}"
+        self.broker = f"nats://127.0.0.1:{self.nats_port}"
         numbers = map(str, self.ports)
         super().__init__(RUN, "--ports", *numbers, "--nats-port", str(self.nats_port))
 
@@ -325,7 +325,7 @@ def test_the_page_is_served_by_each_process(cluster: Cluster) -> None:
             assert response.read() == (EXAMPLES / "cluster" / "page.html").read_bytes()
 
 
-def test_one_process_needs_no_engine(enter: Enter) -> None:
+def test_one_process_needs_no_broker(enter: Enter) -> None:
     """The same file, started without a setting, serves those who are on this process."""
     app = OneProcess()
     with running(app, UVICORN_READY):
@@ -554,7 +554,7 @@ def test_the_page_shows_how_messages_came(cluster: Cluster, open_page: Open) -> 
     expect(log(grace).filter(has_text="Ada waves to you")).to_have_count(1)
 
 
-def test_the_page_shows_an_outage_of_the_engine(own_cluster: Cluster, open_page: Open) -> None:
+def test_the_page_shows_an_outage_of_the_broker(own_cluster: Cluster, open_page: Open) -> None:
     """Both processes are shown to be alone, then the gap, and then a message goes round again."""
     ada, grace = open_page(own_cluster, 0, "Ada"), open_page(own_cluster, 1, "Grace")
     own_cluster.kill("nats")
@@ -606,9 +606,9 @@ def test_the_page_comes_back_to_a_new_process(own_cluster: Cluster, open_page: O
 def test_the_page_has_a_card_for_each_process_it_hears_of(
     cluster: Cluster, open_page: Open, enter: Enter
 ) -> None:
-    """One that is on the same engine, but on no port that the page knows, is shown as well."""
+    """One that is on the same broker, but on no port that the page knows, is shown as well."""
     ada = open_page(cluster, 0, "Ada")
-    third = OneProcess(PACHINKO_BACKPLANE=cluster.engine)
+    third = OneProcess(PACHINKO_BACKPLANE=cluster.broker)
     with running(third, UVICORN_READY):
         edsger = enter(third, 0, "Edsger")
         other = ada.get_by_role("region", name="Another process")
@@ -657,25 +657,25 @@ def test_a_cron_job_reaches_the_members_of_both(cluster: Cluster, enter: Enter, 
     """It says nothing and ends with 0 when its message is on its way."""
     ada, grace = enter(cluster, 0, "Ada"), enter(cluster, 1, "Grace")
     arguments = [example("notify_cron.py"), f"room:{room}", "Backup done"]
-    done = run(*arguments, PACHINKO_BACKPLANE=cluster.engine)
+    done = run(*arguments, PACHINKO_BACKPLANE=cluster.broker)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     for client in (ada, grace):
         assert client.next("notice") == {"text": "Backup done"}
 
 
 def test_a_cron_job_works_with_redis_too(enter: Enter, room: str, tmp_path: Path) -> None:
-    """The engine is a setting, for the app and for the program."""
+    """The broker is a setting, for the app and for the program."""
     port = free_port()
     command = [find("redis"), "--bind", "127.0.0.1", "--save", "", "--port", str(port)]
-    engine = f"redis://127.0.0.1:{port}"
+    broker = f"redis://127.0.0.1:{port}"
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as redis:
         try:
             until(lambda: is_open(port))
-            app = OneProcess(PACHINKO_BACKPLANE=engine)
+            app = OneProcess(PACHINKO_BACKPLANE=broker)
             with running(app, UVICORN_READY):
                 ada = enter(app, 0, "Ada")
                 done = run(
-                    example("notify_cron.py"), f"room:{room}", "By Redis", PACHINKO_BACKPLANE=engine
+                    example("notify_cron.py"), f"room:{room}", "By Redis", PACHINKO_BACKPLANE=broker
                 )
                 assert (done.returncode, done.stderr) == (0, "")
                 assert ada.next("notice") == {"text": "By Redis"}
@@ -684,23 +684,23 @@ def test_a_cron_job_works_with_redis_too(enter: Enter, room: str, tmp_path: Path
 
 
 def test_a_cron_job_fails_clearly() -> None:
-    """Without an engine it ends with 1, with a wrong command line with 2; no password is shown."""
+    """Without a broker it ends with 1, with a wrong command line with 2; no password is shown."""
     arguments = [example("notify_cron.py"), "room:lobby", "Backup done"]
-    engine = f"nats://ada:s3cret@127.0.0.1:{free_port()}"
-    away = run(*arguments, PACHINKO_BACKPLANE=engine)
+    broker = f"nats://ada:s3cret@127.0.0.1:{free_port()}"
+    away = run(*arguments, PACHINKO_BACKPLANE=broker)
     assert (away.returncode, away.stdout) == (1, "")
     assert away.stderr.splitlines()[-1].startswith("notify_cron: nobody was told: nats://127.0.0.1")
     assert "Traceback" not in away.stderr and "s3cret" not in away.stderr
     unset = run(*arguments)
     assert unset.returncode == 1
     assert "PACHINKO_BACKPLANE" in unset.stderr and "Traceback" not in unset.stderr
-    assert run(*arguments[:2], PACHINKO_BACKPLANE=engine).returncode == 2
+    assert run(*arguments[:2], PACHINKO_BACKPLANE=broker).returncode == 2
 
 
 def test_workers_report_their_progress(cluster: Cluster, enter: Enter) -> None:
     """Each user hears of each step of the own job, in order, on whichever process."""
     ada, grace = enter(cluster, 0, "Lovelace"), enter(cluster, 1, "Hopper")
-    done = run(example("notify_queue.py"), "Lovelace", "Hopper", PACHINKO_BACKPLANE=cluster.engine)
+    done = run(example("notify_queue.py"), "Lovelace", "Hopper", PACHINKO_BACKPLANE=cluster.broker)
     assert (done.returncode, done.stderr) == (0, "")
     names = ("Hopper", "Lovelace")
     assert sorted(done.stdout.splitlines()) == [f"the report for {name} is ready" for name in names]
@@ -710,10 +710,10 @@ def test_workers_report_their_progress(cluster: Cluster, enter: Enter) -> None:
         assert client.waiting("progress") == 0
 
 
-def test_workers_work_without_an_engine() -> None:
+def test_workers_work_without_a_broker() -> None:
     """A job is done although nobody could be told of its progress, which is logged."""
-    engine = f"nats://127.0.0.1:{free_port()}"
-    done = run(example("notify_queue.py"), "Ada", PACHINKO_BACKPLANE=engine)
+    broker = f"nats://127.0.0.1:{free_port()}"
+    done = run(example("notify_queue.py"), "Ada", PACHINKO_BACKPLANE=broker)
     assert (done.returncode, done.stdout) == (0, "the report for Ada is ready\n")
     assert done.stderr.count("WARNING:root:Ada was not told: nats://") == 5
     assert "Traceback" not in done.stderr
@@ -725,11 +725,11 @@ def needs(package: str) -> None:
 
 
 def test_a_flask_app_reaches_users(room: str, enter: Enter) -> None:
-    """Started before the engine, and after each of its outages, it needs no restart."""
+    """Started before the broker, and after each of its outages, it needs no restart."""
     needs("flask")
     nats_port, port = free_ports(2)
     arguments = ["--app", example("notify_flask.py"), "run", "--port", str(port)]
-    engine = f"nats://127.0.0.1:{nats_port}"
+    broker = f"nats://127.0.0.1:{nats_port}"
 
     def post(text: str) -> int:
         url = f"http://127.0.0.1:{port}/users/Ada/notices"
@@ -742,7 +742,7 @@ def test_a_flask_app_reaches_users(room: str, enter: Enter) -> None:
         assert body == {"sent": True} if status == 200 else "nats" not in body["error"]
         return status
 
-    flask = Program("-m", "flask", *arguments, PACHINKO_BACKPLANE=engine)
+    flask = Program("-m", "flask", *arguments, PACHINKO_BACKPLANE=broker)
     with running(flask, "Running on"):
         assert post("too early") == 503
         cluster = Cluster(nats_port)
@@ -793,7 +793,7 @@ def test_a_hub_in_a_thread_survives_a_fork(
     """Parent and children each have a connection of their own, made when it is first used."""
     forker = enter(cluster, 1, "Forker")
     path = os.pathsep.join([str(EXAMPLES), environment()["PYTHONPATH"]])
-    variables = {"PYTHONPATH": path, "PACHINKO_BACKPLANE": cluster.engine}
+    variables = {"PYTHONPATH": path, "PACHINKO_BACKPLANE": cluster.broker}
     done = run("-W", "error", "-c", FORKS, f"room:{room}", before, **variables)
     assert (done.returncode, done.stderr) == (0, "")
     expected = ["child 1", "child 2", "parent, after", "parent, reopened"]
@@ -823,7 +823,7 @@ def test_a_view_of_django_reaches_users(cluster: Cluster, enter: Enter) -> None:
     needs("django")
     users = [enter(cluster, number, "Django") for number in (0, 1)]
     path = os.pathsep.join([str(EXAMPLES), environment()["PYTHONPATH"]])
-    variables = {"PYTHONPATH": path, "PACHINKO_BACKPLANE": cluster.engine}
+    variables = {"PYTHONPATH": path, "PACHINKO_BACKPLANE": cluster.broker}
     done = run("-c", DJANGO, "Django", **variables)
     assert (done.stdout, done.stderr) == ('200 {"sent": true}\n', "")
     for client in users:

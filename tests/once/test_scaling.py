@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import pachinko
+import pachinko_cluster
 
 TREE = Path(__file__).resolve().parents[2]
 PAGE = TREE / "docs" / "scaling.md"
@@ -32,10 +33,10 @@ def load() -> ModuleType:
 
 scaling: Any = load()
 
-ENGINE = {"delivery_us": 20, "message_us": 50, "engine_us": 5, "restore_s": 1}
+BROKER = {"delivery_us": 20, "message_us": 50, "broker_us": 5, "restore_s": 1}
 COSTS: dict[str, Any] = {
     "machine": "a machine", "python": "CPython 3", "date": "2026-11-27",
-    "engines": {"memory": {"delivery_us": 20}, "nats": ENGINE, "redis": ENGINE},
+    "brokers": {"memory": {"delivery_us": 20}, "nats": BROKER, "redis": BROKER},
     "connection_kib": 25, "deliveries_per_s": 50_000,
 }  # fmt: skip
 ASSUMED = scaling.Assumed()
@@ -94,7 +95,7 @@ def test_waiting(works: list[float], share: float) -> None:
     ("processes", "subscriptions"), [(1, 20_000), (10, 5000), (100, 5000), (400, 2500)]
 )
 def test_recovery(processes: int, subscriptions: int) -> None:
-    """If nobody gives up, the slower of engine and process decides when all are back."""
+    """If nobody gives up, the slower of broker and process decides when all are back."""
     costs = 100.0, 4.0
     found = scaling.recover(random.Random(1), processes, subscriptions, *costs, ASSUMED, down_s=0.0)
     best = scaling.recovery_at_best(processes, subscriptions, *costs)
@@ -103,7 +104,7 @@ def test_recovery(processes: int, subscriptions: int) -> None:
     assert found.median_s <= found.last_s
 
 
-def test_an_engine_that_is_too_slow() -> None:
+def test_a_broker_that_is_too_slow() -> None:
     """Processes that wait too long give up and come again, and it takes longer than it must."""
     many = 9000, 600, 100.0, 4.0
     found = scaling.recover(random.Random(1), *many, ASSUMED, down_s=0.0, patience_s=60)
@@ -151,23 +152,23 @@ def test_what_flows(costs: Any) -> None:
     found = scaling.plan(load, "redis", costs, ASSUMED)
     assert (found.processes, found.copies, found.hosts) == (2, pytest.approx(1), 1)
     beats = 2 * ASSUMED.beats
-    assert found.engine_copies == pytest.approx(10_000 + beats)
-    assert found.engine_in == pytest.approx((10_000 + beats) * 320)
-    assert found.engine_out == pytest.approx(found.host_in) == pytest.approx(found.engine_in)
-    assert found.host_out == pytest.approx(10_000 * 270 + found.engine_in)
+    assert found.broker_copies == pytest.approx(10_000 + beats)
+    assert found.broker_in == pytest.approx((10_000 + beats) * 320)
+    assert found.broker_out == pytest.approx(found.host_in) == pytest.approx(found.broker_in)
+    assert found.host_out == pytest.approx(10_000 * 270 + found.broker_in)
     assert found.of_one == pytest.approx((10_000 + beats) * 5e-6)
     assert found.cores == pytest.approx(10_000 * 70e-6 + beats * 50e-6 + 20_000 / 20 * 100e-6)
 
 
 def test_busy_costs_count_where_they_are_known(tmp_path: Path) -> None:
     """What a message costs among many, and how that divides, is used if it has been measured."""
-    more = {"message_busy_us": 25, "publish_us": 60, "receive_us": 20, "engine_busy_us": 2}
-    engines = {**COSTS["engines"], "nats": ENGINE | more}
+    more = {"message_busy_us": 25, "publish_us": 60, "receive_us": 20, "broker_busy_us": 2}
+    brokers = {**COSTS["brokers"], "nats": BROKER | more}
     path = tmp_path / "cluster.json"
-    path.write_text(json.dumps({**COSTS, "engines": engines}))
-    unit = scaling.read_costs(path).engines["nats"]
+    path.write_text(json.dumps({**COSTS, "brokers": brokers}))
+    unit = scaling.read_costs(path).brokers["nats"]
     assert (unit.publish, unit.receive, unit.copy) == (30, 10, 2)
-    plain = scaling.EngineCosts(**ENGINE)
+    plain = scaling.BrokerCosts(**BROKER)
     assert (plain.publish, plain.receive, plain.copy) == (0, 50, 5)
 
 
@@ -183,14 +184,14 @@ def test_a_limit_is_where_it_begins() -> None:
 
 def test_what_is_assumed_is_so() -> None:
     """Pachinko tries again, and notices, after the times that the model and the page name."""
-    assert ASSUMED.reconnect_s == pachinko._RECONNECT
-    assert ASSUMED.batch_s == pachinko._RESTORE
-    assert pytest.approx(ASSUMED.beats) == 1 / pachinko._BEAT
+    assert ASSUMED.reconnect_s == pachinko_cluster._RECONNECT
+    assert ASSUMED.batch_s == pachinko_cluster._RESTORE
+    assert pytest.approx(ASSUMED.beats) == 1 / pachinko_cluster._BEAT
     text = " ".join(PAGE.read_text(encoding="utf-8").split())
-    assert f"{pachinko._BEAT * pachinko._MISSED:g} seconds of silence" in text
+    assert f"{pachinko_cluster._BEAT * pachinko_cluster._MISSED:g} seconds of silence" in text
     assert "after 0.1, 0.2, 0.5, 1, 2 and then every 5 seconds" in text
-    assert f"once it is {pachinko._ENGINE_WAIT:g} seconds behind" in text
-    assert f"{pachinko._PRESENCE:g} seconds" in text
+    assert f"once it is {pachinko_cluster._BROKER_WAIT:g} seconds behind" in text
+    assert f"{pachinko_cluster._PRESENCE:g} seconds" in text
 
 
 async def test_the_bytes_of_a_post() -> None:
@@ -219,7 +220,7 @@ async def test_the_bytes_of_a_post() -> None:
     frame = b'{"type":"said","payload":{"text":"hi"},"group":"room:1"}'
     assert data.endswith(b"\n" + frame)
     added = len(data) - len(frame)
-    assert added <= ASSUMED.post <= added + 20  # numbers grow
+    assert added <= ASSUMED.head <= added + 20  # numbers grow
 
 
 # The page and the command
@@ -268,17 +269,17 @@ def test_the_command(
     [
         (None, "No such file"),
         ("[", "is no JSON"),
-        ("[]", "engines.memory.delivery_us should be a number above 0, not None"),
-        ({"engines": {}}, "engines.memory.delivery_us should be a number above 0, not None"),
-        ({"engines": 5}, "engines.memory.delivery_us"),
+        ("[]", "brokers.memory.delivery_us should be a number above 0, not None"),
+        ({"brokers": {}}, "brokers.memory.delivery_us should be a number above 0, not None"),
+        ({"brokers": 5}, "brokers.memory.delivery_us"),
         ({"connection_kib": "25"}, "connection_kib should be a number above 0, not '25'"),
         ({"connection_kib": True}, "connection_kib"),
         ({"deliveries_per_s": 0}, "deliveries_per_s should be a number above 0, not 0"),
         ({"deliveries_per_s": math.inf}, "deliveries_per_s"),
         ({"date": 2026}, "date should be a text, not 2026"),
-        ({"nats": {"engine_us": None}}, "engines.nats.engine_us"),
-        ({"redis": {"message_us": -1}}, "engines.redis.message_us"),
-        ({"redis": {"latency_p50_ms": "fast"}}, "engines.redis.latency_p50_ms"),
+        ({"nats": {"broker_us": None}}, "brokers.nats.broker_us"),
+        ({"redis": {"message_us": -1}}, "brokers.redis.message_us"),
+        ({"redis": {"latency_p50_ms": "fast"}}, "brokers.redis.latency_p50_ms"),
         ({"nats": {"message_us": 1e9}}, "no number of processes is enough"),
     ],
 )
@@ -291,8 +292,8 @@ def test_costs_that_are_none(
     elif isinstance(change, str):
         file.write_text(change)
     else:
-        engines = {name: old | change.get(name, {}) for name, old in COSTS["engines"].items()}
-        file.write_text(json.dumps(COSTS | {"engines": engines} | change))
+        brokers = {name: old | change.get(name, {}) for name, old in COSTS["brokers"].items()}
+        file.write_text(json.dumps(COSTS | {"brokers": brokers} | change))
     with pytest.raises(SystemExit) as caught:
         run(capsys, "--costs", file)
     assert caught.value.code == 2

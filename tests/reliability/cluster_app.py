@@ -1,7 +1,7 @@
-"""The app of the tests in test_engines.py; as a program, one more process of their cluster.
+"""The app of the tests in test_brokers.py; as a program, one more process of their cluster.
 
 ``PACHINKO_BACKPLANE=nats://localhost:4222 python cluster_app.py`` prints the port that it has
-found; ``--format 2`` makes it write, and take, posts of another version of Pachinko.
+found; ``--format 2`` makes it write, and take, peer messages of another version of Pachinko.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import falcon.asgi
 import uvicorn
 
-import pachinko
+import pachinko_cluster
 from pachinko import Connection, Hub, MessageError, Pachinko, PachinkoError
 
 
@@ -52,23 +52,23 @@ def cluster_app(hub: Hub) -> falcon.asgi.App[Any, Any]:
         return hub.stats()
 
     @ws.error(PachinkoError)
-    async def engine_is_away(conn: Connection, exc: PachinkoError) -> MessageError:
-        return MessageError("engine_is_away", str(exc))
+    async def broker_is_away(conn: Connection, exc: PachinkoError) -> MessageError:
+        return MessageError("broker_is_away", str(exc))
 
     return app
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--format", type=int, default=pachinko._FORMAT)
+    parser.add_argument("--format", type=int, default=pachinko_cluster._FORMAT)
     parser.add_argument("--loop", choices=["asyncio", "uvloop"], default="asyncio")
     given = parser.parse_args()
-    pachinko._FORMAT = given.format
+    pachinko_cluster._FORMAT = given.format
     listening = socket.create_server(("127.0.0.1", 0))
     app = cluster_app(Hub())
 
     class Announcer:
-        """Says where the app is once its lifespan has begun, which waits for the engine."""
+        """Says where the app is once its lifespan has begun, which waits for the broker."""
 
         async def process_startup(self, scope: Any, event: Any) -> None:
             print(listening.getsockname()[1], flush=True)  # noqa: T201 - for the test

@@ -100,11 +100,11 @@ def endpoint(**options: Any) -> Pachinko:
 def held(hub: Hub) -> list[Any]:
     """What the hub has in its tables."""
     return [
-        hub._serving,
-        hub._registry.connections,
-        hub._registry.groups,
-        hub._registry.users,
-        hub._calls,
+        hub.state.serving,
+        hub.state.registry.connections,
+        hub.state.registry.groups,
+        hub.state.registry.users,
+        hub.state.calls.pending,
     ]
 
 
@@ -489,7 +489,7 @@ async def test_clients_that_never_finish_writing_hold_up_nobody(what: str) -> No
             for _ in range(10):
                 await works(server.url + "/ws")
             await until(lambda: all(each.task is not None and each.task.done() for each in slow))
-            assert len(hub._serving) == (0 if what == "handshake" else 10)
+            assert len(hub.state.serving) == (0 if what == "handshake" else 10)
             await works(server.url + "/ws")
         assert not any(held(hub))
     lives.check()
@@ -601,7 +601,7 @@ async def test_a_client_may_go_between_its_token_and_the_end_of_connect(
             await client.close(4321)
         else:
             client.cut()
-        await until(lambda: all(conn.closed for conn in ws._hub._serving.values()))
+        await until(lambda: all(conn.closed for conn in ws._hub.state.serving.values()))
         may_go_on.set()
         await empty(ws._hub)
         assert len(lives.arrived) == (then == "ends")
@@ -1315,7 +1315,7 @@ async def use(hub: Hub) -> None:
     with pytest.raises(PachinkoError, match="the hub is not running"):
         hub.call_threadsafe(hub.send, "all", "n", 1)
     await asyncio.wait_for(hub.drain(), PATIENCE)
-    assert not any(held(hub)) and hub._loop is None
+    assert not any(held(hub)) and hub.state.loop is None
 
 
 def test_a_hub_without_an_app_reaches_nobody(caplog: pytest.LogCaptureFixture) -> None:
@@ -1411,7 +1411,7 @@ async def test_an_app_may_stop_before_another_one_of_its_hub(
         assert (await client.receive())["payload"] == 1
         assert await asyncio.wrap_future(hub.call_threadsafe(hub.groups.copy)) == {"all"}
     lives[1].check()
-    assert hub._loop is None and not any(held(hub))
+    assert hub.state.loop is None and not any(held(hub))
     assert not bugs(caplog)
 
 
@@ -1539,7 +1539,7 @@ async def fork(conn) -> list[str]:
     if child:
         return [str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))]
     try:
-        assert not (hub.connections or hub.groups or hub._serving or any(hub.stats().values()))
+        assert not (hub.connections or hub.groups or hub.state.serving or any(hub.stats().values()))
         hub.call_threadsafe(hub.send, "all", "said", {})
     except PachinkoError as exc:
         os._exit(7 if "the hub is not running" in str(exc) else 1)

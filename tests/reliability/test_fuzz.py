@@ -2029,7 +2029,10 @@ class Stage:
         """Nothing is left of the connections."""
         hub = app.hub
         assert not (
-            hub._registry.connections or hub._registry.groups or hub._registry.users or hub._serving
+            hub.state.registry.connections
+            or hub.state.registry.groups
+            or hub.state.registry.users
+            or hub.state.serving
         )
         gc.collect(0)
         assert self.uncaught == []

@@ -210,7 +210,7 @@ async def several_processes() -> None:
     own: Backplane = Own()
     hub.configure("nats://localhost:4222", namespace="shop")
     hub.configure(own)
-    hub.configure(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType] - is no engine
+    hub.configure(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType] - is no broker
     async with hub.open("redis://localhost:6379") as opened:
         assert_type(opened, Hub)
         (present,) = await opened.presence("room:1")

@@ -18,11 +18,11 @@ from typing import Literal
 import pytest
 from support import PATIENCE
 
-Kind = Literal["nats", "redis"]
+BrokerKind = Literal["nats", "redis"]
 
 
-def find(kind: Kind) -> str:
-    """The engine's program: NATS of the wheel, Redis of the system or else of a wheel."""
+def find(kind: BrokerKind) -> str:
+    """The broker's program: NATS of the wheel, Redis of the system or else of a wheel."""
     name = f"{kind}-server"
     own = Path(sys.executable).parent
     others = os.pathsep.join(
@@ -35,8 +35,8 @@ def find(kind: Kind) -> str:
     return found
 
 
-def has_tls(kind: Kind) -> bool:
-    """Whether the engine was built with OpenSSL."""
+def has_tls(kind: BrokerKind) -> bool:
+    """Whether the broker was built with OpenSSL."""
     return kind == "nats" or b"libssl" in Path(find(kind)).read_bytes()
 
 
@@ -46,14 +46,14 @@ def free_port() -> int:
         return port
 
 
-class EngineProcess:
+class BrokerProcess:
     """A server of its own on a port that stays the same when it is started again."""
 
-    def __init__(self, kind: Kind, *options: str) -> None:
+    def __init__(self, kind: BrokerKind, *options: str) -> None:
         self.kind, self.options = kind, options
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
-        self.folder = tempfile.TemporaryDirectory(prefix="engine-")
+        self.folder = tempfile.TemporaryDirectory(prefix="broker-")
 
     @property
     def url(self) -> str:
@@ -100,15 +100,15 @@ class EngineProcess:
 
 
 @contextlib.asynccontextmanager
-async def running(kind: Kind, *options: str) -> AsyncIterator[EngineProcess]:
-    """A running server: ``async with running("nats") as engine:``."""
-    engine = EngineProcess(kind, *options)
+async def running(kind: BrokerKind, *options: str) -> AsyncIterator[BrokerProcess]:
+    """A running server: ``async with running("nats") as broker:``."""
+    broker = BrokerProcess(kind, *options)
     try:
-        await engine.start()
-        yield engine
+        await broker.start()
+        yield broker
     finally:
-        engine.kill()
-        engine.folder.cleanup()
+        broker.kill()
+        broker.folder.cleanup()
 
 
 @contextlib.contextmanager
@@ -121,7 +121,7 @@ def environment(**variables: str) -> Iterator[None]:
 
 
 class Proxy:
-    """A network between the app and an engine that can be slow, silent or cut."""
+    """A network between the app and a broker that can be slow, silent or cut."""
 
     def __init__(self, port: int) -> None:
         self.target = port
@@ -146,7 +146,7 @@ class Proxy:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
 
-    def url(self, kind: Kind) -> str:
+    def url(self, kind: BrokerKind) -> str:
         return f"{kind}://127.0.0.1:{self.port}"
 
     def cut(self) -> None:

@@ -1,4 +1,4 @@
-"""Faults of the engine between processes, with real servers that are started and killed here.
+"""Faults of the broker between processes, with real servers that are started and killed here.
 
 Every fault happens to a `Scene`: two processes of an app with members in the same groups, and
 numbered messages from both, before, during and after. `Scene.check` holds what is promised for all
@@ -28,20 +28,20 @@ from typing import Any
 import attrs
 import pytest
 import websockets.exceptions
+from brokers import BrokerKind, BrokerProcess, Proxy
 from cluster_app import cluster_app
-from engines import EngineProcess, Kind, Proxy
 from support import PATIENCE, Client, connect, serving, until
 
-import pachinko
-from pachinko import Hub, PachinkoError
+import pachinko_cluster
+from pachinko import Hub, Kind, PachinkoError
 
 PROMISED = 5.0  # seconds for a send, to succeed or to fail
 RED = "red"
-BLUE = "blue.*.> \N{SNOWMAN}"  # full of what means something to an engine, or to a URL
+BLUE = "blue.*.> \N{SNOWMAN}"  # full of what means something to a broker, or to a URL
 SIDES = ("left", "right")
 LOGGERS = ("pachinko", "asyncio", "nats", "redis", "falcon", "uvicorn")
 EXPECTED_LOG = re.compile(
-    r"; trying again \(|: connected, with \d+ subscriptions|^refused a message from the engine"
+    r"; trying again \(|: connected, with \d+ subscriptions|^refused a message from the broker"
 )
 
 
@@ -194,7 +194,7 @@ class Side:
 class Scene:
     """Two processes of an app, left and right, and what happens to them and their clients."""
 
-    kind: Kind
+    kind: BrokerKind
     stack: contextlib.AsyncExitStack
     sides: dict[str, Side] = attrs.Factory(dict)
     members: list[Member] = attrs.Factory(list)
@@ -306,12 +306,12 @@ class Scene:
     # Faults
 
     async def away(self, *sides: str) -> None:
-        """Wait until the sides have noticed that the engine is."""
+        """Wait until the sides have noticed that the broker is."""
         hubs = [self.sides[side].hub for side in sides or SIDES]
-        await until(lambda: all(hub.stats()["engine_down"] for hub in hubs))
+        await until(lambda: all(hub.stats()["broker_down"] for hub in hubs))
 
     async def back(self) -> None:
-        await until(lambda: not any(hub.stats()["engine_down"] for hub in self.hubs))
+        await until(lambda: not any(hub.stats()["broker_down"] for hub in self.hubs))
 
     @contextlib.asynccontextmanager
     async def fault(
@@ -324,7 +324,7 @@ class Scene:
         """Around a fault, which the body makes and ends: sends before and meanwhile; checks.
 
         *gaps*: of each member and group, or by side; None for those that a test counts. Without
-        *is_connected* the engine is away at first. Without *is_near* it takes so long to answer
+        *is_connected* the broker is away at first. Without *is_near* it takes so long to answer
         that `presence` may not wait for all.
         """
         for member in self.members:
@@ -333,7 +333,7 @@ class Scene:
         self.marks = {member: len(member.log) for member in self.members}
         self.sent.clear()
         await self.burst("before")
-        # An engine that is killed right now may have acknowledged messages that it has not handed
+        # A broker that is killed right now may have acknowledged messages that it has not handed
         # to the other side yet. Those are announced as lost. Behind a round trip of that side's
         # own they have been handed over.
         for side in SIDES:
@@ -366,7 +366,7 @@ class Scene:
         assert not any(hub.stats()["evicted"] or hub.stats()["dropped"] for hub in self.hubs)
 
     def check_sends(self) -> None:
-        """`send` succeeds, or fails with an error that names the engine, within the time."""
+        """`send` succeeds, or fails with an error that names the broker, within the time."""
         for each in self.sent:
             assert each.took <= PROMISED, each
             assert each.acknowledged or each.error is not None
@@ -438,7 +438,7 @@ class Scene:
 
 @contextlib.asynccontextmanager
 async def cluster(left: str, right: str | None = None) -> AsyncIterator[Scene]:
-    """Two processes of an app on the engines of those URLs, each with its cast of clients."""
+    """Two processes of an app on the brokers of those URLs, each with its cast of clients."""
     urls = dict(zip(SIDES, (left, right or left), strict=True))
     kind: Any = left.partition(":")[0]
     async with contextlib.AsyncExitStack() as stack:
@@ -498,16 +498,16 @@ def stop(process: subprocess.Popen[Any] | None) -> None:
     os.waitpid(process.pid, os.WUNTRACED)
 
 
-# The engine is away
+# The broker is away
 
 
-async def test_an_engine_that_is_killed_and_started_again(
-    engine: EngineProcess, caplog: pytest.LogCaptureFixture
+async def test_a_broker_that_is_killed_and_started_again(
+    broker: BrokerProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     """While it is away sends fail, clients come and go; then all is as before, with one gap."""
-    async with cluster(engine.url) as scene:
+    async with cluster(broker.url) as scene:
         async with scene.fault():
-            engine.kill()
+            broker.kill()
             await scene.away()
             await scene.come_and_go()
             failed = await scene.burst("during")
@@ -521,21 +521,21 @@ async def test_an_engine_that_is_killed_and_started_again(
                     await hub.send_to_user("user of left", "lost")
                 with pytest.raises(PachinkoError):
                     await hub.close_group(RED)
-            await engine.start()
+            await broker.start()
         assert [hub.stats()["outages"] for hub in scene.hubs] == [1, 1]
         check_noticed_at_once(caplog)
 
 
-async def test_an_engine_that_is_restarted_at_once(
-    engine: EngineProcess, caplog: pytest.LogCaptureFixture
+async def test_a_broker_that_is_restarted_at_once(
+    broker: BrokerProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     """So that the first attempt to connect again succeeds, or nearly; and that twice."""
-    async with cluster(engine.url) as scene:
+    async with cluster(broker.url) as scene:
         for _ in range(2):
             async with scene.fault():
-                engine.kill()
+                broker.kill()
                 await scene.away()
-                await engine.start()
+                await broker.start()
         assert [hub.stats()["outages"] for hub in scene.hubs] == [2, 2]
         check_noticed_at_once(caplog)
 
@@ -545,87 +545,87 @@ def check_noticed_at_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "no sign of life" not in caplog.text
 
 
-async def test_an_engine_that_is_paused(engine: EngineProcess) -> None:
+async def test_a_broker_that_is_paused(broker: BrokerProcess) -> None:
     """Five seconds without an answer are an outage: whoever waits is told in time."""
-    async with cluster(engine.url) as scene:
+    async with cluster(broker.url) as scene:
         loop = asyncio.get_running_loop()
         async with scene.fault():
-            stop(engine.process)
+            stop(broker.process)
             end = loop.time() + 5
             waiting = asyncio.create_task(scene.burst("during"))
-            await scene.enter("left", RED, BLUE)  # the engine is not known to be away yet
+            await scene.enter("left", RED, BLUE)  # the broker is not known to be away yet
             await scene.away()
             await scene.come_and_go()
             assert all(each.error is not None for each in await waiting)
             await asyncio.sleep(max(0, end - loop.time()))  # the fault itself
-            engine.resume()
+            broker.resume()
 
 
-async def test_an_app_that_stops_while_the_engine_is_paused(engine: EngineProcess) -> None:
-    """It waits for the engine no longer than for a client."""
-    async with cluster(engine.url) as scene:
-        stop(engine.process)
+async def test_an_app_that_stops_while_the_broker_is_paused(broker: BrokerProcess) -> None:
+    """It waits for the broker no longer than for a client."""
+    async with cluster(broker.url) as scene:
+        stop(broker.process)
         waiting = asyncio.create_task(scene.burst("during"))
         await asyncio.sleep(0)  # so that they have begun
     assert all(each.error is not None for each in await waiting)
     scene.check_sends()
 
 
-async def test_an_engine_that_is_paused_shortly(engine: EngineProcess) -> None:
+async def test_a_broker_that_is_paused_shortly(broker: BrokerProcess) -> None:
     """One second without an answer is none: sends take longer, and nothing is lost."""
-    async with cluster(engine.url) as scene, scene.fault(gaps=0):
-        stop(engine.process)
+    async with cluster(broker.url) as scene, scene.fault(gaps=0):
+        stop(broker.process)
         waiting = asyncio.create_task(scene.burst("during"))
         await asyncio.sleep(1)  # the fault itself
-        engine.resume()
+        broker.resume()
         assert all(each.acknowledged for each in await waiting)
 
 
-async def test_an_engine_that_is_started_after_the_app(kind: Kind) -> None:
-    """The app starts all the same; its clients join, and hear of it when the engine is there."""
-    engine = EngineProcess(kind)
+async def test_a_broker_that_is_started_after_the_app(kind: BrokerKind) -> None:
+    """The app starts all the same; its clients join, and hear of it when the broker is there."""
+    broker = BrokerProcess(kind)
     try:
-        async with cluster(engine.url) as scene:
+        async with cluster(broker.url) as scene:
             with pytest.raises(PachinkoError, match=f"^{kind}://127.0.0.1:"):
-                async with Hub().open(engine.url):
+                async with Hub().open(broker.url):
                     pass
             async with scene.fault(is_connected=False):
                 await scene.come_and_go()
-                await engine.start()
+                await broker.start()
             assert [hub.stats()["outages"] for hub in scene.hubs] == [0, 0]
     finally:
-        engine.kill()
-        engine.folder.cleanup()
+        broker.kill()
+        broker.folder.cleanup()
 
 
-async def test_an_engine_that_flaps(engine: EngineProcess) -> None:
+async def test_a_broker_that_flaps(broker: BrokerProcess) -> None:
     """Killed three times in a row, also while processes connect again: a gap an outage at most."""
-    async with cluster(engine.url) as scene:
+    async with cluster(broker.url) as scene:
         async with scene.fault(gaps=None):
             for pause in (0.0, 0.1, 0.3):
-                await engine.restart()
+                await broker.restart()
                 await asyncio.sleep(pause)  # the fault itself
-            engine.kill()
+            broker.kill()
             await scene.away()
-            await engine.start()
+            await broker.start()
         for member in scene.present:
             outages = scene.sides[member.side].hub.stats()["outages"]
             for group in member.stays or (None,):
                 assert 1 <= member.gaps(group) <= outages
 
 
-async def test_a_thousand_groups_are_restored(engine: EngineProcess) -> None:
+async def test_a_thousand_groups_are_restored(broker: BrokerProcess) -> None:
     """One client in as many groups as it may be: it gets a gap in each, and then everything."""
     groups = [f"group {n}" for n in range(1000)]
-    async with cluster(engine.url) as scene:
+    async with cluster(broker.url) as scene:
         crowd = [await scene.enter(side) for side in SIDES]
         await asyncio.gather(*(scene.join(member, *groups) for member in crowd))
         hub = scene.sides["left"].hub
         await asyncio.gather(*(hub.send(group, "first") for group in groups))
         await scene.send("right", RED, "before")  # by now the right has been handed those
-        engine.kill()
+        broker.kill()
         await scene.away()
-        await engine.start()
+        await broker.start()
         await scene.back()
         await asyncio.gather(*(hub.send(group, "last") for group in groups))
         for member in crowd:
@@ -643,25 +643,25 @@ async def test_a_thousand_groups_are_restored(engine: EngineProcess) -> None:
         scene.check_nobody_is_disconnected()
 
 
-async def test_what_a_busy_process_has_not_read_is_not_lost(engine: EngineProcess) -> None:
-    """Acknowledged messages that have come to a process before the engine went reach its members.
+async def test_what_a_busy_process_has_not_read_is_not_lost(broker: BrokerProcess) -> None:
+    """Acknowledged messages that have come to a process before the broker went reach its members.
 
     The process has no time to read them before it has ended, and then reads both at once.
     """
     numbers = list(range(400))  # 70 KB: more than one read of a socket, and less than it holds
-    async with cluster(engine.url) as scene, Program(engine.url) as program:
+    async with cluster(broker.url) as scene, Program(broker.url) as program:
         members = [await meet(scene.stack, program.url, "program", (RED,)) for _ in range(5)]
         hub = scene.sides["left"].hub
         stop(program.process)
         for n in numbers:
             await hub.send(RED, "number", {"sender": "left", "n": n})
         for _ in range(50):
-            await hub.send(BLUE, "trip")  # by then the engine has handed over those before
-        engine.kill()
+            await hub.send(BLUE, "trip")  # by then the broker has handed over those before
+        broker.kill()
         await scene.away("left")
         program.process.send_signal(signal.SIGCONT)
         await members[0].ask("stats")  # it is awake
-        await engine.start()
+        await broker.start()
         for member in members:
             await until(lambda member=member: member.gaps(RED))
             received = [each["payload"].get("n") for each in member.received(RED)]
@@ -671,9 +671,9 @@ async def test_what_a_busy_process_has_not_read_is_not_lost(engine: EngineProces
 # The network between
 
 
-async def test_a_slow_link(kind: Kind, engine: EngineProcess) -> None:
+async def test_a_slow_link(kind: BrokerKind, broker: BrokerProcess) -> None:
     """With 200 ms each way everything works, slowly: joins, sends, their order, restoring."""
-    async with Proxy(engine.port) as near, Proxy(engine.port) as far:
+    async with Proxy(broker.port) as near, Proxy(broker.port) as far:
         near.delay = far.delay = 0.2
         async with cluster(near.url(kind), far.url(kind)) as scene, scene.fault(is_near=False):
             late = await scene.enter("left", BLUE)
@@ -689,9 +689,9 @@ async def test_a_slow_link(kind: Kind, engine: EngineProcess) -> None:
             near.refuses = far.refuses = False
 
 
-async def test_a_link_that_is_cut_in_mid_stream(kind: Kind, engine: EngineProcess) -> None:
+async def test_a_link_that_is_cut_in_mid_stream(kind: BrokerKind, broker: BrokerProcess) -> None:
     """Only the process whose connection it was has an outage; the other misses nothing."""
-    async with Proxy(engine.port) as near, Proxy(engine.port) as far:
+    async with Proxy(broker.port) as near, Proxy(broker.port) as far:
         near.delay = 0.01
         async with cluster(near.url(kind), far.url(kind)) as scene:
             async with scene.fault(gaps={"left": 1, "right": 0}):
@@ -712,11 +712,11 @@ async def test_a_link_that_is_cut_in_mid_stream(kind: Kind, engine: EngineProces
                 near.refuses = False
 
 
-async def test_a_link_that_falls_silent(kind: Kind, engine: EngineProcess) -> None:
+async def test_a_link_that_falls_silent(kind: BrokerKind, broker: BrokerProcess) -> None:
     """Nothing comes, and nothing says so: it is noticed, and given up for new connections."""
     async with (
-        Proxy(engine.port) as near,
-        Proxy(engine.port) as far,
+        Proxy(broker.port) as near,
+        Proxy(broker.port) as far,
         cluster(near.url(kind), far.url(kind)) as scene,
         scene.fault(),
     ):
@@ -728,11 +728,11 @@ async def test_a_link_that_falls_silent(kind: Kind, engine: EngineProcess) -> No
         near.silent = far.silent = False
 
 
-async def test_sends_that_wait_for_the_engine_keep_their_order(
-    kind: Kind, engine: EngineProcess
+async def test_sends_that_wait_for_the_broker_keep_their_order(
+    kind: BrokerKind, broker: BrokerProcess
 ) -> None:
     """What has waited goes out before what is sent in the turn of the loop when it is back."""
-    async with Proxy(engine.port) as proxy, cluster(proxy.url(kind), engine.url) as scene:
+    async with Proxy(broker.port) as proxy, cluster(proxy.url(kind), broker.url) as scene:
         sends: list[asyncio.Task[Sending]] = []
 
         class Back(logging.Handler):
@@ -763,21 +763,21 @@ async def test_sends_that_wait_for_the_engine_keep_their_order(
 # Who else is there
 
 
-def login(kind: Kind, password: str) -> tuple[str, ...]:
+def login(kind: BrokerKind, password: str) -> tuple[str, ...]:
     """Options of a server that asks for *password*."""
     options = ("--user", "app", "--pass") if kind == "nats" else ("--requirepass",)
     return (*options, password)
 
 
-async def test_a_wrong_password(kind: Kind, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_wrong_password(kind: BrokerKind, caplog: pytest.LogCaptureFixture) -> None:
     """It is an outage like any other, which says why; and nowhere says the password."""
     wrong = "s3cret/p@ss%word"
     user = "app" if kind == "nats" else ""
-    engine = EngineProcess(kind, *login(kind, "another"))
-    where = f"127.0.0.1:{engine.port}"
+    broker = BrokerProcess(kind, *login(kind, "another"))
+    where = f"127.0.0.1:{broker.port}"
     url = f"{kind}://{user}:{urllib.parse.quote(wrong, safe='')}@{where}"
     try:
-        await engine.start()
+        await broker.start()
         async with cluster(url) as scene:
             errors: list[BaseException] = []
             for _ in range(3):
@@ -789,16 +789,16 @@ async def test_a_wrong_password(kind: Kind, caplog: pytest.LogCaptureFixture) ->
                 await scene.come_and_go()
                 sending = await scene.send("left", RED, "during")
                 assert re.search("(?i)auth|password", str(sending.error)), sending.error
-                engine.options = login(kind, wrong)
-                await engine.restart()
+                broker.options = login(kind, wrong)
+                await broker.restart()
             errors += [each.error for each in scene.sent if each.error is not None]
             async with scene.fault():  # and once it was right
-                engine.options = login(kind, "another")
-                await engine.restart()
+                broker.options = login(kind, "another")
+                await broker.restart()
                 await scene.away()
                 await scene.come_and_go()
-                engine.options = login(kind, wrong)
-                await engine.restart()
+                broker.options = login(kind, wrong)
+                await broker.restart()
             errors += [each.error for each in scene.sent if each.error is not None]
         texts = [text for error in errors for text in told_by(error)]
         for record in caplog.get_records("call"):
@@ -808,8 +808,8 @@ async def test_a_wrong_password(kind: Kind, caplog: pytest.LogCaptureFixture) ->
         for secret in (wrong, urllib.parse.quote(wrong, safe=""), "s3cret"):
             assert not [text for text in texts if secret in text]
     finally:
-        engine.kill()
-        engine.folder.cleanup()
+        broker.kill()
+        broker.folder.cleanup()
 
 
 def told_by(error: BaseException | None) -> Iterable[str]:
@@ -819,9 +819,9 @@ def told_by(error: BaseException | None) -> Iterable[str]:
         error = error.__cause__ or error.__context__
 
 
-async def test_a_process_that_is_killed(engine: EngineProcess) -> None:
+async def test_a_process_that_is_killed(broker: BrokerProcess) -> None:
     """Its members are gone from `presence` at once; what it had sent is all there, in order."""
-    async with cluster(engine.url) as scene, Program(engine.url) as program:
+    async with cluster(broker.url) as scene, Program(broker.url) as program:
         ghosts = [
             await meet(scene.stack, program.url, "program", (RED, BLUE), "ghost") for _ in range(5)
         ]
@@ -868,12 +868,12 @@ Publish = Callable[[str, bytes], Awaitable[object]]
 
 
 @contextlib.asynccontextmanager
-async def stranger(engine: EngineProcess) -> AsyncIterator[Publish]:
-    """Somebody else who publishes on the engine; what is published is there when it is left."""
-    if engine.kind == "nats":
+async def stranger(broker: BrokerProcess) -> AsyncIterator[Publish]:
+    """Somebody else who publishes on the broker; what is published is there when it is left."""
+    if broker.kind == "nats":
         import nats
 
-        client = await nats.connect(engine.url, max_reconnect_attempts=0)
+        client = await nats.connect(broker.url, max_reconnect_attempts=0)
         try:
             yield client.publish
             await client.flush()
@@ -882,11 +882,14 @@ async def stranger(engine: EngineProcess) -> AsyncIterator[Publish]:
     else:
         import redis.asyncio
 
-        other = redis.asyncio.Redis.from_url(engine.url)
+        other = redis.asyncio.Redis.from_url(broker.url)
         try:
             yield other.publish
         finally:
             await other.aclose()
+
+
+KINDS = {"g": Kind.GROUP, "u": Kind.USER, "p": Kind.CONNECTION, "a": Kind.EVERYBODY}
 
 
 def subjects(scene: Scene) -> dict[str, tuple[str, int]]:
@@ -894,7 +897,7 @@ def subjects(scene: Scene) -> dict[str, tuple[str, int]]:
     processes = [hub.process for hub in scene.hubs]
     names = {"g": (RED, 2), "u": ("user of left", 1), "p": (processes[0], 1), "a": ("all", 2)}
     return {
-        kind: (pachinko.subject_of("pachinko", kind, name), count)
+        kind: (pachinko_cluster.subject_of("pachinko", KINDS[kind], name), count)
         for kind, (name, count) in names.items()
     }
 
@@ -937,14 +940,14 @@ def rubbish(scene: Scene, size: int) -> list[bytes]:
     ]  # fmt: skip
 
 
-async def test_rubbish_is_refused_and_counted(engine: EngineProcess) -> None:
+async def test_rubbish_is_refused_and_counted(broker: BrokerProcess) -> None:
     """Whatever a stranger publishes on our subjects, nobody notices, except in `stats`."""
-    async with cluster(engine.url) as scene:
+    async with cluster(broker.url) as scene:
         before = sum(hub.stats()["refused"] for hub in scene.hubs)
         assert before == 0
         expected = 0
         async with scene.fault(gaps=0):
-            async with stranger(engine) as publish:
+            async with stranger(broker) as publish:
                 for subject, count in subjects(scene).values():
                     for data in rubbish(scene, 900_000):
                         await publish(subject, data)
@@ -958,7 +961,7 @@ async def test_rubbish_is_refused_and_counted(engine: EngineProcess) -> None:
         assert [hub.stats()["outages"] for hub in scene.hubs] == [0, 0]
 
 
-async def test_an_operation_in_the_wrong_place_is_refused(engine: EngineProcess) -> None:
+async def test_an_operation_in_the_wrong_place_is_refused(broker: BrokerProcess) -> None:
     """Groups are closed and asked, processes answered; anything else is refused."""
     wrong = {
         "g": [header(op="here"), header(op="close", code=99_999),
@@ -967,10 +970,10 @@ async def test_an_operation_in_the_wrong_place_is_refused(engine: EngineProcess)
         "p": [header(op=op) for op in ("who", "close")],
         "a": [header(op=op) for op in ("here", "who", "close")],
     }  # fmt: skip
-    async with cluster(engine.url) as scene:
+    async with cluster(broker.url) as scene:
         expected = 0
         async with scene.fault(gaps=0):
-            async with stranger(engine) as publish:
+            async with stranger(broker) as publish:
                 for kind, (subject, count) in subjects(scene).items():
                     for data in wrong[kind]:
                         await publish(subject, data + b"\n")
@@ -979,21 +982,21 @@ async def test_an_operation_in_the_wrong_place_is_refused(engine: EngineProcess)
         assert sum(hub.stats()["refused"] for hub in scene.hubs) == expected
 
 
-async def test_a_body_that_is_no_utf8_is_refused(engine: EngineProcess) -> None:
+async def test_a_body_that_is_no_utf8_is_refused(broker: BrokerProcess) -> None:
     """Also where nothing of the body is looked at, since it is text for clients."""
     bodies = [b'"payload":"\xff"', b'"payload":{"\xff":1}', b'"payload":[{"a":"\xed\xa0\x80"}]',
               b'"unknown":"\xff"', b'"unknown":{"\xc0\xaf":[]}']  # fmt: skip
-    async with cluster(engine.url) as scene:
-        async with scene.fault(gaps=0), stranger(engine) as publish:
+    async with cluster(broker.url) as scene:
+        async with scene.fault(gaps=0), stranger(broker) as publish:
             subject, count = subjects(scene)["g"]
             for body in bodies:
                 await publish(subject, header() + b'\n{"type":"rubbish","group":"red",%b}' % body)
         assert sum(hub.stats()["refused"] for hub in scene.hubs) == len(bodies) * count
 
 
-async def test_a_forged_name_silences_nobody(engine: EngineProcess) -> None:
+async def test_a_forged_name_silences_nobody(broker: BrokerProcess) -> None:
     """A stranger may speak in our name, but not make others deaf to us, or us to ourselves."""
-    async with cluster(engine.url) as scene, scene.fault(gaps=0):
+    async with cluster(broker.url) as scene, scene.fault(gaps=0):
         process = scene.sides["left"].hub.process
         subjects = [("p", process, frame()), ("g", RED, frame(group=RED)), ("a", "all", frame())]
         for (kind, name, body), op, (session, n) in itertools.product(
@@ -1002,18 +1005,20 @@ async def test_a_forged_name_silences_nobody(engine: EngineProcess) -> None:
             if op == "send" and session > 1:
                 continue  # who can send as we do can also close everybody: no news to be silenced
             post = header(**{"from": process}, op=op, session=session, n=n)
-            async with stranger(engine) as publish:
-                await publish(pachinko.subject_of("pachinko", kind, name), post + b"\n" + body)
-            await publish_is_handled(engine, scene)
+            async with stranger(broker) as publish:
+                await publish(
+                    pachinko_cluster.subject_of("pachinko", KINDS[kind], name), post + b"\n" + body
+                )
+            await publish_is_handled(broker, scene)
             sends = await scene.burst("during", 2)
             assert all(each.acknowledged for each in sends), (kind, op, session, n)
 
 
-async def publish_is_handled(engine: EngineProcess, scene: Scene) -> None:
+async def publish_is_handled(broker: BrokerProcess, scene: Scene) -> None:
     """Wait until both processes have handled what a stranger has published."""
     refused = [hub.stats()["refused"] for hub in scene.hubs]
-    async with stranger(engine) as publish:
-        await publish(pachinko.subject_of("pachinko", "a", "all"), b"a mark")
+    async with stranger(broker) as publish:
+        await publish(pachinko_cluster.subject_of("pachinko", Kind.EVERYBODY, "all"), b"a mark")
     await until(
         lambda: all(
             hub.stats()["refused"] > known for hub, known in zip(scene.hubs, refused, strict=True)
@@ -1029,14 +1034,14 @@ def newer(body: bytes = b"") -> bytes:
     return b'{"v":2,"kind":{"send":[]},"by":[1,2]}\n\x93\x01\x02' + body
 
 
-async def test_a_run_of_posts_of_another_format_is_one_gap(engine: EngineProcess) -> None:
+async def test_a_run_of_posts_of_another_format_is_one_gap(broker: BrokerProcess) -> None:
     """Members are told once that they have missed something, and again after they missed none."""
-    async with cluster(engine.url) as scene, stranger(engine) as publish:
+    async with cluster(broker.url) as scene, stranger(broker) as publish:
         red, user, process, all_ = (subject for subject, _ in subjects(scene).values())
         members = {each: dict.fromkeys((RED, BLUE, None), 0) for each in scene.members}
 
         async def expect(gaps: dict[Member, dict[str | None, int]]) -> None:
-            await publish_is_handled(engine, scene)
+            await publish_is_handled(broker, scene)
             await scene.check_reach()
             for member, by_group in gaps.items():
                 assert {group: member.gaps(group) for group in by_group} == by_group
@@ -1074,41 +1079,43 @@ async def test_a_run_of_posts_of_another_format_is_one_gap(engine: EngineProcess
 
 
 async def test_who_comes_within_a_run_of_another_format_is_told_as_well(
-    engine: EngineProcess,
+    broker: BrokerProcess,
 ) -> None:
     """Somebody who joins later misses the rest of the run; those who know are not told again."""
-    async with cluster(engine.url) as scene, stranger(engine) as publish:
+    async with cluster(broker.url) as scene, stranger(broker) as publish:
         red, _ = subjects(scene)["g"]
         early = next(member for member in scene.members if RED in member.stays)
         await publish(red, newer())
-        await publish_is_handled(engine, scene)
+        await publish_is_handled(broker, scene)
         await until(lambda: early.gaps(RED))
         late = await scene.enter("left", RED)
         await publish(red, newer())
-        await publish_is_handled(engine, scene)
+        await publish_is_handled(broker, scene)
         await scene.check_reach()
         assert (early.gaps(RED), late.gaps(RED)) == (1, 1)
 
 
-async def test_a_run_of_another_format_is_forgotten_with_its_group(engine: EngineProcess) -> None:
+async def test_a_run_of_another_format_is_forgotten_with_its_group(broker: BrokerProcess) -> None:
     """When the last member has left, nothing stays of it."""
-    async with cluster(engine.url) as scene, stranger(engine) as publish:
-        subject = pachinko.subject_of("pachinko", "g", "short-lived")
+    async with cluster(broker.url) as scene, stranger(broker) as publish:
+        subject = pachinko_cluster.subject_of("pachinko", Kind.GROUP, "short-lived")
         hub = scene.sides["left"].hub
         member = await scene.enter("left")
         for gaps in (1, 2):
             await scene.join(member, "short-lived")
             await publish(subject, newer())
-            await publish_is_handled(engine, scene)
+            await publish_is_handled(broker, scene)
             await scene.check_reach()
             assert member.gaps("short-lived") == gaps
             await scene.leave(member, "short-lived")
-        assert ("g", "short-lived") not in hub._cluster._unread
+        relay = hub.state.relay
+        assert isinstance(relay, pachinko_cluster.Cluster)
+        assert (Kind.GROUP, "short-lived") not in relay._unread
 
 
-async def test_processes_of_two_formats_side_by_side(engine: EngineProcess) -> None:
+async def test_processes_of_two_formats_side_by_side(broker: BrokerProcess) -> None:
     """While an update is rolled out each version serves its own clients; others are told."""
-    async with cluster(engine.url) as scene, Program(engine.url, "--format", "2") as program:
+    async with cluster(broker.url) as scene, Program(broker.url, "--format", "2") as program:
         new = [await meet(scene.stack, program.url, "program", (RED,)) for _ in range(2)]
         old = [member for member in scene.members if RED in member.stays]
         for n in range(10):
@@ -1125,7 +1132,7 @@ async def test_processes_of_two_formats_side_by_side(engine: EngineProcess) -> N
         await scene.check_presence(RED)
         await scene.check_reach()
         stats = await new[0].ask("stats")
-        assert (stats["outages"], stats["engine_down"], stats["evicted"]) == (0, 0, 0)
+        assert (stats["outages"], stats["broker_down"], stats["evicted"]) == (0, 0, 0)
         assert not any(member.reader.done() for member in new)
         scene.check_nobody_is_disconnected()
 
@@ -1133,13 +1140,13 @@ async def test_processes_of_two_formats_side_by_side(engine: EngineProcess) -> N
 # By lot
 
 
-async def test_faults_at_any_moment(engine: EngineProcess) -> None:
-    """Clients that come and go, and all that is sent, while the engine is killed over and over."""
+async def test_faults_at_any_moment(broker: BrokerProcess) -> None:
+    """Clients that come and go, and all that is sent, while the broker is killed over and over."""
     seed = int(os.environ.get("PACHINKO_FAULT_SEED") or random.randrange(2**32))
     print(f"PACHINKO_FAULT_SEED={seed}")  # noqa: T201 - to repeat a failure
     lot = random.Random(seed)
     groups = [RED, BLUE, "green", "grey"]
-    async with cluster(engine.url) as scene:
+    async with cluster(broker.url) as scene:
         crowd = [await scene.enter(side) for side in SIDES for _ in range(4)]
         ended: list[tuple[Member, str, Stay]] = []
         patience = [None] * 9 + [0.001]  # seconds, until a caller gives up
@@ -1167,14 +1174,14 @@ async def test_faults_at_any_moment(engine: EngineProcess) -> None:
         work += [asyncio.create_task(talk(side)) for side in SIDES * 2]
         for _ in range(4):
             await asyncio.sleep(lot.uniform(0.05, 0.6))  # the chance of this run
-            engine.kill()
+            broker.kill()
             await asyncio.sleep(lot.choice((0, 0.05, 0.3)))  # the chance of this run
-            await engine.start()
+            await broker.start()
         is_over = True
         await asyncio.gather(*work)
-        engine.kill()
+        broker.kill()
         await scene.away()  # so that there is one at the end which is known to be over
-        await engine.start()
+        await broker.start()
         await scene.back()
         for member in crowd:
             await scene.join(member, *(group for group in groups if group not in member.stays))

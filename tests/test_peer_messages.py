@@ -1,4 +1,4 @@
-"""Posts: what is between processes, and on which subject."""
+"""Peer messages: what processes say to one another, and on which subject."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pachinko import Refused, check_carried, subject_of, unpack
+from pachinko import Kind
+from pachinko_cluster import PeerMessage, Refused, check_carried, pack, subject_of, unpack
 
 # Subjects
 
 
 @given(st.text(max_size=200), st.text(max_size=200))
 def test_every_name_has_a_subject_of_its_own(one: str, other: str) -> None:
-    """Of few characters, none of which means anything to an engine."""
-    subject = subject_of("ns", "g", one)
-    assert (subject == subject_of("ns", "g", other)) == (one == other)
+    """Of few characters, none of which means anything to a broker."""
+    subject = subject_of("ns", Kind.GROUP, one)
+    assert (subject == subject_of("ns", Kind.GROUP, other)) == (one == other)
     assert len(subject) <= 200 and subject.startswith("ns.g.") and subject.count(".") == 2
     assert set(subject) <= set(string.ascii_letters + string.digits + "-_.%=~")
     assert len(subject.split(".")[2]) > 0
@@ -38,26 +39,49 @@ def test_every_name_has_a_subject_of_its_own(one: str, other: str) -> None:
     ],
 )
 def test_a_short_name_stays_readable(name: str, token: str) -> None:
-    """For whoever looks at the engine."""
-    assert subject_of("pachinko", "g", name).startswith(f"pachinko.g.{token}")
+    """For whoever looks at the broker."""
+    assert subject_of("pachinko", Kind.GROUP, name).startswith(f"pachinko.g.{token}")
 
 
 def test_long_and_odd_names_are_hashed() -> None:
     """10,000 characters, nothing at all, half a surrogate pair."""
     names = ["", "x" * 10_000, "x" * 10_001, "\udcff" * 100, "\ud800"]
-    subjects = {subject_of("ns", "u", name) for name in names}
+    subjects = {subject_of("ns", Kind.USER, name) for name in names}
     assert len(subjects) == len(names) and max(map(len, subjects)) <= 200
 
 
-# Posts
+# Messages
 
 
-def test_a_post_is_a_line_and_the_frame_behind_it() -> None:
+def test_a_message_is_a_line_and_the_frame_behind_it() -> None:
     """The line is JSON; what is not there has its default, what is unknown is ignored."""
     head = {"v": 1, "op": "send", "from": "p", "n": 3, "later": [1]}
-    post, frame = unpack(json.dumps(head).encode() + b'\n{"type":"a\\nb"}\nrest')
-    assert (post.op, post.source, post.n, post.exclude, post.to) == ("send", "p", 3, [], None)
+    message, frame = unpack(json.dumps(head).encode() + b'\n{"type":"a\\nb"}\nrest')
+    assert (message.op, message.source, message.n, message.exclude, message.to) == (
+        "send",
+        "p",
+        3,
+        [],
+        None,
+    )
     assert frame == b'{"type":"a\\nb"}\nrest'
+
+
+def test_processes_of_the_first_release_understand_it() -> None:
+    """The wire format between processes: an update takes one process after the other."""
+    subjects = {kind: subject_of("pachinko", kind, "a.b") for kind in Kind}
+    assert subjects == {
+        Kind.GROUP: "pachinko.g.a%2Eb",
+        Kind.USER: "pachinko.u.a%2Eb",
+        Kind.CONNECTION: "pachinko.p.a%2Eb",
+        Kind.EVERYBODY: "pachinko.a.a%2Eb",
+    }
+    message = PeerMessage(1, "here", "me", 2, 3, ask=4, members=[("id", None)], more=True)
+    head, frame = pack(message, b'{"type":"x"}').split(b"\n")
+    assert frame == b'{"type":"x"}' and json.loads(head) == {
+        "v": 1, "op": "here", "from": "me", "session": 2, "n": 3, "ask": 4,
+        "members": [["id", None]], "more": True,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -78,7 +102,7 @@ def test_a_post_is_a_line_and_the_frame_behind_it() -> None:
         (b'{"v":1,"op":"send","from":"p","x":' + b"[" * 100_000, "not a message of ours", None),
     ],
 )
-def test_what_is_no_post_is_refused(data: bytes, why: str, version: int | None) -> None:
+def test_what_is_no_peer_message_is_refused(data: bytes, why: str, version: int | None) -> None:
     """A stranger's bytes, and another version's."""
     with pytest.raises(Refused, match=why) as caught:
         unpack(data)
@@ -87,7 +111,7 @@ def test_what_is_no_post_is_refused(data: bytes, why: str, version: int | None) 
 
 @given(st.binary(max_size=300))
 def test_no_bytes_break_it(data: bytes) -> None:
-    """Any bytes are a post or refused."""
+    """Any bytes are a message or refused."""
     with contextlib.suppress(Refused):
         unpack(data)
     with contextlib.suppress(Refused):

@@ -1,0 +1,1350 @@
+"""The companion of Pachinko for apps of several processes, and the shell command ``pachinko``.
+
+Nobody imports it: `pachinko` loads it for a URL such as ``nats://host:4222``, for a `Backplane`,
+and the installed command starts `main`. An app that runs as one process needs no such file.
+
+A message to a group goes through four layers. `Cluster` gives it a head and a subject (cluster
+relay, peer messages); `Link` hands subject and bytes to the broker as soon as that is connected
+(link); `Nats` or `Redis` carries them (NATS, Redis). In each process that has subscribed to the
+subject, the same layers are passed upwards, to the registry of `pachinko`.
+
+The map: a line a section, with the sections of this file and of `pachinko` that it uses.
+
+broker URLs · reads a URL, and says nothing of its password; registry and relay
+NATS · a backplane by nats-py; broker URLs
+Redis · a backplane by redis-py; broker URLs
+link · keeps a process connected and subscribed, whatever the broker does; broker URLs
+peer messages · what processes say to one another, as bytes; registry and relay
+cluster relay · the `Relay` of an app with a broker; all of the above, registry and relay
+shell command · ``pachinko send``, ``listen`` and ``presence``; broker URLs, cluster relay, hub
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import itertools
+import logging
+import math
+import os
+import random
+import re
+import ssl
+import sys
+import urllib.parse
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from typing import Any, cast
+
+import attrs
+import msgspec
+from msgspec import UNSET, UnsetType
+
+import pachinko
+from pachinko import Backplane, Deliver, Kind, Lost, PachinkoError, Registry, gap_of, logger
+
+__all__ = ["main"]
+
+_encode = msgspec.json.Encoder().encode
+
+# ── broker URLs ───────────────────────────────────────────────────────────────────────────────
+
+_CONNECT = 3.0  # seconds for a connection to the broker
+_DISCONNECT = 1.0  # seconds
+_REASON_SHOWN = 200  # characters: another protocol's server may say anything
+_ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
+_LOGIN = re.compile(r"[!-.0-?A-~]*")  # ASCII without blanks, "/" and "@"
+
+
+@attrs.frozen
+class Broker:
+    """What a URL says of a broker."""
+
+    scheme: str
+    hosts: str  # as in the URL, without credentials
+    credentials: tuple[str, str | None] | None = attrs.field(repr=False)
+    """User and password, or a token and None."""
+    options: dict[str, str] = attrs.field(repr=False)  # all but the namespace
+    url: str = attrs.field(repr=False)  # without the options
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.hosts}"
+
+
+def read_broker(url: str) -> Broker:
+    """Read the URL of a broker. Raises `PachinkoError`, whose text shows no credentials."""
+    scheme, where, options = pachinko.split_url(url)
+    options.pop("namespace", None)
+    netloc, _, path = where.partition("/")
+    parts = [netloc]
+    if scheme in ("nats", "tls"):  # NATS clients also take "nats://a:4222,nats://b:4222"
+        parts, path = re.split(rf",(?:{scheme}://)?", where.removesuffix("/")), ""
+    logins = {part.rpartition("@")[0] for part in parts if "@" in part}
+    login = logins.pop() if logins else ""
+    hosts = [part.rpartition("@")[2] for part in parts]
+    # A login of plain characters is quoted by no library in a form that `without_secrets` misses.
+    is_right = not logins and _LOGIN.fullmatch(login) is not None and "@" not in path
+    if not (is_right and all(map(_is_address, hosts))):
+        raise pachinko.wrong_url()
+    user, has_password, password = map(urllib.parse.unquote, login.partition(":"))
+    credentials = (user, password if has_password else None) if login else None
+    return Broker(scheme, ",".join(hosts), credentials, options, f"{scheme}://{where}")
+
+
+def _is_address(text: str) -> bool:
+    found = _ADDRESS.fullmatch(text)
+    return found is not None and 0 < int(found[1] or 1) < 65536
+
+
+def without_secrets(exc: BaseException, broker: Broker | None) -> str:
+    """Return the text of *exc* without credentials: libraries may quote a URL."""
+    text = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+    if type(exc) is TimeoutError:
+        text = str(exc) or f"no answer within {_CONNECT:g} s"
+    user, password = (broker and broker.credentials) or ("", None)
+    secret = user if password is None else password
+    for form in (secret, urllib.parse.quote(secret, safe="")):
+        text = text.replace(form, "***") if form else text
+    return text if len(text) <= _REASON_SHOWN else f"{text[:_REASON_SHOWN]}…"
+
+
+def look_at_result(task: asyncio.Task[Any]) -> None:
+    """Keep asyncio from complaining that nobody has: the callers may all have been cancelled."""
+    if not task.cancelled():
+        task.exception()
+
+
+# ── NATS ──────────────────────────────────────────────────────────────────────────────────────
+#
+# An object is one connection at a time; the link makes the next one.
+#
+# These names of nats-py are private, and a test holds them against the version installed:
+#   Client._process_msg          hands each message on; a public callback has a queue of its own
+#   Client._process_op_err       learns first that a connection has failed
+#   Client._close                empties `_pending` and `_pending_data_size` before it closes
+#   Client._connect_command      refuses to send a password in clear text; `_server_info`
+#   Client._transport            its `_io_writer` is aborted where nats-py leaves a socket open
+#   Subscription._pending_queue  takes 3 KiB a subscription, and is not used
+
+
+def _client_class() -> Any:
+    """Return the client's class. Only a program that uses NATS imports nats-py."""
+    import nats.aio.client
+
+    class OrderedClient(nats.aio.client.Client):
+        """A client that awaits `deliver` for one message after the other.
+
+        nats-py without this subclass fails 3 of 24 fault tests. Its task and queue for each
+        subscription cost 3 KiB, mix up the order between groups, and drop messages when a queue is
+        full. A wait here makes the broker wait, which gives up on us as on any slow client.
+        """
+
+        deliver: Deliver
+        lost: Lost
+
+        async def _process_msg(
+            self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
+        ) -> None:
+            await self.deliver(subject.decode(), bytes(data))
+
+        async def _process_op_err(self, e: Exception) -> None:
+            self.lost(e)  # nats-py's own callbacks come only if it can close without an error
+            await super()._process_op_err(e)
+
+        async def _close(self, status: int, do_cbs: bool = True) -> None:
+            # With uvloop it is an error to write to a socket that has been closed already.
+            self._pending, self._pending_data_size = [], 0
+            await super()._close(status, do_cbs)
+
+        def _connect_command(self) -> bytes:
+            # The command holds the password; nats-py encrypts only if the server asks for it.
+            if "tls" in self.options and not self._server_info.get("tls_required"):
+                raise ConnectionError("the server does not offer TLS")
+            return super()._connect_command()
+
+        def abort(self) -> None:
+            """Close the socket: nats-py leaves it open if it is cancelled or closes by itself."""
+            writer = getattr(self._transport, "_io_writer", None)
+            if writer is not None:
+                writer.transport.abort()
+
+    return OrderedClient
+
+
+class Nats:
+    """A `Backplane` on NATS, by nats-py."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._class = _client_class()
+        self._servers = [f"{broker.scheme}://{host}" for host in broker.hosts.split(",")]
+        self._settings: dict[str, Any] = {
+            "name": "pachinko",
+            "allow_reconnect": False,  # the link reconnects
+            "max_reconnect_attempts": 1,  # else a server that refuses us is tried for ever
+            "reconnect_time_wait": 0,
+            "connect_timeout": _CONNECT / (len(self._servers) + 1),  # one may swallow packets
+            # A publish never waits for the socket: nats-py would swallow the caller's cancellation.
+            # Memory is bounded all the same, since each caller waits for a round trip.
+            "pending_size": sys.maxsize,
+            "flusher_queue_size": 0,
+        }
+        self._settings.update(_nats_settings(broker))
+        self._client: Any = None
+        self._subscriptions: dict[str, Any] = {}
+        self._refusals: list[str] = []  # permission errors, one a message
+        self._round_trip: asyncio.Task[None] | None = None  # has not begun: new calls may join it
+        self._round_trips: set[asyncio.Task[None]] = set()
+
+    async def start(self, deliver: Deliver, lost: Lost) -> None:
+        *others, last = random.sample(self._servers, len(self._servers))
+        for server in others:
+            with contextlib.suppress(Exception):  # whatever it is, the next server may do
+                return await self._connect(server, deliver, lost)
+            await self.stop()
+        await self._connect(last, deliver, lost)
+
+    async def _connect(self, server: str, deliver: Deliver, lost: Lost) -> None:
+        errors: list[BaseException | None] = [None]
+
+        def tell(exc: BaseException | None) -> None:
+            if client is self._client:  # it is neither stopped, nor that of a server tried before
+                lost(exc)
+
+        async def failed(exc: Exception) -> None:
+            text = str(exc).lower()
+            if "permissions violation" not in text:
+                errors.append(exc)
+            elif '(sid "' in text:  # a subscription that was permitted until now
+                tell(exc)
+            else:
+                self._refusals.append(text)  # the connection goes on
+
+        async def closed() -> None:
+            tell(errors[-1] or client.last_error)
+
+        self._subscriptions, self._round_trip = {}, None
+        self._refusals.clear()
+        self._client = client = self._class()
+        client.deliver, client.lost = deliver, tell
+        try:
+            await client.connect(server, error_cb=failed, closed_cb=closed, **self._settings)
+        except Exception as exc:  # whatever nats-py raises
+            raise errors[-1] or exc  # noqa: B904 - "no servers available" hides why
+
+    async def publish(self, subject: str, data: bytes) -> None:
+        client = self._connected()
+        if len(data) > client.max_payload:
+            raise PachinkoError(
+                f"the NATS server takes messages of at most {client.max_payload} bytes "
+                f"(max_payload), this one has {len(data)}"
+            )
+        await client.publish(subject, data)
+        await self._processed()
+        self._check_permitted("publish", subject)
+
+    async def subscribe(self, subject: str) -> None:
+        self._subscriptions[subject] = subscription = await self._connected().subscribe(subject)
+        subscription._pending_queue = None
+        await self._processed()
+        try:
+            self._check_permitted("subscription", subject)
+        except PachinkoError:
+            await self.unsubscribe(subject)  # nats-py keeps a refused subscription
+            raise
+
+    async def unsubscribe(self, subject: str) -> None:
+        await self._subscriptions.pop(subject).unsubscribe()
+
+    async def stop(self) -> None:
+        client, self._client = self._client, None
+        if client is None:
+            return
+        try:
+            with contextlib.suppress(TimeoutError):  # a failed TLS handshake, a full socket
+                async with asyncio.timeout(_DISCONNECT):
+                    await client.close()
+        finally:
+            client.abort()
+            for task in tuple(self._round_trips):
+                task.cancel()
+
+    def _check_permitted(self, what: str, subject: str) -> None:
+        """Raise `PachinkoError` if the server has refused: it does so before the round trip."""
+        refusal = f'nats: permissions violation for {what} to "{subject.lower()}"'
+        if refusal in self._refusals:
+            self._refusals.remove(refusal)
+            raise PachinkoError(f"the NATS server does not permit the {what} to {subject}")
+
+    def _connected(self) -> Any:
+        if self._client is None or not self._client.is_connected:
+            raise ConnectionError("not connected")
+        return self._client
+
+    async def _processed(self) -> None:
+        """Wait until the server has processed all that was handed over before.
+
+        One round trip serves all calls that were made before it begins.
+        """
+        if self._round_trip is None:
+            self._round_trip = asyncio.get_running_loop().create_task(self._make_round_trip())
+            self._round_trips.add(self._round_trip)
+            self._round_trip.add_done_callback(self._round_trips.discard)
+            self._round_trip.add_done_callback(look_at_result)
+        await asyncio.shield(self._round_trip)
+
+    async def _make_round_trip(self) -> None:
+        client, pause = self._connected(), 0.0
+        # nats-py's PING would overtake what nats-py has not written yet.
+        while client.is_connected and client.pending_data_size:
+            await asyncio.sleep(pause)
+            pause = min(pause + 0.001, 0.02)
+        self._round_trip = None
+        await client.flush(timeout=60)  # the callers have less patience
+
+
+def _nats_settings(broker: Broker) -> dict[str, Any]:
+    """Return the settings for nats-py that the URL has. Raises `PachinkoError`."""
+    settings: dict[str, Any] = {}
+    options = dict(broker.options)
+    if broker.credentials is not None:
+        user, password = broker.credentials
+        settings = {"token": user} if password is None else {"user": user, "password": password}
+    if (file := options.pop("credentials", None)) is not None:
+        if importlib.util.find_spec("nkeys") is None:
+            raise PachinkoError('?credentials= needs: pip install "nats-py[nkeys]"')
+        if not os.access(file, os.R_OK):
+            raise PachinkoError("?credentials= names no file that can be read")
+        settings["user_credentials"] = file
+    ca = options.pop("ca", None)
+    if broker.scheme == "tls" or ca is not None:
+        try:
+            settings["tls"] = ssl.create_default_context(cafile=ca)
+        except OSError as exc:
+            raise PachinkoError(f"?ca= names no file of certificates: {exc}") from None
+    if options:
+        raise PachinkoError(
+            f"{broker.scheme}:// knows the options namespace, ca (a file of certificates) and "
+            f"credentials (a file of NATS), not {', '.join(options)}"
+        )
+    return settings
+
+
+# ── Redis ─────────────────────────────────────────────────────────────────────────────────────
+#
+# An object is one connection at a time, for the link two sockets: Redis publishes on one, and
+# subscribes on the other. Commands are pipelined: redis-py's `PubSub` and pipelines cost 1.4 to 2
+# times the CPU a publish.
+
+
+class RedisConnection:
+    """A connection to Redis whose commands do not wait for the replies to those before."""
+
+    def __init__(self, connection: Any, deliver: Deliver, lost: Lost) -> None:
+        self._connection = connection
+        self._deliver, self._lost = deliver, lost
+        self._commands: list[tuple[str | bytes, ...]] = []
+        self._replies: collections.deque[asyncio.Future[Any]] = collections.deque()
+        self._called = asyncio.Event()
+        self._failure: Exception | None = None
+        self.failed: asyncio.Event = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def open(self) -> None:
+        await self._connection.connect()
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._run(work)) for work in (self._read, self._write)]
+
+    async def call(self, *command: str | bytes) -> Any:
+        """Return the reply to *command*. Raises the error that Redis answers with."""
+        if self._failure is not None:
+            raise self._failure
+        reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._replies.append(reply)
+        self._commands.append(command)
+        self._called.set()
+        return await reply
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._connection.disconnect(nowait=True)
+
+    async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        except Exception as exc:  # of the library or the socket
+            self._failure = exc
+            self.failed.set()
+            self._lost(exc)
+            for reply in self._replies:
+                if not reply.done():
+                    reply.set_exception(exc)
+
+    async def _write(self) -> None:
+        # This is a task of its own: redis-py disconnects when it is cancelled while it writes.
+        while await self._called.wait():
+            self._called.clear()
+            commands, self._commands = self._commands, []
+            packed = self._connection.pack_commands(commands)
+            await self._connection.send_packed_command(packed, check_health=False)
+
+    async def _read(self) -> None:
+        from redis.exceptions import ResponseError
+
+        while True:
+            error = reply = None
+            try:
+                reply = await self._connection.read_response(timeout=math.inf)
+            except ResponseError as exc:
+                error = exc
+            if type(reply) is list and reply[0] == b"message":
+                await self._deliver(reply[1].decode(), reply[2])
+                continue
+            future = self._replies.popleft()
+            if error is not None and not future.done():
+                future.set_exception(error)
+            elif not future.done():
+                future.set_result(reply)
+
+
+class Redis:
+    """A `Backplane` on Redis, by redis-py."""
+
+    def __init__(self, broker: Broker) -> None:
+        from redis.asyncio.connection import ConnectionPool
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
+        # A URL may be shared with programs that want their replies in another form.
+        ours = ("protocol", "decode_responses", "encoding")
+        options = {name: value for name, value in broker.options.items() if name not in ours}
+        never = Retry(NoBackoff(), 0)  # the link retries; redis-py might send a message twice
+        try:
+            pool: Any = ConnectionPool.from_url(
+                f"{broker.url.partition('?')[0]}?{urllib.parse.urlencode(options)}",
+                retry=never, protocol=2, client_name="pachinko",
+            )  # fmt: skip
+            pool.make_connection()
+        except Exception as exc:  # redis-py has several for a URL, and Python for a keyword
+            raise PachinkoError(
+                f"redis-py takes another option in a {broker.scheme}:// URL: "
+                f"{without_secrets(exc, broker)}"
+            ) from None
+        self._pool = pool
+        self._publishing: RedisConnection
+        self._subscribed: RedisConnection
+        self._connections: list[RedisConnection] = []
+        self._counts_all = True
+        self._ending: asyncio.Task[None] | None = None
+
+    async def start(self, deliver: Deliver, lost: Lost) -> None:
+        from redis.exceptions import ResponseError
+
+        make: Callable[[], Any] = self._pool.make_connection
+        end_later = functools.partial(self._end_later, lost)
+        self._publishing = RedisConnection(make(), deliver, end_later)
+        self._subscribed = RedisConnection(make(), deliver, lost)
+        self._connections = [self._publishing, self._subscribed]
+        opens = (connection.open() for connection in self._connections)
+        for failure in await asyncio.gather(*opens, return_exceptions=True):
+            if failure is not None:  # raised only now: the other one is not left half open
+                raise failure
+        mode = b""
+        with contextlib.suppress(ResponseError):  # a server before 6.0 has no HELLO
+            about = await self._publishing.call("HELLO", "2")
+            mode = dict(zip(about[::2], about[1::2], strict=True)).get(b"mode", b"")
+        if mode == b"sentinel":
+            raise PachinkoError("this is a Redis Sentinel: give the address of the primary instead")
+        self._counts_all = mode != b"cluster"  # a node of a cluster counts its own subscribers
+
+    def _end_later(self, lost: Lost, why: BaseException | None) -> None:
+        """Report that the connection to publish on has failed, once the other one is read out."""
+
+        async def end() -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DISCONNECT):
+                    await self._subscribed.failed.wait()
+            lost(why)
+
+        self._ending = asyncio.get_running_loop().create_task(end())
+
+    async def publish(self, subject: str, data: bytes) -> int | None:
+        reached: int = await self._publishing.call("PUBLISH", subject, data)
+        return reached if self._counts_all else None
+
+    async def subscribe(self, subject: str) -> None:
+        from redis.exceptions import ResponseError
+
+        try:
+            await self._subscribed.call("SUBSCRIBE", subject)
+        except ResponseError as exc:
+            raise PachinkoError(f"Redis does not permit to subscribe to {subject}: {exc}") from None
+
+    async def unsubscribe(self, subject: str) -> None:
+        await self._subscribed.call("UNSUBSCRIBE", subject)
+
+    async def stop(self) -> None:
+        if self._ending is not None:
+            self._ending.cancel()
+        for connection in self._connections:
+            await connection.close()
+
+
+def backplane_of(broker: Broker) -> Backplane:
+    """Return a backplane, not yet started. Raises `PachinkoError`."""
+    extra = "nats" if broker.scheme in ("nats", "tls") else "redis"
+    try:
+        return Nats(broker) if extra == "nats" else Redis(broker)
+    except ImportError:
+        raise PachinkoError(
+            f"{broker.scheme}:// needs a library that is not installed: "
+            f'pip install "falcon-pachinko[{extra}]"'
+        ) from None
+
+
+# ── link ──────────────────────────────────────────────────────────────────────────────────────
+#
+# Keeps this process connected to its broker, and subscribed to its subjects. It knows subjects and
+# bytes, and nothing of what they mean.
+
+_BROKER_WAIT = 4.0  # seconds that the broker may take for a message; callers are promised 5
+_BEAT = 0.5  # seconds between two signs of life
+_RESTORE = 10.0  # seconds for 500 subscriptions at once, when all processes come back together
+_MISSED = 5  # signs of life in a row that fail to come, and the broker is taken for lost
+_RECONNECT = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts; then always the last
+Pack = Callable[[int], bytes]  # makes a message for the session with this number
+
+
+class Link:
+    """Keeps a process connected to its broker.
+
+    A *session* is one connection to the broker; sessions are numbered from 1. *restored* is called
+    when messages of a subject, or of all (None), may have been missed. *essential* are the subjects
+    without which a session is of no use. On the first of them the link hears its own signs of
+    life, which *beat* makes. *process* stands in the log.
+    """
+
+    def __init__(
+        self, backplane: Backplane, broker: Broker | None,
+        deliver: Deliver, restored: Callable[[str | None], None],
+        essential: Sequence[str], beat: Pack, process: str,
+    ) -> None:  # fmt: skip
+        self._backplane, self._broker = backplane, broker
+        self._name = str(broker) if broker is not None else type(backplane).__name__
+        self._deliver, self._restored = deliver, restored
+        self._essential, self._make_beat, self._process = essential, beat, process
+        self.session: int = 0
+        self.outages: int = 0
+        self.is_connected: bool = False
+        self._subjects: dict[str, None] = dict.fromkeys(essential)  # to be subscribed, in order
+        self._subscribed: set[str] = set()  # as far as the broker has said so
+        self._denied: dict[str, str] = {}  # not permitted, with the reason
+        self._late: set[str] = set()  # a caller of `subscribed` has given up waiting
+        self._changes: dict[str, asyncio.Task[None]] = {}  # that subscribe or unsubscribe
+        self._copies: dict[bytes, tuple[str, asyncio.Future[None]]] = {}  # on their way back to us
+        self._waits: set[asyncio.Timeout] = set()  # of callers whose message the broker may have
+        self._beat = b""
+        self._has_heard = False  # a message of our own, since the last beat
+        self._is_receiving = False
+        self._why = "not connected yet"
+        self._has_missed = False  # messages, or may have
+        self._lost: asyncio.Future[BaseException | None]
+        self._attempted = asyncio.Event()  # cleared while a connection attempt is worth a wait
+        self._turn = asyncio.Lock()  # whose waiters go on in the order in which they came
+        self._task: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        """Disconnect, for good."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def connected(self) -> None:
+        """Wait for the connection attempt in progress, if there is one.
+
+        Callers go on in the order in which they came. Raises `BrokerAway` if the broker is not
+        connected afterwards.
+        """
+        async with self._turn:
+            await self._attempted.wait()
+        if not self.is_connected:
+            raise pachinko.BrokerAway(f"{self._name} cannot be reached: {self._why}")
+
+    async def publish(self, subject: str, pack: Pack) -> int | None:
+        """Publish what *pack* makes; no two messages are equal.
+
+        Returns once the broker has the message, and once this process has received it too, if it
+        is subscribed. The result is how many processes it went to, or None if the broker does not
+        say. Raises `PachinkoError` within 5 seconds; the message may have arrived all the same.
+        """
+        try:
+            async with asyncio.timeout(_BROKER_WAIT) as patience:
+                await self.connected()
+                try:
+                    self._waits.add(patience)
+                    return await self._publish(subject, pack(self.session))
+                finally:
+                    self._waits.discard(patience)
+        except PachinkoError:
+            raise
+        except TimeoutError:
+            why = self._why or f"no answer within {_BROKER_WAIT:g} s"
+            raise pachinko.BrokerAway(f"{self._name} has not taken a message: {why}") from None
+        except Exception as exc:  # of the library
+            text = f"{self._name}: {without_secrets(exc, self._broker)}"
+            if self._is_bug(exc):
+                raise PachinkoError(text) from exc
+            raise pachinko.BrokerAway(text) from None
+
+    async def _publish(self, subject: str, data: bytes) -> int | None:
+        copy: asyncio.Future[None] | None = None
+        if subject in self._subscribed and subject in self._subjects:
+            copy = asyncio.get_running_loop().create_future()
+            self._copies[data] = subject, copy
+        try:
+            reached = await self._backplane.publish(subject, data)
+            if copy is not None:
+                await copy
+            return reached
+        finally:
+            self._copies.pop(data, None)
+
+    async def _receive(self, session: int, subject: str, data: bytes) -> None:
+        """Hand on a message that has come in *session*. Called by the backplane."""
+        is_ours = subject in self._subscribed and subject in self._subjects
+        if session != self.session or not is_ours:
+            return
+        if data == self._beat:
+            self._has_heard = True
+            return
+        try:
+            self._is_receiving = True
+            await self._deliver(subject, data)
+        except Exception:  # a bug of ours; nats-py would stop to read
+            logger.exception("a message from %s was not handled", self._name)
+        else:
+            _, copy = self._copies.get(data, (None, None))
+            if copy is not None:
+                self._has_heard = True
+                resolve(copy)
+        finally:
+            self._is_receiving = False
+
+    def subscribe(self, subject: str) -> None:
+        """Subscribe to *subject*, now and in each later session."""
+        self._subjects[subject] = None
+        self._start_change(subject)
+
+    def unsubscribe(self, subject: str) -> None:
+        """Undo `subscribe`, as far as that has come."""
+        self._subjects.pop(subject, None)
+        self._denied.pop(subject, None)
+        self._late.discard(subject)
+        for about, copy in self._copies.values():
+            if about == subject:
+                resolve(copy)  # nobody is left here for whom it matters
+        self._start_change(subject)
+
+    async def subscribed(self, subject: str) -> None:
+        """Wait until the broker has subscribed this process to *subject*, for 4 seconds at most.
+
+        If it takes longer, the receiver is told when *subject* is restored. Raises `PachinkoError`
+        when the broker does not permit the subscription.
+        """
+        try:
+            async with asyncio.timeout(_BROKER_WAIT):
+                while subject in self._subjects and self._is_pending(subject):
+                    if self.is_connected:
+                        await asyncio.wait([self._changes.get(subject, self._lost)])
+                    else:
+                        await self.connected()
+        except (PachinkoError, TimeoutError):
+            pass
+        finally:
+            if subject in self._subjects and self._is_pending(subject):
+                self._late.add(subject)
+        if subject in self._denied:
+            raise PachinkoError(self._denied[subject])
+
+    def _is_pending(self, subject: str) -> bool:
+        """Whether the broker has yet to be told, or to say, what is to become of *subject*."""
+        is_settled = subject in self._subscribed or subject in self._denied
+        return (subject in self._subjects) != is_settled
+
+    def _start_change(self, subject: str) -> None:
+        """Subscribe or unsubscribe in the background, unless that is in progress."""
+        if self.is_connected and subject not in self._changes and self._is_pending(subject):
+            task = asyncio.get_running_loop().create_task(self._change(subject))
+            self._changes[subject] = task
+
+    async def _change(self, subject: str) -> None:
+        """Subscribe and unsubscribe until the broker agrees with `_subjects`.
+
+        Members come and go meanwhile, so one call to the broker may not be the last. The end of
+        the session cancels the task; the next session takes over. A backplane may catch that
+        cancellation and go on, and the task then has no say: it is not in `_changes` any more.
+        """
+        me = asyncio.current_task()
+        try:
+            while self._is_pending(subject):
+                if subject in self._subjects:
+                    await self._backplane.subscribe(subject)
+                    if self._changes.get(subject) is not me:
+                        return
+                    self._note_subscribed(subject)
+                else:
+                    self._subscribed.discard(subject)
+                    await self._backplane.unsubscribe(subject)
+        except Exception as exc:  # of the library
+            if self._changes.get(subject) is not me:
+                pass
+            elif isinstance(exc, PachinkoError):
+                self._note_denied(subject, exc)
+            else:
+                resolve(self._lost, exc)
+        finally:
+            if self._changes.get(subject) is me:
+                del self._changes[subject]
+
+    def _note_subscribed(self, subject: str) -> None:
+        self._subscribed.add(subject)
+        if subject in self._late and subject in self._subjects:
+            if self.is_connected:
+                self._restored(subject)
+            else:  # the first session has taken its time: all subjects are restored with it
+                self._has_missed = True
+        self._late.discard(subject)
+
+    def _note_denied(self, subject: str, exc: PachinkoError) -> None:
+        logger.error("%s: %s", self._name, exc)
+        if subject in self._subjects:
+            self._denied[subject] = str(exc)
+
+    async def _run(self) -> None:
+        """Connect, wait for the end of the session, and connect again."""
+        loop, delays = asyncio.get_running_loop(), iter(_RECONNECT)
+        try:
+            while True:
+                self._lost = loop.create_future()
+                self.session += 1
+                begun = math.inf
+                try:
+                    await self._open()
+                    self._begin()
+                    begun = loop.time()
+                    await self._listen_for_beats()
+                except (Exception, asyncio.CancelledError) as exc:  # of the library, whatever it is
+                    if cast("asyncio.Task[None]", asyncio.current_task()).cancelling():
+                        raise
+                    self._end(exc)
+                await self._close()
+                if loop.time() - begun > _RECONNECT[-1]:  # a broker may let us in, then drop us
+                    delays = iter(_RECONNECT)
+                await asyncio.sleep(random.uniform(0.5, 1.0) * next(delays, _RECONNECT[-1]))
+        finally:
+            self._end(None)
+            await self._close()
+
+    async def _open(self) -> None:
+        """Connect, and subscribe to all subjects."""
+        receive = functools.partial(self._receive, self.session)
+        lose = functools.partial(resolve, self._lost)
+        async with asyncio.timeout(_CONNECT):
+            await self._backplane.start(receive, lose)
+        while missing := list(itertools.islice(filter(self._is_pending, self._subjects), 500)):
+            async with asyncio.timeout(_RESTORE):
+                calls = map(self._backplane.subscribe, missing)
+                results = await asyncio.gather(*calls, return_exceptions=True)
+            for subject, result in zip(missing, results, strict=True):
+                if isinstance(result, PachinkoError) and subject not in self._essential:
+                    self._note_denied(subject, result)
+                elif isinstance(result, BaseException):
+                    raise result
+                else:
+                    self._note_subscribed(subject)
+
+    def _begin(self) -> None:
+        """Let everything go on that has waited for a session."""
+        level = logging.WARNING if self._has_missed else logging.INFO
+        text = "%s: connected, with %d subscriptions (process %s)"
+        logger.log(level, text, self._name, len(self._subscribed), self._process)
+        self.is_connected, self._why = True, ""
+        self._attempted.set()
+        for subject in self._subscribed - self._subjects.keys():  # left in the meantime
+            self._start_change(subject)
+        if self._has_missed:
+            self._has_missed = False
+            self._restored(None)
+
+    async def _listen_for_beats(self) -> None:
+        """Send signs of life to ourselves. Never returns; raises when the broker is lost."""
+        missed = 0
+        self._beat = self._make_beat(self.session)
+        while missed < _MISSED:
+            self._has_heard = False
+            work = self._backplane.publish(self._essential[0], self._beat)
+            task = asyncio.ensure_future(work)
+            task.add_done_callback(look_at_result)  # a beat that fails is noticed: none comes
+            try:
+                # Turns of the loop count, not seconds: a loop that was blocked has not read either.
+                await asyncio.wait([self._lost], timeout=_BEAT)
+                # The loop gets a turn to read before the next write: a write to a broker that has
+                # gone would throw away what it has sent.
+                await asyncio.wait([self._lost], timeout=_BEAT / 10)
+            finally:
+                task.cancel()
+            if self._lost.done():
+                raise self._lost.result() or ConnectionError("the connection has been closed")
+            if self._has_heard:
+                missed = 0
+            elif not self._is_receiving:  # the beat may wait behind a message in progress
+                missed += 1
+        raise TimeoutError(f"no sign of life for {_BEAT * _MISSED:g} s, or too much to do here")
+
+    def _end(self, exc: BaseException | None) -> None:
+        """Forget the session, and fail the messages in progress. None: the link stops."""
+        why = without_secrets(exc, self._broker) if exc is not None else "disconnected"
+        if exc is not None and why != self._why:
+            what = "is lost" if self.is_connected else "cannot be reached"
+            text = "%s %s: %s; trying again (process %s)"
+            bug = exc if self._is_bug(exc) else None
+            logger.error(text, self._name, what, why, self._process, exc_info=bug)
+        self._why, self._has_missed = why, True
+        was_connected, self.is_connected = self.is_connected, False
+        if was_connected and exc is not None:
+            self.outages += 1
+            self._attempted.clear()  # mostly the broker comes back at once
+        else:
+            self._attempted.set()
+        self._subscribed.clear()
+        self._denied.clear()
+        for task in self._changes.values():
+            task.cancel()
+        self._changes.clear()
+        for patience in self._waits:
+            if not patience.expired():
+                patience.reschedule(asyncio.get_running_loop().time())
+
+    def _is_bug(self, exc: BaseException) -> bool:
+        """Whether *exc* is a bug in a backplane of the program's own, to be traced."""
+        return self._broker is None and not isinstance(exc, (OSError, PachinkoError))
+
+    async def _close(self) -> None:
+        with contextlib.suppress(Exception):  # of the library: the session has ended in any case
+            async with asyncio.timeout(_CONNECT):
+                await self._backplane.stop()
+
+
+def resolve(future: asyncio.Future[Any], result: Any = None) -> None:
+    """Give *future* its result, if it has none."""
+    if not future.done():
+        future.set_result(result)
+
+
+# ── peer messages ─────────────────────────────────────────────────────────────────────────────
+#
+# A message between processes is a line of JSON, its head, and behind it the text frame for the
+# clients. Subjects are "pachinko.g.room%3A1": the namespace, a letter, a name.
+
+_FORMAT = 1  # of peer messages; older processes cannot read another one
+_LONGEST_NAME = 120  # characters in a subject, which is part of a line of at most 4 KiB in NATS
+_LETTERS = {Kind.GROUP: "g", Kind.USER: "u", Kind.CONNECTION: "p", Kind.EVERYBODY: "a"}
+Address = tuple[Kind, str]  # what a subject stands for; a connection is reached by its process
+
+
+class PeerMessage(msgspec.Struct, omit_defaults=True):
+    """The head of a message between processes."""
+
+    v: int  # the format
+    op: str
+    """``send`` or ``close``: to the receivers; ``who``: to the processes with members of a group,
+    answered with ``here``; ``beat``: to the sender itself, as a sign of life."""
+    source: str = msgspec.field(name="from")  # the process that sends
+    session: int = 0  # the number of the sender's session with the broker
+    n: int = 0  # the message's number in its process
+    exclude: list[str] = []  # the ids of connections that do not get it
+    to: str | None = None  # the id of the only connection that gets it
+    code: int = 1000
+    reason: str = ""
+    ask: int = 0  # the number of the question that this asks or answers
+    members: list[tuple[str, str | None]] = []  # ids and users
+    more: bool = False  # whether further answers of this process follow
+
+
+class Carried(msgspec.Struct):
+    """The text frame in a peer message, as far as it is looked at."""
+
+    type: str
+    payload: msgspec.Raw | UnsetType = UNSET
+    group: str | None = None
+
+
+class Refused(Exception):
+    """What came from the broker is no peer message of ours.
+
+    `format` is set for a message of another version of Pachinko.
+    """
+
+    def __init__(self, why: str, format: int | None = None) -> None:
+        super().__init__(why)
+        self.format = format
+
+
+class Late(Refused):
+    """A valid message from a session that its sender has since lost.
+
+    The sender was told that the send failed; delivering it now could overtake newer messages.
+    """
+
+
+_decode_head = msgspec.json.Decoder(PeerMessage).decode
+_decode_carried = msgspec.json.Decoder(Carried).decode
+
+
+def subject_of(namespace: str, kind: Kind, name: str) -> str:
+    """Return the subject for *name*, any text; nothing in it means anything to a broker."""
+    token = urllib.parse.quote(name, safe="", errors="surrogatepass").replace(".", "%2E")
+    if not 0 < len(token) <= _LONGEST_NAME:
+        # No quoted name has an equals sign, so no digest is the token of another name.
+        digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=20)
+        token = f"={digest.hexdigest()}"
+    return f"{namespace}.{_LETTERS[kind]}.{token}"
+
+
+def pack(message: PeerMessage, frame: bytes = b"") -> bytes:
+    """Return the bytes of *message*, with the text *frame* that it carries."""
+    return b"%b\n%b" % (_encode(message), frame)
+
+
+def unpack(data: bytes) -> tuple[PeerMessage, bytes]:
+    """Return the peer message and the frame in *data*. Raises `Refused`."""
+    head, _, frame = data.partition(b"\n")
+    why = ""
+    try:
+        message = _decode_head(head)
+        if message.v == _FORMAT:
+            return message, frame
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
+        why = str(exc)
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+        version = msgspec.json.decode(head, type=dict[str, Any]).get("v")
+        if type(version) is int and version != _FORMAT:
+            raise Refused(f"it has format {version}, not {_FORMAT}", version)
+    raise Refused(f"not a message of ours: {why}")
+
+
+def check_carried(frame: bytes, group: str | None) -> None:
+    """Raise `Refused` for a *frame* that no client should get as a message of *group*."""
+    try:
+        carried = _decode_carried(frame)
+        frame.decode()
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
+        raise Refused(f"not a message for clients: {exc}") from None
+    if carried.group != group:
+        raise Refused("a message for clients that names another group")
+
+
+# ── cluster relay ─────────────────────────────────────────────────────────────────────────────
+#
+# What this process and the others say to one another by the link: messages to clients, who is in
+# a group, and the gaps of members that have missed something.
+
+_PRESENCE = 0.4  # seconds for the other processes to say who is there
+_ANSWER_BYTES = 200_000  # of members in one part of such an answer
+_MAX_SUSPECTS = 100  # kinds of refused messages that are logged, once each
+_MAX_PROCESSES = 10_000  # whose sessions are known
+_GAPS_A_TURN = 256  # groups told of a gap at a stretch
+_questions = itertools.count(1)
+
+
+class Cluster:
+    """The `Relay` of an app with a broker: its processes, as this one sees them."""
+
+    _registry: Registry
+    _link: Link
+    process: str
+
+    def __init__(self, given: str | Backplane, namespace: str) -> None:
+        """Take what `Hub.configure` was given. Raises `PachinkoError`."""
+        self._broker: Broker | None = None
+        if isinstance(given, str):
+            self._broker = read_broker(given)
+            given = backplane_of(self._broker)
+        self._backplane: Backplane = given
+        self._namespace = namespace
+        self._addresses: dict[str, Address] = {}  # by subject
+        self._sent = 0
+        self._sessions: dict[str, int] = {}  # the latest of each process that has sent something
+        self._refused = 0
+        self._suspects: set[object] = set()  # the kinds of refused messages that have been logged
+        self._work: set[asyncio.Task[None]] = set()  # what is sent while nobody waits for it
+        self._asks: dict[int, asyncio.Queue[PeerMessage]] = {}  # answers, by question
+        self._gaps: dict[str, tuple[pachinko.Connection, ...]] = {}  # members to be told, by group
+        self._unread: dict[Address, frozenset[str]] = {}  # ids told of a message of another format
+
+    def start(self, registry: Registry, process: str) -> None:
+        self._registry, self.process = registry, process
+        own = (Kind.CONNECTION, process), (Kind.EVERYBODY, "all")
+        self._link = Link(
+            self._backplane, self._broker, self.receive, self.restored,
+            [self._add_address(*address) for address in own],
+            functools.partial(self._pack, op="beat"), process,
+        )  # fmt: skip
+
+    def _add_address(self, kind: Kind, name: str) -> str:
+        subject = subject_of(self._namespace, kind, name)
+        self._addresses[subject] = kind, name
+        return subject
+
+    async def connected(self) -> None:
+        await self._link.connected()
+
+    async def stop(self) -> None:
+        for task in tuple(self._work):
+            task.cancel()
+        await self._link.stop()
+
+    def subscribe(self, kind: Kind, name: str) -> None:
+        self._link.subscribe(self._add_address(kind, name))
+
+    def unsubscribe(self, kind: Kind, name: str) -> None:
+        subject = subject_of(self._namespace, kind, name)
+        self._unread.pop((kind, name), None)
+        self._addresses.pop(subject, None)
+        self._link.unsubscribe(subject)
+
+    async def subscribed(self, kind: Kind, name: str) -> None:
+        await self._link.subscribed(subject_of(self._namespace, kind, name))
+
+    def stats(self) -> dict[str, int]:
+        return {
+            "refused": self._refused,
+            "outages": self._link.outages,
+            "broker_down": int(not self._link.is_connected),
+        }
+
+    def _pack(self, session: int, op: str, frame: bytes = b"", **fields: Any) -> bytes:
+        self._sent += 1
+        return pack(PeerMessage(_FORMAT, op, self.process, session, self._sent, **fields), frame)
+
+    async def _publish(
+        self, kind: Kind, name: str, op: str, frame: bytes = b"", **fields: Any
+    ) -> int | None:
+        subject = subject_of(self._namespace, kind, name)
+        make = functools.partial(self._pack, op=op, frame=frame, **fields)
+        return await self._link.publish(subject, make)
+
+    async def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> None:
+        to: str | None = None
+        if kind is Kind.CONNECTION:
+            process = pachinko.process_of(name)
+            if process is None or process == self.process:
+                await self._registry.deliver(kind, name, data, excluded)
+                return
+            name, to = process, name
+        await self._publish(kind, name, "send", data, exclude=excluded, to=to)
+
+    async def close(self, kind: Kind, name: str, close: pachinko.Close) -> None:
+        await self._publish(kind, name, "close", code=close.code, reason=close.reason)
+
+    async def ask(self, group: str) -> list[pachinko.Presence]:
+        number = next(_questions)
+        answers = self._asks[number] = asyncio.Queue[PeerMessage]()
+        found: dict[str, pachinko.Presence] = {}
+        unfinished: dict[str, bool] = {}  # by process
+        try:
+            reached = await self._publish(Kind.GROUP, group, "who", ask=number)
+            loop = asyncio.get_running_loop()
+            end, latest = (loop.time() + seconds for seconds in (_PRESENCE, _BROKER_WAIT))
+            with contextlib.suppress(TimeoutError):
+                while reached is None or any(unfinished.values()) or len(unfinished) < reached:
+                    async with asyncio.timeout_at(latest if any(unfinished.values()) else end):
+                        answer = await answers.get()
+                    unfinished[answer.source] = answer.more
+                    for id, user in answer.members:
+                        found[id] = pachinko.Presence(id, user, answer.source)
+        finally:
+            self._asks.pop(number, None)
+        return list(found.values())
+
+    async def receive(self, subject: str, data: bytes) -> None:
+        """Take a message from the link."""
+        address = self._addresses[subject]
+        try:
+            message, frame = unpack(data)
+            if message.op == "beat":
+                return
+            if message.op == "send":
+                check_carried(frame, address[1] if address[0] is Kind.GROUP else None)
+            is_ours = message.source == self.process
+            latest = self._link.session if is_ours else self._sessions.get(message.source, 0)
+            if message.session < latest:
+                raise Late("its process has lost the connection that it came by")
+            await self._take(*address, message, frame)
+            self._sessions[message.source] = message.session
+            if len(self._sessions) > _MAX_PROCESSES:
+                del self._sessions[next(iter(self._sessions))]
+        except Refused as why:
+            await self._refuse(address, why)
+
+    async def _take(self, kind: Kind, name: str, message: PeerMessage, frame: bytes) -> None:
+        """Do what *message* says. Raises `Refused`."""
+        self._unread.pop((kind, name), None)
+        if kind is Kind.GROUP and name in self._gaps:
+            await self._announce(name)
+        if message.op == "send":
+            receiver = message.to or "" if kind is Kind.CONNECTION else name
+            await self._registry.deliver(kind, receiver, frame, message.exclude)
+        elif message.op == "close" and kind is Kind.GROUP:
+            try:
+                close = pachinko.Close(message.code, message.reason)
+            except ValueError as exc:
+                raise Refused(str(exc)) from None
+            self._registry.close(kind, name, close)
+        elif message.op == "who" and kind is Kind.GROUP:
+            self._start_work(self._answer(name, message))
+        elif message.op == "here" and kind is Kind.CONNECTION:
+            self._note_answer(message)
+        else:
+            raise Refused(f"{message.op!r} makes no sense here")
+
+    async def _answer(self, group: str, question: PeerMessage) -> None:
+        """Tell the process that asks who of *group* is here, in parts of a bounded size."""
+        found = self._registry.members(group)
+        # Halves of surrogate pairs become question marks: no JSON may have them.
+        users = {c.id: c.user and c.user.encode(errors="replace").decode() for c in found}
+        members = list(users.items())
+        is_last = False
+        while not is_last:
+            part: list[tuple[str, str | None]] = []
+            size = 0
+            while members and size < _ANSWER_BYTES:
+                part.append(members.pop())
+                size += 50 + len(part[-1][1] or "") * 4
+            is_last = not members
+            answer: dict[str, Any] = {"ask": question.ask, "members": part, "more": not is_last}
+            if question.source == self.process:
+                self._note_answer(PeerMessage(_FORMAT, "here", self.process, **answer))
+            else:
+                with contextlib.suppress(PachinkoError):  # the question's process hears nothing
+                    await self._publish(Kind.CONNECTION, question.source, "here", **answer)
+
+    def _note_answer(self, answer: PeerMessage) -> None:
+        if answer.ask in self._asks:
+            self._asks[answer.ask].put_nowait(answer)
+
+    def _start_work(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    async def _refuse(self, address: Address, why: Refused) -> None:
+        """Count a message that is not understood. One of another format is a gap."""
+        self._refused += 1
+        suspect = type(why), why.format
+        if suspect not in self._suspects and len(self._suspects) < _MAX_SUSPECTS:
+            self._suspects.add(suspect)
+            logger.warning(
+                "refused a message from the broker (more like it are counted, not logged): %s", why
+            )
+        if why.format is not None and address[0] is not Kind.CONNECTION:
+            await self._miss(*address)
+
+    async def _miss(self, kind: Kind, name: str) -> None:
+        """Tell the receivers of a gap, once for a run of messages that cannot be read."""
+        receivers = self._registry.receivers(kind, name)
+        group = name if kind is Kind.GROUP else None
+        told = self._unread.get((kind, name), frozenset())
+        self._unread[kind, name] = frozenset(conn.id for conn in receivers)
+        await self._registry.tell(receivers, gap_of(group), group, told)
+
+    def restored(self, subject: str | None) -> None:
+        """Begin to tell everybody who may have missed something, once a group."""
+        registry = self._registry
+        alone: Collection[pachinko.Connection] = ()
+        if subject is None:
+            self._gaps = {group: tuple(members) for group, members in registry.groups.items()}
+            conns = registry.connections.values()
+            alone = tuple(conn for conn in conns if not registry.groups_of(conn))
+        else:
+            kind, name = self._addresses[subject]
+            if kind is Kind.GROUP:
+                self._gaps[name] = tuple(registry.receivers(kind, name))
+            else:
+                alone = tuple(registry.receivers(kind, name))
+        self._start_work(self._announce_all(alone))
+
+    async def _announce_all(self, alone: Collection[pachinko.Connection]) -> None:
+        await self._registry.tell(alone, gap_of(None), None)
+        announced = 0
+        while self._gaps:
+            await self._announce(next(iter(self._gaps)))
+            announced += 1
+            if announced % _GAPS_A_TURN == 0:  # nothing else lets the loop run if nobody is behind
+                await asyncio.sleep(0)
+
+    async def _announce(self, group: str) -> None:
+        """Tell those who have been in *group* since the outage of the gap."""
+        members = self._gaps.pop(group)
+        present = [conn for conn in members if group in self._registry.groups_of(conn)]
+        await self._registry.tell(present, gap_of(group), group)
+
+
+# ── shell command ─────────────────────────────────────────────────────────────────────────────
+#
+# For a shell, a cron job or a look at what happens, without an app.
+
+
+class Eavesdropper(Cluster):
+    """A process without connections that prints what a member of one group would get."""
+
+    def __init__(self, given: str | Backplane, namespace: str, group: str) -> None:
+        super().__init__(given, namespace)
+        self._group = group
+        self._lines: asyncio.Queue[str] = asyncio.Queue()
+
+    async def run(self, count: int | None = None) -> None:
+        """Print *count* messages, or all. Raises `PachinkoError`, and what `print` raises."""
+        self.start(Registry(self), pachinko.new_process())
+        try:
+            await self.connected()
+            self.subscribe(Kind.GROUP, self._group)
+            await self.subscribed(Kind.GROUP, self._group)
+            _tell(f"listening to {self._group!r}")
+            for _ in itertools.count() if count is None else range(count):
+                _print(await self._lines.get())
+        finally:
+            await self.stop()
+
+    async def _take(self, kind: Kind, name: str, message: PeerMessage, frame: bytes) -> None:
+        self._unread.pop((kind, name), None)
+        if message.op == "send":
+            if kind is not Kind.CONNECTION:
+                self._lines.put_nowait(frame.decode())
+        elif message.op == "close" and kind is Kind.GROUP:
+            _tell(f"its members were closed with {message.code} {message.reason}".rstrip())
+        else:
+            await super()._take(kind, name, message, frame)
+
+    async def _miss(self, kind: Kind, name: str) -> None:
+        if (kind, name) not in self._unread:
+            self._unread[kind, name] = frozenset()
+            self._lines.put_nowait(gap_of(name if kind is Kind.GROUP else None).decode())
+
+    def restored(self, subject: str | None) -> None:
+        self._lines.put_nowait(gap_of(self._group).decode())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pachinko",
+        description="Talk to the clients of a Falcon app with WebSockets, through its broker.",
+        epilog="URL is what the app has in PACHINKO_BACKPLANE, such as nats://localhost:4222 or "
+        'redis://localhost:6379; "-" takes it from there, which keeps a password off the list of '
+        "processes.",
+    )
+    parser.add_argument("--version", action="version", version=f"pachinko {pachinko.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("url", metavar="URL", help='the broker, or "-" for $PACHINKO_BACKPLANE')
+    common.add_argument("group", metavar="GROUP", help="the group, as in hub.join")
+    common.add_argument("--namespace", help="as in hub.configure, by default pachinko")
+    send = commands.add_parser(
+        "send", parents=[common], help="send a message to a group",
+        epilog="""pachinko send nats://localhost:4222 room:1 said '{"text": "hi"}'""",
+    )  # fmt: skip
+    send.add_argument("type", metavar="TYPE", help="the message's type")
+    send.add_argument(
+        "json", metavar="JSON", nargs="?", help='the payload; "-" reads it from stdin'
+    )
+    listen = commands.add_parser(
+        "listen", parents=[common], help="print what a member of a group would see, a line each",
+        epilog="pachinko listen nats://localhost:4222 room:1",
+    )  # fmt: skip
+    listen.add_argument("--count", type=_count, metavar="N", help="end after N messages")
+    commands.add_parser(
+        "presence", parents=[common], help="print who is in a group, a line of JSON each",
+        epilog="pachinko presence nats://localhost:4222 room:1",
+    )  # fmt: skip
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command ``pachinko``.
+
+    Returns its exit status: 0, 1 if the broker has failed, 2 for a mistake in the call.
+    """
+    given = _parser().parse_args(arguments)
+    level = logging.WARNING if given.command == "listen" else logging.CRITICAL
+    logging.basicConfig(format="%(message)s", level=level)
+    try:
+        asyncio.run(_run(given))
+    except (TypeError, ValueError, PachinkoError) as exc:
+        _tell(f"pachinko: {exc}")
+        return 1 if isinstance(exc, PachinkoError) else 2
+    except OSError as exc:
+        _silence_stdout()
+        if not isinstance(exc, BrokenPipeError):  # `head`, for one, stops to read
+            _tell(f"pachinko: cannot print: {exc}")
+            return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)  # noqa: T201 - it is the program's output
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - it is what the program says beside that
+
+
+def _silence_stdout() -> None:
+    """Send to nowhere what Python flushes when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _count(text: str) -> int:
+    """Return a number of messages, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number of messages, at least 1, got {text!r}")
+    return int(text)
+
+
+async def _run(given: argparse.Namespace) -> None:
+    """Do what the command line says. Raises `ValueError` or `TypeError` for what is wrong in it."""
+    url = os.environ.get(pachinko.ENVIRONMENT, "") if given.url == "-" else given.url
+    if not url:
+        raise ValueError("PACHINKO_BACKPLANE is not set" if given.url else "the URL is empty")
+    given.group.encode()  # raises a UnicodeError for an argument that was no UTF-8
+    hub = pachinko.Hub()
+    try:
+        hub.configure(url, namespace=given.namespace)
+    except PachinkoError as exc:
+        raise ValueError(str(exc)) from None
+    if url.startswith("memory://"):
+        raise ValueError("memory:// reaches no other process; give the broker of the app")
+    if given.command == "listen":
+        namespace = pachinko.namespace_of(url, given.namespace)
+        await Eavesdropper(url, namespace, given.group).run(given.count)
+        return
+    payload = None
+    if given.command == "send" and given.json is not None:
+        text = sys.stdin.read() if given.json == "-" else given.json
+        try:
+            payload = msgspec.json.decode(text)
+        except (msgspec.MsgspecError, RecursionError) as exc:
+            raise ValueError(
+                f"""the payload is JSON, such as '{{"text": "hi"}}' or '"hi"': {exc}"""
+            ) from None
+    async with hub.open():
+        if given.command == "send":
+            await hub.send(given.group, given.type, payload)
+        else:
+            for each in sorted(await hub.presence(given.group), key=lambda each: each.id):
+                _print(_encode(attrs.asdict(each)).decode())
