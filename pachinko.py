@@ -67,6 +67,9 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    MutableMapping,
+    MutableSequence,
+    MutableSet,
     Sequence,
     Set,
 )
@@ -83,7 +86,8 @@ import falcon
 import falcon.asgi
 import falcon.constants
 import msgspec
-from cattrs.gen import typeddicts
+from cattrs import cols
+from cattrs.disambiguators import create_default_dis_func
 from msgspec import UNSET, UnsetType
 
 __all__ = [
@@ -99,8 +103,9 @@ P = ParamSpec("P")
 E = TypeVar("E", bound=BaseException)
 F = TypeVar("F", bound=Callable[..., Any])
 Id = str | int
-Errors = list[dict[str, str]]  # of a payload: [{"path": "$.payload.n", "message": "…"}]
-Hook = Callable[[Any, Any], Any]  # of cattrs: a value and the type to make of it
+Errors = list[dict[str, str]]  # what is wrong: [{"path": "$.payload.n", "message": "…"}]
+Hook = Callable[[Any, Any], Any]  # cattrs calls it with a value and the type to make of it
+HookFactory = Callable[[Any, cattrs.Converter], Callable[..., Any]]
 Writer = tuple[str, Callable[[Any], Any]]  # the type to send a value as, and what makes JSON of it
 Namespaces = tuple[dict[str, Any], dict[str, Any]]  # the globals and locals annotations see
 Event = dict[str, Any]  # to send, of ASGI: {"type": "websocket.send", "text": "…"}
@@ -112,6 +117,9 @@ Incoming = Mapping[str, Any]  # the same as it is received: {"type": "websocket.
 #   MessageError    the client's mistake: answered with an error, the connection stays open
 #   Close           no mistake: a handler's way to end the connection
 
+_MAX_ERRORS = 100  # in one reply: a frame of max_size has room for hundreds of thousands
+_OTHER = "invalid value"  # the text for an exception whose own text is not meant for clients
+_KEY_SHOWN = 64  # characters of a client's own key in a path
 _REASON_BYTES = 123  # RFC 6455, 5.5: a control frame carries 125 bytes, two of them the code
 
 
@@ -119,7 +127,7 @@ class PachinkoError(Exception):
     """A mistake in the program that uses Pachinko, with the corrected code in its text."""
 
 
-class EngineAway(PachinkoError):
+class BrokerAway(PachinkoError):
     """The engine between processes has not taken a message: no mistake, and no bug to be traced."""
 
 
@@ -156,12 +164,81 @@ class Close(Exception):
         self.reason = reason
 
 
+def bare(error: E) -> E:
+    """*error* without where it comes from: that keeps frames, and these it, until a collection."""
+    for inner in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
+        bare(inner)
+    with contextlib.suppress(Exception):  # an application's exception may be frozen
+        error.__cause__ = error.__context__ = error.__traceback__ = None
+    return error
+
+
+def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, str]]:
+    """Yield each wrong field under *exc* as ``{"path", "message"}``, without server internals."""
+    if isinstance(exc, cattrs.BaseValidationError):
+        for inner in exc.exceptions:
+            # cattrs adds a note to its own KeyError for a missing key; any other is a user's bug.
+            is_other = isinstance(inner, KeyError) and not hasattr(inner, "__notes__")
+            step = _path_step(inner, exc.cl)
+            yield from explain(ValueError(_OTHER) if is_other else inner, path + step)
+        return
+    text = _OTHER
+    if isinstance(exc, msgspec.ValidationError):
+        text = str(exc).replace("`", "")
+        text = text[:1].lower() + text[1:]
+    elif isinstance(exc, KeyError):
+        text = "required, but missing"
+    elif isinstance(exc, cattrs.ForbiddenExtraKeysError):
+        text = f"unknown: {', '.join(sorted(exc.extra_fields))}"
+    elif isinstance(exc, (ValueError, TypeError)) and exc.args and isinstance(exc.args[0], str):
+        text = exc.args[0]  # a validator's words; attrs adds its Attribute and the value as arguments
+    elif isinstance(exc, RecursionError):
+        text = "nested too deeply"
+    yield {"path": path, "message": text}
+
+
+def _path_step(exc: BaseException, t: Any) -> str:
+    """Return where under its parent *exc* happened: ``.field``, ``[3]``, ``["key"]``, or ``""``."""
+    names = [arg.name for arg in exc.args if isinstance(arg, attrs.Attribute)]
+    for note in getattr(exc, "__notes__", ()):
+        if isinstance(note, cattrs.IterableValidationNote):
+            index = note.index
+            return f"[{index}]" if type(index) is int else f'["{str(index)[:_KEY_SHOWN]}"]'
+        if isinstance(note, cattrs.AttributeValidationNote):
+            names = [note.name]
+    if not names:
+        return ""
+    cls = origin_of(t) or t
+    fields = attrs.fields_dict(cls) if attrs.has(cls) else {}
+    return f".{fields[names[0]].alias if names[0] in fields else names[0]}"
+
+
+def _explained(exc: BaseException) -> Errors:
+    """Return the errors for `invalid_payload`: one more than it shows tells it that there are more."""
+    errors = list(itertools.islice(explain(exc), _MAX_ERRORS + 1))
+    bare(exc)
+    return errors
+
+
+def invalid_payload(type: str, errors: Errors) -> MessageError:
+    """Return the error for a payload, with at most `_MAX_ERRORS` of what is wrong in it."""
+    if len(errors) > _MAX_ERRORS:
+        errors[_MAX_ERRORS:] = [{"path": "$.payload", "message": "and more"}]
+    first = f"{errors[0]['path']}: {errors[0]['message']}"
+    return MessageError("invalid_payload", f"{type}: {first}", errors=errors)
+
+
 # ── envelope and message ──────────────────────────────────────────────────────────────────────
 
 _MAX_DEPTH = 128  # of arrays and objects in a frame; far below where recursive code gives up
 _NOT_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[^][{}"]+', re.DOTALL)  # linear in any text
 _RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
 _JSON_NAMES: dict[Any, str] = {dict: "object", list: "array", types.NoneType: "null"}
+_LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal}.union(
+    (datetime, date, time_of_day, timedelta)
+)
+_UNIONS: tuple[Any, ...] = (Union, types.UnionType)
+_QUALIFIERS = (typing.Annotated, typing.Required, typing.NotRequired)
 
 
 @attrs.frozen
@@ -257,15 +334,6 @@ def decode_or_error(text: str) -> Frame | BadFrame:
         return decode(text)
     except BadFrame as bad:
         return bare(bad)
-
-
-def bare(error: E) -> E:
-    """*error* without where it comes from: that keeps frames, and these it, until a collection."""
-    for inner in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
-        bare(inner)
-    with contextlib.suppress(Exception):  # an application's exception may be frozen
-        error.__cause__ = error.__context__ = error.__traceback__ = None
-    return error
 
 
 def is_too_deep(text: str) -> bool:
@@ -412,93 +480,264 @@ def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -
     return hints
 
 
-# ── codec ─────────────────────────────────────────────────────────────────────────────────────
-#
-# Payloads are structured by a cattrs converter that is strict: each JSON kind stands for itself,
-# and nothing is coerced. A leaf goes through `msgspec.convert`, which gives one rule and one
-# wording for all of them; what cattrs would iterate over whatever it is gets its kind checked.
+def hashable(t: Any) -> Any:
+    """Return the type *t* without metadata of `Annotated` that has no hash.
 
-_MAX_ERRORS = 100  # in one reply: a frame of max_size has room for hundreds of thousands
-_MAX_EXPLAINED = 16_384  # bytes of JSON: to find all errors of 1 MiB blocks for seconds
-_OTHER = "invalid value"  # also for a KeyError that is not cattrs' word for a missing key
-_KEY_SHOWN = 64  # characters of a client's own key in a path
-_LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal}.union(
-    (datetime, date, time_of_day, timedelta)
-)
-_UNIONS: tuple[Any, ...] = (Union, types.UnionType)
-_QUALIFIERS = (typing.Annotated, typing.Required, typing.NotRequired)
-
-
-def strict_converter() -> cattrs.Converter:
-    """A converter with the rules of the wire: aliases count, and no value changes its type."""
-    converter = cattrs.Converter(use_alias=True)
-    for leaf in _LEAVES:  # these hooks are also their subclasses': class Color(str, Enum)
-        converter.register_structure_hook(leaf, msgspec.convert)
-    converter.register_structure_hook_func(lambda t: t is object, lambda value, _: value)
-    converter.register_structure_hook_factory(_is_leaf, _leaf_hook)
-    converter.register_structure_hook_factory(lambda t: len(_kinds_of(t)) > 1, _union_hook)
-    building: set[Any] = set()  # types whose hook cattrs is asked for just now, to be wrapped
-
-    @converter.register_structure_hook_factory(lambda t: t not in building and bool(_kind_of(t)))
-    def container_hook(t: Any, converter: cattrs.Converter) -> Hook:
-        plain = _with_text_keys(t, converter)
-        building.add(plain)
-        try:
-            inner = converter.get_structure_hook(plain, cache_result=False)
-            return _container_hook(t, converter, inner)
-        finally:
-            building.discard(plain)
-
-    converter.register_unstructure_hook_func(
-        lambda t: t is object, lambda v: v if type(v) is object else converter.unstructure(v)
-    )
-    converter.register_unstructure_hook_factory(
-        lambda t: origin_of(t) in _UNIONS, _union_unstructure_hook
-    )
-    converter.register_unstructure_hook_factory(typing.is_typeddict, _typeddict_unstructure_hook)
-    return converter
+    cattrs looks types up by their hash. The metadata is meant for other libraries.
+    """
+    try:
+        hash(t)
+    except TypeError:
+        if origin_of(t) is typing.Annotated:
+            return hashable(t.__origin__)
+        args = tuple(map(hashable, get_args(t)))
+        if origin_of(t) in _UNIONS:
+            return Union[args]  # noqa: UP007 - of a tuple
+        return cast(Any, origin_of(t))[args if len(args) > 1 else args[0]] if args else t
+    return t
 
 
-def _class_of(t: Any) -> Any:
-    """The class behind *t*, `list` for ``list[int]``, or None."""
+def class_of(t: Any) -> Any:
+    """Return the class behind *t*, such as `list` for ``list[int]``, or None."""
     cls = origin_of(t) or t
     return cls if inspect.isclass(cls) and cls not in (Any, *_UNIONS) else None
 
 
+def unnamed(t: Any) -> Any:
+    """Return the type that a `NewType` or a ``type`` statement has named, else *t* itself."""
+    return getattr(t, "__supertype__", None) or getattr(t, "__value__", t)
+
+
+def bare_type(t: Any) -> Any:
+    """Return *t* without names and without `Annotated`."""
+    inner = t.__origin__ if origin_of(t) is typing.Annotated else unnamed(t)
+    return t if inner is t else bare_type(inner)
+
+
+def has_fields(t: Any) -> bool:
+    """Tell whether *t* is an attrs class or a dataclass."""
+    cls = class_of(t)
+    return cls is not None and (attrs.has(cls) or dataclasses.is_dataclass(cls))
+
+
+def declares_fields(t: Any) -> bool:
+    """Tell whether the items of *t* have names: of a typed dict and of a named tuple, too."""
+    cls = class_of(t)
+    return has_fields(t) or typing.is_typeddict(cls) or cols.is_namedtuple(cls)
+
+
+def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
+    """Yield all types that *t* contains, *t* last, and resolve the annotations of classes."""
+    if t in seen or isinstance(t, TypeVar) or origin_of(t) is Literal:
+        return
+    seen.append(t)
+    cls, args = class_of(t), get_args(t)
+    inner = [hashable(unnamed(t)), *(args[:1] if origin_of(t) in _QUALIFIERS else args)]
+    if declares_fields(cls):
+        inner += resolve_class(cls, *namespaces).values()
+    for member in inner:
+        yield from types_in(member, namespaces, seen)
+    yield t
+
+
+def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
+    """Tell whether msgspec makes the same of JSON for *t* as the strict converter.
+
+    Types that nobody has compared are left to cattrs. *seen* has the classes looked at before.
+    """
+    seen = [] if seen is None else seen
+    origin, args = origin_of(t) or t, get_args(t)
+    if t is Any or t in seen:
+        return True
+    if t in _LEAVES:
+        return t is not Decimal  # msgspec reads all its digits, but cattrs is given a float
+    if origin is Literal:
+        return all(type(choice) is str for choice in args)  # no comparison of 1, 1.0 and true
+    if inspect.isclass(t) and issubclass(t, enum.Enum):
+        return is_text_enum(t)  # msgspec calls _missing_, and cattrs does not
+    if origin is dict:
+        has_text_keys = args[:1] in ((), (str,))  # msgspec reads other keys by rules of its own
+        return has_text_keys and all(is_read_in_one_pass(arg, seen) for arg in args)
+    if origin in (list, set, frozenset, tuple, *_UNIONS):
+        return all(arg is Ellipsis or is_read_in_one_pass(arg, seen) for arg in args)
+    if not inspect.isclass(t):
+        return False
+    seen.append(t)
+    types = _settable_fields(t)
+    return types is not None and all(is_read_in_one_pass(u, seen) for u in types)
+
+
+def is_text_enum(cls: Any) -> bool:
+    """Tell whether *cls* is an enum of texts without code of its own to find a member."""
+    if not issubclass(cls, enum.Enum):
+        return False
+    own, default = (
+        [inspect.getattr_static(c, name) for name in ("_missing_", "__init__")]
+        for c in (cls, enum.Enum)
+    )
+    return own == default and all(type(member.value) is str for member in cls)
+
+
+def _settable_fields(cls: Any) -> Iterable[Any] | None:
+    """Return the types of the fields of *cls*, or None if setting them is not all that it takes."""
+    if typing.is_typeddict(cls):
+        keys = {typing.Required: cls.__required_keys__, typing.NotRequired: cls.__optional_keys__}
+        hints = cls.__annotations__
+        if any(key not in keys.get(origin_of(t), hints) for key, t in hints.items()):
+            return None  # Python and cattrs do not see Required in an annotation that was a text
+        return [get_args(t)[0] if origin_of(t) in keys else t for t in hints.values()]
+    if not _has_plain_constructor(cls):
+        return None
+    try:
+        hints = typing.get_type_hints(cls, include_extras=True)  # msgspec sees the same
+    except (NameError, TypeError, AttributeError):  # a base class has names of a function
+        return None
+    fields: Any = attrs.fields(cls) if attrs.has(cls) else dataclasses.fields(cls)
+    is_plain = all(
+        f.init and f.type == hints.get(f.name) and getattr(f, "alias", f.name) == f.name
+        and not (getattr(f, "converter", None) or getattr(f.default, "takes_self", False))
+        # msgspec takes any attribute of the class for the field's value, and sets no default then.
+        and (not hasattr(cls, f.name) or inspect.ismemberdescriptor(getattr(cls, f.name)))
+        for f in fields
+    )  # fmt: skip
+    return [f.type for f in fields] if is_plain else None
+
+
+def _has_plain_constructor(cls: Any) -> bool:
+    """Tell whether attrs or dataclasses alone have written what makes an object of *cls*."""
+    init, is_attrs = vars(cls).get("__init__"), attrs.has(cls)
+    if is_attrs == dataclasses.is_dataclass(cls) or not inspect.isfunction(init):
+        return False
+    if not inspect.getfile(init).startswith("<"):  # code that is generated comes from no file
+        return False
+    if inspect.isabstract(cls) or type(cls).__call__ is not type.__call__:
+        return False
+    if cls.__new__ is not object.__new__ or hasattr(cls, "__attrs_pre_init__"):
+        return False
+    if cls.__getattribute__ is not object.__getattribute__ or hasattr(cls, "__getattr__"):
+        return False
+    has_plain_setattr = cls.__setattr__ is object.__setattr__
+    if not is_attrs:
+        params = cls.__dataclass_params__
+        return bool(params.init and (params.frozen or has_plain_setattr))
+    made = attrs.inspect(cls)
+    if not made.added_init or made.hashability is made.Hashability.HASHABLE_CACHED:
+        return False
+    # attrs writes a __setattr__ that validates, and refuses to do so where a class has its own.
+    validates = made.on_setattr_hook is not None and any(f.validator for f in attrs.fields(cls))
+    return made.is_frozen or has_plain_setattr or validates
+
+
+# ── codec ─────────────────────────────────────────────────────────────────────────────────────
+#
+# The codec turns JSON values into what handlers take, and what handlers return into JSON.
+#
+# Its rules are those of a strict cattrs converter: each JSON kind stands for itself, and nothing
+# is coerced. A scalar goes through `msgspec.convert`, which gives one rule and one wording for all
+# of them. The kind of an array or object is checked before cattrs' own hook iterates over it.
+#
+# msgspec can also decode a frame straight into the payload, in one pass and several times as fast.
+# It builds an object by setting its fields: it calls no constructor and no converter, and knows no
+# alias. `is_read_in_one_pass` tells for which types both libraries build the same value. The
+# payload of any other type is decoded to plain JSON values, and cattrs structures them.
+
+_MAX_EXPLAINED = 16_384  # bytes of JSON: finding every error of 1 MiB would block for seconds
+_TEXT_KEY = object()  # Annotated[int, _TEXT_KEY] is an int that is the key of a JSON object
+_ARRAYS: dict[Any, Any] = {  # the classes that JSON arrays are declared as, and what is made of them
+    list: list, MutableSequence: list, tuple: tuple, Sequence: tuple, set: set, MutableSet: set,
+    frozenset: frozenset, Set: frozenset, collections.deque: collections.deque,
+}  # fmt: skip
+
+
+class Indistinct(PachinkoError):
+    """A union two members of which have values of the same class, but send different fields."""
+
+
+def strict_converter() -> cattrs.Converter:
+    """Make a converter with the rules of the wire: aliases count, and no value changes its type."""
+    converter = cattrs.Converter(use_alias=True)
+    for leaf in _LEAVES:  # cattrs uses these hooks for subclasses too: class Color(str, Enum)
+        converter.register_structure_hook(leaf, msgspec.convert)
+    structure = converter.register_structure_hook_factory
+    structure(lambda t: t is object, lambda _: lambda value, _: value)
+    structure(_is_leaf, _leaf_hook)
+    structure(lambda t: len(_kinds_of(t)) > 1, _union_hook)
+    structure(lambda t: _kind_of(t) is not None, _allow_recursion(_container_hook))
+    structure(lambda t: _TEXT_KEY in getattr(t, "__metadata__", ()), _key_hook)
+    structure(lambda t: hashable(unnamed(t)) is not unnamed(t), _named_hook)
+    unstructure = converter.register_unstructure_hook_factory
+    converter.register_unstructure_hook_func(
+        lambda t: t is object, lambda v: v if type(v) is object else converter.unstructure(v)
+    )
+    unstructure(lambda t: origin_of(t) in _UNIONS, _union_unstructure_hook)
+    unstructure(declares_fields, _allow_recursion(_fields_unstructure_hook))
+    unstructure(lambda t: hashable(unnamed(t)) is not unnamed(t), _named_unstructure_hook)
+    return converter
+
+
+def _allow_recursion(make: HookFactory) -> HookFactory:
+    """Let *make* be asked for the hook of a type while it makes the hook of the same type.
+
+    It then gets a stand-in for the hook. cattrs' own way out is to unstructure by the class of the
+    value, whatever was declared.
+    """
+    in_progress: dict[Any, Callable[..., Any]] = {}
+
+    def factory(t: Any, converter: cattrs.Converter) -> Callable[..., Any]:
+        key, hook = (id(converter), t), None
+
+        def stand_in(*args: Any) -> Any:
+            nonlocal hook
+            hook = hook or make(t, converter)
+            return hook(*args)
+
+        if key in in_progress:
+            return in_progress[key]
+        in_progress[key] = stand_in
+        try:
+            hook = make(t, converter)
+        except RecursionError:  # cattrs is busy with the same generic class, such as Box[Box[int]]
+            return stand_in
+        finally:
+            in_progress.pop(key, None)
+        return hook
+
+    return factory
+
+
 def _is_leaf(t: Any) -> bool:
-    """Whether *t* is written as one JSON scalar."""
+    """Tell whether *t* is written as one JSON scalar."""
     if origin_of(t) in _UNIONS:
         return all(map(_is_leaf, get_args(t)))
     is_enum = inspect.isclass(t) and issubclass(t, enum.Enum)
     return is_enum or origin_of(t) is Literal or t in _LEAVES
 
 
-def _has_fields(t: Any) -> bool:
-    cls = _class_of(t)
-    return cls is not None and (attrs.has(cls) or dataclasses.is_dataclass(cls))
-
-
 def _kind_of(t: Any) -> type | None:
-    """Whether *t* is written as a JSON array (list), an object (dict), or as something else."""
-    cls = _class_of(t)
+    """Return list if *t* is written as a JSON array, dict for an object, None for anything else."""
+    cls = class_of(t)
     if cls is None:
-        return dict if origin_of(t) in _UNIONS and all(map(_has_fields, get_args(t))) else None
-    if _has_fields(t) or typing.is_typeddict(cls) or issubclass(cls, Mapping):
+        return dict if origin_of(t) in _UNIONS and all(map(has_fields, get_args(t))) else None
+    if has_fields(t) or typing.is_typeddict(cls) or issubclass(cls, Mapping):
         return dict
-    return list if issubclass(cls, (Sequence, Set)) and not _is_leaf(cls) else None
+    is_array = issubclass(cls, (Sequence, Set)) and not issubclass(cls, (str, bytes))
+    return list if is_array and not _is_leaf(cls) else None
 
 
 def _kinds_of(t: Any) -> dict[Any, Any]:
-    """The members of the union *t* by what they are written as: null, array, object, or else."""
+    """Sort the members of the union *t* by what they are written as.
+
+    The keys are NoneType for null, list, dict, and None for anything else.
+    """
     kinds: dict[Any, Any] = {}
     for member in get_args(t) if origin_of(t) in _UNIONS and not _is_leaf(t) else ():
-        kind = member if member is types.NoneType else _kind_of(member)
+        kind = member if member is types.NoneType else _kind_of(bare_type(member))
         kinds[kind] = kinds.get(kind, member) | member
     return kinds
 
 
 def _union_hook(t: Any, converter: cattrs.Converter) -> Hook:
-    """By the kind of the value. Of several classes, cattrs finds the one with its fields."""
+    """Make the hook of a union that goes by the JSON kind of the value."""
     hooks = {kind: (converter.get_structure_hook(m), m) for kind, m in _kinds_of(t).items()}
     other = hooks.get(None) or next(iter(hooks.values()))
 
@@ -510,7 +749,10 @@ def _union_hook(t: Any, converter: cattrs.Converter) -> Hook:
 
 
 def _leaf_hook(t: Any) -> Hook:
-    """`Literal` and `Enum` go by value *and* type, for ``1 == True`` and ``1 == 1.0``."""
+    """Make the hook of a scalar.
+
+    `Literal` and `Enum` compare value *and* type, because ``1 == True`` and ``1 == 1.0``.
+    """
     members = get_args(t) if origin_of(t) in _UNIONS else (t,)
     leaves = tuple(member for member in members if member in _LEAVES)
     leaf: Any = Union[leaves] if leaves else None  # noqa: UP007 - of a tuple
@@ -520,12 +762,16 @@ def _leaf_hook(t: Any) -> Hook:
     named = [c for m in members if m not in leaves for c in get_args(m) or m]  # Literal or Enum
     values = [getattr(choice, "value", choice) for choice in named]
     choices = {(type(value), value): c for value, c in zip(values, named, strict=True)}
+    text_enums = [m for m in members if inspect.isclass(m) and is_text_enum(m)]
     names = [_encode(value).decode() for value in values]
     names += [_JSON_NAMES.get(leaf) or str(leaf.__name__) for leaf in leaves]
 
     def structure(value: Any, _: Any) -> Any:
-        with contextlib.suppress(KeyError, TypeError):  # TypeError: not hashable
+        with contextlib.suppress(KeyError, TypeError):  # TypeError: *value* cannot be hashed
             return choices[type(value), value]
+        for cls in text_enums if type(value) is str else ():
+            with contextlib.suppress(ValueError):  # it may know *value* as another name of a member
+                return cls(value)
         with contextlib.suppress(msgspec.ValidationError):
             if leaves:
                 return msgspec.convert(value, leaf)
@@ -534,60 +780,115 @@ def _leaf_hook(t: Any) -> Hook:
     return structure
 
 
-def _with_text_keys(t: Any, converter: cattrs.Converter) -> Any:
-    """``dict[int, …]`` with keys that are read from text: JSON has no others."""
-    cls, args = _class_of(t), get_args(t)
-    is_mapping = cls is not None and issubclass(cls, Mapping)
-    if not is_mapping or len(args) != 2 or args[0] is str:
-        return t
-    hook = converter.get_structure_hook(args[0])
+def _named_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of a named type that cattrs cannot look up by its hash."""
+    inner = hashable(unnamed(t))
+    hook = converter.get_structure_hook(inner)
+    return lambda value, _: hook(value, inner)
+
+
+def _named_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
+    return converter.get_unstructure_hook(hashable(unnamed(t)))
+
+
+def _key_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of a key that is no text: it is read from the text that stands for it."""
+    inner = t.__origin__
+    hook = converter.get_structure_hook(inner)
 
     def structure(key: Any, _: Any) -> Any:
         try:
-            return hook(key, args[0])
+            return hook(key, inner)
         except msgspec.ValidationError:
             with contextlib.suppress(msgspec.DecodeError):
-                return hook(msgspec.json.decode(key), args[0])
+                return hook(msgspec.json.decode(key), inner)
             raise
 
-    key = cast(Any, typing.NewType)("key", args[0])
-    converter.register_structure_hook(key, structure)
-    return cast(Any, cls)[key, args[1]]
+    return structure
 
 
-def _container_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
-    """cattrs' hook for an array or object, behind a check that the value is one."""
-    cls, args = _class_of(t), get_args(t)
+def _container_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of an array or object: it checks the kind of the value before it looks inside."""
     kind: Any = _kind_of(t)
-    length = len(args) if origin_of(t) is tuple and Ellipsis not in args else None
-    if cls is not None and attrs.has(cls):
-        inner = _validating_hook(t, converter, inner)
-    elif typing.is_typeddict(cls):
-        inner = functools.partial(_structure_declared, cls.__annotations__, inner)
+    inner = (_array_hook if kind is list else _object_hook)(t, converter)
 
     def structure(value: Any, _: Any) -> Any:
         if type(value) is not kind:
             text = f"expected {_JSON_NAMES[kind]}, got {json_name(value)}"
             raise msgspec.ValidationError(text)
-        if length is not None and len(value) != length:
-            raise msgspec.ValidationError(f"expected {length} items, got {len(value)}")
         return inner(value, t)
 
     return structure
 
 
-def _structure_declared(declared: Collection[str], inner: Hook, value: Any, t: Any) -> Any:
-    return {key: item for key, item in inner(value, t).items() if key in declared}
+def _array_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of *t* for JSON arrays, which builds a list of the items first."""
+    cls, args = class_of(t), get_args(t)
+    if cols.is_namedtuple(cls):
+        return cols.namedtuple_structure_factory(cls, converter)
+    if cls not in _ARRAYS:
+        raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {t!r}", t)
+    if origin_of(t) is tuple and Ellipsis not in args:
+        return _fixed_tuple_hook(t, converter)
+    make = _ARRAYS[cls]
+    inner = cols.list_structure_factory(cast(Any, list)[args[0] if args else Any], converter)
+    return inner if make is list else lambda value, t: make(inner(value, t))
+
+
+def _fixed_tuple_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of ``tuple[int, str]``. cattrs has a public factory for it only since 26.2."""
+    hooks = [(converter.get_structure_hook(arg), arg) for arg in get_args(t)]
+
+    def structure(value: Any, _: Any) -> Any:
+        if len(value) != len(hooks):
+            raise msgspec.ValidationError(f"expected {len(hooks)} items, got {len(value)}")
+        items, errors = list[Any](), list[Exception]()
+        for index, (hook, item_type) in enumerate(hooks):
+            try:
+                items.append(hook(value[index], item_type))
+            except Exception as exc:
+                exc.add_note(cast(Any, cattrs.IterableValidationNote)("", index, item_type))
+                errors.append(exc)
+        if errors:
+            raise cattrs.IterableValidationError("", errors, t)
+        return tuple(items)
+
+    return structure
+
+
+def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of *t* for JSON objects."""
+    cls = class_of(t)
+    if cls is None:  # a union of classes: cattrs finds the one whose fields are there
+        find = create_default_dis_func(converter, *get_args(t))
+        return lambda value, _: converter.structure(value, cast(Any, find(value)))
+    if attrs.has(cls):
+        return _validating_hook(t, converter, converter.gen_structure_attrs_fromdict(t))
+    if has_fields(t):
+        return converter.gen_structure_attrs_fromdict(t)
+    if typing.is_typeddict(cls):
+        inner, declared = converter.gen_structure_typeddict(t), cls.__annotations__
+        return lambda value, t: {k: v for k, v in inner(value, t).items() if k in declared}
+    key, item = (*get_args(t), Any, Any)[:2]
+    make: Any = dict if cls in (Mapping, MutableMapping) else cls
+    if cls is collections.Counter:
+        item = int
+    elif cls is collections.defaultdict:
+        make = functools.partial(cls, item if get_args(t) else None)
+    if key not in (str, Any):
+        key = typing.Annotated[key, _TEXT_KEY]
+    return cols.mapping_structure_factory(cast(Any, dict)[key, item], converter, make)
 
 
 def _validating_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
-    """attrs stops at the first validator that fails; so on failure, ask each about its field.
+    """Make a hook that reports every validator that fails; attrs stops at the first.
 
-    Only fields without an error are structured again: however deep the value, twice in all.
+    Where *inner* fails, each validator is asked about its field, if that had no other error. A
+    field is structured twice in all, however deep the value.
     """
-    cls = _class_of(t)
+    cls = class_of(t)
     fields = [f for f in attrs.fields(cls) if f.init and f.validator]
-    fields = [f for f in fields if not isinstance(f.converter, attrs.Converter)]  # need an instance
+    fields = [f for f in fields if not isinstance(f.converter, attrs.Converter)]  # needs an instance
 
     def refusal(field: Any, value: Any) -> Exception | None:
         try:
@@ -595,7 +896,7 @@ def _validating_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
             field.validator(None, field, field.converter(item) if field.converter else item)
         except (AttributeError, cattrs.StructureHandlerNotFoundError):
             return None  # it looks at the instance, or the type is generic: attrs' error remains
-        except Exception as exc:  # a validator's own: reported as this field's
+        except Exception as exc:  # the validator's own error is reported for this field
             error = ValueError(_OTHER) if isinstance(exc, KeyError) else exc
             note: Any = cattrs.AttributeValidationNote
             error.add_note(note("", field.name, field.type))
@@ -610,172 +911,120 @@ def _validating_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
             wrong = {n.name for n in notes if isinstance(n, cattrs.AttributeValidationNote)}
             asked = [f for f in fields if f.name not in wrong and f.alias in value]
             found = [error for f in asked if (error := refusal(f, value)) is not None]
-            known = exc.exceptions if wrong or not found else ()  # else it is among those found
+            known = exc.exceptions if wrong or not found else ()  # one of *found* repeats it
             raise exc.derive([*known, *found]) from None
 
     return structure if fields else inner
 
 
 def _union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
-    """As the declared member: only its fields go out, also when the value is a subclass's."""
+    """Make the hook of a union: a subclass goes out with the fields of the declared member only."""
+    check_distinct(t, converter)
     return lambda value: converter.unstructure(value, declared_member(value, t))
 
 
 def declared_member(value: object, t: Any) -> Any:
-    """Which member of the union *t*, or *t* itself, *value* goes out as; else its own class."""
-    members = [
-        (m, dict if typing.is_typeddict(cls) else cls)
-        for m in (get_args(t) if origin_of(t) in _UNIONS else (t,))
-        if (cls := _class_of(getattr(m, "__origin__", m)))  # __origin__: list[int], Annotated
-    ]
+    """Return which member of the union *t* (or *t* itself) *value* goes out as.
+
+    That is the class of *value* if no member fits.
+    """
+    members = [(m, c) for m in _members_of(t) if (c := _written_class(m)) is not None]
     exact = [m for m, cls in members if cls is type(value)]
     bases = [m for m, cls in members if isinstance(value, cls)]
     return (exact or bases or [type(value)])[0]
 
 
-def _typeddict_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
-    inner = typeddicts.make_dict_unstructure_fn(t, converter)
-    declared = _class_of(t).__annotations__
+def _members_of(t: Any) -> Iterator[Any]:
+    """Yield the members of the union *t*, also of a named union in it, or *t* itself."""
+    bare = bare_type(t)
+    if origin_of(bare) in _UNIONS:
+        for member in get_args(bare):
+            yield from _members_of(member)
+    else:
+        yield t
+
+
+def _written_class(t: Any) -> Any:
+    """Return the class of the values that go out as *t*, or None if it has none."""
+    cls = class_of(bare_type(t))
+    return dict if typing.is_typeddict(cls) else cls
+
+
+def check_distinct(t: Any, converter: cattrs.Converter) -> None:
+    """Raise `Indistinct` if the class of a value does not tell as which member of *t* it goes out.
+
+    Members that are written alike need not be told apart, such as ``list[int]`` and ``list[str]``.
+    """
+    for one, other in itertools.combinations(_members_of(t), 2):
+        if _share_values(one, other) and not _are_written_alike(one, other, converter):
+            args, write = [*zip(get_args(one), get_args(other), strict=False)], "attrs classes"
+            if origin_of(one) is origin_of(other) and args:
+                parts = [_shown(a) if a == b else f"{_shown(a)} | {_shown(b)}" for a, b in args]
+                write = f"{_shown(origin_of(one))}[{', '.join(parts)}]"
+            raise Indistinct(
+                f"{_shown(one)} | {_shown(other)} can lose fields: a {_written_class(one).__name__} "
+                f"does not tell as which of the two it goes out. Write {write} instead"
+            )
+
+
+def _shown(t: Any) -> str:
+    """Return *t* as it is written in code."""
+    name = t.__qualname__ if inspect.isclass(t) and not get_args(t) else repr(t)
+    return re.sub(r"[\w.<>]+\.(?=\w)", "", name)
+
+
+def _share_values(one: Any, other: Any) -> bool:
+    """Tell whether a value may be meant for either: a list for ``Sequence[A] | list[B]``, say."""
+    first, second = _written_class(one), _written_class(other)
+    if first is second:
+        return first is not None
+    if any(_kind_of(cls) is None or declares_fields(cls) for cls in (first, second)):
+        return False
+    is_below = issubclass(first, second) or issubclass(second, first)
+    return is_below and (inspect.isabstract(first) or inspect.isabstract(second))
+
+
+def _are_written_alike(one: Any, other: Any, converter: cattrs.Converter) -> bool:
+    """Tell whether a value becomes the same JSON, as whichever of the two types it goes out."""
+    one, other = bare_type(one), bare_type(other)
+    args, others = get_args(one), get_args(other)
+    if args and len(args) == len(others) and class_of(one) is class_of(other):
+        pairs = zip(args, others, strict=True)
+        return all(_are_written_alike(a, b, converter) for a, b in pairs)
+    if declares_fields(one) or declares_fields(other):
+        return one == other
+    return bool(converter.get_unstructure_hook(one) == converter.get_unstructure_hook(other))
+
+
+def _fields_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
+    """Make the hook of a type that declares fields; whatever else a value has stays here."""
+    cls = class_of(t)
+    with contextlib.suppress(NameError, TypeError, AttributeError):  # cattrs may still manage
+        resolve_class(cls, {}, {})
+    if has_fields(t):
+        return converter.gen_unstructure_attrs_fromdict(t)
+    if cols.is_namedtuple(cls):
+        return cols.namedtuple_unstructure_factory(cls, converter)
+    inner, declared = converter.gen_unstructure_typeddict(t), cls.__annotations__
     return lambda value: inner({key: value[key] for key in value if key in declared})
 
 
-def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, str]]:
-    """Each wrong field under *exc* as ``{"path", "message"}``, without a word about the server."""
-    if isinstance(exc, cattrs.BaseValidationError):
-        for inner in exc.exceptions:
-            is_other = isinstance(inner, KeyError) and not hasattr(inner, "__notes__")
-            step = _path_step(inner, exc.cl)
-            yield from explain(ValueError(_OTHER) if is_other else inner, path + step)
-        return
-    text = _OTHER
-    if isinstance(exc, msgspec.ValidationError):
-        text = str(exc).replace("`", "")
-        text = text[:1].lower() + text[1:]
-    elif isinstance(exc, KeyError):
-        text = "required, but missing"
-    elif isinstance(exc, cattrs.ForbiddenExtraKeysError):
-        text = f"unknown: {', '.join(sorted(exc.extra_fields))}"
-    elif isinstance(exc, (ValueError, TypeError)) and exc.args and isinstance(exc.args[0], str):
-        text = exc.args[0]  # a validator's words; attrs puts its Attribute and the value behind
-    elif isinstance(exc, RecursionError):
-        text = "nested too deeply"
-    yield {"path": path, "message": text}
-
-
-def _explained(exc: BaseException) -> Errors:
-    """What `invalid_payload` takes: one more than it shows tells that there are more."""
-    errors = list(itertools.islice(explain(exc), _MAX_ERRORS + 1))
-    bare(exc)
-    return errors
-
-
-def _path_step(exc: BaseException, cls: Any) -> str:
-    """Where under its parent *exc* happened: ``.field``, ``[3]``, ``["key"]``, or not known."""
-    names = [arg.name for arg in exc.args if isinstance(arg, attrs.Attribute)]
-    for note in getattr(exc, "__notes__", ()):
-        if isinstance(note, cattrs.IterableValidationNote):
-            index = note.index
-            return f"[{index}]" if type(index) is int else f'["{str(index)[:_KEY_SHOWN]}"]'
-        if isinstance(note, cattrs.AttributeValidationNote):
-            names = [note.name]
-    if not names:
-        return ""
-    fields = attrs.fields_dict(_class_of(cls)) if attrs.has(_class_of(cls)) else {}
-    return f".{fields[names[0]].alias if names[0] in fields else names[0]}"
-
-
-# What makes an object of a class that has no code of its own for it: what Python has, and what
-# attrs and dataclasses write, by the names of its code.
-_GENERATED: set[Any] = {
-    type.__call__, object.__new__, object.__setattr__, object.__getattribute__,
-    "__init__", "_frozen_setattrs", "_ClassBuilder.add_setattr.<locals>.__setattr__",
-    "__create_fn__.<locals>.__init__", "__create_fn__.<locals>.__setattr__",
-}  # fmt: skip
-
-
-def is_read_alike(t: Any, seen: list[Any] | None = None) -> bool:
-    """Whether msgspec reads *t* from JSON as the strict converter structures it.
-
-    Only what is known to be so; the rest is left to cattrs. *seen*: the classes looked at before.
-    """
-    seen = [] if seen is None else seen
-    origin, args = origin_of(t) or t, get_args(t)
-    if t is Any or t in seen or (t in _LEAVES and t is not Decimal):  # by way of a float
-        return True
-    if origin is Literal:
-        return all(type(choice) is str for choice in args)
-    if inspect.isclass(t) and issubclass(t, enum.Enum):
-        own, default = (inspect.getattr_static(c, "_missing_") for c in (t, enum.Enum))
-        if own is not default:
-            return False
-        values = [member.value for member in t]  # and some may have aliases
-        return all(type(v) is str for v in values) and values == [*t._value2member_map_]
-    if origin is dict:
-        return args[:1] in ((), (str,)) and all(is_read_alike(arg, seen) for arg in args)
-    if origin in (list, set, frozenset, tuple, *_UNIONS):
-        return all(arg is Ellipsis or is_read_alike(arg, seen) for arg in args)
-    if not inspect.isclass(t):
-        return False
-    seen.append(t)
-    types = _types_of_fields(t)
-    return types is not None and all(is_read_alike(u, seen) for u in types)
-
-
-def _types_of_fields(cls: Any) -> Iterable[Any] | None:
-    """The types of the fields of *cls*, or None if its own code has a say in what they get."""
-    if typing.is_typeddict(cls):
-        keys = {typing.Required: cls.__required_keys__, typing.NotRequired: cls.__optional_keys__}
-        hints = cls.__annotations__
-        if any(key not in keys.get(origin_of(t), hints) for key, t in hints.items()):
-            return None  # Python has not seen it in an annotation that was text, nor does cattrs
-        return [get_args(t)[0] if origin_of(t) in keys else t for t in hints.values()]
-    if not _is_made_plainly(cls):
-        return None
-    try:
-        hints = typing.get_type_hints(cls, include_extras=True)  # which is what msgspec sees
-    except (NameError, TypeError, AttributeError):  # in a base class, names of a function
-        return None
-    fields: Any = attrs.fields(cls) if attrs.has(cls) else dataclasses.fields(cls)
-    is_plain = all(
-        f.init and f.type == hints.get(f.name) and getattr(f, "alias", f.name) == f.name
-        and not (getattr(f, "converter", None) or getattr(f.default, "takes_self", False))
-        # msgspec sets no default where the class has an attribute: of a base, or a dataclass's own.
-        and (not hasattr(cls, f.name) or inspect.ismemberdescriptor(getattr(cls, f.name)))
-        for f in fields
-    )  # fmt: skip
-    return [f.type for f in fields] if is_plain else None
-
-
-def _is_made_plainly(cls: Any) -> bool:
-    """Whether to make an object of *cls* is to set the fields of an attrs class or a dataclass."""
-    kinds = [k for k in ("__attrs_attrs__", "__dataclass_fields__") if hasattr(cls, k)]
-    if len(kinds) != 1 or inspect.isabstract(cls):
-        return False
-    init, others = vars(cls).get("__init__"), (cls.__new__, cls.__setattr__, cls.__getattribute__)
-    makers = (type(cls).__call__, init, *others)
-    names = {m.__code__.co_qualname if inspect.isfunction(m) else m for m in makers}
-    if not names <= _GENERATED or hasattr(cls, "__getattr__"):
-        return False
-    used = {*init.__code__.co_names, *init.__code__.co_consts}
-    return used.isdisjoint(("__attrs_pre_init__", "_attrs_cached_hash"))
-
-
 class Codec:
-    """From JSON values to what handlers take, and from what they return to the text of a frame."""
+    """Turn JSON values into what handlers take, and what they return into the text of a frame."""
 
     def __init__(self, converter: cattrs.Converter | None = None) -> None:
         self.converter: cattrs.Converter = strict_converter() if converter is None else converter
         self._hasty = self.converter
-        if converter is None:  # one that stops at the first error, for what is nearly always valid
+        if converter is None:  # nearly all payloads are valid: stop at the first error at first
             self._hasty = self.converter.copy(detailed_validation=False)
 
     def frame_class(self, type: str, annotation: Any) -> FrameClass:
-        """The class of the frames of *type*, which if it can be builds the payload.
+        """Make the class of the frames of *type*; where it can be, decoding builds the payload.
 
-        That takes one pass; msgspec and then cattrs take four times as long or more.
+        Decoding with msgspec and then structuring with cattrs takes four times as long or more.
         """
         with contextlib.suppress(TypeError, NameError, NotImplementedError):
-            if self._hasty is not self.converter and is_read_alike(annotation):
+            if self._hasty is not self.converter and is_read_in_one_pass(annotation):
                 cls = frame_class(type, annotation)
                 cls.is_built = True
                 return cls
@@ -783,65 +1032,54 @@ class Codec:
 
     def check(self, annotation: Any, namespaces: Namespaces, seen: list[Any]) -> None:
         """Resolve *annotation* and all that it contains; raise whatever keeps it from working."""
-        if (
-            annotation in seen
-            or isinstance(annotation, TypeVar)
-            or origin_of(annotation) is Literal
-        ):
-            return
-        seen.append(annotation)
-        is_qualified = origin_of(annotation) in _QUALIFIERS
-        for member in get_args(annotation)[:1] if is_qualified else get_args(annotation):
-            self.check(member, namespaces, seen)
-        cls = _class_of(annotation)
-        if _has_fields(cls) or typing.is_typeddict(cls) or hasattr(cls, "_field_defaults"):
-            for field_type in resolve_class(cls, *namespaces).values():
-                self.check(field_type, namespaces, seen)
-        is_generic = bool(getattr(annotation, "__parameters__", ()))
-        if is_generic and annotation is cls:
-            raise TypeError(f"{cls.__name__} is generic; write {cls.__name__}[int], say")
-        if annotation not in (Any, Ellipsis) and not is_qualified and not is_generic:
-            self.converter.get_structure_hook(annotation)
+        for t in types_in(hashable(annotation), namespaces, seen):
+            is_generic = bool(getattr(t, "__parameters__", ()))
+            if is_generic and t is class_of(t):
+                raise TypeError(f"{t.__name__} is generic; write {t.__name__}[int], say")
+            if t not in (Any, Ellipsis) and origin_of(t) not in _QUALIFIERS and not is_generic:
+                self.converter.get_structure_hook(t)
+
+    def check_reply(self, annotation: Any, namespaces: Namespaces) -> None:
+        """Raise `Indistinct` if *annotation*, or a type in it, leaves open what goes out."""
+        annotation = hashable(annotation)
+        # A name that is not known yet may be known by the time of the first reply.
+        with contextlib.suppress(NameError, TypeError, AttributeError):
+            check_distinct(annotation, self.converter)
+            for t in types_in(annotation, namespaces, []):
+                self.converter.get_unstructure_hook(t)
 
     def structure(self, payload: Any, annotation: Any, type: str) -> Any:
         """Build what a handler takes, or raise `MessageError` (``invalid_payload``)."""
         if annotation is Any:
             return payload
+        annotation = hashable(annotation)
         try:
             return self._hasty.structure(payload, annotation)
         except (Exception, SystemExit) as exc:  # a user's hook or validator may raise anything
             errors = _explained(exc)
         try:
             if self._hasty is not self.converter and len(_encode(payload)) <= _MAX_EXPLAINED:
-                # Which may succeed: cattrs' hasty way fails at a keyword-only field before others.
+                # This may succeed: cattrs' hasty hook fails if a keyword-only field comes first.
                 return self.converter.structure(payload, annotation)
-        except (Exception, SystemExit) as exc:  # the same, and with every wrong field
+        except (Exception, SystemExit) as exc:  # the same failure, with every wrong field
             errors = _explained(exc)
         raise invalid_payload(type, errors)
 
     def writer_of(self, value: object, type: str, declared: Any = None) -> Writer:
-        """How to answer with *value* and others of its class, as *declared* where given.
+        """Return how to answer with *value* and others of its class, as *declared* where given.
 
-        They go under their own type if they have one, else under *type*.
+        They go out under the type of their message class if they have one, otherwise under *type*.
         """
         if value is None:
             return type, lambda _: UNSET
-        shape = declared_member(value, declared)
-        own_type = message_type(_class_of(shape))
+        shape = hashable(declared_member(value, declared))
+        own_type = message_type(class_of(shape))
         return own_type or type, self.converter.get_unstructure_hook(shape)
 
     def encode(self, type: str, payload: Any, group: str | None = None) -> bytes:
-        """The frame for *payload*."""
+        """Return the frame for *payload*."""
         payload = UNSET if payload is None else self.converter.unstructure(payload)
         return _encode(Sent(type, group=group, payload=payload))
-
-
-def invalid_payload(type: str, errors: Errors) -> MessageError:
-    """The error for a payload, with at most `_MAX_ERRORS` of what is wrong in it."""
-    if len(errors) > _MAX_ERRORS:
-        errors[_MAX_ERRORS:] = [{"path": "$.payload", "message": "and more"}]
-    first = f"{errors[0]['path']}: {errors[0]['message']}"
-    return MessageError("invalid_payload", f"{type}: {first}", errors=errors)
 
 
 # ── handlers and routing ──────────────────────────────────────────────────────────────────────
@@ -2031,7 +2269,7 @@ class Link:
             finally:
                 self._line.remove(turn)
         if not self.is_up:
-            raise EngineAway(f"{self._name} cannot be reached: {self._why}")
+            raise BrokerAway(f"{self._name} cannot be reached: {self._why}")
 
     async def publish(self, kind: str, name: str, post: Post, frame: bytes = b"") -> int | None:
         """Return once the engine has it, and this process its own copy, if it is to get one.
@@ -2052,12 +2290,12 @@ class Link:
             raise
         except TimeoutError:
             why = self._why or f"no answer within {_ENGINE_WAIT:g} s"
-            raise EngineAway(f"{self._name} has not taken a message: {why}") from None
+            raise BrokerAway(f"{self._name} has not taken a message: {why}") from None
         except Exception as exc:  # of the library
             text = f"{self._name}: {_without_secrets(exc, self._engine)}"
             if self._is_bug(exc):
                 raise PachinkoError(text) from exc
-            raise EngineAway(text) from None
+            raise BrokerAway(text) from None
 
     async def _publish(self, subject: str, post: Post, frame: bytes) -> int | None:
         self._posts += 1
@@ -4037,7 +4275,7 @@ def forget_cancellations() -> None:
 def log_failure(what: str, exc: BaseException, conn: Connection, type: str | None = None) -> None:
     """Log a bug in the application with its traceback."""
     extra = {"connection_id": conn.id, "message_type": type}
-    if isinstance(exc, EngineAway):  # everybody's handlers fail then, and the reason is logged
+    if isinstance(exc, BrokerAway):  # everybody's handlers fail then, and the reason is logged
         logger.error("%s failed: %s", what, exc, extra=extra)
     else:
         logger.error("%s failed", what, exc_info=exc, extra=extra)

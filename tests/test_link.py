@@ -14,7 +14,7 @@ import pytest
 from support import PATIENCE, until
 
 import pachinko
-from pachinko import EngineAway, Link, PachinkoError, Post, Refused
+from pachinko import BrokerAway, Link, PachinkoError, Post, Refused
 
 # On an engine that does what no real one will on demand
 
@@ -281,11 +281,11 @@ async def test_a_bug_in_a_backplane_of_ones_own_is_traced(
                 await scene.send()
         logged = [record.exc_info for record in caplog.records if record.exc_info]
         if isinstance(failure, OSError):
-            assert not logged and isinstance(caught.value, EngineAway)
+            assert not logged and isinstance(caught.value, BrokerAway)
         elif call == "start":
             assert logged and logged[0][1] is failure
         else:
-            assert caught.value.__cause__ is failure and not isinstance(caught.value, EngineAway)
+            assert caught.value.__cause__ is failure and not isinstance(caught.value, BrokerAway)
 
 
 async def test_a_message_goes_to_every_process_that_wants_it() -> None:
