@@ -108,14 +108,19 @@ Hook = Callable[[Any, Any], Any]  # cattrs calls it with a value and the type to
 HookFactory = Callable[[Any, cattrs.Converter], Callable[..., Any]]
 Writer = tuple[str, Callable[[Any], Any]]  # the type to send a value as, and what makes JSON of it
 Namespaces = tuple[dict[str, Any], dict[str, Any]]  # the globals and locals annotations see
-Event = dict[str, Any]  # to send, of ASGI: {"type": "websocket.send", "text": "…"}
-Incoming = Mapping[str, Any]  # the same as it is received: {"type": "websocket.receive", …}
+Event = dict[str, Any]  # an ASGI event to send: {"type": "websocket.send", "text": "…"}
+Incoming = Mapping[str, Any]  # an ASGI event that was received: {"type": "websocket.receive", …}
 
 # ── errors ────────────────────────────────────────────────────────────────────────────────────
 #
-#   PachinkoError   the program's mistake: raised where it was made, mostly at registration
-#   MessageError    the client's mistake: answered with an error, the connection stays open
-#   Close           no mistake: a handler's way to end the connection
+# Exceptions are split by whose fault they are. Here is also what a client is told about them.
+#
+#   Exception
+#   ├── PachinkoError   the program's mistake, raised where it was made, mostly at registration
+#   │   └── BrokerAway  nobody's mistake: the broker between processes has not taken a message
+#   ├── MessageError    the client's mistake: it is told, and the connection stays open
+#   │   └── BadFrame    a text frame that is no message
+#   └── Close           nobody's mistake: a handler ends the connection
 
 _MAX_ERRORS = 100  # in one reply: a frame of max_size has room for hundreds of thousands
 _OTHER = "invalid value"  # the text for an exception whose own text is not meant for clients
@@ -128,11 +133,14 @@ class PachinkoError(Exception):
 
 
 class BrokerAway(PachinkoError):
-    """The engine between processes has not taken a message: no mistake, and no bug to be traced."""
+    """The broker between processes has not taken a message.
+
+    It is logged without a traceback, because the program has no bug.
+    """
 
 
 class MessageError(Exception):
-    """Raise it in a message handler to answer the client with an error of your own.
+    """An error of your own for the client: raise it in a message handler.
 
     The client gets ``{"type":"error","id":…,"payload":{"code":code,"message":message,…}}``, with
     *details* (JSON values) beside the two. The connection stays open.
@@ -146,10 +154,10 @@ class MessageError(Exception):
 
 
 class Close(Exception):
-    """Raise it in a handler to close this connection with *code* and *reason*.
+    """The end of the connection, with *code* and *reason*: raise it in a handler.
 
-    Raises `ValueError` for a *code* that an application may not send (RFC 6455, 7.4): it is 1000
-    to 1003, 1007 to 1014, or 3000 to 4999; and for a *reason* of more than 123 bytes of UTF-8.
+    An application may send the codes 1000 to 1003, 1007 to 1014 and 3000 to 4999 (RFC 6455, 7.4).
+    Raises `ValueError` for any other *code*, and for a *reason* of more than 123 bytes of UTF-8.
     """
 
     def __init__(self, code: int = 1000, reason: str = "") -> None:
@@ -165,7 +173,11 @@ class Close(Exception):
 
 
 def bare(error: E) -> E:
-    """*error* without where it comes from: that keeps frames, and these it, until a collection."""
+    """Remove the traceback, cause and context of *error*, and return it.
+
+    They refer to stack frames that refer back to it, a cycle that only the garbage collector
+    would free.
+    """
     for inner in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
         bare(inner)
     with contextlib.suppress(Exception):  # an application's exception may be frozen
@@ -191,7 +203,7 @@ def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, s
     elif isinstance(exc, cattrs.ForbiddenExtraKeysError):
         text = f"unknown: {', '.join(sorted(exc.extra_fields))}"
     elif isinstance(exc, (ValueError, TypeError)) and exc.args and isinstance(exc.args[0], str):
-        text = exc.args[0]  # a validator's words; attrs adds its Attribute and the value as arguments
+        text = exc.args[0]  # attrs' validators put the field and the value behind the text
     elif isinstance(exc, RecursionError):
         text = "nested too deeply"
     yield {"path": path, "message": text}
@@ -214,7 +226,7 @@ def _path_step(exc: BaseException, t: Any) -> str:
 
 
 def _explained(exc: BaseException) -> Errors:
-    """Return the errors for `invalid_payload`: one more than it shows tells it that there are more."""
+    """Return what is wrong under *exc*, with one error more than `invalid_payload` shows."""
     errors = list(itertools.islice(explain(exc), _MAX_ERRORS + 1))
     bare(exc)
     return errors
@@ -229,8 +241,17 @@ def invalid_payload(type: str, errors: Errors) -> MessageError:
 
 
 # ── envelope and message ──────────────────────────────────────────────────────────────────────
+#
+# An envelope is what a text frame holds: a type, an id and a payload. A message class gives a
+# payload its type and its fields.
+#
+# msgspec can decode a frame straight into the payload, in one pass and several times as fast as
+# cattrs could build it from plain JSON values. It makes an object by setting its fields: it calls
+# no constructor and no converter, and knows no alias. `is_read_in_one_pass` tells for which types
+# it builds the very value that the strict converter would (next section). It looks at each thing
+# that the two treat differently; a type that nobody has compared is left to cattrs.
 
-_MAX_DEPTH = 128  # of arrays and objects in a frame; far below where recursive code gives up
+_MAX_DEPTH = 128  # levels of arrays and objects in a frame; recursive code can go far deeper
 _NOT_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[^][{}"]+', re.DOTALL)  # linear in any text
 _RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
 _JSON_NAMES: dict[Any, str] = {dict: "object", list: "array", types.NoneType: "null"}
@@ -247,12 +268,12 @@ class Envelope:
 
     type: str
     payload: Any
-    """Structured to the handler's annotation; a dict by name for keyword-only parameters."""
+    """The payload as the handler gets it; a dict by name for keyword-only parameters."""
     id: Id | None = None
 
 
 class Frame(msgspec.Struct):
-    """What a text frame holds. Keys that it does not know are ignored."""
+    """The content of a text frame. Keys that it does not know are ignored."""
 
     type: str
     id: Id | None = None
@@ -265,7 +286,7 @@ class Received(msgspec.Struct, gc=False):
     is_built: typing.ClassVar[bool] = False
     """Whether the payload is what the handler takes, not plain JSON values."""
     quick: typing.ClassVar[Any] = None
-    """The `Handler`, if it needs no more than to be called with such a payload."""
+    """The `Handler`, if a message needs no more than to call it with the payload."""
     id: Id | None = None
     payload: Any = UNSET
 
@@ -274,9 +295,9 @@ FrameClass = type[Received]
 
 
 def frame_class(type: str, payload: Any) -> FrameClass:
-    """The class of the frames of *type*; reading one builds the *payload* in the same pass.
+    """Make the class of the frames of *type*. Decoding one also builds the *payload*.
 
-    Raises `TypeError` for a *payload* that msgspec cannot read.
+    Raises `TypeError` for a *payload* that msgspec cannot build.
     """
     fields: list[tuple[str, Any, Any]] = [("payload", payload | UnsetType, UNSET)]
     bases = (Received,)
@@ -286,13 +307,13 @@ def frame_class(type: str, payload: Any) -> FrameClass:
 
 
 def decoder_of(frames: Iterable[FrameClass]) -> Callable[[str], Received]:
-    """What reads a text frame as the one of *frames* that its type says."""
-    # One is no handler's: msgspec lets a lone class do without its tag.
+    """Return a function that decodes a text frame as the one of *frames* for its type."""
+    # _no_frame belongs to no handler. A lone class would also take frames without a type.
     return msgspec.json.Decoder(Union[(_no_frame, *frames)]).decode
 
 
 class Sent(msgspec.Struct, omit_defaults=True, gc=False):
-    """What goes out in a text frame. Defaults are left out."""
+    """The content of a text frame to send. Defaults are left out."""
 
     type: str
     id: Id | None = None
@@ -302,9 +323,10 @@ class Sent(msgspec.Struct, omit_defaults=True, gc=False):
 
 
 class BadFrame(MessageError):
-    """A text frame that is no envelope; `id` is the one to answer with, where it had one."""
+    """A text frame that is no envelope."""
 
     id: Id | None = None
+    """The id to answer with, if the frame has one."""
 
 
 _no_frame = frame_class("$none", Any)
@@ -314,12 +336,12 @@ _encode = msgspec.json.Encoder().encode
 
 
 def gap_of(group: str | None) -> bytes:
-    """The frame that says that messages of *group* have been lost."""
+    """Return the frame that tells of lost messages to *group*."""
     return _encode(Sent("gap", payload={"group": group}))
 
 
 def decode(text: str) -> Frame:
-    """Read one text frame, or raise `BadFrame` (``invalid_json`` or ``invalid_envelope``)."""
+    """Decode one text frame, or raise `BadFrame` (``invalid_json`` or ``invalid_envelope``)."""
     if is_too_deep(text):
         raise BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels")
     try:
@@ -329,7 +351,10 @@ def decode(text: str) -> Frame:
 
 
 def decode_or_error(text: str) -> Frame | BadFrame:
-    """`decode`, with its error as a value: so it is not the context of what is raised later."""
+    """Decode one text frame, or return the `BadFrame`.
+
+    An error that is returned does not become the context of what is raised later.
+    """
     try:
         return decode(text)
     except BadFrame as bad:
@@ -337,7 +362,7 @@ def decode_or_error(text: str) -> Frame | BadFrame:
 
 
 def is_too_deep(text: str) -> bool:
-    """Whether *text*, if it is JSON, nests deeper than `_MAX_DEPTH`."""
+    """Tell whether *text*, if it is JSON, nests deeper than `_MAX_DEPTH`."""
     if text.count("[") + text.count("{") <= _MAX_DEPTH:
         return False
     steps = (1 if bracket in "[{" else -1 for bracket in _NOT_BRACKETS.sub("", text))
@@ -345,6 +370,7 @@ def is_too_deep(text: str) -> bool:
 
 
 def _bad_frame(text: str) -> BadFrame:
+    """Return what is wrong with *text*, which msgspec has refused."""
     try:
         value = msgspec.json.decode(text)
     except UnicodeError:
@@ -361,7 +387,7 @@ def _bad_frame(text: str) -> BadFrame:
         text = f'"type" is a string, got {found}'
     elif is_wrong:
         text = f'"id" is a string or an integer, got {json_name(id)}'
-    else:  # the last of them would do
+    else:  # the last one is right, so msgspec has stopped at an earlier one
         text = '"type" or "id" is there twice'
     bad = BadFrame("invalid_envelope", text)
     bad.id = None if is_wrong else id
@@ -369,7 +395,7 @@ def _bad_frame(text: str) -> BadFrame:
 
 
 def json_name(value: object) -> str:
-    """What JSON calls the kind of *value*."""
+    """Return what JSON calls the kind of *value*."""
     return _JSON_NAMES.get(type(value), type(value).__name__)
 
 
@@ -383,41 +409,42 @@ def message(type: str) -> Callable[[type[T]], type[T]]:
     if not isinstance(type, str):
         raise PachinkoError(f'@message takes a type; write @message("say") above {type!r}')
     check_type(type)
-    namespaces = namespaces_at(sys._getframe(1))
+    namespaces = caller_namespaces()
 
     def tag(cls: Any) -> Any:
         if not inspect.isclass(cls):
             raise PachinkoError(f'@message("{type}") goes above a class, not above {cls!r}')
         if "__attrs_attrs__" not in vars(cls) and "__dataclass_fields__" not in vars(cls):
-            cls = attrs.frozen(_check_plain(cls))
+            cls = _make_frozen(cls)
         setattr(cls, "__message_type__", type)  # noqa: B010 - it is declared on no class
-        with contextlib.suppress(NameError):  # of a class further down: registration resolves it
+        with contextlib.suppress(NameError):  # registration resolves the name of a later class
             resolve_class(cls, *namespaces)
         return cls
 
     return tag
 
 
-def _check_plain(cls: Any) -> Any:
-    """Return *cls* if attrs can make a class of it; refuse what has its own idea of fields."""
+def _make_frozen(cls: Any) -> Any:
+    """Make a frozen attrs class of the plain class *cls*, or raise `PachinkoError`."""
     is_plain = type(cls).__module__ in ("builtins", "abc", "typing") and (
         "__init__" not in vars(cls)
         if attrs.has(cls)
         else cls.__init__ is object.__init__ and cls.__new__ is object.__new__
     )
-    for name in vars(cls).get("__annotations__", {}):
-        if isinstance(vars(cls).get(name), (list, dict, set)):
-            raise PachinkoError(
-                f"all messages would share the default of {cls.__name__}.{name}; write "
-                f"`{name}: ... = attrs.field(factory={type(vars(cls)[name]).__name__})`"
-            )
     if not is_plain:
         raise PachinkoError(
             f"@message cannot make an attrs class of {cls.__name__}, which has a constructor or "
             f"metaclass of its own; write a plain class, `class {cls.__name__}: text: str`, an "
             f"attrs class or a dataclass"
         )
-    return cls
+    made = attrs.frozen(cls)
+    for name in attrs.fields_dict(made):
+        if isinstance(default := vars(cls).get(name), (list, dict, set)):
+            raise PachinkoError(
+                f"all messages would share the default of {cls.__name__}.{name}; write "
+                f"`{name}: ... = attrs.field(factory={type(default).__name__})`"
+            )
+    return made
 
 
 def check_type(type: str) -> None:
@@ -431,12 +458,12 @@ def check_type(type: str) -> None:
 
 
 def message_type(cls: Any) -> str | None:
-    """The type that *cls* itself was tagged with; a subclass does not inherit it."""
+    """Return the type that *cls* itself was tagged with; a subclass does not inherit it."""
     return cast("str | None", getattr(cls, "__dict__", {}).get("__message_type__"))
 
 
 def split_message(message: object, payload: object) -> tuple[str, object]:
-    """The type and payload of what a ``send`` was given. Raises `TypeError` with a hint."""
+    """Return the type and payload of what a ``send`` was given. Raises `TypeError` with a hint."""
     cls = type(message)
     tagged = message_type(cls)
     if tagged is not None and payload is None:
@@ -453,30 +480,34 @@ def split_message(message: object, payload: object) -> tuple[str, object]:
     return message, payload
 
 
-def namespaces_at(frame: types.FrameType) -> Namespaces:
-    """Where the names in annotations are looked up for the code at *frame*."""
+def caller_namespaces() -> Namespaces:
+    """Return where to look up names in annotations: what the caller's caller sees."""
+    frame = sys._getframe(2)
     return frame.f_globals, dict(frame.f_locals)
 
 
 def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -> dict[str, Any]:
-    """Turn a class's text annotations into types, in place, also with names local to a function.
+    """Turn the text annotations of *cls* into types, in place, and return them by field name.
 
-    Returns the types by field name. Raises `NameError` for a name that is not found.
+    A name may be local to the function where *cls* is defined. Raises `NameError` for a name that
+    is not found.
     """
     globals_ = {**globals_, **vars(sys.modules.get(cls.__module__, types))}
     if attrs.has(cls):
         attrs.resolve_types(cls, globals_, locals_, include_extras=True)
+        for field in attrs.fields(cls):  # fields are frozen; attrs changes their types like this
+            object.__setattr__(field, "type", hashable(field.type))
         hints = {field.name: field.type for field in attrs.fields(cls)}
-        own = vars(cls).get("__annotations__", {})  # which is where msgspec looks
-        own.update({name: hints[name] for name in own if name in hints})
-        return hints
-    hints = typing.get_type_hints(cls, globals_, locals_, include_extras=True)
-    cls.__annotations__.update({name: hints[name] for name in cls.__annotations__})
-    if dataclasses.is_dataclass(cls):  # which may have a ClassVar, an InitVar and a KW_ONLY
-        fields = dataclasses.fields(cls)
-        for field in fields:
+    else:
+        hints = typing.get_type_hints(cls, globals_, locals_, include_extras=True)
+        hints = {name: hashable(t) for name, t in hints.items()}
+    own = cls.__annotations__  # msgspec looks there
+    own.update({name: hints[name] for name in own if name in hints})
+    if dataclasses.is_dataclass(cls) and not attrs.has(cls):
+        for field in dataclasses.fields(cls):
             field.type = hints[field.name]
-        hints = {field.name: hints[field.name] for field in fields}
+        # Its ClassVar, InitVar and KW_ONLY have annotations, but are no fields.
+        hints = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     return hints
 
 
@@ -643,7 +674,7 @@ def _has_plain_constructor(cls: Any) -> bool:
 
 _MAX_EXPLAINED = 16_384  # bytes of JSON: finding every error of 1 MiB would block for seconds
 _TEXT_KEY = object()  # Annotated[int, _TEXT_KEY] is an int that is the key of a JSON object
-_ARRAYS: dict[Any, Any] = {  # the classes that JSON arrays are declared as, and what is made of them
+_ARRAYS: dict[Any, Any] = {  # a JSON array that is declared as the first becomes the second
     list: list, MutableSequence: list, tuple: tuple, Sequence: tuple, set: set, MutableSet: set,
     frozenset: frozenset, Set: frozenset, collections.deque: collections.deque,
 }  # fmt: skip
@@ -808,7 +839,7 @@ def _key_hook(t: Any, converter: cattrs.Converter) -> Hook:
 
 
 def _container_hook(t: Any, converter: cattrs.Converter) -> Hook:
-    """Make the hook of an array or object: it checks the kind of the value before it looks inside."""
+    """Make the hook of an array or object, which checks the kind of the value first."""
     kind: Any = _kind_of(t)
     inner = (_array_hook if kind is list else _object_hook)(t, converter)
 
@@ -888,7 +919,8 @@ def _validating_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
     """
     cls = class_of(t)
     fields = [f for f in attrs.fields(cls) if f.init and f.validator]
-    fields = [f for f in fields if not isinstance(f.converter, attrs.Converter)]  # needs an instance
+    # An attrs.Converter may need the instance, and there is none.
+    fields = [f for f in fields if not isinstance(f.converter, attrs.Converter)]
 
     def refusal(field: Any, value: Any) -> Exception | None:
         try:
@@ -957,13 +989,15 @@ def check_distinct(t: Any, converter: cattrs.Converter) -> None:
     """
     for one, other in itertools.combinations(_members_of(t), 2):
         if _share_values(one, other) and not _are_written_alike(one, other, converter):
-            args, write = [*zip(get_args(one), get_args(other), strict=False)], "attrs classes"
+            args = [*zip(get_args(one), get_args(other), strict=False)]
+            write = "classes with @attrs.frozen instead, which are told apart"
             if origin_of(one) is origin_of(other) and args:
                 parts = [_shown(a) if a == b else f"{_shown(a)} | {_shown(b)}" for a, b in args]
                 write = f"{_shown(origin_of(one))}[{', '.join(parts)}]"
             raise Indistinct(
-                f"{_shown(one)} | {_shown(other)} can lose fields: a {_written_class(one).__name__} "
-                f"does not tell as which of the two it goes out. Write {write} instead"
+                f"{_shown(one)} | {_shown(other)} may lose fields: a "
+                f"{_written_class(one).__name__} does not tell as which of the two it goes out; "
+                f"write {write}"
             )
 
 
@@ -1082,12 +1116,12 @@ class Codec:
         return _encode(Sent(type, group=group, payload=payload))
 
 
-# ── handlers and routing ──────────────────────────────────────────────────────────────────────
+# ── handlers ──────────────────────────────────────────────────────────────────────────────────
 #
 # Everything about a function is settled when it is registered: what it takes, how its payload is
 # structured, whether it streams. A message in flight only looks its handler up and calls it.
 
-_VERBS = set(falcon.constants.COMBINED_METHODS) - {"CONNECT"}  # which nobody routes
+_VERBS = set(falcon.constants.COMBINED_METHODS) - {"CONNECT"}  # on_connect is a connect handler
 _ROUTED_BY_FALCON = {f"on_{verb.lower()}" for verb in _VERBS}
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -1101,27 +1135,29 @@ class Handler:
     type: str
     function: Callable[..., Any]
     call: Callable[[Connection, Any], Any]
-    """Calls it with the payload: a coroutine, or for a stream an async generator."""
+    """Calls *function* with the payload: returns a coroutine, or an async generator."""
     annotation: Any
     """What the payload is structured to; for fields, a typed dict made of the parameters."""
     parameter: inspect.Parameter | None
-    """The one that takes the whole payload."""
+    """The parameter that takes the whole payload."""
     defaults: dict[str, Any] | None
-    """Of the parameters that take the payload's fields, if there are any."""
+    """The defaults of the parameters that take the payload's fields, if there are any."""
     returns: Any
     """The declared type of a reply or of a stream's item, or None."""
     streams: bool
     concurrent: bool
     writers: dict[Any, Writer] = attrs.Factory(dict)
-    """How what it has returned before is written, by class."""
+    """How to write what the function has returned before, by class."""
+    hints: set[str] = attrs.Factory(set)
+    """The parameters about which a hint was logged; it is logged once."""
 
     @property
     def takes_payload(self) -> bool:
-        """Whether its function has a parameter for the payload, or several for its fields."""
+        """Whether *function* has a parameter for the payload, or several for its fields."""
         return self.parameter is not None or self.defaults is not None
 
     def structure(self, payload: Any, codec: Codec) -> Any:
-        """The value to call it with, or `MessageError` (``invalid_payload``).
+        """Return the value to call *function* with, or raise `MessageError` (``invalid_payload``).
 
         *payload* is `UNSET` where the message had none.
         """
@@ -1132,43 +1168,43 @@ class Handler:
             return codec.structure({}, self.annotation, self.type)
         if self.parameter is None or self.parameter.default is not _EMPTY:
             return self.parameter and self.parameter.default
-        try:  # a null stands in for it where the annotation admits one
+        try:  # a payload that may be null may also be missing
             return codec.structure(None, self.annotation, self.type)
         except MessageError:
             missing = [{"path": "$.payload", "message": "required, but missing"}]
             raise invalid_payload(self.type, missing) from None
 
     def refusal(self, payload: Any, codec: Codec, exc: Exception) -> MessageError:
-        """Why msgspec, with *exc*, has not built the payload: every wrong field, says cattrs.
+        """Return the error for a payload that msgspec refuses with *exc*.
 
-        Where cattrs finds none, msgspec's word counts, which names the first.
+        cattrs lists every wrong field. Where it finds none, the error names the field of *exc*.
         """
         try:
             self.structure(payload, codec)
         except MessageError as error:
             return bare(error)
         text, _, path = str(exc).rpartition(" - at ")
-        if path == "`$.type`":  # which cannot be, unless another one came first
+        if path == "`$.type`":  # the decoder was chosen by a type that came before this one
             return MessageError("invalid_envelope", '"type" is there twice')
         found = explain(msgspec.ValidationError(text), path.strip("`")) if text else explain(exc)
         return invalid_payload(self.type, list(found))
 
     def _hint(self, payload: Any) -> None:
+        """Log, once, that *function* seems to want a field of the payload, and gets all of it."""
         name = self.parameter.name if self.parameter is not None else None
-        if type(payload) is dict and name in payload and self.annotation in _LEAVES:
-            _log_star(self, name)
-
-
-@functools.cache  # once a handler
-def _log_star(handler: Handler, name: str) -> None:
-    logger.warning(
-        "%s got an object with the key %r as its whole payload; (conn, *, %s) was probably meant",
-        place_of(handler.function), name, handler.parameter, extra={"message_type": handler.type},
-    )  # fmt: skip
+        if type(payload) is not dict or name not in payload or name in self.hints:
+            return
+        if self.annotation in _LEAVES:
+            self.hints.add(name)
+            logger.warning(
+                "%s got an object with the key %r as its whole payload; "
+                "(conn, *, %s) was probably meant", place_of(self.function), name, self.parameter,
+                extra={"message_type": self.type},
+            )  # fmt: skip
 
 
 def place_of(function: Callable[..., Any]) -> str:
-    """``say() at chat.py:12``, for messages about a function."""
+    """Return where *function* is, such as ``say() at chat.py:12``, for messages about it."""
     inner: Any = inspect.unwrap(function)
     while isinstance(inner, functools.partial):
         inner = inner.func
@@ -1188,7 +1224,7 @@ def check_function(
         refused = None if streams else "has a `yield`, but only message handlers stream"
     elif not inspect.iscoroutinefunction(function):
         refused = "is not async"
-        with contextlib.suppress(ValueError, TypeError):  # of what has no signature
+        with contextlib.suppress(ValueError, TypeError):  # some callables have no signature
             name = getattr(function, "__name__", "handler")
             first = example.partition("\n")[0]
             example = f"{first}\nasync def {name}{inspect.signature(function)}: ..."
@@ -1213,41 +1249,76 @@ def read_handler(
     """Apply the signature rule to *function*, or raise `PachinkoError` with the corrected code."""
     name = getattr(function, "__name__", "handler")
     check_function(function, f'@ws.on("{type}")\nasync def {name}(conn): ...', None, streams=True)
-    payload, fields = _split_parameters(function, name, path_params)
-    inner: Any = inspect.unwrap(function)
+    parameter, fields = _split_parameters(function, name, path_params)
     try:
-        globals_, locals_ = namespaces
-        globals_ = {**globals_, **getattr(inner, "__globals__", {})}
-        hints = typing.get_type_hints(
-            getattr(inner, "func", inner), globals_, locals_, include_extras=True
-        )
+        hints = _hints_of(function, namespaces)
         _check_first(function, name, hints)
-        annotation = hints.get(payload.name, message_class or Any) if payload else Any
-        if fields:
-            members = {p.name: _field_of(p, hints.get(p.name, Any)) for p in fields}
-            annotation = cast(Any, typing.TypedDict)(name, members)
+        annotation = _payload_type(name, parameter, fields, hints, message_class)
         codec.check(annotation, namespaces, [])
     except (NameError, TypeError, ValueError, cattrs.StructureHandlerNotFoundError) as exc:
         raise _unstructurable(function, exc) from exc
-    if payload and message_class and annotation is not message_class:
-        write = f"async def {name}(conn, {payload.name}: {message_class.__name__})"
+    if parameter and message_class and annotation is not message_class:
+        write = f"async def {name}(conn, {parameter.name}: {message_class.__name__})"
         raise PachinkoError(f"{place_of(function)} handles {message_class.__name__}; write {write}")
-    streams, returns = inspect.isasyncgenfunction(function), hints.get("return")
-    if streams and get_args(returns):  # AsyncIterator[Item], AsyncGenerator[Item, None]
-        returns = get_args(returns)[0]
-    call: Callable[[Connection, Any], Any] = function
-    if fields:
-        call = lambda conn, value: function(conn, **value)  # noqa: E731 - one of three
-    elif payload is None:
-        call = lambda conn, _: function(conn)  # noqa: E731 - the same
+    returns, streams = _reply_type(function, hints), inspect.isasyncgenfunction(function)
+    try:
+        codec.check_reply(returns, namespaces)
+    except Indistinct as exc:
+        raise PachinkoError(f"the reply of {place_of(function)} is ambiguous: {exc}") from exc
     defaults = {p.name: p.default for p in fields if p.default is not _EMPTY} if fields else None
-    returns = None if returns in (types.NoneType, Any, object) else returns
+    call = _caller(function, parameter, fields)
     return Handler(
-        type, function, call, annotation, payload, defaults, returns, streams, concurrent
+        type, function, call, annotation, parameter, defaults, returns, streams, concurrent
     )
 
 
+def _hints_of(function: Callable[..., Any], namespaces: Namespaces) -> dict[str, Any]:
+    """Return the annotations of *function*, resolved where it was registered."""
+    inner: Any = inspect.unwrap(function)
+    globals_ = {**namespaces[0], **getattr(inner, "__globals__", {})}
+    inner = getattr(inner, "func", inner)
+    hints = typing.get_type_hints(inner, globals_, namespaces[1], include_extras=True)
+    return {name: hashable(t) for name, t in hints.items()}
+
+
+def _payload_type(
+    name: str,
+    parameter: inspect.Parameter | None,
+    fields: list[inspect.Parameter],
+    hints: dict[str, Any],
+    message_class: Any,
+) -> Any:
+    """Return what the payload is structured to: for *fields* a typed dict, called *name*."""
+    if not fields:
+        return hints.get(parameter.name, message_class or Any) if parameter else Any
+    types = {p.name: hints.get(p.name, Any) for p in fields}
+    optional = {p.name for p in fields if p.default is not _EMPTY}
+    not_required = cast(Any, typing.NotRequired)
+    members = {key: not_required[t] if key in optional else t for key, t in types.items()}
+    return cast(Any, typing.TypedDict)(name, members)
+
+
+def _reply_type(function: Callable[..., Any], hints: dict[str, Any]) -> Any:
+    """Return the declared type of a reply or of a stream's item, or None if anything goes."""
+    returns = hints.get("return")
+    if inspect.isasyncgenfunction(function) and get_args(returns):
+        returns = get_args(returns)[0]  # AsyncIterator[Item], AsyncGenerator[Item, None]
+    return None if returns in (types.NoneType, Any, object) else returns
+
+
+def _caller(
+    function: Callable[..., Any],
+    parameter: inspect.Parameter | None,
+    fields: list[inspect.Parameter],
+) -> Callable[[Connection, Any], Any]:
+    """Return how to call *function* with a connection and a structured payload."""
+    if fields:
+        return lambda conn, value: function(conn, **value)
+    return function if parameter else lambda conn, _: function(conn)
+
+
 def _unstructurable(function: Callable[..., Any], exc: Exception) -> PachinkoError:
+    """Return the error for a payload that cattrs cannot structure, because of *exc*."""
     why: Any = exc
     if isinstance(exc, cattrs.StructureHandlerNotFoundError):
         why = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
@@ -1269,14 +1340,13 @@ def _check_first(function: Callable[..., Any], name: str, hints: dict[str, Any])
         )
 
 
-def _field_of(parameter: inspect.Parameter, annotation: Any) -> Any:
-    return annotation if parameter.default is _EMPTY else cast(Any, typing.NotRequired)[annotation]
-
-
 def _split_parameters(
     function: Callable[..., Any], name: str, path_params: Collection[str]
 ) -> tuple[inspect.Parameter | None, list[inspect.Parameter]]:
-    """The payload parameter and the keyword-only ones: at most one of the two kinds."""
+    """Return the parameter for the whole payload, or None, and those for its fields.
+
+    A function with both is refused.
+    """
     parameters = list(inspect.signature(function).parameters.values())
     positional = [p for p in parameters if p.kind in _POSITIONAL]
     fields = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -1307,7 +1377,7 @@ def _split_parameters(
 
 
 def path_parameters(path: str) -> list[str]:
-    """The names in a Falcon URI template: ``/ws/{room}/{n:int}`` gives room and n."""
+    """Return the names in a Falcon URI template: room and n in ``/ws/{room}/{n:int}``."""
     return re.findall(r"\{([a-zA-Z_]\w*)", path)
 
 
@@ -1335,8 +1405,13 @@ def read_connect(function: Callable[..., Any], path: str | None) -> Callable[...
     return call
 
 
+def check_disconnect(function: Callable[..., Any]) -> None:
+    """Refuse what is no disconnect handler."""
+    check_function(function, "@ws.disconnect\nasync def leave(conn): ...", 1)
+
+
 def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[..., Any]]]:
-    """The ``on_<name>`` methods of *resource*, each with the name that follows ``on_``."""
+    """Return the ``on_<name>`` methods of *resource*, each with the name behind ``on_``."""
     cls = type(resource)
     names = [name for name in dir(resource) if name.startswith("on_")]
     refused = None
@@ -1360,7 +1435,7 @@ def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[...
 
 @attrs.define(eq=False)
 class Routes:
-    """What one endpoint has registered."""
+    """The functions that are registered for one endpoint."""
 
     authenticate: Callable[..., Awaitable[str | None]] | None = None
     connect: list[Callable[..., Awaitable[None]]] = attrs.Factory(list)
@@ -1372,24 +1447,27 @@ class Routes:
     errors: dict[type[Exception], Callable[..., Awaitable[Any]]] = attrs.Factory(dict)
     workers: list[Callable[[], Awaitable[None]]] = attrs.Factory(list)
     decode: Callable[[str], Received] = _decode_none
-    """Reads a text frame of a known type. What it raises, a validator may have raised."""
+    """Reads a text frame of a known type. A validator in a payload may raise anything."""
     by_frame: dict[FrameClass, Handler] = attrs.Factory(dict)
-    """The handlers of what it reads."""
+    """The handlers by the class of the frames that *decode* returns."""
 
     def start(self, codec: Codec) -> None:
-        """Make the classes of all frames, now that the codec is settled."""
+        """Make the classes of all frames. From now on *codec* does not change."""
         self.by_frame = {}
-        for handler in self.handlers.values():
-            self.add_frame(handler, codec)
+        self.add(self.handlers.values(), codec)
 
-    def add_frame(self, handler: Handler, codec: Codec) -> None:
-        """Make the class of the frames for *handler*."""
-        handler.writers.clear()
-        self.by_frame[codec.frame_class(handler.type, handler.annotation)] = handler
-        self.decode = self._decode_first
+    def add(self, handlers: Iterable[Handler], codec: Codec | None) -> None:
+        """Add all *handlers*, or none if one is refused; *codec* is None before the start."""
+        handlers = [*handlers]
+        frames = [codec.frame_class(h.type, h.annotation) for h in handlers] if codec else []
+        for handler in handlers:
+            handler.writers.clear()
+            self.handlers[handler.type] = handler
+        self.by_frame.update(zip(frames, handlers, strict=bool(codec)))
+        self.decode = self.decode_first
 
-    def _decode_first(self, text: str) -> Received:
-        """Make the decoder, once for all handlers and middleware that have come together."""
+    def decode_first(self, text: str) -> Received:
+        """Make the decoder, once for all handlers and middleware that came together, and use it."""
         self.decode = decoder_of(self.by_frame)
         for frame, handler in self.by_frame.items():
             is_quick = not (self.middleware or handler.streams or handler.concurrent)
@@ -1397,7 +1475,10 @@ class Routes:
         return self.decode(text)
 
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
-        """The handler for the class nearest to *exc*'s own, unless the library's own is nearer."""
+        """Return the handler for the class of *exc* or its nearest base class, or None.
+
+        An exception of the library's own is never handled as one of its base classes.
+        """
         built_in = (MessageError, Close, falcon.HTTPError, falcon.WebSocketDisconnected)
         for cls in type(exc).__mro__:
             if cls in self.errors:
@@ -1408,7 +1489,7 @@ class Routes:
 
 
 def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> None:
-    """Raise `PachinkoError` that names both functions when there is a *first* one already."""
+    """Raise a `PachinkoError` that names both functions if there is a *first* one already."""
     if first is not None:
         raise PachinkoError(
             f"{what} has a handler: {place_of(first)}; and a second: {place_of(second)}. "
@@ -4850,36 +4931,35 @@ class Pachinko:
                 f'@ws.on takes a type or a class with @message: write @ws.on("say"); got {type!r}'
             )
         cls = None if isinstance(type, str) else type
-        namespaces = namespaces_at(sys._getframe(1))
+        namespaces = caller_namespaces()
 
         def register(function: F) -> F:
-            self._add_handler(name, function, namespaces, cls, concurrent)
+            self._add_checked(self._read_handler(name, function, namespaces, cls, concurrent))
             return function
 
         return register
 
-    def _add_handler(
+    def _read_handler(
         self, type: str, function: Any, namespaces: Namespaces, cls: Any, concurrent: bool
-    ) -> None:
+    ) -> Handler:
+        """Check *function* as the handler of *type*, without adding it."""
         check_type(type)
         if (first := self._routes.handlers.get(type)) is not None:
             refuse_second(first.function, function, repr(type))
         params = path_parameters(self._path or "")
         codec = self._hub._codec
-        handler = read_handler(type, function, codec, namespaces, cls, params, concurrent)
-        self._add_checked(handler)
+        return read_handler(type, function, codec, namespaces, cls, params, concurrent)
 
-    def _add_checked(self, handler: Handler) -> None:
-        self._routes.handlers[handler.type] = handler
-        if self._loop is not None:
-            self._routes.add_frame(handler, self._hub._codec)
+    def _add_checked(self, *handlers: Handler) -> None:
+        """Add all *handlers*, also to an endpoint that has started."""
+        self._routes.add(handlers, self._hub._codec if self._loop is not None else None)
 
     def disconnect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn)`` once when a connection is over, whatever ended it.
 
         ``conn.close_code`` is set, its groups are still joined.
         """
-        check_function(function, "@ws.disconnect\nasync def leave(conn): ...", 1)
+        check_disconnect(function)
         self._routes.disconnect.append(function)
         return function
 
@@ -4906,7 +4986,7 @@ class Pachinko:
         example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
         check_function(function, f"@ws.middleware\n{example}", 3)
         self._routes.middleware.append(function)
-        self._routes.decode = self._routes._decode_first
+        self._routes.decode = self._routes.decode_first
         return function
 
     def error(self, exception: type[Exception]) -> Callable[[F], F]:
@@ -4938,14 +5018,25 @@ class Pachinko:
         return function
 
     def add_resource(self, prefix: str, resource: object) -> None:
-        """Route by class: ``on_send`` handles ``"<prefix>.send"``, beside ``on_connect`` and
-        ``on_disconnect``. One instance serves all connections."""
-        namespaces = namespaces_at(sys._getframe(1))
+        """Route by class: ``on_send`` handles ``"<prefix>.send"``.
+
+        ``on_connect`` and ``on_disconnect`` are a connect and a disconnect handler. One instance
+        serves all connections. Where one method is refused, nothing of the resource is added.
+        """
+        namespaces = caller_namespaces()
+        handlers, connect, disconnect = list[Handler](), list[Any](), list[Any]()
         for name, method in read_resource(prefix, resource):
-            if name in ("connect", "disconnect"):
-                getattr(self, name)(method)
+            if name == "connect":
+                connect.append(read_connect(method, self._path))
+            elif name == "disconnect":
+                check_disconnect(method)
+                disconnect.append(method)
             else:
-                self._add_handler(f"{prefix}.{name}", method, namespaces, None, False)
+                type = f"{prefix}.{name}"
+                handlers.append(self._read_handler(type, method, namespaces, None, False))
+        self._add_checked(*handlers)
+        self._routes.connect += connect
+        self._routes.disconnect += disconnect
 
     async def on_websocket(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, /, **params: Any
