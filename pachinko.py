@@ -117,6 +117,7 @@ Incoming = Mapping[str, Any]  # an ASGI event that was received: {"type": "webso
 #
 #   Exception
 #   ├── PachinkoError   the program's mistake, raised where it was made, mostly at registration
+#   │   ├── Indistinct  a type that leaves open which fields of a value go out
 #   │   └── BrokerAway  nobody's mistake: the broker between processes has not taken a message
 #   ├── MessageError    the client's mistake: it is told, and the connection stays open
 #   │   └── BadFrame    a text frame that is no message
@@ -130,6 +131,10 @@ _REASON_BYTES = 123  # RFC 6455, 5.5: a control frame carries 125 bytes, two of 
 
 class PachinkoError(Exception):
     """A mistake in the program that uses Pachinko, with the corrected code in its text."""
+
+
+class Indistinct(PachinkoError):
+    """A union of two types that share values, but send different fields of them."""
 
 
 class BrokerAway(PachinkoError):
@@ -225,7 +230,7 @@ def _path_step(exc: BaseException, t: Any) -> str:
     return f".{fields[names[0]].alias if names[0] in fields else names[0]}"
 
 
-def _explained(exc: BaseException) -> Errors:
+def errors_of(exc: BaseException) -> Errors:
     """Return what is wrong under *exc*, with one error more than `invalid_payload` shows."""
     errors = list(itertools.islice(explain(exc), _MAX_ERRORS + 1))
     bare(exc)
@@ -503,7 +508,7 @@ def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -
         hints = {name: hashable(t) for name, t in hints.items()}
     own = cls.__annotations__  # msgspec looks there
     own.update({name: hints[name] for name in own if name in hints})
-    if dataclasses.is_dataclass(cls) and not attrs.has(cls):
+    if not attrs.has(cls) and dataclasses.is_dataclass(cls):
         for field in dataclasses.fields(cls):
             field.type = hints[field.name]
         # Its ClassVar, InitVar and KW_ONLY have annotations, but are no fields.
@@ -524,7 +529,7 @@ def hashable(t: Any) -> Any:
         args = tuple(map(hashable, get_args(t)))
         if origin_of(t) in _UNIONS:
             return Union[args]  # noqa: UP007 - of a tuple
-        return cast(Any, origin_of(t))[args if len(args) > 1 else args[0]] if args else t
+        return origin_of(t)[args[0] if len(args) == 1 else args] if args else t
     return t
 
 
@@ -636,8 +641,8 @@ def _settable_fields(cls: Any) -> Iterable[Any] | None:
 
 def _has_plain_constructor(cls: Any) -> bool:
     """Tell whether attrs or dataclasses alone have written what makes an object of *cls*."""
-    init, is_attrs = vars(cls).get("__init__"), attrs.has(cls)
-    if is_attrs == dataclasses.is_dataclass(cls) or not inspect.isfunction(init):
+    init, kinds = vars(cls).get("__init__"), (attrs.has(cls), dataclasses.is_dataclass(cls))
+    if all(kinds) or not any(kinds) or not inspect.isfunction(init):
         return False
     if not inspect.getfile(init).startswith("<"):  # code that is generated comes from no file
         return False
@@ -648,15 +653,16 @@ def _has_plain_constructor(cls: Any) -> bool:
     if cls.__getattribute__ is not object.__getattribute__ or hasattr(cls, "__getattr__"):
         return False
     has_plain_setattr = cls.__setattr__ is object.__setattr__
-    if not is_attrs:
+    if not kinds[0]:
         params = cls.__dataclass_params__
         return bool(params.init and (params.frozen or has_plain_setattr))
-    made = attrs.inspect(cls)
+    made: Any = attrs.inspect(cls)
     if not made.added_init or made.hashability is made.Hashability.HASHABLE_CACHED:
         return False
     # attrs writes a __setattr__ that validates, and refuses to do so where a class has its own.
-    validates = made.on_setattr_hook is not None and any(f.validator for f in attrs.fields(cls))
-    return made.is_frozen or has_plain_setattr or validates
+    has_validator = any(field.validator for field in attrs.fields(cls))
+    validates = has_validator and made.on_setattr_hook is not None
+    return bool(made.is_frozen or has_plain_setattr or validates)
 
 
 # ── codec ─────────────────────────────────────────────────────────────────────────────────────
@@ -666,11 +672,7 @@ def _has_plain_constructor(cls: Any) -> bool:
 # Its rules are those of a strict cattrs converter: each JSON kind stands for itself, and nothing
 # is coerced. A scalar goes through `msgspec.convert`, which gives one rule and one wording for all
 # of them. The kind of an array or object is checked before cattrs' own hook iterates over it.
-#
-# msgspec can also decode a frame straight into the payload, in one pass and several times as fast.
-# It builds an object by setting its fields: it calls no constructor and no converter, and knows no
-# alias. `is_read_in_one_pass` tells for which types both libraries build the same value. The
-# payload of any other type is decoded to plain JSON values, and cattrs structures them.
+# Where msgspec builds the same value while it decodes the frame (see above), it may do so.
 
 _MAX_EXPLAINED = 16_384  # bytes of JSON: finding every error of 1 MiB would block for seconds
 _TEXT_KEY = object()  # Annotated[int, _TEXT_KEY] is an int that is the key of a JSON object
@@ -678,10 +680,6 @@ _ARRAYS: dict[Any, Any] = {  # a JSON array that is declared as the first become
     list: list, MutableSequence: list, tuple: tuple, Sequence: tuple, set: set, MutableSet: set,
     frozenset: frozenset, Set: frozenset, collections.deque: collections.deque,
 }  # fmt: skip
-
-
-class Indistinct(PachinkoError):
-    """A union two members of which have values of the same class, but send different fields."""
 
 
 def strict_converter() -> cattrs.Converter:
@@ -702,15 +700,17 @@ def strict_converter() -> cattrs.Converter:
     )
     unstructure(lambda t: origin_of(t) in _UNIONS, _union_unstructure_hook)
     unstructure(declares_fields, _allow_recursion(_fields_unstructure_hook))
-    unstructure(lambda t: hashable(unnamed(t)) is not unnamed(t), _named_unstructure_hook)
+    unstructure(
+        lambda t: hashable(unnamed(t)) is not unnamed(t),
+        lambda t, converter: converter.get_unstructure_hook(hashable(unnamed(t))),
+    )
     return converter
 
 
 def _allow_recursion(make: HookFactory) -> HookFactory:
-    """Let *make* be asked for the hook of a type while it makes the hook of the same type.
+    """Let *make* ask for the hook of a type while it makes that hook: it gets a stand-in.
 
-    It then gets a stand-in for the hook. cattrs' own way out is to unstructure by the class of the
-    value, whatever was declared.
+    cattrs alone would go by the class of the value there, whatever was declared.
     """
     in_progress: dict[Any, Callable[..., Any]] = {}
 
@@ -756,10 +756,7 @@ def _kind_of(t: Any) -> type | None:
 
 
 def _kinds_of(t: Any) -> dict[Any, Any]:
-    """Sort the members of the union *t* by what they are written as.
-
-    The keys are NoneType for null, list, dict, and None for anything else.
-    """
+    """Sort the members of the union *t* by NoneType for null, list, dict, None for the rest."""
     kinds: dict[Any, Any] = {}
     for member in get_args(t) if origin_of(t) in _UNIONS and not _is_leaf(t) else ():
         kind = member if member is types.NoneType else _kind_of(bare_type(member))
@@ -793,7 +790,7 @@ def _leaf_hook(t: Any) -> Hook:
     named = [c for m in members if m not in leaves for c in get_args(m) or m]  # Literal or Enum
     values = [getattr(choice, "value", choice) for choice in named]
     choices = {(type(value), value): c for value, c in zip(values, named, strict=True)}
-    text_enums = [m for m in members if inspect.isclass(m) and is_text_enum(m)]
+    text_enums: list[Any] = [m for m in members if inspect.isclass(m) and is_text_enum(m)]
     names = [_encode(value).decode() for value in values]
     names += [_JSON_NAMES.get(leaf) or str(leaf.__name__) for leaf in leaves]
 
@@ -816,10 +813,6 @@ def _named_hook(t: Any, converter: cattrs.Converter) -> Hook:
     inner = hashable(unnamed(t))
     hook = converter.get_structure_hook(inner)
     return lambda value, _: hook(value, inner)
-
-
-def _named_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
-    return converter.get_unstructure_hook(hashable(unnamed(t)))
 
 
 def _key_hook(t: Any, converter: cattrs.Converter) -> Hook:
@@ -881,7 +874,7 @@ def _fixed_tuple_hook(t: Any, converter: cattrs.Converter) -> Hook:
                 exc.add_note(cast(Any, cattrs.IterableValidationNote)("", index, item_type))
                 errors.append(exc)
         if errors:
-            raise cattrs.IterableValidationError("", errors, t)
+            raise cast(Any, cattrs.IterableValidationError)("", errors, t)
         return tuple(items)
 
     return structure
@@ -905,7 +898,7 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
     if cls is collections.Counter:
         item = int
     elif cls is collections.defaultdict:
-        make = functools.partial(cls, item if get_args(t) else None)
+        make = functools.partial(make, item if get_args(t) else None)
     if key not in (str, Any):
         key = typing.Annotated[key, _TEXT_KEY]
     return cols.mapping_structure_factory(cast(Any, dict)[key, item], converter, make)
@@ -989,16 +982,21 @@ def check_distinct(t: Any, converter: cattrs.Converter) -> None:
     """
     for one, other in itertools.combinations(_members_of(t), 2):
         if _share_values(one, other) and not _are_written_alike(one, other, converter):
-            args = [*zip(get_args(one), get_args(other), strict=False)]
-            write = "classes with @attrs.frozen instead, which are told apart"
-            if origin_of(one) is origin_of(other) and args:
-                parts = [_shown(a) if a == b else f"{_shown(a)} | {_shown(b)}" for a, b in args]
-                write = f"{_shown(origin_of(one))}[{', '.join(parts)}]"
             raise Indistinct(
                 f"{_shown(one)} | {_shown(other)} may lose fields: a "
                 f"{_written_class(one).__name__} does not tell as which of the two it goes out; "
-                f"write {write}"
+                f"write {_told_apart(one, other)}"
             )
+
+
+def _told_apart(one: Any, other: Any) -> str:
+    """Return what to write instead of ``one | other``."""
+    pairs = [*zip(get_args(one), get_args(other), strict=False)]
+    is_nested = any(a != b and (_share_values(a, b) or Ellipsis in (a, b)) for a, b in pairs)
+    if origin_of(one) is not origin_of(other) or not pairs or is_nested:
+        return "classes with @attrs.frozen instead, which are told apart"
+    items = ["..." if a is b is Ellipsis else _shown(a | b) for a, b in pairs]
+    return f"{_shown(origin_of(one))}[{', '.join(items)}]"
 
 
 def _shown(t: Any) -> str:
@@ -1026,7 +1024,7 @@ def _are_written_alike(one: Any, other: Any, converter: cattrs.Converter) -> boo
         pairs = zip(args, others, strict=True)
         return all(_are_written_alike(a, b, converter) for a, b in pairs)
     if declares_fields(one) or declares_fields(other):
-        return one == other
+        return one is other
     return bool(converter.get_unstructure_hook(one) == converter.get_unstructure_hook(other))
 
 
@@ -1090,13 +1088,13 @@ class Codec:
         try:
             return self._hasty.structure(payload, annotation)
         except (Exception, SystemExit) as exc:  # a user's hook or validator may raise anything
-            errors = _explained(exc)
+            errors = errors_of(exc)
         try:
             if self._hasty is not self.converter and len(_encode(payload)) <= _MAX_EXPLAINED:
                 # This may succeed: cattrs' hasty hook fails if a keyword-only field comes first.
                 return self.converter.structure(payload, annotation)
         except (Exception, SystemExit) as exc:  # the same failure, with every wrong field
-            errors = _explained(exc)
+            errors = errors_of(exc)
         raise invalid_payload(type, errors)
 
     def writer_of(self, value: object, type: str, declared: Any = None) -> Writer:
@@ -1191,10 +1189,9 @@ class Handler:
 
     def _hint(self, payload: Any) -> None:
         """Log, once, that *function* seems to want a field of the payload, and gets all of it."""
-        name = self.parameter.name if self.parameter is not None else None
-        if type(payload) is not dict or name not in payload or name in self.hints:
+        if self.parameter is None or type(payload) is not dict or self.annotation not in _LEAVES:
             return
-        if self.annotation in _LEAVES:
+        if (name := self.parameter.name) in payload and name not in self.hints:
             self.hints.add(name)
             logger.warning(
                 "%s got an object with the key %r as its whole payload; "
