@@ -1474,7 +1474,7 @@ class Routes:
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
         """Return the handler for the class of *exc* or its nearest base class, or None.
 
-        An exception of the library's own is never handled as one of its base classes.
+        An exception with a meaning of its own, such as `Close`, is not looked up by its bases.
         """
         built_in = (MessageError, Close, falcon.HTTPError, falcon.WebSocketDisconnected)
         for cls in type(exc).__mro__:
@@ -1496,35 +1496,38 @@ def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> N
 
 # ── handshake ─────────────────────────────────────────────────────────────────────────────────
 #
-# Who may connect, told from the headers of the handshake alone. A browser sends the cookies of a
-# site with a handshake that any other site's page has begun, and leaves it to the server to look at
-# the `Origin` (RFC 6455, 10.2). What is no browser may send any origin it likes, or none.
+# The headers of the handshake decide who may connect. A page of any site can open a WebSocket to
+# any other site; the browser sends that site's cookies along, and leaves it to the server to check
+# the `Origin` (RFC 6455, 10.2). A client that is no browser may send any origin, or none.
 
 _NAME = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?"
 _AUTHORITY = rf"(?P<host>\[[0-9a-f:.]+\]|{_NAME})(?::(?P<port>[0-9]{{1,5}}))?"
 _HOST = re.compile(_AUTHORITY, re.ASCII)
 _ORIGIN = re.compile(rf"(?P<scheme>[a-z][a-z0-9+.-]*)://{_AUTHORITY}", re.ASCII)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-_SHOWN = 200  # characters of a header in a log line; it may have thousands
-UNAUTHENTICATED = 3401  # the close code: 3000 and the HTTP status
+_SHOWN = 200  # characters of a header in a log line; a header may have thousands
+UNAUTHENTICATED = 3401  # the close code is 3000 and the HTTP status
 
 
 @attrs.frozen
 class Origin:
-    """Where a page comes from (RFC 6454), in lower case and with the port of its scheme."""
+    """The origin of a page (RFC 6454), in lower case.
+
+    The port is that of the scheme where none was named.
+    """
 
     scheme: str
     host: str
     port: int | None
 
     def is_below(self, other: Origin) -> bool:
-        """Whether its host is a subdomain of the host of *other*, and all else is the same."""
+        """Tell whether its host is a subdomain of that of *other*; all else has to be equal."""
         is_alike = (self.scheme, self.port) == (other.scheme, other.port)
         return is_alike and self.host.endswith("." + other.host)
 
 
 def parse_origin(text: str) -> Origin | None:
-    """Read an ``Origin`` header; None for ``null`` and for what is no origin."""
+    """Read an ``Origin`` header. Returns None for ``null`` and for anything that is no origin."""
     match = _ORIGIN.fullmatch(text.lower()) if text.isascii() else None
     if match is None or int(match["port"] or 0) > 65_535:
         return None
@@ -1533,11 +1536,12 @@ def parse_origin(text: str) -> Origin | None:
 
 
 def is_same_host(origin: Origin, scheme: str, host: str) -> bool:
-    """Whether a page of *origin* belongs to the *host* (as in that header) it connects to.
+    """Tell whether a page of *origin* belongs to the *host* that it connects to.
 
-    Where one of the two names no port, it is that of the origin's scheme. An ``https`` page may
-    come by a *scheme* that is not encrypted, since a proxy may have decrypted it; but no ``http``
-    page by an encrypted one: whoever sits on the line could have written that page.
+    *host* is the header of that name. Where it names no port, the port is that of the origin's
+    scheme. An ``https`` page may come by a *scheme* without encryption, because a proxy may have
+    decrypted it. An ``http`` page may not come by an encrypted one, because anybody on the line
+    could have written that page.
     """
     match = _HOST.fullmatch(host.lower())
     default = _DEFAULT_PORTS.get(origin.scheme)
@@ -1550,17 +1554,20 @@ def is_same_host(origin: Origin, scheme: str, host: str) -> bool:
 
 @attrs.frozen
 class Origins:
-    """The browsers' origins that one endpoint lets in, beside the request's own host."""
+    """The origins that one endpoint lets in, beside the request's own host."""
 
     exact: frozenset[Origin]
     above: tuple[Origin, ...]
-    """Of ``https://*.example.com``: those below them are meant."""
+    """The origins of which all subdomains are let in, as ``https://*.example.com`` says."""
     takes_all: bool
     trust_forwarded: bool
 
     def refusal(self, req: falcon.asgi.Request) -> str | None:
-        """Why *req* is refused, and the setting that would let it in; None if it is let in."""
-        text = req.get_header("Origin")  # two of them are joined by a comma, which is no origin
+        """Return why *req* is refused, with the setting that lets it in, or None if it may come in.
+
+        Falcon joins two ``Origin`` headers with a comma; that is no origin.
+        """
+        text = req.get_header("Origin")
         if self.takes_all or text is None:
             return None
         origin = parse_origin(text)
@@ -1579,14 +1586,17 @@ class Origins:
 
 
 def _forwarded(req: falcon.asgi.Request) -> tuple[str, str]:
-    """Scheme and host that the first proxy has been asked for; later ones may have added theirs."""
+    """Return the scheme and host that the first proxy was asked for.
+
+    Later proxies may have added theirs behind a comma.
+    """
     hops = (req.forwarded_scheme, req.forwarded_host)
     scheme, host = (each.partition(",")[0].strip() for each in hops)
     return scheme, host
 
 
 def read_origins(value: Iterable[str] | None, trust_forwarded: object) -> Origins:
-    """Check the two options, or raise `PachinkoError`."""
+    """Check the options *origins* (its *value*) and *trust_forwarded*, or raise `PachinkoError`."""
     if not isinstance(trust_forwarded, bool):
         raise PachinkoError(f"trust_forwarded is True or False, got {trust_forwarded!r}")
     names = () if value is None else ("*",) if value == "*" else texts(value, "origins")
@@ -1606,7 +1616,7 @@ def read_origins(value: Iterable[str] | None, trust_forwarded: object) -> Origin
 
 
 def texts(value: Any, option: str) -> tuple[str, ...]:
-    """Check an option that is several texts, or raise `PachinkoError`."""
+    """Check the *value* of an option that takes several texts, or raise `PachinkoError`."""
     is_several = isinstance(value, Iterable) and not isinstance(value, str)
     several: tuple[Any, ...] = tuple(value) if is_several else (None,)
     if not all(isinstance(text, str) for text in several):
@@ -1615,10 +1625,10 @@ def texts(value: Any, option: str) -> tuple[str, ...]:
 
 
 def credentials(req: falcon.asgi.Request, offered: Iterable[str]) -> tuple[str | None, list[str]]:
-    """The token that a handshake carries, and the subprotocols *offered* without it.
+    """Return the token of a handshake, and the subprotocols *offered* without it.
 
-    It stands behind ``Authorization: Bearer`` (RFC 6750, 2.1). A browser's page cannot set that
-    header, and instead offers the subprotocols ``bearer`` and, right behind it, the token.
+    The token stands in ``Authorization: Bearer …`` (RFC 6750, 2.1). A page in a browser cannot set
+    that header; it offers the subprotocol ``bearer``, and the token as the next one.
     """
     names, token = [*offered], None
     if "bearer" in names[:-1]:
@@ -1630,7 +1640,7 @@ def credentials(req: falcon.asgi.Request, offered: Iterable[str]) -> tuple[str |
 
 
 def token_of(payload: Any) -> str | None:
-    """The token of an ``authenticate`` message, if that is what its payload has."""
+    """Return the token in the payload of an ``authenticate`` message, or None if it has none."""
     token = payload.get("token") if type(payload) is dict else None
     return token if isinstance(token, str) else None
 
