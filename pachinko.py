@@ -550,6 +550,14 @@ def bare_type(t: Any) -> Any:
     return t if inner is t else bare_type(inner)
 
 
+def is_leaf(t: Any) -> bool:
+    """Tell whether *t* is written as one JSON scalar."""
+    if origin_of(t) in _UNIONS:
+        return all(map(is_leaf, get_args(t)))
+    is_enum = inspect.isclass(t) and issubclass(t, enum.Enum)
+    return is_enum or origin_of(t) is Literal or t in _LEAVES
+
+
 def has_fields(t: Any) -> bool:
     """Tell whether *t* is an attrs class or a dataclass."""
     cls = class_of(t)
@@ -689,11 +697,11 @@ def strict_converter() -> cattrs.Converter:
         converter.register_structure_hook(leaf, msgspec.convert)
     structure = converter.register_structure_hook_factory
     structure(lambda t: t is object, lambda _: lambda value, _: value)
-    structure(_is_leaf, _leaf_hook)
+    structure(is_leaf, _leaf_hook)
     structure(lambda t: len(_kinds_of(t)) > 1, _union_hook)
     structure(lambda t: _kind_of(t) is not None, _allow_recursion(_container_hook))
+    structure(lambda t: _inner_type(t) is not t, _inner_hook)
     structure(lambda t: _TEXT_KEY in getattr(t, "__metadata__", ()), _key_hook)
-    structure(lambda t: hashable(unnamed(t)) is not unnamed(t), _named_hook)
     unstructure = converter.register_unstructure_hook_factory
     converter.register_unstructure_hook_func(
         lambda t: t is object, lambda v: v if type(v) is object else converter.unstructure(v)
@@ -701,8 +709,8 @@ def strict_converter() -> cattrs.Converter:
     unstructure(lambda t: origin_of(t) in _UNIONS, _union_unstructure_hook)
     unstructure(declares_fields, _allow_recursion(_fields_unstructure_hook))
     unstructure(
-        lambda t: hashable(unnamed(t)) is not unnamed(t),
-        lambda t, converter: converter.get_unstructure_hook(hashable(unnamed(t))),
+        lambda t: _inner_type(t) is not t,
+        lambda t, converter: converter.get_unstructure_hook(_inner_type(t)),
     )
     return converter
 
@@ -736,14 +744,6 @@ def _allow_recursion(make: HookFactory) -> HookFactory:
     return factory
 
 
-def _is_leaf(t: Any) -> bool:
-    """Tell whether *t* is written as one JSON scalar."""
-    if origin_of(t) in _UNIONS:
-        return all(map(_is_leaf, get_args(t)))
-    is_enum = inspect.isclass(t) and issubclass(t, enum.Enum)
-    return is_enum or origin_of(t) is Literal or t in _LEAVES
-
-
 def _kind_of(t: Any) -> type | None:
     """Return list if *t* is written as a JSON array, dict for an object, None for anything else."""
     cls = class_of(t)
@@ -752,13 +752,13 @@ def _kind_of(t: Any) -> type | None:
     if has_fields(t) or typing.is_typeddict(cls) or issubclass(cls, Mapping):
         return dict
     is_array = issubclass(cls, (Sequence, Set)) and not issubclass(cls, (str, bytes))
-    return list if is_array and not _is_leaf(cls) else None
+    return list if is_array and not is_leaf(cls) else None
 
 
 def _kinds_of(t: Any) -> dict[Any, Any]:
     """Sort the members of the union *t* by NoneType for null, list, dict, None for the rest."""
     kinds: dict[Any, Any] = {}
-    for member in get_args(t) if origin_of(t) in _UNIONS and not _is_leaf(t) else ():
+    for member in get_args(t) if origin_of(t) in _UNIONS and not is_leaf(t) else ():
         kind = member if member is types.NoneType else _kind_of(bare_type(member))
         kinds[kind] = kinds.get(kind, member) | member
     return kinds
@@ -808,9 +808,17 @@ def _leaf_hook(t: Any) -> Hook:
     return structure
 
 
-def _named_hook(t: Any, converter: cattrs.Converter) -> Hook:
-    """Make the hook of a named type that cattrs cannot look up by its hash."""
+def _inner_type(t: Any) -> Any:
+    """Return the type inside of one that cattrs misreads, else *t* itself."""
+    if origin_of(t) is typing.Annotated:
+        return t.__origin__  # cattrs takes Annotated[dict, "x"] for a dict of "x"
     inner = hashable(unnamed(t))
+    return t if inner is unnamed(t) else inner
+
+
+def _inner_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of a type that cattrs misreads."""
+    inner = _inner_type(t)
     hook = converter.get_structure_hook(inner)
     return lambda value, _: hook(value, inner)
 

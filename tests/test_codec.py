@@ -1329,9 +1329,9 @@ NOT_OBJECTS = ["", "ab", 5, None, True, [], [1]]
 def test_a_recursive_class_is_strict(annotation: Any, wrap: Any, kind: str) -> None:
     """What refers to itself, in whatever way, gets no value of another JSON kind."""
     for wrong in NOT_ARRAYS if kind == "array" else NOT_OBJECTS:
-        found = [message for _, message in errors(wrap(wrong), annotation)]
-        is_optional = wrong is None and annotation in (Linked, Twins)
-        assert found == [f"expected {kind}, got {pachinko.json_name(wrong)}"] or is_optional
+        if wrong is not None or annotation not in (Linked, Twins):  # null is right there
+            found = [message for _, message in errors(wrap(wrong), annotation)]
+            assert found == [f"expected {kind}, got {pachinko.json_name(wrong)}"]
 
 
 def test_null_is_no_object_where_it_is_not_declared() -> None:
@@ -1408,11 +1408,14 @@ def kept(cls: Any) -> Any:
     """A class of each kind with a field of type *cls*, and the payload that has a value there."""
     made = attrs.make_class("Kept", {"a": attrs.field(type=cls)})
     data = dataclasses.make_dataclass("KeptData", [("a", cls)])
-    named: Any = NamedTuple("KeptTuple", [("a", cls)])
     typed: Any = TypedDict("KeptDict", {"a": cls})
+
+    class Named(NamedTuple):
+        a: cls
+
     return [
         (made, lambda v: {"a": v}, ".a"), (data, lambda v: {"a": v}, ".a"),
-        (typed, lambda v: {"a": v}, ".a"), (named, lambda v: [v], "[0]"),
+        (typed, lambda v: {"a": v}, ".a"), (Named, lambda v: [v], "[0]"),
         (cls, lambda v: v, ""), (list[cls], lambda v: [v], "[0]"),
         (dict[str, cls], lambda v: {"k": v}, '["k"]'), (tuple[cls, int], lambda v: [v, 1], "[0]"),
         (tuple[cls, ...], lambda v: [v], "[0]"), (Box[cls], lambda v: {"item": v}, ".item"),
@@ -1694,7 +1697,6 @@ def test_metadata_without_a_hash_makes_no_difference(
     assert found == value
     assert type(found) is type(value)
     assert written(value, annotation) == payload
-    assert errors(None, annotation) if annotation not in BARE[-3:] else True
 
 
 def test_metadata_without_a_hash_hides_nothing_wrong() -> None:
