@@ -1666,6 +1666,7 @@ BARE: list[tuple[Any, Any, Any]] = [
     (Annotated[int, "x", {1}, bytearray()], 5, 5),
     (Annotated[Point, {}], {"x": 1, "y": 2}, Point(1, 2)),
     (list[Bare], [1], [1]),
+    (list[Bare] | None, [1], [1]),
     (Annotated[list[Bare], []], [1], [1]),
     (dict[str, Bare], {"a": 1}, {"a": 1}),
     (dict[Bare, str], {"1": "a"}, {1: "a"}),
