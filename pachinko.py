@@ -23,7 +23,7 @@ One JSON object a text frame, ``{"type": str, "id"?: str | int, "payload"?: any}
 returns goes to the sender with the request's ``id``; what ``hub.send`` gets goes to a group.
 
 The sections, each using only those above it: errors · envelope and message · codec · handlers
-and routing · handshake · backplanes · posts · link · outbox and limits · connection · registry ·
+· handshake · backplanes · posts · link · outbox and limits · connection · registry ·
 cluster · hub · dispatch · Pachinko · command line.
 """
 
@@ -105,6 +105,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 Id = str | int
 Errors = list[dict[str, str]]  # what is wrong: [{"path": "$.payload.n", "message": "…"}]
 Hook = Callable[[Any, Any], Any]  # cattrs calls it with a value and the type to make of it
+Members = Sequence[tuple[Any, Any]]  # the types in a union, each with the class of its values
 HookFactory = Callable[[Any, cattrs.Converter], Callable[..., Any]]
 Writer = tuple[str, Callable[[Any], Any]]  # the type to send a value as, and what makes JSON of it
 Namespaces = tuple[dict[str, Any], dict[str, Any]]  # the globals and locals annotations see
@@ -684,7 +685,7 @@ def _has_plain_constructor(cls: Any) -> bool:
 
 _MAX_EXPLAINED = 16_384  # bytes of JSON: finding every error of 1 MiB would block for seconds
 _TEXT_KEY = object()  # Annotated[int, _TEXT_KEY] is an int that is the key of a JSON object
-_ARRAYS: dict[Any, Any] = {  # a JSON array that is declared as the first becomes the second
+_ARRAYS: dict[Any, Any] = {  # what an array is declared as, and what is then made of it
     list: list, MutableSequence: list, tuple: tuple, Sequence: tuple, set: set, MutableSet: set,
     frozenset: frozenset, Set: frozenset, collections.deque: collections.deque,
 }  # fmt: skip
@@ -716,9 +717,10 @@ def strict_converter() -> cattrs.Converter:
 
 
 def _allow_recursion(make: HookFactory) -> HookFactory:
-    """Let *make* ask for the hook of a type while it makes that hook: it gets a stand-in.
+    """Wrap *make* so that a recursive type gets its own hook inside of itself.
 
-    cattrs alone would go by the class of the value there, whatever was declared.
+    While the hook of a type is being made, whoever asks for it gets a stand-in that calls it
+    later. cattrs alone would go by the class of the value there, whatever was declared.
     """
     in_progress: dict[Any, Callable[..., Any]] = {}
 
@@ -756,7 +758,7 @@ def _kind_of(t: Any) -> type | None:
 
 
 def _kinds_of(t: Any) -> dict[Any, Any]:
-    """Sort the members of the union *t* by NoneType for null, list, dict, None for the rest."""
+    """Return the members of the union *t* by JSON kind: NoneType, list, dict, None for the rest."""
     kinds: dict[Any, Any] = {}
     for member in get_args(t) if origin_of(t) in _UNIONS and not is_leaf(t) else ():
         kind = member if member is types.NoneType else _kind_of(bare_type(member))
@@ -798,7 +800,7 @@ def _leaf_hook(t: Any) -> Hook:
         with contextlib.suppress(KeyError, TypeError):  # TypeError: *value* cannot be hashed
             return choices[type(value), value]
         for cls in text_enums if type(value) is str else ():
-            with contextlib.suppress(ValueError):  # it may know *value* as another name of a member
+            with contextlib.suppress(ValueError):  # an enum may have further values for a member
                 return cls(value)
         with contextlib.suppress(msgspec.ValidationError):
             if leaves:
@@ -809,7 +811,7 @@ def _leaf_hook(t: Any) -> Hook:
 
 
 def _inner_type(t: Any) -> Any:
-    """Return the type inside of one that cattrs misreads, else *t* itself."""
+    """Return the type inside of *t* if cattrs would misread *t*, otherwise *t* itself."""
     if origin_of(t) is typing.Annotated:
         return t.__origin__  # cattrs takes Annotated[dict, "x"] for a dict of "x"
     inner = hashable(unnamed(t))
@@ -953,28 +955,27 @@ def _validating_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
 def _union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
     """Make the hook of a union: a subclass goes out with the fields of the declared member only."""
     check_distinct(t, converter)
-    return lambda value: converter.unstructure(value, declared_member(value, t))
+    members = members_of(t)
+    return lambda value: converter.unstructure(value, declared_member(value, members))
 
 
-def declared_member(value: object, t: Any) -> Any:
-    """Return which member of the union *t* (or *t* itself) *value* goes out as.
-
-    That is the class of *value* if no member fits.
-    """
-    members = [(m, c) for m in _members_of(t) if (c := _written_class(m)) is not None]
+def declared_member(value: object, members: Members) -> Any:
+    """Return as which of *members* the *value* goes out: as its own class if none fits."""
     exact = [m for m, cls in members if cls is type(value)]
     bases = [m for m, cls in members if isinstance(value, cls)]
     return (exact or bases or [type(value)])[0]
 
 
-def _members_of(t: Any) -> Iterator[Any]:
-    """Yield the members of the union *t*, also of a named union in it, or *t* itself."""
+def members_of(t: Any) -> Members:
+    """Return the members of the union *t*, or *t* itself, with the classes of their values.
+
+    A union may be named. A member whose values are of no class in particular is left out.
+    """
     bare = bare_type(t)
     if origin_of(bare) in _UNIONS:
-        for member in get_args(bare):
-            yield from _members_of(member)
-    else:
-        yield t
+        return [pair for member in get_args(bare) for pair in members_of(member)]
+    cls = _written_class(t)
+    return [] if cls is None else [(t, cls)]
 
 
 def _written_class(t: Any) -> Any:
@@ -988,12 +989,11 @@ def check_distinct(t: Any, converter: cattrs.Converter) -> None:
 
     Members that are written alike need not be told apart, such as ``list[int]`` and ``list[str]``.
     """
-    for one, other in itertools.combinations(_members_of(t), 2):
+    for (one, cls), (other, _) in itertools.combinations(members_of(t), 2):
         if _share_values(one, other) and not _are_written_alike(one, other, converter):
             raise Indistinct(
-                f"{_shown(one)} | {_shown(other)} may lose fields: a "
-                f"{_written_class(one).__name__} does not tell as which of the two it goes out; "
-                f"write {_told_apart(one, other)}"
+                f"{_shown(one)} | {_shown(other)} may lose fields: a {cls.__name__} does not tell "
+                f"as which of the two it goes out; write {_told_apart(one, other)}"
             )
 
 
@@ -1112,7 +1112,7 @@ class Codec:
         """
         if value is None:
             return type, lambda _: UNSET
-        shape = hashable(declared_member(value, declared))
+        shape = hashable(declared_member(value, members_of(declared)))
         own_type = message_type(class_of(shape))
         return own_type or type, self.converter.get_unstructure_hook(shape)
 
