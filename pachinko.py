@@ -64,6 +64,9 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    MutableMapping,
+    MutableSequence,
+    MutableSet,
     Sequence,
     Set,
 )
@@ -80,7 +83,8 @@ import falcon
 import falcon.asgi
 import falcon.constants
 import msgspec
-from cattrs.gen import typeddicts
+from cattrs import cols
+from cattrs.disambiguators import create_default_dis_func
 from msgspec import UNSET, UnsetType
 
 __all__ = [
@@ -96,19 +100,30 @@ P = ParamSpec("P")
 E = TypeVar("E", bound=BaseException)
 F = TypeVar("F", bound=Callable[..., Any])
 Id = str | int
-Errors = list[dict[str, str]]  # of a payload: [{"path": "$.payload.n", "message": "…"}]
-Hook = Callable[[Any, Any], Any]  # of cattrs: a value and the type to make of it
+Errors = list[dict[str, str]]  # what is wrong: [{"path": "$.payload.n", "message": "…"}]
+Hook = Callable[[Any, Any], Any]  # cattrs calls it with a value and the type to make of it
+Members = Sequence[tuple[Any, Any]]  # the types in a union, each with the class of its values
+HookFactory = Callable[[Any, cattrs.Converter], Callable[..., Any]]
 Writer = tuple[str, Callable[[Any], Any]]  # the type to send a value as, and what makes JSON of it
 Namespaces = tuple[dict[str, Any], dict[str, Any]]  # the globals and locals annotations see
-Event = dict[str, Any]  # to send, of ASGI: {"type": "websocket.send", "text": "…"}
-Incoming = Mapping[str, Any]  # the same as it is received: {"type": "websocket.receive", …}
+Event = dict[str, Any]  # an ASGI event to send: {"type": "websocket.send", "text": "…"}
+Incoming = Mapping[str, Any]  # an ASGI event that was received: {"type": "websocket.receive", …}
 
 # ── errors ────────────────────────────────────────────────────────────────────────────────────
 #
-#   PachinkoError   the program's mistake: raised where it was made, mostly at registration
-#   MessageError    the client's mistake: answered with an error, the connection stays open
-#   Close           no mistake: a handler's way to end the connection
+# Exceptions are split by whose fault they are. Here is also what a client is told about them.
+#
+#   Exception
+#   ├── PachinkoError   the program's mistake, raised where it was made, mostly at registration
+#   │   ├── Indistinct  a type that leaves open which fields of a value go out
+#   │   └── BrokerAway  nobody's mistake: the broker between processes has not taken a message
+#   ├── MessageError    the client's mistake: it is told, and the connection stays open
+#   │   └── BadFrame    a text frame that is no message
+#   └── Close           nobody's mistake: a handler ends the connection
 
+_MAX_ERRORS = 100  # in one reply: a frame of max_size has room for hundreds of thousands
+_OTHER = "invalid value"  # the text for an exception whose own text is not meant for clients
+_KEY_SHOWN = 64  # characters of a client's own key in a path
 _REASON_BYTES = 123  # RFC 6455, 5.5: a control frame carries 125 bytes, two of them the code
 
 
@@ -116,12 +131,19 @@ class PachinkoError(Exception):
     """A mistake in the program that uses Pachinko, with the corrected code in its text."""
 
 
+class Indistinct(PachinkoError):
+    """A union of two types that share values, but send different fields of them."""
+
+
 class BrokerAway(PachinkoError):
-    """The broker between processes has not taken a message. It is no bug to be traced."""
+    """The broker between processes has not taken a message.
+
+    It is logged without a traceback, because the program has no bug.
+    """
 
 
 class MessageError(Exception):
-    """Raise it in a message handler to answer the client with an error of your own.
+    """An error of your own for the client: raise it in a message handler.
 
     The client gets ``{"type":"error","id":…,"payload":{"code":code,"message":message,…}}``, with
     *details* (JSON values) beside the two. The connection stays open.
@@ -135,10 +157,10 @@ class MessageError(Exception):
 
 
 class Close(Exception):
-    """Raise it in a handler to close this connection with *code* and *reason*.
+    """The end of the connection, with *code* and *reason*: raise it in a handler.
 
-    Raises `ValueError` for a *code* that an application may not send (RFC 6455, 7.4): it is 1000
-    to 1003, 1007 to 1014, or 3000 to 4999; and for a *reason* of more than 123 bytes of UTF-8.
+    An application may send the codes 1000 to 1003, 1007 to 1014 and 3000 to 4999 (RFC 6455, 7.4).
+    Raises `ValueError` for any other *code*, and for a *reason* of more than 123 bytes of UTF-8.
     """
 
     def __init__(self, code: int = 1000, reason: str = "") -> None:
@@ -153,12 +175,94 @@ class Close(Exception):
         self.reason = reason
 
 
-# ── envelope and message ──────────────────────────────────────────────────────────────────────
+def bare(error: E) -> E:
+    """Remove the traceback, cause and context of *error*, and return it.
 
-_MAX_DEPTH = 128  # of arrays and objects in a frame; far below where recursive code gives up
+    They refer to stack frames that refer back to it, a cycle that only the garbage collector
+    would free.
+    """
+    for inner in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
+        bare(inner)
+    with contextlib.suppress(Exception):  # an application's exception may be frozen
+        error.__cause__ = error.__context__ = error.__traceback__ = None
+    return error
+
+
+def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, str]]:
+    """Yield each wrong field under *exc* as ``{"path", "message"}``, without server internals."""
+    if isinstance(exc, cattrs.BaseValidationError):
+        for inner in exc.exceptions:
+            # cattrs adds a note to its own KeyError for a missing key; any other is a user's bug.
+            is_other = isinstance(inner, KeyError) and not hasattr(inner, "__notes__")
+            step = _path_step(inner, exc.cl)
+            yield from explain(ValueError(_OTHER) if is_other else inner, path + step)
+        return
+    text = _OTHER
+    if isinstance(exc, msgspec.ValidationError):
+        text = str(exc).replace("`", "")
+        text = text[:1].lower() + text[1:]
+    elif isinstance(exc, KeyError):
+        text = "required, but missing"
+    elif isinstance(exc, cattrs.ForbiddenExtraKeysError):
+        text = f"unknown: {', '.join(sorted(exc.extra_fields))}"
+    elif isinstance(exc, (ValueError, TypeError)) and exc.args and isinstance(exc.args[0], str):
+        text = exc.args[0]  # attrs' validators put the field and the value behind the text
+    elif isinstance(exc, RecursionError):
+        text = "nested too deeply"
+    yield {"path": path, "message": text}
+
+
+def _path_step(exc: BaseException, t: Any) -> str:
+    """Return where under its parent *exc* happened: ``.field``, ``[3]``, ``["key"]``, or ``""``."""
+    names = [arg.name for arg in exc.args if isinstance(arg, attrs.Attribute)]
+    for note in getattr(exc, "__notes__", ()):
+        if isinstance(note, cattrs.IterableValidationNote):
+            index = note.index
+            return f"[{index}]" if type(index) is int else f'["{str(index)[:_KEY_SHOWN]}"]'
+        if isinstance(note, cattrs.AttributeValidationNote):
+            names = [note.name]
+    if not names:
+        return ""
+    cls = origin_of(t) or t
+    fields = attrs.fields_dict(cls) if attrs.has(cls) else {}
+    return f".{fields[names[0]].alias if names[0] in fields else names[0]}"
+
+
+def errors_of(exc: BaseException) -> Errors:
+    """Return what is wrong under *exc*, with one error more than `invalid_payload` shows."""
+    errors = list(itertools.islice(explain(exc), _MAX_ERRORS + 1))
+    bare(exc)
+    return errors
+
+
+def invalid_payload(type: str, errors: Errors) -> MessageError:
+    """Return the error for a payload, with at most `_MAX_ERRORS` of what is wrong in it."""
+    if len(errors) > _MAX_ERRORS:
+        errors[_MAX_ERRORS:] = [{"path": "$.payload", "message": "and more"}]
+    first = f"{errors[0]['path']}: {errors[0]['message']}"
+    return MessageError("invalid_payload", f"{type}: {first}", errors=errors)
+
+
+# ── envelope and message ──────────────────────────────────────────────────────────────────────
+#
+# An envelope is what a text frame holds: a type, an id and a payload. A message class gives a
+# payload its type and its fields.
+#
+# msgspec can decode a frame straight into the payload, in one pass and several times as fast as
+# cattrs could build it from plain JSON values. It makes an object by setting its fields: it calls
+# no constructor and no converter, and knows no alias. `is_read_in_one_pass` tells for which types
+# it builds the very value that the strict converter would (next section). It looks at each thing
+# that the two treat differently; a type that nobody has compared is left to cattrs.
+
+_MAX_DEPTH = 128  # levels of arrays and objects in a frame; recursive code can go far deeper
 _NOT_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[^][{}"]+', re.DOTALL)  # linear in any text
 _RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
 _JSON_NAMES: dict[Any, str] = {dict: "object", list: "array", types.NoneType: "null"}
+_LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal}.union(
+    (datetime, date, time_of_day, timedelta)
+)
+_UNIONS: tuple[Any, ...] = (Union, types.UnionType)
+_QUALIFIERS = (typing.Annotated, typing.Required, typing.NotRequired)
 
 
 @attrs.frozen
@@ -167,12 +271,12 @@ class Envelope:
 
     type: str
     payload: Any
-    """Structured to the handler's annotation; a dict by name for keyword-only parameters."""
+    """The payload as the handler gets it; a dict by name for keyword-only parameters."""
     id: Id | None = None
 
 
 class Frame(msgspec.Struct):
-    """What a text frame holds. Keys that it does not know are ignored."""
+    """The content of a text frame. Keys that it does not know are ignored."""
 
     type: str
     id: Id | None = None
@@ -185,7 +289,7 @@ class Received(msgspec.Struct, gc=False):
     is_built: typing.ClassVar[bool] = False
     """Whether the payload is what the handler takes, not plain JSON values."""
     quick: typing.ClassVar[Any] = None
-    """The `Handler`, if it needs no more than to be called with such a payload."""
+    """The `Handler`, if a message needs no more than to call it with the payload."""
     id: Id | None = None
     payload: Any = UNSET
 
@@ -194,9 +298,9 @@ FrameClass = type[Received]
 
 
 def frame_class(type: str, payload: Any) -> FrameClass:
-    """The class of the frames of *type*; reading one builds the *payload* in the same pass.
+    """Make the class of the frames of *type*. Decoding one also builds the *payload*.
 
-    Raises `TypeError` for a *payload* that msgspec cannot read.
+    Raises `TypeError` for a *payload* that msgspec cannot build.
     """
     fields: list[tuple[str, Any, Any]] = [("payload", payload | UnsetType, UNSET)]
     bases = (Received,)
@@ -206,13 +310,13 @@ def frame_class(type: str, payload: Any) -> FrameClass:
 
 
 def decoder_of(frames: Iterable[FrameClass]) -> Callable[[str], Received]:
-    """What reads a text frame as the one of *frames* that its type says."""
-    # One is no handler's: msgspec lets a lone class do without its tag.
+    """Return a function that decodes a text frame as the one of *frames* for its type."""
+    # _no_frame belongs to no handler. A lone class would also take frames without a type.
     return msgspec.json.Decoder(Union[(_no_frame, *frames)]).decode
 
 
 class Sent(msgspec.Struct, omit_defaults=True, gc=False):
-    """What goes out in a text frame. Defaults are left out."""
+    """The content of a text frame to send. Defaults are left out."""
 
     type: str
     id: Id | None = None
@@ -222,9 +326,10 @@ class Sent(msgspec.Struct, omit_defaults=True, gc=False):
 
 
 class BadFrame(MessageError):
-    """A text frame that is no envelope; `id` is the one to answer with, where it had one."""
+    """A text frame that is no envelope."""
 
     id: Id | None = None
+    """The id to answer with, if the frame has one."""
 
 
 _no_frame = frame_class("$none", Any)
@@ -234,12 +339,12 @@ _encode = msgspec.json.Encoder().encode
 
 
 def gap_of(group: str | None) -> bytes:
-    """The frame that says that messages of *group* have been lost."""
+    """Return the frame that tells of lost messages to *group*."""
     return _encode(Sent("gap", payload={"group": group}))
 
 
 def decode(text: str) -> Frame:
-    """Read one text frame, or raise `BadFrame` (``invalid_json`` or ``invalid_envelope``)."""
+    """Decode one text frame, or raise `BadFrame` (``invalid_json`` or ``invalid_envelope``)."""
     if is_too_deep(text):
         raise BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels")
     try:
@@ -249,24 +354,18 @@ def decode(text: str) -> Frame:
 
 
 def decode_or_error(text: str) -> Frame | BadFrame:
-    """`decode`, with its error as a value: so it is not the context of what is raised later."""
+    """Decode one text frame, or return the `BadFrame`.
+
+    An error that is returned does not become the context of what is raised later.
+    """
     try:
         return decode(text)
     except BadFrame as bad:
         return bare(bad)
 
 
-def bare(error: E) -> E:
-    """*error* without where it comes from: that keeps frames, and these it, until a collection."""
-    for inner in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
-        bare(inner)
-    with contextlib.suppress(Exception):  # an application's exception may be frozen
-        error.__cause__ = error.__context__ = error.__traceback__ = None
-    return error
-
-
 def is_too_deep(text: str) -> bool:
-    """Whether *text*, if it is JSON, nests deeper than `_MAX_DEPTH`."""
+    """Tell whether *text*, if it is JSON, nests deeper than `_MAX_DEPTH`."""
     if text.count("[") + text.count("{") <= _MAX_DEPTH:
         return False
     steps = (1 if bracket in "[{" else -1 for bracket in _NOT_BRACKETS.sub("", text))
@@ -274,6 +373,7 @@ def is_too_deep(text: str) -> bool:
 
 
 def _bad_frame(text: str) -> BadFrame:
+    """Return what is wrong with *text*, which msgspec has refused."""
     try:
         value = msgspec.json.decode(text)
     except UnicodeError:
@@ -290,7 +390,7 @@ def _bad_frame(text: str) -> BadFrame:
         text = f'"type" is a string, got {found}'
     elif is_wrong:
         text = f'"id" is a string or an integer, got {json_name(id)}'
-    else:  # the last of them would do
+    else:  # the last one is right, so msgspec has stopped at an earlier one
         text = '"type" or "id" is there twice'
     bad = BadFrame("invalid_envelope", text)
     bad.id = None if is_wrong else id
@@ -298,7 +398,7 @@ def _bad_frame(text: str) -> BadFrame:
 
 
 def json_name(value: object) -> str:
-    """What JSON calls the kind of *value*."""
+    """Return what JSON calls the kind of *value*."""
     return _JSON_NAMES.get(type(value), type(value).__name__)
 
 
@@ -312,41 +412,42 @@ def message(type: str) -> Callable[[type[T]], type[T]]:
     if not isinstance(type, str):
         raise PachinkoError(f'@message takes a type; write @message("say") above {type!r}')
     check_type(type)
-    namespaces = namespaces_at(sys._getframe(1))
+    namespaces = caller_namespaces()
 
     def tag(cls: Any) -> Any:
         if not inspect.isclass(cls):
             raise PachinkoError(f'@message("{type}") goes above a class, not above {cls!r}')
         if "__attrs_attrs__" not in vars(cls) and "__dataclass_fields__" not in vars(cls):
-            cls = attrs.frozen(_check_plain(cls))
+            cls = _make_frozen(cls)
         setattr(cls, "__message_type__", type)  # noqa: B010 - it is declared on no class
-        with contextlib.suppress(NameError):  # of a class further down: registration resolves it
+        with contextlib.suppress(NameError):  # registration resolves the name of a later class
             resolve_class(cls, *namespaces)
         return cls
 
     return tag
 
 
-def _check_plain(cls: Any) -> Any:
-    """Return *cls* if attrs can make a class of it; refuse what has its own idea of fields."""
+def _make_frozen(cls: Any) -> Any:
+    """Make a frozen attrs class of the plain class *cls*, or raise `PachinkoError`."""
     is_plain = type(cls).__module__ in ("builtins", "abc", "typing") and (
         "__init__" not in vars(cls)
         if attrs.has(cls)
         else cls.__init__ is object.__init__ and cls.__new__ is object.__new__
     )
-    for name in vars(cls).get("__annotations__", {}):
-        if isinstance(vars(cls).get(name), (list, dict, set)):
-            raise PachinkoError(
-                f"all messages would share the default of {cls.__name__}.{name}; write "
-                f"`{name}: ... = attrs.field(factory={type(vars(cls)[name]).__name__})`"
-            )
     if not is_plain:
         raise PachinkoError(
             f"@message cannot make an attrs class of {cls.__name__}, which has a constructor or "
             f"metaclass of its own; write a plain class, `class {cls.__name__}: text: str`, an "
             f"attrs class or a dataclass"
         )
-    return cls
+    made = attrs.frozen(cls)
+    for name in attrs.fields_dict(made):
+        if isinstance(default := vars(cls).get(name), (list, dict, set)):
+            raise PachinkoError(
+                f"all messages would share the default of {cls.__name__}.{name}; write "
+                f"`{name}: ... = attrs.field(factory={type(default).__name__})`"
+            )
+    return made
 
 
 def check_type(type: str) -> None:
@@ -360,12 +461,12 @@ def check_type(type: str) -> None:
 
 
 def message_type(cls: Any) -> str | None:
-    """The type that *cls* itself was tagged with; a subclass does not inherit it."""
+    """Return the type that *cls* itself was tagged with; a subclass does not inherit it."""
     return cast("str | None", getattr(cls, "__dict__", {}).get("__message_type__"))
 
 
 def split_message(message: object, payload: object) -> tuple[str, object]:
-    """The type and payload of what a ``send`` was given. Raises `TypeError` with a hint."""
+    """Return the type and payload of what a ``send`` was given. Raises `TypeError` with a hint."""
     cls = type(message)
     tagged = message_type(cls)
     if tagged is not None and payload is None:
@@ -382,120 +483,288 @@ def split_message(message: object, payload: object) -> tuple[str, object]:
     return message, payload
 
 
-def namespaces_at(frame: types.FrameType) -> Namespaces:
-    """Where the names in annotations are looked up for the code at *frame*."""
+def caller_namespaces() -> Namespaces:
+    """Return where to look up names in annotations: what the caller's caller sees."""
+    frame = sys._getframe(2)
     return frame.f_globals, dict(frame.f_locals)
 
 
 def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -> dict[str, Any]:
-    """Turn a class's text annotations into types, in place, also with names local to a function.
+    """Turn the text annotations of *cls* into types, in place, and return them by field name.
 
-    Returns the types by field name. Raises `NameError` for a name that is not found.
+    A name may be local to the function where *cls* is defined. Raises `NameError` for a name that
+    is not found.
     """
     globals_ = {**globals_, **vars(sys.modules.get(cls.__module__, types))}
     if attrs.has(cls):
         attrs.resolve_types(cls, globals_, locals_, include_extras=True)
+        for field in attrs.fields(cls):  # fields are frozen; attrs changes their types like this
+            object.__setattr__(field, "type", hashable(field.type))
         hints = {field.name: field.type for field in attrs.fields(cls)}
-        own = vars(cls).get("__annotations__", {})  # which is where msgspec looks
-        own.update({name: hints[name] for name in own if name in hints})
-        return hints
-    hints = typing.get_type_hints(cls, globals_, locals_, include_extras=True)
-    cls.__annotations__.update({name: hints[name] for name in cls.__annotations__})
-    if dataclasses.is_dataclass(cls):  # which may have a ClassVar, an InitVar and a KW_ONLY
-        fields = dataclasses.fields(cls)
-        for field in fields:
+    else:
+        hints = typing.get_type_hints(cls, globals_, locals_, include_extras=True)
+        hints = {name: hashable(t) for name, t in hints.items()}
+    own = cls.__annotations__  # msgspec looks there
+    own.update({name: hints[name] for name in own if name in hints})
+    if not attrs.has(cls) and dataclasses.is_dataclass(cls):
+        for field in dataclasses.fields(cls):
             field.type = hints[field.name]
-        hints = {field.name: hints[field.name] for field in fields}
+        # Its ClassVar, InitVar and KW_ONLY have annotations, but are no fields.
+        hints = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     return hints
 
 
-# ── codec ─────────────────────────────────────────────────────────────────────────────────────
-#
-# Payloads are structured by a cattrs converter that is strict: each JSON kind stands for itself,
-# and nothing is coerced. A leaf goes through `msgspec.convert`, which gives one rule and one
-# wording for all of them; what cattrs would iterate over whatever it is gets its kind checked.
+def hashable(t: Any) -> Any:
+    """Return the type *t* without metadata of `Annotated` that has no hash.
 
-_MAX_ERRORS = 100  # in one reply: a frame of max_size has room for hundreds of thousands
-_MAX_EXPLAINED = 16_384  # bytes of JSON: to find all errors of 1 MiB blocks for seconds
-_OTHER = "invalid value"  # also for a KeyError that is not cattrs' word for a missing key
-_KEY_SHOWN = 64  # characters of a client's own key in a path
-_LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal}.union(
-    (datetime, date, time_of_day, timedelta)
-)
-_UNIONS: tuple[Any, ...] = (Union, types.UnionType)
-_QUALIFIERS = (typing.Annotated, typing.Required, typing.NotRequired)
-
-
-def strict_converter() -> cattrs.Converter:
-    """A converter with the rules of the wire: aliases count, and no value changes its type."""
-    converter = cattrs.Converter(use_alias=True)
-    for leaf in _LEAVES:  # these hooks are also their subclasses': class Color(str, Enum)
-        converter.register_structure_hook(leaf, msgspec.convert)
-    converter.register_structure_hook_func(lambda t: t is object, lambda value, _: value)
-    converter.register_structure_hook_factory(_is_leaf, _leaf_hook)
-    converter.register_structure_hook_factory(lambda t: len(_kinds_of(t)) > 1, _union_hook)
-    building: set[Any] = set()  # types whose hook cattrs is asked for just now, to be wrapped
-
-    @converter.register_structure_hook_factory(lambda t: t not in building and bool(_kind_of(t)))
-    def container_hook(t: Any, converter: cattrs.Converter) -> Hook:
-        plain = _with_text_keys(t, converter)
-        building.add(plain)
-        try:
-            inner = converter.get_structure_hook(plain, cache_result=False)
-            return _container_hook(t, converter, inner)
-        finally:
-            building.discard(plain)
-
-    converter.register_unstructure_hook_func(
-        lambda t: t is object, lambda v: v if type(v) is object else converter.unstructure(v)
-    )
-    converter.register_unstructure_hook_factory(
-        lambda t: origin_of(t) in _UNIONS, _union_unstructure_hook
-    )
-    converter.register_unstructure_hook_factory(typing.is_typeddict, _typeddict_unstructure_hook)
-    return converter
+    cattrs looks types up by their hash. The metadata is meant for other libraries.
+    """
+    try:
+        hash(t)
+    except TypeError:
+        if origin_of(t) is typing.Annotated:
+            return hashable(t.__origin__)
+        args = tuple(map(hashable, get_args(t)))
+        if origin_of(t) in _UNIONS:
+            return Union[args]  # noqa: UP007 - of a tuple
+        return origin_of(t)[args[0] if len(args) == 1 else args] if args else t
+    return t
 
 
-def _class_of(t: Any) -> Any:
-    """The class behind *t*, `list` for ``list[int]``, or None."""
+def class_of(t: Any) -> Any:
+    """Return the class behind *t*, such as `list` for ``list[int]``, or None."""
     cls = origin_of(t) or t
     return cls if inspect.isclass(cls) and cls not in (Any, *_UNIONS) else None
 
 
-def _is_leaf(t: Any) -> bool:
-    """Whether *t* is written as one JSON scalar."""
+def unnamed(t: Any) -> Any:
+    """Return the type that a `NewType` or a ``type`` statement has named, else *t* itself."""
+    return getattr(t, "__supertype__", None) or getattr(t, "__value__", t)
+
+
+def bare_type(t: Any) -> Any:
+    """Return *t* without names and without `Annotated`."""
+    inner = t.__origin__ if origin_of(t) is typing.Annotated else unnamed(t)
+    return t if inner is t else bare_type(inner)
+
+
+def is_leaf(t: Any) -> bool:
+    """Tell whether *t* is written as one JSON scalar."""
     if origin_of(t) in _UNIONS:
-        return all(map(_is_leaf, get_args(t)))
+        return all(map(is_leaf, get_args(t)))
     is_enum = inspect.isclass(t) and issubclass(t, enum.Enum)
     return is_enum or origin_of(t) is Literal or t in _LEAVES
 
 
-def _has_fields(t: Any) -> bool:
-    cls = _class_of(t)
+def has_fields(t: Any) -> bool:
+    """Tell whether *t* is an attrs class or a dataclass."""
+    cls = class_of(t)
     return cls is not None and (attrs.has(cls) or dataclasses.is_dataclass(cls))
 
 
+def declares_fields(t: Any) -> bool:
+    """Tell whether the items of *t* have names: of a typed dict and of a named tuple, too."""
+    cls = class_of(t)
+    return has_fields(t) or typing.is_typeddict(cls) or cols.is_namedtuple(cls)
+
+
+def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
+    """Yield all types that *t* contains, *t* last, and resolve the annotations of classes."""
+    if t in seen or isinstance(t, TypeVar) or origin_of(t) is Literal:
+        return
+    seen.append(t)
+    cls, args = class_of(t), get_args(t)
+    inner = [hashable(unnamed(t)), *(args[:1] if origin_of(t) in _QUALIFIERS else args)]
+    if declares_fields(cls):
+        inner += resolve_class(cls, *namespaces).values()
+    for member in inner:
+        yield from types_in(member, namespaces, seen)
+    yield t
+
+
+def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
+    """Tell whether msgspec makes the same of JSON for *t* as the strict converter.
+
+    Types that nobody has compared are left to cattrs. *seen* has the classes looked at before.
+    """
+    seen = [] if seen is None else seen
+    origin, args = origin_of(t) or t, get_args(t)
+    if t is Any or t in seen:
+        return True
+    if t in _LEAVES:
+        return t is not Decimal  # msgspec reads all its digits, but cattrs is given a float
+    if origin is Literal:
+        return all(type(choice) is str for choice in args)  # no comparison of 1, 1.0 and true
+    if inspect.isclass(t) and issubclass(t, enum.Enum):
+        return is_text_enum(t)  # msgspec calls _missing_, and cattrs does not
+    if origin is dict:
+        has_text_keys = args[:1] in ((), (str,))  # msgspec reads other keys by rules of its own
+        return has_text_keys and all(is_read_in_one_pass(arg, seen) for arg in args)
+    if origin in (list, set, frozenset, tuple, *_UNIONS):
+        return all(arg is Ellipsis or is_read_in_one_pass(arg, seen) for arg in args)
+    if not inspect.isclass(t):
+        return False
+    seen.append(t)
+    types = _settable_fields(t)
+    return types is not None and all(is_read_in_one_pass(u, seen) for u in types)
+
+
+def is_text_enum(cls: Any) -> bool:
+    """Tell whether *cls* is an enum of texts without code of its own to find a member."""
+    if not issubclass(cls, enum.Enum):
+        return False
+    own, default = (
+        [inspect.getattr_static(c, name) for name in ("_missing_", "__init__")]
+        for c in (cls, enum.Enum)
+    )
+    return own == default and all(type(member.value) is str for member in cls)
+
+
+def _settable_fields(cls: Any) -> Iterable[Any] | None:
+    """Return the types of the fields of *cls*, or None if setting them is not all that it takes."""
+    if typing.is_typeddict(cls):
+        keys = {typing.Required: cls.__required_keys__, typing.NotRequired: cls.__optional_keys__}
+        hints = cls.__annotations__
+        if any(key not in keys.get(origin_of(t), hints) for key, t in hints.items()):
+            return None  # Python and cattrs do not see Required in an annotation that was a text
+        return [get_args(t)[0] if origin_of(t) in keys else t for t in hints.values()]
+    if not _has_plain_constructor(cls):
+        return None
+    try:
+        hints = typing.get_type_hints(cls, include_extras=True)  # msgspec sees the same
+    except (NameError, TypeError, AttributeError):  # a base class has names of a function
+        return None
+    fields: Any = attrs.fields(cls) if attrs.has(cls) else dataclasses.fields(cls)
+    is_plain = all(
+        f.init and f.type == hints.get(f.name) and getattr(f, "alias", f.name) == f.name
+        and not (getattr(f, "converter", None) or getattr(f.default, "takes_self", False))
+        # msgspec takes any attribute of the class for the field's value, and sets no default then.
+        and (not hasattr(cls, f.name) or inspect.ismemberdescriptor(getattr(cls, f.name)))
+        for f in fields
+    )  # fmt: skip
+    return [f.type for f in fields] if is_plain else None
+
+
+def _has_plain_constructor(cls: Any) -> bool:
+    """Tell whether attrs or dataclasses alone have written what makes an object of *cls*."""
+    init, kinds = vars(cls).get("__init__"), (attrs.has(cls), dataclasses.is_dataclass(cls))
+    if all(kinds) or not any(kinds) or not inspect.isfunction(init):
+        return False
+    if not inspect.getfile(init).startswith("<"):  # code that is generated comes from no file
+        return False
+    if inspect.isabstract(cls) or type(cls).__call__ is not type.__call__:
+        return False
+    if cls.__new__ is not object.__new__ or hasattr(cls, "__attrs_pre_init__"):
+        return False
+    if cls.__getattribute__ is not object.__getattribute__ or hasattr(cls, "__getattr__"):
+        return False
+    has_plain_setattr = cls.__setattr__ is object.__setattr__
+    if not kinds[0]:
+        params = cls.__dataclass_params__
+        return bool(params.init and (params.frozen or has_plain_setattr))
+    made: Any = attrs.inspect(cls)
+    if not made.added_init or made.hashability is made.Hashability.HASHABLE_CACHED:
+        return False
+    # attrs writes a __setattr__ that validates, and refuses to do so where a class has its own.
+    has_validator = any(field.validator for field in attrs.fields(cls))
+    validates = has_validator and made.on_setattr_hook is not None
+    return bool(made.is_frozen or has_plain_setattr or validates)
+
+
+# ── codec ─────────────────────────────────────────────────────────────────────────────────────
+#
+# The codec turns JSON values into what handlers take, and what handlers return into JSON.
+#
+# Its rules are those of a strict cattrs converter: each JSON kind stands for itself, and nothing
+# is coerced. A scalar goes through `msgspec.convert`, which gives one rule and one wording for all
+# of them. The kind of an array or object is checked before cattrs' own hook iterates over it.
+# Where msgspec builds the same value while it decodes the frame (see above), it may do so.
+
+_MAX_EXPLAINED = 16_384  # bytes of JSON: finding every error of 1 MiB would block for seconds
+_TEXT_KEY = object()  # Annotated[int, _TEXT_KEY] is an int that is the key of a JSON object
+_ARRAYS: dict[Any, Any] = {  # what an array is declared as, and what is then made of it
+    list: list, MutableSequence: list, tuple: tuple, Sequence: tuple, set: set, MutableSet: set,
+    frozenset: frozenset, Set: frozenset, collections.deque: collections.deque,
+}  # fmt: skip
+
+
+def strict_converter() -> cattrs.Converter:
+    """Make a converter with the rules of the wire: aliases count, and no value changes its type."""
+    converter = cattrs.Converter(use_alias=True)
+    for leaf in _LEAVES:  # cattrs uses these hooks for subclasses too: class Color(str, Enum)
+        converter.register_structure_hook(leaf, msgspec.convert)
+    structure = converter.register_structure_hook_factory
+    structure(lambda t: t is object, lambda _: lambda value, _: value)
+    structure(is_leaf, _leaf_hook)
+    structure(lambda t: len(_kinds_of(t)) > 1, _union_hook)
+    structure(lambda t: _kind_of(t) is not None, _allow_recursion(_container_hook))
+    structure(lambda t: _inner_type(t) is not t, _inner_hook)
+    structure(lambda t: _TEXT_KEY in getattr(t, "__metadata__", ()), _key_hook)
+    unstructure = converter.register_unstructure_hook_factory
+    converter.register_unstructure_hook_func(
+        lambda t: t is object, lambda v: v if type(v) is object else converter.unstructure(v)
+    )
+    unstructure(lambda t: origin_of(t) in _UNIONS, _union_unstructure_hook)
+    unstructure(declares_fields, _allow_recursion(_fields_unstructure_hook))
+    unstructure(
+        lambda t: _inner_type(t) is not t,
+        lambda t, converter: converter.get_unstructure_hook(_inner_type(t)),
+    )
+    return converter
+
+
+def _allow_recursion(make: HookFactory) -> HookFactory:
+    """Wrap *make* so that a recursive type gets its own hook inside of itself.
+
+    While the hook of a type is being made, whoever asks for it gets a stand-in that calls it
+    later. cattrs alone would go by the class of the value there, whatever was declared.
+    """
+    in_progress: dict[Any, Callable[..., Any]] = {}
+
+    def factory(t: Any, converter: cattrs.Converter) -> Callable[..., Any]:
+        key, hook = (id(converter), t), None
+
+        def stand_in(*args: Any) -> Any:
+            nonlocal hook
+            hook = hook or make(t, converter)
+            return hook(*args)
+
+        if key in in_progress:
+            return in_progress[key]
+        in_progress[key] = stand_in
+        try:
+            hook = make(t, converter)
+        except RecursionError:  # cattrs is busy with the same generic class, such as Box[Box[int]]
+            return stand_in
+        finally:
+            in_progress.pop(key, None)
+        return hook
+
+    return factory
+
+
 def _kind_of(t: Any) -> type | None:
-    """Whether *t* is written as a JSON array (list), an object (dict), or as something else."""
-    cls = _class_of(t)
+    """Return list if *t* is written as a JSON array, dict for an object, None for anything else."""
+    cls = class_of(t)
     if cls is None:
-        return dict if origin_of(t) in _UNIONS and all(map(_has_fields, get_args(t))) else None
-    if _has_fields(t) or typing.is_typeddict(cls) or issubclass(cls, Mapping):
+        return dict if origin_of(t) in _UNIONS and all(map(has_fields, get_args(t))) else None
+    if has_fields(t) or typing.is_typeddict(cls) or issubclass(cls, Mapping):
         return dict
-    return list if issubclass(cls, (Sequence, Set)) and not _is_leaf(cls) else None
+    is_array = issubclass(cls, (Sequence, Set)) and not issubclass(cls, (str, bytes))
+    return list if is_array and not is_leaf(cls) else None
 
 
 def _kinds_of(t: Any) -> dict[Any, Any]:
-    """The members of the union *t* by what they are written as: null, array, object, or else."""
+    """Return the members of the union *t* by JSON kind: NoneType, list, dict, None for the rest."""
     kinds: dict[Any, Any] = {}
-    for member in get_args(t) if origin_of(t) in _UNIONS and not _is_leaf(t) else ():
-        kind = member if member is types.NoneType else _kind_of(member)
+    for member in get_args(t) if origin_of(t) in _UNIONS and not is_leaf(t) else ():
+        kind = member if member is types.NoneType else _kind_of(bare_type(member))
         kinds[kind] = kinds.get(kind, member) | member
     return kinds
 
 
 def _union_hook(t: Any, converter: cattrs.Converter) -> Hook:
-    """By the kind of the value. Of several classes, cattrs finds the one with its fields."""
+    """Make the hook of a union that goes by the JSON kind of the value."""
     hooks = {kind: (converter.get_structure_hook(m), m) for kind, m in _kinds_of(t).items()}
     other = hooks.get(None) or next(iter(hooks.values()))
 
@@ -507,7 +776,10 @@ def _union_hook(t: Any, converter: cattrs.Converter) -> Hook:
 
 
 def _leaf_hook(t: Any) -> Hook:
-    """`Literal` and `Enum` go by value *and* type, for ``1 == True`` and ``1 == 1.0``."""
+    """Make the hook of a scalar.
+
+    `Literal` and `Enum` compare value *and* type, because ``1 == True`` and ``1 == 1.0``.
+    """
     members = get_args(t) if origin_of(t) in _UNIONS else (t,)
     leaves = tuple(member for member in members if member in _LEAVES)
     leaf: Any = Union[leaves] if leaves else None  # noqa: UP007 - of a tuple
@@ -517,12 +789,16 @@ def _leaf_hook(t: Any) -> Hook:
     named = [c for m in members if m not in leaves for c in get_args(m) or m]  # Literal or Enum
     values = [getattr(choice, "value", choice) for choice in named]
     choices = {(type(value), value): c for value, c in zip(values, named, strict=True)}
+    text_enums: list[Any] = [m for m in members if inspect.isclass(m) and is_text_enum(m)]
     names = [_encode(value).decode() for value in values]
     names += [_JSON_NAMES.get(leaf) or str(leaf.__name__) for leaf in leaves]
 
     def structure(value: Any, _: Any) -> Any:
-        with contextlib.suppress(KeyError, TypeError):  # TypeError: not hashable
+        with contextlib.suppress(KeyError, TypeError):  # TypeError: *value* cannot be hashed
             return choices[type(value), value]
+        for cls in text_enums if type(value) is str else ():
+            with contextlib.suppress(ValueError):  # an enum may have further values for a member
+                return cls(value)
         with contextlib.suppress(msgspec.ValidationError):
             if leaves:
                 return msgspec.convert(value, leaf)
@@ -531,60 +807,120 @@ def _leaf_hook(t: Any) -> Hook:
     return structure
 
 
-def _with_text_keys(t: Any, converter: cattrs.Converter) -> Any:
-    """``dict[int, …]`` with keys that are read from text: JSON has no others."""
-    cls, args = _class_of(t), get_args(t)
-    is_mapping = cls is not None and issubclass(cls, Mapping)
-    if not is_mapping or len(args) != 2 or args[0] is str:
-        return t
-    hook = converter.get_structure_hook(args[0])
+def _inner_type(t: Any) -> Any:
+    """Return the type inside of *t* if cattrs would misread *t*, otherwise *t* itself."""
+    if origin_of(t) is typing.Annotated:
+        return t.__origin__  # cattrs takes Annotated[dict, "x"] for a dict of "x"
+    inner = hashable(unnamed(t))
+    return t if inner is unnamed(t) else inner
+
+
+def _inner_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of a type that cattrs misreads."""
+    inner = _inner_type(t)
+    hook = converter.get_structure_hook(inner)
+    return lambda value, _: hook(value, inner)
+
+
+def _key_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of a key that is no text: it is read from the text that stands for it."""
+    inner = t.__origin__
+    hook = converter.get_structure_hook(inner)
 
     def structure(key: Any, _: Any) -> Any:
         try:
-            return hook(key, args[0])
+            return hook(key, inner)
         except msgspec.ValidationError:
             with contextlib.suppress(msgspec.DecodeError):
-                return hook(msgspec.json.decode(key), args[0])
+                return hook(msgspec.json.decode(key), inner)
             raise
 
-    key = cast(Any, typing.NewType)("key", args[0])
-    converter.register_structure_hook(key, structure)
-    return cast(Any, cls)[key, args[1]]
+    return structure
 
 
-def _container_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
-    """cattrs' hook for an array or object, behind a check that the value is one."""
-    cls, args = _class_of(t), get_args(t)
+def _container_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of an array or object, which checks the kind of the value first."""
     kind: Any = _kind_of(t)
-    length = len(args) if origin_of(t) is tuple and Ellipsis not in args else None
-    if cls is not None and attrs.has(cls):
-        inner = _validating_hook(t, converter, inner)
-    elif typing.is_typeddict(cls):
-        inner = functools.partial(_structure_declared, cls.__annotations__, inner)
+    inner = (_array_hook if kind is list else _object_hook)(t, converter)
 
     def structure(value: Any, _: Any) -> Any:
         if type(value) is not kind:
             text = f"expected {_JSON_NAMES[kind]}, got {json_name(value)}"
             raise msgspec.ValidationError(text)
-        if length is not None and len(value) != length:
-            raise msgspec.ValidationError(f"expected {length} items, got {len(value)}")
         return inner(value, t)
 
     return structure
 
 
-def _structure_declared(declared: Collection[str], inner: Hook, value: Any, t: Any) -> Any:
-    return {key: item for key, item in inner(value, t).items() if key in declared}
+def _array_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of *t* for JSON arrays, which builds a list of the items first."""
+    cls, args = class_of(t), get_args(t)
+    if cols.is_namedtuple(cls):
+        return cols.namedtuple_structure_factory(cls, converter)
+    if cls not in _ARRAYS:
+        raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {t!r}", t)
+    if origin_of(t) is tuple and Ellipsis not in args:
+        return _fixed_tuple_hook(t, converter)
+    make = _ARRAYS[cls]
+    inner = cols.list_structure_factory(cast(Any, list)[args[0] if args else Any], converter)
+    return inner if make is list else lambda value, t: make(inner(value, t))
+
+
+def _fixed_tuple_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of ``tuple[int, str]``. cattrs has a public factory for it only since 26.2."""
+    hooks = [(converter.get_structure_hook(arg), arg) for arg in get_args(t)]
+
+    def structure(value: Any, _: Any) -> Any:
+        if len(value) != len(hooks):
+            raise msgspec.ValidationError(f"expected {len(hooks)} items, got {len(value)}")
+        items, errors = list[Any](), list[Exception]()
+        for index, (hook, item_type) in enumerate(hooks):
+            try:
+                items.append(hook(value[index], item_type))
+            except Exception as exc:
+                exc.add_note(cast(Any, cattrs.IterableValidationNote)("", index, item_type))
+                errors.append(exc)
+        if errors:
+            raise cast(Any, cattrs.IterableValidationError)("", errors, t)
+        return tuple(items)
+
+    return structure
+
+
+def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of *t* for JSON objects."""
+    cls = class_of(t)
+    if cls is None:  # a union of classes: cattrs finds the one whose fields are there
+        find = create_default_dis_func(converter, *get_args(t))
+        return lambda value, _: converter.structure(value, cast(Any, find(value)))
+    if attrs.has(cls):
+        return _validating_hook(t, converter, converter.gen_structure_attrs_fromdict(t))
+    if has_fields(t):
+        return converter.gen_structure_attrs_fromdict(t)
+    if typing.is_typeddict(cls):
+        inner, declared = converter.gen_structure_typeddict(t), cls.__annotations__
+        return lambda value, t: {k: v for k, v in inner(value, t).items() if k in declared}
+    key, item = (*get_args(t), Any, Any)[:2]
+    make: Any = dict if cls in (Mapping, MutableMapping) else cls
+    if cls is collections.Counter:
+        item = int
+    elif cls is collections.defaultdict:
+        make = functools.partial(make, item if get_args(t) else None)
+    if key not in (str, Any):
+        key = typing.Annotated[key, _TEXT_KEY]
+    return cols.mapping_structure_factory(cast(Any, dict)[key, item], converter, make)
 
 
 def _validating_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
-    """attrs stops at the first validator that fails; so on failure, ask each about its field.
+    """Make a hook that reports every validator that fails; attrs stops at the first.
 
-    Only fields without an error are structured again: however deep the value, twice in all.
+    Where *inner* fails, each validator is asked about its field, if that had no other error. A
+    field is structured twice in all, however deep the value.
     """
-    cls = _class_of(t)
+    cls = class_of(t)
     fields = [f for f in attrs.fields(cls) if f.init and f.validator]
-    fields = [f for f in fields if not isinstance(f.converter, attrs.Converter)]  # need an instance
+    # An attrs.Converter may need the instance, and there is none.
+    fields = [f for f in fields if not isinstance(f.converter, attrs.Converter)]
 
     def refusal(field: Any, value: Any) -> Exception | None:
         try:
@@ -592,7 +928,7 @@ def _validating_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
             field.validator(None, field, field.converter(item) if field.converter else item)
         except (AttributeError, cattrs.StructureHandlerNotFoundError):
             return None  # it looks at the instance, or the type is generic: attrs' error remains
-        except Exception as exc:  # a validator's own: reported as this field's
+        except Exception as exc:  # the validator's own error is reported for this field
             error = ValueError(_OTHER) if isinstance(exc, KeyError) else exc
             note: Any = cattrs.AttributeValidationNote
             error.add_note(note("", field.name, field.type))
@@ -607,172 +943,125 @@ def _validating_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
             wrong = {n.name for n in notes if isinstance(n, cattrs.AttributeValidationNote)}
             asked = [f for f in fields if f.name not in wrong and f.alias in value]
             found = [error for f in asked if (error := refusal(f, value)) is not None]
-            known = exc.exceptions if wrong or not found else ()  # else it is among those found
+            known = exc.exceptions if wrong or not found else ()  # one of *found* repeats it
             raise exc.derive([*known, *found]) from None
 
     return structure if fields else inner
 
 
 def _union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
-    """As the declared member: only its fields go out, also when the value is a subclass's."""
-    return lambda value: converter.unstructure(value, declared_member(value, t))
+    """Make the hook of a union: a subclass goes out with the fields of the declared member only."""
+    check_distinct(t, converter)
+    members = members_of(t)
+    return lambda value: converter.unstructure(value, declared_member(value, members))
 
 
-def declared_member(value: object, t: Any) -> Any:
-    """Which member of the union *t*, or *t* itself, *value* goes out as; else its own class."""
-    members = [
-        (m, dict if typing.is_typeddict(cls) else cls)
-        for m in (get_args(t) if origin_of(t) in _UNIONS else (t,))
-        if (cls := _class_of(getattr(m, "__origin__", m)))  # __origin__: list[int], Annotated
-    ]
+def declared_member(value: object, members: Members) -> Any:
+    """Return as which of *members* the *value* goes out: as its own class if none fits."""
     exact = [m for m, cls in members if cls is type(value)]
     bases = [m for m, cls in members if isinstance(value, cls)]
     return (exact or bases or [type(value)])[0]
 
 
-def _typeddict_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
-    inner = typeddicts.make_dict_unstructure_fn(t, converter)
-    declared = _class_of(t).__annotations__
+def members_of(t: Any) -> Members:
+    """Return the members of the union *t*, or *t* itself, with the classes of their values.
+
+    A union may be named. A member whose values are of no class in particular is left out.
+    """
+    bare = bare_type(t)
+    if origin_of(bare) in _UNIONS:
+        return [pair for member in get_args(bare) for pair in members_of(member)]
+    cls = _written_class(t)
+    return [] if cls is None else [(t, cls)]
+
+
+def _written_class(t: Any) -> Any:
+    """Return the class of the values that go out as *t*, or None if it has none."""
+    cls = class_of(bare_type(t))
+    return dict if typing.is_typeddict(cls) else cls
+
+
+def check_distinct(t: Any, converter: cattrs.Converter) -> None:
+    """Raise `Indistinct` if the class of a value does not tell as which member of *t* it goes out.
+
+    Members that are written alike need not be told apart, such as ``list[int]`` and ``list[str]``.
+    """
+    for (one, cls), (other, _) in itertools.combinations(members_of(t), 2):
+        if _share_values(one, other) and not _are_written_alike(one, other, converter):
+            raise Indistinct(
+                f"{_shown(one)} | {_shown(other)} may lose fields: a {cls.__name__} does not tell "
+                f"as which of the two it goes out; write {_told_apart(one, other)}"
+            )
+
+
+def _told_apart(one: Any, other: Any) -> str:
+    """Return what to write instead of ``one | other``."""
+    pairs = [*zip(get_args(one), get_args(other), strict=False)]
+    is_nested = any(a != b and (_share_values(a, b) or Ellipsis in (a, b)) for a, b in pairs)
+    if origin_of(one) is not origin_of(other) or not pairs or is_nested:
+        return "classes with @attrs.frozen instead, which are told apart"
+    items = ["..." if a is b is Ellipsis else _shown(a | b) for a, b in pairs]
+    return f"{_shown(origin_of(one))}[{', '.join(items)}]"
+
+
+def _shown(t: Any) -> str:
+    """Return *t* as it is written in code."""
+    name = t.__qualname__ if inspect.isclass(t) and not get_args(t) else repr(t)
+    return re.sub(r"[\w.<>]+\.(?=\w)", "", name)
+
+
+def _share_values(one: Any, other: Any) -> bool:
+    """Tell whether a value may be meant for either: a list for ``Sequence[A] | list[B]``, say."""
+    first, second = _written_class(one), _written_class(other)
+    if first is second:
+        return first is not None
+    if any(_kind_of(cls) is None or declares_fields(cls) for cls in (first, second)):
+        return False
+    is_below = issubclass(first, second) or issubclass(second, first)
+    return is_below and (inspect.isabstract(first) or inspect.isabstract(second))
+
+
+def _are_written_alike(one: Any, other: Any, converter: cattrs.Converter) -> bool:
+    """Tell whether a value becomes the same JSON, as whichever of the two types it goes out."""
+    one, other = bare_type(one), bare_type(other)
+    args, others = get_args(one), get_args(other)
+    if args and len(args) == len(others) and class_of(one) is class_of(other):
+        pairs = zip(args, others, strict=True)
+        return all(_are_written_alike(a, b, converter) for a, b in pairs)
+    if declares_fields(one) or declares_fields(other):
+        return one is other
+    return bool(converter.get_unstructure_hook(one) == converter.get_unstructure_hook(other))
+
+
+def _fields_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
+    """Make the hook of a type that declares fields; whatever else a value has stays here."""
+    cls = class_of(t)
+    with contextlib.suppress(NameError, TypeError, AttributeError):  # cattrs may still manage
+        resolve_class(cls, {}, {})
+    if has_fields(t):
+        return converter.gen_unstructure_attrs_fromdict(t)
+    if cols.is_namedtuple(cls):
+        return cols.namedtuple_unstructure_factory(cls, converter)
+    inner, declared = converter.gen_unstructure_typeddict(t), cls.__annotations__
     return lambda value: inner({key: value[key] for key in value if key in declared})
 
 
-def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, str]]:
-    """Each wrong field under *exc* as ``{"path", "message"}``, without a word about the server."""
-    if isinstance(exc, cattrs.BaseValidationError):
-        for inner in exc.exceptions:
-            is_other = isinstance(inner, KeyError) and not hasattr(inner, "__notes__")
-            step = _path_step(inner, exc.cl)
-            yield from explain(ValueError(_OTHER) if is_other else inner, path + step)
-        return
-    text = _OTHER
-    if isinstance(exc, msgspec.ValidationError):
-        text = str(exc).replace("`", "")
-        text = text[:1].lower() + text[1:]
-    elif isinstance(exc, KeyError):
-        text = "required, but missing"
-    elif isinstance(exc, cattrs.ForbiddenExtraKeysError):
-        text = f"unknown: {', '.join(sorted(exc.extra_fields))}"
-    elif isinstance(exc, (ValueError, TypeError)) and exc.args and isinstance(exc.args[0], str):
-        text = exc.args[0]  # a validator's words; attrs puts its Attribute and the value behind
-    elif isinstance(exc, RecursionError):
-        text = "nested too deeply"
-    yield {"path": path, "message": text}
-
-
-def _explained(exc: BaseException) -> Errors:
-    """What `invalid_payload` takes: one more than it shows tells that there are more."""
-    errors = list(itertools.islice(explain(exc), _MAX_ERRORS + 1))
-    bare(exc)
-    return errors
-
-
-def _path_step(exc: BaseException, cls: Any) -> str:
-    """Where under its parent *exc* happened: ``.field``, ``[3]``, ``["key"]``, or not known."""
-    names = [arg.name for arg in exc.args if isinstance(arg, attrs.Attribute)]
-    for note in getattr(exc, "__notes__", ()):
-        if isinstance(note, cattrs.IterableValidationNote):
-            index = note.index
-            return f"[{index}]" if type(index) is int else f'["{str(index)[:_KEY_SHOWN]}"]'
-        if isinstance(note, cattrs.AttributeValidationNote):
-            names = [note.name]
-    if not names:
-        return ""
-    fields = attrs.fields_dict(_class_of(cls)) if attrs.has(_class_of(cls)) else {}
-    return f".{fields[names[0]].alias if names[0] in fields else names[0]}"
-
-
-# What makes an object of a class that has no code of its own for it: what Python has, and what
-# attrs and dataclasses write, by the names of its code.
-_GENERATED: set[Any] = {
-    type.__call__, object.__new__, object.__setattr__, object.__getattribute__,
-    "__init__", "_frozen_setattrs", "_ClassBuilder.add_setattr.<locals>.__setattr__",
-    "__create_fn__.<locals>.__init__", "__create_fn__.<locals>.__setattr__",
-}  # fmt: skip
-
-
-def is_read_alike(t: Any, seen: list[Any] | None = None) -> bool:
-    """Whether msgspec reads *t* from JSON as the strict converter structures it.
-
-    Only what is known to be so; the rest is left to cattrs. *seen*: the classes looked at before.
-    """
-    seen = [] if seen is None else seen
-    origin, args = origin_of(t) or t, get_args(t)
-    if t is Any or t in seen or (t in _LEAVES and t is not Decimal):  # by way of a float
-        return True
-    if origin is Literal:
-        return all(type(choice) is str for choice in args)
-    if inspect.isclass(t) and issubclass(t, enum.Enum):
-        own, default = (inspect.getattr_static(c, "_missing_") for c in (t, enum.Enum))
-        if own is not default:
-            return False
-        values = [member.value for member in t]  # and some may have aliases
-        return all(type(v) is str for v in values) and values == [*t._value2member_map_]
-    if origin is dict:
-        return args[:1] in ((), (str,)) and all(is_read_alike(arg, seen) for arg in args)
-    if origin in (list, set, frozenset, tuple, *_UNIONS):
-        return all(arg is Ellipsis or is_read_alike(arg, seen) for arg in args)
-    if not inspect.isclass(t):
-        return False
-    seen.append(t)
-    types = _types_of_fields(t)
-    return types is not None and all(is_read_alike(u, seen) for u in types)
-
-
-def _types_of_fields(cls: Any) -> Iterable[Any] | None:
-    """The types of the fields of *cls*, or None if its own code has a say in what they get."""
-    if typing.is_typeddict(cls):
-        keys = {typing.Required: cls.__required_keys__, typing.NotRequired: cls.__optional_keys__}
-        hints = cls.__annotations__
-        if any(key not in keys.get(origin_of(t), hints) for key, t in hints.items()):
-            return None  # Python has not seen it in an annotation that was text, nor does cattrs
-        return [get_args(t)[0] if origin_of(t) in keys else t for t in hints.values()]
-    if not _is_made_plainly(cls):
-        return None
-    try:
-        hints = typing.get_type_hints(cls, include_extras=True)  # which is what msgspec sees
-    except (NameError, TypeError, AttributeError):  # in a base class, names of a function
-        return None
-    fields: Any = attrs.fields(cls) if attrs.has(cls) else dataclasses.fields(cls)
-    is_plain = all(
-        f.init and f.type == hints.get(f.name) and getattr(f, "alias", f.name) == f.name
-        and not (getattr(f, "converter", None) or getattr(f.default, "takes_self", False))
-        # msgspec sets no default where the class has an attribute: of a base, or a dataclass's own.
-        and (not hasattr(cls, f.name) or inspect.ismemberdescriptor(getattr(cls, f.name)))
-        for f in fields
-    )  # fmt: skip
-    return [f.type for f in fields] if is_plain else None
-
-
-def _is_made_plainly(cls: Any) -> bool:
-    """Whether to make an object of *cls* is to set the fields of an attrs class or a dataclass."""
-    kinds = [k for k in ("__attrs_attrs__", "__dataclass_fields__") if hasattr(cls, k)]
-    if len(kinds) != 1 or inspect.isabstract(cls):
-        return False
-    init, others = vars(cls).get("__init__"), (cls.__new__, cls.__setattr__, cls.__getattribute__)
-    makers = (type(cls).__call__, init, *others)
-    names = {m.__code__.co_qualname if inspect.isfunction(m) else m for m in makers}
-    if not names <= _GENERATED or hasattr(cls, "__getattr__"):
-        return False
-    used = {*init.__code__.co_names, *init.__code__.co_consts}
-    return used.isdisjoint(("__attrs_pre_init__", "_attrs_cached_hash"))
-
-
 class Codec:
-    """From JSON values to what handlers take, and from what they return to the text of a frame."""
+    """Turn JSON values into what handlers take, and what they return into the text of a frame."""
 
     def __init__(self, converter: cattrs.Converter | None = None) -> None:
         self.converter: cattrs.Converter = strict_converter() if converter is None else converter
         self._hasty = self.converter
-        if converter is None:  # one that stops at the first error, for what is nearly always valid
+        if converter is None:  # nearly all payloads are valid: stop at the first error at first
             self._hasty = self.converter.copy(detailed_validation=False)
 
     def frame_class(self, type: str, annotation: Any) -> FrameClass:
-        """The class of the frames of *type*, which if it can be builds the payload.
+        """Make the class of the frames of *type*; where it can be, decoding builds the payload.
 
-        That takes one pass; msgspec and then cattrs take four times as long or more.
+        Decoding with msgspec and then structuring with cattrs takes four times as long or more.
         """
         with contextlib.suppress(TypeError, NameError, NotImplementedError):
-            if self._hasty is not self.converter and is_read_alike(annotation):
+            if self._hasty is not self.converter and is_read_in_one_pass(annotation):
                 cls = frame_class(type, annotation)
                 cls.is_built = True
                 return cls
@@ -780,73 +1069,62 @@ class Codec:
 
     def check(self, annotation: Any, namespaces: Namespaces, seen: list[Any]) -> None:
         """Resolve *annotation* and all that it contains; raise whatever keeps it from working."""
-        if (
-            annotation in seen
-            or isinstance(annotation, TypeVar)
-            or origin_of(annotation) is Literal
-        ):
-            return
-        seen.append(annotation)
-        is_qualified = origin_of(annotation) in _QUALIFIERS
-        for member in get_args(annotation)[:1] if is_qualified else get_args(annotation):
-            self.check(member, namespaces, seen)
-        cls = _class_of(annotation)
-        if _has_fields(cls) or typing.is_typeddict(cls) or hasattr(cls, "_field_defaults"):
-            for field_type in resolve_class(cls, *namespaces).values():
-                self.check(field_type, namespaces, seen)
-        is_generic = bool(getattr(annotation, "__parameters__", ()))
-        if is_generic and annotation is cls:
-            raise TypeError(f"{cls.__name__} is generic; write {cls.__name__}[int], say")
-        if annotation not in (Any, Ellipsis) and not is_qualified and not is_generic:
-            self.converter.get_structure_hook(annotation)
+        for t in types_in(hashable(annotation), namespaces, seen):
+            is_generic = bool(getattr(t, "__parameters__", ()))
+            if is_generic and t is class_of(t):
+                raise TypeError(f"{t.__name__} is generic; write {t.__name__}[int], say")
+            if t not in (Any, Ellipsis) and origin_of(t) not in _QUALIFIERS and not is_generic:
+                self.converter.get_structure_hook(t)
+
+    def check_reply(self, annotation: Any, namespaces: Namespaces) -> None:
+        """Raise `Indistinct` if *annotation*, or a type in it, leaves open what goes out."""
+        annotation = hashable(annotation)
+        # A name that is not known yet may be known by the time of the first reply.
+        with contextlib.suppress(NameError, TypeError, AttributeError):
+            check_distinct(annotation, self.converter)
+            for t in types_in(annotation, namespaces, []):
+                self.converter.get_unstructure_hook(t)
 
     def structure(self, payload: Any, annotation: Any, type: str) -> Any:
         """Build what a handler takes, or raise `MessageError` (``invalid_payload``)."""
         if annotation is Any:
             return payload
+        annotation = hashable(annotation)
         try:
             return self._hasty.structure(payload, annotation)
         except (Exception, SystemExit) as exc:  # a user's hook or validator may raise anything
-            errors = _explained(exc)
+            errors = errors_of(exc)
         try:
             if self._hasty is not self.converter and len(_encode(payload)) <= _MAX_EXPLAINED:
-                # Which may succeed: cattrs' hasty way fails at a keyword-only field before others.
+                # This may succeed: cattrs' hasty hook fails if a keyword-only field comes first.
                 return self.converter.structure(payload, annotation)
-        except (Exception, SystemExit) as exc:  # the same, and with every wrong field
-            errors = _explained(exc)
+        except (Exception, SystemExit) as exc:  # the same failure, with every wrong field
+            errors = errors_of(exc)
         raise invalid_payload(type, errors)
 
     def writer_of(self, value: object, type: str, declared: Any = None) -> Writer:
-        """How to answer with *value* and others of its class, as *declared* where given.
+        """Return how to answer with *value* and others of its class, as *declared* where given.
 
-        They go under their own type if they have one, else under *type*.
+        They go out under the type of their message class if they have one, otherwise under *type*.
         """
         if value is None:
             return type, lambda _: UNSET
-        shape = declared_member(value, declared)
-        own_type = message_type(_class_of(shape))
+        shape = hashable(declared_member(value, members_of(declared)))
+        own_type = message_type(class_of(shape))
         return own_type or type, self.converter.get_unstructure_hook(shape)
 
     def encode(self, type: str, payload: Any, group: str | None = None) -> bytes:
-        """The frame for *payload*."""
+        """Return the frame for *payload*."""
         payload = UNSET if payload is None else self.converter.unstructure(payload)
         return _encode(Sent(type, group=group, payload=payload))
 
 
-def invalid_payload(type: str, errors: Errors) -> MessageError:
-    """The error for a payload, with at most `_MAX_ERRORS` of what is wrong in it."""
-    if len(errors) > _MAX_ERRORS:
-        errors[_MAX_ERRORS:] = [{"path": "$.payload", "message": "and more"}]
-    first = f"{errors[0]['path']}: {errors[0]['message']}"
-    return MessageError("invalid_payload", f"{type}: {first}", errors=errors)
-
-
-# ── handlers and routing ──────────────────────────────────────────────────────────────────────
+# ── handlers ──────────────────────────────────────────────────────────────────────────────────
 #
 # Everything about a function is settled when it is registered: what it takes, how its payload is
 # structured, whether it streams. A message in flight only looks its handler up and calls it.
 
-_VERBS = set(falcon.constants.COMBINED_METHODS) - {"CONNECT"}  # which nobody routes
+_VERBS = set(falcon.constants.COMBINED_METHODS) - {"CONNECT"}  # on_connect is a connect handler
 _ROUTED_BY_FALCON = {f"on_{verb.lower()}" for verb in _VERBS}
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -860,27 +1138,29 @@ class Handler:
     type: str
     function: Callable[..., Any]
     call: Callable[[Connection, Any], Any]
-    """Calls it with the payload: a coroutine, or for a stream an async generator."""
+    """Calls *function* with the payload: returns a coroutine, or an async generator."""
     annotation: Any
     """What the payload is structured to; for fields, a typed dict made of the parameters."""
     parameter: inspect.Parameter | None
-    """The one that takes the whole payload."""
+    """The parameter that takes the whole payload."""
     defaults: dict[str, Any] | None
-    """Of the parameters that take the payload's fields, if there are any."""
+    """The defaults of the parameters that take the payload's fields, if there are any."""
     returns: Any
     """The declared type of a reply or of a stream's item, or None."""
     streams: bool
     concurrent: bool
     writers: dict[Any, Writer] = attrs.Factory(dict)
-    """How what it has returned before is written, by class."""
+    """How to write what the function has returned before, by class."""
+    hints: set[str] = attrs.Factory(set)
+    """The parameters about which a hint was logged; it is logged once."""
 
     @property
     def takes_payload(self) -> bool:
-        """Whether its function has a parameter for the payload, or several for its fields."""
+        """Whether *function* has a parameter for the payload, or several for its fields."""
         return self.parameter is not None or self.defaults is not None
 
     def structure(self, payload: Any, codec: Codec) -> Any:
-        """The value to call it with, or `MessageError` (``invalid_payload``).
+        """Return the value to call *function* with, or raise `MessageError` (``invalid_payload``).
 
         *payload* is `UNSET` where the message had none.
         """
@@ -891,43 +1171,42 @@ class Handler:
             return codec.structure({}, self.annotation, self.type)
         if self.parameter is None or self.parameter.default is not _EMPTY:
             return self.parameter and self.parameter.default
-        try:  # a null stands in for it where the annotation admits one
+        try:  # a payload that may be null may also be missing
             return codec.structure(None, self.annotation, self.type)
         except MessageError:
             missing = [{"path": "$.payload", "message": "required, but missing"}]
             raise invalid_payload(self.type, missing) from None
 
     def refusal(self, payload: Any, codec: Codec, exc: Exception) -> MessageError:
-        """Why msgspec, with *exc*, has not built the payload: every wrong field, says cattrs.
+        """Return the error for a payload that msgspec refuses with *exc*.
 
-        Where cattrs finds none, msgspec's word counts, which names the first.
+        cattrs lists every wrong field. Where it finds none, the error names the field of *exc*.
         """
         try:
             self.structure(payload, codec)
         except MessageError as error:
             return bare(error)
         text, _, path = str(exc).rpartition(" - at ")
-        if path == "`$.type`":  # which cannot be, unless another one came first
+        if path == "`$.type`":  # the decoder was chosen by a type that came before this one
             return MessageError("invalid_envelope", '"type" is there twice')
         found = explain(msgspec.ValidationError(text), path.strip("`")) if text else explain(exc)
         return invalid_payload(self.type, list(found))
 
     def _hint(self, payload: Any) -> None:
-        name = self.parameter.name if self.parameter is not None else None
-        if type(payload) is dict and name in payload and self.annotation in _LEAVES:
-            _log_star(self, name)
-
-
-@functools.cache  # once a handler
-def _log_star(handler: Handler, name: str) -> None:
-    logger.warning(
-        "%s got an object with the key %r as its whole payload; (conn, *, %s) was probably meant",
-        place_of(handler.function), name, handler.parameter, extra={"message_type": handler.type},
-    )  # fmt: skip
+        """Log, once, that *function* seems to want a field of the payload, and gets all of it."""
+        if self.parameter is None or type(payload) is not dict or self.annotation not in _LEAVES:
+            return
+        if (name := self.parameter.name) in payload and name not in self.hints:
+            self.hints.add(name)
+            logger.warning(
+                "%s got an object with the key %r as its whole payload; "
+                "(conn, *, %s) was probably meant", place_of(self.function), name, self.parameter,
+                extra={"message_type": self.type},
+            )  # fmt: skip
 
 
 def place_of(function: Callable[..., Any]) -> str:
-    """``say() at chat.py:12``, for messages about a function."""
+    """Return where *function* is, such as ``say() at chat.py:12``, for messages about it."""
     inner: Any = inspect.unwrap(function)
     while isinstance(inner, functools.partial):
         inner = inner.func
@@ -947,7 +1226,7 @@ def check_function(
         refused = None if streams else "has a `yield`, but only message handlers stream"
     elif not inspect.iscoroutinefunction(function):
         refused = "is not async"
-        with contextlib.suppress(ValueError, TypeError):  # of what has no signature
+        with contextlib.suppress(ValueError, TypeError):  # some callables have no signature
             name = getattr(function, "__name__", "handler")
             first = example.partition("\n")[0]
             example = f"{first}\nasync def {name}{inspect.signature(function)}: ..."
@@ -972,41 +1251,76 @@ def read_handler(
     """Apply the signature rule to *function*, or raise `PachinkoError` with the corrected code."""
     name = getattr(function, "__name__", "handler")
     check_function(function, f'@ws.on("{type}")\nasync def {name}(conn): ...', None, streams=True)
-    payload, fields = _split_parameters(function, name, path_params)
-    inner: Any = inspect.unwrap(function)
+    parameter, fields = _split_parameters(function, name, path_params)
     try:
-        globals_, locals_ = namespaces
-        globals_ = {**globals_, **getattr(inner, "__globals__", {})}
-        hints = typing.get_type_hints(
-            getattr(inner, "func", inner), globals_, locals_, include_extras=True
-        )
+        hints = _hints_of(function, namespaces)
         _check_first(function, name, hints)
-        annotation = hints.get(payload.name, message_class or Any) if payload else Any
-        if fields:
-            members = {p.name: _field_of(p, hints.get(p.name, Any)) for p in fields}
-            annotation = cast(Any, typing.TypedDict)(name, members)
+        annotation = _payload_type(name, parameter, fields, hints, message_class)
         codec.check(annotation, namespaces, [])
     except (NameError, TypeError, ValueError, cattrs.StructureHandlerNotFoundError) as exc:
         raise _unstructurable(function, exc) from exc
-    if payload and message_class and annotation is not message_class:
-        write = f"async def {name}(conn, {payload.name}: {message_class.__name__})"
+    if parameter and message_class and annotation is not message_class:
+        write = f"async def {name}(conn, {parameter.name}: {message_class.__name__})"
         raise PachinkoError(f"{place_of(function)} handles {message_class.__name__}; write {write}")
-    streams, returns = inspect.isasyncgenfunction(function), hints.get("return")
-    if streams and get_args(returns):  # AsyncIterator[Item], AsyncGenerator[Item, None]
-        returns = get_args(returns)[0]
-    call: Callable[[Connection, Any], Any] = function
-    if fields:
-        call = lambda conn, value: function(conn, **value)  # noqa: E731 - one of three
-    elif payload is None:
-        call = lambda conn, _: function(conn)  # noqa: E731 - the same
+    returns, streams = _reply_type(function, hints), inspect.isasyncgenfunction(function)
+    try:
+        codec.check_reply(returns, namespaces)
+    except Indistinct as exc:
+        raise PachinkoError(f"the reply of {place_of(function)} is ambiguous: {exc}") from exc
     defaults = {p.name: p.default for p in fields if p.default is not _EMPTY} if fields else None
-    returns = None if returns in (types.NoneType, Any, object) else returns
+    call = _caller(function, parameter, fields)
     return Handler(
-        type, function, call, annotation, payload, defaults, returns, streams, concurrent
+        type, function, call, annotation, parameter, defaults, returns, streams, concurrent
     )
 
 
+def _hints_of(function: Callable[..., Any], namespaces: Namespaces) -> dict[str, Any]:
+    """Return the annotations of *function*, resolved where it was registered."""
+    inner: Any = inspect.unwrap(function)
+    globals_ = {**namespaces[0], **getattr(inner, "__globals__", {})}
+    inner = getattr(inner, "func", inner)
+    hints = typing.get_type_hints(inner, globals_, namespaces[1], include_extras=True)
+    return {name: hashable(t) for name, t in hints.items()}
+
+
+def _payload_type(
+    name: str,
+    parameter: inspect.Parameter | None,
+    fields: list[inspect.Parameter],
+    hints: dict[str, Any],
+    message_class: Any,
+) -> Any:
+    """Return what the payload is structured to: for *fields* a typed dict, called *name*."""
+    if not fields:
+        return hints.get(parameter.name, message_class or Any) if parameter else Any
+    types = {p.name: hints.get(p.name, Any) for p in fields}
+    optional = {p.name for p in fields if p.default is not _EMPTY}
+    not_required = cast(Any, typing.NotRequired)
+    members = {key: not_required[t] if key in optional else t for key, t in types.items()}
+    return cast(Any, typing.TypedDict)(name, members)
+
+
+def _reply_type(function: Callable[..., Any], hints: dict[str, Any]) -> Any:
+    """Return the declared type of a reply or of a stream's item, or None if anything goes."""
+    returns = hints.get("return")
+    if inspect.isasyncgenfunction(function) and get_args(returns):
+        returns = get_args(returns)[0]  # AsyncIterator[Item], AsyncGenerator[Item, None]
+    return None if returns in (types.NoneType, Any, object) else returns
+
+
+def _caller(
+    function: Callable[..., Any],
+    parameter: inspect.Parameter | None,
+    fields: list[inspect.Parameter],
+) -> Callable[[Connection, Any], Any]:
+    """Return how to call *function* with a connection and a structured payload."""
+    if fields:
+        return lambda conn, value: function(conn, **value)
+    return function if parameter else lambda conn, _: function(conn)
+
+
 def _unstructurable(function: Callable[..., Any], exc: Exception) -> PachinkoError:
+    """Return the error for a payload that cattrs cannot structure, because of *exc*."""
     why: Any = exc
     if isinstance(exc, cattrs.StructureHandlerNotFoundError):
         why = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
@@ -1028,14 +1342,13 @@ def _check_first(function: Callable[..., Any], name: str, hints: dict[str, Any])
         )
 
 
-def _field_of(parameter: inspect.Parameter, annotation: Any) -> Any:
-    return annotation if parameter.default is _EMPTY else cast(Any, typing.NotRequired)[annotation]
-
-
 def _split_parameters(
     function: Callable[..., Any], name: str, path_params: Collection[str]
 ) -> tuple[inspect.Parameter | None, list[inspect.Parameter]]:
-    """The payload parameter and the keyword-only ones: at most one of the two kinds."""
+    """Return the parameter for the whole payload, or None, and those for its fields.
+
+    A function with both is refused.
+    """
     parameters = list(inspect.signature(function).parameters.values())
     positional = [p for p in parameters if p.kind in _POSITIONAL]
     fields = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -1066,7 +1379,7 @@ def _split_parameters(
 
 
 def path_parameters(path: str) -> list[str]:
-    """The names in a Falcon URI template: ``/ws/{room}/{n:int}`` gives room and n."""
+    """Return the names in a Falcon URI template: room and n in ``/ws/{room}/{n:int}``."""
     return re.findall(r"\{([a-zA-Z_]\w*)", path)
 
 
@@ -1094,8 +1407,13 @@ def read_connect(function: Callable[..., Any], path: str | None) -> Callable[...
     return call
 
 
+def check_disconnect(function: Callable[..., Any]) -> None:
+    """Refuse what is no disconnect handler."""
+    check_function(function, "@ws.disconnect\nasync def leave(conn): ...", 1)
+
+
 def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[..., Any]]]:
-    """The ``on_<name>`` methods of *resource*, each with the name that follows ``on_``."""
+    """Return the ``on_<name>`` methods of *resource*, each with the name behind ``on_``."""
     cls = type(resource)
     names = [name for name in dir(resource) if name.startswith("on_")]
     refused = None
@@ -1119,7 +1437,7 @@ def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[...
 
 @attrs.define(eq=False)
 class Routes:
-    """What one endpoint has registered."""
+    """The functions that are registered for one endpoint."""
 
     authenticate: Callable[..., Awaitable[str | None]] | None = None
     connect: list[Callable[..., Awaitable[None]]] = attrs.Factory(list)
@@ -1131,24 +1449,27 @@ class Routes:
     errors: dict[type[Exception], Callable[..., Awaitable[Any]]] = attrs.Factory(dict)
     workers: list[Callable[[], Awaitable[None]]] = attrs.Factory(list)
     decode: Callable[[str], Received] = _decode_none
-    """Reads a text frame of a known type. What it raises, a validator may have raised."""
+    """Reads a text frame of a known type. A validator in a payload may raise anything."""
     by_frame: dict[FrameClass, Handler] = attrs.Factory(dict)
-    """The handlers of what it reads."""
+    """The handlers by the class of the frames that *decode* returns."""
 
     def start(self, codec: Codec) -> None:
-        """Make the classes of all frames, now that the codec is settled."""
+        """Make the classes of all frames. From now on *codec* does not change."""
         self.by_frame = {}
-        for handler in self.handlers.values():
-            self.add_frame(handler, codec)
+        self.add(self.handlers.values(), codec)
 
-    def add_frame(self, handler: Handler, codec: Codec) -> None:
-        """Make the class of the frames for *handler*."""
-        handler.writers.clear()
-        self.by_frame[codec.frame_class(handler.type, handler.annotation)] = handler
-        self.decode = self._decode_first
+    def add(self, handlers: Iterable[Handler], codec: Codec | None) -> None:
+        """Add all *handlers*, or none if one is refused; *codec* is None before the start."""
+        handlers = [*handlers]
+        frames = [codec.frame_class(h.type, h.annotation) for h in handlers] if codec else []
+        for handler in handlers:
+            handler.writers.clear()
+            self.handlers[handler.type] = handler
+        self.by_frame.update(zip(frames, handlers, strict=bool(codec)))
+        self.decode = self.decode_first
 
-    def _decode_first(self, text: str) -> Received:
-        """Make the decoder, once for all handlers and middleware that have come together."""
+    def decode_first(self, text: str) -> Received:
+        """Make the decoder, once for all handlers and middleware that came together, and use it."""
         self.decode = decoder_of(self.by_frame)
         for frame, handler in self.by_frame.items():
             is_quick = not (self.middleware or handler.streams or handler.concurrent)
@@ -1156,7 +1477,10 @@ class Routes:
         return self.decode(text)
 
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
-        """The handler for the class nearest to *exc*'s own, unless the library's own is nearer."""
+        """Return the handler for the class of *exc* or its nearest base class, or None.
+
+        An exception with a meaning of its own, such as `Close`, is not looked up by its bases.
+        """
         built_in = (MessageError, Close, falcon.HTTPError, falcon.WebSocketDisconnected)
         for cls in type(exc).__mro__:
             if cls in self.errors:
@@ -1167,7 +1491,7 @@ class Routes:
 
 
 def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> None:
-    """Raise `PachinkoError` that names both functions when there is a *first* one already."""
+    """Raise a `PachinkoError` that names both functions if there is a *first* one already."""
     if first is not None:
         raise PachinkoError(
             f"{what} has a handler: {place_of(first)}; and a second: {place_of(second)}. "
@@ -1177,35 +1501,38 @@ def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> N
 
 # ── handshake ─────────────────────────────────────────────────────────────────────────────────
 #
-# Who may connect, told from the headers of the handshake alone. A browser sends the cookies of a
-# site with a handshake that any other site's page has begun, and leaves it to the server to look at
-# the `Origin` (RFC 6455, 10.2). What is no browser may send any origin it likes, or none.
+# The headers of the handshake decide who may connect. A page of any site can open a WebSocket to
+# any other site; the browser sends that site's cookies along, and leaves it to the server to check
+# the `Origin` (RFC 6455, 10.2). A client that is no browser may send any origin, or none.
 
 _NAME = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?"
 _AUTHORITY = rf"(?P<host>\[[0-9a-f:.]+\]|{_NAME})(?::(?P<port>[0-9]{{1,5}}))?"
 _HOST = re.compile(_AUTHORITY, re.ASCII)
 _ORIGIN = re.compile(rf"(?P<scheme>[a-z][a-z0-9+.-]*)://{_AUTHORITY}", re.ASCII)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-_SHOWN = 200  # characters of a header in a log line; it may have thousands
-UNAUTHENTICATED = 3401  # the close code: 3000 and the HTTP status
+_SHOWN = 200  # characters of a header in a log line; a header may have thousands
+UNAUTHENTICATED = 3401  # the close code is 3000 and the HTTP status
 
 
 @attrs.frozen
 class Origin:
-    """Where a page comes from (RFC 6454), in lower case and with the port of its scheme."""
+    """The origin of a page (RFC 6454), in lower case.
+
+    The port is that of the scheme where none was named.
+    """
 
     scheme: str
     host: str
     port: int | None
 
     def is_below(self, other: Origin) -> bool:
-        """Whether its host is a subdomain of the host of *other*, and all else is the same."""
+        """Tell whether its host is a subdomain of that of *other*; all else has to be equal."""
         is_alike = (self.scheme, self.port) == (other.scheme, other.port)
         return is_alike and self.host.endswith("." + other.host)
 
 
 def parse_origin(text: str) -> Origin | None:
-    """Read an ``Origin`` header; None for ``null`` and for what is no origin."""
+    """Read an ``Origin`` header. Returns None for ``null`` and for anything that is no origin."""
     match = _ORIGIN.fullmatch(text.lower()) if text.isascii() else None
     if match is None or int(match["port"] or 0) > 65_535:
         return None
@@ -1214,11 +1541,12 @@ def parse_origin(text: str) -> Origin | None:
 
 
 def is_same_host(origin: Origin, scheme: str, host: str) -> bool:
-    """Whether a page of *origin* belongs to the *host* (as in that header) it connects to.
+    """Tell whether a page of *origin* belongs to the *host* that it connects to.
 
-    Where one of the two names no port, it is that of the origin's scheme. An ``https`` page may
-    come by a *scheme* that is not encrypted, since a proxy may have decrypted it; but no ``http``
-    page by an encrypted one: whoever sits on the line could have written that page.
+    *host* is the header of that name. Where it names no port, the port is that of the origin's
+    scheme. An ``https`` page may come by a *scheme* without encryption, because a proxy may have
+    decrypted it. An ``http`` page may not come by an encrypted one, because anybody on the line
+    could have written that page.
     """
     match = _HOST.fullmatch(host.lower())
     default = _DEFAULT_PORTS.get(origin.scheme)
@@ -1231,17 +1559,20 @@ def is_same_host(origin: Origin, scheme: str, host: str) -> bool:
 
 @attrs.frozen
 class Origins:
-    """The browsers' origins that one endpoint lets in, beside the request's own host."""
+    """The origins that one endpoint lets in, beside the request's own host."""
 
     exact: frozenset[Origin]
     above: tuple[Origin, ...]
-    """Of ``https://*.example.com``: those below them are meant."""
+    """The origins of which all subdomains are let in, as ``https://*.example.com`` says."""
     takes_all: bool
     trust_forwarded: bool
 
     def refusal(self, req: falcon.asgi.Request) -> str | None:
-        """Why *req* is refused, and the setting that would let it in; None if it is let in."""
-        text = req.get_header("Origin")  # two of them are joined by a comma, which is no origin
+        """Return why *req* is refused, with the setting that lets it in, or None if it may come in.
+
+        Falcon joins two ``Origin`` headers with a comma; that is no origin.
+        """
+        text = req.get_header("Origin")
         if self.takes_all or text is None:
             return None
         origin = parse_origin(text)
@@ -1260,14 +1591,17 @@ class Origins:
 
 
 def _forwarded(req: falcon.asgi.Request) -> tuple[str, str]:
-    """Scheme and host that the first proxy has been asked for; later ones may have added theirs."""
+    """Return the scheme and host that the first proxy was asked for.
+
+    Later proxies may have added theirs behind a comma.
+    """
     hops = (req.forwarded_scheme, req.forwarded_host)
     scheme, host = (each.partition(",")[0].strip() for each in hops)
     return scheme, host
 
 
 def read_origins(value: Iterable[str] | None, trust_forwarded: object) -> Origins:
-    """Check the two options, or raise `PachinkoError`."""
+    """Check the options *origins* (its *value*) and *trust_forwarded*, or raise `PachinkoError`."""
     if not isinstance(trust_forwarded, bool):
         raise PachinkoError(f"trust_forwarded is True or False, got {trust_forwarded!r}")
     names = () if value is None else ("*",) if value == "*" else texts(value, "origins")
@@ -1287,7 +1621,7 @@ def read_origins(value: Iterable[str] | None, trust_forwarded: object) -> Origin
 
 
 def texts(value: Any, option: str) -> tuple[str, ...]:
-    """Check an option that is several texts, or raise `PachinkoError`."""
+    """Check the *value* of an option that takes several texts, or raise `PachinkoError`."""
     is_several = isinstance(value, Iterable) and not isinstance(value, str)
     several: tuple[Any, ...] = tuple(value) if is_several else (None,)
     if not all(isinstance(text, str) for text in several):
@@ -1296,10 +1630,10 @@ def texts(value: Any, option: str) -> tuple[str, ...]:
 
 
 def credentials(req: falcon.asgi.Request, offered: Iterable[str]) -> tuple[str | None, list[str]]:
-    """The token that a handshake carries, and the subprotocols *offered* without it.
+    """Return the token of a handshake, and the subprotocols *offered* without it.
 
-    It stands behind ``Authorization: Bearer`` (RFC 6750, 2.1). A browser's page cannot set that
-    header, and instead offers the subprotocols ``bearer`` and, right behind it, the token.
+    The token stands in ``Authorization: Bearer …`` (RFC 6750, 2.1). A page in a browser cannot set
+    that header; it offers the subprotocol ``bearer``, and the token as the next one.
     """
     names, token = [*offered], None
     if "bearer" in names[:-1]:
@@ -1311,7 +1645,7 @@ def credentials(req: falcon.asgi.Request, offered: Iterable[str]) -> tuple[str |
 
 
 def token_of(payload: Any) -> str | None:
-    """The token of an ``authenticate`` message, if that is what its payload has."""
+    """Return the token in the payload of an ``authenticate`` message, or None if it has none."""
     token = payload.get("token") if type(payload) is dict else None
     return token if isinstance(token, str) else None
 
@@ -3754,36 +4088,35 @@ class Pachinko:
                 f'@ws.on takes a type or a class with @message: write @ws.on("say"); got {type!r}'
             )
         cls = None if isinstance(type, str) else type
-        namespaces = namespaces_at(sys._getframe(1))
+        namespaces = caller_namespaces()
 
         def register(function: F) -> F:
-            self._add_handler(name, function, namespaces, cls, concurrent)
+            self._add_checked(self._read_handler(name, function, namespaces, cls, concurrent))
             return function
 
         return register
 
-    def _add_handler(
+    def _read_handler(
         self, type: str, function: Any, namespaces: Namespaces, cls: Any, concurrent: bool
-    ) -> None:
+    ) -> Handler:
+        """Check *function* as the handler of *type*, without adding it."""
         check_type(type)
         if (first := self._routes.handlers.get(type)) is not None:
             refuse_second(first.function, function, repr(type))
         params = path_parameters(self._path or "")
         codec = self._hub.state.codec
-        handler = read_handler(type, function, codec, namespaces, cls, params, concurrent)
-        self._add_checked(handler)
+        return read_handler(type, function, codec, namespaces, cls, params, concurrent)
 
-    def _add_checked(self, handler: Handler) -> None:
-        self._routes.handlers[handler.type] = handler
-        if self._loop is not None:
-            self._routes.add_frame(handler, self._hub.state.codec)
+    def _add_checked(self, *handlers: Handler) -> None:
+        """Add all *handlers*, also to an endpoint that has started."""
+        self._routes.add(handlers, self._hub.state.codec if self._loop is not None else None)
 
     def disconnect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn)`` once when a connection is over, whatever ended it.
 
         ``conn.close_code`` is set, its groups are still joined.
         """
-        check_function(function, "@ws.disconnect\nasync def leave(conn): ...", 1)
+        check_disconnect(function)
         self._routes.disconnect.append(function)
         return function
 
@@ -3810,7 +4143,7 @@ class Pachinko:
         example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
         check_function(function, f"@ws.middleware\n{example}", 3)
         self._routes.middleware.append(function)
-        self._routes.decode = self._routes._decode_first
+        self._routes.decode = self._routes.decode_first
         return function
 
     def error(self, exception: type[Exception]) -> Callable[[F], F]:
@@ -3842,14 +4175,25 @@ class Pachinko:
         return function
 
     def add_resource(self, prefix: str, resource: object) -> None:
-        """Route by class: ``on_send`` handles ``"<prefix>.send"``, beside ``on_connect`` and
-        ``on_disconnect``. One instance serves all connections."""
-        namespaces = namespaces_at(sys._getframe(1))
+        """Route by class: ``on_send`` handles ``"<prefix>.send"``.
+
+        ``on_connect`` and ``on_disconnect`` are a connect and a disconnect handler. One instance
+        serves all connections. Where one method is refused, nothing of the resource is added.
+        """
+        namespaces = caller_namespaces()
+        handlers, connect, disconnect = list[Handler](), list[Any](), list[Any]()
         for name, method in read_resource(prefix, resource):
-            if name in ("connect", "disconnect"):
-                getattr(self, name)(method)
+            if name == "connect":
+                connect.append(read_connect(method, self._path))
+            elif name == "disconnect":
+                check_disconnect(method)
+                disconnect.append(method)
             else:
-                self._add_handler(f"{prefix}.{name}", method, namespaces, None, False)
+                type = f"{prefix}.{name}"
+                handlers.append(self._read_handler(type, method, namespaces, None, False))
+        self._add_checked(*handlers)
+        self._routes.connect += connect
+        self._routes.disconnect += disconnect
 
     async def on_websocket(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, /, **params: Any

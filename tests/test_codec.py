@@ -1205,7 +1205,7 @@ class Annotating:
 def test_what_a_dataclass_annotates_beside_its_fields_is_left_alone() -> None:
     """``ClassVar``, ``InitVar`` and ``KW_ONLY`` are no fields of the payload."""
     codec = Codec()
-    codec.check(Annotating, pachinko.namespaces_at(sys._getframe()), [])
+    codec.check(Annotating, (globals(), locals()), [])
     assert codec.structure({"amount": "3", "kind": "x"}, Annotating, "t") == Annotating(
         amount=Decimal(3)
     )
@@ -1224,3 +1224,523 @@ def test_a_keyword_only_field_may_stand_before_others() -> None:
         (".a", "expected int, got str"),
         (".b", "required, but missing"),
     ]
+
+
+# A class that contains itself
+
+
+@attrs.define
+class Branch:
+    name: str = ""
+    children: "list[Branch]" = attrs.Factory(list)
+    price: Decimal = Decimal(0)
+
+
+@attrs.define
+class ByName:
+    children: "dict[str, ByName]" = attrs.Factory(dict)
+    price: Decimal = Decimal(0)
+
+
+@attrs.define
+class Linked:
+    children: "Linked | None" = None
+    price: Decimal = Decimal(0)
+
+
+@attrs.define
+class Twins:
+    children: "tuple[Twins, Twins] | None" = None
+    more: "tuple[Twins, ...]" = ()
+    name: str = attrs.field(default="", converter=str.strip)
+
+
+@attrs.define
+class Mutual:
+    children: "list[Other]" = attrs.Factory(list)
+    name: str = attrs.field(default="", alias="title")
+
+
+@dataclasses.dataclass
+class Other:
+    children: "dict[str, list[Mutual]]" = dataclasses.field(default_factory=dict)
+    price: Decimal = Decimal(0)
+
+
+class Folder(TypedDict, total=False):
+    children: "list[Folder]"
+    price: Decimal
+
+
+class Layer(NamedTuple):
+    children: "list[Layer]"
+    price: Decimal
+
+
+@attrs.define
+class Grid:
+    children: "list[list[Grid]]" = attrs.Factory(list)
+    queue: "collections.deque[Grid]" = attrs.Factory(collections.deque)
+    either: "Sequence[Grid] | str" = ""
+    price: Decimal = Decimal(0)
+
+
+@attrs.define
+class Cell(Generic[T]):
+    children: "list[Cell[T]]" = attrs.Factory(list)
+    item: T | None = None
+    price: Decimal = Decimal(0)
+
+
+NOT_ARRAYS = ["", "ab", 5, None, True, {}, {"a": 1}]
+NOT_OBJECTS = ["", "ab", 5, None, True, [], [1]]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "wrap", "kind"),
+    [
+        (Branch, lambda v: {"children": v}, "array"),
+        (Branch, lambda v: {"children": [{"children": [{"children": v}]}]}, "array"),
+        (list[Branch], lambda v: [{"children": v}], "array"),
+        (dict[str, Branch] | None, lambda v: {"k": {"children": v}}, "array"),
+        (ByName, lambda v: {"children": v}, "object"),
+        (ByName, lambda v: {"children": {"k": v}}, "object"),
+        (ByName, lambda v: {"children": {"k": {"children": v}}}, "object"),
+        (Linked, lambda v: {"children": {"children": {"children": v}}}, "object"),
+        (Twins, lambda v: {"children": [{}, v]}, "object"),
+        (Twins, lambda v: {"children": [{}, {"children": v}]}, "array"),
+        (Twins, lambda v: {"more": [{"more": v}]}, "array"),
+        (Mutual, lambda v: {"children": v}, "array"),
+        (Mutual, lambda v: {"children": [{"children": v}]}, "object"),
+        (Mutual, lambda v: {"children": [{"children": {"k": v}}]}, "array"),
+        (Other, lambda v: {"children": {"k": [{"children": v}]}}, "array"),
+        (Folder, lambda v: {"children": v}, "array"),
+        (Folder, lambda v: {"children": [{"children": v}]}, "array"),
+        (Layer, lambda v: [v, "1"], "array"),
+        (Layer, lambda v: [[[v, "1"]], "1"], "array"),
+        (Grid, lambda v: {"children": v}, "array"),
+        (Grid, lambda v: {"children": [v]}, "array"),
+        (Grid, lambda v: {"children": [[{"queue": v}]]}, "array"),
+        (Cell[int], lambda v: {"children": v}, "array"),
+        (Cell[int], lambda v: {"children": [{"children": v}]}, "array"),
+    ],
+    ids=str,
+)
+def test_a_recursive_class_is_strict(annotation: Any, wrap: Any, kind: str) -> None:
+    """What refers to itself, in whatever way, gets no value of another JSON kind."""
+    for wrong in NOT_ARRAYS if kind == "array" else NOT_OBJECTS:
+        if wrong is not None or annotation not in (Linked, Twins):  # null is right there
+            found = [message for _, message in errors(wrap(wrong), annotation)]
+            assert found == [f"expected {kind}, got {pachinko.json_name(wrong)}"]
+
+
+def test_null_is_no_object_where_it_is_not_declared() -> None:
+    """The optional member of a recursive class takes null, and nothing else does."""
+    assert read({"children": {"children": None}}, Linked) == Linked(Linked())
+    assert read({"children": None}, Twins) == Twins()
+    assert errors({"children": None}, ByName) == [(".children", "expected object, got null")]
+
+
+@attrs.define
+class SecretBranch(Branch):
+    secret: str = "s"
+
+
+@attrs.define
+class SecretCell(Cell[int]):
+    secret: str = "s"
+
+
+@pytest.mark.parametrize(
+    ("value", "declared"),
+    [
+        (Branch("a", [SecretBranch("b", [SecretBranch("c")])]), None),
+        (Branch("a", [SecretBranch("b")]), Branch),
+        ([Branch("a", [SecretBranch("b")])], list[Branch]),
+        (Cell([SecretCell([SecretCell()])]), Cell[int]),
+        (Box(Box(SECRET)), Box[Box[Point]]),
+        (Box([Box(Box(SECRET))]), Box[list[Box[Box[Point]]]]),
+    ],
+    ids=str,
+)
+def test_a_recursive_class_goes_out_as_declared(value: Any, declared: Any) -> None:
+    """The fields of a subclass stay here at every depth."""
+    assert "secret" not in json.dumps(written(value, check(declared) if declared else None))
+
+
+def test_a_hook_that_could_not_be_made_is_made_later() -> None:
+    """A recursive class that lacks a hook works once it has one."""
+
+    @attrs.define
+    class Basket:
+        price: Money
+        more: "list[Basket]" = attrs.Factory(list)
+
+    codec, here = Codec(Hub().converter.copy()), ({**globals(), "Basket": Basket}, {})
+    with pytest.raises(cattrs.StructureHandlerNotFoundError):
+        codec.check(Basket, here, [])
+    codec.converter.register_structure_hook(Money, lambda value, _: Money(value))
+    codec.check(Basket, here, [])
+    found = codec.structure({"price": 1, "more": [{"price": 2}]}, Basket, "t")
+    assert found.more[0].price.cents == 2
+
+
+def test_a_stand_in_makes_the_hook_itself_if_need_be() -> None:
+    """Whoever was given one while another call was at work, and failed, can still use it."""
+    stand_ins: list[Any] = []
+
+    def make(t: Any, converter: Any) -> Any:
+        if not stand_ins:
+            stand_ins.append(factory(t, converter))
+            raise ValueError("not now")
+        return lambda value, _: (t, value)
+
+    factory = pachinko._allow_recursion(make)
+    with pytest.raises(ValueError, match="not now"):
+        factory(int, STRICT.converter)
+    assert stand_ins[0](5, None) == (int, 5)
+
+
+# The kind of a container, wherever it stands
+
+
+def kept(cls: Any) -> Any:
+    """A class of each kind with a field of type *cls*, and the payload that has a value there."""
+    made = attrs.make_class("Kept", {"a": attrs.field(type=cls)})
+    data = dataclasses.make_dataclass("KeptData", [("a", cls)])
+    typed: Any = TypedDict("KeptDict", {"a": cls})
+
+    class Named(NamedTuple):
+        a: cls
+
+    return [
+        (made, lambda v: {"a": v}, ".a"), (data, lambda v: {"a": v}, ".a"),
+        (typed, lambda v: {"a": v}, ".a"), (Named, lambda v: [v], "[0]"),
+        (cls, lambda v: v, ""), (list[cls], lambda v: [v], "[0]"),
+        (dict[str, cls], lambda v: {"k": v}, '["k"]'), (tuple[cls, int], lambda v: [v, 1], "[0]"),
+        (tuple[cls, ...], lambda v: [v], "[0]"), (Box[cls], lambda v: {"item": v}, ".item"),
+        (Annotated[cls, "x"], lambda v: v, ""), (NewType("Named", cls), lambda v: v, ""),
+        (Sequence[list[cls]], lambda v: [[v]], "[0][0]"), (typing.Final[cls], lambda v: v, ""),
+    ]  # fmt: skip
+
+
+ARRAYS = [
+    list, tuple, set, frozenset, collections.deque, list[Any], list[int], set[str], tuple[Any, ...],
+    tuple[int, ...], tuple[int, str], Sequence[int], MutableSequence[int], typing.AbstractSet[int],
+    collections.deque[int], typing.List[int], Pair,  # noqa: UP006 - as it may be written
+]  # fmt: skip
+OBJECTS = [
+    dict, Mapping, dict[str, Any], dict[Any, Any], dict[str, int], dict[int, int], typing.Dict,  # noqa: UP006
+    Mapping[str, int], typing.MutableMapping[str, int], collections.OrderedDict,
+    collections.OrderedDict[str, int], collections.defaultdict, collections.defaultdict[str, int],
+    collections.Counter, collections.Counter[str], collections.ChainMap, Point, Data, Options,
+    Branch, Box[int], Point | Text,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [*ARRAYS, *OBJECTS], ids=str)
+def test_a_container_of_another_kind_is_named(cls: Any) -> None:
+    """In each place a wrong kind is told as ``expected object, got array``, and never iterated."""
+    kind, values = ("array", NOT_ARRAYS) if cls in ARRAYS else ("object", NOT_OBJECTS)
+    for annotation, wrap, path in kept(cls):
+        for wrong in values:
+            expected = f"expected {kind}, got {pachinko.json_name(wrong)}"
+            assert errors(wrap(wrong), annotation) == [(path, expected)], annotation
+
+
+@pytest.mark.parametrize("cls", [list, dict, list[int], dict[str, int], Point, Options], ids=str)
+def test_an_optional_container_is_no_less_strict(cls: Any) -> None:
+    """``dict | None`` takes an object or null."""
+    kind = "object" if cls in (dict, dict[str, int], Point, Options) else "array"
+    for annotation, wrap, path in kept(Optional[cls]):  # noqa: UP045 - also of a typed dict
+        for wrong in ("", "ab", 5, True):
+            expected = f"expected {kind}, got {pachinko.json_name(wrong)}"
+            assert errors(wrap(wrong), annotation) == [(path, expected)], annotation
+        read(wrap(None), annotation)
+
+
+def test_the_values_of_a_counter_are_counts() -> None:
+    """A counter is read like a dict of integers, whatever its keys are."""
+    assert read({"a": 2}, collections.Counter) == collections.Counter(a=2)
+    assert read({"1": 2}, collections.Counter[int]) == collections.Counter({1: 2})
+    assert errors({"a": "2"}, collections.Counter[str]) == [('["a"]', "expected int, got str")]
+
+
+def test_a_defaultdict_without_types_has_no_default() -> None:
+    """There is nothing that it could make."""
+    assert read({"a": [1]}, collections.defaultdict) == {"a": [1]}
+
+
+class Tags(list[int]):
+    pass
+
+
+@pytest.mark.parametrize("annotation", [Tags, bytearray, range, Box[Tags], tuple[int, Tags]])
+def test_a_container_without_a_hook_is_refused(annotation: Any) -> None:
+    """How to make one of an array is not known."""
+    with pytest.raises(cattrs.StructureHandlerNotFoundError, match="register a structure hook"):
+        check(annotation)
+
+
+# What cannot be told apart going out
+
+
+@attrs.define
+class Summary:
+    x: int
+
+
+@attrs.define
+class Full:
+    x: int
+    y: int = 2
+
+
+class ShortDict(TypedDict):
+    x: int
+
+
+class LongDict(TypedDict):
+    x: int
+    y: int
+
+
+@attrs.define
+class InField:
+    a: list[Summary] | list[Full]
+
+
+@dataclasses.dataclass
+class InData:
+    a: dict[str, Summary] | dict[str, Full] | None = None
+
+
+class InDict(TypedDict):
+    a: tuple[Summary, ...] | tuple[Full, ...]
+
+
+class InTuple(NamedTuple):
+    a: ShortDict | LongDict
+
+
+@attrs.define
+class InItself:
+    more: "list[InItself]" = attrs.Factory(list)
+    a: "set[Summary] | set[Full] | None" = None
+
+
+Summaries = NewType("Summaries", list[Summary])
+EITHER = list[Summary] | list[Full]
+
+
+@pytest.mark.parametrize(
+    ("declared", "write"),
+    [
+        (EITHER, "list[Summary | Full]"),
+        (EITHER | None, "list[Summary | Full]"),
+        (EITHER | str, "list[Summary | Full]"),
+        (list[EITHER], "list[Summary | Full]"),
+        (dict[str, EITHER], "list[Summary | Full]"),
+        (tuple[int, EITHER], "list[Summary | Full]"),
+        (Optional[list[list[EITHER]]], "list[Summary | Full]"),  # noqa: UP045
+        (Box[EITHER], "list[Summary | Full]"),
+        (InField, "list[Summary | Full]"),
+        (InField | None, "list[Summary | Full]"),
+        (list[InField], "list[Summary | Full]"),
+        (InData, "dict[str, Summary | Full]"),
+        (InDict, "tuple[Summary | Full, ...]"),
+        (InTuple, "@attrs.frozen"),
+        (InItself, "set[Summary | Full]"),
+        (dict[str, Summary] | dict[str, Full], "dict[str, Summary | Full]"),
+        (set[Summary] | set[Full], "set[Summary | Full]"),
+        (tuple[Summary, int] | tuple[Full, int], "tuple[Summary | Full, int]"),
+        (tuple[Summary, int] | tuple[Full, ...], "@attrs.frozen"),
+        (collections.deque[Summary] | collections.deque[Full], "deque[Summary | Full]"),
+        (list[Summary | None] | list[Full | None], "list[Summary | None | Full]"),
+        (Box[Summary] | Box[Full], "Box[Summary | Full]"),
+        (list[Box[Summary]] | list[Box[Full]], "@attrs.frozen"),
+        (ShortDict | LongDict, "@attrs.frozen"),
+        (list[ShortDict] | list[LongDict], "@attrs.frozen"),
+        (ShortDict | dict[str, int], "@attrs.frozen"),
+        (ShortDict | Mapping[str, int], "@attrs.frozen"),
+        (list[Summary] | Sequence[Full], "@attrs.frozen"),
+        (list[Summary] | list, "@attrs.frozen"),
+        (Summaries | list[Full], "@attrs.frozen"),
+        (Annotated[list[Summary], "x"] | list[Full], "@attrs.frozen"),
+        (list[Color] | list[str], "list[Color | str]"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_told_apart_going_out_is_refused(declared: Any, write: str) -> None:
+    """Where fields would be lost, the error shows what to write instead."""
+    with pytest.raises(PachinkoError) as caught:
+        STRICT.check_reply(declared, HERE)
+    why, _, correct = str(caught.value).partition("; write ")
+    assert "does not tell as which of the two it goes out" in why
+    assert write in correct
+
+
+@pytest.mark.parametrize(
+    ("declared", "value", "payload"),
+    [
+        (Summary | Full, Full(1), {"x": 1, "y": 2}),
+        (Full | Summary | None, Summary(1), {"x": 1}),
+        (list[Summary | Full], [Summary(1), Full(1)], [{"x": 1}, {"x": 1, "y": 2}]),
+        (list[Summary] | str, [Summary(1)], [{"x": 1}]),
+        (Sequence[Summary] | str, "a", "a"),
+        (list[Summary] | dict[str, Full], {"a": Full(1)}, {"a": {"x": 1, "y": 2}}),
+        (list[Summary] | Full | None, Full(1), {"x": 1, "y": 2}),
+        (list[Summary] | tuple[Full, ...], (Full(1),), [{"x": 1, "y": 2}]),
+        (ShortDict | Full, {"x": 1, "z": 2}, {"x": 1}),
+        (Pair | Sequence[Summary], Pair(Point(1), "a"), [{"x": 1, "y": 0}, "a"]),
+        (list[int] | list[str], ["a"], ["a"]),
+        (list[int | None] | list[str | None], ["a", None], ["a", None]),
+        (dict[str, int] | dict[str, bool], {"a": True}, {"a": True}),
+        (Sequence[int] | list[int], [1], [1]),
+        (Box[int] | Box[str], Box("a"), {"item": "a", "more": []}),
+        (Summaries | str, [Full(1)], [{"x": 1}]),
+        (Color | str, "a", "a"),
+        (collections.OrderedDict[str, Summary] | dict[str, Full], {"a": Full(1)},
+         {"a": {"x": 1, "y": 2}}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_can_be_told_apart_stays_allowed(declared: Any, value: Any, payload: Any) -> None:
+    """The class of a value tells what was meant, or nothing depends on it."""
+    STRICT.check_reply(declared, HERE)
+    assert written(value, declared) == payload
+
+
+def test_nothing_is_cut_off_what_is_sent() -> None:
+    """Also outside of replies, such a field is refused instead of guessed at."""
+    with pytest.raises(PachinkoError, match=r"write list\[Summary \| Full\]"):
+        STRICT.encode("t", InField([Full(1)]))
+
+
+def test_a_name_of_a_later_class_does_not_keep_a_reply_from_being_declared() -> None:
+    """It is looked up again with the first reply."""
+
+    @attrs.define
+    class Early:
+        later: "list[Later]"  # type: ignore[name-defined] # noqa: F821 - it is defined later on
+
+    STRICT.check_reply(Early, HERE)
+    STRICT.check_reply(list[Early] | None, HERE)
+
+
+# Metadata that has no hash
+
+
+Bare = Annotated[int, {"a": 1}]
+BareName = NewType("BareName", Annotated[int, []])  # type: ignore[valid-newtype]
+
+
+@attrs.define
+class BareField:
+    x: Bare
+    more: "list[Annotated[str, []]]" = attrs.Factory(list)
+
+
+@attrs.define
+class BareChild(BareField):
+    y: Bare = 1
+
+
+@dataclasses.dataclass
+class BareData:
+    x: Bare
+    named: "dict[str, Bare]" = dataclasses.field(default_factory=dict)
+
+
+class BareDict(TypedDict):
+    x: Bare
+    y: NotRequired[Annotated[int, {1}]]
+
+
+class BareTuple(NamedTuple):
+    x: Bare
+
+
+BARE: list[tuple[Any, Any, Any]] = [
+    (Bare, 5, 5),
+    (Annotated[int, "x", {1}, bytearray()], 5, 5),
+    (Annotated[Point, {}], {"x": 1, "y": 2}, Point(1, 2)),
+    (list[Bare], [1], [1]),
+    (list[Bare] | None, [1], [1]),
+    (Annotated[list[Bare], []], [1], [1]),
+    (dict[str, Bare], {"a": 1}, {"a": 1}),
+    (dict[Bare, str], {"1": "a"}, {1: "a"}),
+    (tuple[Bare, str], [1, "a"], (1, "a")),
+    (tuple[Bare, ...], [1], (1,)),
+    (set[Bare], [1], {1}),
+    (list[list[Bare]], [[1]], [[1]]),
+    (Sequence[Bare], [1], (1,)),
+    (BareName, 5, 5),
+    (list[BareName], [5], [5]),
+    (BareField, {"x": 1, "more": ["a"]}, BareField(1, ["a"])),
+    (BareChild, {"x": 1, "more": [], "y": 2}, BareChild(1, [], 2)),
+    (BareData, {"x": 1, "named": {"a": 2}}, BareData(1, {"a": 2})),
+    (BareDict, {"x": 1, "y": 2}, {"x": 1, "y": 2}),
+    (BareTuple, [1], BareTuple(1)),
+    (Box[Bare], {"item": 1, "more": [2]}, Box(1, [2])),
+    (list[BareField] | None, [{"x": 1, "more": []}], [BareField(1)]),
+]
+if sys.version_info >= (3, 13):  # before, such a union is a TypeError
+    BARE += [(Bare | None, 5, 5), (Bare | str, "a", "a"), (Optional[list[Bare]], [1], [1])]  # noqa: UP045
+
+
+@pytest.mark.parametrize(("annotation", "payload", "value"), BARE, ids=str)
+def test_metadata_without_a_hash_makes_no_difference(
+    annotation: Any, payload: Any, value: Any
+) -> None:
+    """`Annotated` is for other libraries, and what they put there need not be hashable."""
+    found = read(payload, annotation)
+    assert found == value
+    assert type(found) is type(value)
+    assert written(value, annotation) == payload
+
+
+def test_metadata_without_a_hash_hides_nothing_wrong() -> None:
+    """The annotation counts as ever."""
+    assert errors("5", Bare) == [("", "expected int, got str")]
+    assert errors({"x": "5", "more": [1]}, BareField) == [
+        (".x", "expected int, got str"), (".more[0]", "expected str, got int")
+    ]  # fmt: skip
+    assert errors(["5"], list[BareName]) == [("[0]", "expected int, got str")]
+
+
+def test_metadata_without_a_hash_in_a_class_that_only_goes_out() -> None:
+    """Such a class was never registered."""
+
+    @dataclasses.dataclass
+    class Inner:
+        x: Annotated[int, {}]
+
+    @attrs.define
+    class Outer:
+        inner: Inner
+        y: Annotated[int, {}] = 2
+
+    assert written([Outer(Inner(1))]) == [{"inner": {"x": 1}, "y": 2}]
+
+
+class Nicknamed(enum.Enum):
+    """Its members have other values than their own, as Python code often has it."""
+
+    RED = ("red", "rouge")
+    BLUE = ("blue", "bleu")
+
+    def __new__(cls, value: str, other: str) -> "Nicknamed":
+        self = object.__new__(cls)
+        self._value_ = value
+        cls._value2member_map_[other] = self
+        return self
+
+
+def test_another_value_of_a_member_is_its_value_too() -> None:
+    """Whether msgspec reads an enum or cattrs does, Python says which values it has."""
+    assert read("rouge", Nicknamed) is Nicknamed.RED
+    assert read(["bleu"], list[Nicknamed | int]) == [Nicknamed.BLUE]
+    assert errors("vert", Nicknamed) == [("", 'expected one of "red", "blue"')]
+    decode = pachinko.decoder_of([STRICT.frame_class("t", Nicknamed)])
+    assert decode('{"type":"t","payload":"rouge"}').payload is Nicknamed.RED

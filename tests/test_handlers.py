@@ -1,12 +1,14 @@
-"""The section "handlers and routing": what a registration accepts, refuses and says."""
+"""The section "handlers": what a registration accepts, refuses and says."""
 
 import contextlib
 import dataclasses
 import functools
+import gc
 import re
 import textwrap
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import attrs
 import falcon
@@ -1179,3 +1181,204 @@ def test_a_hub_that_is_none_is_refused() -> None:
     """`hub=` takes a `Hub`."""
     hub: Any = 5
     assert refusal(lambda: Pachinko(hub=hub)) == "write hub=Hub() for a hub of its own, got 5"
+
+
+# A resource is added all or nothing
+
+
+def snapshot(ws: Pachinko) -> list[Any]:
+    """What an endpoint has registered."""
+    routes = ws._routes
+    return [
+        dict(routes.handlers), list(routes.connect), list(routes.disconnect),
+        list(routes.middleware), dict(routes.errors), list(routes.workers), routes.authenticate,
+        routes.fallback, routes.binary, set(routes.by_frame.values()),
+    ]  # fmt: skip
+
+
+async def on_say(self: Any, conn: Any, *, text: str) -> str:
+    return text
+
+
+async def on_walk(self: Any, conn: Any, to: Point) -> Point:
+    return to
+
+
+async def on_connect(self: Any, conn: Any) -> None: ...
+
+
+async def on_disconnect(self: Any, conn: Any) -> None: ...
+
+
+async def too_many(self: Any, conn: Any, *parts: Any) -> None: ...
+
+
+async def unknown(self: Any, conn: Any, payload: complex) -> None: ...
+
+
+async def ambiguous(self: Any, conn: Any) -> list[Say] | list[Point]: ...  # type: ignore[empty-body]
+
+
+async def no_connection(self: Any) -> None: ...
+
+
+def not_async(self: Any, conn: Any) -> None: ...
+
+
+BAD_METHODS: list[dict[str, Any]] = [
+    {"on_zoom": too_many}, {"on_zoom": unknown}, {"on_zoom": ambiguous}, {"on_zoom": not_async},
+    {"on_zoom": no_connection}, {"on_zoom": 5}, {"on_reply": on_say}, {"on_get": on_say},
+    {"on_taken": on_say}, {"on_connect": not_async}, {"on_connect": no_connection},
+    {"on_disconnect": on_say}, {"on_disconnect": not_async},
+    {"on_disconnect": no_connection},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("has_started", [False, True])
+@pytest.mark.parametrize("methods", BAD_METHODS, ids=str)
+async def test_nothing_of_a_refused_resource_stays(methods: Any, has_started: bool) -> None:
+    """The corrected resource is no second one."""
+    ws = endpoint()
+
+    @ws.on("room.taken")
+    async def taken(conn: Any) -> None: ...
+
+    if has_started:
+        await ws.process_startup({}, {})
+    good = {
+        "on_say": on_say, "on_walk": on_walk, "on_connect": on_connect,
+        "on_disconnect": on_disconnect,
+    }  # fmt: skip
+    before = snapshot(ws)
+    refusal(lambda: ws.add_resource("room", resource(**{**good, **methods})))
+    assert snapshot(ws) == before
+    ws.add_resource("room", resource(**good))
+    assert set(ws._routes.handlers) == {"room.taken", "room.say", "room.walk"}
+    assert len(ws._routes.connect) == len(ws._routes.disconnect) == 1
+    if has_started:
+        assert len(ws._routes.by_frame) == 3
+        await ws.process_shutdown({}, {})
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda ws: ws.on("zoom")(too_many),
+        lambda ws: ws.on("zoom")(not_async),
+        lambda ws: ws.on("taken")(ambiguous),
+        lambda ws: ws.connect(not_async),
+        lambda ws: ws.disconnect(not_async),
+        lambda ws: ws.authenticate(not_async),
+        lambda ws: ws.fallback(not_async),
+        lambda ws: ws.binary(not_async),
+        lambda ws: ws.middleware(not_async),
+        lambda ws: ws.worker(not_async),
+        lambda ws: ws.error(ValueError)(not_async),
+    ],
+)
+@pytest.mark.parametrize("has_started", [False, True])
+async def test_nothing_of_a_refused_function_stays(register: Any, has_started: bool) -> None:
+    """A registration that raises has no effect."""
+    ws = endpoint()
+
+    @ws.on("taken")
+    async def taken(conn: Any) -> None: ...
+
+    if has_started:
+        await ws.process_startup({}, {})
+    before = snapshot(ws)
+    refusal(lambda: register(ws))
+    assert snapshot(ws) == before
+    if has_started:
+        await ws.process_shutdown({}, {})
+
+
+async def test_nothing_of_a_resource_stays_whose_frames_cannot_be_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also an error that nobody has foreseen leaves a started endpoint as it was."""
+    ws = endpoint()
+    await ws.process_startup({}, {})
+    before = snapshot(ws)
+    made: list[str] = []
+
+    def frame_class(codec: Any, type: str, annotation: Any) -> Any:
+        made.append(type)
+        if len(made) == 2:
+            raise ZeroDivisionError
+        return pachinko.frame_class(type, annotation)
+
+    monkeypatch.setattr(pachinko.Codec, "frame_class", frame_class)
+    with pytest.raises(ZeroDivisionError):
+        ws.add_resource("room", resource(on_say=on_say, on_walk=on_walk, on_connect=on_connect))
+    assert snapshot(ws) == before
+    await ws.process_shutdown({}, {})
+
+
+# What a reply may be
+
+
+@attrs.define
+class Wrapped:
+    points: list[Point] | list[Say] | None = None
+
+
+@pytest.mark.parametrize(
+    "returns",
+    [
+        list[Say] | list[Point], dict[str, Say] | dict[str, Point] | None, Wrapped,
+        list[Wrapped], tuple[int, list[Say] | list[Point]],
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_reply_that_may_lose_fields_is_refused(returns: Any, streams: bool) -> None:
+    """What was refused, why, and what to write; for the items of a stream as well."""
+
+    async def get(conn: Any): ...  # type: ignore[no-untyped-def]
+
+    async def each(conn: Any):  # type: ignore[no-untyped-def]
+        yield 1
+
+    function: Any = each if streams else get
+    function.__annotations__["return"] = AsyncIterator[returns] if streams else returns
+    text = refusal(lambda: registered(function))
+    assert text.startswith(f"the reply of {place_of(function)} is ambiguous: ")
+    assert re.search(r"write (list|dict)\[(str, )?(Say \| Point|Point \| Say)\]$", text)
+
+
+async def test_metadata_without_a_hash_makes_no_difference() -> None:
+    """Alone, in fields and in a reply, `Annotated` may say anything."""
+    app = new_app()
+    ws = Pachinko(app, "/ws", hub=Hub())
+
+    @ws.on("one")
+    async def one(conn: Any, n: Annotated[int, {"a": 1}]) -> Annotated[int, []]:
+        return n + 1
+
+    @ws.on("two")
+    async def two(conn: Any, *, n: Annotated[int, {"a": 1}], m: Annotated[int, []] = 2) -> int:
+        return n + m
+
+    async with serving(app) as server, connect(server.url + "/ws") as client:
+        assert (await client.ask("one", 5))["payload"] == 6
+        assert (await client.ask("two", {"n": 5}))["payload"] == 7
+        assert (await client.ask("one", "5"))["payload"]["errors"] == [
+            {"path": "$.payload", "message": "expected int, got str"}
+        ]
+
+
+async def test_a_hint_keeps_no_handler_alive(caplog: pytest.LogCaptureFixture) -> None:
+    """A handler to which the hint was given goes with its endpoint."""
+
+    async def say(conn: Any, text: str) -> None: ...
+
+    handler = registered(say)
+    with pytest.raises(MessageError):
+        await call(handler, {"text": "hi"})
+    assert len(caplog.records) == 1
+    caplog.clear()
+    dead = [weakref.ref(handler), weakref.ref(say)]
+    del handler, say
+    gc.collect()
+    assert [ref() for ref in dead] == [None, None]
