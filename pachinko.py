@@ -106,8 +106,7 @@ Members = Sequence[tuple[Any, Any]]  # the types in a union, each with the class
 HookFactory = Callable[[Any, cattrs.Converter], Callable[..., Any]]
 Writer = tuple[str, Callable[[Any], Any]]  # the type to send a value as, and what makes JSON of it
 Namespaces = tuple[dict[str, Any], dict[str, Any]]  # the globals and locals annotations see
-Event = dict[str, Any]  # an ASGI event to send: {"type": "websocket.send", "text": "…"}
-Incoming = Mapping[str, Any]  # an ASGI event that was received: {"type": "websocket.receive", …}
+Event = dict[str, Any]  # of ASGI, in both directions: {"type": "websocket.send", "text": "…"}
 
 # ── errors ────────────────────────────────────────────────────────────────────────────────────
 #
@@ -288,8 +287,8 @@ class Received(msgspec.Struct, gc=False):
 
     is_built: typing.ClassVar[bool] = False
     """Whether the payload is what the handler takes, not plain JSON values."""
-    quick: typing.ClassVar[Any] = None
-    """The `Handler`, if a message needs no more than to call it with the payload."""
+    handler: typing.ClassVar[Any] = None
+    """The `Handler` of the type, or None."""
     id: Id | None = None
     payload: Any = UNSET
 
@@ -297,14 +296,16 @@ class Received(msgspec.Struct, gc=False):
 FrameClass = type[Received]
 
 
-def frame_class(type: str, payload: Any) -> FrameClass:
-    """Make the class of the frames of *type*. Decoding one also builds the *payload*.
+def frame_class(type: str, payload: Any, **members: Any) -> FrameClass:
+    """Make the class of the frames of *type*, with *members* of its own.
 
-    Raises `TypeError` for a *payload* that msgspec cannot build.
+    Decoding one also builds the *payload*. Raises `TypeError` for one that msgspec cannot build.
     """
     fields: list[tuple[str, Any, Any]] = [("payload", payload | UnsetType, UNSET)]
-    bases = (Received,)
-    cls = msgspec.defstruct("Received", fields, bases=bases, tag_field="type", tag=type, gc=False)
+    cls = msgspec.defstruct(
+        "Received", fields, bases=(Received,), namespace=members, tag_field="type", tag=type,
+        gc=False,
+    )  # fmt: skip
     msgspec.json.Decoder(cls)
     return cast(FrameClass, cls)
 
@@ -1055,17 +1056,15 @@ class Codec:
         if converter is None:  # nearly all payloads are valid: stop at the first error at first
             self._hasty = self.converter.copy(detailed_validation=False)
 
-    def frame_class(self, type: str, annotation: Any) -> FrameClass:
+    def frame_class(self, type: str, annotation: Any, handler: Any = None) -> FrameClass:
         """Make the class of the frames of *type*; where it can be, decoding builds the payload.
 
         Decoding with msgspec and then structuring with cattrs takes four times as long or more.
         """
         with contextlib.suppress(TypeError, NameError, NotImplementedError):
             if self._hasty is not self.converter and is_read_in_one_pass(annotation):
-                cls = frame_class(type, annotation)
-                cls.is_built = True
-                return cls
-        return frame_class(type, Any)
+                return frame_class(type, annotation, is_built=True, handler=handler)
+        return frame_class(type, Any, handler=handler)
 
     def check(self, annotation: Any, namespaces: Namespaces, seen: list[Any]) -> None:
         """Resolve *annotation* and all that it contains; raise whatever keeps it from working."""
@@ -1148,7 +1147,8 @@ class Handler:
     returns: Any
     """The declared type of a reply or of a stream's item, or None."""
     streams: bool
-    concurrent: bool
+    is_concurrent: bool
+    """Whether it runs beside others, in a task of its own; streams do."""
     writers: dict[Any, Writer] = attrs.Factory(dict)
     """How to write what the function has returned before, by class."""
     hints: set[str] = attrs.Factory(set)
@@ -1270,8 +1270,9 @@ def read_handler(
     defaults = {p.name: p.default for p in fields if p.default is not _EMPTY} if fields else None
     call = _caller(function, parameter, fields)
     return Handler(
-        type, function, call, annotation, parameter, defaults, returns, streams, concurrent
-    )
+        type, function, call, annotation, parameter, defaults, returns, streams,
+        is_concurrent=streams or concurrent,
+    )  # fmt: skip
 
 
 def _hints_of(function: Callable[..., Any], namespaces: Namespaces) -> dict[str, Any]:
@@ -1450,30 +1451,27 @@ class Routes:
     workers: list[Callable[[], Awaitable[None]]] = attrs.Factory(list)
     decode: Callable[[str], Received] = _decode_none
     """Reads a text frame of a known type. A validator in a payload may raise anything."""
-    by_frame: dict[FrameClass, Handler] = attrs.Factory(dict)
-    """The handlers by the class of the frames that *decode* returns."""
+    frames: list[FrameClass] = attrs.Factory(list)
+    """The classes of the frames that *decode* returns."""
 
     def start(self, codec: Codec) -> None:
         """Make the classes of all frames. From now on *codec* does not change."""
-        self.by_frame = {}
+        self.frames = []
         self.add(self.handlers.values(), codec)
 
     def add(self, handlers: Iterable[Handler], codec: Codec | None) -> None:
         """Add all *handlers*, or none if one is refused; *codec* is None before the start."""
         handlers = [*handlers]
-        frames = [codec.frame_class(h.type, h.annotation) for h in handlers] if codec else []
+        frames = [codec.frame_class(h.type, h.annotation, h) for h in handlers] if codec else []
         for handler in handlers:
             handler.writers.clear()
             self.handlers[handler.type] = handler
-        self.by_frame.update(zip(frames, handlers, strict=bool(codec)))
+        self.frames += frames
         self.decode = self.decode_first
 
     def decode_first(self, text: str) -> Received:
-        """Make the decoder, once for all handlers and middleware that came together, and use it."""
-        self.decode = decoder_of(self.by_frame)
-        for frame, handler in self.by_frame.items():
-            is_quick = not (self.middleware or handler.streams or handler.concurrent)
-            frame.quick = handler if frame.is_built and is_quick else None
+        """Make the decoder, once for all handlers that came together, and use it."""
+        self.decode = decoder_of(self.frames)
         return self.decode(text)
 
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
@@ -1650,185 +1648,41 @@ def token_of(payload: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
-# ── outbox and limits ─────────────────────────────────────────────────────────────────────────
+# ── limits ────────────────────────────────────────────────────────────────────────────────────
 #
-# What connections are made of, each with one job and without knowledge of the others.
+# What bounds one connection: the time that code may take, the messages that a client may send, and
+# the options of an endpoint. Nothing here knows a connection.
 
-_CANCEL_AGAIN = 5.0  # seconds that code may take to clean up before it is cancelled once more
-
-
-class Suspended(Generator[Any, Any, Any]):
-    """The rest of a coroutine whose first step has been run, and waits for something.
-
-    Since the same task awaits the rest, `asyncio.timeout`, `asyncio.current_task` and context
-    variables inside behave as if the coroutine had been awaited plainly.
-    """
-
-    __slots__ = ("_coroutine", "_waits_for")
-
-    def __init__(self, coroutine: Generator[Any, Any, Any], waits_for: Any) -> None:
-        self._coroutine = coroutine
-        self._waits_for = [waits_for]
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        return self
-
-    def send(self, value: Any) -> Any:
-        """Hand up what the first step waits for, then go on with the coroutine."""
-        return self._waits_for.pop() if self._waits_for else self._coroutine.send(value)
-
-    def throw(self, *exc: Any) -> Any:
-        """Pass on what the event loop throws in, such as a cancellation."""
-        return self._coroutine.throw(*exc)
-
-
-def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """A task that runs at once up to where it first waits; before Python 3.12, a plain one."""
-    if sys.version_info >= (3, 12):
-        return asyncio.Task(coroutine, loop=asyncio.get_running_loop(), eager_start=True)
-    else:
-        return asyncio.get_running_loop().create_task(coroutine)
-
-
-def text_event(data: bytes) -> Event:
-    """The ASGI event that sends *data* as a text frame (ASGI, WebSocket: Send)."""
-    return {"type": "websocket.send", "text": data.decode()}
-
-
-def size_of(frame: str | bytes) -> int:
-    """Bytes of a frame's payload; text counts as UTF-8."""
-    is_counted = isinstance(frame, bytes) or frame.isascii()
-    return len(frame) if is_counted else len(cast(str, frame).encode(errors="surrogatepass"))
-
-
-def size_of_event(event: Incoming) -> int:
-    """The same for the frame in a ``websocket.receive``."""
-    return size_of(event.get("text") or event.get("bytes") or "")
-
-
-def abandon(ws: falcon.asgi.WebSocket) -> None:
-    """Make Falcon take *ws* for closed although the server cannot write to it.
-
-    After the responder Falcon awaits ``ws.close()``, which on a stalled client would wait for
-    ever. It takes an `OSError` from the server's send for the end of the socket.
-    """
-    attempt = ws._send({"type": "websocket.close", "code": 1013})
-    with contextlib.suppress(StopIteration, Exception):
-        attempt.send(None)
-        attempt.throw(ConnectionAbortedError())
-    attempt.close()
-
-
-@attrs.frozen(eq=False)
-class Waiting:
-    """An event that waits for its turn to be written."""
-
-    event: Event
-    sent: asyncio.Future[bool] | None = None
-    """Becomes whether it has been written, for whoever waits for that."""
-    size: int = 0
-    """Bytes of a message that a hub pushed, which may be dropped; else 0."""
-    group: str | None = None
-
-
-@attrs.define(eq=False)
-class Outbox:
-    """What waits for a write in progress, in order; what hubs pushed is counted, to be bounded."""
-
-    queue: collections.deque[Waiting] = attrs.Factory(collections.deque)
-    pushed: int = 0
-    size: int = 0
-    """Bytes of the pushed ones."""
-    gaps: dict[str | None, None] = attrs.Factory(dict)
-    """The groups that messages were dropped of, in order."""
-
-    def put(self, waiting: Waiting) -> None:
-        """Add at the end."""
-        self.queue.append(waiting)
-        if waiting.size:
-            self.pushed += 1
-            self.size += waiting.size
-
-    def exceeds(self, share: float, limits: Limits) -> bool:
-        """Whether more than *share* of what it may hold is pushed messages."""
-        return self.pushed > limits.outbox * share or self.size > limits.outbox_bytes * share
-
-    def drop_oldest(self) -> None:
-        """Drop the oldest pushed message and remember the gap in its group."""
-        index = next(i for i, waiting in enumerate(self.queue) if waiting.size)
-        self.gaps[self.queue[index].group] = None
-        self.pushed -= 1
-        self.size -= self.queue[index].size
-        del self.queue[index]
-
-    def take(self) -> Waiting | None:
-        """The next to be written; behind all others, one gap for each group that has lost some."""
-        while self.queue and not (self.gaps and self.queue[0].event["type"] == "websocket.close"):
-            waiting = self.queue.popleft()
-            if waiting.size:
-                self.pushed -= 1
-                self.size -= waiting.size
-            if waiting.sent is None or not waiting.sent.done():  # else its sender was cancelled
-                return waiting
-        for group in self.gaps:
-            del self.gaps[group]
-            return Waiting(text_event(gap_of(group)))
-        return None
-
-    def clear(self) -> None:
-        """Forget everything; whoever waits learns that it was not written."""
-        for waiting in self.queue:
-            if waiting.sent is not None and not waiting.sent.done():
-                waiting.sent.set_result(False)
-        self.queue.clear()
-        self.gaps.clear()
-        self.pushed = self.size = 0
-
-
-@attrs.define(eq=False)
-class Stream:
-    """A stream in progress."""
-
-    task: asyncio.Task[None] | None = None
-    running: bool = False
-    """Its items are being sent, so that it can be stopped."""
-    stopped: bool = False
-    """The client has said that it wants no more."""
-    is_answered: bool = False
-    """By something else than its items."""
-
-    def check(self) -> None:
-        """Cancel again, when an item comes from a generator that has caught its cancellation."""
-        if self.stopped:
-            raise asyncio.CancelledError
-
-    def stop(self) -> None:
-        """Close the generator, once; one that has not begun will not begin."""
-        if not self.stopped and self.running and self.task is not None:
-            self.task.cancel()
-        self.stopped = True
+_MAX_CODES = 100  # error codes counted apart: an application may make them up as it goes
+_CANCEL_AGAIN = 5.0  # seconds that cancelled code may clean up before it is cancelled once more
+# Before Python 3.13 a `TaskGroup` leaves a cancellation counted that it has caught.
+_COUNTS_CANCELLATIONS: bool = sys.version_info >= (3, 13)
 
 
 class TimeLimit:
-    """Cancels the task that is in its ``with`` block when the time has come: `TimeoutError`.
+    """Cancel the task inside the ``with`` block when the time has come; raise `TimeoutError`.
 
-    What `asyncio.timeout` is for code that one knows. Around an application's code it cancels again
-    every few seconds, since that may swallow a cancellation; so does a `TaskGroup` of Python 3.11
-    that is just ending. That of 3.11 and 3.12 also leaves cancellations counted that it has caught:
-    these do not hide the time-out, while one that has come from elsewhere since goes on up.
+    `asyncio.timeout` does this for code that ends when it is cancelled. An application's code may
+    swallow a cancellation, and so does a `TaskGroup` of Python 3.11 that is just ending. This
+    class therefore cancels the task again every 5 seconds, until the block ends.
+
+    A cancellation that comes from elsewhere leaves the block as `CancelledError` and is never
+    taken for the time-out. Before Python 3.13 this holds for those that come after the time-out
+    only, since the count of a task may hold cancellations that a `TaskGroup` has caught.
     """
 
-    __slots__ = ("_before", "_cancels", "_task", "_timer", "_when", "expired")
+    __slots__ = ("_others", "_own", "_task", "_timer", "_when", "expired")
 
     def __init__(self, when: float | None = None) -> None:
         self._when = when
         self._task: asyncio.Task[Any] | None = None
         self._timer: asyncio.Handle | None = None
-        self._before = self._cancels = 0
+        self._own = self._others = 0  # cancellations of the task, by this limit and by others
         self.expired: bool = False
 
     def __enter__(self) -> TimeLimit:
-        self._task = asyncio.current_task()
+        self._task = current_task()
+        self._others = self._task.cancelling()
         if self._when is not None:
             self.end_at(self._when)
         return self
@@ -1837,38 +1691,46 @@ class TimeLimit:
         task, self._task = cast("asyncio.Task[Any]", self._task), None
         if self._timer is not None:
             self._timer.cancel()
-        while self._cancels and task.cancelling() > self._before:
-            self._cancels -= 1
+        # Code inside the block may have taken back some of this limit's cancellations by itself.
+        still_counted = min(self._own, task.cancelling() - self._others)
+        for _ in range(still_counted):
             task.uncancel()
-        if self.expired and kind is asyncio.CancelledError and task.cancelling() <= self._before:
+        is_only_ours = task.cancelling() <= self._others
+        if self.expired and kind is asyncio.CancelledError and is_only_ours:
             raise TimeoutError
 
     def end_at(self, when: float) -> None:
-        """Expire at *when* on the loop's clock, if it has not yet and its block goes on."""
-        if self._task is not None and not self.expired:
-            if self._timer is not None:
-                self._timer.cancel()
-            loop = asyncio.get_running_loop()
-            is_due = when <= loop.time()  # then it comes before anything that has not happened yet
-            self._timer = (
-                loop.call_soon(self._expire) if is_due else loop.call_at(when, self._expire)
-            )
+        """Expire at *when* on the loop's clock. Does nothing after the block or the expiry."""
+        if self._task is None or self.expired:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        loop = asyncio.get_running_loop()
+        if when <= loop.time():  # A timer would let events of this turn of the loop go first.
+            self._timer = loop.call_soon(self._expire)
+        else:
+            self._timer = loop.call_at(when, self._expire)
 
     def is_around(self, task: object) -> bool:
-        """Whether it is *task* that is in its block."""
+        """Return whether *task* is inside the block."""
         return self._task is task
 
     def _expire(self) -> None:
         task = cast("asyncio.Task[Any]", self._task)
         if not self.expired:
-            self.expired, self._before = True, task.cancelling()
-        self._cancels += 1
+            self.expired = True
+            self._others = self._others if _COUNTS_CANCELLATIONS else task.cancelling()
+        self._own += 1
         task.cancel()
         self._timer = asyncio.get_running_loop().call_later(_CANCEL_AGAIN, self._expire)
 
 
+current_task: Callable[[], asyncio.Task[Any]] = cast(Any, asyncio.current_task)
+"""Returns the task that runs this code, which is always one here."""
+
+
 class Rate:
-    """At most *count* messages at once, and *count* in *seconds* on average (GCRA)."""
+    """Admit at most *count* messages at once, and *count* in *seconds* on average (GCRA)."""
 
     __slots__ = ("_due", "_refused", "_since", "count", "seconds")
 
@@ -1879,10 +1741,10 @@ class Rate:
         self._refused = 0
 
     def take(self, now: float) -> float:
-        """Admit a message, for 0.0; or the seconds until the next one will be."""
+        """Admit a message and return 0.0, or return the seconds until one will be admitted."""
         due = max(self._due, now) + self.seconds / self.count
         wait = due - now - self.seconds
-        if wait <= 1e-9:  # rounding
+        if wait <= 1e-9:  # Anything smaller comes from rounding.
             self._due = due
             return 0.0
         if now - self._since > self.seconds:
@@ -1892,7 +1754,7 @@ class Rate:
 
     @property
     def is_abused(self) -> bool:
-        """Whether more than ten times as many were refused, within *seconds*, as are admitted."""
+        """Whether *seconds* have seen more than ten times as many refusals as messages fit in."""
         return self._refused > 10 * self.count
 
 
@@ -1908,17 +1770,18 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
-def _is_seconds(value: Any) -> bool:
+def is_seconds(value: Any) -> bool:
+    """Return whether *value* is a finite number of seconds, at least 0."""
     return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def _is_time_limit(value: Any) -> bool:
-    return _is_seconds(value) and value > 0
+    return is_seconds(value) and value > 0
 
 
 def _is_rate(value: Any) -> bool:
     is_pair = isinstance(value, (tuple, list)) and len(value) == 2
-    return value is None or (is_pair and _is_count(value[0]) and _is_seconds(value[1]) and value[1])
+    return value is None or (is_pair and _is_count(value[0]) and is_seconds(value[1]) and value[1])
 
 
 @attrs.frozen(kw_only=True)
@@ -1930,17 +1793,14 @@ class Limits:
     outbox: int = _option(_is_count, "a number of messages, at least 1")
     outbox_bytes: int = _option(_is_count, "a number of bytes, at least 1")
     overflow: str = _option(("close", "drop_oldest").__contains__, '"close" or "drop_oldest"')
-    send_timeout: float = _option(_is_seconds, "a number of seconds, at least 0")
-    linger: float = _option(_is_seconds, "a number of seconds, at least 0")
+    send_timeout: float = _option(is_seconds, "a number of seconds, at least 0")
+    linger: float = _option(is_seconds, "a number of seconds, at least 0")
     max_concurrent: int = _option(_is_count, "a number of tasks, at least 1")
     max_groups: int = _option(_is_count, "a number of groups, at least 1")
     handler_timeout: float | None = _option(
         lambda value: value is None or _is_time_limit(value), "a number of seconds above 0, or None"
     )
     auth_timeout: float = _option(_is_time_limit, "a number of seconds above 0")
-
-
-_MAX_CODES = 100  # error codes counted apart: an application may make them up as it goes
 
 
 @attrs.define
@@ -1981,86 +1841,734 @@ class Counters:
         self.errors[code] = self.errors.get(code, 0) + 1
 
 
-# ── connection ────────────────────────────────────────────────────────────────────────────────
+# ── outbox ────────────────────────────────────────────────────────────────────────────────────
 #
-# Writing. At most one write is in progress on a socket, and whatever else is sent meanwhile waits
-# in the outbox, so that messages leave in the order in which they were sent. The handshake's
-# answer is the first write: what connect handlers send waits for it like anything else. When a
-# write ends with the outbox not empty, a writer task goes on; for a client that keeps up there is
-# neither outbox nor task.
+# What waits to be written to one client. A hub's messages are bounded in number and bytes; replies
+# and what a handler sends wait for the client by themselves, so they are not counted.
+
+
+def text_event(data: bytes) -> Event:
+    """Return the ASGI event that sends *data* as a text frame (ASGI, WebSocket: Send)."""
+    return {"type": "websocket.send", "text": data.decode()}
+
+
+@attrs.frozen(eq=False)
+class Waiting:
+    """An event that waits for its turn to be written."""
+
+    event: Event
+    written: asyncio.Future[bool] | None = None
+    """Whether it has been written, for the sender that waits for it."""
+    size: int = 0
+    """The bytes of a message that a hub sent, which may be dropped; 0 for all else."""
+    group: str | None = None
+    close: Close | None = None
+    """For the close frame, which Falcon's socket writes."""
+
+    def end(self, is_written: bool) -> None:
+        """Tell the sender that waits for it, unless it knows or was cancelled."""
+        if self.written is not None and not self.written.done():
+            self.written.set_result(is_written)
+
+
+@attrs.define(eq=False)
+class Outbox:
+    """The events that wait for a write in progress, in order; those of hubs are counted."""
+
+    queue: collections.deque[Waiting] = attrs.Factory(collections.deque)
+    pushed: int = 0
+    """How many of them a hub sent."""
+    size: int = 0
+    """The bytes of these."""
+    gaps: dict[str | None, None] = attrs.Factory(dict)
+    """The groups of messages that were dropped, in order."""
+
+    def put(self, waiting: Waiting) -> None:
+        """Add *waiting* at the end."""
+        self.queue.append(waiting)
+        if waiting.size:
+            self.pushed += 1
+            self.size += waiting.size
+
+    def exceeds(self, share: float, limits: Limits) -> bool:
+        """Return whether a hub's messages fill more than *share* of what the outbox may hold."""
+        return self.pushed > limits.outbox * share or self.size > limits.outbox_bytes * share
+
+    def drop_oldest(self) -> None:
+        """Drop the oldest of a hub's messages and remember the gap in its group."""
+        index = next(i for i, waiting in enumerate(self.queue) if waiting.size)
+        self.gaps[self.queue[index].group] = None
+        self.pushed -= 1
+        self.size -= self.queue[index].size
+        del self.queue[index]
+
+    def take(self) -> Waiting | None:
+        """Remove and return the event to write next, or return None when there is none.
+
+        The gaps follow the last message, one for each group, and precede the close frame.
+        """
+        while self.queue:
+            if self.gaps and self.queue[0].close is not None:
+                break
+            waiting = self.queue.popleft()
+            if waiting.size:
+                self.pushed -= 1
+                self.size -= waiting.size
+            if waiting.written is None or not waiting.written.done():  # else its sender is gone
+                return waiting
+        for group in self.gaps:
+            del self.gaps[group]
+            return Waiting(text_event(gap_of(group)))
+        return None
+
+    def clear(self) -> None:
+        """Forget everything; senders that wait learn that it was not written."""
+        for waiting in self.queue:
+            waiting.end(False)
+        self.queue.clear()
+        self.gaps.clear()
+        self.pushed = self.size = 0
+
+
+# ── outgoing ──────────────────────────────────────────────────────────────────────────────────
 #
-# Reading. The connection's own task reads and runs the handlers. While one of them is suspended,
-# a second task reads ahead, a few frames, so that a disconnect is noticed.
+# The writing half of a connection. At most one write is in progress on a socket. Whatever is sent
+# meanwhile waits in the outbox, so that messages leave in the order in which code sent them. The
+# answer to the handshake is the first write: what connect handlers send waits for it. When a write
+# ends while the outbox holds something, a writer task goes on with that. A client that keeps up
+# needs neither an outbox nor a task.
+
+_TURN = 256  # writes of one message at a stretch: a few milliseconds under uvicorn
+_GOODBYE = 1.0  # seconds to wait where nobody should: for an evicted client's close frame, say
+
+
+class Phase(enum.StrEnum):
+    """What can be written to a connection."""
+
+    CONNECTING = "connecting"
+    """The handshake is not answered: what is sent waits for the answer."""
+    OPEN = "open"
+    """Messages flow."""
+    CLOSING = "closing"
+    """The server closes: what was sent before still goes out, and then the close frame."""
+    GONE = "gone"
+    """The client has gone or was given up: nothing can be written any more."""
+
+
+_OPEN = Phase.OPEN  # PERF: each message asks for it, and a member of an enum costs three globals.
+
+# The only transitions between phases, with the method of `Outgoing` that makes each.
+TRANSITIONS: dict[tuple[Phase, Phase], str] = {
+    (Phase.CONNECTING, Phase.OPEN): "open",  # The handshake has been answered.
+    (Phase.CONNECTING, Phase.CLOSING): "open",  # The same, and `close` was called before.
+    (Phase.CONNECTING, Phase.GONE): "lost",  # The client left, or the handshake failed.
+    (Phase.OPEN, Phase.CLOSING): "close",  # Code, a limit, a shutdown or an eviction closes.
+    (Phase.OPEN, Phase.GONE): "lost",  # The client left, or a write failed.
+    (Phase.CLOSING, Phase.GONE): "lost",  # The close frame is out, or it takes too long.
+}
+
+
+class Suspended(Generator[Any, Any, Any]):
+    """The rest of a coroutine whose first step has run and which waits for something.
+
+    The task that ran the first step awaits the rest, so `asyncio.timeout`,
+    `asyncio.current_task` and context variables inside behave as if the coroutine had been awaited.
+    """
+
+    __slots__ = ("_coroutine", "_waits_for")
+
+    def __init__(self, coroutine: Generator[Any, Any, Any], waits_for: Any) -> None:
+        self._coroutine = coroutine
+        self._waits_for = [waits_for]
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self
+
+    def send(self, value: Any) -> Any:
+        """Hand up what the first step waits for, then go on with the coroutine."""
+        return self._waits_for.pop() if self._waits_for else self._coroutine.send(value)
+
+    def throw(self, *exc: Any) -> Any:
+        """Pass on what the event loop throws in, such as a cancellation."""
+        return self._coroutine.throw(*exc)
+
+
+def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Start a task and run it up to where it first waits; before Python 3.12, start it plainly."""
+    if sys.version_info >= (3, 12):
+        return asyncio.Task(coroutine, loop=asyncio.get_running_loop(), eager_start=True)
+    else:
+        return asyncio.get_running_loop().create_task(coroutine)
+
+
+def mark_closed(ws: falcon.asgi.WebSocket, code: int | None) -> None:
+    """Tell Falcon's socket that the connection is over.
+
+    Pachinko calls the server's own `receive` and `send`, so Falcon does not see by itself that a
+    client has gone. After the responder Falcon would close the socket once more, and for a client
+    that does not read it would wait for ever.
+    """
+    ws._state = type(ws._state).CLOSED
+    ws._close_code = code
+
+
+class _Nobody:
+    """Stands for the session of a connection that is over: a reference to it would be a cycle."""
+
+    is_handling = False
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+_NOBODY: Any = _Nobody()
+
+
+@attrs.define(eq=False, weakref_slot=False)
+class Outgoing:
+    """The writing half of one connection."""
+
+    _id: str
+    _ws: falcon.asgi.WebSocket
+    limits: Limits
+    _counters: Counters
+    _session: Session
+    phase: Phase = Phase.CONNECTING
+    close_code: int | None = None  # the one sent, or the one that the server reported before that
+    writing: Literal["", "handshake", "sender", "task", "writer"] = "handshake"
+    """Who writes: nobody, the handshake, a sender by itself, a task that has not begun, or one
+    that has."""
+    sent: int = 0  # frames
+    asgi_send: Callable[[Event], Awaitable[None]] = attrs.field(init=False)
+    outbox: Outbox | None = None
+    writer: asyncio.Task[Any] | None = None
+    _goodbye: asyncio.Future[bool] | None = None  # whether the close frame was written
+    _patience: asyncio.Timeout | None = None  # the time limit of the sender that writes by itself
+    _is_slow: bool = False  # and the log says so
+
+    def __attrs_post_init__(self) -> None:
+        # The server's own `send`. Falcon's would cost 12 % of a message and 5 % of a delivery.
+        self.asgi_send = self._ws._asgi_send
+
+    @property
+    def closed(self) -> bool:
+        """Whether the client has gone or the server has begun to close."""
+        return self.close_code is not None or self.phase is Phase.GONE
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the handshake has been answered, so that the connection counts as a member."""
+        return self.writing != "handshake"
+
+    def disconnected(self) -> falcon.WebSocketDisconnected:
+        """Return the error for code that sends to a connection that is closed."""
+        return falcon.WebSocketDisconnected(self.close_code or 1006)
+
+    # One sender
+
+    async def send(self, event: Event) -> None:
+        """Write *event* when its turn has come. Raises `falcon.WebSocketDisconnected`."""
+        if (rest := self.start(event)) is not None:
+            await rest
+
+    def start(self, event: Event) -> Awaitable[None] | None:
+        """Write *event* when its turn has come; return what is left to await, or None.
+
+        PERF: the server's `send` usually finishes without suspending. Running its first step here
+        avoids a coroutine and a time limit in the common case.
+        """
+        if self.phase is not _OPEN or self.writing:
+            return self._send_later(event)
+        try:
+            for waits_for in (steps := self.asgi_send(event).__await__()):
+                self.writing = "sender"
+                return self._send_rest(Suspended(steps, waits_for))
+        except Exception as exc:  # The server, or an ASGI middleware, may raise anything.
+            self.write_failed(exc)
+            raise self.disconnected() from None
+        self.sent += 1
+        return None
+
+    async def _send_rest(self, rest: Suspended) -> None:
+        """Finish a write whose first step has been run; evict a client that takes too long."""
+        patience = asyncio.timeout(self.limits.send_timeout)
+        try:
+            async with patience:
+                self._patience = patience
+                try:
+                    await rest
+                finally:
+                    self._patience = None
+            self.sent += 1
+        except Exception as exc:  # The server, or an ASGI middleware, may raise anything.
+            if patience.expired():
+                self.evict()
+            else:
+                self.write_failed(exc)
+            raise self.disconnected() from None
+        finally:
+            self.write_next()
+
+    async def _send_later(self, event: Event) -> None:
+        """Write *event* behind the write in progress. Raises `falcon.WebSocketDisconnected`.
+
+        During the handshake this returns at once: connect handlers wait for nobody. What they send
+        after they have closed the connection is dropped.
+        """
+        if self.phase is Phase.CONNECTING:
+            if self.close_code is None:
+                self._put(Waiting(event))
+            return
+        if self.phase is not Phase.OPEN:
+            raise self.disconnected()
+        written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._put(Waiting(event, written))
+        try:
+            async with asyncio.timeout(self.limits.send_timeout):
+                is_written = await written
+        except TimeoutError:
+            self.evict()
+            is_written = False
+        if not is_written:
+            raise self.disconnected()
+
+    # Hubs
+
+    @staticmethod
+    async def fan_out(receivers: Iterable[Outgoing], data: bytes, group: str | None = None) -> None:
+        """Start one write of *data* to each of *receivers*, and wait for no client.
+
+        *group* is the one that a gap names where the message is dropped.
+        """
+        waiting, is_crowded = Waiting(text_event(data), None, len(data), group), False
+        ready: list[Outgoing] = []
+        try:
+            for receiver in receivers:
+                if receiver.phase is _OPEN and not receiver.writing:
+                    receiver.writing = "task"
+                    ready.append(receiver)
+                else:
+                    is_crowded |= receiver.push(waiting)
+        finally:
+            BatchWriter(ready, waiting.event).start()
+        while ready:  # noqa: ASYNC110 - the batch writer empties it a turn at a time, even alone
+            await asyncio.sleep(0)
+        if is_crowded:  # The client may be behind only because this code kept the loop busy.
+            await asyncio.sleep(0)
+
+    @staticmethod
+    async def write_each(batch: list[Outgoing], event: Event) -> None:
+        """Write *event* to the connections of *batch*, which `fan_out` has claimed, and empty it.
+
+        PERF: one ``finally`` around the loop instead of one for each receiver, and no call of ours
+        for a receiver, save 8 % of a delivery.
+        """
+        task, receiver = current_task(), None
+        try:
+            while batch:
+                receiver = batch.pop()
+                if receiver.phase is not Phase.GONE:
+                    receiver.writing, receiver.writer = "writer", task
+                    try:
+                        await receiver.asgi_send(event)
+                    except Exception as exc:  # The server, or a middleware, may raise anything.
+                        receiver.write_failed(exc)
+                    else:
+                        receiver.sent += 1
+                    receiver.writer = None
+                if receiver.outbox is None:
+                    receiver.writing = ""
+                else:
+                    receiver.write_next()
+            receiver = None
+        finally:
+            if receiver is not None:  # This task was cancelled while it wrote to this one.
+                receiver.writer = None
+                receiver.write_next()
+
+    def push(self, waiting: Waiting) -> bool:
+        """Put a hub's message into the outbox; return whether it is more than half full.
+
+        A client that exceeds its outbox is evicted, or loses its oldest messages, as `overflow`
+        says. A write that has not begun is no sign of a slow client.
+        """
+        if self.closed:
+            return False
+        outbox = self._put(waiting)
+        self._counters.peak(outbox.pushed)
+        is_behind = self.writing != "task"
+        if is_behind and outbox.exceeds(1, self.limits) and self.limits.overflow == "close":
+            self.evict()
+        while is_behind and outbox.exceeds(1, self.limits):
+            outbox.drop_oldest()
+            self._counters.add(dropped=1)
+            self._log_slow("messages for it are dropped")
+        return outbox.exceeds(0.5, self.limits)
+
+    async def _write(self, waiting: Waiting) -> None:
+        """Write *waiting* and then the outbox, until that is empty or the client has gone."""
+        self.writing, self.writer = "writer", current_task()
+        try:
+            while self.phase is not Phase.GONE:
+                if waiting.close is not None:
+                    await self._ws.close(waiting.close.code, waiting.close.reason or None)
+                else:
+                    await self.asgi_send(waiting.event)
+                    self.sent += 1
+                waiting.end(True)
+                following = self.outbox.take() if self.outbox is not None else None
+                if following is None:
+                    break
+                waiting = following
+        except Exception as exc:  # The server, or an ASGI middleware, may raise anything.
+            self.write_failed(exc)
+        finally:
+            waiting.end(False)
+            self.writer = None
+            self.write_next()
+
+    # The end
+
+    def open(self) -> None:
+        """Let what was sent during the handshake go out, now that it is answered."""
+        if self.phase is Phase.CONNECTING:
+            self._enter(Phase.OPEN if self.close_code is None else Phase.CLOSING)
+        self.write_next()
+
+    def close(self, close: Close, *, drops: bool = False) -> None:
+        """Send a close frame behind what was sent before, unless that *drops*; twice is once."""
+        self._session.on_close()
+        if self.closed:
+            return
+        if drops and self.outbox is not None:
+            self.outbox.clear()
+        self.close_code = close.code
+        self._goodbye = asyncio.get_running_loop().create_future()
+        self._put(Waiting({}, self._goodbye, close=close))
+        if self.phase is Phase.OPEN:
+            self._enter(Phase.CLOSING)
+        if not self.writing:
+            self.write_next()
+
+    def evict(self) -> None:
+        """Give up on a client that is too slow."""
+        if self.closed:
+            return
+        self._counters.add(evicted=1)
+        self._log_slow("closed with 1013")
+        self.close(Close(1013, "too slow"), drops=True)
+        self._stop_writing()
+
+    def lost(self, code: int | None = None) -> None:
+        """Give up writing. *code* is the one that the server has reported, if it has."""
+        if self.close_code is None:
+            self.close_code = code
+        if self.phase is Phase.GONE:
+            return
+        if self.outbox is not None:
+            self.outbox.clear()
+        self._stop_writing()
+        self._enter(Phase.GONE)
+
+    async def settle(self) -> None:
+        """Give the close frame its time, then make sure that nothing waits for this client."""
+        try:
+            if self._goodbye is not None:
+                is_urgent = self.close_code in (1012, 1013)  # of a shutdown, or a slow client
+                patience = _GOODBYE if is_urgent else self.limits.send_timeout
+                await asyncio.wait([self._goodbye], timeout=patience)
+                if not self._ws.closed:
+                    mark_closed(self._ws, self.close_code)
+        finally:
+            self.lost()
+
+    def release(self) -> None:
+        """Let go of the session, when the connection is over."""
+        self.lost()
+        self.writing = ""  # A handshake that an exception has ended is never answered.
+        self._session = _NOBODY
+
+    def _enter(self, phase: Phase) -> None:
+        if (self.phase, phase) not in TRANSITIONS:
+            raise RuntimeError(f"a connection does not go from {self.phase} to {phase}")
+        self.phase = phase
+        if phase is not Phase.OPEN:
+            self._session.on_end()
+
+    def _put(self, waiting: Waiting) -> Outbox:
+        outbox = self.outbox
+        if outbox is None:
+            outbox = self.outbox = Outbox()
+        outbox.put(waiting)
+        return outbox
+
+    def write_next(self) -> None:
+        """Go on with the outbox after a write has ended, if it holds something."""
+        following = self.outbox.take() if self.outbox is not None else None
+        if following is None:
+            self.writing, self.outbox = "", None
+        else:
+            self.writing = "task"
+            start_task(self._write(following))
+
+    def write_failed(self, exc: Exception) -> None:
+        """Take a write that raised for the end of the socket."""
+        logger.debug("write failed", exc_info=exc, extra={"connection_id": self._id})
+        if isinstance(exc, OSError):  # The server's word for a client that has gone (ASGI 2.4).
+            mark_closed(self._ws, self.close_code)
+        self.lost()
+
+    def _stop_writing(self) -> None:
+        """End the wait of whoever writes, unless that is the caller."""
+        if self._patience is not None and not self._patience.expired():
+            self._patience.reschedule(asyncio.get_running_loop().time())
+        if self.writer is not None and self.writer is not asyncio.current_task():
+            self.writer.cancel()
+
+    def _log_slow(self, what: str) -> None:
+        if not self._is_slow:
+            self._is_slow = True
+            logger.warning("client is too slow: %s", what, extra={"connection_id": self._id})
+
+
+class BatchWriter:
+    """Write one event to many connections, which have been claimed for it.
+
+    One task writes to one after the other: a task for each receiver costs 2.2 (Python 3.11) to 3.3
+    times (3.13) as much. When the server makes the task wait for a receiver, the task stays with
+    it, because what an ASGI middleware does there is bound to the task and its context. A new task
+    goes on with the others in the next turn of the loop.
+    """
+
+    def __init__(self, receivers: list[Outgoing], event: Event) -> None:
+        self._receivers = receivers  # those to come; the caller sees the list become empty
+        self._event = event
+        self._batch: list[Outgoing] = []
+
+    def start(self) -> None:
+        """Write to a turn's worth of the receivers, and go on in the next turn of the loop."""
+        if self._receivers:
+            self._batch = self._receivers[-_TURN:]
+            del self._receivers[-_TURN:]
+            start_task(Outgoing.write_each(self._batch, self._event))
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        """Take over what a task that waits has left of its batch, and start the next one."""
+        self._receivers += self._batch
+        self._batch.clear()
+        self.start()
+
+
+# ── incoming ──────────────────────────────────────────────────────────────────────────────────
+#
+# The reading half of a connection. The connection's own task reads and runs the handlers. While
+# one of these is suspended, a second task reads ahead, a few frames, so that a disconnect is
+# noticed. A handler that does not suspend costs no such task.
 
 _READ_AHEAD = 8  # frames: enough to notice a disconnect behind some messages, and bounded
+
+
+def server_receive(ws: falcon.asgi.WebSocket) -> Callable[[], Awaitable[Event]]:
+    """Return what reads the events of *ws*, without Falcon's receive queue where that is possible.
+
+    The queue doubles the cost of a message, and what it holds is lost when the client leaves. It is
+    turned off for this socket only. A socket that a middleware has accepted keeps its queue, which
+    runs already.
+    """
+    queue = ws._buffered_receiver
+    if queue._pump_task is not None:
+        return cast("Callable[[], Awaitable[Event]]", ws._asgi_receive)
+    queue._max_queue = 0
+    receive = ws._asgi_receive = queue._asgi_receive
+    return cast("Callable[[], Awaitable[Event]]", receive)
+
+
+def size_of(frame: str | bytes) -> int:
+    """Return the bytes of a frame's payload; text counts as UTF-8."""
+    is_counted = isinstance(frame, bytes) or frame.isascii()
+    return len(frame) if is_counted else len(cast(str, frame).encode(errors="surrogatepass"))
+
+
+def size_of_event(event: Event) -> int:
+    """Return the bytes of the frame in a ``websocket.receive``."""
+    return size_of(event.get("text") or event.get("bytes") or "")
+
+
+@attrs.define(eq=False, weakref_slot=False)
+class Incoming:
+    """The reading half of one connection."""
+
+    receive: Callable[[], Awaitable[Event]]
+    """The server's own `receive`, for whoever may read directly."""
+    _max_size: int
+    _session: Session
+    is_direct: bool = True
+    """Whether the next event comes from the server: nothing is read ahead, or has ended."""
+    is_due: bool = False
+    """Whether `_look` has been scheduled and will be called if the handler suspends."""
+    received: int = 0  # frames
+    _has_left: bool = False  # the server has reported the end
+    _is_stopped: bool = False  # the server closes, and nothing more is handled
+    _inbox: collections.deque[Event] | None = None  # what was read ahead
+    _ahead: asyncio.Task[None] | None = None
+
+    def accept(self, event: Event | None) -> typing.TypeGuard[Event]:
+        """Return whether *event*, the next one, is a frame to handle; if not, no more will come.
+
+        Frames that came before the client left are still handled, those behind the server's own
+        close are not.
+        """
+        if event is None:
+            return False
+        if event["type"] != "websocket.receive":
+            self._disconnected(event)
+            return False
+        if self._is_stopped:  # In the same turn of the loop.
+            return False
+        self.received += 1
+        return True
+
+    async def next(self) -> Event | None:
+        """Return the next event that was read ahead, then those of the server, or None at the end.
+
+        Only needed while not `is_direct`.
+        """
+        while not self._inbox:
+            if self._has_left or self._is_stopped:
+                return None
+            if self._ahead is None:
+                self.is_direct = True
+                return await self.receive()
+            await self._ahead
+            if not self._inbox:
+                self._ahead = None
+        return self._inbox.popleft()
+
+    async def first_token(self) -> Frame:
+        """Return the first ``authenticate`` message; hold what comes before it.
+
+        Raises `Close` when that is more than a few frames or `max_size` bytes, and
+        `falcon.WebSocketDisconnected`.
+        """
+        held, size = collections.deque[Event](), 0
+        while True:
+            event = await self.receive()
+            if event["type"] != "websocket.receive":
+                raise falcon.WebSocketDisconnected(self._disconnected(event))
+            text = event.get("text")
+            size += size_of_event(event)
+            if size > self._max_size:
+                raise Close(1009, f"more than {self._max_size} bytes")
+            frame = decode_or_error(text) if text is not None else None
+            if isinstance(frame, Frame) and frame.type == "authenticate":
+                self.received += 1
+                if held:
+                    self._inbox, self.is_direct = held, False
+                return frame
+            held.append(event)
+            if len(held) > _READ_AHEAD:
+                raise Close(UNAUTHENTICATED, "authenticate first")
+
+    def watch(self) -> None:
+        """Have the socket watched if the handler that starts now suspends.
+
+        PERF: until the loop goes on this costs nothing for a backlog that is handled without
+        waiting, and it needs no task for each message.
+        """
+        if not self.is_due:
+            self.is_due = True
+            asyncio.get_running_loop().call_soon(self._look)
+
+    def _look(self) -> None:
+        """Read ahead while a handler, or its reply, waits for something."""
+        self.is_due = False
+        is_over = self._has_left or self._is_stopped
+        is_reading = self._ahead is not None and not self._ahead.done()
+        if self._session.is_handling and not is_over and not is_reading:
+            self.is_direct = False
+            self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
+
+    async def _read_ahead(self) -> None:
+        if self._inbox is None:
+            self._inbox = collections.deque()
+        inbox, size = self._inbox, sum(map(size_of_event, self._inbox))
+        while self._session.is_handling and len(inbox) < _READ_AHEAD and size <= self._max_size:
+            event = await self.receive()
+            if event["type"] != "websocket.receive":
+                self._disconnected(event)
+                return
+            if self._is_stopped:
+                return
+            if not self._session.takes(event):
+                inbox.append(event)
+                size += size_of_event(event)
+
+    def _disconnected(self, event: Event) -> int:
+        """Take the server's report that the client has gone; return the close code."""
+        self._has_left, self.is_direct = True, False
+        code: int = event.get("code", 1005)  # The default is ASGI's (WebSocket: Disconnect).
+        self._session.on_disconnect(code)
+        return code
+
+    def stop(self) -> None:
+        """Handle nothing more, also of what was read ahead."""
+        self._is_stopped, self.is_direct = True, False
+        if self._inbox is not None:
+            self._inbox.clear()
+        if self._session.is_handling and self._ahead is not None:
+            self._ahead.cancel()  # granian's send(close) waits while a receive is pending.
+
+    def release(self) -> None:
+        """Let go of the session, when the connection is over."""
+        if self._ahead is not None:
+            self._ahead.cancel()  # The server's receive may have no end of its own.
+        self._session = _NOBODY
+
+
+# ── connection ────────────────────────────────────────────────────────────────────────────────
+#
+# What a handler gets: who the client is, and what can be sent to it.
+
 _BURST = 32  # messages that code may send in a row before others get a turn
 _PROCESS_BYTES = _OWN_BYTES = 6  # of a connection's id: its process, and in that itself
 _END_OF_TIME = 1e15  # UNIX seconds; beyond, floats and timers give up
-_LOOK_AT_CLOCK = 600.0  # seconds: as often is an expiry compared with the time of day
-_GOODBYE = 1.0  # seconds for what cannot be waited for: an evicted client's close frame, say
-
-
-class Phase(enum.Enum):
-    """Where a connection is in its life; it only ever goes down this list."""
-
-    CONNECTING = "the handshake is not answered; everything sent is held"
-    OPEN = "messages flow"
-    CLOSING = "the server closes it: what was sent before still goes out, nothing new is taken"
-    GONE = "the client is gone, or given up: nothing can be written any more"
-
-
-_OPEN = Phase.OPEN  # asked for with each message, and a global costs a third of a member
+_LOOK_AT_CLOCK = 600.0  # seconds between two looks at the time of day, which may be set anew
 
 
 @attrs.define(eq=False, repr=False)
 class Connection:
     """One client. Handlers get it; the hub's methods take it."""
 
-    _hub: Hub
-    _limits: Limits
+    hub: Hub
+    """The hub of its endpoint."""
     req: falcon.asgi.Request
     """The request of the handshake: headers, cookies, query string."""
     ws: falcon.asgi.WebSocket
     """Falcon's socket, for what Pachinko does not do. What it sends keeps no order with ours."""
     params: dict[str, Any]
     """The path parameters, converted as the path says."""
-    id: str = attrs.Factory(
-        lambda self: self._hub.state.process + secrets.token_hex(_OWN_BYTES), takes_self=True
-    )
+    id: str
     """Unique across processes, and public: other clients may see it. Never a credential."""
-    close_code: int | None = None
-    """Why it ended: the client's code (1005 or 1006 for none), or the one we closed with."""
+    outgoing: Outgoing
+    """The library's own, not for applications."""
     _user: str | None = None
-    _phase: Phase = Phase.CONNECTING
-    _ended: float | None = None  # when it left OPEN, on the loop's clock
-    _is_slow: bool = False  # and that has been logged
-    _received: int = 0  # frames, as are these
-    _sent: int = 0
-    _sends: int = 0  # by `send`
-    _writing: Literal["", "handshake", "sender", "task", "writer"] = "handshake"  # who is
-    _writer: asyncio.Task[None] | None = None
-    _outbox: Outbox | None = None
-    _goodbye: asyncio.Future[bool] | None = None  # whether the close frame was written
-    _patience: asyncio.Timeout | None = None  # of the sender that writes by itself
-    _life: TimeLimit | None = None  # of reading and of the handler in progress
     _expires_at: float | None = None
     _expiry: asyncio.TimerHandle | None = None
-    _handling: bool = False  # a handler is in progress
-    _is_deaf: bool = False  # closed by us, perhaps when it was gone: nothing more is handled
-    _look_due: bool = False  # and `_look` comes if it suspends
-    _inbox: collections.deque[Incoming] | None = None  # what was read ahead
-    _ahead: asyncio.Task[None] | None = None
-    _tasks: set[asyncio.Task[None]] | None = None  # concurrent handlers and streams
-    _streams: dict[Id, Stream] | None = None
-    _rate: Rate | None = None
+    _sends: int = 0
 
     def __repr__(self) -> str:
-        return f"<Connection {self.id} {self._phase.name.lower()}>"
+        return f"<Connection {self.id} {self.outgoing.phase}>"
 
     @property
     def context(self) -> Any:
         """Falcon's ``req.context``: whatever the application keeps for this connection."""
         return self.req.context
+
+    @property
+    def close_code(self) -> int | None:
+        """Why it was closed: the client's code (1005 or 1006 for none) or the server's; or None."""
+        return self.outgoing.close_code
 
     @property
     def user(self) -> str | None:
@@ -2071,9 +2579,9 @@ class Connection:
     def user(self, user: str | None) -> None:
         if user is not None and not isinstance(user, str):
             raise TypeError(f"a user is a str or None, got {user!r}; write conn.user = str(...)")
-        if self._writing != "handshake":
+        if self.outgoing.is_answered:
             raise PachinkoError("conn.user is set in a connect handler, before the client is in")
-        self._hub.state.registry.set_user(self, user)
+        self.hub.state.registry.set_user(self, user)
         self._user = user
 
     @property
@@ -2090,381 +2598,62 @@ class Connection:
         if at is not None and not (type(at) in (int, float) and abs(at) < _END_OF_TIME):
             raise TypeError(f"expires_at is UNIX seconds, such as time.time() + 3600; got {at!r}")
         self._expires_at = at
-        self._stop_expiry()
+        self.stop_expiry()
         if at is not None and not self.closed:
             self._expire()
 
-    def _expire(self) -> None:
-        """Close if the time has come; else look again, since clocks get set."""
-        left = cast(float, self._expires_at) - time.time()
-        if left <= 0:
-            self._close(Close(UNAUTHENTICATED, "the authentication has expired"))
-        else:
-            loop = asyncio.get_running_loop()
-            self._expiry = loop.call_later(min(left, _LOOK_AT_CLOCK), self._expire)
-
-    def _stop_expiry(self) -> None:
+    def stop_expiry(self) -> None:
+        """Cancel the timer of `expires_at`; the library does so when the connection is over."""
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
 
+    def _expire(self) -> None:
+        """Close if the time has come; else look again later, since clocks get set."""
+        left = cast(float, self._expires_at) - time.time()
+        if left <= 0:
+            self.outgoing.close(Close(UNAUTHENTICATED, "the authentication has expired"))
+        else:
+            loop = asyncio.get_running_loop()
+            self._expiry = loop.call_later(min(left, _LOOK_AT_CLOCK), self._expire)
+
     @property
     def groups(self) -> frozenset[str]:
         """The groups that it is in."""
-        return frozenset(self._hub.state.registry.groups_of(self))
+        return frozenset(self.hub.state.registry.groups_of(self))
 
     @property
     def closed(self) -> bool:
-        """Whether it is over: the client is gone, or the server has begun to close."""
-        return self._phase is Phase.CLOSING or self._phase is Phase.GONE
+        """Whether the client has gone or the server has begun to close."""
+        return self.outgoing.closed
 
     async def send(self, message: object, payload: object = None) -> None:
         """Send a ``@message`` object, or a type and its payload, to this client.
 
-        Waits while the client is behind. Raises `falcon.WebSocketDisconnected` when it is gone,
-        or stays behind for `send_timeout` seconds (and is then evicted with 1013). In a connect
-        handler it returns at once, and the message goes out after the handshake.
+        Waits while the client is behind. Raises `falcon.WebSocketDisconnected` when the client has
+        gone, or stays behind for `send_timeout` seconds (and is then evicted with 1013). In a
+        connect handler it returns at once, and the message goes out after the handshake.
         """
         type, payload = split_message(message, payload)
-        await self._post(text_event(self._hub.state.codec.encode(type, payload)))
+        await self.outgoing.send(text_event(self.hub.state.codec.encode(type, payload)))
         self._sends += 1
         if self._sends % _BURST == 0:
-            await asyncio.sleep(0)  # while a client keeps up, nothing else lets the loop run
+            await asyncio.sleep(0)  # While a client keeps up, nothing else lets the loop run.
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close after what was sent before. Does not wait for the client; twice is once.
 
         Raises `ValueError` for a *code* or *reason* that `Close` refuses.
         """
-        self._close(Close(code, reason))
+        self.outgoing.close(Close(code, reason))
 
     async def join(self, group: str) -> None:
-        """`Hub.join` for this connection."""
-        await self._hub.join(group, self)
+        """Add the connection to *group*, as `Hub.join` does."""
+        await self.hub.join(group, self)
 
     async def leave(self, group: str) -> None:
-        """`Hub.leave` for this connection."""
-        await self._hub.leave(group, self)
-
-    # Writing
-
-    async def _post(self, event: Event) -> None:
-        """Write *event* when its turn has come."""
-        if (rest := self._start_write(event)) is not None:
-            await rest
-
-    def _start_write(self, event: Event) -> Awaitable[None] | None:
-        """Write *event* when its turn has come; return what is left to await, mostly nothing.
-
-        The first step of the server's send nearly always is the last. Run from here it needs no
-        coroutine of ours around it, and nothing that is there only in case that it waits.
-        """
-        if self._phase is not _OPEN or self._writing:
-            return self._write_later(event)
-        try:
-            for waits_for in (steps := self.ws._send(event).__await__()):
-                self._writing = "sender"
-                return self._finish_write(Suspended(steps, waits_for))
-        except Exception as exc:  # whatever the server raises
-            self._write_failed(exc)
-            raise self._disconnected() from None
-        self._sent += 1
-        return None
-
-    async def _finish_write(self, rest: Suspended) -> None:
-        try:
-            async with self._waiting() as patience:
-                self._patience = patience
-                try:
-                    await rest
-                    self._sent += 1
-                finally:
-                    self._patience = None
-        except Exception as exc:  # the same
-            self._write_failed(exc)
-            raise self._disconnected() from None
-        finally:
-            self._writing = ""
-            self._write_next()
-
-    async def _write_later(self, event: Event) -> None:
-        """Behind what is being written, if anything can still be written."""
-        if self._phase is Phase.CONNECTING:
-            self._queue().put(Waiting(event))
-        elif self._phase is not Phase.OPEN:
-            if self._ended is not None:  # else a connect handler has closed it, and may go on
-                raise self._disconnected()
-        else:
-            sent: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-            self._queue().put(Waiting(event, sent))
-            async with self._waiting():
-                await sent
-            if not sent.result():
-                raise self._disconnected()
-
-    @contextlib.asynccontextmanager
-    async def _waiting(self) -> AsyncGenerator[asyncio.Timeout, None]:
-        """Around a wait for a client that is behind; one that stays so for too long is evicted."""
-        try:
-            async with asyncio.timeout(self._limits.send_timeout) as patience:
-                yield patience
-        except TimeoutError:
-            self._evict()
-            raise self._disconnected() from None
-
-    def _push(self, event: Event, size: int, group: str | None) -> bool:
-        """Send behind what is being written; return whether the outbox is more than half full."""
-        if self.closed:
-            return False
-        outbox, limits, counts = self._queue(), self._limits, self._hub.state.counters
-        outbox.put(Waiting(event, None, size, group))
-        counts.peak(outbox.pushed)
-        is_behind = self._writing != "task"  # which has only not begun
-        if is_behind and outbox.exceeds(1, limits) and limits.overflow == "close":
-            self._evict()
-        while is_behind and outbox.exceeds(1, limits):
-            outbox.drop_oldest()
-            counts.add(dropped=1)
-            self._log_slow("messages for it are dropped")
-        return outbox.exceeds(0.5, limits)
-
-    def _evict(self) -> None:
-        """Give up on a client that is too slow."""
-        if not self.closed:
-            self._hub.state.counters.add(evicted=1)
-            self._log_slow("closed with 1013")
-            if self._outbox is not None:
-                self._outbox.clear()
-            self._close(Close(1013, "too slow"))
-            self._stop_writing()
-
-    def _stop_writing(self) -> None:
-        """End the wait of whoever writes, if it is not the caller."""
-        if self._patience is not None and not self._patience.expired():
-            self._patience.reschedule(asyncio.get_running_loop().time())
-        if self._writer is not None and self._writer is not asyncio.current_task():
-            self._writer.cancel()
-
-    def _log_slow(self, what: str) -> None:
-        if not self._is_slow:
-            self._is_slow = True
-            logger.warning("client is too slow: %s", what, extra={"connection_id": self.id})
-
-    def _queue(self) -> Outbox:
-        if self._outbox is None:
-            self._outbox = Outbox()
-        return self._outbox
-
-    def _start_writer(self, first: Waiting) -> None:
-        self._writing = "task"
-        start_task(self._write_all(first))
-
-    def _write_next(self) -> None:
-        """After a write that ended: go on with the outbox, if there is something in it."""
-        following = self._outbox.take() if self._outbox is not None else None
-        if following is None:
-            self._outbox = None
-        else:
-            self._start_writer(following)
-
-    async def _write_all(self, first: Waiting) -> None:
-        """The writer: *first* and then the outbox, until it is empty or the client is gone."""
-        waiting: Waiting | None = first
-        self._writing, self._writer = "writer", asyncio.current_task()
-        try:
-            while waiting is not None and self._phase is not Phase.GONE:
-                first = waiting
-                if first.event["type"] == "websocket.close":
-                    await self.ws.close(first.event["code"], first.event["reason"] or None)
-                else:
-                    await self.ws._send(first.event)
-                    self._sent += 1
-                if first.sent is not None and not first.sent.done():
-                    first.sent.set_result(True)
-                waiting = self._outbox.take() if self._outbox is not None else None
-            self._outbox = None
-        except Exception as exc:  # the same
-            self._write_failed(exc)
-        finally:
-            self._writing, self._writer = "", None
-            if first.sent is not None and not first.sent.done():
-                first.sent.set_result(False)
-            self._write_next()
-
-    def _write_failed(self, exc: Exception) -> None:
-        """The client is gone, or has been evicted; or the server has an error of its own."""
-        if not isinstance(exc, falcon.WebSocketDisconnected):
-            logger.debug("write failed", exc_info=exc, extra={"connection_id": self.id})
-            self._lost()
-        elif self._phase is Phase.OPEN or self.ws.closed:
-            self._lost()
-
-    # Ending
-
-    def _disconnected(self) -> falcon.WebSocketDisconnected:
-        return falcon.WebSocketDisconnected(self.close_code or 1006)
-
-    def _end(self, state: Phase) -> None:
-        """Leave OPEN: stop the streams; wake the reader, or give the handler `linger` seconds."""
-        self._phase = state
-        self._ended = asyncio.get_running_loop().time()
-        for stream in tuple((self._streams or {}).values()):
-            if stream.task is not asyncio.current_task():
-                stream.stop()
-        if self._life is not None:
-            is_unread = self.close_code is None  # the server may hold frames from before the end
-            linger = self._limits.linger if self._handling or is_unread else 0
-            self._life.end_at(self._ended + linger)
-
-    def _close(self, close: Close) -> None:
-        """The server's wish: the close frame goes out behind what was sent before."""
-        self._is_deaf = True
-        if self.closed:
-            return
-        self.close_code = close.code
-        event = {"type": "websocket.close", "code": close.code, "reason": close.reason}
-        self._goodbye = asyncio.get_running_loop().create_future()
-        last = Waiting(event, self._goodbye)
-        if self._phase is not Phase.CONNECTING:
-            self._end(Phase.CLOSING)
-        elif self._life is not None and not self._life.is_around(asyncio.current_task()):
-            self._life.end_at(asyncio.get_running_loop().time())  # it has not authenticated yet
-        self._phase = Phase.CLOSING
-        if self._handling and self._ahead is not None:
-            self._ahead.cancel()  # granian's send(close) waits while a receive is pending
-        if self._writing:
-            self._queue().put(last)
-        else:
-            self._start_writer(last)
-
-    def _gone(self, code: int) -> None:
-        """The server has reported that the client is gone."""
-        self.close_code = code if self.close_code is None else self.close_code
-        self._lost()
-
-    def _lost(self) -> None:
-        """Nothing can be written any more. Why, the reader may still learn."""
-        if self._phase is Phase.GONE:
-            return
-        if self._outbox is not None:
-            self._outbox.clear()
-        self._stop_writing()
-        self._end(Phase.GONE)
-
-    async def _settle(self) -> None:
-        """Give the close frame its time, then make sure that nothing waits for this client."""
-        try:
-            if self._goodbye is not None:
-                is_urgent = self.close_code in (1012, 1013)  # the shutdown's, or a slow client's
-                patience = _GOODBYE if is_urgent else self._limits.send_timeout
-                await asyncio.wait([self._goodbye], timeout=patience)
-                if not self.ws.closed:
-                    abandon(self.ws)
-        finally:
-            self._lost()
-
-    def _opened(self) -> None:
-        """The handshake is answered: what was sent until now goes out."""
-        self._writing = ""
-        if self._phase is Phase.CLOSING:  # by a connect handler, or evicted
-            self._end(Phase.CLOSING)
-        elif self._phase is Phase.CONNECTING:  # else it has gone while those ran
-            self._phase = Phase.OPEN
-        self._write_next()
-
-    # Reading
-
-    async def _next_event(self) -> Incoming | None:
-        """The next frame, or None when the connection is over.
-
-        Frames that came before the client left are still handled, those behind a close of ours
-        are not.
-        """
-        while not self._is_deaf:
-            if self._inbox:
-                self._received += 1
-                return self._inbox.popleft()
-            if self._phase is Phase.GONE and self.close_code is not None:
-                break
-            if self._ahead is not None:
-                await self._ahead
-                if not self._inbox:
-                    self._ahead = None
-                continue
-            try:
-                event = await self.ws._receive()
-            except falcon.WebSocketDisconnected as exc:
-                self._gone(exc.code)
-            else:
-                self._received += 1
-                return None if self._is_deaf else event  # we may have closed in the same turn
-        return None
-
-    async def _receive_token(self) -> Frame:
-        """The first ``authenticate``; what comes before it is held, a few frames, to be read then.
-
-        Raises `Close` when that is too much, and `falcon.WebSocketDisconnected`.
-        """
-        self._inbox, size = collections.deque(), 0
-        while True:
-            event = await self.ws._receive()
-            text = event.get("text")
-            size += size_of_event(event)
-            if size > self._limits.max_size:
-                raise Close(1009, f"more than {self._limits.max_size} bytes")
-            frame = decode_or_error(text) if text is not None else None
-            if isinstance(frame, Frame) and frame.type == "authenticate":
-                self._received += 1
-                return frame
-            self._inbox.append(event)
-            if len(self._inbox) > _READ_AHEAD:
-                raise Close(UNAUTHENTICATED, "authenticate first")
-
-    def _watch(self) -> None:
-        """Have `_look` called when the loop goes on, which it does if the handler suspends.
-
-        That costs nothing while a backlog is handled without waiting, and needs no task.
-        """
-        self._look_due = True
-        asyncio.get_running_loop().call_soon(self._look)
-
-    def _look(self) -> None:
-        """Watch the socket if a handler, or its reply, waits for something."""
-        self._look_due = False
-        is_reading = self._ahead is not None and not self._ahead.done()
-        if self._handling and not self.closed and not is_reading:
-            self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
-
-    async def _read_ahead(self) -> None:
-        if self._inbox is None:
-            self._inbox = collections.deque()
-        size = sum(map(size_of_event, self._inbox))
-        try:
-            while (
-                self._handling and len(self._inbox) < _READ_AHEAD and size <= self._limits.max_size
-            ):
-                event = await self.ws._receive()
-                if not (self._streams and self._stops_stream(event)):
-                    self._inbox.append(event)
-                    size += size_of_event(event)
-        except falcon.WebSocketDisconnected as exc:
-            self._gone(exc.code)
-
-    def _stops_stream(self, event: Incoming) -> bool:
-        """Whether *event* is the ``complete`` for a stream in progress, which it then stops."""
-        text = event.get("text")
-        if text is not None and '"complete"' in text and size_of(text) <= self._limits.max_size:
-            with contextlib.suppress(BadFrame):
-                frame = decode(text)
-                return frame.type == "complete" and self._complete(frame.id)
-        return False
-
-    def _complete(self, id: Id | None) -> bool:
-        """Stop the stream *id*, if there is one."""
-        stream = (self._streams or {}).get(cast(Id, id))
-        if stream is not None:
-            stream.stop()
-        return stream is not None
+        """Remove the connection from *group*, as `Hub.leave` does."""
+        await self.hub.leave(group, self)
 
 
 # ── registry and relay ────────────────────────────────────────────────────────────────────────
@@ -2803,79 +2992,17 @@ class Registry:
         if excluded:
             ids = frozenset(excluded)
             receivers = [conn for conn in receivers if conn.id not in ids]
-        await spread(receivers, data, group)
+        await Outgoing.fan_out([conn.outgoing for conn in receivers], data, group)
 
     def close(self, kind: Kind, name: str, close: Close) -> None:
         """Close the receivers, behind what was sent to them before."""
         for conn in tuple(self.receivers(kind, name)):
-            conn._close(close)
+            conn.outgoing.close(close)
 
 
 def is_accepted(conn: Connection) -> bool:
     """Whether the handshake of *conn* has been answered."""
-    return conn._phase is Phase.OPEN or conn._ended is not None
-
-
-async def spread(receivers: Collection[Connection], data: bytes, group: str | None = None) -> None:
-    """Start one write to each of *receivers*, without waiting for any client.
-
-    *group* is what the gap names if the message is dropped.
-    """
-    event, size, crowded = text_event(data), len(data), False
-    ready: list[Connection] = []
-    try:
-        for conn in tuple(receivers):
-            if conn._phase is _OPEN and not conn._writing:
-                conn._writing = "task"
-                ready.append(conn)
-            else:
-                crowded |= conn._push(event, size, group)
-    finally:
-        _deliver(ready, event)
-    while ready:  # noqa: ASYNC110 - what empties it, a turn at a time, goes on without this
-        await asyncio.sleep(0)
-    if crowded:  # it may be behind only because this code has not let go of the loop
-        await asyncio.sleep(0)
-
-
-def _deliver(receivers: list[Connection], event: Event) -> None:
-    """Write *event* to *receivers* and empty the list: some at once, the rest by and by.
-
-    One task writes to one after the other; to start one for each takes twice as long. When the
-    server lets it wait for one of them, it is left to that one, since what an ASGI middleware does
-    there is bound to the task and to its context; a new task goes on with the others.
-    """
-    batch = receivers[-_TURN:]
-    del receivers[-_TURN:]
-    if batch:
-        start_task(_write_each(batch, event))
-    if batch or receivers:
-        asyncio.get_running_loop().call_soon(_deliver_rest, batch, receivers, event)
-
-
-def _deliver_rest(batch: list[Connection], receivers: list[Connection], event: Event) -> None:
-    """Go on with the others; a task that waits finds its *batch* empty then, and ends."""
-    receivers += batch
-    batch.clear()
-    if receivers:
-        _deliver(receivers, event)
-
-
-async def _write_each(receivers: list[Connection], event: Event) -> None:
-    task = asyncio.current_task()
-    while receivers:
-        conn = receivers.pop()
-        conn._writing, conn._writer = "writer", task
-        try:
-            if conn._phase is not Phase.GONE:
-                await conn.ws._send(event)
-                conn._sent += 1
-        except Exception as exc:  # whatever the server raises
-            conn._write_failed(exc)
-        finally:
-            conn._writing, conn._writer = "", None
-            if conn._outbox is not None:
-                conn._write_next()
+    return conn.outgoing.is_answered
 
 
 # ── hub state ─────────────────────────────────────────────────────────────────────────────────
@@ -2991,8 +3118,8 @@ class HubState:
         self.process: str = new_process()
         self.counters: Counters = Counters()
         self.calls: ThreadCalls = ThreadCalls()
-        self.serving: dict[asyncio.Task[Any], Connection] = {}
-        """Connections by the task that serves them, from the handshake to their end."""
+        self.serving: dict[asyncio.Task[Any], Session] = {}
+        """Sessions by the task that serves them, from the handshake to their end."""
         self.draining: bool = False
         self.loop: asyncio.AbstractEventLoop | None = None
         self.broker: str | Backplane | None = None
@@ -3047,20 +3174,14 @@ class HubState:
         with contextlib.suppress(PachinkoError):  # it has been logged, and is tried again
             await self.relay.connected()
 
-    def enter(self, conn: Connection) -> None:
-        """Note that the current task serves *conn*."""
-        self.serving[cast("asyncio.Task[Any]", asyncio.current_task())] = conn
+    def enter(self, session: Session) -> None:
+        """Note that the current task serves *session*."""
+        self.serving[current_task()] = session
 
-    def leave(self) -> None:
+    def leave(self, session: Session) -> None:
         """Note that the current task has ended its service."""
-        self.serving.pop(cast("asyncio.Task[Any]", asyncio.current_task()), None)
-
-    def remove(self, conn: Connection) -> None:
-        """Remove *conn* from the registry, and keep its counts."""
-        self.counters.frames(conn._received, conn._sent)
-        conn._received = conn._sent = 0  # frames sent from now on count at the next removal
-        conn._stop_expiry()
-        self.registry.remove(conn)
+        self.serving.pop(current_task(), None)
+        self.counters.frames(session.incoming.received, session.outgoing.sent)
 
     async def reachable(self, conn: Connection) -> None:
         """Wait until `Hub.send_to_user` in other processes reaches *conn*."""
@@ -3079,33 +3200,36 @@ class HubState:
         await asyncio.shield(task)
 
     async def _close_all(self, seconds: float, caller: object) -> None:
-        conns = random.sample(list(self.serving.values()), len(self.serving))
-        logger.info("draining %d connections in %g s", len(conns), seconds)
+        sessions = random.sample(list(self.serving.values()), len(self.serving))
+        logger.info("draining %d connections in %g s", len(sessions), seconds)
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        for n, conn in enumerate(conns):
-            if conn.closed:
-                continue  # it has left by itself, and needs no turn
-            if (early := begun + seconds * n / len(conns) - loop.time()) > 0 or n % _TURN == 0:
+        for n, session in enumerate(sessions):
+            if session.outgoing.closed:
+                continue  # It has left by itself, and needs no turn.
+            early = begun + seconds * n / len(sessions) - loop.time()
+            if early > 0 or n % _TURN == 0:
                 await asyncio.sleep(early)
-            conn._close(Close(1012, "the server restarts"))
-        own = {c for task, c in self.serving.items() if caller in (task, *(c._tasks or ()))}
-        await self.wait_for(frozenset(conns) - own)
+            session.outgoing.close(Close(1012, "the server restarts"))
+        own = {s for task, s in self.serving.items() if caller in (task, *s.tasks)}
+        await self.wait_for(set(sessions) - own)
 
-    async def wait_for(self, conns: Iterable[Connection], *others: asyncio.Task[Any]) -> None:
-        """Wait until *others* and the disconnect handlers of *conns*, which are closed, have ended.
+    async def wait_for(self, sessions: Collection[Session], *others: asyncio.Task[Any]) -> None:
+        """Wait until *others* and *sessions*, which are closed, have ended.
 
-        Gives up after the longest `linger` of *conns* and 5 seconds.
+        Gives up after the longest `linger` of the sessions and 5 seconds.
         """
-        closed = frozenset(conns)
-        ending = {*others, *(task for task, conn in self.serving.items() if conn in closed)}
+        ending = {*others, *(task for task, each in self.serving.items() if each in sessions)}
         if ending:
-            linger = max((conn._limits.linger for conn in closed), default=0.0)
+            linger = max((each.outgoing.limits.linger for each in sessions), default=0.0)
             _, stuck = await asyncio.wait(ending, timeout=linger + _FAREWELL)
             for task in stuck:
                 logger.error("not waiting any longer for %r, which does not end", task)
-                # The shutdown after a drain does not wait for it again.
-                self.serving.pop(task, None)
+                self.serving.pop(task, None)  # A shutdown after a drain does not wait once more.
+
+    def sessions_of(self, limits: Limits) -> list[Session]:
+        """Return the sessions of the endpoint with these *limits*."""
+        return [each for each in self.serving.values() if each.outgoing.limits is limits]
 
 
 # ── hub ───────────────────────────────────────────────────────────────────────────────────────
@@ -3252,7 +3376,7 @@ class Hub:
         """Refuse what is no connection, and the connection of another hub."""
         if not isinstance(conn, Connection):
             raise TypeError(f'write hub.join("room:1", conn); got {conn!r} for the connection')
-        if conn._hub is not self:
+        if conn.hub is not self:
             raise PachinkoError(f"this connection's endpoint has another hub; {instead}")
 
     async def join(self, group: str, conn: Connection) -> None:
@@ -3272,12 +3396,12 @@ class Hub:
         self._check_own(conn, "use conn.join(group)")
         state = self.state
         if conn.id not in state.registry.connections:
-            if conn._phase is Phase.CONNECTING:
+            if not conn.outgoing.is_answered:
                 raise PachinkoError(
                     "nobody joins before it has authenticated; do it in @ws.connect"
                 )
             return
-        groups, most = state.registry.groups_of(conn), conn._limits.max_groups
+        groups, most = state.registry.groups_of(conn), conn.outgoing.limits.max_groups
         if len(groups) >= most and group not in groups:
             raise MessageError("too_many_groups", f"at most {most} groups a connection")
         state.registry.join(group, conn)
@@ -3398,7 +3522,7 @@ class Hub:
         hang: `linger` and 5 seconds after the last close. Raises `ValueError` for *seconds* below
         0.
         """
-        if not _is_seconds(seconds):
+        if not is_seconds(seconds):
             raise ValueError(f"seconds is a number, at least 0, got {seconds!r}")
         self._check("", "group")
         await self.state.drain(seconds)
@@ -3434,12 +3558,12 @@ class Hub:
         ``errors`` in all, and ``errors.<code>`` for each code that was answered.
         """
         state = self.state
-        counters, connections = state.counters, state.registry.connections.values()
+        counters, sessions = state.counters, state.serving.values()
         return {
             "connections": len(self.connections),
             "groups": len(state.registry.groups),
-            "received": counters.received + sum(conn._received for conn in connections),
-            "sent": counters.sent + sum(conn._sent for conn in connections),
+            "received": counters.received + sum(each.incoming.received for each in sessions),
+            "sent": counters.sent + sum(each.outgoing.sent for each in sessions),
             "dropped": counters.dropped,
             "evicted": counters.evicted,
             "outbox_high_water": counters.outbox_high_water,
@@ -3465,20 +3589,14 @@ hub: Hub = Hub()
 """The hub of the process. It holds no event loop and no connection before an app starts."""
 
 
-# ── dispatch ──────────────────────────────────────────────────────────────────────────────────
+# ── outcomes ──────────────────────────────────────────────────────────────────────────────────
 #
-# One message: decode, find, bind, call, answer. Whatever goes wrong on the way becomes one
-# outcome for the client, and the connection goes on.
-
-
-def reply_event(writer: Writer, id: Id | None, value: object, more: bool = False) -> Event:
-    """The event that answers a message with *value*."""
-    type, unstructure = writer
-    return text_event(_encode(Sent(type, id, unstructure(value), None, more)))
+# What an exception means that code of the application has raised. Most become an answer or a close;
+# a cancellation, and what ends the process, goes on up.
 
 
 def outcome_of(exc: BaseException) -> MessageError | Close | None:
-    """What an exception from a handler means for the client; None for a bug, which says nothing."""
+    """Return what *exc*, from a handler, means for the client; None for a bug."""
     if isinstance(exc, falcon.HTTPError):
         status, title = exc.status_code, exc.title or ""
         details = {"status": status, "title": title, "description": exc.description}
@@ -3486,259 +3604,332 @@ def outcome_of(exc: BaseException) -> MessageError | Close | None:
     return exc if isinstance(exc, (MessageError, Close)) else None
 
 
+def internal_error() -> MessageError:
+    """Return the answer to a message whose handler has a bug."""
+    return MessageError("internal_error", "the server failed to handle this message")
+
+
 def is_cancelled(exc: BaseException | None = None) -> bool:
-    """Whether the current task is being cancelled, and *exc* is not some handler's stray error."""
-    task = cast("asyncio.Task[Any]", asyncio.current_task())
-    return (exc is None or isinstance(exc, asyncio.CancelledError)) and task.cancelling() > 0
+    """Return whether the current task is being cancelled, and *exc* is what came of it.
 
-
-def is_passed_on(exc: BaseException) -> bool:
-    """Whether *exc* goes on up: the process ends, Python closes the coroutine, or it is cancelled.
-
-    All else is some code's bug, also where it is no `Exception`: argparse's `SystemExit`, for which
-    asyncio would end the whole server, a stray `CancelledError`, the panic of a library in Rust.
+    The error that code raises while it cleans up takes the place of its `CancelledError`. Before
+    Python 3.13 a cancellation may be counted that a `TaskGroup` has caught; there the contexts of
+    *exc* have to show one.
     """
-    return isinstance(exc, (KeyboardInterrupt, GeneratorExit)) or is_cancelled(exc)
+    if not current_task().cancelling():
+        return False
+    is_plain = exc is None or isinstance(exc, asyncio.CancelledError)
+    return is_plain or _COUNTS_CANCELLATIONS or _came_of_cancellation(exc)
+
+
+def _came_of_cancellation(exc: BaseException | None) -> bool:
+    """Return whether *exc* was raised while a `CancelledError` was handled.
+
+    The cancellation behind a `TimeoutError` has done its work. Of a group each error has to come of
+    a cancellation: the first to fail in a `TaskGroup` does not, and that cancels the others.
+    """
+    while exc is not None and not isinstance(exc, TimeoutError):
+        if isinstance(exc, asyncio.CancelledError):
+            return True
+        if isinstance(exc, BaseExceptionGroup):
+            return all(map(_came_of_cancellation, exc.exceptions))
+        exc = exc.__context__
+    return False
+
+
+def pass_on(exc: BaseException, what: str, id: str | None = None, type: str | None = None) -> None:
+    """Raise what goes on up after *what*, code of the application, has raised *exc*; or return.
+
+    `KeyboardInterrupt` and `GeneratorExit` go on, and so does a cancellation of the task. An error
+    that clean-up code raises meanwhile is logged, and the cancellation takes its place. All else is
+    a bug or meant for the client, also where it is no `Exception`: the `SystemExit` of argparse,
+    for which asyncio would end the server, a `CancelledError` that nobody asked for, the panic of a
+    library in Rust.
+    """
+    try:
+        if isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
+            raise exc
+        if is_cancelled(exc):
+            if isinstance(exc, asyncio.CancelledError):
+                raise exc
+            if outcome_of(exc) is None and not isinstance(exc, falcon.WebSocketDisconnected):
+                log_failure(what, exc, id, type)
+            raise asyncio.CancelledError
+    finally:
+        del exc  # It refers to this frame; a cycle would keep the connection until a collection.
 
 
 def forget_cancellations() -> None:
     """Undo what a caught failure in a `TaskGroup` leaves behind on Python 3.11 and 3.12."""
-    task = cast("asyncio.Task[Any]", asyncio.current_task())
+    task = current_task()
     while task.cancelling():
         task.uncancel()
 
 
-def log_failure(what: str, exc: BaseException, conn: Connection, type: str | None = None) -> None:
-    """Log a bug in the application with its traceback."""
-    extra = {"connection_id": conn.id, "message_type": type}
-    if isinstance(exc, BrokerAway):  # everybody's handlers fail then, and the reason is logged
+def log_failure(
+    what: str, exc: BaseException, id: str | None = None, type: str | None = None
+) -> None:
+    """Log a bug in the application with its traceback; *id* is that of the connection."""
+    extra = {"connection_id": id, "message_type": type}
+    if isinstance(exc, BrokerAway):  # It hits every handler at once, and its reason is logged.
         logger.error("%s failed: %s", what, exc, extra=extra)
     else:
         logger.error("%s failed", what, exc_info=exc, extra=extra)
 
 
-@attrs.frozen(eq=False)
-class Dispatcher:
-    """Serves the accepted connections of one endpoint."""
+# ── stream ────────────────────────────────────────────────────────────────────────────────────
+#
+# A generator in progress, whose items go to the client one by one.
 
-    _routes: Routes
-    _hub: Hub
-    _limits: Limits
+_NO_STREAMS: Mapping[Id, Stream] = types.MappingProxyType({})  # that of most connections
 
-    async def serve(self, conn: Connection) -> None:
-        """Handle what *conn* sends until it is over, and then everything that follows."""
+
+@attrs.define(eq=False)
+class Stream:
+    """A stream in progress."""
+
+    is_stopped: bool = False
+    """Whether nobody wants more of it: the client has said so, or has gone."""
+    task: asyncio.Task[Any] | None = None
+    """The task that runs it, from `begin` to `end`."""
+    _is_cancellable: bool = False
+
+    def begin(self) -> None:
+        """Note that the current task runs it, which `stop` may cancel from now on."""
+        self.task, self._is_cancellable = current_task(), True
+
+    def stop(self) -> None:
+        """Close the generator, once; one that has not begun will not begin."""
+        if not self.is_stopped and self._is_cancellable and self.task is not None:
+            self.task.cancel()
+        self.is_stopped = True
+
+    async def send_all(
+        self, items: AsyncIterator[Any], send: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """Give *items* to *send* one by one. The clean-up of the generator is not cancelled."""
+        async with contextlib.aclosing(cast("AsyncGenerator[Any]", items)):
+            try:
+                async for item in items:
+                    if self.is_stopped:  # The generator has caught its cancellation.
+                        raise asyncio.CancelledError
+                    await send(item)
+                    await asyncio.sleep(0)  # A generator that never waits must starve nobody.
+            finally:
+                self._is_cancellable = False
+
+    def end(self) -> None:
+        """Let go of the task, which keeps its error and with that the frames."""
+        self.task = None
+
+
+# ── session ───────────────────────────────────────────────────────────────────────────────────
+#
+# One connection from its first message on. A message is decoded, its handler is found and called,
+# and what that returns or raises is answered. Whatever goes wrong on the way becomes one outcome
+# for the client, and the connection goes on.
+
+
+def reply_event(writer: Writer, id: Id | None, value: object, more: bool = False) -> Event:
+    """Return the event that answers a message with *value*."""
+    type, unstructure = writer
+    data = _encode(Sent(type, id, unstructure(value), None, more))
+    return {"type": "websocket.send", "text": data.decode()}
+
+
+class Session:
+    """What one connection does: the handler in progress, its streams, tasks and limits.
+
+    It is the `Listener` of the connection's two halves.
+    """
+
+    __slots__ = (
+        "_ended", "_life", "_limits", "_rate", "_routes", "_state", "_streams", "conn",
+        "incoming", "is_handling", "outgoing", "tasks",
+    )  # fmt: skip
+
+    def __init__(
+        self, hub: Hub, routes: Routes, limits: Limits,
+        req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, params: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self._state = hub.state
+        self._routes, self._limits = routes, limits
+        id = self._state.process + secrets.token_hex(_OWN_BYTES)
+        self.outgoing: Outgoing = Outgoing(id, ws, limits, self._state.counters, self)
+        self.incoming: Incoming = Incoming(server_receive(ws), limits.max_size, self)
+        self.conn: Connection = Connection(hub, req, ws, params, id, self.outgoing)
+        self.is_handling: bool = False
+        self.tasks: frozenset[asyncio.Task[None]] = frozenset()  # concurrent handlers and streams
+        self._streams: Mapping[Id, Stream] = _NO_STREAMS
+        self._rate = Rate(*limits.rate) if limits.rate is not None else None
+        self._life: TimeLimit | None = None  # of the code in progress
+        self._ended: float | None = None  # when messages ceased to flow, on the loop's clock
+
+    # The halves tell
+
+    def on_close(self) -> None:
+        """Read nothing more; end an authentication in progress, whose client is not in yet."""
+        self.incoming.stop()
+        is_connecting = self.outgoing.phase is Phase.CONNECTING
+        if is_connecting and self._life and not self._life.is_around(asyncio.current_task()):
+            self._life.end_at(asyncio.get_running_loop().time())
+
+    def on_end(self) -> None:
+        """Stop the streams; wake the reader, or give the handler in progress `linger` seconds."""
+        self._ended = asyncio.get_running_loop().time()
+        for stream in tuple(self._streams.values()):
+            if stream.task is not current_task():
+                stream.stop()
+        if self._life is not None:
+            # Without a close code the server may hold frames from before the end.
+            may_go_on = self.is_handling or self.outgoing.close_code is None
+            self._life.end_at(self._ended + (self._limits.linger if may_go_on else 0))
+
+    def on_disconnect(self, code: int) -> None:
+        """Give up writing, and tell Falcon's socket."""
+        mark_closed(self.conn.ws, code)
+        self.outgoing.lost(code)
+
+    def takes(self, event: Event) -> bool:
+        """Stop the stream that *event* is the ``complete`` of; return whether it was one."""
+        text = event.get("text")
+        if not self._streams or text is None or '"complete"' not in text:
+            return False
+        frame = decode_or_error(text) if size_of(text) <= self._limits.max_size else None
+        return isinstance(frame, Frame) and frame.type == "complete" and self._complete(frame.id)
+
+    def _complete(self, id: Id | None) -> bool:
+        """Stop the stream *id*; return whether there is one."""
+        stream = self._streams.get(cast(Id, id))
+        if stream is not None:
+            stream.stop()
+        return stream is not None
+
+    # From the first message to the end
+
+    def limit(self, when: float | None = None) -> TimeLimit:
+        """Return the time limit for the code that runs next; a close may bring it forward."""
+        self._life = TimeLimit(when)
+        return self._life
+
+    def begin(self) -> None:
+        """Note that code of the application runs, during which the client may leave."""
+        self.is_handling = True
+        if not self.incoming.is_due:
+            self.incoming.watch()
+
+    def end(self) -> None:
+        """Note that this code has ended."""
+        self.is_handling = False
+
+    async def serve(self) -> None:
+        """Handle messages until the connection is over, and then everything that follows."""
         try:
-            with TimeLimit() as conn._life:
-                while (event := await self._read(conn)) is not None:
-                    conn._handling = True
-                    if not conn._look_due:
-                        conn._watch()
-                    await self._handle(conn, event)
-                    conn._handling = False
-                    del event  # which may be large, and the next one late
-                    forget_cancellations()
-        except TimeoutError:  # of `_life`: closed by other code while reading, or lingered enough
+            with self.limit():
+                await self._handle_messages()
+        except TimeoutError:  # The connection is over, and what was in progress has had its time.
             forget_cancellations()
         finally:
-            conn._life = None
-            await self.finish(conn)
+            await self.finish()
 
-    def _read(self, conn: Connection) -> Awaitable[Incoming | None]:
-        """The next frame that `_handle_plain` leaves to others."""
-        is_plain = conn._rate is None and self._limits.handler_timeout is None and not conn._inbox
-        return self._handle_plain(conn) if is_plain else conn._next_event()
+    async def _handle_messages(self) -> None:
+        """Handle frames, one after the other, until no more will come.
 
-    async def _handle_plain(self, conn: Connection) -> Incoming | None:
-        """Handle messages for as long as nothing is special about them; then return the next frame.
-
-        That is all in one coroutine: a message takes 2.7 µs, and each coroutine and call of its
-        own would add 3 % to them. What is special, `_handle` does more slowly.
+        PERF: a message takes less than 3 µs, and a coroutine or a call of its own adds 3 % to it.
+        So reading is inlined for a connection that has nothing read ahead.
         """
-        routes, receive = self._routes, conn.ws._receive
+        incoming, receive, routes = self.incoming, self.incoming.receive, self._routes
+        is_cancelled = current_task().cancelling
         # Up to this length no text can be too deep or too large: brackets close, UTF-8 has 4 bytes.
         short = min(2 * _MAX_DEPTH, self._limits.max_size // 4)
-        while conn._phase is _OPEN and conn._ahead is None:
-            event = text = message = result = None  # a connection that waits keeps nothing of them
-            try:
-                event = await receive()
-            except falcon.WebSocketDisconnected as exc:
-                conn._gone(exc.code)
-                break
-            conn._received += 1
+        while True:
+            event = text = message = None  # A frame may be large, and the next one may be late.
+            event = await (receive() if incoming.is_direct else incoming.next())
+            if not incoming.accept(event):
+                return
+            self.is_handling = True
+            if not incoming.is_due:
+                incoming.watch()
             text = event.get("text")
-            if text is None or conn._is_deaf or (len(text) > short and self._exceeds(text)):
-                return None if conn._is_deaf else event  # we may have closed in the same turn
-            try:
-                message = routes.decode(text)
-            except (Exception, SystemExit):  # a validator may raise anything
-                return event
-            handler = message.quick
-            if handler is None or (message.payload is UNSET and handler.takes_payload):
-                return event
-            conn._handling = True
-            if not conn._look_due:
-                conn._watch()
-            try:
-                result = await handler.call(conn, message.payload)
-                if result is not None or message.id is not None:
-                    try:
-                        reply_type, unstructure = handler.writers[type(result)]
-                    except KeyError:
-                        reply_type, unstructure = self._writer_of(handler, result)
-                    text = _encode(Sent(reply_type, message.id, unstructure(result))).decode()
-                    rest = conn._start_write({"type": "websocket.send", "text": text})
-                    if rest is not None:
-                        await rest
-            except BaseException as exc:  # a bug is answered, not passed on
-                await self._fail(conn, exc, handler.type, message.id)
-            conn._handling = False
-        forget_cancellations()
-        return await conn._next_event()
+            if text is None or (len(text) > short and self._exceeds(text)):
+                await self._handle_odd(event)
+            else:
+                try:
+                    message = routes.decode(text)
+                except (Exception, SystemExit) as exc:  # A validator may raise anything.
+                    await self._refuse(text, exc)
+                else:
+                    handler = message.handler
+                    if handler is None:
+                        await self._refuse(text)
+                    elif self._rate is not None and await self._is_limited(self._rate, message.id):
+                        pass
+                    elif handler.is_concurrent:
+                        await self._start_task(handler, message)
+                    else:
+                        await self._perform(handler, message)
+            self.is_handling = False
+            if is_cancelled():
+                forget_cancellations()
 
     def _exceeds(self, text: str) -> bool:
-        """Whether *text* is too large or too deep."""
+        """Return whether *text* is too large or too deep."""
         return size_of(text) > self._limits.max_size or is_too_deep(text)
 
-    async def finish(self, conn: Connection) -> None:
-        """End the tasks of *conn*, run its disconnect handlers, forget it."""
-        if not conn.closed:
-            conn._lost()  # the server has cancelled the task, and closes the socket itself
-        if conn.close_code is None:
-            conn.close_code = 1006
-        cancelled = is_cancelled()
-        for step in (self._end_tasks, *self._routes.disconnect):
-            try:
-                await step(conn)
-            except BaseException as exc:  # a bug: the others still run
-                if is_cancelled(exc):
-                    cancelled = True  # the others still run
-                elif is_passed_on(exc):
-                    raise
-                else:
-                    log_failure(place_of(step), exc, conn)
-            if not cancelled:
-                forget_cancellations()
-        self._hub.state.remove(conn)
-        logger.debug("disconnected: %s", conn.close_code, extra={"connection_id": conn.id})
-        await conn._settle()
-        if cancelled:
-            raise asyncio.CancelledError
+    async def _handle_odd(self, event: Event) -> None:
+        """Handle a frame that is too large, too deep, or binary."""
+        text, binary = event.get("text"), self._routes.binary
+        if size_of_event(event) > self._limits.max_size:
+            self.outgoing.close(Close(1009, f"more than {self._limits.max_size} bytes"))
+        elif text is not None:
+            await self._refuse(text)
+        elif binary is None:
+            self.outgoing.close(Close(1003, "binary frames are not handled"))
+        elif self._rate is None or not await self._is_limited(self._rate, None):
+            await self._handle_raw(binary, event["bytes"])
 
-    async def _end_tasks(self, conn: Connection) -> None:
-        """Streams have been cancelled; give concurrent handlers the rest of `linger`."""
-        if not conn._tasks or conn._ended is None:
-            return
-        tasks = frozenset(conn._tasks)
-        left = conn._ended + self._limits.linger - asyncio.get_running_loop().time()
+    async def _perform(self, handler: Handler, message: Received) -> None:
+        """Run a handler that answers once, and answer."""
         try:
-            await asyncio.wait(tasks, timeout=0 if is_cancelled() else max(0, left))
-        finally:
-            streams = {stream.task for stream in (conn._streams or {}).values()}
-            for task in tasks:  # a stream may be cleaning up; others may have swallowed a time-out
-                if task not in streams or not task.cancelling():
-                    task.cancel()
-        patience = _GOODBYE if is_cancelled() else max(_GOODBYE, self._limits.linger)
-        _, stuck = await asyncio.wait(tasks, timeout=patience)
-        for task in stuck:
-            extra = {"connection_id": conn.id}
-            logger.error("a handler ignores its cancellation: %r", task, extra=extra)
-
-    async def _handle(self, conn: Connection, event: Incoming) -> None:
-        """One frame: decode it, find its handler, call it."""
-        text = event.get("text")
-        frame: str | bytes = event["bytes"] if text is None else text
-        if size_of(frame) > self._limits.max_size:
-            conn._close(Close(1009, f"more than {self._limits.max_size} bytes"))
-        elif text is None:
-            await self._binary(conn, frame)
-        elif is_too_deep(text):
-            await self._refuse(conn, text)
-        else:
-            try:
-                message = self._routes.decode(text)
-            except (Exception, SystemExit) as exc:  # a validator may raise anything
-                await self._refuse(conn, text, exc)
-                return
-            handler = self._routes.by_frame.get(type(message))
-            if handler is None:
-                await self._refuse(conn, text)
-            elif conn._rate is not None and await self._limited(conn, conn._rate, message.id):
-                return
-            elif handler.streams or handler.concurrent:
-                await self._spawn(conn, handler, message)
-            else:
-                await self._perform(conn, handler, message)
-
-    async def _binary(self, conn: Connection, data: Any) -> None:
-        if self._routes.binary is None:
-            conn._close(Close(1003, "binary frames are not handled"))
-        elif conn._rate is None or not await self._limited(conn, conn._rate, None):
-            await self._raw(conn, self._routes.binary, data)
-
-    async def _refuse(self, conn: Connection, text: str, exc: Any = None) -> None:
-        """What is no message to a handler, each step by itself: find out why, and say so."""
-        frame = decode_or_error(text)
-        is_complete = isinstance(frame, Frame) and frame.type == "complete"
-        if is_complete and conn._complete(frame.id):
-            return  # never refused, for it makes the load less
-        id = None if is_complete else frame.id  # that of a stream, which has had its final answer
-        if conn._rate is not None and await self._limited(conn, conn._rate, id):
-            return
-        if isinstance(frame, BadFrame):
-            await self._unhandled(conn, text, frame, frame.id)
-        elif (handler := self._routes.handlers.get(frame.type)) is not None:
-            error = handler.refusal(frame.payload, self._hub.state.codec, exc)
-            await self._fail(conn, error, frame.type, frame.id)
-        elif not is_complete:  # else of a stream that has just ended, say
-            error = MessageError("unknown_type", f"no handler for {frame.type[:80]!r}")
-            await self._unhandled(conn, text, error, frame.id)
-
-    async def _limited(self, conn: Connection, rate: Rate, id: Id | None) -> bool:
-        """Whether this message is one too many, which it is then told."""
-        retry_after = rate.take(time.monotonic())
-        if rate.is_abused:
-            conn._close(Close(1008, "too many messages"))
-        elif retry_after:
-            text = f"at most {rate.count} messages in {rate.seconds} s"
-            error = MessageError("rate_limited", text, retry_after=round(retry_after, 3))
-            await self._send_error(conn, error, id)
-        return retry_after > 0
-
-    async def _unhandled(
-        self, conn: Connection, text: str, error: MessageError, id: Id | None
-    ) -> None:
-        """Text for which there is no handler: the fallback's, or an error."""
-        if self._routes.fallback is not None:
-            await self._raw(conn, self._routes.fallback, text)
-        else:
-            await self._send_error(conn, error, id)
-
-    async def _raw(self, conn: Connection, function: Callable[..., Any], data: str | bytes) -> None:
-        """Call the fallback or the binary handler, and send what it returns."""
-        try:
-            result = await self._in_time(function, function(conn, data))
-            if result is not None:
-                if message_type(type(result)) is None:
-                    raise TypeError(f"{place_of(function)} may return a @message object or None")
-                await conn.send(result)
-        except BaseException as exc:  # a bug is answered, not passed on
-            await self._fail(conn, exc, None, None)
-
-    async def _perform(self, conn: Connection, handler: Handler, message: Received) -> None:
-        """Run a handler that answers once."""
-        try:
-            call = self._call(conn, handler, message)
+            value = message.payload
             if self._limits.handler_timeout is not None:
-                call = self._in_time(handler.function, call)
-            result = await call
+                result = await self._in_time(handler.function, self._call(handler, message))
+            elif (
+                message.is_built and not self._routes.middleware
+                and (value is not UNSET or not handler.takes_payload)
+            ):  # fmt: skip
+                result = await handler.call(self.conn, value)
+            else:
+                result = await self._call(handler, message)
             if result is not None or message.id is not None:
-                writer = self._writer_of(handler, result)
-                await conn._post(reply_event(writer, message.id, result))
-        except BaseException as exc:  # the same
-            await self._fail(conn, exc, handler.type, message.id)
+                writer = handler.writers.get(type(result)) or self._writer_of(handler, result)
+                rest = self.outgoing.start(reply_event(writer, message.id, result))
+                if rest is not None:
+                    await rest
+        except BaseException as exc:  # A bug is answered, not passed on.
+            await self._fail(exc, handler.type, message.id)
+
+    async def _call(self, handler: Handler, message: Received) -> Any:
+        """Return what the handler returns, through the middleware; for a stream its generator."""
+        value = message.payload
+        if value is UNSET or not message.is_built:
+            value = handler.structure(value, self._state.codec)
+
+        async def innermost() -> Any:
+            result = handler.call(self.conn, value)
+            return result if handler.streams else await result
+
+        call_next: Callable[[], Awaitable[Any]] = innermost
+        # No middleware sees a renewal, for the token in it is nobody else's business.
+        if self._routes.middleware and handler.type != "authenticate":
+            payload = value if handler.defaults is None else {**handler.defaults, **value}
+            envelope = Envelope(handler.type, payload, message.id)
+            for middleware in reversed(self._routes.middleware):
+                call_next = functools.partial(middleware, self.conn, envelope, call_next)
+        return await call_next()
 
     async def _in_time(self, function: Callable[..., Any], call: Awaitable[T]) -> T:
-        """What *call*, of *function*, returns within `handler_timeout`, where there is one."""
+        """Return what *call*, of *function*, returns within `handler_timeout`, if there is one."""
         if (seconds := self._limits.handler_timeout) is None:
             return await call
         limit = TimeLimit(asyncio.get_running_loop().time() + seconds)
@@ -3746,171 +3937,267 @@ class Dispatcher:
             with limit:
                 return await call
         except TimeoutError:
-            if not limit.expired:  # the handler's own
+            if not limit.expired:  # It is one of the handler's own.
                 raise
         logger.warning("%s was stopped after %g s", place_of(function), seconds)
         raise MessageError("handler_timeout", f"not done within {seconds:g} s")
 
-    def _writer_of(self, handler: Handler, result: object) -> Writer:
-        """How what *handler* returns is written, found once for each class."""
-        writer = handler.writers.get(type(result))
-        if writer is None:
-            writer = self._hub.state.codec.writer_of(
-                result, f"{handler.type}.reply", handler.returns
-            )
-            handler.writers[type(result)] = writer
-        return writer
+    async def _handle_raw(self, function: Callable[..., Any], data: str | bytes) -> None:
+        """Call the fallback or the binary handler, and send what it returns."""
+        try:
+            result = await self._in_time(function, function(self.conn, data))
+            if result is not None:
+                if message_type(type(result)) is None:
+                    raise TypeError(f"{place_of(function)} may return a @message object or None")
+                await self.conn.send(result)
+        except BaseException as exc:  # A bug is answered, not passed on.
+            await self._fail(exc, None, None)
 
-    async def _answer(self, conn: Connection, type: str, id: Id | None, result: object) -> None:
-        """Answer with what something else than the handler returned."""
-        if result is not None or id is not None:
-            writer = self._hub.state.codec.writer_of(result, f"{type}.reply")
-            await conn._post(reply_event(writer, id, result))
+    # Refusing
 
-    async def _call(self, conn: Connection, handler: Handler, message: Received) -> Any:
-        """What the handler returns, through the middleware; for a stream its generator."""
-        value = message.payload
-        if value is UNSET or not message.is_built:
-            value = handler.structure(value, self._hub.state.codec)
-        if not self._routes.middleware or handler.type == "authenticate":  # whose token is secret
-            result = handler.call(conn, value)
-            return result if handler.streams else await result
-        payload = value if handler.defaults is None else {**handler.defaults, **value}
+    async def _refuse(self, text: str, exc: Any = None) -> None:
+        """Find out why *text* is no message for a handler, and say so.
 
-        async def innermost() -> Any:
-            result = handler.call(conn, value)
-            return result if handler.streams else await result
+        PERF: decoding it anew, step by step, costs only those who send such text.
+        """
+        frame = decode_or_error(text)
+        is_complete = isinstance(frame, Frame) and frame.type == "complete"
+        if is_complete and self._complete(frame.id):
+            return  # It makes the load less, and is never refused.
+        id = None if is_complete else frame.id  # A stream that has ended has had its final answer.
+        if self._rate is not None and await self._is_limited(self._rate, id):
+            return
+        if isinstance(frame, BadFrame):
+            await self._handle_unknown(text, frame, frame.id)
+        elif (handler := self._routes.handlers.get(frame.type)) is not None:
+            error = handler.refusal(frame.payload, self._state.codec, exc)
+            await self._fail(error, frame.type, frame.id)
+        elif not is_complete:
+            error = MessageError("unknown_type", f"no handler for {frame.type[:80]!r}")
+            await self._handle_unknown(text, error, frame.id)
 
-        envelope = Envelope(handler.type, payload, message.id)
-        call_next: Callable[[], Awaitable[Any]] = innermost
-        for middleware in reversed(self._routes.middleware):
-            call_next = functools.partial(middleware, conn, envelope, call_next)
-        return await call_next()
+    async def _is_limited(self, rate: Rate, id: Id | None) -> bool:
+        """Apply the rate limit; return whether the message *id* is refused.
 
-    async def _spawn(self, conn: Connection, handler: Handler, message: Received) -> None:
+        The client has then been told, or closed.
+        """
+        retry_after = rate.take(time.monotonic())
+        if rate.is_abused:
+            self.outgoing.close(Close(1008, "too many messages"))
+        elif retry_after:
+            text = f"at most {rate.count} messages in {rate.seconds} s"
+            error = MessageError("rate_limited", text, retry_after=round(retry_after, 3))
+            await self._send_error(error, id)
+        return retry_after > 0
+
+    async def _handle_unknown(self, text: str, error: MessageError, id: Id | None) -> None:
+        """Give *text* to the fallback, or answer *error*."""
+        if self._routes.fallback is not None:
+            await self._handle_raw(self._routes.fallback, text)
+        else:
+            await self._send_error(error, id)
+
+    # Tasks beside the others
+
+    async def _start_task(self, handler: Handler, message: Received) -> None:
         """Start a concurrent handler or a stream in a task of its own."""
-        if conn._tasks is None or conn._streams is None:
-            conn._tasks, conn._streams = set(), {}
         error, id = None, message.id
         if handler.streams and id is None:
             error = MessageError("id_required", f"{handler.type} is a stream, which needs an id")
-        elif handler.streams and id in conn._streams:
+        elif handler.streams and id in self._streams:
             error, id = MessageError("id_in_use", f"a stream with the id {id!r} goes on"), None
-        elif len(conn._tasks) >= self._limits.max_concurrent:
+        elif len(self.tasks) >= self._limits.max_concurrent:
             most = f"at most {self._limits.max_concurrent} at a time"
             error = MessageError("too_busy", most)
         if error is not None:
-            await self._send_error(conn, error, id)
+            await self._send_error(error, id)
             return
         if handler.streams:
-            stream = conn._streams[cast(Id, id)] = Stream(stopped=conn.closed)
-            work = self._stream(conn, handler, message, stream)
-            task = stream.task = asyncio.get_running_loop().create_task(work)
+            stream = Stream(is_stopped=self.outgoing.closed)
+            self._streams = {**self._streams, cast(Id, id): stream}
+            work = self._stream(handler, message, stream)
         else:
-            work = self._perform(conn, handler, message)
-            task = asyncio.get_running_loop().create_task(work)
-        conn._tasks.add(task)
-        task.add_done_callback(conn._tasks.discard)
+            work = self._perform(handler, message)
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks |= {task}
+        task.add_done_callback(self._forget_task)
 
-    async def _stream(
-        self, conn: Connection, handler: Handler, message: Received, stream: Stream
-    ) -> None:
+    def _forget_task(self, task: asyncio.Task[None]) -> None:
+        self.tasks -= {task}
+
+    async def _stream(self, handler: Handler, message: Received, stream: Stream) -> None:
         """Run a stream to its end: exhausted, failed, stopped by the client, or disconnected."""
-        stream.running = True
+        stream.begin()
+
+        async def send(item: Any) -> None:
+            writer = self._writer_of(handler, item)
+            await self.outgoing.send(reply_event(writer, message.id, item, more=True))
+
+        is_answered = False
         try:
             try:
-                items = None if stream.stopped else await self._call(conn, handler, message)
+                items = None if stream.is_stopped else await self._call(handler, message)
                 if isinstance(items, AsyncIterator):
-                    await self._send_items(conn, handler, message, items, stream)
-                elif not stream.stopped:  # a middleware has answered instead
-                    await self._answer(conn, handler.type, message.id, items)
-                    stream.is_answered = True
-            finally:  # it is over, and its id is free once that is answered
-                cast("dict[Id, Stream]", conn._streams).pop(cast(Id, message.id))
-                stream.task = None  # which keeps its error, and that this frame
-        except BaseException as exc:  # the same
-            if conn.closed or not (stream.stopped and isinstance(exc, asyncio.CancelledError)):
-                await self._fail(conn, exc, handler.type, message.id)
+                    await stream.send_all(items, send)
+                elif not stream.is_stopped:  # A middleware has answered instead.
+                    await self._answer(handler.type, message.id, items)
+                    is_answered = True
+            finally:  # The id is free before the final answer is on its way.
+                self._streams = {i: s for i, s in self._streams.items() if s is not stream}
+                stream.end()
+        except BaseException as exc:  # A bug is answered, not passed on.
+            was_stopped = stream.is_stopped and not self.outgoing.closed
+            if was_stopped:
+                forget_cancellations()
+            if not (was_stopped and isinstance(exc, asyncio.CancelledError)):
+                await self._fail(exc, handler.type, message.id)
                 return
-            cast("asyncio.Task[None]", asyncio.current_task()).uncancel()
-        if not stream.is_answered:
+        if not is_answered:
             with contextlib.suppress(falcon.WebSocketDisconnected):
-                await conn._post(text_event(_encode(Sent("complete", message.id))))
+                await self.outgoing.send(text_event(_encode(Sent("complete", message.id))))
 
-    async def _send_items(
-        self,
-        conn: Connection,
-        handler: Handler,
-        message: Received,
-        items: AsyncIterator[Any],
-        stream: Stream,
-    ) -> None:
-        async with contextlib.aclosing(cast("AsyncGenerator[Any]", items)):
-            try:
-                async for item in items:
-                    stream.check()
-                    writer = self._writer_of(handler, item)
-                    await conn._post(reply_event(writer, message.id, item, more=True))
-                    await asyncio.sleep(0)  # one that never waits must starve nobody
-            finally:
-                stream.running = False  # its cleaning up is not cancelled
+    # Answering
 
-    async def _fail(
-        self, conn: Connection, exc: BaseException, type: str | None, id: Id | None
-    ) -> None:
-        """Turn what a handler raised into its outcome: an error, a close, or an answer."""
-        if is_passed_on(exc):
-            try:
-                raise exc
-            finally:
-                del exc  # else it keeps this frame, and that the connection, until a collection
-        # Falcon's socket knows first, where the handler has sent with that.
-        if isinstance(exc, falcon.WebSocketDisconnected) and (conn.closed or conn.ws.closed):
-            return  # its own client is gone, which ends a handler quietly
+    def _writer_of(self, handler: Handler, result: object) -> Writer:
+        """Return how what *handler* returns is written, which is found once for each class."""
+        writer = handler.writers.get(type(result))
+        if writer is None:
+            writer = self._state.codec.writer_of(result, f"{handler.type}.reply", handler.returns)
+            handler.writers[type(result)] = writer
+        return writer
+
+    async def _answer(self, type: str, id: Id | None, result: object) -> None:
+        """Answer with what something else than the handler has returned."""
+        if result is not None or id is not None:
+            writer = self._state.codec.writer_of(result, f"{type}.reply")
+            await self.outgoing.send(reply_event(writer, id, result))
+
+    async def _fail(self, exc: BaseException, type: str | None, id: Id | None) -> None:
+        """Answer the message *id* with what *exc* means: an error, a close, or a value.
+
+        *type* is None for the fallback and for binary frames.
+        """
+        what = f"the handler of {type!r}" if type else "the fallback or the binary handler"
         try:
-            outcome = await self._outcome(conn, exc, type)
+            pass_on(exc, what, self.conn.id, type)
+        except BaseException:
+            del exc  # It refers to this frame, and that would keep the connection in a cycle.
+            raise
+        # Falcon's socket knows first, where the handler has sent with that.
+        is_over = self.conn.closed or self.conn.ws.closed
+        if is_over and isinstance(exc, falcon.WebSocketDisconnected):
+            return  # The client of this handler has gone, which ends a handler quietly.
+        try:
+            outcome = await self._outcome(exc, what, type)
             with contextlib.suppress(falcon.WebSocketDisconnected):
                 if isinstance(outcome, Close):
-                    conn._close(outcome)
+                    self.outgoing.close(outcome)
                 elif isinstance(outcome, MessageError):
-                    await self._send_error(conn, outcome, id)
+                    await self._send_error(outcome, id)
                 elif type is not None:
-                    await self._answer(conn, type, id, outcome)
-        except Exception as second:  # its outcome cannot be encoded
-            log_failure("the answer to an error", second, conn, type)
-            await self._send_error(conn, _internal_error(), id)
+                    await self._answer(type, id, outcome)
+        except Exception as second:  # The outcome cannot be encoded.
+            log_failure("the answer to an error", second, self.conn.id, type)
+            await self._send_error(internal_error(), id)
 
-    async def _outcome(self, conn: Connection, exc: BaseException, type: str | None) -> Any:
-        """What an error handler of the application makes of *exc*, else what the library does."""
+    async def _outcome(self, exc: BaseException, what: str, type: str | None) -> Any:
+        """Return what an error handler of the application makes of *exc*, or the library does."""
         if (handler := self._routes.error_handler(exc)) is not None:
             try:
-                return await handler(conn, exc)
-            except BaseException as second:  # a bug in that one
-                if is_passed_on(second):
-                    raise
+                return await handler(self.conn, exc)
+            except BaseException as second:  # The error handler has a bug.
+                pass_on(second, place_of(handler), self.conn.id, type)
                 exc = second
         outcome = outcome_of(exc)
         if outcome is None:
-            what = f"the handler of {type!r}" if type else "the fallback or the binary handler"
-            log_failure(what, exc, conn, type)
-        return outcome or _internal_error()
+            log_failure(what, exc, self.conn.id, type)
+        return outcome or internal_error()
 
-    async def _send_error(self, conn: Connection, error: MessageError, id: Id | None) -> None:
+    async def _send_error(self, error: MessageError, id: Id | None) -> None:
         payload = {"code": error.code, "message": error.message, **error.details}
         data = _encode(Sent("error", id, payload=payload))
-        self._hub.state.counters.error(error.code)
+        self._state.counters.error(error.code)
         with contextlib.suppress(falcon.WebSocketDisconnected):
-            await conn._post(text_event(data))
+            await self.outgoing.send(text_event(data))
+
+    # The end
+
+    async def finish(self) -> None:
+        """End the tasks, run the disconnect handlers, forget the connection."""
+        if self.outgoing.close_code is None:  # The server has cancelled the task, for example.
+            self.outgoing.lost(1006)
+        is_ending = is_cancelled()
+        steps: list[Callable[[], Awaitable[None]]] = [self._end_tasks] if self.tasks else []
+        steps += [functools.partial(handler, self.conn) for handler in self._routes.disconnect]
+        for step in steps:
+            is_ending |= await self._finish_step(step)
+            if not is_ending:
+                forget_cancellations()
+        self.forget()
+        extra = {"connection_id": self.conn.id}
+        logger.debug("disconnected: %s", self.outgoing.close_code, extra=extra)
+        await self.outgoing.settle()
+        if is_ending:
+            raise asyncio.CancelledError
+
+    async def _finish_step(self, step: Callable[[], Awaitable[None]]) -> bool:
+        """Await *step*, whatever it raises. Return whether the task was cancelled meanwhile."""
+        try:
+            await step()
+        except falcon.WebSocketDisconnected:
+            text = "%s was left when it sent to the client, which has gone"
+            logger.debug(text, place_of(step), extra={"connection_id": self.conn.id})
+        except BaseException as exc:  # A bug ends its own handler only.
+            try:
+                pass_on(exc, place_of(step), self.conn.id)
+            except asyncio.CancelledError:
+                return True
+            log_failure(place_of(step), exc, self.conn.id)
+        return False
+
+    async def _end_tasks(self) -> None:
+        """Give concurrent handlers the rest of `linger`. Streams have been cancelled already."""
+        tasks, ended = self.tasks, cast(float, self._ended)
+        left = ended + self._limits.linger - asyncio.get_running_loop().time()
+        try:
+            await asyncio.wait(tasks, timeout=0 if is_cancelled() else max(0, left))
+        finally:
+            streams = {stream.task for stream in self._streams.values()}
+            for task in tasks:
+                # A stream may be cleaning up. Other handlers may have swallowed a time-out.
+                if task not in streams or not task.cancelling():
+                    task.cancel()
+        patience = _GOODBYE if is_cancelled() else max(_GOODBYE, self._limits.linger)
+        _, stuck = await asyncio.wait(tasks, timeout=patience)
+        for task in stuck:
+            extra = {"connection_id": self.conn.id}
+            logger.error("a handler ignores its cancellation: %r", task, extra=extra)
+
+    def forget(self) -> None:
+        """Take the connection out of the hub."""
+        self.conn.stop_expiry()
+        self._state.registry.remove(self.conn)
+
+    def release(self) -> None:
+        """Let go of everything, however the connection has ended."""
+        self.outgoing.release()
+        self.incoming.release()
+        self.forget()
+
+
+# ── admission ─────────────────────────────────────────────────────────────────────────────────
+#
+# How a client gets in: it is authenticated, the connect handlers run, the handshake is answered.
 
 
 async def user_of(
     function: Callable[..., Awaitable[str | None]], conn: Connection, token: str | None
 ) -> str | None:
-    """Who the application says *token* belongs to.
+    """Return whom *token* belongs to, as the application's *function* says.
 
     Lets `falcon.HTTPError`, `Close` and `MessageError` pass. Any other exception is logged and
-    becomes a `MessageError` (``internal_error``). Of all of them only the kind and the place get
-    into a log: the texts, also of what they were raised for, may hold the token or a cookie.
+    becomes a `MessageError` (``internal_error``). Its text, and that of its causes, may hold the
+    token or a cookie; so the log gets its class and the lines of code only.
     """
     try:
         user = await function(conn, token)
@@ -3921,25 +4208,121 @@ async def user_of(
     except (falcon.HTTPError, Close, MessageError) as exc:
         exc.__cause__ = exc.__context__ = None
         raise
-    except BaseException as exc:  # a bug, whatever it is
-        if is_passed_on(exc):
+    except BaseException as exc:  # A bug is answered, whatever it is.
+        is_ending = is_cancelled(exc)
+        is_plain = is_ending and isinstance(exc, asyncio.CancelledError)
+        if is_plain or isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
             raise
         what = f": {exc}" if isinstance(exc, PachinkoError) else ""
         what = f"{type(exc).__qualname__}{what}\n{''.join(traceback.format_tb(exc.__traceback__))}"
         extra = {"connection_id": conn.id, "message_type": "authenticate"}
         logger.error("%s failed: %s", place_of(function), what, extra=extra)
-        raise _internal_error() from None
+        raise (asyncio.CancelledError if is_ending else internal_error()) from None
 
 
-def _internal_error() -> MessageError:
-    return MessageError("internal_error", "the server failed to handle this message")
+@attrs.define(eq=False)
+class Admission:
+    """Lets one client in, or refuses it."""
+
+    _session: Session
+    _routes: Routes
+    _limits: Limits
+    _subprotocols: Sequence[str]
+
+    async def run(self) -> bool:
+        """Return whether the client is in."""
+        session, conn, outgoing = self._session, self._session.conn, self._session.outgoing
+        offered: Iterable[str] = conn.ws.subprotocols
+        is_in = False
+        try:
+            if self._routes.authenticate is not None:
+                token, offered = credentials(conn.req, offered)
+                await self._authenticate(self._routes.authenticate, token, offered)
+            if not conn.closed:
+                conn.hub.state.registry.add(conn)
+                await self._run_connect_handlers()
+                is_in = True
+        except Close as close:
+            session.forget()
+            outgoing.close(close, drops=True)
+        session.end()
+        try:
+            await conn.hub.state.reachable(conn)
+            await self._accept(offered)
+        except BaseException as exc:  # A client that was let in is seen out.
+            outgoing.lost()
+            if is_in:
+                await session.finish()
+            if not isinstance(exc, falcon.WebSocketDisconnected):
+                raise
+            return False
+        outgoing.open()
+        if is_in:
+            logger.debug("connected: %r", conn.req.path, extra={"connection_id": conn.id})
+        else:
+            await outgoing.settle()
+        return is_in
+
+    async def _accept(self, offered: Iterable[str]) -> None:
+        """Answer the handshake, unless a middleware has, or the wait for a token."""
+        ws = self._session.conn.ws
+        if ws.unaccepted:
+            known = [name for name in self._subprotocols if name in offered]
+            if self._routes.authenticate is not None and "bearer" in offered:
+                known.append("bearer")  # Browsers give up where none of their own is chosen.
+            await ws.accept(known[0] if known else None)
+
+    async def _run_connect_handlers(self) -> None:
+        for handler in self._routes.connect:
+            try:
+                await handler(self._session.conn)
+            except BaseException as exc:  # Falcon's error handlers take an Exception only.
+                pass_on(exc, "a connect handler", self._session.conn.id)
+                if isinstance(exc, Exception):
+                    raise
+                raise RuntimeError(f"a connect handler has raised {exc!r}") from exc
+            forget_cancellations()
+
+    async def _authenticate(self, function: Any, token: str | None, offered: Iterable[str]) -> None:
+        """Set the user, or raise `Close`; the connection may also be closed in the meantime."""
+        conn, seconds = self._session.conn, self._limits.auth_timeout
+        deadline = asyncio.get_running_loop().time() + seconds
+        try:
+            with self._session.limit(deadline):
+                user = await user_of(function, conn, token)
+            if user is None and token is None and not conn.closed:
+                await self._accept(offered)  # Outside of the time limit: it cannot be done by half.
+                with self._session.limit(deadline):
+                    user = await self._ask_client(function)
+        except TimeoutError:
+            raise Close(UNAUTHENTICATED, f"not authenticated within {seconds:g} s") from None
+        except MessageError as exc:
+            if exc.code != "internal_error":  # That one has been logged.
+                text = "%s raised a MessageError, when no message can be answered yet; raise Close"
+                logger.error(text, place_of(function), extra={"connection_id": conn.id})
+            raise falcon.HTTPInternalServerError from None
+        forget_cancellations()
+        if user is None:
+            raise Close(UNAUTHENTICATED, "authentication failed")
+        if not conn.closed:
+            conn.user = user
+
+    async def _ask_client(self, function: Any) -> str | None:
+        """Return who the client is by its first message."""
+        frame = await self._session.incoming.first_token()
+        self._session.begin()  # The client may leave until the connect handlers have ended.
+        token = token_of(frame.payload)
+        user = None if token is None else await user_of(function, self._session.conn, token)
+        if user is not None and frame.id is not None:
+            event = reply_event(("authenticate.reply", lambda _: UNSET), frame.id, None)
+            await self._session.outgoing.send(event)
+        return user
 
 
 # ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
 
 _NO_FUNCTION: Any = None  # what ws.connect() decorates, so that its parentheses can be refused
 _attached: weakref.WeakSet[Pachinko] = weakref.WeakSet()  # to an app, each at a path of its own
-_FALCONS_QUEUE = 4  # the default of falcon's ws_options.max_receive_queue
 _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start
 
 
@@ -4000,7 +4383,6 @@ class Pachinko:
         self._origins = read_origins(origins, trust_forwarded)
         self._subprotocols = texts(subprotocols, "subprotocols")
         self._routes = Routes()
-        self._dispatcher = Dispatcher(self._routes, hub, self._limits)
         self._loop: asyncio.AbstractEventLoop | None = None  # once started
         self._workers: set[asyncio.Task[None]] = set()
         if app is not None or path is not None:
@@ -4017,13 +4399,6 @@ class Pachinko:
         app.add_middleware(self)
         self._app, self._path = app, path
         _attached.add(self)
-        if app.ws_options.max_receive_queue == _FALCONS_QUEUE:
-            # The queue doubles the cost of a message and loses a backlog when the client leaves.
-            app.ws_options.max_receive_queue = 0
-            logger.info(
-                "%s turned Falcon's receive queue off for this app; to have it back, set "
-                "app.ws_options.max_receive_queue after creating the Pachinko", path
-            )  # fmt: skip
 
     def connect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn, …)`` before the handshake is answered, with path parameters.
@@ -4143,7 +4518,6 @@ class Pachinko:
         example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
         check_function(function, f"@ws.middleware\n{example}", 3)
         self._routes.middleware.append(function)
-        self._routes.decode = self._routes.decode_first
         return function
 
     def error(self, exception: type[Exception]) -> Callable[[F], F]:
@@ -4200,124 +4574,24 @@ class Pachinko:
     ) -> None:
         """Serve one connection (Falcon's responder)."""
         if ws.closed:
-            return  # a middleware has refused it
+            return  # A middleware has refused it.
         self._start()
-        if self._hub.state.draining:
-            await ws.close(3503)  # before accept: HTTP 403, as are all of Falcon's refusals
+        if self._hub.draining:
+            await ws.close(3503)  # Before accept this is HTTP 403, like all of Falcon's refusals.
             return
         if (refusal := self._origins.refusal(req)) is not None:
             logger.warning("refused origin %s", refusal)
             await ws.close(3403)
             return
-        conn = Connection(self._hub, self._limits, req, ws, params)
-        if self._limits.rate is not None:
-            conn._rate = Rate(*self._limits.rate)
         state = self._hub.state
-        state.enter(conn)
+        session = Session(self._hub, self._routes, self._limits, req, ws, params)
+        state.enter(session)
         try:
-            if await self._connect(conn):
-                await self._dispatcher.serve(conn)
+            if await Admission(session, self._routes, self._limits, self._subprotocols).run():
+                await session.serve()
         finally:
-            conn._lost()
-            conn._writing = ""  # also of a handshake that an exception has ended
-            if conn._ahead is not None:  # it may have no end of its own
-                conn._ahead.cancel()
-            state.remove(conn)
-            state.leave()
-
-    async def _connect(self, conn: Connection) -> bool:
-        """Run what comes before the client is in; return whether it is."""
-        offered: Iterable[str] = conn.ws.subprotocols
-        is_in = False
-        try:
-            if self._routes.authenticate is not None:
-                token, offered = credentials(conn.req, offered)
-                await self._authenticate(conn, self._routes.authenticate, token, offered)
-            if not conn.closed:
-                self._hub.state.registry.add(conn)
-                await self._run_connect_handlers(conn)
-                is_in = True
-        except Close as close:
-            self._hub.state.remove(conn)
-            if not conn.closed:
-                conn._queue().clear()
-                conn._close(close)
-        conn._handling = False
-        if conn._ahead is None and not conn._inbox:
-            conn._inbox = None  # 760 bytes that few connections need
-        try:
-            await self._hub.state.reachable(conn)
-            await self._accept(conn, offered)
-        except BaseException as exc:  # let in, so it is seen out; raised again below
-            conn._lost()
-            if is_in:
-                await self._dispatcher.finish(conn)
-            if not isinstance(exc, falcon.WebSocketDisconnected):
-                raise
-            return False
-        conn._opened()
-        if is_in:
-            logger.debug("connected: %r", conn.req.path, extra={"connection_id": conn.id})
-        else:
-            await conn._settle()
-        return is_in
-
-    async def _accept(self, conn: Connection, offered: Iterable[str]) -> None:
-        """Answer the handshake, if nobody has: a middleware, or since a token was asked for."""
-        if conn.ws.unaccepted:
-            known = [name for name in self._subprotocols if name in offered]
-            if self._routes.authenticate is not None and "bearer" in offered:
-                known.append("bearer")  # browsers give up where none of their own is chosen
-            await conn.ws.accept(known[0] if known else None)
-
-    async def _run_connect_handlers(self, conn: Connection) -> None:
-        for handler in self._routes.connect:
-            try:
-                await handler(conn)
-            except BaseException as exc:  # Falcon's error handlers take no more than an Exception
-                if isinstance(exc, Exception) or is_passed_on(exc):
-                    raise
-                raise RuntimeError(f"a connect handler has raised {exc!r}") from exc
-            forget_cancellations()
-
-    async def _authenticate(
-        self, conn: Connection, function: Any, token: str | None, offered: Iterable[str]
-    ) -> None:
-        """Set the user, or raise `Close`; the connection may also be closed in the meantime."""
-        seconds = self._limits.auth_timeout
-        deadline = asyncio.get_running_loop().time() + seconds
-        try:
-            with TimeLimit(deadline) as conn._life:
-                user = await user_of(function, conn, token)
-            if user is None and token is None and not conn.closed:
-                await self._accept(conn, offered)  # in its own time: it cannot be done by half
-                with TimeLimit(deadline) as conn._life:
-                    user = await self._ask_client(conn, function)
-        except TimeoutError:
-            raise Close(UNAUTHENTICATED, f"not authenticated within {seconds:g} s") from None
-        except MessageError as exc:
-            if exc.code != "internal_error":  # which has been logged
-                text = "%s raised a MessageError, when no message can be answered yet; raise Close"
-                logger.error(text, place_of(function), extra={"connection_id": conn.id})
-            raise falcon.HTTPInternalServerError from None
-        finally:
-            conn._life = None
-        forget_cancellations()
-        if user is None:
-            raise Close(UNAUTHENTICATED, "authentication failed")
-        if not conn.closed:
-            conn.user = user
-
-    async def _ask_client(self, conn: Connection, function: Any) -> str | None:
-        """Who the client is by its first message."""
-        frame = await conn._receive_token()
-        conn._handling = True  # up to the end of the connect handlers: it may leave meanwhile
-        conn._watch()
-        token = token_of(frame.payload)
-        user = None if token is None else await user_of(function, conn, token)
-        if user is not None and frame.id is not None:
-            await conn._post(reply_event(("authenticate.reply", lambda _: UNSET), frame.id, None))
-        return user
+            session.release()
+            state.leave(session)
 
     async def process_startup(self, scope: Any, event: Any) -> None:
         """Start with the app (Falcon's middleware for the ASGI lifespan)."""
@@ -4335,10 +4609,10 @@ class Pachinko:
         """Stop with the app: close what is still open with 1012, and wait for its handlers."""
         for worker in self._workers:
             worker.cancel()
-        conns = frozenset(c for c in self._hub.state.serving.values() if c._limits is self._limits)
-        for conn in conns:
-            conn._close(Close(1012, "the server shuts down"))
-        await self._hub.state.wait_for(conns, *self._workers)
+        sessions = self._hub.state.sessions_of(self._limits)
+        for session in sessions:
+            session.outgoing.close(Close(1012, "the server shuts down"))
+        await self._hub.state.wait_for(sessions, *self._workers)
         self._loop = None
         await self._hub.state.stop(self)
 
@@ -4360,19 +4634,32 @@ class Pachinko:
 
 
 async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
-    """Run a worker, and again when it fails, ever more patiently."""
-    backoffs = iter(_BACKOFFS)
+    """Run a worker, and again when it fails, after ever longer pauses.
+
+    Each attempt has a task of its own. Code of the application may swallow a cancellation or fail
+    while it cleans up; this task then still knows that it was cancelled, on every Python.
+    """
+    backoffs, name = iter(_BACKOFFS), place_of(function)
+
+    async def attempt() -> None:
+        try:
+            await function()
+        except SystemExit as exc:  # In a task of its own it would end the event loop.
+            raise RuntimeError(f"sys.exit() in worker {name}") from exc
+
     while True:
         started = time.monotonic()
         try:
-            await function()
-            return
-        except BaseException as exc:  # a worker's bug is logged
-            if is_passed_on(exc):
+            return await asyncio.get_running_loop().create_task(attempt())
+        except BaseException as exc:  # A worker's bug is logged, whatever it is.
+            if current_task().cancelling():
+                if not isinstance(exc, asyncio.CancelledError):
+                    log_failure(f"worker {name}, which was stopped,", exc)
+                raise asyncio.CancelledError from None
+            if isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
                 raise
-            forget_cancellations()
             if time.monotonic() - started > _BACKOFFS[-1]:
                 backoffs = iter(_BACKOFFS)
             backoff = next(backoffs, _BACKOFFS[-1])
-            logger.exception("worker %s failed; again in %g s", place_of(function), backoff)
+            logger.exception("worker %s failed; again in %g s", name, backoff)
         await asyncio.sleep(backoff)

@@ -17,6 +17,8 @@ import uvicorn
 import websockets.asyncio.client
 import websockets.exceptions
 
+from pachinko import Connection, Session
+
 PATIENCE = 15  # seconds: for what takes milliseconds, on a slow and noisy machine
 
 
@@ -106,6 +108,11 @@ class Client:
         """Lose the connection without a word."""
         with contextlib.suppress(AttributeError):  # asyncio's, where it is lost already
             self.socket.transport.abort()
+
+
+def session_of(conn: Connection) -> Session:
+    """What the library does for *conn*, as long as it is served."""
+    return next(each for each in conn.hub.state.serving.values() if each.conn is conn)
 
 
 @contextlib.asynccontextmanager

@@ -36,7 +36,7 @@ def endpoint(**options: Any) -> tuple[Pachinko, list[int | None]]:
 async def stall(ws: Pachinko) -> Connection:
     """Send to the one connection until the server cannot write to it any more."""
     (conn,) = ws._hub.connections
-    while not conn._writing:
+    while not conn.outgoing.writing:
         await ws._hub.send_to(conn, "fill", BIG)
         await asyncio.sleep(0)
     return conn
@@ -120,7 +120,7 @@ async def test_drop_oldest_drops_pushed_messages_and_announces_the_gap() -> None
             await ws._hub.send("more", "kept", n)
         assert not conn.closed and ws._hub.stats()["dropped"] == 9
         reading = asyncio.create_task(client.read_all())
-        await until(lambda: not conn._writing)
+        await until(lambda: not conn.outgoing.writing)
         await conn.close(4000)
         data = await reading
         await until(lambda: codes)
@@ -183,10 +183,12 @@ async def test_senders_behind_a_stalled_client_learn_that_it_is_gone() -> None:
                 await conn.send("fill", BIG)
 
         first = asyncio.create_task(flood())
-        await until(lambda: conn._writing)
+        await until(lambda: conn.outgoing.writing)
         second = asyncio.create_task(conn.send("second", {}))
         third = asyncio.create_task(conn.send("third", {}))
-        await until(lambda: conn._outbox is not None and len(conn._outbox.queue) == 2)
+        await until(
+            lambda: conn.outgoing.outbox is not None and len(conn.outgoing.outbox.queue) == 2
+        )
         third.cancel()
         client.socket.close()
         for task in (first, second):
@@ -210,7 +212,7 @@ async def test_an_eviction_wakes_the_sender_that_writes() -> None:
                 await conn.send("fill", BIG)
 
         sender = asyncio.create_task(flood())
-        await until(lambda: conn._writing)
+        await until(lambda: conn.outgoing.writing)
         for _ in range(3):
             await ws._hub.send("all", "n", BIG)
         with pytest.raises(falcon.WebSocketDisconnected):
@@ -230,7 +232,7 @@ async def test_an_eviction_wakes_a_sender_whose_message_the_writer_holds() -> No
     async with serving(ws._app) as server, Stalled(server.url + "/ws") as client:
         conn = await stall(ws)
         await client.send({"type": "ask", "id": 1})
-        await until(lambda: conn._outbox is not None and conn._outbox.queue)
+        await until(lambda: conn.outgoing.outbox is not None and conn.outgoing.outbox.queue)
         for _ in range(3):
             await ws._hub.send("all", "n", BIG)
         await until(lambda: codes and not ws._hub.state.serving)
@@ -267,8 +269,8 @@ async def test_a_writer_cancelled_before_it_began_holds_nobody_up() -> None:
     ws, codes = endpoint()
     async with serving(ws._app) as server, connect(server.url + "/ws"):
         (conn,) = ws._hub.connections
-        conn._close(pachinko.Close(4000))
-        conn._gone(1000)
+        conn.outgoing.close(pachinko.Close(4000))
+        conn.outgoing.lost(1000)
         await until(lambda: codes and not ws._hub.state.serving)
     assert codes == [4000]
 
@@ -308,11 +310,13 @@ async def test_a_cancelled_sender_leaves_the_others_in_order() -> None:
                 await conn.send("fill", BIG)
 
         first = asyncio.create_task(flood())
-        await until(lambda: conn._writing)
+        await until(lambda: conn.outgoing.writing)
         second = asyncio.create_task(conn.send("second", {}))
         third = asyncio.create_task(conn.send("third", {}))
         fourth = asyncio.create_task(conn.send("fourth", {}))
-        await until(lambda: conn._outbox is not None and len(conn._outbox.queue) == 3)
+        await until(
+            lambda: conn.outgoing.outbox is not None and len(conn.outgoing.outbox.queue) == 3
+        )
         second.cancel()
         first.cancel()
         reading = asyncio.create_task(client.read_all())

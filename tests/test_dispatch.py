@@ -17,7 +17,7 @@ import falcon
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import PATIENCE, Client, Stalled, connect, new_app, serving, until
+from support import PATIENCE, Client, Stalled, connect, new_app, serving, session_of, until
 
 import pachinko
 from pachinko import Close, Connection, Envelope, Hub, MessageError, Pachinko, message
@@ -357,7 +357,7 @@ async def test_a_caught_task_group_leaves_the_connection_as_it_was() -> None:
         assert (await client.ask("stray"))["payload"]["code"] == "internal_error"
         (conn,) = ws._hub.connections
         await client.send("order")
-        await until(lambda: conn._tasks)
+        await until(lambda: session_of(conn).tasks)
         await client.close()
         await until(lambda: conn.closed)
         gate.set()
@@ -984,7 +984,12 @@ async def test_the_read_ahead_goes_on_after_a_long_queue() -> None:
         for n in range(10):
             await client.send("slow", n)
         await client.send("complete", id="f")
-        await until(lambda: conn._inbox is not None and len(conn._inbox) == 8)
+        await until(
+            lambda: (
+                session_of(conn).incoming._inbox is not None
+                and len(session_of(conn).incoming._inbox) == 8
+            )
+        )
         for n in range(3):
             gates[n].set()
         await asyncio.wait_for(ended.wait(), PATIENCE)
@@ -1725,7 +1730,7 @@ async def test_a_handler_that_swallows_its_cancellation_is_cancelled_again(
             if "handler_timeout" in limits:
                 assert (await client.receive())["payload"]["code"] == "handler_timeout"
             else:
-                await until(lambda: next(iter(ws._hub.connections))._handling)
+                await until(lambda: session_of(next(iter(ws._hub.connections))).is_handling)
         await clean(ws, codes)
     assert swallowed == ["once"]
 

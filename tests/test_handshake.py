@@ -18,7 +18,7 @@ import pytest
 import websockets.exceptions
 from hypothesis import given
 from hypothesis import strategies as st
-from support import PATIENCE, Client, Stalled, connect, new_app, serving, until
+from support import PATIENCE, Client, Stalled, connect, new_app, serving, session_of, until
 
 import pachinko
 from pachinko import Close, Connection, Hub, MessageError, Pachinko, PachinkoError
@@ -627,7 +627,7 @@ async def test_a_refused_client_that_does_not_answer_leaves_no_task() -> None:
 
     @door.ws.connect
     async def check(conn: Connection) -> None:
-        await until(lambda: conn._ahead)
+        await until(lambda: session_of(conn).incoming._ahead)
         raise falcon.HTTPForbidden
 
     async with serving(door.ws._app) as server, Stalled(f"{server.url}/ws") as client:
@@ -922,8 +922,16 @@ async def test_what_is_read_ahead_of_a_stranger_is_bounded_in_bytes() -> None:
         (conn,) = ws._hub.state.serving.values()
         for id in range(6):
             await client.send("x", "x" * 400, id=id)
-        await until(lambda: conn._ahead is not None and conn._ahead.done())
-        assert conn._inbox is not None and len(conn._inbox) == 3
+        await until(
+            lambda: (
+                session_of(conn).incoming._ahead is not None
+                and session_of(conn).incoming._ahead.done()
+            )
+        )
+        assert (
+            session_of(conn).incoming._inbox is not None
+            and len(session_of(conn).incoming._inbox) == 3
+        )
         may_go_on.set()
         assert [(await client.receive())["id"] for _ in range(6)] == list(range(6))
 

@@ -52,8 +52,8 @@ def test_gaps_are_announced_before_a_close() -> None:
     outbox = pachinko.Outbox()
     outbox.put(waiting("a", 1, "g"))
     outbox.drop_oldest()
-    outbox.put(pachinko.Waiting({"type": "websocket.close"}))
-    assert texts(outbox) == ['{"type":"gap","payload":{"group":"g"}}', "websocket.close"]
+    outbox.put(pachinko.Waiting({"type": "close"}, close=pachinko.Close()))
+    assert texts(outbox) == ['{"type":"gap","payload":{"group":"g"}}', "close"]
 
 
 async def test_whoever_waits_learns_that_the_outbox_was_cleared() -> None:

@@ -8,6 +8,7 @@ import contextvars
 import itertools
 import json
 import random
+import secrets
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,10 +18,10 @@ import falcon
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import PATIENCE, Client, Server, Stalled, connect, new_app, serving, until
+from support import PATIENCE, Client, Server, Stalled, connect, new_app, serving, session_of, until
 
 import pachinko
-from pachinko import Connection, Hub, Pachinko
+from pachinko import Connection, Hub, Outgoing, Pachinko
 
 BIG = "x" * 300_000  # more than the buffers on the way to a client of `served` hold
 LONG = 60.0  # seconds that no test waits for
@@ -136,7 +137,7 @@ class Fake:
 
     async def __aexit__(self, *failure: object) -> None:
         if failure[0] is None and not self.conn.closed:
-            await until(lambda: not self.conn._writing)
+            await until(lambda: not self.conn.outgoing.writing)
         self.gone()
         await asyncio.wait_for(self.task, PATIENCE)
 
@@ -544,9 +545,11 @@ async def _send_at_random(chance: random.Random) -> None:
                 client.ask("script")
             await pause()
         await asyncio.gather(*tasks)
-        while any(client.incoming.qsize() or client.conn._handling for client in clients):
+        while any(
+            client.incoming.qsize() or session_of(client.conn).is_handling for client in clients
+        ):
             await asyncio.sleep(0)
-        while any(client.conn._writing for client in clients):
+        while any(client.conn.outgoing.writing for client in clients):
             await asyncio.sleep(0)
         for client in clients:
             assert client.payloads() == expected[client.conn]
@@ -622,7 +625,7 @@ class Socket:
         self.taken: list[Any] = []
         self.wait = wait
 
-    async def _send(self, event: Event) -> None:
+    async def _asgi_send(self, event: Event) -> None:
         if self.wait is not None:
             await self.wait()
         self.taken.append(json.loads(event["text"])["payload"])
@@ -631,9 +634,11 @@ class Socket:
 async def member(ws: Pachinko, socket: Any) -> Connection:
     """A connection in the group "all" that nobody reads from."""
     req: Any = None
-    conn = Connection(ws._hub, ws._limits, req, socket, {"name": ""})
-    ws._hub.state.registry.add(conn)
-    conn._opened()
+    state, id = ws._hub.state, secrets.token_hex(12)
+    outgoing = Outgoing(id, socket, ws._limits, state.counters, pachinko._NOBODY)
+    conn = Connection(ws._hub, req, socket, {"name": ""}, id, outgoing)
+    state.registry.add(conn)
+    outgoing.open()
     await conn.join("all")
     return conn
 
@@ -641,7 +646,9 @@ async def member(ws: Pachinko, socket: Any) -> Connection:
 async def written(ws: Pachinko) -> None:
     """Wait until no connection is marked as being written to."""
     await until(
-        lambda: not any(conn._writing for conn in ws._hub.state.registry.connections.values())
+        lambda: (
+            not any(conn.outgoing.writing for conn in ws._hub.state.registry.connections.values())
+        )
     )
 
 
@@ -652,9 +659,9 @@ async def test_who_leaves_during_a_large_send_is_passed_over() -> None:
     conns = [await member(ws, socket) for socket in sockets]
     sending = asyncio.create_task(ws._hub.send("all", "n", 1))
     await asyncio.sleep(0)  # it has begun, and the loop has its turn
-    late = [conn for conn in conns if conn._writing == "task"]
+    late = [conn for conn in conns if conn.outgoing.writing == "task"]
     for conn in late[:5]:
-        conn._lost()
+        conn.outgoing.lost()
     await sending
     await written(ws)
     gone = {conn.id for conn in late[:5]}
@@ -680,7 +687,7 @@ async def test_a_send_to_a_large_group_lets_others_run() -> None:
         await asking.conn.leave("all")
 
         class Noting(Socket):
-            async def _send(self, event: Event) -> None:
+            async def _asgi_send(self, event: Event) -> None:
                 if not seen:
                     asking.ask("echo", 1)
                 seen.append(turns[0])
@@ -713,7 +720,7 @@ async def test_a_thousand_clients_that_stall_at_once_are_no_recursion() -> None:
     for n in range(2):
         await ws._hub.send("all", "n", n)
     await until(lambda: well.taken == [0, 1])
-    assert all(conn._writing for conn in conns)
+    assert all(conn.outgoing.writing for conn in conns)
     gate.set()
     await written(ws)
     assert all(socket.taken == [0, 1] for socket in slow)
@@ -729,7 +736,7 @@ async def test_a_cancelled_group_send_still_reaches_the_rest() -> None:
     sending.cancel()
     with pytest.raises(asyncio.CancelledError):
         await sending
-    assert any(conn._writing for conn in conns)
+    assert any(conn.outgoing.writing for conn in conns)
     await written(ws)
     await ws._hub.send("all", "n", 2)
     await written(ws)
@@ -777,7 +784,7 @@ async def test_one_stalled_client_delays_none_of_twenty() -> None:
         for n in range(5):
             await ws._hub.send("all", "n", n)
             assert {(await client.receive())["payload"] for client in clients} == {n}
-            assert conn._writing and not left
+            assert conn.outgoing.writing and not left
         await ws._hub.send("all", "n", 5)
         assert {(await client.receive())["payload"] for client in clients} == {5}
         await until(lambda: left)
@@ -803,7 +810,7 @@ async def test_many_clients_that_stall_in_one_send_are_all_evicted() -> None:
             for client in clients:
                 assert (await client.receive())["payload"][0] == n
             if n == 1:
-                await until(lambda: all(conn._writing == "writer" for conn in bad))
+                await until(lambda: all(conn.outgoing.writing == "writer" for conn in bad))
         await until(lambda: len(left) == 50)
         assert {code for _, code in left} == {1013} and ws._hub.stats()["evicted"] == 50
 
@@ -838,7 +845,7 @@ async def waiting(ws: Pachinko, client: Stalled, how: str) -> Connection:
     conn = named(ws, "slow")
     await client.send({"type": how, "id": 1})
     await client.send({"type": how, "id": 2})
-    await until(lambda: conn._writing and conn._ahead is not None)
+    await until(lambda: conn.outgoing.writing and session_of(conn).incoming._ahead is not None)
     return conn
 
 
@@ -880,7 +887,7 @@ async def test_a_backlog_behind_a_reply_that_waited_lingers(how: str) -> None:
     async with served(ws) as server, Stalled(f"{server.url}/slow") as client:
         conn = await waiting(ws, client, how)
         await client.send({"type": "nap"})
-        await until(lambda: conn._inbox)
+        await until(lambda: session_of(conn).incoming._inbox)
         client.socket.close()
         await until(lambda: not ws._hub.state.serving)
         assert len(left) == 1 and began.is_set()
@@ -930,13 +937,21 @@ async def test_a_connection_outlives_a_reply_that_waited(how: str) -> None:
         conn = await waiting(ws, client, how)
         await ws._hub.send("all", "n", "pushed")
         sending = asyncio.create_task(conn.send("n", "sent"))
-        await until(lambda: conn._outbox is not None and len(conn._outbox.queue) == 2)
+        await until(
+            lambda: conn.outgoing.outbox is not None and len(conn.outgoing.outbox.queue) == 2
+        )
         reading = asyncio.create_task(client.read_all())
         await sending
-        await until(lambda: not conn._writing)
-        assert conn._life is not None and conn._life._timer is None and conn._patience is None
+        await until(lambda: not conn.outgoing.writing)
+        assert (
+            session_of(conn)._life is not None
+            and session_of(conn)._life._timer is None
+            and conn.outgoing._patience is None
+        )
         await client.send({"type": "echo", "id": 3, "payload": "again"})
-        await until(lambda: conn._received == 3 and not conn._handling)
+        await until(
+            lambda: session_of(conn).incoming.received == 3 and not session_of(conn).is_handling
+        )
         await conn.close(4001)
         payloads = [frame["payload"] for frame in frames_in(await reading)]
         assert payloads == [BIG, BIG, "pushed", "sent", "again"]
@@ -968,7 +983,7 @@ async def test_messages_dropped_behind_a_reply_that_waits_are_announced(how: str
         for n in range(5):
             await ws._hub.send("all", "n", n)
         reading = asyncio.create_task(client.read_all())
-        await until(lambda: not conn._writing)
+        await until(lambda: not conn.outgoing.writing)
         await conn.close(4001)
         payloads = [frame["payload"] for frame in frames_in(await reading)]
         assert payloads == [BIG, BIG, 3, 4, {"group": "all"}]
@@ -1070,7 +1085,9 @@ async def test_a_client_that_leaves_a_waiting_handler_is_noticed(end: str) -> No
         await client.send("wait")
         for n in range(5):
             await client.send("note", n)
-        await until(lambda: conn._inbox and len(conn._inbox) == 5)
+        await until(
+            lambda: session_of(conn).incoming._inbox and len(session_of(conn).incoming._inbox) == 5
+        )
         if end == "close":
             await client.close(4001)
         else:
@@ -1164,9 +1181,9 @@ async def test_a_sender_cancelled_while_it_waits_hands_over_to_the_next() -> Non
         conn = named(ws, "slow")
         await conn.send("n", BIG)
         first = asyncio.create_task(conn.send("n", "first"))
-        await until(lambda: conn._writing)
+        await until(lambda: conn.outgoing.writing)
         second = asyncio.create_task(conn.send("n", "second"))
-        await until(lambda: conn._outbox is not None)
+        await until(lambda: conn.outgoing.outbox is not None)
         first.cancel()
         reading = asyncio.create_task(client.read_all())
         await second
@@ -1197,6 +1214,6 @@ async def test_a_handler_that_cancels_a_group_send_leaves_nobody_marked() -> Non
         await until(lambda: all(client.sent for client in clients[1:]))
         await until(lambda: len(clients[0].sent) == 2)
         await ws._hub.send("all", "n", "again")
-        await until(lambda: not any(client.conn._writing for client in clients))
+        await until(lambda: not any(client.conn.outgoing.writing for client in clients))
         assert sorted(clients[0].payloads()) == ["again", "hurried", "sent"]
         assert all(client.payloads() == ["sent", "again"] for client in clients[1:])

@@ -378,7 +378,9 @@ async def test_a_stopped_client_is_evicted_by_the_traffic_of_its_group(tmp_path:
                 assert script.lines[1] in ("out 1013", "out 1006")
     await empty(hub)
     lives.check()
-    assert conn._outbox is None or not conn._outbox.queue  # what waited for it is dropped
+    assert (
+        conn.outgoing.outbox is None or not conn.outgoing.outbox.queue
+    )  # what waited for it is dropped
 
 
 # Slow peers

@@ -43,7 +43,7 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from support import new_app
+from support import new_app, session_of
 
 from pachinko import Close, Connection, Envelope, Hub, MessageError, Pachinko, message
 
@@ -1631,7 +1631,7 @@ class Visit:
             return False
         conn: Any = self.conn()
         ahead = 1 if self.scenario.app == "small" else READ_AHEAD  # where so many are too large
-        if self.coming and not conn.closed and len(conn._inbox or ()) < ahead:
+        if self.coming and not conn.closed and len(session_of(conn).incoming._inbox or ()) < ahead:
             self.wrong.append("nobody has read ahead")
         self.held.set_result(None)
         return True

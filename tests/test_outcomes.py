@@ -1,0 +1,533 @@
+"""What an exception of the application means: an answer, a close, or something that goes on up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import falcon
+import pytest
+from support import PATIENCE, connect, new_app, serving, until
+
+import pachinko
+from pachinko import Close, Connection, Hub, MessageError, Pachinko
+
+Event = dict[str, Any]
+Way = Callable[[], Awaitable[Any]]
+
+
+def endpoint(**options: Any) -> Pachinko:
+    return Pachinko(new_app(), "/ws", hub=Hub(), **options)
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [r for r in caplog.records if r.name == "pachinko" and r.levelno >= logging.ERROR]
+
+
+async def forever() -> None:
+    await asyncio.Event().wait()
+
+
+# Ways to fail while a cancellation is under way
+
+
+async def plain() -> None:
+    try:
+        await forever()
+    finally:
+        raise KeyError("clean-up")
+
+
+async def after_a_pause() -> None:
+    try:
+        await forever()
+    finally:
+        await asyncio.sleep(0)
+        raise KeyError("clean-up")
+
+
+async def renamed() -> None:
+    try:
+        await plain()
+    except KeyError as exc:
+        raise ValueError("clean-up") from exc
+
+
+async def unchained() -> None:
+    try:
+        await plain()
+    except KeyError:
+        raise ValueError("clean-up") from None
+
+
+async def in_a_context() -> None:
+    @contextlib.asynccontextmanager
+    async def pool() -> Any:
+        try:
+            yield
+        finally:
+            raise OSError("clean-up")
+
+    async with pool():
+        await forever()
+
+
+async def in_a_group() -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(plain())
+        group.create_task(forever())
+
+
+async def in_a_nested_group() -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(in_a_group())
+
+
+async def within_a_time_limit() -> None:
+    async with asyncio.timeout(60):
+        await plain()
+
+
+async def exits() -> None:
+    try:
+        await forever()
+    finally:
+        sys.exit("clean-up")
+
+
+async def after_a_failed_group() -> None:
+    """On Python 3.11 and 3.12 the group leaves a cancellation counted."""
+
+    async def fail() -> None:
+        raise ValueError
+
+    with contextlib.suppress(ExceptionGroup):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail())
+            await forever()
+    await plain()
+
+
+async def swallowed() -> None:
+    with contextlib.suppress(asyncio.CancelledError):
+        await forever()
+    raise KeyError("clean-up")
+
+
+CHAINED: list[Way] = [
+    plain, after_a_pause, renamed, unchained, in_a_context, in_a_group, in_a_nested_group,
+    within_a_time_limit, exits, after_a_failed_group,
+]  # fmt: skip
+ways = pytest.mark.parametrize("way", CHAINED, ids=lambda way: way.__name__)
+all_ways = pytest.mark.parametrize("way", [*CHAINED, swallowed], ids=lambda way: way.__name__)
+
+
+# Workers
+
+
+@all_ways
+async def test_a_worker_that_fails_while_it_is_stopped_is_not_started_again(
+    way: Way, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At a shutdown its error is logged, once, and nobody waits for it."""
+    ws, began = endpoint(), list[str]()
+
+    @ws.worker
+    async def work() -> None:
+        began.append("work")
+        await way()
+
+    async with serving(ws._app):
+        await until(lambda: began)
+        await asyncio.sleep(0)
+    assert began == ["work"] and not ws._workers
+    (record,) = errors(caplog)
+    assert record.exc_info is not None and "work()" in record.getMessage()
+
+
+@all_ways
+def test_a_loop_that_ends_is_not_held_up_by_such_a_worker(
+    way: Way, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a shutdown of the app, `asyncio.run` cancels its tasks and returns."""
+    ws, began = endpoint(), list[str]()
+
+    @ws.worker
+    async def work() -> None:
+        began.append("work")
+        await way()
+
+    async def main() -> None:
+        await ws.process_startup({}, {})
+        await until(lambda: began)
+        await asyncio.sleep(0)
+
+    thread = threading.Thread(target=asyncio.run, args=[main()], daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive() and began == ["work"]
+    assert len(errors(caplog)) == 1
+
+
+async def test_a_worker_that_ends_with_its_cancellation_is_not_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither where it passes on, nor where the worker returns instead."""
+    ws = endpoint()
+    ws.worker(forever)
+
+    @ws.worker
+    async def returns() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await forever()
+
+    async with serving(ws._app):
+        await asyncio.sleep(0)
+    assert not ws._workers and not errors(caplog)
+
+
+# Connections
+
+
+class Served:
+    """A connection whose server is the test, so that it can cancel the task."""
+
+    def __init__(self, ws: Pachinko, *frames: str) -> None:
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.sent: list[Event] = []
+        self.events.put_nowait({"type": "websocket.connect"})
+        for frame in frames:
+            self.put(frame)
+        scope = {
+            "type": "websocket",
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "path": "/ws",
+            "query_string": b"",
+            "headers": [],
+        }
+        app: Any = ws._app
+        self.task = asyncio.create_task(app(scope, self.events.get, self.send))
+
+    def put(self, frame: str) -> None:
+        self.events.put_nowait({"type": "websocket.receive", "text": frame})
+
+    async def send(self, event: Event) -> None:
+        self.sent.append(event)
+
+    async def cancelled(self) -> bool:
+        """Cancel the task as a server does, and wait for its end."""
+        self.task.cancel()
+        self.put('{"type":"after","id":2}')
+        await asyncio.wait([self.task], timeout=PATIENCE)
+        return self.task.cancelled()
+
+
+def watched(ws: Pachinko) -> tuple[list[str], list[int | None]]:
+    """What runs at *ws* from now on: a handler that must not, and disconnect handlers."""
+    after, left = list[str](), list[int | None]()
+
+    @ws.on("after")
+    async def never(conn: Connection) -> None:
+        after.append("handled")
+
+    @ws.disconnect
+    async def leave(conn: Connection) -> None:
+        left.append(conn.close_code)
+
+    return after, left
+
+
+def handlers(way: Way, begun: asyncio.Event) -> dict[str, Callable[[], Pachinko]]:
+    """Endpoints in each of which *way* is in progress, by what runs it."""
+
+    async def run() -> None:
+        begun.set()
+        await way()
+
+    def with_handler(**options: Any) -> Pachinko:
+        ws = endpoint(**options)
+
+        @ws.on("wait")
+        async def wait(conn: Connection, *, n: int = 0) -> None:
+            await run()
+
+        return ws
+
+    def read_by_cattrs() -> Pachinko:
+        ws = endpoint()
+
+        @ws.on("wait")
+        async def wait(conn: Connection, payload: dict[int, str]) -> None:
+            await run()
+
+        return ws
+
+    def with_middleware() -> Pachinko:
+        ws = with_handler()
+
+        @ws.middleware
+        async def around(conn: Connection, envelope: Any, call_next: Any) -> Any:
+            return await call_next()
+
+        return ws
+
+    def with_fallback() -> Pachinko:
+        ws = endpoint()
+
+        @ws.fallback
+        async def other(conn: Connection, frame: str) -> None:
+            if "wait" in frame:
+                await run()
+
+        return ws
+
+    def with_error_handler() -> Pachinko:
+        ws = endpoint()
+
+        @ws.on("wait")
+        async def wait(conn: Connection) -> None:
+            raise RuntimeError
+
+        @ws.error(RuntimeError)
+        async def failed(conn: Connection, exc: RuntimeError) -> None:
+            await run()
+
+        return ws
+
+    def with_a_time_limit() -> Pachinko:
+        return with_handler(handler_timeout=60.0)
+
+    makers = [with_handler, read_by_cattrs, with_middleware, with_fallback, with_error_handler]
+    return {maker.__name__: maker for maker in [*makers, with_a_time_limit]}
+
+
+KINDS = list(handlers(plain, asyncio.Event()))
+
+
+@ways
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_cancellation_ends_the_connection_although_its_handler_fails(
+    way: Way, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server, or an ASGI middleware's time-out, cancels it: nothing more is handled."""
+    begun = asyncio.Event()
+    ws = handlers(way, begun)[kind]()
+    after, left = watched(ws)
+    served = Served(ws, '{"type":"wait","id":1,"payload":{}}')
+    await asyncio.wait_for(begun.wait(), PATIENCE)
+    await asyncio.sleep(0)
+    assert await served.cancelled()
+    assert (after, left) == ([], [1006])
+    assert [event["type"] for event in served.sent] == ["websocket.accept"]
+    (record,) = errors(caplog)
+    assert record.exc_info is not None
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="older Pythons do not count exactly")
+async def test_a_swallowed_cancellation_is_not_forgotten_when_the_handler_fails() -> None:
+    """Python 3.13 counts cancellations exactly, whatever code has done with them."""
+    begun = asyncio.Event()
+    ws = handlers(swallowed, begun)["with_handler"]()
+    after, left = watched(ws)
+    served = Served(ws, '{"type":"wait","id":1}')
+    await asyncio.wait_for(begun.wait(), PATIENCE)
+    await asyncio.sleep(0)
+    assert await served.cancelled()
+    assert (after, left) == ([], [1006])
+
+
+@pytest.mark.parametrize("exc", [MessageError("aborted"), Close(4000), falcon.HTTPNotFound()])
+async def test_an_outcome_is_no_answer_to_a_cancellation(
+    exc: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a handler raises for the client while it is cancelled is neither sent nor logged."""
+    begun = asyncio.Event()
+
+    async def translated() -> None:
+        try:
+            await forever()
+        except asyncio.CancelledError:
+            raise exc from None
+
+    ws = handlers(translated, begun)["with_handler"]()
+    after, left = watched(ws)
+    served = Served(ws, '{"type":"wait","id":1}')
+    await asyncio.wait_for(begun.wait(), PATIENCE)
+    assert await served.cancelled()
+    assert (after, left) == ([], [1006]) and not errors(caplog)
+
+
+@ways
+@pytest.mark.parametrize("kind", ["connect", "authenticate", "disconnect"])
+async def test_a_cancellation_outlives_the_clean_up_of_other_handlers(
+    way: Way, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where a connect, authenticate or disconnect handler fails; other ones still run."""
+    ws, begun, left = endpoint(), asyncio.Event(), list[str]()
+
+    async def slow(conn: Connection) -> None:
+        begun.set()
+        await way()
+
+    async def who(conn: Connection, token: str | None) -> Any:
+        await slow(conn)
+
+    if kind == "authenticate":
+        ws.authenticate(who)
+    else:
+        getattr(ws, kind)(slow)
+
+    @ws.disconnect
+    async def leave(conn: Connection) -> None:
+        left.append("left")
+
+    served = Served(ws)
+    if kind == "disconnect":
+        served.events.put_nowait({"type": "websocket.disconnect", "code": 1000})
+    await asyncio.wait_for(begun.wait(), PATIENCE)
+    await asyncio.sleep(0)
+    assert await served.cancelled()
+    assert left == (["left"] if kind == "disconnect" else [])
+    assert len(errors(caplog)) == 1 and not ws._hub.state.serving
+
+
+async def fails_in_a_group() -> None:
+    async def fail() -> None:
+        raise KeyError("no clean-up")
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fail())
+        group.create_task(forever())
+
+
+async def fails_after_a_time_out() -> None:
+    try:
+        async with asyncio.timeout(0):
+            await forever()
+    except TimeoutError:
+        raise KeyError("no clean-up")  # noqa: B904 - the context is what the test is about
+
+
+async def fails_after_a_failed_group() -> None:
+    with contextlib.suppress(ExceptionGroup):
+        await fails_in_a_group()
+    raise KeyError("no clean-up")
+
+
+async def fails_behind_a_task() -> None:
+    task = asyncio.create_task(forever())
+    await asyncio.sleep(0)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    raise KeyError("no clean-up")
+
+
+@pytest.mark.parametrize(
+    "way",
+    [fails_in_a_group, fails_after_a_time_out, fails_after_a_failed_group, fails_behind_a_task],
+    ids=lambda way: way.__name__,
+)
+async def test_a_bug_that_only_looks_like_a_cancellation_is_answered(way: Way) -> None:
+    """Nobody has cancelled the connection: it goes on."""
+    ws = endpoint()
+
+    @ws.on("fail")
+    async def fail(conn: Connection) -> None:
+        await way()
+
+    @ws.on("echo")
+    async def echo(conn: Connection, payload: int) -> int:
+        return payload
+
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        for _ in range(2):
+            assert (await client.ask("fail"))["payload"]["code"] == "internal_error"
+            assert (await client.ask("echo", 5))["payload"] == 5
+
+
+async def test_a_stream_that_fails_while_it_is_stopped_is_answered() -> None:
+    """The client's `complete` cancels the stream's task and not the connection."""
+    ws = endpoint()
+
+    @ws.on("count")
+    async def count(conn: Connection) -> Any:
+        try:
+            yield 1
+            await forever()
+        finally:
+            raise KeyError("clean-up")
+
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        for _ in range(2):
+            assert (await client.ask("count", id=7))["payload"] == 1
+            answer = await client.ask("complete", id=7)
+            assert (answer["id"], answer["payload"]["code"]) == (7, "internal_error")
+
+
+# Disconnect handlers
+
+
+async def by_send(conn: Connection) -> None:
+    await conn.send("bye")
+
+
+async def by_falcon(conn: Connection) -> None:
+    await conn.ws.send_text("bye")
+
+
+async def by_falcons_media(conn: Connection) -> None:
+    await conn.ws.send_media({"type": "bye"})
+
+
+async def by_a_helper(conn: Connection) -> None:
+    await asyncio.create_task(by_send(conn))
+
+
+@pytest.mark.parametrize("by", [by_send, by_falcon, by_falcons_media, by_a_helper])
+@pytest.mark.parametrize("end", ["client", "lost", "server"])
+async def test_sending_in_a_disconnect_handler_is_no_bug(
+    by: Callable[[Connection], Awaitable[None]], end: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client has gone: that handler ends quietly, and the others run."""
+    ws, left = endpoint(), list[str]()
+
+    @ws.on("close")
+    async def close(conn: Connection) -> None:
+        raise Close(4000)
+
+    @ws.disconnect
+    async def first(conn: Connection) -> None:
+        await by(conn)
+
+    @ws.disconnect
+    async def second(conn: Connection) -> None:
+        left.append(conn.id)
+
+    caplog.set_level(logging.DEBUG, "pachinko")
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        await until(lambda: ws._hub.connections)
+        if end == "client":
+            await client.close()
+        elif end == "lost":
+            client.cut()
+        else:
+            await client.send("close")
+        await until(lambda: left and not ws._hub.state.serving)
+    if not (end == "server" and by is not by_send and by is not by_a_helper):
+        assert "first()" in caplog.text
+    assert not errors(caplog)
+
+
+def test_only_the_documented_names_pass_for_outcomes() -> None:
+    """A bug has no outcome, so that nothing of it reaches a client."""
+    error, close = MessageError("code"), Close(4000)
+    assert pachinko.outcome_of(error) is error and pachinko.outcome_of(close) is close
+    refused = pachinko.outcome_of(falcon.HTTPNotFound(description="no such thing"))
+    assert isinstance(refused, MessageError) and refused.code == "http_404"
+    assert pachinko.outcome_of(KeyError("secret")) is None
