@@ -1808,9 +1808,9 @@ class Counters:
     """What has happened on a hub since its start."""
 
     received: int = 0
-    """Frames, as far as their connections have ended; each counts its own until then."""
+    """Frames of connections that have ended; an open connection counts its own."""
     sent: int = 0
-    """Frames, the same."""
+    """Frames of connections that have ended."""
     dropped: int = 0
     """Messages that clients were too slow for."""
     evicted: int = 0

@@ -113,7 +113,7 @@ def without_secrets(exc: BaseException, broker: Broker | None) -> str:
 
 
 def look_at_result(task: asyncio.Task[Any]) -> None:
-    """Keep asyncio from complaining that nobody has: the callers may all have been cancelled."""
+    """Retrieve the exception of *task*: asyncio logs one that no caller is left to retrieve."""
     if not task.cancelled():
         task.exception()
 
@@ -335,9 +335,9 @@ def _nats_settings(broker: Broker) -> dict[str, Any]:
 
 # ── Redis ─────────────────────────────────────────────────────────────────────────────────────
 #
-# An object is one connection at a time, for the link two sockets: Redis publishes on one, and
-# subscribes on the other. Commands are pipelined: redis-py's `PubSub` and pipelines cost 1.4 to 2
-# times the CPU a publish.
+# An object has two sockets: it publishes on one, and subscribes on the other. Commands do not wait
+# for the replies to those before: the public API, `PubSub` and pipelines, costs 1.4 to 2 times the
+# CPU a publish.
 
 
 class RedisConnection:
@@ -542,20 +542,20 @@ class Link:
         self.outages: int = 0
         self.is_connected: bool = False
         self._subjects: dict[str, None] = dict.fromkeys(essential)  # to be subscribed, in order
-        self._subscribed: set[str] = set()  # as far as the broker has said so
+        self._subscribed: set[str] = set()  # confirmed by the broker
         self._denied: dict[str, str] = {}  # not permitted, with the reason
         self._late: set[str] = set()  # a caller of `subscribed` has given up waiting
         self._changes: dict[str, asyncio.Task[None]] = {}  # that subscribe or unsubscribe
-        self._copies: dict[bytes, tuple[str, asyncio.Future[None]]] = {}  # on their way back to us
-        self._waits: set[asyncio.Timeout] = set()  # of callers whose message the broker may have
+        self._copies: dict[bytes, tuple[str, asyncio.Future[None]]] = {}  # to come back to us
+        self._waits: set[asyncio.Timeout] = set()  # of callers whose message is with the broker
         self._beat = b""
         self._has_heard = False  # a message of our own, since the last beat
         self._is_receiving = False
         self._why = "not connected yet"
         self._has_missed = False  # messages, or may have
         self._lost: asyncio.Future[BaseException | None]
-        self._attempted = asyncio.Event()  # cleared while a connection attempt is worth a wait
-        self._turn = asyncio.Lock()  # whose waiters go on in the order in which they came
+        self._attempted = asyncio.Event()  # not set while callers wait for an attempt to connect
+        self._turn = asyncio.Lock()  # callers of `connected` take turns; a Lock is fair
         self._task: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
@@ -640,7 +640,7 @@ class Link:
         self._start_change(subject)
 
     def unsubscribe(self, subject: str) -> None:
-        """Undo `subscribe`, as far as that has come."""
+        """Undo `subscribe`."""
         self._subjects.pop(subject, None)
         self._denied.pop(subject, None)
         self._late.discard(subject)
@@ -671,7 +671,7 @@ class Link:
             raise PachinkoError(self._denied[subject])
 
     def _is_pending(self, subject: str) -> bool:
-        """Whether the broker has yet to be told, or to say, what is to become of *subject*."""
+        """Whether the broker has yet to subscribe us to *subject*, or to unsubscribe us."""
         is_settled = subject in self._subscribed or subject in self._denied
         return (subject in self._subjects) != is_settled
 
@@ -981,7 +981,7 @@ class Cluster:
         self._sessions: dict[str, int] = {}  # the latest of each process that has sent something
         self._refused = 0
         self._suspects: set[object] = set()  # the kinds of refused messages that have been logged
-        self._work: set[asyncio.Task[None]] = set()  # what is sent while nobody waits for it
+        self._work: set[asyncio.Task[None]] = set()  # sends that no caller waits for
         self._asks: dict[int, asyncio.Queue[PeerMessage]] = {}  # answers, by question
         self._gaps: dict[str, tuple[pachinko.Connection, ...]] = {}  # members to be told, by group
         self._unread: dict[Address, frozenset[str]] = {}  # ids told of a message of another format
@@ -1163,7 +1163,7 @@ class Cluster:
         await self._registry.tell(receivers, gap_of(group), group, told)
 
     def restored(self, subject: str | None) -> None:
-        """Begin to tell everybody who may have missed something, once a group."""
+        """Begin to tell each member of a gap, once a group. Called by the link after an outage."""
         registry = self._registry
         alone: Collection[pachinko.Connection] = ()
         if subject is None:

@@ -343,3 +343,24 @@ async def test_what_a_fork_leaves_is_forgotten(monkeypatch: pytest.MonkeyPatch) 
     pachinko._forget_parent()
     assert hub.state is not state and hub.state.loop is None
     assert hub.state.calls._lock is not lock and state.loop is not None
+
+
+# Starts
+
+
+def test_a_loop_that_has_ended_without_a_shutdown_is_forgotten() -> None:
+    """Nothing of it stays, also where the next start fails."""
+    hub = Hub()
+
+    async def start(url: str | None = None) -> None:
+        hub.state.start(object(), url)
+
+    asyncio.run(start())
+    first = hub.state
+    with pytest.raises(PachinkoError, match="a backplane is a URL"):
+        asyncio.run(start("kafka://host"))
+    assert hub.state is not first and hub.state.loop is None
+    with pytest.raises(PachinkoError, match="not running"):
+        hub.call_threadsafe(hub.stats)
+    asyncio.run(start())
+    assert hub.state.loop is not None and hub.process != first.process

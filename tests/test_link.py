@@ -316,13 +316,13 @@ async def test_what_nobody_wants_any_more_is_thrown_away() -> None:
     """As is what comes from a connection that is over."""
     async with linked() as scene:
         await scene.join("room")
-        old, post = scene.fake.deliver, b"p 1 1 odd"
+        old, data = scene.fake.deliver, b"p 1 1 odd"
         scene.fake.lost(None)
         await until(lambda: scene.link.outages == 1 and scene.link.is_connected)
-        await old("ns.g.room", post)
-        await scene.fake.deliver("ns.g.other", post)
+        await old("ns.g.room", data)
+        await scene.fake.deliver("ns.g.other", data)
         assert not scene.receiver.messages
-        await scene.fake.deliver("ns.g.room", post)
+        await scene.fake.deliver("ns.g.room", data)
         assert len(scene.receiver.messages) == 1
 
 
@@ -501,8 +501,8 @@ async def test_a_broker_is_not_lost_because_we_are_busy() -> None:
             await free.wait()
 
         scene.receiver.receive = receive  # type: ignore[assignment]
-        post = b"p 1 1 odd"
-        busy = asyncio.create_task(scene.fake.deliver("ns.g.room", post))
+        data = b"p 1 1 odd"
+        busy = asyncio.create_task(scene.fake.deliver("ns.g.room", data))
         scene.fake.exchange.links.clear()  # so that no beat comes back
         await until(lambda: scene.fake.count("publish ns.p.me") > beats + 20)
         assert scene.link.outages == 0

@@ -1004,10 +1004,10 @@ async def test_a_forged_name_silences_nobody(broker: BrokerProcess) -> None:
         ):
             if op == "send" and session > 1:
                 continue  # who can send as we do can also close everybody: no news to be silenced
-            post = header(**{"from": process}, op=op, session=session, n=n)
+            head = header(**{"from": process}, op=op, session=session, n=n)
             async with stranger(broker) as publish:
                 await publish(
-                    pachinko_cluster.subject_of("pachinko", KINDS[kind], name), post + b"\n" + body
+                    pachinko_cluster.subject_of("pachinko", KINDS[kind], name), head + b"\n" + body
                 )
             await publish_is_handled(broker, scene)
             sends = await scene.burst("during", 2)
@@ -1030,11 +1030,11 @@ async def publish_is_handled(broker: BrokerProcess, scene: Scene) -> None:
 
 
 def newer(body: bytes = b"") -> bytes:
-    """A post of a format that is not known yet."""
+    """A message of a format that is not known yet."""
     return b'{"v":2,"kind":{"send":[]},"by":[1,2]}\n\x93\x01\x02' + body
 
 
-async def test_a_run_of_posts_of_another_format_is_one_gap(broker: BrokerProcess) -> None:
+async def test_a_run_of_messages_of_another_format_is_one_gap(broker: BrokerProcess) -> None:
     """Members are told once that they have missed something, and again after they missed none."""
     async with cluster(broker.url) as scene, stranger(broker) as publish:
         red, user, process, all_ = (subject for subject, _ in subjects(scene).values())
