@@ -406,7 +406,7 @@ def test_the_return_annotation_is_the_shape_of_the_reply(annotation: Any, return
 @pytest.mark.parametrize("concurrent", [True, False])
 def test_a_handler_may_run_beside_others(concurrent: bool) -> None:
     """``concurrent=True`` is kept with the handler."""
-    assert registered(nothing, concurrent=concurrent).concurrent is concurrent
+    assert registered(nothing, concurrent=concurrent).is_concurrent is concurrent
 
 
 async def test_a_message_class_gives_type_and_payload() -> None:
@@ -1192,7 +1192,7 @@ def snapshot(ws: Pachinko) -> list[Any]:
     return [
         dict(routes.handlers), list(routes.connect), list(routes.disconnect),
         list(routes.middleware), dict(routes.errors), list(routes.workers), routes.authenticate,
-        routes.fallback, routes.binary, set(routes.by_frame.values()),
+        routes.fallback, routes.binary, {frame.handler for frame in routes.frames},
     ]  # fmt: skip
 
 
@@ -1256,7 +1256,7 @@ async def test_nothing_of_a_refused_resource_stays(methods: Any, has_started: bo
     assert set(ws._routes.handlers) == {"room.taken", "room.say", "room.walk"}
     assert len(ws._routes.connect) == len(ws._routes.disconnect) == 1
     if has_started:
-        assert len(ws._routes.by_frame) == 3
+        assert len(ws._routes.frames) == 3
         await ws.process_shutdown({}, {})
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 from typing import Any
 
 import falcon
@@ -53,39 +52,6 @@ async def test_it_works_as_a_falcon_resource_without_app_and_path(with_middlewar
         async with connect(server.url + "/ws/a") as client:
             assert await client.receive() == {"type": "hello", "payload": {"room": "a"}}
             await until(lambda: started)
-
-
-def test_attaching_turns_falcons_default_queue_off_and_says_so(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Only the default is changed, with one log line; a queue chosen by the user stays."""
-    caplog.set_level(logging.INFO, "pachinko")
-    app = new_app()
-    Pachinko(app, "/a")
-    Pachinko(app, "/b")
-    assert app.ws_options.max_receive_queue == 0
-    assert caplog.text.count("max_receive_queue") == 1
-    app = new_app()
-    app.ws_options.max_receive_queue = 16
-    Pachinko(app, "/a")
-    assert app.ws_options.max_receive_queue == 16
-
-
-async def test_it_works_with_falcons_queue_as_well() -> None:
-    """A user may keep the receive queue."""
-    app = new_app()
-    ws = Pachinko(app, "/ws", hub=Hub())
-    app.ws_options.max_receive_queue = 4
-
-    @ws.on("wait")
-    async def wait(conn: Connection, n: int) -> int:
-        await asyncio.sleep(0.001)
-        return n
-
-    async with serving(app) as server, connect(server.url + "/ws") as client:
-        for n in range(20):
-            await client.send("wait", n, id=n)
-        assert [(await client.receive())["payload"] for n in range(20)] == list(range(20))
 
 
 async def test_several_endpoints_share_an_app_and_a_hub() -> None:

@@ -603,7 +603,7 @@ async def test_a_client_may_go_between_its_token_and_the_end_of_connect(
             await client.close(4321)
         else:
             client.cut()
-        await until(lambda: all(conn.closed for conn in ws._hub.state.serving.values()))
+        await until(lambda: all(each.outgoing.closed for each in ws._hub.state.serving.values()))
         may_go_on.set()
         await empty(ws._hub)
         assert len(lives.arrived) == (then == "ends")
