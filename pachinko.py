@@ -1968,29 +1968,23 @@ TRANSITIONS: dict[tuple[Phase, Phase], str] = {
 }
 
 
-class Suspended(Generator[Any, Any, Any]):
-    """The rest of a coroutine whose first step has run and which waits for something.
+@types.coroutine
+def rest_of(steps: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, Any, Any]:
+    """Await the rest of a coroutine whose first step has run and which waits for *waits_for*.
 
-    The task that ran the first step awaits the rest, so `asyncio.timeout`,
-    `asyncio.current_task` and context variables inside behave as if the coroutine had been awaited.
+    The task that ran the first step goes on with it, so `asyncio.timeout`, `asyncio.current_task`
+    and context variables inside behave as if the coroutine had been awaited from the start.
     """
-
-    __slots__ = ("_coroutine", "_waits_for")
-
-    def __init__(self, coroutine: Generator[Any, Any, Any], waits_for: Any) -> None:
-        self._coroutine = coroutine
-        self._waits_for = [waits_for]
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        return self
-
-    def send(self, value: Any) -> Any:
-        """Hand up what the first step waits for, then go on with the coroutine."""
-        return self._waits_for.pop() if self._waits_for else self._coroutine.send(value)
-
-    def throw(self, *exc: Any) -> Any:
-        """Pass on what the event loop throws in, such as a cancellation."""
-        return self._coroutine.throw(*exc)
+    try:
+        while True:
+            try:
+                value = yield waits_for
+            except BaseException as exc:  # The event loop throws in a cancellation, for example.
+                waits_for = steps.throw(exc)
+            else:
+                waits_for = steps.send(value)
+    except StopIteration as end:
+        return end.value
 
 
 def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -2030,6 +2024,8 @@ class Outgoing:
 
     _id: str
     _ws: falcon.asgi.WebSocket
+    asgi_send: Callable[[Event], Awaitable[None]]
+    """The server's own `send`. Falcon's would cost 12 % of a message and 5 % of a delivery."""
     limits: Limits
     _counters: Counters
     _session: Session
@@ -2039,16 +2035,11 @@ class Outgoing:
     """Who writes: nobody, the handshake, a sender by itself, a task that has not begun, or one
     that has."""
     sent: int = 0  # frames
-    asgi_send: Callable[[Event], Awaitable[None]] = attrs.field(init=False)
     outbox: Outbox | None = None
     writer: asyncio.Task[Any] | None = None
     _goodbye: asyncio.Future[bool] | None = None  # whether the close frame was written
     _patience: asyncio.Timeout | None = None  # the time limit of the sender that writes by itself
     _is_slow: bool = False  # and the log says so
-
-    def __attrs_post_init__(self) -> None:
-        # The server's own `send`. Falcon's would cost 12 % of a message and 5 % of a delivery.
-        self.asgi_send = self._ws._asgi_send
 
     @property
     def closed(self) -> bool:
@@ -2082,14 +2073,14 @@ class Outgoing:
         try:
             for waits_for in (steps := self.asgi_send(event).__await__()):
                 self.writing = "sender"
-                return self._send_rest(Suspended(steps, waits_for))
+                return self._send_rest(rest_of(steps, waits_for))
         except Exception as exc:  # The server, or an ASGI middleware, may raise anything.
             self.write_failed(exc)
             raise self.disconnected() from None
         self.sent += 1
         return None
 
-    async def _send_rest(self, rest: Suspended) -> None:
+    async def _send_rest(self, rest: Awaitable[Any]) -> None:
         """Finish a write whose first step has been run; evict a client that takes too long."""
         patience = asyncio.timeout(self.limits.send_timeout)
         try:
@@ -3738,13 +3729,10 @@ def reply_event(writer: Writer, id: Id | None, value: object, more: bool = False
 
 
 class Session:
-    """What one connection does: the handler in progress, its streams, tasks and limits.
-
-    It is the `Listener` of the connection's two halves.
-    """
+    """What one connection does: the handler in progress, its streams, tasks and limits."""
 
     __slots__ = (
-        "_ended", "_life", "_limits", "_rate", "_routes", "_state", "_streams", "conn",
+        "_ended", "_hub_state", "_life", "_limits", "_rate", "_routes", "_streams", "conn",
         "incoming", "is_handling", "outgoing", "tasks",
     )  # fmt: skip
 
@@ -3752,10 +3740,11 @@ class Session:
         self, hub: Hub, routes: Routes, limits: Limits,
         req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, params: dict[str, Any],
     ) -> None:  # fmt: skip
-        self._state = hub.state
+        self._hub_state = hub.state
         self._routes, self._limits = routes, limits
-        id = self._state.process + secrets.token_hex(_OWN_BYTES)
-        self.outgoing: Outgoing = Outgoing(id, ws, limits, self._state.counters, self)
+        id = self._hub_state.process + secrets.token_hex(_OWN_BYTES)
+        counters = self._hub_state.counters
+        self.outgoing: Outgoing = Outgoing(id, ws, ws._asgi_send, limits, counters, self)
         self.incoming: Incoming = Incoming(server_receive(ws), limits.max_size, self)
         self.conn: Connection = Connection(hub, req, ws, params, id, self.outgoing)
         self.is_handling: bool = False
@@ -3813,14 +3802,9 @@ class Session:
         return self._life
 
     def begin(self) -> None:
-        """Note that code of the application runs, during which the client may leave."""
+        """Watch the socket while code of the application runs before the first message."""
         self.is_handling = True
-        if not self.incoming.is_due:
-            self.incoming.watch()
-
-    def end(self) -> None:
-        """Note that this code has ended."""
-        self.is_handling = False
+        self.incoming.watch()
 
     async def serve(self) -> None:
         """Handle messages until the connection is over, and then everything that follows."""
@@ -3839,7 +3823,7 @@ class Session:
         So reading is inlined for a connection that has nothing read ahead.
         """
         incoming, receive, routes = self.incoming, self.incoming.receive, self._routes
-        is_cancelled = current_task().cancelling
+        is_cancelled, self.is_handling = current_task().cancelling, False
         # Up to this length no text can be too deep or too large: brackets close, UTF-8 has 4 bytes.
         short = min(2 * _MAX_DEPTH, self._limits.max_size // 4)
         while True:
@@ -3913,7 +3897,7 @@ class Session:
         """Return what the handler returns, through the middleware; for a stream its generator."""
         value = message.payload
         if value is UNSET or not message.is_built:
-            value = handler.structure(value, self._state.codec)
+            value = handler.structure(value, self._hub_state.codec)
 
         async def innermost() -> Any:
             result = handler.call(self.conn, value)
@@ -3970,7 +3954,7 @@ class Session:
         if isinstance(frame, BadFrame):
             await self._handle_unknown(text, frame, frame.id)
         elif (handler := self._routes.handlers.get(frame.type)) is not None:
-            error = handler.refusal(frame.payload, self._state.codec, exc)
+            error = handler.refusal(frame.payload, self._hub_state.codec, exc)
             await self._fail(error, frame.type, frame.id)
         elif not is_complete:
             error = MessageError("unknown_type", f"no handler for {frame.type[:80]!r}")
@@ -4062,14 +4046,15 @@ class Session:
         """Return how what *handler* returns is written, which is found once for each class."""
         writer = handler.writers.get(type(result))
         if writer is None:
-            writer = self._state.codec.writer_of(result, f"{handler.type}.reply", handler.returns)
+            codec, type = self._hub_state.codec, f"{handler.type}.reply"
+            writer = codec.writer_of(result, type, handler.returns)
             handler.writers[type(result)] = writer
         return writer
 
     async def _answer(self, type: str, id: Id | None, result: object) -> None:
         """Answer with what something else than the handler has returned."""
         if result is not None or id is not None:
-            writer = self._state.codec.writer_of(result, f"{type}.reply")
+            writer = self._hub_state.codec.writer_of(result, f"{type}.reply")
             await self.outgoing.send(reply_event(writer, id, result))
 
     async def _fail(self, exc: BaseException, type: str | None, id: Id | None) -> None:
@@ -4116,7 +4101,7 @@ class Session:
     async def _send_error(self, error: MessageError, id: Id | None) -> None:
         payload = {"code": error.code, "message": error.message, **error.details}
         data = _encode(Sent("error", id, payload=payload))
-        self._state.counters.error(error.code)
+        self._hub_state.counters.error(error.code)
         with contextlib.suppress(falcon.WebSocketDisconnected):
             await self.outgoing.send(text_event(data))
 
@@ -4176,7 +4161,7 @@ class Session:
     def forget(self) -> None:
         """Take the connection out of the hub."""
         self.conn.stop_expiry()
-        self._state.registry.remove(self.conn)
+        self._hub_state.registry.remove(self.conn)
 
     def release(self) -> None:
         """Let go of everything, however the connection has ended."""
@@ -4245,7 +4230,6 @@ class Admission:
         except Close as close:
             session.forget()
             outgoing.close(close, drops=True)
-        session.end()
         try:
             await conn.hub.state.reachable(conn)
             await self._accept(offered)
@@ -4322,7 +4306,8 @@ class Admission:
 # ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
 
 _NO_FUNCTION: Any = None  # what ws.connect() decorates, so that its parentheses can be refused
-_attached: weakref.WeakSet[Pachinko] = weakref.WeakSet()  # to an app, each at a path of its own
+# By the id of the app and the path. A Pachinko holds its app, so an id is not used again meanwhile.
+_attached: weakref.WeakValueDictionary[tuple[int, str], Pachinko] = weakref.WeakValueDictionary()
 _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start
 
 
@@ -4393,12 +4378,12 @@ class Pachinko:
             raise PachinkoError(f"WebSockets need app = falcon.asgi.App(), got {app!r}")
         if not isinstance(path, str) or not path.startswith("/"):
             raise PachinkoError(f'a path has a leading slash: Pachinko(app, "/ws"), got {path!r}')
-        if any(other._app is app and other._path == path for other in _attached):
+        if (id(app), path) in _attached:
             raise PachinkoError(f"{path} has a Pachinko already; use that one, or another path")
         app.add_route(path, self)
         app.add_middleware(self)
         self._app, self._path = app, path
-        _attached.add(self)
+        _attached[id(app), path] = self
 
     def connect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn, …)`` before the handshake is answered, with path parameters.

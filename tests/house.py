@@ -47,8 +47,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 OWNERS = ("Outgoing", "Incoming", "Session", "Connection")
 
-# What several of the owners hold, and the reason for each. A constructor stores it, nobody else.
-SHARED: dict[str, str] = {}
+# What several of the owners hold, and the reason for each. Constructors store it, and `release`.
+SHARED = {
+    "_session": "either half tells it what happens, until the connection is over",
+    "outgoing": "the session makes it, and hubs reach it by the connection",
+}
 
 # The private names of other packages that a module may use, and the reason for each. They are
 # pinned by test_falcon_names.py and test_nats_names.py, with the oldest and the newest release.
@@ -83,6 +86,12 @@ STORED = {
     "__context__": "an exception that is kept must not keep its stack frames",
     "__traceback__": "an exception that is kept must not keep its stack frames",
     "type": "of an attrs field: attrs lets a class's transformer resolve it so",
+    "user": "of a connection: a property, as an application sets it",
+    "expires_at": "of a connection: a property, as an application sets it",
+    "_state": "of Falcon's socket, which has not seen the end",
+    "_close_code": "of Falcon's socket, which has not seen the end",
+    "_max_queue": "of Falcon's socket, whose queue is switched off",
+    "_asgi_receive": "of Falcon's socket, whose queue is switched off",
 }
 
 MODULE_LINES = {"pachinko.py": 4000, "pachinko_cluster.py": 1350}
@@ -305,8 +314,8 @@ def check_owners(text: str, shared: Collection[str] = (), names: Collection[str]
     """What one of the four owners declares is stored inside the body of its class only.
 
     Another class may have an attribute of that name, and stores it on ``self``. Another owner may
-    not, unless the name is *shared* and stored by constructors only. A property is no attribute in
-    this sense.
+    not, unless the name is *shared* and stored by constructors and `release` only. A property is no
+    attribute in this sense.
     """
     tree = ast.parse(text)
     classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
@@ -336,11 +345,12 @@ def check_owners(text: str, shared: Collection[str] = (), names: Collection[str]
 
 
 def _stored_later(node: ast.ClassDef, attribute: str) -> Found:
-    """Say where a method that is no constructor stores *attribute*."""
+    """Say where a method stores *attribute* that is no constructor and does not let go of it."""
+    makers = {"__init__", "__attrs_post_init__", "release"}
     return [
         f"line {line}: '{attribute}' is shared, and {node.name}.{part.name} stores it"
         for part in node.body
-        if isinstance(part, _FUNCTIONS) and part.name not in {"__init__", "__attrs_post_init__"}
+        if isinstance(part, _FUNCTIONS) and part.name not in makers
         for line, _, stored, _ in _stores(part, items=True)
         if stored == attribute
     ]

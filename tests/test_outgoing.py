@@ -408,10 +408,10 @@ async def test_sigterm_ends_with_a_stalled_client_in_the_grace_period() -> None:
 # A write whose first step was run by hand
 
 
-def begun(coroutine: Coroutine[Any, Any, Any]) -> pachinko.Suspended:
+def begun(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """The rest of *coroutine*, which waits for something."""
     steps = coroutine.__await__()
-    return pachinko.Suspended(steps, next(steps))
+    return pachinko.rest_of(steps, next(steps))
 
 
 async def test_suspended_is_awaited_to_the_end() -> None:

@@ -635,7 +635,8 @@ async def member(ws: Pachinko, socket: Any) -> Connection:
     """A connection in the group "all" that nobody reads from."""
     req: Any = None
     state, id = ws._hub.state, secrets.token_hex(12)
-    outgoing = Outgoing(id, socket, ws._limits, state.counters, pachinko._NOBODY)
+    send = socket._asgi_send
+    outgoing = Outgoing(id, socket, send, ws._limits, state.counters, pachinko._NOBODY)
     conn = Connection(ws._hub, req, socket, {"name": ""}, id, outgoing)
     state.registry.add(conn)
     outgoing.open()
