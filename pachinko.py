@@ -1663,12 +1663,11 @@ class TimeLimit:
     """Cancel the task inside the ``with`` block when the time has come; raise `TimeoutError`.
 
     `asyncio.timeout` does this for code that ends when it is cancelled. An application's code may
-    swallow a cancellation, and so does a `TaskGroup` of Python 3.11 that is just ending. This
-    class therefore cancels the task again every 5 seconds, until the block ends.
+    swallow a cancellation, and so does a `TaskGroup` of Python 3.11 that is just ending. So this
+    cancels again every 5 seconds, until the block ends.
 
-    A cancellation that comes from elsewhere leaves the block as `CancelledError` and is never
-    taken for the time-out. Before Python 3.13 this holds for those that come after the time-out
-    only, since the count of a task may hold cancellations that a `TaskGroup` has caught.
+    A cancellation from elsewhere leaves the block as `CancelledError` and is never taken for the
+    time-out. Before Python 3.13 that holds only for one that comes after the time-out.
     """
 
     __slots__ = ("_others", "_own", "_task", "_timer", "_when", "expired")
@@ -1775,10 +1774,6 @@ def is_seconds(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < math.inf
 
 
-def _is_time_limit(value: Any) -> bool:
-    return is_seconds(value) and value > 0
-
-
 def _is_rate(value: Any) -> bool:
     is_pair = isinstance(value, (tuple, list)) and len(value) == 2
     return value is None or (is_pair and _is_count(value[0]) and is_seconds(value[1]) and value[1])
@@ -1798,9 +1793,12 @@ class Limits:
     max_concurrent: int = _option(_is_count, "a number of tasks, at least 1")
     max_groups: int = _option(_is_count, "a number of groups, at least 1")
     handler_timeout: float | None = _option(
-        lambda value: value is None or _is_time_limit(value), "a number of seconds above 0, or None"
+        lambda value: value is None or (is_seconds(value) and value > 0),
+        "a number of seconds above 0, or None",
     )
-    auth_timeout: float = _option(_is_time_limit, "a number of seconds above 0")
+    auth_timeout: float = _option(
+        lambda value: is_seconds(value) and value > 0, "a number of seconds above 0"
+    )
 
 
 @attrs.define
@@ -2141,8 +2139,8 @@ class Outgoing:
                 else:
                     is_crowded |= receiver.push(waiting)
         finally:
-            BatchWriter(ready, waiting.event).start()
-        while ready:  # noqa: ASYNC110 - the batch writer empties it a turn at a time, even alone
+            write_batches(ready, waiting.event, [])
+        while ready:  # noqa: ASYNC110 - each turn of the loop takes some of them, even without us
             await asyncio.sleep(0)
         if is_crowded:  # The client may be behind only because this code kept the loop busy.
             await asyncio.sleep(0)
@@ -2322,33 +2320,21 @@ class Outgoing:
             logger.warning("client is too slow: %s", what, extra={"connection_id": self._id})
 
 
-class BatchWriter:
-    """Write one event to many connections, which have been claimed for it.
+def write_batches(receivers: list[Outgoing], event: Event, left: list[Outgoing]) -> None:
+    """Write *event* to *receivers*, a turn's worth at once and the others in the turns that follow.
 
-    One task writes to one after the other: a task for each receiver costs 2.2 (Python 3.11) to 3.3
+    One task writes to one receiver after the other: a task for each costs 2.2 (Python 3.11) to 3.3
     times (3.13) as much. When the server makes the task wait for a receiver, the task stays with
-    it, because what an ASGI middleware does there is bound to the task and its context. A new task
-    goes on with the others in the next turn of the loop.
+    it, because what an ASGI middleware does there is bound to the task and its context. The next
+    turn takes over what it has *left*, and starts a new task. *receivers* is empty at the end.
     """
-
-    def __init__(self, receivers: list[Outgoing], event: Event) -> None:
-        self._receivers = receivers  # those to come; the caller sees the list become empty
-        self._event = event
-        self._batch: list[Outgoing] = []
-
-    def start(self) -> None:
-        """Write to a turn's worth of the receivers, and go on in the next turn of the loop."""
-        if self._receivers:
-            self._batch = self._receivers[-_TURN:]
-            del self._receivers[-_TURN:]
-            start_task(Outgoing.write_each(self._batch, self._event))
-            asyncio.get_running_loop().call_soon(self._go_on)
-
-    def _go_on(self) -> None:
-        """Take over what a task that waits has left of its batch, and start the next one."""
-        self._receivers += self._batch
-        self._batch.clear()
-        self.start()
+    receivers += left
+    left.clear()
+    if receivers:
+        batch = receivers[-_TURN:]
+        del receivers[-_TURN:]
+        start_task(Outgoing.write_each(batch, event))
+        asyncio.get_running_loop().call_soon(write_batches, receivers, event, batch)
 
 
 # ── incoming ──────────────────────────────────────────────────────────────────────────────────
@@ -3628,7 +3614,9 @@ def _came_of_cancellation(exc: BaseException | None) -> bool:
     return False
 
 
-def pass_on(exc: BaseException, what: str, id: str | None = None, type: str | None = None) -> None:
+def pass_on(
+    exc: BaseException, what: str, id: str | None, type: str | None = None, secret: bool = False
+) -> None:
     """Raise what goes on up after *what*, code of the application, has raised *exc*; or return.
 
     `KeyboardInterrupt` and `GeneratorExit` go on, and so does a cancellation of the task. An error
@@ -3638,14 +3626,14 @@ def pass_on(exc: BaseException, what: str, id: str | None = None, type: str | No
     library in Rust.
     """
     try:
-        if isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
+        is_ending = is_cancelled(exc)
+        is_plain = is_ending and isinstance(exc, asyncio.CancelledError)
+        if is_plain or isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
             raise exc
-        if is_cancelled(exc):
-            if isinstance(exc, asyncio.CancelledError):
-                raise exc
+        if is_ending:
             if outcome_of(exc) is None and not isinstance(exc, falcon.WebSocketDisconnected):
-                log_failure(what, exc, id, type)
-            raise asyncio.CancelledError
+                log_failure(what, exc, id, type, secret)
+            raise asyncio.CancelledError from None
     finally:
         del exc  # It refers to this frame; a cycle would keep the connection until a collection.
 
@@ -3658,11 +3646,19 @@ def forget_cancellations() -> None:
 
 
 def log_failure(
-    what: str, exc: BaseException, id: str | None = None, type: str | None = None
+    what: str, exc: BaseException, id: str | None, type: str | None = None, secret: bool = False
 ) -> None:
-    """Log a bug in the application with its traceback; *id* is that of the connection."""
+    """Log a bug in the application with its traceback; *id* is that of the connection.
+
+    The text of a *secret* one, and of its causes, may hold a token or a cookie. Of that the log
+    gets the class and the lines of code only.
+    """
     extra = {"connection_id": id, "message_type": type}
-    if isinstance(exc, BrokerAway):  # It hits every handler at once, and its reason is logged.
+    if secret:
+        reason = f": {exc}" if isinstance(exc, PachinkoError) else ""
+        reason += "\n" + "".join(traceback.format_tb(exc.__traceback__))
+        logger.error("%s failed: %s%s", what, exc.__class__.__qualname__, reason, extra=extra)
+    elif isinstance(exc, BrokerAway):  # It hits every handler at once, and its reason is logged.
         logger.error("%s failed: %s", what, exc, extra=extra)
     else:
         logger.error("%s failed", what, exc_info=exc, extra=extra)
@@ -4046,8 +4042,8 @@ class Session:
         """Return how what *handler* returns is written, which is found once for each class."""
         writer = handler.writers.get(type(result))
         if writer is None:
-            codec, type = self._hub_state.codec, f"{handler.type}.reply"
-            writer = codec.writer_of(result, type, handler.returns)
+            reply_type = f"{handler.type}.reply"
+            writer = self._hub_state.codec.writer_of(result, reply_type, handler.returns)
             handler.writers[type(result)] = writer
         return writer
 
@@ -4181,8 +4177,7 @@ async def user_of(
     """Return whom *token* belongs to, as the application's *function* says.
 
     Lets `falcon.HTTPError`, `Close` and `MessageError` pass. Any other exception is logged and
-    becomes a `MessageError` (``internal_error``). Its text, and that of its causes, may hold the
-    token or a cookie; so the log gets its class and the lines of code only.
+    becomes a `MessageError` (``internal_error``).
     """
     try:
         user = await function(conn, token)
@@ -4194,15 +4189,9 @@ async def user_of(
         exc.__cause__ = exc.__context__ = None
         raise
     except BaseException as exc:  # A bug is answered, whatever it is.
-        is_ending = is_cancelled(exc)
-        is_plain = is_ending and isinstance(exc, asyncio.CancelledError)
-        if is_plain or isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
-            raise
-        what = f": {exc}" if isinstance(exc, PachinkoError) else ""
-        what = f"{type(exc).__qualname__}{what}\n{''.join(traceback.format_tb(exc.__traceback__))}"
-        extra = {"connection_id": conn.id, "message_type": "authenticate"}
-        logger.error("%s failed: %s", place_of(function), what, extra=extra)
-        raise (asyncio.CancelledError if is_ending else internal_error()) from None
+        pass_on(exc, place_of(function), conn.id, "authenticate", secret=True)
+        log_failure(place_of(function), exc, conn.id, "authenticate", secret=True)
+        raise internal_error() from None
 
 
 @attrs.define(eq=False)
@@ -4639,7 +4628,7 @@ async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
         except BaseException as exc:  # A worker's bug is logged, whatever it is.
             if current_task().cancelling():
                 if not isinstance(exc, asyncio.CancelledError):
-                    log_failure(f"worker {name}, which was stopped,", exc)
+                    log_failure(f"worker {name}, which was stopped,", exc, None)
                 raise asyncio.CancelledError from None
             if isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
                 raise
