@@ -22,9 +22,51 @@
 One JSON object a text frame, ``{"type": str, "id"?: str | int, "payload"?: any}``. What a handler
 returns goes to the sender with the request's ``id``; what ``hub.send`` gets goes to a group.
 
-The sections, each using only those above it: errors · envelope and message · codec · handlers
-and routing · handshake · outbox and limits · connection · registry and relay · hub state · hub ·
-dispatch · Pachinko. Brokers, and the shell command, are in the module `pachinko_cluster`.
+Glossary
+
+    frame — One unit that crosses a WebSocket: a text, or some bytes.
+    envelope — The JSON object in a text frame: a type, and perhaps an id and a payload.
+    message — What a client or the server says with an envelope.
+    payload — The part of a message that a handler takes or returns.
+    handler — A function of the application, for a message or for an event of a connection.
+    connection — One client, from its handshake to its end.
+    group — The connections that get the messages sent to one name; it exists while it has a member.
+    hub — What an application calls to reach connections, users and groups.
+    relay — What carries a message from the hub to its receivers, in this process and in all others.
+    outbox — The events that wait while an earlier write to a client is in progress.
+    fan out — To write one event to many connections, without waiting for any client.
+    broker — The server between the processes: NATS or Redis.
+    peer message — What one process sends to others by the broker, mostly with a frame in it.
+
+Map: each section, what it is for, and those above it that it uses.
+
+    errors — whose fault something is, and what a client is told
+    envelope and message — frames and their JSON, `message`, the types in annotations (uses: errors)
+    codec — from JSON to what a handler takes, and from what it returns to JSON (uses: errors,
+        envelope and message)
+    handlers — what a registered function takes, and finding it (uses: errors, envelope and message)
+    handshake — who may connect: origins and tokens (uses: errors)
+    limits — time, rate and the options that bound a connection (uses: errors)
+    outbox — what waits to be written to one client (uses: envelope and message)
+    outgoing — the writing half of a connection, and one event to many (uses: errors, limits,
+        outbox)
+    incoming — the reading half (uses: errors, envelope and message, handshake, outgoing)
+    connection — what a handler gets (uses: errors, envelope and message, handshake, outbox)
+    registry and relay — who is in this process, and the way to all processes (uses: errors,
+        outgoing, connection)
+    hub state — what a hub has while it runs (uses: errors, codec, limits, outgoing, registry and
+        relay)
+    hub — reaches clients from any code (uses: errors, envelope and message, codec, limits,
+        connection, registry and relay, hub state)
+    outcomes — what an exception means (uses: errors, limits)
+    stream — a generator in progress (uses: limits)
+    session — a connection from its first message to its end: decode, call, answer (uses: errors,
+        envelope and message, handlers, limits, outbox, outgoing, incoming, connection, outcomes,
+        stream)
+    admission — authenticate, connect handlers, accept (uses: errors, handlers, handshake, outcomes,
+        session)
+    Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
+        handlers, handshake, limits, hub, outcomes, session, admission)
 """
 
 from __future__ import annotations
