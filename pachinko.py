@@ -2035,12 +2035,30 @@ def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return asyncio.get_running_loop().create_task(coroutine)
 
 
-def mark_closed(ws: falcon.asgi.WebSocket, code: int | None) -> None:
-    """Tell Falcon's socket that the connection is over.
+# Falcon's private names are in these two functions only. *ws* is Any, since a type checker would
+# refuse them; `tests/test_falcon_names.py` pins them, with the oldest Falcon and the newest.
 
-    Pachinko calls the server's own `receive` and `send`, so Falcon does not see by itself that a
-    client has gone. After the responder Falcon would close the socket once more, and for a client
-    that does not read it would wait for ever.
+
+def server_calls(ws: Any) -> tuple[Callable[[], Awaitable[Event]], Callable[[Event], Any]]:
+    """Return the server's own `receive` and `send` for Falcon's socket *ws*.
+
+    Falcon's coroutines around them cost 12 % of a message and 5 % of a delivery. Its receive queue
+    doubles the cost of a message, and what it holds is lost when the client leaves; so it is turned
+    off, for this socket only. One that a middleware has accepted is read through its queue, which
+    runs already.
+    """
+    queue = ws._buffered_receiver
+    if queue._pump_task is None:
+        queue._max_queue = 0
+        ws._asgi_receive = queue._asgi_receive
+    return ws._asgi_receive, ws._asgi_send
+
+
+def mark_closed(ws: Any, code: int | None) -> None:
+    """Tell Falcon's socket that the connection is over, which it does not see by itself.
+
+    Otherwise Falcon closes it after the responder, and waits for ever for a client that does not
+    read.
     """
     ws._state = type(ws._state).CLOSED
     ws._close_code = code
@@ -2064,8 +2082,7 @@ class Outgoing:
 
     _id: str
     _ws: falcon.asgi.WebSocket
-    asgi_send: Callable[[Event], Awaitable[None]]
-    """The server's own `send`. Falcon's would cost 12 % of a message and 5 % of a delivery."""
+    asgi_send: Callable[[Event], Any]
     limits: Limits
     _counters: Counters
     _session: Session
@@ -2388,21 +2405,6 @@ def write_batches(receivers: list[Outgoing], event: Event, left: list[Outgoing])
 _READ_AHEAD = 8  # frames: enough to notice a disconnect behind some messages, and bounded
 
 
-def server_receive(ws: falcon.asgi.WebSocket) -> Callable[[], Awaitable[Event]]:
-    """Return what reads the events of *ws*, without Falcon's receive queue where that is possible.
-
-    The queue doubles the cost of a message, and what it holds is lost when the client leaves. It is
-    turned off for this socket only. A socket that a middleware has accepted keeps its queue, which
-    runs already.
-    """
-    queue = ws._buffered_receiver
-    if queue._pump_task is not None:
-        return cast("Callable[[], Awaitable[Event]]", ws._asgi_receive)
-    queue._max_queue = 0
-    receive = ws._asgi_receive = queue._asgi_receive
-    return cast("Callable[[], Awaitable[Event]]", receive)
-
-
 def size_of(frame: str | bytes) -> int:
     """Return the bytes of a frame's payload; text counts as UTF-8."""
     is_counted = isinstance(frame, bytes) or frame.isascii()
@@ -2418,14 +2420,11 @@ def size_of_event(event: Event) -> int:
 class Incoming:
     """The reading half of one connection."""
 
-    receive: Callable[[], Awaitable[Event]]
-    """The server's own `receive`, for whoever may read directly."""
+    receive: Callable[[], Awaitable[Event]]  # the server's own
     _max_size: int
     _session: Session
-    is_direct: bool = True
-    """Whether the next event comes from the server: nothing is read ahead, or has ended."""
-    is_due: bool = False
-    """Whether `_look` has been scheduled and will be called if the handler suspends."""
+    is_direct: bool = True  # nothing is read ahead and more may come: `receive` has the next event
+    is_due: bool = False  # `_look` has been scheduled
     received: int = 0  # frames
     _has_left: bool = False  # the server has reported the end
     _is_stopped: bool = False  # the server closes, and nothing more is handled
@@ -3781,9 +3780,9 @@ class Session:
         self._hub_state = hub.state
         self._routes, self._limits = routes, limits
         id = self._hub_state.process + secrets.token_hex(_OWN_BYTES)
-        counters = self._hub_state.counters
-        self.outgoing: Outgoing = Outgoing(id, ws, ws._asgi_send, limits, counters, self)
-        self.incoming: Incoming = Incoming(server_receive(ws), limits.max_size, self)
+        receive, send = server_calls(ws)
+        self.outgoing: Outgoing = Outgoing(id, ws, send, limits, self._hub_state.counters, self)
+        self.incoming: Incoming = Incoming(receive, limits.max_size, self)
         self.conn: Connection = Connection(hub, req, ws, params, id, self.outgoing)
         self.is_handling: bool = False
         self.tasks: frozenset[asyncio.Task[None]] = frozenset()  # concurrent handlers and streams
@@ -4346,8 +4345,7 @@ class Pachinko:
     """A WebSocket endpoint: a Falcon resource that routes messages to handlers.
 
     ``ws = Pachinko(app, "/ws/{room}")`` adds itself to *app*. Without the two, write the lines
-    yourself: ``app.add_route("/ws", ws)`` and, for the lifespan, ``app.add_middleware(ws)``; and
-    turn Falcon's queue off, ``app.ws_options.max_receive_queue = 0``.
+    yourself: ``app.add_route("/ws", ws)`` and, for the lifespan, ``app.add_middleware(ws)``.
 
     *origins*: browsers' origins that may connect beside the request's own host, a list such as
     ``["https://example.com"]``, or ``"*"`` for all. *subprotocols*: in the order of preference.
