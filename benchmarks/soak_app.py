@@ -324,7 +324,8 @@ class Desk:
         """How much there is of everything that goes with the clients."""
         gc.collect()
         kept: tuple[type, ...] = (
-            pachinko.Connection, pachinko.Outbox, pachinko.Waiting, pachinko.Stream, pachinko.Rate,
+            pachinko.Connection, pachinko.Session, pachinko.Outgoing, pachinko.Incoming,
+            pachinko.Outbox, pachinko.Waiting, pachinko.Stream, pachinko.Rate,
             falcon.asgi.WebSocket, falcon.asgi.Request,
         )  # fmt: skip
         counts = collections.Counter(map(type, gc.get_objects()))

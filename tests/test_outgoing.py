@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import itertools
 import json
 import logging
 from collections.abc import Coroutine
@@ -473,3 +474,80 @@ async def test_suspended_passes_a_cancellation_on() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert seen == ["cleaned up"]
+
+
+# Phases
+
+
+class Quiet:
+    """The session of a connection that nobody serves; it notes the ends of the flow."""
+
+    is_handling = False
+
+    def __init__(self) -> None:
+        self.ends: list[str] = []
+
+    def on_close(self) -> None: ...
+
+    def on_end(self) -> None:
+        self.ends.append("ended")
+
+
+class Silent:
+    """As much of Falcon's socket as the writing half needs; its client takes everything."""
+
+    closed = False
+
+    async def send(self, event: Any) -> None: ...
+
+    async def close(self, code: int, reason: str | None) -> None:
+        self.closed = True
+
+
+def writing_half() -> tuple[pachinko.Outgoing, Quiet]:
+    ws, session = Silent(), Quiet()
+    limits = Pachinko(hub=Hub())._limits
+    counters = Hub().state.counters
+    return pachinko.Outgoing("id", ws, ws.send, limits, counters, session), session  # type: ignore[arg-type]
+
+
+STEPS = {
+    "open": lambda outgoing: outgoing.open(),
+    "close": lambda outgoing: outgoing.close(pachinko.Close(4000)),
+    "evict": lambda outgoing: outgoing.evict(),
+    "lost": lambda outgoing: outgoing.lost(1001),
+    "release": lambda outgoing: outgoing.release(),
+}
+
+
+async def test_the_table_of_phases_has_every_transition_and_no_other() -> None:
+    """Whatever methods are called, in whatever order, a connection only goes down the list."""
+    seen: set[tuple[pachinko.Phase, pachinko.Phase]] = set()
+    for names in itertools.product(STEPS, repeat=4):
+        outgoing, session = writing_half()
+        phases = [outgoing.phase]
+        for name in names:
+            STEPS[name](outgoing)
+            await asyncio.sleep(0)
+            phases.append(outgoing.phase)
+        moves = [pair for pair in itertools.pairwise(phases) if pair[0] is not pair[1]]
+        seen |= set(moves)
+        is_over = outgoing.phase in (pachinko.Phase.CLOSING, pachinko.Phase.GONE)
+        assert bool(session.ends) is is_over
+    assert seen == set(pachinko.TRANSITIONS)
+
+
+@pytest.mark.parametrize("start", list(pachinko.Phase))
+@pytest.mark.parametrize("end", list(pachinko.Phase))
+def test_a_transition_that_is_not_in_the_table_is_a_bug(
+    start: pachinko.Phase, end: pachinko.Phase
+) -> None:
+    """It is refused where it is made."""
+    outgoing, _ = writing_half()
+    outgoing.phase = start
+    if (start, end) in pachinko.TRANSITIONS:
+        outgoing._enter(end)
+        assert outgoing.phase is end
+    else:
+        with pytest.raises(RuntimeError, match=f"from {start} to {end}"):
+            outgoing._enter(end)
