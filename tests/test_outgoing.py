@@ -7,7 +7,7 @@ import contextvars
 import itertools
 import json
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import falcon
@@ -551,3 +551,86 @@ def test_a_transition_that_is_not_in_the_table_is_a_bug(
     else:
         with pytest.raises(RuntimeError, match=f"from {start} to {end}"):
             outgoing._enter(end)
+
+
+# Servers that differ
+
+
+class Server:
+    """A server in process, with a send of its own; its client sends *frames* and stays."""
+
+    def __init__(self, ws: Pachinko, send: Any, *frames: str) -> None:
+        self.events: asyncio.Queue[Any] = asyncio.Queue()
+        self.events.put_nowait({"type": "websocket.connect"})
+        for frame in frames:
+            self.events.put_nowait({"type": "websocket.receive", "text": frame})
+        scope = {
+            "type": "websocket",
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "path": "/ws",
+            "query_string": b"",
+            "headers": [],
+        }
+        app: Any = ws._app
+        self.task = asyncio.create_task(app(scope, self.events.get, send))
+
+
+class Step:
+    """An awaitable that waits for one turn, and has neither `send` nor `throw`; granian's is so."""
+
+    def __init__(self, done: Callable[[], None]) -> None:
+        self.done, self.has_waited = done, False
+
+    def __await__(self) -> Iterator[None]:
+        return self
+
+    def __iter__(self) -> Iterator[None]:
+        return self
+
+    def __next__(self) -> None:
+        if self.has_waited:
+            self.done()
+            raise StopIteration
+        self.has_waited = True
+
+
+async def test_a_servers_send_may_return_any_awaitable() -> None:
+    """ASGI asks for an awaitable; only a coroutine can be run step by step."""
+    ws, codes = endpoint()
+    sent: list[Any] = []
+
+    @ws.on("echo")
+    async def echo(conn: Connection, payload: int) -> int:
+        return payload
+
+    def send(event: Any) -> Step:
+        return Step(lambda: sent.append(event))
+
+    frames = [f'{{"type":"echo","id":{n},"payload":{n}}}' for n in range(3)]
+    server = Server(ws, send, *frames)
+    await until(lambda: len(sent) == 4)
+    await ws._hub.send("all", "n", 5)
+    await until(lambda: len(sent) == 5)
+    server.events.put_nowait({"type": "websocket.disconnect", "code": 1001})
+    await asyncio.wait_for(server.task, PATIENCE)
+    payloads = [json.loads(event["text"])["payload"] for event in sent[1:]]
+    assert payloads == [0, 1, 2, 5] and codes == [1001]
+
+
+async def test_a_server_that_refuses_a_close_code_closes_all_the_same() -> None:
+    """Falcon closes the socket after the responder if we could not. daphne takes few codes."""
+    ws, codes = endpoint()
+    closes: list[int] = []
+
+    async def send(event: Any) -> None:
+        if event["type"] == "websocket.close":
+            closes.append(event["code"])
+            if event["code"] != 1000:
+                raise ValueError("invalid close code")
+
+    server = Server(ws, send)
+    await until(lambda: ws._hub.connections)
+    (conn,) = ws._hub.connections
+    await conn.close(4000)
+    await asyncio.wait_for(server.task, PATIENCE)
+    assert closes == [4000, 1000] and codes == [4000]

@@ -940,7 +940,7 @@ async def test_a_drain_goes_on_without_the_handler_that_has_begun_it(
     lives = watch(ws)
 
     def sample(population: Any, k: int) -> Any:
-        return sorted(population, key=lambda conn: lives.arrived.index(conn.id))
+        return sorted(population, key=lambda session: lives.arrived.index(session.conn.id))
 
     monkeypatch.setattr(pachinko.random, "sample", sample)
     async with run(ws._app) as server, contextlib.AsyncExitStack() as stack:
