@@ -85,6 +85,7 @@ import falcon.constants
 import msgspec
 from cattrs import cols
 from cattrs.disambiguators import create_default_dis_func
+from cattrs.gen import AttributeOverride, make_dict_structure_fn, override
 from msgspec import UNSET, UnsetType
 
 __all__ = [
@@ -135,10 +136,7 @@ class Indistinct(PachinkoError):
 
 
 class BrokerAway(PachinkoError):
-    """The broker between processes has not taken a message.
-
-    It is logged without a traceback, because the program has no bug.
-    """
+    """The broker has not taken a message. The log has no traceback, as the program has no bug."""
 
 
 class MessageError(Exception):
@@ -175,10 +173,9 @@ class Close(Exception):
 
 
 def bare(error: E) -> E:
-    """Remove the traceback, cause and context of *error*, and return it.
+    """Return *error* without traceback, cause and context.
 
-    They refer to stack frames that refer back to it, a cycle that only the garbage collector
-    would free.
+    They refer to stack frames that refer back to it. Only the garbage collector frees such a cycle.
     """
     for inner in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
         bare(inner)
@@ -223,8 +220,8 @@ def _path_step(exc: BaseException, t: Any) -> str:
     if not names:
         return ""
     cls = origin_of(t) or t
-    fields = attrs.fields_dict(cls) if attrs.has(cls) else {}
-    return f".{fields[names[0]].alias if names[0] in fields else names[0]}"
+    field = attrs.fields_dict(cls).get(names[0]) if attrs.has(cls) else None
+    return f".{field.alias if field else names[0]}"
 
 
 def errors_of(exc: BaseException) -> Errors:
@@ -261,7 +258,9 @@ _LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal
     (datetime, date, time_of_day, timedelta)
 )
 _UNIONS: tuple[Any, ...] = (Union, types.UnionType)
-_QUALIFIERS = (typing.Annotated, typing.Required, typing.NotRequired)
+_OPTIONAL: tuple[Any, ...] = (typing.Required, typing.NotRequired)  # around a typed dict's item
+_MAKING = ("__new__", "__getattribute__", "__getattr__", "__attrs_pre_init__")  # of an object
+_ATTRS_FILE = inspect.getfile(attrs.make_class)
 
 
 @attrs.frozen
@@ -269,8 +268,7 @@ class Envelope:
     """A message as middleware sees it."""
 
     type: str
-    payload: Any
-    """The payload as the handler gets it; a dict by name for keyword-only parameters."""
+    payload: Any  # as the handler gets it; a dict by name for keyword-only parameters
     id: Id | None = None
 
 
@@ -285,10 +283,8 @@ class Frame(msgspec.Struct):
 class Received(msgspec.Struct, gc=False):
     """A frame of a known type. Each type has a class of its own, made by `frame_class`."""
 
-    is_built: typing.ClassVar[bool] = False
-    """Whether the payload is what the handler takes, not plain JSON values."""
-    handler: typing.ClassVar[Any] = None
-    """The `Handler` of the type, or None."""
+    is_built: typing.ClassVar[bool] = False  # whether the payload is what the handler takes
+    handler: typing.ClassVar[Any] = None  # the `Handler` of the type, or None
     id: Id | None = None
     payload: Any = UNSET
 
@@ -301,10 +297,9 @@ def frame_class(type: str, payload: Any, **members: Any) -> FrameClass:
 
     Decoding one also builds the *payload*. Raises `TypeError` for one that msgspec cannot build.
     """
-    fields: list[tuple[str, Any, Any]] = [("payload", payload | UnsetType, UNSET)]
     cls = msgspec.defstruct(
-        "Received", fields, bases=(Received,), namespace=members, tag_field="type", tag=type,
-        gc=False,
+        "Received", [("payload", payload | UnsetType, UNSET)], bases=(Received,),
+        namespace=members, tag_field="type", tag=type, gc=False,
     )  # fmt: skip
     msgspec.json.Decoder(cls)
     return cast(FrameClass, cls)
@@ -329,8 +324,7 @@ class Sent(msgspec.Struct, omit_defaults=True, gc=False):
 class BadFrame(MessageError):
     """A text frame that is no envelope."""
 
-    id: Id | None = None
-    """The id to answer with, if the frame has one."""
+    id: Id | None = None  # to answer with, if the frame has one
 
 
 _no_frame = frame_class("$none", Any)
@@ -344,25 +338,16 @@ def gap_of(group: str | None) -> bytes:
     return _encode(Sent("gap", payload={"group": group}))
 
 
-def decode(text: str) -> Frame:
-    """Decode one text frame, or raise `BadFrame` (``invalid_json`` or ``invalid_envelope``)."""
-    if is_too_deep(text):
-        raise BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels")
-    try:
-        return _decode_frame(text)
-    except (msgspec.MsgspecError, UnicodeError):
-        raise _bad_frame(text) from None
-
-
 def decode_or_error(text: str) -> Frame | BadFrame:
-    """Decode one text frame, or return the `BadFrame`.
+    """Decode one text frame, or return the error (``invalid_json`` or ``invalid_envelope``).
 
     An error that is returned does not become the context of what is raised later.
     """
-    try:
-        return decode(text)
-    except BadFrame as bad:
-        return bare(bad)
+    if is_too_deep(text):
+        return BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels")
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeError):
+        return _decode_frame(text)
+    return _bad_frame(text)
 
 
 def is_too_deep(text: str) -> bool:
@@ -381,14 +366,12 @@ def _bad_frame(text: str) -> BadFrame:
         return BadFrame("invalid_json", "not valid UTF-8")
     except msgspec.MsgspecError as exc:
         return BadFrame("invalid_json", str(exc))
+    id = value.get("id") if type(value) is dict else None
+    is_wrong = id is not None and type(id) not in (str, int)
     if type(value) is not dict:
         text = f'a message is an object with a "type", got {json_name(value)}'
-        return BadFrame("invalid_envelope", text)
-    id = value.get("id")
-    is_wrong = id is not None and type(id) not in (str, int)
-    if not isinstance(value.get("type"), str):
-        found = json_name(value["type"]) if "type" in value else "none"
-        text = f'"type" is a string, got {found}'
+    elif not isinstance(value.get("type"), str):
+        text = f'"type" is a string, got {json_name(value["type"]) if "type" in value else "none"}'
     elif is_wrong:
         text = f'"id" is a string or an integer, got {json_name(id)}'
     else:  # the last one is right, so msgspec has stopped at an earlier one
@@ -469,10 +452,9 @@ def message_type(cls: Any) -> str | None:
 def split_message(message: object, payload: object) -> tuple[str, object]:
     """Return the type and payload of what a ``send`` was given. Raises `TypeError` with a hint."""
     cls = type(message)
-    tagged = message_type(cls)
-    if tagged is not None and payload is None:
-        return tagged, message
-    if tagged is not None:
+    if (tagged := message_type(cls)) is not None:
+        if payload is None:
+            return tagged, message
         raise TypeError(f"{cls.__name__} is a whole message; send it without a payload beside it")
     if not isinstance(message, str):
         raise TypeError(
@@ -493,42 +475,33 @@ def caller_namespaces() -> Namespaces:
 def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -> dict[str, Any]:
     """Turn the text annotations of *cls* into types, in place, and return them by field name.
 
-    A name may be local to the function where *cls* is defined. Raises `NameError` for a name that
-    is not found.
+    A name may be local to the function where *cls* is defined. Raises `NameError` for others.
     """
     globals_ = {**globals_, **vars(sys.modules.get(cls.__module__, types))}
+    hints: dict[str, Any] = {}
     if attrs.has(cls):
         attrs.resolve_types(cls, globals_, locals_, include_extras=True)
-        for field in attrs.fields(cls):  # fields are frozen; attrs changes their types like this
-            object.__setattr__(field, "type", hashable(field.type))
-        hints = {field.name: field.type for field in attrs.fields(cls)}
     else:
         hints = typing.get_type_hints(cls, globals_, locals_, include_extras=True)
-        hints = {name: hashable(t) for name, t in hints.items()}
+    if (fields := fields_of(cls)) is not None:  # ClassVar and InitVar annotate no field
+        hints = {field.name: hints.get(field.name, field.type) for field in fields}
+    hints = {name: hashable(t) for name, t in hints.items()}
+    for field in fields or ():  # those of attrs are frozen; attrs itself changes them like this
+        object.__setattr__(field, "type", hints[field.name])
     own = cls.__annotations__  # msgspec looks there
     own.update({name: hints[name] for name in own if name in hints})
-    if not attrs.has(cls) and dataclasses.is_dataclass(cls):
-        for field in dataclasses.fields(cls):
-            field.type = hints[field.name]
-        # Its ClassVar, InitVar and KW_ONLY have annotations, but are no fields.
-        hints = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     return hints
 
 
 def hashable(t: Any) -> Any:
-    """Return the type *t* without metadata of `Annotated` that has no hash.
+    """Return the type *t* without `Annotated` if metadata there, for other libraries, has no hash.
 
-    cattrs looks types up by their hash. The metadata is meant for other libraries.
+    cattrs looks types up by their hash.
     """
     try:
         hash(t)
     except TypeError:
-        if origin_of(t) is typing.Annotated:
-            return hashable(t.__origin__)
-        args = tuple(map(hashable, get_args(t)))
-        if origin_of(t) in _UNIONS:
-            return Union[args]  # noqa: UP007 - of a tuple
-        return origin_of(t)[args[0] if len(args) == 1 else args] if args else t
+        return typing.get_type_hints(types.SimpleNamespace(__annotations__={"t": t}))["t"]
     return t
 
 
@@ -538,14 +511,19 @@ def class_of(t: Any) -> Any:
     return cls if inspect.isclass(cls) and cls not in (Any, *_UNIONS) else None
 
 
-def unnamed(t: Any) -> Any:
-    """Return the type that a `NewType` or a ``type`` statement has named, else *t* itself."""
-    return getattr(t, "__supertype__", None) or getattr(t, "__value__", t)
+def inner_type(t: Any) -> Any:
+    """Return the type inside of `Annotated`, a `NewType` or a ``type`` statement, else *t* itself.
+
+    cattrs takes ``Annotated[dict, "x"]`` for a dict of "x".
+    """
+    if origin_of(t) is typing.Annotated:
+        return t.__origin__
+    return hashable(getattr(t, "__supertype__", None) or getattr(t, "__value__", t))
 
 
 def bare_type(t: Any) -> Any:
     """Return *t* without names and without `Annotated`."""
-    inner = t.__origin__ if origin_of(t) is typing.Annotated else unnamed(t)
+    inner = inner_type(t)
     return t if inner is t else bare_type(inner)
 
 
@@ -557,16 +535,18 @@ def is_leaf(t: Any) -> bool:
     return is_enum or origin_of(t) is Literal or t in _LEAVES
 
 
-def has_fields(t: Any) -> bool:
-    """Tell whether *t* is an attrs class or a dataclass."""
+def fields_of(t: Any) -> tuple[Any, ...] | None:
+    """Return the fields of an attrs class or a dataclass, or None for any other type."""
     cls = class_of(t)
-    return cls is not None and (attrs.has(cls) or dataclasses.is_dataclass(cls))
+    if attrs.has(cls):
+        return attrs.fields(cls)
+    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else None
 
 
 def declares_fields(t: Any) -> bool:
     """Tell whether the items of *t* have names: of a typed dict and of a named tuple, too."""
     cls = class_of(t)
-    return has_fields(t) or typing.is_typeddict(cls) or cols.is_namedtuple(cls)
+    return fields_of(t) is not None or typing.is_typeddict(cls) or cols.is_namedtuple(cls)
 
 
 def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
@@ -574,10 +554,10 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
     if t in seen or isinstance(t, TypeVar) or origin_of(t) is Literal:
         return
     seen.append(t)
-    cls, args = class_of(t), get_args(t)
-    inner = [hashable(unnamed(t)), *(args[:1] if origin_of(t) in _QUALIFIERS else args)]
-    if declares_fields(cls):
-        inner += resolve_class(cls, *namespaces).values()
+    is_annotated = origin_of(t) is typing.Annotated
+    inner = [inner_type(t), *(() if is_annotated else get_args(t))]
+    if declares_fields(t):
+        inner += resolve_class(class_of(t), *namespaces).values()
     for member in inner:
         yield from types_in(member, namespaces, seen)
     yield t
@@ -586,7 +566,7 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
 def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
     """Tell whether msgspec makes the same of JSON for *t* as the strict converter.
 
-    Types that nobody has compared are left to cattrs. *seen* has the classes looked at before.
+    *seen* has the classes looked at before.
     """
     seen = [] if seen is None else seen
     origin, args = origin_of(t) or t, get_args(t)
@@ -596,29 +576,24 @@ def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
         return t is not Decimal  # msgspec reads all its digits, but cattrs is given a float
     if origin is Literal:
         return all(type(choice) is str for choice in args)  # no comparison of 1, 1.0 and true
-    if inspect.isclass(t) and issubclass(t, enum.Enum):
-        return is_text_enum(t)  # msgspec calls _missing_, and cattrs does not
-    if origin is dict:
-        has_text_keys = args[:1] in ((), (str,))  # msgspec reads other keys by rules of its own
-        return has_text_keys and all(is_read_in_one_pass(arg, seen) for arg in args)
-    if origin in (list, set, frozenset, tuple, *_UNIONS):
+    if origin is dict and args[:1] not in ((), (str,)):
+        return False  # msgspec reads keys by rules of its own
+    if origin in (dict, list, set, frozenset, tuple, *_UNIONS):
         return all(arg is Ellipsis or is_read_in_one_pass(arg, seen) for arg in args)
-    if not inspect.isclass(t):
-        return False
+    if not inspect.isclass(t) or is_text_enum(t):
+        return inspect.isclass(t)
     seen.append(t)
-    types = _settable_fields(t)
-    return types is not None and all(is_read_in_one_pass(u, seen) for u in types)
+    inner = _settable_fields(t)
+    return inner is not None and all(is_read_in_one_pass(u, seen) for u in inner)
 
 
 def is_text_enum(cls: Any) -> bool:
     """Tell whether *cls* is an enum of texts without code of its own to find a member."""
     if not issubclass(cls, enum.Enum):
         return False
-    own, default = (
-        [inspect.getattr_static(c, name) for name in ("_missing_", "__init__")]
-        for c in (cls, enum.Enum)
-    )
-    return own == default and all(type(member.value) is str for member in cls)
+    get = inspect.getattr_static  # msgspec calls _missing_, and cattrs does not
+    is_plain = all(get(cls, name) == get(enum.Enum, name) for name in ("_missing_", "__init__"))
+    return is_plain and all(type(member.value) is str for member in cls)
 
 
 def _settable_fields(cls: Any) -> Iterable[Any] | None:
@@ -635,7 +610,7 @@ def _settable_fields(cls: Any) -> Iterable[Any] | None:
         hints = typing.get_type_hints(cls, include_extras=True)  # msgspec sees the same
     except (NameError, TypeError, AttributeError):  # a base class has names of a function
         return None
-    fields: Any = attrs.fields(cls) if attrs.has(cls) else dataclasses.fields(cls)
+    fields = fields_of(cls) or ()
     is_plain = all(
         f.init and f.type == hints.get(f.name) and getattr(f, "alias", f.name) == f.name
         and not (getattr(f, "converter", None) or getattr(f.default, "takes_self", False))
@@ -648,28 +623,17 @@ def _settable_fields(cls: Any) -> Iterable[Any] | None:
 
 def _has_plain_constructor(cls: Any) -> bool:
     """Tell whether attrs or dataclasses alone have written what makes an object of *cls*."""
-    init, kinds = vars(cls).get("__init__"), (attrs.has(cls), dataclasses.is_dataclass(cls))
-    if all(kinds) or not any(kinds) or not inspect.isfunction(init):
+    if type(cls) is not type or attrs.has(cls) == dataclasses.is_dataclass(cls):
         return False
-    if not inspect.getfile(init).startswith("<"):  # code that is generated comes from no file
+    if any(getattr(cls, name, None) is not getattr(object, name, None) for name in _MAKING):
         return False
-    if inspect.isabstract(cls) or type(cls).__call__ is not type.__call__:
+    functions = {vars(cls).get("__init__"), cls.__setattr__} - {object.__setattr__}
+    codes = [getattr(function, "__code__", None) for function in functions]
+    # Generated code comes from no file, and the rest of attrs' code from one of its own.
+    if not all(code and code.co_filename.startswith(("<", _ATTRS_FILE)) for code in codes):
         return False
-    if cls.__new__ is not object.__new__ or hasattr(cls, "__attrs_pre_init__"):
-        return False
-    if cls.__getattribute__ is not object.__getattribute__ or hasattr(cls, "__getattr__"):
-        return False
-    has_plain_setattr = cls.__setattr__ is object.__setattr__
-    if not kinds[0]:
-        params = cls.__dataclass_params__
-        return bool(params.init and (params.frozen or has_plain_setattr))
-    made: Any = attrs.inspect(cls)
-    if not made.added_init or made.hashability is made.Hashability.HASHABLE_CACHED:
-        return False
-    # attrs writes a __setattr__ that validates, and refuses to do so where a class has its own.
-    has_validator = any(field.validator for field in attrs.fields(cls))
-    validates = has_validator and made.on_setattr_hook is not None
-    return bool(made.is_frozen or has_plain_setattr or validates)
+    made: Any = attrs.inspect(cls) if attrs.has(cls) else None
+    return not (made and made.hashability is made.Hashability.HASHABLE_CACHED)
 
 
 # ── codec ─────────────────────────────────────────────────────────────────────────────────────
@@ -699,7 +663,7 @@ def strict_converter() -> cattrs.Converter:
     structure(is_leaf, _leaf_hook)
     structure(lambda t: len(_kinds_of(t)) > 1, _union_hook)
     structure(lambda t: _kind_of(t) is not None, _allow_recursion(_container_hook))
-    structure(lambda t: _inner_type(t) is not t, _inner_hook)
+    structure(lambda t: inner_type(t) is not t, _allow_recursion(_inner_hook))
     structure(lambda t: _TEXT_KEY in getattr(t, "__metadata__", ()), _key_hook)
     unstructure = converter.register_unstructure_hook_factory
     converter.register_unstructure_hook_func(
@@ -708,8 +672,8 @@ def strict_converter() -> cattrs.Converter:
     unstructure(lambda t: origin_of(t) in _UNIONS, _union_unstructure_hook)
     unstructure(declares_fields, _allow_recursion(_fields_unstructure_hook))
     unstructure(
-        lambda t: _inner_type(t) is not t,
-        lambda t, converter: converter.get_unstructure_hook(_inner_type(t)),
+        lambda t: inner_type(t) is not t,
+        _allow_recursion(lambda t, converter: converter.get_unstructure_hook(inner_type(t))),
     )
     return converter
 
@@ -748,8 +712,9 @@ def _kind_of(t: Any) -> type | None:
     """Return list if *t* is written as a JSON array, dict for an object, None for anything else."""
     cls = class_of(t)
     if cls is None:
-        return dict if origin_of(t) in _UNIONS and all(map(has_fields, get_args(t))) else None
-    if has_fields(t) or typing.is_typeddict(cls) or issubclass(cls, Mapping):
+        is_union = origin_of(t) in _UNIONS
+        return dict if is_union and None not in map(fields_of, get_args(t)) else None
+    if fields_of(t) is not None or typing.is_typeddict(cls) or issubclass(cls, Mapping):
         return dict
     is_array = issubclass(cls, (Sequence, Set)) and not issubclass(cls, (str, bytes))
     return list if is_array and not is_leaf(cls) else None
@@ -777,10 +742,7 @@ def _union_hook(t: Any, converter: cattrs.Converter) -> Hook:
 
 
 def _leaf_hook(t: Any) -> Hook:
-    """Make the hook of a scalar.
-
-    `Literal` and `Enum` compare value *and* type, because ``1 == True`` and ``1 == 1.0``.
-    """
+    """Make the hook of a scalar. It compares value *and* type: ``1 == True`` and ``1 == 1.0``."""
     members = get_args(t) if origin_of(t) in _UNIONS else (t,)
     leaves = tuple(member for member in members if member in _LEAVES)
     leaf: Any = Union[leaves] if leaves else None  # noqa: UP007 - of a tuple
@@ -808,32 +770,23 @@ def _leaf_hook(t: Any) -> Hook:
     return structure
 
 
-def _inner_type(t: Any) -> Any:
-    """Return the type inside of *t* if cattrs would misread *t*, otherwise *t* itself."""
-    if origin_of(t) is typing.Annotated:
-        return t.__origin__  # cattrs takes Annotated[dict, "x"] for a dict of "x"
-    inner = hashable(unnamed(t))
-    return t if inner is unnamed(t) else inner
-
-
 def _inner_hook(t: Any, converter: cattrs.Converter) -> Hook:
-    """Make the hook of a type that cattrs misreads."""
-    inner = _inner_type(t)
+    """Make the hook of a type that has a name or metadata."""
+    inner = inner_type(t)
     hook = converter.get_structure_hook(inner)
     return lambda value, _: hook(value, inner)
 
 
 def _key_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of a key that is no text: it is read from the text that stands for it."""
-    inner = t.__origin__
-    hook = converter.get_structure_hook(inner)
+    hook = _inner_hook(t, converter)
 
-    def structure(key: Any, _: Any) -> Any:
+    def structure(key: Any, t: Any) -> Any:
         try:
-            return hook(key, inner)
+            return hook(key, t)
         except msgspec.ValidationError:
             with contextlib.suppress(msgspec.DecodeError):
-                return hook(msgspec.json.decode(key), inner)
+                return hook(msgspec.json.decode(key), t)
             raise
 
     return structure
@@ -868,7 +821,7 @@ def _array_hook(t: Any, converter: cattrs.Converter) -> Hook:
 
 
 def _fixed_tuple_hook(t: Any, converter: cattrs.Converter) -> Hook:
-    """Make the hook of ``tuple[int, str]``. cattrs has a public factory for it only since 26.2."""
+    """Make the hook of ``tuple[int, str]``. cattrs has no public factory for it."""
     hooks = [(converter.get_structure_hook(arg), arg) for arg in get_args(t)]
 
     def structure(value: Any, _: Any) -> Any:
@@ -894,10 +847,15 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
     if cls is None:  # a union of classes: cattrs finds the one whose fields are there
         find = create_default_dis_func(converter, *get_args(t))
         return lambda value, _: converter.structure(value, cast(Any, find(value)))
-    if attrs.has(cls):
-        return _validating_hook(t, converter, converter.gen_structure_attrs_fromdict(t))
-    if has_fields(t):
-        return converter.gen_structure_attrs_fromdict(t)
+    if (fields := fields_of(t)) is not None:
+        checks = {
+            f.name: _checked(f, converter)
+            for f in fields
+            if getattr(f, "validator", None) and not isinstance(f.converter, attrs.Converter)
+        }
+        if not checks or not converter.detailed_validation:
+            return converter.gen_structure_attrs_fromdict(t)
+        return make_dict_structure_fn(t, converter, **checks)
     if typing.is_typeddict(cls):
         inner, declared = converter.gen_structure_typeddict(t), cls.__annotations__
         return lambda value, t: {k: v for k, v in inner(value, t).items() if k in declared}
@@ -912,42 +870,22 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
     return cols.mapping_structure_factory(cast(Any, dict)[key, item], converter, make)
 
 
-def _validating_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
-    """Make a hook that reports every validator that fails; attrs stops at the first.
+def _checked(field: Any, converter: cattrs.Converter) -> AttributeOverride:
+    """Have cattrs ask the validator of *field* as well; attrs would stop at the first that fails.
 
-    Where *inner* fails, each validator is asked about its field, if that had no other error. A
-    field is structured twice in all, however deep the value.
+    A validator that needs the instance is left to attrs, as there is none yet.
     """
-    cls = class_of(t)
-    fields = [f for f in attrs.fields(cls) if f.init and f.validator]
-    # An attrs.Converter may need the instance, and there is none.
-    fields = [f for f in fields if not isinstance(f.converter, attrs.Converter)]
 
-    def refusal(field: Any, value: Any) -> Exception | None:
-        try:
-            item = converter.structure(value[field.alias], field.type)
-            field.validator(None, field, field.converter(item) if field.converter else item)
-        except (AttributeError, cattrs.StructureHandlerNotFoundError):
-            return None  # it looks at the instance, or the type is generic: attrs' error remains
-        except Exception as exc:  # the validator's own error is reported for this field
-            error = ValueError(_OTHER) if isinstance(exc, KeyError) else exc
-            note: Any = cattrs.AttributeValidationNote
-            error.add_note(note("", field.name, field.type))
-            return error
-        return None
+    def structure(value: Any, t: Any) -> Any:
+        item = converter.structure(value, t)
+        with contextlib.suppress(AttributeError):
+            try:
+                field.validator(None, field, field.converter(item) if field.converter else item)
+            except KeyError:
+                raise ValueError(_OTHER) from None  # a KeyError would tell of a missing key
+        return item
 
-    def structure(value: Any, _: Any) -> Any:
-        try:
-            return inner(value, t)
-        except cattrs.ClassValidationError as exc:
-            notes = [n for e in exc.exceptions for n in getattr(e, "__notes__", ())]
-            wrong = {n.name for n in notes if isinstance(n, cattrs.AttributeValidationNote)}
-            asked = [f for f in fields if f.name not in wrong and f.alias in value]
-            found = [error for f in asked if (error := refusal(f, value)) is not None]
-            known = exc.exceptions if wrong or not found else ()  # one of *found* repeats it
-            raise exc.derive([*known, *found]) from None
-
-    return structure if fields else inner
+    return override(struct_hook=structure)
 
 
 def _union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
@@ -967,11 +905,10 @@ def declared_member(value: object, members: Members) -> Any:
 def members_of(t: Any) -> Members:
     """Return the members of the union *t*, or *t* itself, with the classes of their values.
 
-    A union may be named. A member whose values are of no class in particular is left out.
+    A member whose values are of no class in particular is left out.
     """
-    bare = bare_type(t)
-    if origin_of(bare) in _UNIONS:
-        return [pair for member in get_args(bare) for pair in members_of(member)]
+    if origin_of(bare_type(t)) in _UNIONS:
+        return [pair for member in get_args(bare_type(t)) for pair in members_of(member)]
     cls = _written_class(t)
     return [] if cls is None else [(t, cls)]
 
@@ -1039,7 +976,7 @@ def _fields_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[A
     cls = class_of(t)
     with contextlib.suppress(NameError, TypeError, AttributeError):  # cattrs may still manage
         resolve_class(cls, {}, {})
-    if has_fields(t):
+    if fields_of(t) is not None:
         return converter.gen_unstructure_attrs_fromdict(t)
     if cols.is_namedtuple(cls):
         return cols.namedtuple_unstructure_factory(cls, converter)
@@ -1072,7 +1009,7 @@ class Codec:
             is_generic = bool(getattr(t, "__parameters__", ()))
             if is_generic and t is class_of(t):
                 raise TypeError(f"{t.__name__} is generic; write {t.__name__}[int], say")
-            if t not in (Any, Ellipsis) and origin_of(t) not in _QUALIFIERS and not is_generic:
+            if t not in (Any, Ellipsis) and origin_of(t) not in _OPTIONAL and not is_generic:
                 self.converter.get_structure_hook(t)
 
     def check_reply(self, annotation: Any, namespaces: Namespaces) -> None:
@@ -1136,23 +1073,15 @@ class Handler:
 
     type: str
     function: Callable[..., Any]
-    call: Callable[[Connection, Any], Any]
-    """Calls *function* with the payload: returns a coroutine, or an async generator."""
-    annotation: Any
-    """What the payload is structured to; for fields, a typed dict made of the parameters."""
-    parameter: inspect.Parameter | None
-    """The parameter that takes the whole payload."""
-    defaults: dict[str, Any] | None
-    """The defaults of the parameters that take the payload's fields, if there are any."""
-    returns: Any
-    """The declared type of a reply or of a stream's item, or None."""
+    call: Callable[[Connection, Any], Any]  # returns a coroutine, or an async generator
+    annotation: Any  # of the payload; for fields, a typed dict made of the parameters
+    parameter: inspect.Parameter | None  # takes the whole payload
+    defaults: dict[str, Any] | None  # of the parameters for the payload's fields, if there are any
+    returns: Any  # the declared type of a reply or of a stream's item, or None
     streams: bool
-    is_concurrent: bool
-    """Whether it runs beside others, in a task of its own; streams do."""
-    writers: dict[Any, Writer] = attrs.Factory(dict)
-    """How to write what the function has returned before, by class."""
-    hints: set[str] = attrs.Factory(set)
-    """The parameters about which a hint was logged; it is logged once."""
+    is_concurrent: bool  # runs beside others, in a task of its own; streams do
+    writers: dict[Any, Writer] = attrs.Factory(dict)  # of what it has returned before, by class
+    hints: set[str] = attrs.Factory(set)  # the parameters about which a hint was logged
 
     @property
     def takes_payload(self) -> bool:
@@ -1227,8 +1156,7 @@ def check_function(
     elif not inspect.iscoroutinefunction(function):
         refused = "is not async"
         with contextlib.suppress(ValueError, TypeError):  # some callables have no signature
-            name = getattr(function, "__name__", "handler")
-            first = example.partition("\n")[0]
+            name, first = getattr(function, "__name__", "handler"), example.partition("\n")[0]
             example = f"{first}\nasync def {name}{inspect.signature(function)}: ..."
     if refused is None and takes is not None:
         try:
@@ -1240,100 +1168,56 @@ def check_function(
 
 
 def read_handler(
-    type: str,
-    function: Callable[..., Any],
-    codec: Codec,
-    namespaces: Namespaces,
-    message_class: Any,
-    path_params: Collection[str],
-    concurrent: bool,
-) -> Handler:
+    type: str, function: Callable[..., Any], codec: Codec, namespaces: Namespaces,
+    message_class: Any, path_params: Collection[str], concurrent: bool,
+) -> Handler:  # fmt: skip
     """Apply the signature rule to *function*, or raise `PachinkoError` with the corrected code."""
-    name = getattr(function, "__name__", "handler")
+    name, place = getattr(function, "__name__", "handler"), place_of(function)
     check_function(function, f'@ws.on("{type}")\nasync def {name}(conn): ...', None, streams=True)
     parameter, fields = _split_parameters(function, name, path_params)
     try:
-        hints = _hints_of(function, namespaces)
-        _check_first(function, name, hints)
-        annotation = _payload_type(name, parameter, fields, hints, message_class)
+        hints = _hints_of(function, name, namespaces)
+        annotation: Any = hints.get(parameter.name, message_class or Any) if parameter else Any
+        if fields:
+            annotation = _typed_dict(name, fields, hints)
         codec.check(annotation, namespaces, [])
     except (NameError, TypeError, ValueError, cattrs.StructureHandlerNotFoundError) as exc:
-        raise _unstructurable(function, exc) from exc
+        why: Any = exc
+        if isinstance(exc, cattrs.StructureHandlerNotFoundError):
+            why = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
+        raise PachinkoError(
+            f"the payload of {place} cannot be structured: {why}. Define or import names above the "
+            f"handler; use attrs classes, dataclasses, TypedDict and the standard library's types, "
+            f"or give hub.configure(converter=...) a hook before this handler"
+        ) from exc
     if parameter and message_class and annotation is not message_class:
         write = f"async def {name}(conn, {parameter.name}: {message_class.__name__})"
-        raise PachinkoError(f"{place_of(function)} handles {message_class.__name__}; write {write}")
-    returns, streams = _reply_type(function, hints), inspect.isasyncgenfunction(function)
+        raise PachinkoError(f"{place} handles {message_class.__name__}; write {write}")
+    returns, streams = hints.get("return"), inspect.isasyncgenfunction(function)
+    if streams and get_args(returns):
+        returns = get_args(returns)[0]  # AsyncIterator[Item], AsyncGenerator[Item, None]
+    returns = None if returns in (types.NoneType, Any, object) else returns
     try:
         codec.check_reply(returns, namespaces)
     except Indistinct as exc:
-        raise PachinkoError(f"the reply of {place_of(function)} is ambiguous: {exc}") from exc
-    defaults = {p.name: p.default for p in fields if p.default is not _EMPTY} if fields else None
-    call = _caller(function, parameter, fields)
+        raise PachinkoError(f"the reply of {place} is ambiguous: {exc}") from exc
     return Handler(
-        type, function, call, annotation, parameter, defaults, returns, streams,
-        is_concurrent=streams or concurrent,
+        type, function, _caller(function, parameter, fields), annotation, parameter,
+        {p.name: p.default for p in fields if p.default is not _EMPTY} if fields else None,
+        returns, streams, is_concurrent=streams or concurrent,
     )  # fmt: skip
 
 
-def _hints_of(function: Callable[..., Any], namespaces: Namespaces) -> dict[str, Any]:
-    """Return the annotations of *function*, resolved where it was registered."""
+def _hints_of(function: Any, name: str, namespaces: Namespaces) -> dict[str, Any]:
+    """Return the annotations of *function*, resolved where it was registered.
+
+    A first parameter that is annotated as a payload is refused: the connection was forgotten.
+    """
     inner: Any = inspect.unwrap(function)
     globals_ = {**namespaces[0], **getattr(inner, "__globals__", {})}
     inner = getattr(inner, "func", inner)
     hints = typing.get_type_hints(inner, globals_, namespaces[1], include_extras=True)
-    return {name: hashable(t) for name, t in hints.items()}
-
-
-def _payload_type(
-    name: str,
-    parameter: inspect.Parameter | None,
-    fields: list[inspect.Parameter],
-    hints: dict[str, Any],
-    message_class: Any,
-) -> Any:
-    """Return what the payload is structured to: for *fields* a typed dict, called *name*."""
-    if not fields:
-        return hints.get(parameter.name, message_class or Any) if parameter else Any
-    types = {p.name: hints.get(p.name, Any) for p in fields}
-    optional = {p.name for p in fields if p.default is not _EMPTY}
-    not_required = cast(Any, typing.NotRequired)
-    members = {key: not_required[t] if key in optional else t for key, t in types.items()}
-    return cast(Any, typing.TypedDict)(name, members)
-
-
-def _reply_type(function: Callable[..., Any], hints: dict[str, Any]) -> Any:
-    """Return the declared type of a reply or of a stream's item, or None if anything goes."""
-    returns = hints.get("return")
-    if inspect.isasyncgenfunction(function) and get_args(returns):
-        returns = get_args(returns)[0]  # AsyncIterator[Item], AsyncGenerator[Item, None]
-    return None if returns in (types.NoneType, Any, object) else returns
-
-
-def _caller(
-    function: Callable[..., Any],
-    parameter: inspect.Parameter | None,
-    fields: list[inspect.Parameter],
-) -> Callable[[Connection, Any], Any]:
-    """Return how to call *function* with a connection and a structured payload."""
-    if fields:
-        return lambda conn, value: function(conn, **value)
-    return function if parameter else lambda conn, _: function(conn)
-
-
-def _unstructurable(function: Callable[..., Any], exc: Exception) -> PachinkoError:
-    """Return the error for a payload that cattrs cannot structure, because of *exc*."""
-    why: Any = exc
-    if isinstance(exc, cattrs.StructureHandlerNotFoundError):
-        why = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
-    return PachinkoError(
-        f"the payload of {place_of(function)} cannot be structured: {why}. Define or import names "
-        f"above the handler; use attrs classes, dataclasses, TypedDict and the standard library's "
-        f"types, or give hub.configure(converter=...) a hook before this handler"
-    )
-
-
-def _check_first(function: Callable[..., Any], name: str, hints: dict[str, Any]) -> None:
-    """Refuse a first parameter that is annotated as a payload: the connection was forgotten."""
+    hints = {name: hashable(t) for name, t in hints.items()}
     first = next(iter(inspect.signature(function).parameters.values()))
     t = hints.get(first.name)
     if t in _LEAVES - {types.NoneType} or t in (dict, list) or message_type(t) is not None:
@@ -1341,15 +1225,29 @@ def _check_first(function: Callable[..., Any], name: str, hints: dict[str, Any])
             f"{place_of(function)} takes `{first}` first, where the connection comes; write "
             f"`async def {name}(conn, {first})`"
         )
+    return hints
+
+
+def _typed_dict(name: str, fields: list[inspect.Parameter], hints: dict[str, Any]) -> Any:
+    """Return what the payload of *fields* is structured to."""
+    items = {p.name: hints.get(p.name, Any) for p in fields}
+    for p in fields:
+        if p.default is not _EMPTY:
+            items[p.name] = cast(Any, typing.NotRequired)[items[p.name]]
+    return cast(Any, typing.TypedDict)(name, items)
+
+
+def _caller(function: Any, parameter: Any, fields: Any) -> Callable[[Connection, Any], Any]:
+    """Return how to call *function* with a connection and a structured payload."""
+    if fields:
+        return lambda conn, value: function(conn, **value)
+    return function if parameter else lambda conn, _: function(conn)
 
 
 def _split_parameters(
     function: Callable[..., Any], name: str, path_params: Collection[str]
 ) -> tuple[inspect.Parameter | None, list[inspect.Parameter]]:
-    """Return the parameter for the whole payload, or None, and those for its fields.
-
-    A function with both is refused.
-    """
+    """Return the parameter for the whole payload, or None, and those for its fields."""
     parameters = list(inspect.signature(function).parameters.values())
     positional = [p for p in parameters if p.kind in _POSITIONAL]
     fields = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -1449,10 +1347,9 @@ class Routes:
     middleware: list[Callable[..., Awaitable[Any]]] = attrs.Factory(list)
     errors: dict[type[Exception], Callable[..., Awaitable[Any]]] = attrs.Factory(dict)
     workers: list[Callable[[], Awaitable[None]]] = attrs.Factory(list)
+    frames: list[FrameClass] = attrs.Factory(list)  # what `decode` returns
     decode: Callable[[str], Received] = _decode_none
     """Reads a text frame of a known type. A validator in a payload may raise anything."""
-    frames: list[FrameClass] = attrs.Factory(list)
-    """The classes of the frames that *decode* returns."""
 
     def start(self, codec: Codec) -> None:
         """Make the classes of all frames. From now on *codec* does not change."""
