@@ -85,7 +85,7 @@ import falcon.constants
 import msgspec
 from cattrs import cols
 from cattrs.disambiguators import create_default_dis_func
-from cattrs.gen import AttributeOverride, make_dict_structure_fn, override
+from cattrs.gen import make_dict_structure_fn, override
 from msgspec import UNSET, UnsetType
 
 __all__ = [
@@ -101,7 +101,6 @@ P = ParamSpec("P")
 E = TypeVar("E", bound=BaseException)
 F = TypeVar("F", bound=Callable[..., Any])
 Id = str | int
-Errors = list[dict[str, str]]  # what is wrong: [{"path": "$.payload.n", "message": "…"}]
 Hook = Callable[[Any, Any], Any]  # cattrs calls it with a value and the type to make of it
 Members = Sequence[tuple[Any, Any]]  # the types in a union, each with the class of its values
 HookFactory = Callable[[Any, cattrs.Converter], Callable[..., Any]]
@@ -224,19 +223,13 @@ def _path_step(exc: BaseException, t: Any) -> str:
     return f".{field.alias if field else names[0]}"
 
 
-def errors_of(exc: BaseException) -> Errors:
-    """Return what is wrong under *exc*, with one error more than `invalid_payload` shows."""
-    errors = list(itertools.islice(explain(exc), _MAX_ERRORS + 1))
-    bare(exc)
-    return errors
-
-
-def invalid_payload(type: str, errors: Errors) -> MessageError:
+def invalid_payload(type: str, errors: Iterable[dict[str, str]]) -> MessageError:
     """Return the error for a payload, with at most `_MAX_ERRORS` of what is wrong in it."""
-    if len(errors) > _MAX_ERRORS:
-        errors[_MAX_ERRORS:] = [{"path": "$.payload", "message": "and more"}]
-    first = f"{errors[0]['path']}: {errors[0]['message']}"
-    return MessageError("invalid_payload", f"{type}: {first}", errors=errors)
+    shown = list(itertools.islice(errors, _MAX_ERRORS + 1))
+    if len(shown) > _MAX_ERRORS:
+        shown[-1] = {"path": "$.payload", "message": "and more"}
+    first = f"{shown[0]['path']}: {shown[0]['message']}"
+    return MessageError("invalid_payload", f"{type}: {first}", errors=shown)
 
 
 # ── envelope and message ──────────────────────────────────────────────────────────────────────
@@ -338,6 +331,14 @@ def gap_of(group: str | None) -> bytes:
     return _encode(Sent("gap", payload={"group": group}))
 
 
+def is_too_deep(text: str) -> bool:
+    """Tell whether *text*, if it is JSON, nests deeper than `_MAX_DEPTH`."""
+    if text.count("[") + text.count("{") <= _MAX_DEPTH:
+        return False
+    steps = (1 if bracket in "[{" else -1 for bracket in _NOT_BRACKETS.sub("", text))
+    return max(itertools.accumulate(steps), default=0) > _MAX_DEPTH
+
+
 def decode_or_error(text: str) -> Frame | BadFrame:
     """Decode one text frame, or return the error (``invalid_json`` or ``invalid_envelope``).
 
@@ -347,19 +348,6 @@ def decode_or_error(text: str) -> Frame | BadFrame:
         return BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels")
     with contextlib.suppress(msgspec.MsgspecError, UnicodeError):
         return _decode_frame(text)
-    return _bad_frame(text)
-
-
-def is_too_deep(text: str) -> bool:
-    """Tell whether *text*, if it is JSON, nests deeper than `_MAX_DEPTH`."""
-    if text.count("[") + text.count("{") <= _MAX_DEPTH:
-        return False
-    steps = (1 if bracket in "[{" else -1 for bracket in _NOT_BRACKETS.sub("", text))
-    return max(itertools.accumulate(steps), default=0) > _MAX_DEPTH
-
-
-def _bad_frame(text: str) -> BadFrame:
-    """Return what is wrong with *text*, which msgspec has refused."""
     try:
         value = msgspec.json.decode(text)
     except UnicodeError:
@@ -535,7 +523,7 @@ def is_leaf(t: Any) -> bool:
     return is_enum or origin_of(t) is Literal or t in _LEAVES
 
 
-def fields_of(t: Any) -> tuple[Any, ...] | None:
+def fields_of(t: Any) -> Any:
     """Return the fields of an attrs class or a dataclass, or None for any other type."""
     cls = class_of(t)
     if attrs.has(cls):
@@ -583,7 +571,7 @@ def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
     if not inspect.isclass(t) or is_text_enum(t):
         return inspect.isclass(t)
     seen.append(t)
-    inner = _settable_fields(t)
+    inner = _types_of_keys(t) if typing.is_typeddict(t) else _types_of_fields(t)
     return inner is not None and all(is_read_in_one_pass(u, seen) for u in inner)
 
 
@@ -596,21 +584,31 @@ def is_text_enum(cls: Any) -> bool:
     return is_plain and all(type(member.value) is str for member in cls)
 
 
-def _settable_fields(cls: Any) -> Iterable[Any] | None:
-    """Return the types of the fields of *cls*, or None if setting them is not all that it takes."""
-    if typing.is_typeddict(cls):
-        keys = {typing.Required: cls.__required_keys__, typing.NotRequired: cls.__optional_keys__}
-        hints = cls.__annotations__
-        if any(key not in keys.get(origin_of(t), hints) for key, t in hints.items()):
-            return None  # Python and cattrs do not see Required in an annotation that was a text
-        return [get_args(t)[0] if origin_of(t) in keys else t for t in hints.values()]
-    if not _has_plain_constructor(cls):
+def _types_of_keys(cls: Any) -> list[Any] | None:
+    """Return the types in a typed dict, or None if Required in a text was seen by msgspec alone."""
+    keys = {typing.Required: cls.__required_keys__, typing.NotRequired: cls.__optional_keys__}
+    hints = cls.__annotations__
+    if any(key not in keys.get(origin_of(t), hints) for key, t in hints.items()):
         return None
-    try:
-        hints = typing.get_type_hints(cls, include_extras=True)  # msgspec sees the same
-    except (NameError, TypeError, AttributeError):  # a base class has names of a function
+    return [get_args(t)[0] if origin_of(t) in keys else t for t in hints.values()]
+
+
+def _types_of_fields(cls: Any) -> list[Any] | None:
+    """Return the types of the fields of *cls*, or None if to set them is not all that it takes."""
+    fields, is_attrs = fields_of(cls), attrs.has(cls)
+    functions = {vars(cls).get("__init__"), cls.__setattr__} - {object.__setattr__}
+    codes = [getattr(function, "__code__", None) for function in functions]
+    if fields is None or type(cls) is not type or (is_attrs and dataclasses.is_dataclass(cls)):
         return None
-    fields = fields_of(cls) or ()
+    # Generated code comes from no file, and the rest of attrs' code from one of its own.
+    if not all(code and code.co_filename.startswith(("<", _ATTRS_FILE)) for code in codes):
+        return None
+    if any(getattr(cls, name, None) is not getattr(object, name, None) for name in _MAKING):
+        return None
+    made: Any = attrs.inspect(cls) if is_attrs else None
+    if made and made.hashability is made.Hashability.HASHABLE_CACHED:
+        return None
+    hints = typing.get_type_hints(cls, include_extras=True)  # msgspec sees the same
     is_plain = all(
         f.init and f.type == hints.get(f.name) and getattr(f, "alias", f.name) == f.name
         and not (getattr(f, "converter", None) or getattr(f.default, "takes_self", False))
@@ -619,21 +617,6 @@ def _settable_fields(cls: Any) -> Iterable[Any] | None:
         for f in fields
     )  # fmt: skip
     return [f.type for f in fields] if is_plain else None
-
-
-def _has_plain_constructor(cls: Any) -> bool:
-    """Tell whether attrs or dataclasses alone have written what makes an object of *cls*."""
-    if type(cls) is not type or attrs.has(cls) == dataclasses.is_dataclass(cls):
-        return False
-    if any(getattr(cls, name, None) is not getattr(object, name, None) for name in _MAKING):
-        return False
-    functions = {vars(cls).get("__init__"), cls.__setattr__} - {object.__setattr__}
-    codes = [getattr(function, "__code__", None) for function in functions]
-    # Generated code comes from no file, and the rest of attrs' code from one of its own.
-    if not all(code and code.co_filename.startswith(("<", _ATTRS_FILE)) for code in codes):
-        return False
-    made: Any = attrs.inspect(cls) if attrs.has(cls) else None
-    return not (made and made.hashability is made.Hashability.HASHABLE_CACHED)
 
 
 # ── codec ─────────────────────────────────────────────────────────────────────────────────────
@@ -647,6 +630,7 @@ def _has_plain_constructor(cls: Any) -> bool:
 
 _MAX_EXPLAINED = 16_384  # bytes of JSON: finding every error of 1 MiB would block for seconds
 _TEXT_KEY = object()  # Annotated[int, _TEXT_KEY] is an int that is the key of a JSON object
+_ITEM = object()  # list[_ITEM] has items that come with their own hook and type
 _ARRAYS: dict[Any, Any] = {  # what an array is declared as, and what is then made of it
     list: list, MutableSequence: list, tuple: tuple, Sequence: tuple, set: set, MutableSet: set,
     frozenset: frozenset, Set: frozenset, collections.deque: collections.deque,
@@ -660,6 +644,7 @@ def strict_converter() -> cattrs.Converter:
         converter.register_structure_hook(leaf, msgspec.convert)
     structure = converter.register_structure_hook_factory
     structure(lambda t: t is object, lambda _: lambda value, _: value)
+    structure(lambda t: t is _ITEM, lambda _: lambda item, _: item[1][0](item[0], item[1][1]))
     structure(is_leaf, _leaf_hook)
     structure(lambda t: len(_kinds_of(t)) > 1, _union_hook)
     structure(lambda t: _kind_of(t) is not None, _allow_recursion(_container_hook))
@@ -823,20 +808,12 @@ def _array_hook(t: Any, converter: cattrs.Converter) -> Hook:
 def _fixed_tuple_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of ``tuple[int, str]``. cattrs has no public factory for it."""
     hooks = [(converter.get_structure_hook(arg), arg) for arg in get_args(t)]
+    make_all = cols.list_structure_factory(cast(Any, list)[_ITEM], converter)
 
     def structure(value: Any, _: Any) -> Any:
         if len(value) != len(hooks):
             raise msgspec.ValidationError(f"expected {len(hooks)} items, got {len(value)}")
-        items, errors = list[Any](), list[Exception]()
-        for index, (hook, item_type) in enumerate(hooks):
-            try:
-                items.append(hook(value[index], item_type))
-            except Exception as exc:
-                exc.add_note(cast(Any, cattrs.IterableValidationNote)("", index, item_type))
-                errors.append(exc)
-        if errors:
-            raise cast(Any, cattrs.IterableValidationError)("", errors, t)
-        return tuple(items)
+        return tuple(make_all(zip(value, hooks, strict=True), t))
 
     return structure
 
@@ -848,7 +825,7 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
         find = create_default_dis_func(converter, *get_args(t))
         return lambda value, _: converter.structure(value, cast(Any, find(value)))
     if (fields := fields_of(t)) is not None:
-        checks = {
+        checks: dict[str, Any] = {
             f.name: _checked(f, converter)
             for f in fields
             if getattr(f, "validator", None) and not isinstance(f.converter, attrs.Converter)
@@ -870,7 +847,7 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
     return cols.mapping_structure_factory(cast(Any, dict)[key, item], converter, make)
 
 
-def _checked(field: Any, converter: cattrs.Converter) -> AttributeOverride:
+def _checked(field: Any, converter: cattrs.Converter) -> Any:
     """Have cattrs ask the validator of *field* as well; attrs would stop at the first that fails.
 
     A validator that needs the instance is left to attrs, as there is none yet.
@@ -998,7 +975,8 @@ class Codec:
 
         Decoding with msgspec and then structuring with cattrs takes four times as long or more.
         """
-        with contextlib.suppress(TypeError, NameError, NotImplementedError):
+        # msgspec may refuse the type. A name in a base class may be that of a function's local.
+        with contextlib.suppress(TypeError, NameError, AttributeError, NotImplementedError):
             if self._hasty is not self.converter and is_read_in_one_pass(annotation):
                 return frame_class(type, annotation, is_built=True, handler=handler)
         return frame_class(type, Any, handler=handler)
@@ -1029,14 +1007,16 @@ class Codec:
         try:
             return self._hasty.structure(payload, annotation)
         except (Exception, SystemExit) as exc:  # a user's hook or validator may raise anything
-            errors = errors_of(exc)
+            refused = invalid_payload(type, explain(exc))
+            bare(exc)
         try:
             if self._hasty is not self.converter and len(_encode(payload)) <= _MAX_EXPLAINED:
                 # This may succeed: cattrs' hasty hook fails if a keyword-only field comes first.
                 return self.converter.structure(payload, annotation)
         except (Exception, SystemExit) as exc:  # the same failure, with every wrong field
-            errors = errors_of(exc)
-        raise invalid_payload(type, errors)
+            refused = invalid_payload(type, explain(exc))
+            bare(exc)
+        raise refused
 
     def writer_of(self, value: object, type: str, declared: Any = None) -> Writer:
         """Return how to answer with *value* and others of its class, as *declared* where given.
@@ -1065,6 +1045,7 @@ _ROUTED_BY_FALCON = {f"on_{verb.lower()}" for verb in _VERBS}
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _EMPTY = inspect.Parameter.empty
+DISCONNECT = "@ws.disconnect\nasync def leave(conn): ..."  # what is right
 
 
 @attrs.frozen(eq=False)
@@ -1119,7 +1100,7 @@ class Handler:
         if path == "`$.type`":  # the decoder was chosen by a type that came before this one
             return MessageError("invalid_envelope", '"type" is there twice')
         found = explain(msgspec.ValidationError(text), path.strip("`")) if text else explain(exc)
-        return invalid_payload(self.type, list(found))
+        return invalid_payload(self.type, found)
 
     def _hint(self, payload: Any) -> None:
         """Log, once, that *function* seems to want a field of the payload, and gets all of it."""
@@ -1144,9 +1125,7 @@ def place_of(function: Callable[..., Any]) -> str:
     return f"{getattr(inner, '__qualname__', inner)}(){where}"
 
 
-def check_function(
-    function: Any, example: str, takes: int | None, *, streams: bool = False
-) -> None:
+def check_function(function: Any, example: str, takes: int | None, streams: bool = False) -> None:
     """Refuse what is not async or cannot take *takes* values, with *example* as the right code."""
     refused = None
     if not callable(function):
@@ -1304,11 +1283,6 @@ def read_connect(function: Callable[..., Any], path: str | None) -> Callable[...
         return cast(Awaitable[None], function(conn, **wanted))
 
     return call
-
-
-def check_disconnect(function: Callable[..., Any]) -> None:
-    """Refuse what is no disconnect handler."""
-    check_function(function, "@ws.disconnect\nasync def leave(conn): ...", 1)
 
 
 def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[..., Any]]]:
@@ -4388,7 +4362,7 @@ class Pachinko:
 
         ``conn.close_code`` is set, its groups are still joined.
         """
-        check_disconnect(function)
+        check_function(function, DISCONNECT, 1)
         self._routes.disconnect.append(function)
         return function
 
@@ -4457,7 +4431,7 @@ class Pachinko:
             if name == "connect":
                 connect.append(read_connect(method, self._path))
             elif name == "disconnect":
-                check_disconnect(method)
+                check_function(method, DISCONNECT, 1)
                 disconnect.append(method)
             else:
                 type = f"{prefix}.{name}"
