@@ -121,6 +121,7 @@ Event = dict[str, Any]  # of ASGI, in both directions: {"type": "websocket.send"
 #   └── Close           nobody's mistake: a handler ends the connection
 
 _MAX_ERRORS = 100  # in one reply: a frame of max_size has room for hundreds of thousands
+_MISSING = "required, but missing"
 _OTHER = "invalid value"  # the text for an exception whose own text is not meant for clients
 _KEY_SHOWN = 64  # characters of a client's own key in a path
 _REASON_BYTES = 123  # RFC 6455, 5.5: a control frame carries 125 bytes, two of them the code
@@ -172,10 +173,7 @@ class Close(Exception):
 
 
 def bare(error: E) -> E:
-    """Return *error* without traceback, cause and context.
-
-    They refer to stack frames that refer back to it. Only the garbage collector frees such a cycle.
-    """
+    """Return *error* without traceback, cause and context: their stack frames refer back to it."""
     for inner in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
         bare(inner)
     with contextlib.suppress(Exception):  # an application's exception may be frozen
@@ -197,7 +195,7 @@ def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, s
         text = str(exc).replace("`", "")
         text = text[:1].lower() + text[1:]
     elif isinstance(exc, KeyError):
-        text = "required, but missing"
+        text = _MISSING
     elif isinstance(exc, cattrs.ForbiddenExtraKeysError):
         text = f"unknown: {', '.join(sorted(exc.extra_fields))}"
     elif isinstance(exc, (ValueError, TypeError)) and exc.args and isinstance(exc.args[0], str):
@@ -238,10 +236,9 @@ def invalid_payload(type: str, errors: Iterable[dict[str, str]]) -> MessageError
 # payload its type and its fields.
 #
 # msgspec can decode a frame straight into the payload, in one pass and several times as fast as
-# cattrs could build it from plain JSON values. It makes an object by setting its fields: it calls
-# no constructor and no converter, and knows no alias. `is_read_in_one_pass` tells for which types
-# it builds the very value that the strict converter would (next section). It looks at each thing
-# that the two treat differently; a type that nobody has compared is left to cattrs.
+# cattrs builds it from JSON values. It sets the fields of an object: it calls no constructor and no
+# converter, and knows no alias. `is_read_in_one_pass` tells for which types that makes no
+# difference; a type that nobody has compared is left to cattrs (next section).
 
 _MAX_DEPTH = 128  # levels of arrays and objects in a frame; recursive code can go far deeper
 _NOT_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[^][{}"]+', re.DOTALL)  # linear in any text
@@ -286,10 +283,7 @@ FrameClass = type[Received]
 
 
 def frame_class(type: str, payload: Any, **members: Any) -> FrameClass:
-    """Make the class of the frames of *type*, with *members* of its own.
-
-    Decoding one also builds the *payload*. Raises `TypeError` for one that msgspec cannot build.
-    """
+    """Make the class of the frames of *type*. Raises `TypeError` if msgspec has no such *payload*."""
     cls = msgspec.defstruct(
         "Received", [("payload", payload | UnsetType, UNSET)], bases=(Received,),
         namespace=members, tag_field="type", tag=type, gc=False,
@@ -340,10 +334,7 @@ def is_too_deep(text: str) -> bool:
 
 
 def decode_or_error(text: str) -> Frame | BadFrame:
-    """Decode one text frame, or return the error (``invalid_json`` or ``invalid_envelope``).
-
-    An error that is returned does not become the context of what is raised later.
-    """
+    """Decode one text frame, or return the error. So it is no context of what is raised later."""
     if is_too_deep(text):
         return BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels")
     with contextlib.suppress(msgspec.MsgspecError, UnicodeError):
@@ -461,10 +452,7 @@ def caller_namespaces() -> Namespaces:
 
 
 def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -> dict[str, Any]:
-    """Turn the text annotations of *cls* into types, in place, and return them by field name.
-
-    A name may be local to the function where *cls* is defined. Raises `NameError` for others.
-    """
+    """Turn the text annotations of *cls* into types, in place, and return them by field name."""
     globals_ = {**globals_, **vars(sys.modules.get(cls.__module__, types))}
     hints: dict[str, Any] = {}
     if attrs.has(cls):
@@ -482,10 +470,7 @@ def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -
 
 
 def hashable(t: Any) -> Any:
-    """Return the type *t* without `Annotated` if metadata there, for other libraries, has no hash.
-
-    cattrs looks types up by their hash.
-    """
+    """Return *t* without `Annotated` if metadata there has no hash; cattrs looks types up by it."""
     try:
         hash(t)
     except TypeError:
@@ -500,12 +485,9 @@ def class_of(t: Any) -> Any:
 
 
 def inner_type(t: Any) -> Any:
-    """Return the type inside of `Annotated`, a `NewType` or a ``type`` statement, else *t* itself.
-
-    cattrs takes ``Annotated[dict, "x"]`` for a dict of "x".
-    """
+    """Return the type inside of `Annotated`, a `NewType` or a ``type`` statement, or *t* itself."""
     if origin_of(t) is typing.Annotated:
-        return t.__origin__
+        return t.__origin__  # cattrs takes Annotated[dict, "x"] for a dict of "x"
     return hashable(getattr(t, "__supertype__", None) or getattr(t, "__value__", t))
 
 
@@ -552,10 +534,7 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
 
 
 def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
-    """Tell whether msgspec makes the same of JSON for *t* as the strict converter.
-
-    *seen* has the classes looked at before.
-    """
+    """Tell whether msgspec makes the same of JSON for *t* as cattrs. *seen* has known classes."""
     seen = [] if seen is None else seen
     origin, args = origin_of(t) or t, get_args(t)
     if t is Any or t in seen:
@@ -622,11 +601,9 @@ def _types_of_fields(cls: Any) -> list[Any] | None:
 # ── codec ─────────────────────────────────────────────────────────────────────────────────────
 #
 # The codec turns JSON values into what handlers take, and what handlers return into JSON.
-#
-# Its rules are those of a strict cattrs converter: each JSON kind stands for itself, and nothing
-# is coerced. A scalar goes through `msgspec.convert`, which gives one rule and one wording for all
-# of them. The kind of an array or object is checked before cattrs' own hook iterates over it.
-# Where msgspec builds the same value while it decodes the frame (see above), it may do so.
+# Each JSON kind stands for itself, and nothing is coerced. A scalar goes through `msgspec.convert`,
+# which gives one rule and one wording for all of them. The kind of an array or object is checked
+# before cattrs' own hook iterates over it.
 
 _MAX_EXPLAINED = 16_384  # bytes of JSON: finding every error of 1 MiB would block for seconds
 _TEXT_KEY = object()  # Annotated[int, _TEXT_KEY] is an int that is the key of a JSON object
@@ -666,8 +643,7 @@ def strict_converter() -> cattrs.Converter:
 def _allow_recursion(make: HookFactory) -> HookFactory:
     """Wrap *make* so that a recursive type gets its own hook inside of itself.
 
-    While the hook of a type is being made, whoever asks for it gets a stand-in that calls it
-    later. cattrs alone would go by the class of the value there, whatever was declared.
+    While a hook is being made, a stand-in is given out. cattrs alone would go by a value's class.
     """
     in_progress: dict[Any, Callable[..., Any]] = {}
 
@@ -880,10 +856,7 @@ def declared_member(value: object, members: Members) -> Any:
 
 
 def members_of(t: Any) -> Members:
-    """Return the members of the union *t*, or *t* itself, with the classes of their values.
-
-    A member whose values are of no class in particular is left out.
-    """
+    """Return the members of the union *t*, or *t* itself, with the classes of their values."""
     if origin_of(bare_type(t)) in _UNIONS:
         return [pair for member in get_args(bare_type(t)) for pair in members_of(member)]
     cls = _written_class(t)
@@ -897,10 +870,7 @@ def _written_class(t: Any) -> Any:
 
 
 def check_distinct(t: Any, converter: cattrs.Converter) -> None:
-    """Raise `Indistinct` if the class of a value does not tell as which member of *t* it goes out.
-
-    Members that are written alike need not be told apart, such as ``list[int]`` and ``list[str]``.
-    """
+    """Raise `Indistinct` if the class of a value does not tell as what member of *t* it goes out."""
     for (one, cls), (other, _) in itertools.combinations(members_of(t), 2):
         if _share_values(one, other) and not _are_written_alike(one, other, converter):
             raise Indistinct(
@@ -971,11 +941,8 @@ class Codec:
             self._hasty = self.converter.copy(detailed_validation=False)
 
     def frame_class(self, type: str, annotation: Any, handler: Any = None) -> FrameClass:
-        """Make the class of the frames of *type*; where it can be, decoding builds the payload.
-
-        Decoding with msgspec and then structuring with cattrs takes four times as long or more.
-        """
-        # msgspec may refuse the type. A name in a base class may be that of a function's local.
+        """Make the class of the frames of *type*; where it can be, decoding builds the payload."""
+        # msgspec may refuse the type. A base class may have names that only a function knows.
         with contextlib.suppress(TypeError, NameError, AttributeError, NotImplementedError):
             if self._hasty is not self.converter and is_read_in_one_pass(annotation):
                 return frame_class(type, annotation, is_built=True, handler=handler)
@@ -1019,10 +986,7 @@ class Codec:
         raise refused
 
     def writer_of(self, value: object, type: str, declared: Any = None) -> Writer:
-        """Return how to answer with *value* and others of its class, as *declared* where given.
-
-        They go out under the type of their message class if they have one, otherwise under *type*.
-        """
+        """Return how to answer with *value* and others of its class, as *declared* where given."""
         if value is None:
             return type, lambda _: UNSET
         shape = hashable(declared_member(value, members_of(declared)))
@@ -1040,8 +1004,7 @@ class Codec:
 # Everything about a function is settled when it is registered: what it takes, how its payload is
 # structured, whether it streams. A message in flight only looks its handler up and calls it.
 
-_VERBS = set(falcon.constants.COMBINED_METHODS) - {"CONNECT"}  # on_connect is a connect handler
-_ROUTED_BY_FALCON = {f"on_{verb.lower()}" for verb in _VERBS}
+_ROUTED_BY_FALCON = {f"on_{verb.lower()}" for verb in falcon.constants.COMBINED_METHODS}
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _EMPTY = inspect.Parameter.empty
@@ -1070,10 +1033,7 @@ class Handler:
         return self.parameter is not None or self.defaults is not None
 
     def structure(self, payload: Any, codec: Codec) -> Any:
-        """Return the value to call *function* with, or raise `MessageError` (``invalid_payload``).
-
-        *payload* is `UNSET` where the message had none.
-        """
+        """Return what *function* is called with for *payload*, which is `UNSET` if there is none."""
         if payload is not UNSET:
             self._hint(payload)
             return codec.structure(payload, self.annotation, self.type)
@@ -1084,8 +1044,8 @@ class Handler:
         try:  # a payload that may be null may also be missing
             return codec.structure(None, self.annotation, self.type)
         except MessageError:
-            missing = [{"path": "$.payload", "message": "required, but missing"}]
-            raise invalid_payload(self.type, missing) from None
+            missing = {"path": "$.payload", "message": _MISSING}
+            raise invalid_payload(self.type, [missing]) from None
 
     def refusal(self, payload: Any, codec: Codec, exc: Exception) -> MessageError:
         """Return the error for a payload that msgspec refuses with *exc*.
@@ -1154,21 +1114,17 @@ def read_handler(
     name, place = getattr(function, "__name__", "handler"), place_of(function)
     check_function(function, f'@ws.on("{type}")\nasync def {name}(conn): ...', None, streams=True)
     parameter, fields = _split_parameters(function, name, path_params)
+    defaults = {p.name: p.default for p in fields if p.default is not _EMPTY}
     try:
         hints = _hints_of(function, name, namespaces)
         annotation: Any = hints.get(parameter.name, message_class or Any) if parameter else Any
         if fields:
-            annotation = _typed_dict(name, fields, hints)
+            items = {p.name: hints.get(p.name, Any) for p in fields}
+            items |= {key: cast(Any, typing.NotRequired)[items[key]] for key in defaults}
+            annotation = cast(Any, typing.TypedDict)(name, items)
         codec.check(annotation, namespaces, [])
     except (NameError, TypeError, ValueError, cattrs.StructureHandlerNotFoundError) as exc:
-        why: Any = exc
-        if isinstance(exc, cattrs.StructureHandlerNotFoundError):
-            why = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
-        raise PachinkoError(
-            f"the payload of {place} cannot be structured: {why}. Define or import names above the "
-            f"handler; use attrs classes, dataclasses, TypedDict and the standard library's types, "
-            f"or give hub.configure(converter=...) a hook before this handler"
-        ) from exc
+        raise PachinkoError(f"the payload of {place} cannot be structured: {_why(exc)}") from exc
     if parameter and message_class and annotation is not message_class:
         write = f"async def {name}(conn, {parameter.name}: {message_class.__name__})"
         raise PachinkoError(f"{place} handles {message_class.__name__}; write {write}")
@@ -1181,17 +1137,28 @@ def read_handler(
     except Indistinct as exc:
         raise PachinkoError(f"the reply of {place} is ambiguous: {exc}") from exc
     return Handler(
-        type, function, _caller(function, parameter, fields), annotation, parameter,
-        {p.name: p.default for p in fields if p.default is not _EMPTY} if fields else None,
-        returns, streams, is_concurrent=streams or concurrent,
+        type, function,
+        (lambda conn, value: function(conn, **value)) if fields
+        else function if parameter else (lambda conn, _: function(conn)),
+        annotation, parameter, defaults if fields else None, returns, streams,
+        is_concurrent=streams or concurrent,
     )  # fmt: skip
 
 
-def _hints_of(function: Any, name: str, namespaces: Namespaces) -> dict[str, Any]:
-    """Return the annotations of *function*, resolved where it was registered.
+def _why(exc: Exception) -> str:
+    """Return why a payload cannot be structured, and what can be done."""
+    why = str(exc)
+    if isinstance(exc, cattrs.StructureHandlerNotFoundError):
+        why = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
+    return (
+        f"{why}. Define or import names above the handler; use attrs classes, dataclasses, "
+        f"TypedDict and the standard library's types, or give hub.configure(converter=...) a hook "
+        f"before this handler"
+    )
 
-    A first parameter that is annotated as a payload is refused: the connection was forgotten.
-    """
+
+def _hints_of(function: Any, name: str, namespaces: Namespaces) -> dict[str, Any]:
+    """Return the annotations of *function*. Refuse that of a payload where the connection comes."""
     inner: Any = inspect.unwrap(function)
     globals_ = {**namespaces[0], **getattr(inner, "__globals__", {})}
     inner = getattr(inner, "func", inner)
@@ -1205,22 +1172,6 @@ def _hints_of(function: Any, name: str, namespaces: Namespaces) -> dict[str, Any
             f"`async def {name}(conn, {first})`"
         )
     return hints
-
-
-def _typed_dict(name: str, fields: list[inspect.Parameter], hints: dict[str, Any]) -> Any:
-    """Return what the payload of *fields* is structured to."""
-    items = {p.name: hints.get(p.name, Any) for p in fields}
-    for p in fields:
-        if p.default is not _EMPTY:
-            items[p.name] = cast(Any, typing.NotRequired)[items[p.name]]
-    return cast(Any, typing.TypedDict)(name, items)
-
-
-def _caller(function: Any, parameter: Any, fields: Any) -> Callable[[Connection, Any], Any]:
-    """Return how to call *function* with a connection and a structured payload."""
-    if fields:
-        return lambda conn, value: function(conn, **value)
-    return function if parameter else lambda conn, _: function(conn)
 
 
 def _split_parameters(
@@ -1299,7 +1250,7 @@ def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[...
         write = f"class {cls.__name__}:\n    async def on_send(self, conn, *, text: str): ..."
         refused = f"{cls.__name__} has no method to route; write\n{write}"
     for name in () if refused else names:
-        if name in _ROUTED_BY_FALCON:
+        if name in _ROUTED_BY_FALCON and name != "on_connect":
             refused = f"Falcon routes {cls.__name__}.{name} itself; call it {name}_message, say"
         elif isinstance(inspect.getattr_static(resource, name), property):
             refused = f"{cls.__name__}.{name} is a property; write async def {name}(self, conn)"
@@ -1385,19 +1336,11 @@ UNAUTHENTICATED = 3401  # the close code is 3000 and the HTTP status
 
 @attrs.frozen
 class Origin:
-    """The origin of a page (RFC 6454), in lower case.
-
-    The port is that of the scheme where none was named.
-    """
+    """The origin of a page (RFC 6454), in lower case."""
 
     scheme: str
     host: str
-    port: int | None
-
-    def is_below(self, other: Origin) -> bool:
-        """Tell whether its host is a subdomain of that of *other*; all else has to be equal."""
-        is_alike = (self.scheme, self.port) == (other.scheme, other.port)
-        return is_alike and self.host.endswith("." + other.host)
+    port: int | None  # of the scheme where none was named
 
 
 def parse_origin(text: str) -> Origin | None:
@@ -1412,16 +1355,12 @@ def parse_origin(text: str) -> Origin | None:
 def is_same_host(origin: Origin, scheme: str, host: str) -> bool:
     """Tell whether a page of *origin* belongs to the *host* that it connects to.
 
-    *host* is the header of that name. Where it names no port, the port is that of the origin's
-    scheme. An ``https`` page may come by a *scheme* without encryption, because a proxy may have
-    decrypted it. An ``http`` page may not come by an encrypted one, because anybody on the line
-    could have written that page.
+    An ``https`` page may come by a *scheme* without encryption, because a proxy may have decrypted
+    it. An ``http`` page may not come by an encrypted one, because anybody on the line could have
+    written that page.
     """
-    match = _HOST.fullmatch(host.lower())
-    default = _DEFAULT_PORTS.get(origin.scheme)
-    if match is None or default is None:
-        return False
-    if origin.scheme == "http" and scheme in ("https", "wss"):
+    match, default = _HOST.fullmatch(host.lower()), _DEFAULT_PORTS.get(origin.scheme)
+    if match is None or default is None or (origin.scheme == "http" and scheme in ("https", "wss")):
         return False
     return (match["host"], int(match["port"] or default)) == (origin.host, origin.port)
 
@@ -1430,17 +1369,12 @@ def is_same_host(origin: Origin, scheme: str, host: str) -> bool:
 class Origins:
     """The origins that one endpoint lets in, beside the request's own host."""
 
-    exact: frozenset[Origin]
-    above: tuple[Origin, ...]
-    """The origins of which all subdomains are let in, as ``https://*.example.com`` says."""
+    allowed: frozenset[Origin]  # the host ``*.example.com`` stands for all subdomains
     takes_all: bool
     trust_forwarded: bool
 
     def refusal(self, req: falcon.asgi.Request) -> str | None:
-        """Return why *req* is refused, with the setting that lets it in, or None if it may come in.
-
-        Falcon joins two ``Origin`` headers with a comma; that is no origin.
-        """
+        """Return why *req* is refused, with the setting that lets it in, or None if it may come."""
         text = req.get_header("Origin")
         if self.takes_all or text is None:
             return None
@@ -1449,9 +1383,10 @@ class Origins:
         if origin is None:
             return f'{shown}: it names no site; only origins="*" would let it in'
         own = _forwarded(req) if self.trust_forwarded else (req.scheme, req.netloc)
-        if is_same_host(origin, *own) or origin in self.exact:
-            return None
-        if any(map(origin.is_below, self.above)):
+        labels = origin.host.split(".")
+        above = [".".join(["*", *labels[n:]]) for n in range(1, len(labels))]
+        names = {attrs.evolve(origin, host=host) for host in (origin.host, *above)}
+        if is_same_host(origin, *own) or names & self.allowed:
             return None
         setting = f"origins=[{text[:_SHOWN]!r}]"
         if not self.trust_forwarded and is_same_host(origin, *_forwarded(req)):
@@ -1460,10 +1395,7 @@ class Origins:
 
 
 def _forwarded(req: falcon.asgi.Request) -> tuple[str, str]:
-    """Return the scheme and host that the first proxy was asked for.
-
-    Later proxies may have added theirs behind a comma.
-    """
+    """Return the scheme and host that the first of several proxies, by commas, was asked for."""
     hops = (req.forwarded_scheme, req.forwarded_host)
     scheme, host = (each.partition(",")[0].strip() for each in hops)
     return scheme, host
@@ -1474,7 +1406,7 @@ def read_origins(value: Iterable[str] | None, trust_forwarded: object) -> Origin
     if not isinstance(trust_forwarded, bool):
         raise PachinkoError(f"trust_forwarded is True or False, got {trust_forwarded!r}")
     names = () if value is None else ("*",) if value == "*" else texts(value, "origins")
-    exact, above = list[Origin](), list[Origin]()
+    allowed = set[Origin]()
     for name in names:
         origin = parse_origin(name.replace("://*.", "://", 1))
         if name == "null":
@@ -1485,8 +1417,9 @@ def read_origins(value: Iterable[str] | None, trust_forwarded: object) -> Origin
                 f'below it) or "*", in ASCII as browsers send them; got {name!r}'
             )
         if origin is not None:
-            (above if "*" in name else exact).append(origin)
-    return Origins(frozenset(exact), tuple(above), "*" in names, trust_forwarded)
+            host = f"*.{origin.host}" if "*" in name else origin.host
+            allowed.add(attrs.evolve(origin, host=host))
+    return Origins(frozenset(allowed), "*" in names, trust_forwarded)
 
 
 def texts(value: Any, option: str) -> tuple[str, ...]:
