@@ -244,9 +244,8 @@ _MAX_DEPTH = 128  # levels of arrays and objects in a frame; recursive code can 
 _NOT_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[^][{}"]+', re.DOTALL)  # linear in any text
 _RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
 _JSON_NAMES: dict[Any, str] = {dict: "object", list: "array", types.NoneType: "null"}
-_LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal}.union(
-    (datetime, date, time_of_day, timedelta)
-)
+_LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal, datetime, date}
+_LEAVES |= {time_of_day, timedelta}
 _UNIONS: tuple[Any, ...] = (Union, types.UnionType)
 _OPTIONAL: tuple[Any, ...] = (typing.Required, typing.NotRequired)  # around a typed dict's item
 _MAKING = ("__new__", "__getattribute__", "__getattr__", "__attrs_pre_init__")  # of an object
@@ -283,7 +282,7 @@ FrameClass = type[Received]
 
 
 def frame_class(type: str, payload: Any, **members: Any) -> FrameClass:
-    """Make the class of the frames of *type*. Raises `TypeError` if msgspec has no such *payload*."""
+    """Make the class of the frames of *type*, or raise `TypeError` if msgspec lacks *payload*."""
     cls = msgspec.defstruct(
         "Received", [("payload", payload | UnsetType, UNSET)], bases=(Received,),
         namespace=members, tag_field="type", tag=type, gc=False,
@@ -577,12 +576,12 @@ def _types_of_fields(cls: Any) -> list[Any] | None:
     fields, is_attrs = fields_of(cls), attrs.has(cls)
     functions = {vars(cls).get("__init__"), cls.__setattr__} - {object.__setattr__}
     codes = [getattr(function, "__code__", None) for function in functions]
-    if fields is None or type(cls) is not type or (is_attrs and dataclasses.is_dataclass(cls)):
-        return None
-    # Generated code comes from no file, and the rest of attrs' code from one of its own.
-    if not all(code and code.co_filename.startswith(("<", _ATTRS_FILE)) for code in codes):
-        return None
-    if any(getattr(cls, name, None) is not getattr(object, name, None) for name in _MAKING):
+    if (
+        fields is None or type(cls) is not type or (is_attrs and dataclasses.is_dataclass(cls))
+        # Generated code comes from no file, and the rest of attrs' code from one of its own.
+        or not all(code and code.co_filename.startswith(("<", _ATTRS_FILE)) for code in codes)
+        or any(getattr(cls, name, None) is not getattr(object, name, None) for name in _MAKING)
+    ):  # fmt: skip
         return None
     made: Any = attrs.inspect(cls) if is_attrs else None
     if made and made.hashability is made.Hashability.HASHABLE_CACHED:
@@ -774,24 +773,19 @@ def _array_hook(t: Any, converter: cattrs.Converter) -> Hook:
         return cols.namedtuple_structure_factory(cls, converter)
     if cls not in _ARRAYS:
         raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {t!r}", t)
-    if origin_of(t) is tuple and Ellipsis not in args:
-        return _fixed_tuple_hook(t, converter)
+    if origin_of(t) is tuple and Ellipsis not in args:  # cattrs has no public factory for these
+        hooks = [(converter.get_structure_hook(arg), arg) for arg in args]
+        inner = cols.list_structure_factory(cast(Any, list)[_ITEM], converter)
+
+        def structure(value: Any, t: Any) -> Any:
+            if len(value) != len(hooks):
+                raise msgspec.ValidationError(f"expected {len(hooks)} items, got {len(value)}")
+            return tuple(inner(zip(value, hooks, strict=True), t))
+
+        return structure
     make = _ARRAYS[cls]
     inner = cols.list_structure_factory(cast(Any, list)[args[0] if args else Any], converter)
     return inner if make is list else lambda value, t: make(inner(value, t))
-
-
-def _fixed_tuple_hook(t: Any, converter: cattrs.Converter) -> Hook:
-    """Make the hook of ``tuple[int, str]``. cattrs has no public factory for it."""
-    hooks = [(converter.get_structure_hook(arg), arg) for arg in get_args(t)]
-    make_all = cols.list_structure_factory(cast(Any, list)[_ITEM], converter)
-
-    def structure(value: Any, _: Any) -> Any:
-        if len(value) != len(hooks):
-            raise msgspec.ValidationError(f"expected {len(hooks)} items, got {len(value)}")
-        return tuple(make_all(zip(value, hooks, strict=True), t))
-
-    return structure
 
 
 def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
@@ -801,11 +795,8 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
         find = create_default_dis_func(converter, *get_args(t))
         return lambda value, _: converter.structure(value, cast(Any, find(value)))
     if (fields := fields_of(t)) is not None:
-        checks: dict[str, Any] = {
-            f.name: _checked(f, converter)
-            for f in fields
-            if getattr(f, "validator", None) and not isinstance(f.converter, attrs.Converter)
-        }
+        validated = [f for f in fields if getattr(f, "validator", None)]
+        checks: dict[str, Any] = {f.name: _checked(f, converter) for f in validated}
         if not checks or not converter.detailed_validation:
             return converter.gen_structure_attrs_fromdict(t)
         return make_dict_structure_fn(t, converter, **checks)
@@ -826,11 +817,13 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
 def _checked(field: Any, converter: cattrs.Converter) -> Any:
     """Have cattrs ask the validator of *field* as well; attrs would stop at the first that fails.
 
-    A validator that needs the instance is left to attrs, as there is none yet.
+    A validator or converter that needs the instance is left to attrs, as there is none yet.
     """
 
     def structure(value: Any, t: Any) -> Any:
         item = converter.structure(value, t)
+        if isinstance(field.converter, attrs.Converter):
+            return item
         with contextlib.suppress(AttributeError):
             try:
                 field.validator(None, field, field.converter(item) if field.converter else item)
@@ -870,7 +863,7 @@ def _written_class(t: Any) -> Any:
 
 
 def check_distinct(t: Any, converter: cattrs.Converter) -> None:
-    """Raise `Indistinct` if the class of a value does not tell as what member of *t* it goes out."""
+    """Raise `Indistinct` if a value's class does not tell as which member of *t* it goes out."""
     for (one, cls), (other, _) in itertools.combinations(members_of(t), 2):
         if _share_values(one, other) and not _are_written_alike(one, other, converter):
             raise Indistinct(
@@ -885,14 +878,13 @@ def _told_apart(one: Any, other: Any) -> str:
     is_nested = any(a != b and (_share_values(a, b) or Ellipsis in (a, b)) for a, b in pairs)
     if origin_of(one) is not origin_of(other) or not pairs or is_nested:
         return "classes with @attrs.frozen instead, which are told apart"
-    items = ["..." if a is b is Ellipsis else _shown(a | b) for a, b in pairs]
+    items = [_shown(a if a is b else a | b) for a, b in pairs]
     return f"{_shown(origin_of(one))}[{', '.join(items)}]"
 
 
 def _shown(t: Any) -> str:
     """Return *t* as it is written in code."""
-    name = t.__qualname__ if inspect.isclass(t) and not get_args(t) else repr(t)
-    return re.sub(r"[\w.<>]+\.(?=\w)", "", name)
+    return re.sub(r"[\w.<>]+\.(?=\w)", "", repr(cast(Any, list)[t]).removeprefix("list[")[:-1])
 
 
 def _share_values(one: Any, other: Any) -> bool:
@@ -1033,7 +1025,7 @@ class Handler:
         return self.parameter is not None or self.defaults is not None
 
     def structure(self, payload: Any, codec: Codec) -> Any:
-        """Return what *function* is called with for *payload*, which is `UNSET` if there is none."""
+        """Return what *function* is called with for *payload*, which may be `UNSET`."""
         if payload is not UNSET:
             self._hint(payload)
             return codec.structure(payload, self.annotation, self.type)
@@ -1048,11 +1040,8 @@ class Handler:
             raise invalid_payload(self.type, [missing]) from None
 
     def refusal(self, payload: Any, codec: Codec, exc: Exception) -> MessageError:
-        """Return the error for a payload that msgspec refuses with *exc*.
-
-        cattrs lists every wrong field. Where it finds none, the error names the field of *exc*.
-        """
-        try:
+        """Return the error for a payload that msgspec refuses with *exc*."""
+        try:  # cattrs lists every wrong field
             self.structure(payload, codec)
         except MessageError as error:
             return bare(error)
@@ -1297,10 +1286,8 @@ class Routes:
         return self.decode(text)
 
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
-        """Return the handler for the class of *exc* or its nearest base class, or None.
-
-        An exception with a meaning of its own, such as `Close`, is not looked up by its bases.
-        """
+        """Return the handler for the class of *exc* or its nearest base class, or None."""
+        # These have a meaning of their own, and are not looked up by their bases.
         built_in = (MessageError, Close, falcon.HTTPError, falcon.WebSocketDisconnected)
         for cls in type(exc).__mro__:
             if cls in self.errors:
