@@ -114,7 +114,6 @@ Event = dict[str, Any]  # of ASGI, in both directions: {"type": "websocket.send"
 #
 #   Exception
 #   ├── PachinkoError   the program's mistake, raised where it was made, mostly at registration
-#   │   ├── Indistinct  a type that leaves open which fields of a value go out
 #   │   └── BrokerAway  nobody's mistake: the broker between processes has not taken a message
 #   ├── MessageError    the client's mistake: it is told, and the connection stays open
 #   │   └── BadFrame    a text frame that is no message
@@ -129,10 +128,6 @@ _REASON_BYTES = 123  # RFC 6455, 5.5: a control frame carries 125 bytes, two of 
 
 class PachinkoError(Exception):
     """A mistake in the program that uses Pachinko, with the corrected code in its text."""
-
-
-class Indistinct(PachinkoError):
-    """A union of two types that share values, but send different fields of them."""
 
 
 class BrokerAway(PachinkoError):
@@ -244,8 +239,8 @@ _MAX_DEPTH = 128  # levels of arrays and objects in a frame; recursive code can 
 _NOT_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[^][{}"]+', re.DOTALL)  # linear in any text
 _RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
 _JSON_NAMES: dict[Any, str] = {dict: "object", list: "array", types.NoneType: "null"}
-_LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal, datetime, date}
-_LEAVES |= {time_of_day, timedelta}
+_TIMES: set[Any] = {datetime, date, time_of_day, timedelta}
+_LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal, *_TIMES}
 _UNIONS: tuple[Any, ...] = (Union, types.UnionType)
 _OPTIONAL: tuple[Any, ...] = (typing.Required, typing.NotRequired)  # around a typed dict's item
 _MAKING = ("__new__", "__getattribute__", "__getattr__", "__attrs_pre_init__")  # of an object
@@ -315,7 +310,6 @@ class BadFrame(MessageError):
 
 _no_frame = frame_class("$none", Any)
 _decode_frame = msgspec.json.Decoder(Frame).decode
-_decode_none = decoder_of(())
 _encode = msgspec.json.Encoder().encode
 
 
@@ -834,13 +828,6 @@ def _checked(field: Any, converter: cattrs.Converter) -> Any:
     return override(struct_hook=structure)
 
 
-def _union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
-    """Make the hook of a union: a subclass goes out with the fields of the declared member only."""
-    check_distinct(t, converter)
-    members = members_of(t)
-    return lambda value: converter.unstructure(value, declared_member(value, members))
-
-
 def declared_member(value: object, members: Members) -> Any:
     """Return as which of *members* the *value* goes out: as its own class if none fits."""
     exact = [m for m, cls in members if cls is type(value)]
@@ -862,14 +849,19 @@ def _written_class(t: Any) -> Any:
     return dict if typing.is_typeddict(cls) else cls
 
 
-def check_distinct(t: Any, converter: cattrs.Converter) -> None:
-    """Raise `Indistinct` if a value's class does not tell as which member of *t* it goes out."""
-    for (one, cls), (other, _) in itertools.combinations(members_of(t), 2):
+def _union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
+    """Make the hook of a union: a subclass goes out with the fields of the declared member only.
+
+    Raises `PachinkoError` if a value's class does not tell as which member of *t* it goes out.
+    """
+    members = members_of(t)
+    for (one, cls), (other, _) in itertools.combinations(members, 2):
         if _share_values(one, other) and not _are_written_alike(one, other, converter):
-            raise Indistinct(
+            raise PachinkoError(
                 f"{_shown(one)} | {_shown(other)} may lose fields: a {cls.__name__} does not tell "
                 f"as which of the two it goes out; write {_told_apart(one, other)}"
             )
+    return lambda value: converter.unstructure(value, declared_member(value, members))
 
 
 def _told_apart(one: Any, other: Any) -> str:
@@ -950,18 +942,16 @@ class Codec:
                 self.converter.get_structure_hook(t)
 
     def check_reply(self, annotation: Any, namespaces: Namespaces) -> None:
-        """Raise `Indistinct` if *annotation*, or a type in it, leaves open what goes out."""
+        """Raise `PachinkoError` if *annotation*, or a type in it, leaves open what goes out."""
         annotation = hashable(annotation)
         # A name that is not known yet may be known by the time of the first reply.
         with contextlib.suppress(NameError, TypeError, AttributeError):
-            check_distinct(annotation, self.converter)
+            _union_unstructure_hook(annotation, self.converter)
             for t in types_in(annotation, namespaces, []):
                 self.converter.get_unstructure_hook(t)
 
     def structure(self, payload: Any, annotation: Any, type: str) -> Any:
         """Build what a handler takes, or raise `MessageError` (``invalid_payload``)."""
-        if annotation is Any:
-            return payload
         annotation = hashable(annotation)
         try:
             return self._hasty.structure(payload, annotation)
@@ -1026,11 +1016,11 @@ class Handler:
 
     def structure(self, payload: Any, codec: Codec) -> Any:
         """Return what *function* is called with for *payload*, which may be `UNSET`."""
+        if payload is UNSET and self.defaults is not None:
+            payload = {}
         if payload is not UNSET:
             self._hint(payload)
             return codec.structure(payload, self.annotation, self.type)
-        if self.defaults is not None:
-            return codec.structure({}, self.annotation, self.type)
         if self.parameter is None or self.parameter.default is not _EMPTY:
             return self.parameter and self.parameter.default
         try:  # a payload that may be null may also be missing
@@ -1123,7 +1113,7 @@ def read_handler(
     returns = None if returns in (types.NoneType, Any, object) else returns
     try:
         codec.check_reply(returns, namespaces)
-    except Indistinct as exc:
+    except PachinkoError as exc:
         raise PachinkoError(f"the reply of {place} is ambiguous: {exc}") from exc
     return Handler(
         type, function,
@@ -1262,8 +1252,8 @@ class Routes:
     errors: dict[type[Exception], Callable[..., Awaitable[Any]]] = attrs.Factory(dict)
     workers: list[Callable[[], Awaitable[None]]] = attrs.Factory(list)
     frames: list[FrameClass] = attrs.Factory(list)  # what `decode` returns
-    decode: Callable[[str], Received] = _decode_none
-    """Reads a text frame of a known type. A validator in a payload may raise anything."""
+    # It reads a text frame of a known type. A validator in a payload may raise anything.
+    decode: Callable[[str], Received] = attrs.Factory(lambda: decoder_of(()))
 
     def start(self, codec: Codec) -> None:
         """Make the classes of all frames. From now on *codec* does not change."""
