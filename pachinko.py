@@ -1103,13 +1103,20 @@ def read_handler(
             annotation = cast(Any, typing.TypedDict)(name, items)
         codec.check(annotation, namespaces, [])
     except (NameError, TypeError, ValueError, cattrs.StructureHandlerNotFoundError) as exc:
-        raise PachinkoError(f"the payload of {place} cannot be structured: {_why(exc)}") from exc
+        why: Any = exc
+        if isinstance(exc, cattrs.StructureHandlerNotFoundError):
+            why = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
+        raise PachinkoError(
+            f"the payload of {place} cannot be structured: {why}. Define or import names above the "
+            f"handler; use attrs classes, dataclasses, TypedDict and the standard library's types, "
+            f"or give hub.configure(converter=...) a hook before this handler"
+        ) from exc
     if parameter and message_class and annotation is not message_class:
         write = f"async def {name}(conn, {parameter.name}: {message_class.__name__})"
         raise PachinkoError(f"{place} handles {message_class.__name__}; write {write}")
     returns, streams = hints.get("return"), inspect.isasyncgenfunction(function)
-    if streams and get_args(returns):
-        returns = get_args(returns)[0]  # AsyncIterator[Item], AsyncGenerator[Item, None]
+    if streams and get_args(returns):  # AsyncIterator[Item], AsyncGenerator[Item, None]
+        returns = get_args(returns)[0]
     returns = None if returns in (types.NoneType, Any, object) else returns
     try:
         codec.check_reply(returns, namespaces)
@@ -1122,18 +1129,6 @@ def read_handler(
         annotation, parameter, defaults if fields else None, returns, streams,
         is_concurrent=streams or concurrent,
     )  # fmt: skip
-
-
-def _why(exc: Exception) -> str:
-    """Return why a payload cannot be structured, and what can be done."""
-    why = str(exc)
-    if isinstance(exc, cattrs.StructureHandlerNotFoundError):
-        why = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
-    return (
-        f"{why}. Define or import names above the handler; use attrs classes, dataclasses, "
-        f"TypedDict and the standard library's types, or give hub.configure(converter=...) a hook "
-        f"before this handler"
-    )
 
 
 def _hints_of(function: Any, name: str, namespaces: Namespaces) -> dict[str, Any]:
