@@ -105,6 +105,7 @@ Hook = Callable[[Any, Any], Any]  # cattrs calls it with a value and the type to
 Members = Sequence[tuple[Any, Any]]  # the types in a union, each with the class of its values
 HookFactory = Callable[[Any, cattrs.Converter], Callable[..., Any]]
 Writer = tuple[str, Callable[[Any], Any]]  # the type to send a value as, and what makes JSON of it
+FrameClass = type["Received"]  # of one message type
 Namespaces = tuple[dict[str, Any], dict[str, Any]]  # the globals and locals annotations see
 Event = dict[str, Any]  # of ASGI, in both directions: {"type": "websocket.send", "text": "…"}
 
@@ -143,9 +144,7 @@ class MessageError(Exception):
 
     def __init__(self, code: str, message: str = "", **details: Any) -> None:
         super().__init__(f"{code}: {message}")
-        self.code = code
-        self.message = message
-        self.details = details
+        self.code, self.message, self.details = code, message, details
 
 
 class Close(Exception):
@@ -163,8 +162,7 @@ class Close(Exception):
             raise ValueError(f"{code} is no close code to send; use 1000, or 4000 to 4999")
         if len(reason.encode()) > _REASON_BYTES:
             raise ValueError(f"a close reason has at most {_REASON_BYTES} bytes, got {reason!r}")
-        self.code = code
-        self.reason = reason
+        self.code, self.reason = code, reason
 
 
 def bare(error: E) -> E:
@@ -271,9 +269,6 @@ class Received(msgspec.Struct, gc=False):
     handler: typing.ClassVar[Any] = None  # the `Handler` of the type, or None
     id: Id | None = None
     payload: Any = UNSET
-
-
-FrameClass = type[Received]
 
 
 def frame_class(type: str, payload: Any, **members: Any) -> FrameClass:
@@ -517,11 +512,9 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
     if t in seen or isinstance(t, TypeVar) or origin_of(t) is Literal:
         return
     seen.append(t)
-    is_annotated = origin_of(t) is typing.Annotated
-    inner = [inner_type(t), *(() if is_annotated else get_args(t))]
-    if declares_fields(t):
-        inner += resolve_class(class_of(t), *namespaces).values()
-    for member in inner:
+    args = () if origin_of(t) is typing.Annotated else get_args(t)
+    fields = resolve_class(class_of(t), *namespaces).values() if declares_fields(t) else ()
+    for member in (inner_type(t), *args, *fields):
         yield from types_in(member, namespaces, seen)
     yield t
 
@@ -641,23 +634,21 @@ def _allow_recursion(make: HookFactory) -> HookFactory:
     in_progress: dict[Any, Callable[..., Any]] = {}
 
     def factory(t: Any, converter: cattrs.Converter) -> Callable[..., Any]:
-        key, hook = (id(converter), t), None
+        key = (id(converter), t)
+        made = functools.cache(lambda: make(t, converter))
 
         def stand_in(*args: Any) -> Any:
-            nonlocal hook
-            hook = hook or make(t, converter)
-            return hook(*args)
+            return made()(*args)
 
         if key in in_progress:
             return in_progress[key]
         in_progress[key] = stand_in
         try:
-            hook = make(t, converter)
+            return made()
         except RecursionError:  # cattrs is busy with the same generic class, such as Box[Box[int]]
             return stand_in
         finally:
-            in_progress.pop(key, None)
-        return hook
+            del in_progress[key]
 
     return factory
 
@@ -934,7 +925,7 @@ class Codec:
 
     def check(self, annotation: Any, namespaces: Namespaces, seen: list[Any]) -> None:
         """Resolve *annotation* and all that it contains; raise whatever keeps it from working."""
-        for t in types_in(hashable(annotation), namespaces, seen):
+        for t in types_in(annotation, namespaces, seen):
             is_generic = bool(getattr(t, "__parameters__", ()))
             if is_generic and t is class_of(t):
                 raise TypeError(f"{t.__name__} is generic; write {t.__name__}[int], say")
@@ -943,7 +934,6 @@ class Codec:
 
     def check_reply(self, annotation: Any, namespaces: Namespaces) -> None:
         """Raise `PachinkoError` if *annotation*, or a type in it, leaves open what goes out."""
-        annotation = hashable(annotation)
         # A name that is not known yet may be known by the time of the first reply.
         with contextlib.suppress(NameError, TypeError, AttributeError):
             _union_unstructure_hook(annotation, self.converter)
@@ -952,26 +942,23 @@ class Codec:
 
     def structure(self, payload: Any, annotation: Any, type: str) -> Any:
         """Build what a handler takes, or raise `MessageError` (``invalid_payload``)."""
-        annotation = hashable(annotation)
         try:
             return self._hasty.structure(payload, annotation)
         except (Exception, SystemExit) as exc:  # a user's hook or validator may raise anything
-            refused = invalid_payload(type, explain(exc))
-            bare(exc)
+            refused = invalid_payload(type, explain(bare(exc)))
         try:
             if self._hasty is not self.converter and len(_encode(payload)) <= _MAX_EXPLAINED:
                 # This may succeed: cattrs' hasty hook fails if a keyword-only field comes first.
                 return self.converter.structure(payload, annotation)
         except (Exception, SystemExit) as exc:  # the same failure, with every wrong field
-            refused = invalid_payload(type, explain(exc))
-            bare(exc)
+            refused = invalid_payload(type, explain(bare(exc)))
         raise refused
 
     def writer_of(self, value: object, type: str, declared: Any = None) -> Writer:
         """Return how to answer with *value* and others of its class, as *declared* where given."""
         if value is None:
             return type, lambda _: UNSET
-        shape = hashable(declared_member(value, members_of(declared)))
+        shape = declared_member(value, members_of(declared))
         own_type = message_type(class_of(shape))
         return own_type or type, self.converter.get_unstructure_hook(shape)
 
@@ -1327,9 +1314,8 @@ def parse_origin(text: str) -> Origin | None:
 def is_same_host(origin: Origin, scheme: str, host: str) -> bool:
     """Tell whether a page of *origin* belongs to the *host* that it connects to.
 
-    An ``https`` page may come by a *scheme* without encryption, because a proxy may have decrypted
-    it. An ``http`` page may not come by an encrypted one, because anybody on the line could have
-    written that page.
+    A proxy may have decrypted what an ``https`` page sends, so any *scheme* will do. Anybody on the
+    line could have written an ``http`` page, so it may not come by an encrypted one.
     """
     match, default = _HOST.fullmatch(host.lower()), _DEFAULT_PORTS.get(origin.scheme)
     if match is None or default is None or (origin.scheme == "http" and scheme in ("https", "wss")):

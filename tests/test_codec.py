@@ -45,6 +45,7 @@ STRICT = Codec()
 
 def check(annotation: Any, codec: Codec = STRICT) -> Any:
     """Prepare *annotation* as registration does, and return it."""
+    annotation = pachinko.hashable(annotation)
     codec.check(annotation, HERE, [])
     return annotation
 
@@ -70,7 +71,8 @@ def errors(payload: Any, annotation: Any, codec: Codec = STRICT) -> list[tuple[s
 
 def written(value: Any, annotation: Any = None, codec: Codec = STRICT) -> Any:
     """The payload on the wire."""
-    event = pachinko.reply_event(codec.writer_of(value, "t", annotation), None, value)
+    writer = codec.writer_of(value, "t", pachinko.hashable(annotation))
+    event = pachinko.reply_event(writer, None, value)
     return json.loads(event["text"]).get("payload")
 
 
@@ -805,6 +807,20 @@ class Leaky:
 def test_an_unexpected_exception_is_not_told() -> None:
     """Only a ValueError or a TypeError is meant for the client."""
     assert errors({"a": 1}, Leaky) == [(".a", "invalid value")]
+
+
+def unknown(_: Any, __: Any, value: Any) -> None:
+    raise KeyError(value)
+
+
+@attrs.define
+class Unknown:
+    a: int = attrs.field(validator=unknown)
+
+
+def test_a_validator_that_lacks_a_key_is_no_missing_field() -> None:
+    """Its `KeyError` is not that of a payload without the field."""
+    assert errors({"a": 1}, Unknown) == [(".a", "invalid value")]
 
 
 def noted(_: Any, __: Any, value: Any) -> None:
