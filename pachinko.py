@@ -298,9 +298,11 @@ class Sent(msgspec.Struct, omit_defaults=True, gc=False):
 
 
 class BadFrame(MessageError):
-    """A text frame that is no envelope."""
+    """A text frame that is no envelope. The answer has its *id*, if there is one."""
 
-    id: Id | None = None  # to answer with, if the frame has one
+    def __init__(self, code: str, message: str, id: Id | None = None) -> None:
+        super().__init__(code, message)
+        self.id = id
 
 
 _no_frame = frame_class("$none", Any)
@@ -343,9 +345,7 @@ def decode_or_error(text: str) -> Frame | BadFrame:
         text = f'"id" is a string or an integer, got {json_name(id)}'
     else:  # the last one is right, so msgspec has stopped at an earlier one
         text = '"type" or "id" is there twice'
-    bad = BadFrame("invalid_envelope", text)
-    bad.id = None if is_wrong else id
-    return bad
+    return BadFrame("invalid_envelope", text, None if is_wrong else id)
 
 
 def json_name(value: object) -> str:
