@@ -241,7 +241,7 @@ _TIMES: set[Any] = {datetime, date, time_of_day, timedelta}
 _LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal, *_TIMES}
 _UNIONS: tuple[Any, ...] = (Union, types.UnionType)
 _OPTIONAL: tuple[Any, ...] = (typing.Required, typing.NotRequired)  # around a typed dict's item
-_MAKING = ("__new__", "__getattribute__", "__getattr__", "__attrs_pre_init__")  # of an object
+_MAKING = ("__new__", "__getattribute__", "__getattr__", "__attrs_pre_init__")  # they make objects
 _ATTRS_FILE = inspect.getfile(attrs.make_class)
 
 
@@ -272,7 +272,7 @@ class Received(msgspec.Struct, gc=False):
 
 
 def frame_class(type: str, payload: Any, **members: Any) -> FrameClass:
-    """Make the class of the frames of *type*, or raise `TypeError` if msgspec lacks *payload*."""
+    """Make the class of the frames of *type*, or raise `TypeError` if msgspec cannot build it."""
     cls = msgspec.defstruct(
         "Received", [("payload", payload | UnsetType, UNSET)], bases=(Received,),
         namespace=members, tag_field="type", tag=type, gc=False,
@@ -324,7 +324,7 @@ def is_too_deep(text: str) -> bool:
 
 
 def decode_or_error(text: str) -> Frame | BadFrame:
-    """Decode one text frame, or return the error. So it is no context of what is raised later."""
+    """Decode one text frame, or return the error: raised, it would be the context of later ones."""
     if is_too_deep(text):
         return BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels")
     with contextlib.suppress(msgspec.MsgspecError, UnicodeError):
@@ -458,7 +458,7 @@ def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -
 
 
 def hashable(t: Any) -> Any:
-    """Return *t* without `Annotated` if metadata there has no hash; cattrs looks types up by it."""
+    """Return *t* without `Annotated` if its metadata has no hash. cattrs looks types up by hash."""
     try:
         hash(t)
     except TypeError:
@@ -520,7 +520,7 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
 
 
 def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
-    """Tell whether msgspec makes the same of JSON for *t* as cattrs. *seen* has known classes."""
+    """Tell whether msgspec reads *t* as cattrs does. *seen* has the classes looked at before."""
     seen = [] if seen is None else seen
     origin, args = origin_of(t) or t, get_args(t)
     if t is Any or t in seen:
@@ -550,7 +550,7 @@ def is_text_enum(cls: Any) -> bool:
 
 
 def _types_of_keys(cls: Any) -> list[Any] | None:
-    """Return the types in a typed dict, or None if Required in a text was seen by msgspec alone."""
+    """Return the types in a typed dict, or None if only msgspec sees a Required that was a text."""
     keys = {typing.Required: cls.__required_keys__, typing.NotRequired: cls.__optional_keys__}
     hints = cls.__annotations__
     if any(key not in keys.get(origin_of(t), hints) for key, t in hints.items()):
@@ -977,7 +977,7 @@ _ROUTED_BY_FALCON = {f"on_{verb.lower()}" for verb in falcon.constants.COMBINED_
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _EMPTY = inspect.Parameter.empty
-DISCONNECT = "@ws.disconnect\nasync def leave(conn): ..."  # what is right
+DISCONNECT = "@ws.disconnect\nasync def leave(conn): ..."  # shown in errors
 
 
 @attrs.frozen(eq=False)
@@ -1119,7 +1119,7 @@ def read_handler(
 
 
 def _hints_of(function: Any, name: str, namespaces: Namespaces) -> dict[str, Any]:
-    """Return the annotations of *function*. Refuse that of a payload where the connection comes."""
+    """Return the annotations of *function*, and refuse a payload where the connection comes."""
     inner: Any = inspect.unwrap(function)
     globals_ = {**namespaces[0], **getattr(inner, "__globals__", {})}
     inner = getattr(inner, "func", inner)
@@ -1353,7 +1353,7 @@ class Origins:
 
 
 def _forwarded(req: falcon.asgi.Request) -> tuple[str, str]:
-    """Return the scheme and host that the first of several proxies, by commas, was asked for."""
+    """Return the scheme and host that the first proxy was asked for; others follow a comma."""
     hops = (req.forwarded_scheme, req.forwarded_host)
     scheme, host = (each.partition(",")[0].strip() for each in hops)
     return scheme, host
