@@ -127,6 +127,7 @@ import falcon.constants
 import msgspec
 from cattrs import cols
 from cattrs.disambiguators import create_default_dis_func
+from cattrs.gen import make_dict_structure_fn, override
 from msgspec import UNSET, UnsetType
 
 __all__ = [
@@ -142,11 +143,11 @@ P = ParamSpec("P")
 E = TypeVar("E", bound=BaseException)
 F = TypeVar("F", bound=Callable[..., Any])
 Id = str | int
-Errors = list[dict[str, str]]  # what is wrong: [{"path": "$.payload.n", "message": "…"}]
 Hook = Callable[[Any, Any], Any]  # cattrs calls it with a value and the type to make of it
 Members = Sequence[tuple[Any, Any]]  # the types in a union, each with the class of its values
 HookFactory = Callable[[Any, cattrs.Converter], Callable[..., Any]]
 Writer = tuple[str, Callable[[Any], Any]]  # the type to send a value as, and what makes JSON of it
+FrameClass = type["Received"]  # of one message type
 Namespaces = tuple[dict[str, Any], dict[str, Any]]  # the globals and locals annotations see
 Event = dict[str, Any]  # of ASGI, in both directions: {"type": "websocket.send", "text": "…"}
 
@@ -156,13 +157,13 @@ Event = dict[str, Any]  # of ASGI, in both directions: {"type": "websocket.send"
 #
 #   Exception
 #   ├── PachinkoError   the program's mistake, raised where it was made, mostly at registration
-#   │   ├── Indistinct  a type that leaves open which fields of a value go out
 #   │   └── BrokerAway  nobody's mistake: the broker between processes has not taken a message
 #   ├── MessageError    the client's mistake: it is told, and the connection stays open
 #   │   └── BadFrame    a text frame that is no message
 #   └── Close           nobody's mistake: a handler ends the connection
 
 _MAX_ERRORS = 100  # in one reply: a frame of max_size has room for hundreds of thousands
+_MISSING = "required, but missing"
 _OTHER = "invalid value"  # the text for an exception whose own text is not meant for clients
 _KEY_SHOWN = 64  # characters of a client's own key in a path
 _REASON_BYTES = 123  # RFC 6455, 5.5: a control frame carries 125 bytes, two of them the code
@@ -172,15 +173,8 @@ class PachinkoError(Exception):
     """A mistake in the program that uses Pachinko, with the corrected code in its text."""
 
 
-class Indistinct(PachinkoError):
-    """A union of two types that share values, but send different fields of them."""
-
-
 class BrokerAway(PachinkoError):
-    """The broker between processes has not taken a message.
-
-    It is logged without a traceback, because the program has no bug.
-    """
+    """The broker has not taken a message. The log has no traceback, as the program has no bug."""
 
 
 class MessageError(Exception):
@@ -192,9 +186,7 @@ class MessageError(Exception):
 
     def __init__(self, code: str, message: str = "", **details: Any) -> None:
         super().__init__(f"{code}: {message}")
-        self.code = code
-        self.message = message
-        self.details = details
+        self.code, self.message, self.details = code, message, details
 
 
 class Close(Exception):
@@ -212,16 +204,11 @@ class Close(Exception):
             raise ValueError(f"{code} is no close code to send; use 1000, or 4000 to 4999")
         if len(reason.encode()) > _REASON_BYTES:
             raise ValueError(f"a close reason has at most {_REASON_BYTES} bytes, got {reason!r}")
-        self.code = code
-        self.reason = reason
+        self.code, self.reason = code, reason
 
 
 def bare(error: E) -> E:
-    """Remove the traceback, cause and context of *error*, and return it.
-
-    They refer to stack frames that refer back to it, a cycle that only the garbage collector
-    would free.
-    """
+    """Return *error* without traceback, cause and context: their stack frames refer back to it."""
     for inner in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
         bare(inner)
     with contextlib.suppress(Exception):  # an application's exception may be frozen
@@ -243,7 +230,7 @@ def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, s
         text = str(exc).replace("`", "")
         text = text[:1].lower() + text[1:]
     elif isinstance(exc, KeyError):
-        text = "required, but missing"
+        text = _MISSING
     elif isinstance(exc, cattrs.ForbiddenExtraKeysError):
         text = f"unknown: {', '.join(sorted(exc.extra_fields))}"
     elif isinstance(exc, (ValueError, TypeError)) and exc.args and isinstance(exc.args[0], str):
@@ -265,23 +252,17 @@ def _path_step(exc: BaseException, t: Any) -> str:
     if not names:
         return ""
     cls = origin_of(t) or t
-    fields = attrs.fields_dict(cls) if attrs.has(cls) else {}
-    return f".{fields[names[0]].alias if names[0] in fields else names[0]}"
+    field = attrs.fields_dict(cls).get(names[0]) if attrs.has(cls) else None
+    return f".{field.alias if field else names[0]}"
 
 
-def errors_of(exc: BaseException) -> Errors:
-    """Return what is wrong under *exc*, with one error more than `invalid_payload` shows."""
-    errors = list(itertools.islice(explain(exc), _MAX_ERRORS + 1))
-    bare(exc)
-    return errors
-
-
-def invalid_payload(type: str, errors: Errors) -> MessageError:
+def invalid_payload(type: str, errors: Iterable[dict[str, str]]) -> MessageError:
     """Return the error for a payload, with at most `_MAX_ERRORS` of what is wrong in it."""
-    if len(errors) > _MAX_ERRORS:
-        errors[_MAX_ERRORS:] = [{"path": "$.payload", "message": "and more"}]
-    first = f"{errors[0]['path']}: {errors[0]['message']}"
-    return MessageError("invalid_payload", f"{type}: {first}", errors=errors)
+    shown = list(itertools.islice(errors, _MAX_ERRORS + 1))
+    if len(shown) > _MAX_ERRORS:
+        shown[-1] = {"path": "$.payload", "message": "and more"}
+    first = f"{shown[0]['path']}: {shown[0]['message']}"
+    return MessageError("invalid_payload", f"{type}: {first}", errors=shown)
 
 
 # ── envelope and message ──────────────────────────────────────────────────────────────────────
@@ -290,20 +271,20 @@ def invalid_payload(type: str, errors: Errors) -> MessageError:
 # payload its type and its fields.
 #
 # msgspec can decode a frame straight into the payload, in one pass and several times as fast as
-# cattrs could build it from plain JSON values. It makes an object by setting its fields: it calls
-# no constructor and no converter, and knows no alias. `is_read_in_one_pass` tells for which types
-# it builds the very value that the strict converter would (next section). It looks at each thing
-# that the two treat differently; a type that nobody has compared is left to cattrs.
+# cattrs builds it from JSON values. It sets the fields of an object: it calls no constructor and no
+# converter, and knows no alias. `is_read_in_one_pass` tells for which types that makes no
+# difference; a type that nobody has compared is left to cattrs (next section).
 
 _MAX_DEPTH = 128  # levels of arrays and objects in a frame; recursive code can go far deeper
 _NOT_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[^][{}"]+', re.DOTALL)  # linear in any text
 _RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
 _JSON_NAMES: dict[Any, str] = {dict: "object", list: "array", types.NoneType: "null"}
-_LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal}.union(
-    (datetime, date, time_of_day, timedelta)
-)
+_TIMES: set[Any] = {datetime, date, time_of_day, timedelta}
+_LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal, *_TIMES}
 _UNIONS: tuple[Any, ...] = (Union, types.UnionType)
-_QUALIFIERS = (typing.Annotated, typing.Required, typing.NotRequired)
+_OPTIONAL: tuple[Any, ...] = (typing.Required, typing.NotRequired)  # around a typed dict's item
+_MAKING = ("__new__", "__getattribute__", "__getattr__", "__attrs_pre_init__")  # they make objects
+_ATTRS_FILE = inspect.getfile(attrs.make_class)
 
 
 @attrs.frozen
@@ -311,8 +292,7 @@ class Envelope:
     """A message as middleware sees it."""
 
     type: str
-    payload: Any
-    """The payload as the handler gets it; a dict by name for keyword-only parameters."""
+    payload: Any  # as the handler gets it; a dict by name for keyword-only parameters
     id: Id | None = None
 
 
@@ -327,26 +307,17 @@ class Frame(msgspec.Struct):
 class Received(msgspec.Struct, gc=False):
     """A frame of a known type. Each type has a class of its own, made by `frame_class`."""
 
-    is_built: typing.ClassVar[bool] = False
-    """Whether the payload is what the handler takes, not plain JSON values."""
-    handler: typing.ClassVar[Any] = None
-    """The `Handler` of the type, or None."""
+    is_built: typing.ClassVar[bool] = False  # whether the payload is what the handler takes
+    handler: typing.ClassVar[Any] = None  # the `Handler` of the type, or None
     id: Id | None = None
     payload: Any = UNSET
 
 
-FrameClass = type[Received]
-
-
 def frame_class(type: str, payload: Any, **members: Any) -> FrameClass:
-    """Make the class of the frames of *type*, with *members* of its own.
-
-    Decoding one also builds the *payload*. Raises `TypeError` for one that msgspec cannot build.
-    """
-    fields: list[tuple[str, Any, Any]] = [("payload", payload | UnsetType, UNSET)]
+    """Make the class of the frames of *type*, or raise `TypeError` if msgspec cannot build it."""
     cls = msgspec.defstruct(
-        "Received", fields, bases=(Received,), namespace=members, tag_field="type", tag=type,
-        gc=False,
+        "Received", [("payload", payload | UnsetType, UNSET)], bases=(Received,),
+        namespace=members, tag_field="type", tag=type, gc=False,
     )  # fmt: skip
     msgspec.json.Decoder(cls)
     return cast(FrameClass, cls)
@@ -369,42 +340,21 @@ class Sent(msgspec.Struct, omit_defaults=True, gc=False):
 
 
 class BadFrame(MessageError):
-    """A text frame that is no envelope."""
+    """A text frame that is no envelope. The answer has its *id*, if there is one."""
 
-    id: Id | None = None
-    """The id to answer with, if the frame has one."""
+    def __init__(self, code: str, message: str, id: Id | None = None) -> None:
+        super().__init__(code, message)
+        self.id = id
 
 
 _no_frame = frame_class("$none", Any)
 _decode_frame = msgspec.json.Decoder(Frame).decode
-_decode_none = decoder_of(())
 _encode = msgspec.json.Encoder().encode
 
 
 def gap_of(group: str | None) -> bytes:
     """Return the frame that tells of lost messages to *group*."""
     return _encode(Sent("gap", payload={"group": group}))
-
-
-def decode(text: str) -> Frame:
-    """Decode one text frame, or raise `BadFrame` (``invalid_json`` or ``invalid_envelope``)."""
-    if is_too_deep(text):
-        raise BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels")
-    try:
-        return _decode_frame(text)
-    except (msgspec.MsgspecError, UnicodeError):
-        raise _bad_frame(text) from None
-
-
-def decode_or_error(text: str) -> Frame | BadFrame:
-    """Decode one text frame, or return the `BadFrame`.
-
-    An error that is returned does not become the context of what is raised later.
-    """
-    try:
-        return decode(text)
-    except BadFrame as bad:
-        return bare(bad)
 
 
 def is_too_deep(text: str) -> bool:
@@ -415,29 +365,29 @@ def is_too_deep(text: str) -> bool:
     return max(itertools.accumulate(steps), default=0) > _MAX_DEPTH
 
 
-def _bad_frame(text: str) -> BadFrame:
-    """Return what is wrong with *text*, which msgspec has refused."""
+def decode_or_error(text: str) -> Frame | BadFrame:
+    """Decode one text frame, or return the error: raised, it would be the context of later ones."""
+    if is_too_deep(text):
+        return BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels")
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeError):
+        return _decode_frame(text)
     try:
         value = msgspec.json.decode(text)
     except UnicodeError:
         return BadFrame("invalid_json", "not valid UTF-8")
     except msgspec.MsgspecError as exc:
         return BadFrame("invalid_json", str(exc))
+    id = value.get("id") if type(value) is dict else None
+    is_wrong = id is not None and type(id) not in (str, int)
     if type(value) is not dict:
         text = f'a message is an object with a "type", got {json_name(value)}'
-        return BadFrame("invalid_envelope", text)
-    id = value.get("id")
-    is_wrong = id is not None and type(id) not in (str, int)
-    if not isinstance(value.get("type"), str):
-        found = json_name(value["type"]) if "type" in value else "none"
-        text = f'"type" is a string, got {found}'
+    elif not isinstance(value.get("type"), str):
+        text = f'"type" is a string, got {json_name(value["type"]) if "type" in value else "none"}'
     elif is_wrong:
         text = f'"id" is a string or an integer, got {json_name(id)}'
     else:  # the last one is right, so msgspec has stopped at an earlier one
         text = '"type" or "id" is there twice'
-    bad = BadFrame("invalid_envelope", text)
-    bad.id = None if is_wrong else id
-    return bad
+    return BadFrame("invalid_envelope", text, None if is_wrong else id)
 
 
 def json_name(value: object) -> str:
@@ -511,10 +461,9 @@ def message_type(cls: Any) -> str | None:
 def split_message(message: object, payload: object) -> tuple[str, object]:
     """Return the type and payload of what a ``send`` was given. Raises `TypeError` with a hint."""
     cls = type(message)
-    tagged = message_type(cls)
-    if tagged is not None and payload is None:
-        return tagged, message
-    if tagged is not None:
+    if (tagged := message_type(cls)) is not None:
+        if payload is None:
+            return tagged, message
         raise TypeError(f"{cls.__name__} is a whole message; send it without a payload beside it")
     if not isinstance(message, str):
         raise TypeError(
@@ -533,44 +482,29 @@ def caller_namespaces() -> Namespaces:
 
 
 def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -> dict[str, Any]:
-    """Turn the text annotations of *cls* into types, in place, and return them by field name.
-
-    A name may be local to the function where *cls* is defined. Raises `NameError` for a name that
-    is not found.
-    """
+    """Turn the text annotations of *cls* into types, in place, and return them by field name."""
     globals_ = {**globals_, **vars(sys.modules.get(cls.__module__, types))}
+    hints: dict[str, Any] = {}
     if attrs.has(cls):
         attrs.resolve_types(cls, globals_, locals_, include_extras=True)
-        for field in attrs.fields(cls):  # fields are frozen; attrs changes their types like this
-            object.__setattr__(field, "type", hashable(field.type))
-        hints = {field.name: field.type for field in attrs.fields(cls)}
     else:
         hints = typing.get_type_hints(cls, globals_, locals_, include_extras=True)
-        hints = {name: hashable(t) for name, t in hints.items()}
+    if (fields := fields_of(cls)) is not None:  # ClassVar and InitVar annotate no field
+        hints = {field.name: hints.get(field.name, field.type) for field in fields}
+    hints = {name: hashable(t) for name, t in hints.items()}
+    for field in fields or ():  # those of attrs are frozen; attrs itself changes them like this
+        object.__setattr__(field, "type", hints[field.name])
     own = cls.__annotations__  # msgspec looks there
     own.update({name: hints[name] for name in own if name in hints})
-    if not attrs.has(cls) and dataclasses.is_dataclass(cls):
-        for field in dataclasses.fields(cls):
-            field.type = hints[field.name]
-        # Its ClassVar, InitVar and KW_ONLY have annotations, but are no fields.
-        hints = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     return hints
 
 
 def hashable(t: Any) -> Any:
-    """Return the type *t* without metadata of `Annotated` that has no hash.
-
-    cattrs looks types up by their hash. The metadata is meant for other libraries.
-    """
+    """Return *t* without `Annotated` if its metadata has no hash. cattrs looks types up by hash."""
     try:
         hash(t)
     except TypeError:
-        if origin_of(t) is typing.Annotated:
-            return hashable(t.__origin__)
-        args = tuple(map(hashable, get_args(t)))
-        if origin_of(t) in _UNIONS:
-            return Union[args]  # noqa: UP007 - of a tuple
-        return origin_of(t)[args[0] if len(args) == 1 else args] if args else t
+        return typing.get_type_hints(types.SimpleNamespace(__annotations__={"t": t}))["t"]
     return t
 
 
@@ -580,14 +514,16 @@ def class_of(t: Any) -> Any:
     return cls if inspect.isclass(cls) and cls not in (Any, *_UNIONS) else None
 
 
-def unnamed(t: Any) -> Any:
-    """Return the type that a `NewType` or a ``type`` statement has named, else *t* itself."""
-    return getattr(t, "__supertype__", None) or getattr(t, "__value__", t)
+def inner_type(t: Any) -> Any:
+    """Return the type inside of `Annotated`, a `NewType` or a ``type`` statement, or *t* itself."""
+    if origin_of(t) is typing.Annotated:
+        return t.__origin__  # cattrs takes Annotated[dict, "x"] for a dict of "x"
+    return hashable(getattr(t, "__supertype__", None) or getattr(t, "__value__", t))
 
 
 def bare_type(t: Any) -> Any:
     """Return *t* without names and without `Annotated`."""
-    inner = t.__origin__ if origin_of(t) is typing.Annotated else unnamed(t)
+    inner = inner_type(t)
     return t if inner is t else bare_type(inner)
 
 
@@ -599,16 +535,18 @@ def is_leaf(t: Any) -> bool:
     return is_enum or origin_of(t) is Literal or t in _LEAVES
 
 
-def has_fields(t: Any) -> bool:
-    """Tell whether *t* is an attrs class or a dataclass."""
+def fields_of(t: Any) -> Any:
+    """Return the fields of an attrs class or a dataclass, or None for any other type."""
     cls = class_of(t)
-    return cls is not None and (attrs.has(cls) or dataclasses.is_dataclass(cls))
+    if attrs.has(cls):
+        return attrs.fields(cls)
+    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else None
 
 
 def declares_fields(t: Any) -> bool:
     """Tell whether the items of *t* have names: of a typed dict and of a named tuple, too."""
     cls = class_of(t)
-    return has_fields(t) or typing.is_typeddict(cls) or cols.is_namedtuple(cls)
+    return fields_of(t) is not None or typing.is_typeddict(cls) or cols.is_namedtuple(cls)
 
 
 def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
@@ -616,20 +554,15 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
     if t in seen or isinstance(t, TypeVar) or origin_of(t) is Literal:
         return
     seen.append(t)
-    cls, args = class_of(t), get_args(t)
-    inner = [hashable(unnamed(t)), *(args[:1] if origin_of(t) in _QUALIFIERS else args)]
-    if declares_fields(cls):
-        inner += resolve_class(cls, *namespaces).values()
-    for member in inner:
+    args = () if origin_of(t) is typing.Annotated else get_args(t)
+    fields = resolve_class(class_of(t), *namespaces).values() if declares_fields(t) else ()
+    for member in (inner_type(t), *args, *fields):
         yield from types_in(member, namespaces, seen)
     yield t
 
 
 def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
-    """Tell whether msgspec makes the same of JSON for *t* as the strict converter.
-
-    Types that nobody has compared are left to cattrs. *seen* has the classes looked at before.
-    """
+    """Tell whether msgspec reads *t* as cattrs does. *seen* has the classes looked at before."""
     seen = [] if seen is None else seen
     origin, args = origin_of(t) or t, get_args(t)
     if t is Any or t in seen:
@@ -638,46 +571,51 @@ def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
         return t is not Decimal  # msgspec reads all its digits, but cattrs is given a float
     if origin is Literal:
         return all(type(choice) is str for choice in args)  # no comparison of 1, 1.0 and true
-    if inspect.isclass(t) and issubclass(t, enum.Enum):
-        return is_text_enum(t)  # msgspec calls _missing_, and cattrs does not
-    if origin is dict:
-        has_text_keys = args[:1] in ((), (str,))  # msgspec reads other keys by rules of its own
-        return has_text_keys and all(is_read_in_one_pass(arg, seen) for arg in args)
-    if origin in (list, set, frozenset, tuple, *_UNIONS):
+    if origin is dict and args[:1] not in ((), (str,)):
+        return False  # msgspec reads keys by rules of its own
+    if origin in (dict, list, set, frozenset, tuple, *_UNIONS):
         return all(arg is Ellipsis or is_read_in_one_pass(arg, seen) for arg in args)
-    if not inspect.isclass(t):
-        return False
+    if not inspect.isclass(t) or is_text_enum(t):
+        return inspect.isclass(t)
     seen.append(t)
-    types = _settable_fields(t)
-    return types is not None and all(is_read_in_one_pass(u, seen) for u in types)
+    inner = _types_of_keys(t) if typing.is_typeddict(t) else _types_of_fields(t)
+    return inner is not None and all(is_read_in_one_pass(u, seen) for u in inner)
 
 
 def is_text_enum(cls: Any) -> bool:
     """Tell whether *cls* is an enum of texts without code of its own to find a member."""
     if not issubclass(cls, enum.Enum):
         return False
-    own, default = (
-        [inspect.getattr_static(c, name) for name in ("_missing_", "__init__")]
-        for c in (cls, enum.Enum)
-    )
-    return own == default and all(type(member.value) is str for member in cls)
+    get = inspect.getattr_static  # msgspec calls _missing_, and cattrs does not
+    is_plain = all(get(cls, name) == get(enum.Enum, name) for name in ("_missing_", "__init__"))
+    return is_plain and all(type(member.value) is str for member in cls)
 
 
-def _settable_fields(cls: Any) -> Iterable[Any] | None:
-    """Return the types of the fields of *cls*, or None if setting them is not all that it takes."""
-    if typing.is_typeddict(cls):
-        keys = {typing.Required: cls.__required_keys__, typing.NotRequired: cls.__optional_keys__}
-        hints = cls.__annotations__
-        if any(key not in keys.get(origin_of(t), hints) for key, t in hints.items()):
-            return None  # Python and cattrs do not see Required in an annotation that was a text
-        return [get_args(t)[0] if origin_of(t) in keys else t for t in hints.values()]
-    if not _has_plain_constructor(cls):
+def _types_of_keys(cls: Any) -> list[Any] | None:
+    """Return the types in a typed dict, or None if only msgspec sees a Required that was a text."""
+    keys = {typing.Required: cls.__required_keys__, typing.NotRequired: cls.__optional_keys__}
+    hints = cls.__annotations__
+    if any(key not in keys.get(origin_of(t), hints) for key, t in hints.items()):
         return None
-    try:
-        hints = typing.get_type_hints(cls, include_extras=True)  # msgspec sees the same
-    except (NameError, TypeError, AttributeError):  # a base class has names of a function
+    return [get_args(t)[0] if origin_of(t) in keys else t for t in hints.values()]
+
+
+def _types_of_fields(cls: Any) -> list[Any] | None:
+    """Return the types of the fields of *cls*, or None if to set them is not all that it takes."""
+    fields, is_attrs = fields_of(cls), attrs.has(cls)
+    functions = {vars(cls).get("__init__"), cls.__setattr__} - {object.__setattr__}
+    codes = [getattr(function, "__code__", None) for function in functions]
+    if (
+        fields is None or type(cls) is not type or (is_attrs and dataclasses.is_dataclass(cls))
+        # Generated code comes from no file, and the rest of attrs' code from one of its own.
+        or not all(code and code.co_filename.startswith(("<", _ATTRS_FILE)) for code in codes)
+        or any(getattr(cls, name, None) is not getattr(object, name, None) for name in _MAKING)
+    ):  # fmt: skip
         return None
-    fields: Any = attrs.fields(cls) if attrs.has(cls) else dataclasses.fields(cls)
+    made: Any = attrs.inspect(cls) if is_attrs else None
+    if made and made.hashability is made.Hashability.HASHABLE_CACHED:
+        return None
+    hints = typing.get_type_hints(cls, include_extras=True)  # msgspec sees the same
     is_plain = all(
         f.init and f.type == hints.get(f.name) and getattr(f, "alias", f.name) == f.name
         and not (getattr(f, "converter", None) or getattr(f.default, "takes_self", False))
@@ -688,43 +626,16 @@ def _settable_fields(cls: Any) -> Iterable[Any] | None:
     return [f.type for f in fields] if is_plain else None
 
 
-def _has_plain_constructor(cls: Any) -> bool:
-    """Tell whether attrs or dataclasses alone have written what makes an object of *cls*."""
-    init, kinds = vars(cls).get("__init__"), (attrs.has(cls), dataclasses.is_dataclass(cls))
-    if all(kinds) or not any(kinds) or not inspect.isfunction(init):
-        return False
-    if not inspect.getfile(init).startswith("<"):  # code that is generated comes from no file
-        return False
-    if inspect.isabstract(cls) or type(cls).__call__ is not type.__call__:
-        return False
-    if cls.__new__ is not object.__new__ or hasattr(cls, "__attrs_pre_init__"):
-        return False
-    if cls.__getattribute__ is not object.__getattribute__ or hasattr(cls, "__getattr__"):
-        return False
-    has_plain_setattr = cls.__setattr__ is object.__setattr__
-    if not kinds[0]:
-        params = cls.__dataclass_params__
-        return bool(params.init and (params.frozen or has_plain_setattr))
-    made: Any = attrs.inspect(cls)
-    if not made.added_init or made.hashability is made.Hashability.HASHABLE_CACHED:
-        return False
-    # attrs writes a __setattr__ that validates, and refuses to do so where a class has its own.
-    has_validator = any(field.validator for field in attrs.fields(cls))
-    validates = has_validator and made.on_setattr_hook is not None
-    return bool(made.is_frozen or has_plain_setattr or validates)
-
-
 # ── codec ─────────────────────────────────────────────────────────────────────────────────────
 #
 # The codec turns JSON values into what handlers take, and what handlers return into JSON.
-#
-# Its rules are those of a strict cattrs converter: each JSON kind stands for itself, and nothing
-# is coerced. A scalar goes through `msgspec.convert`, which gives one rule and one wording for all
-# of them. The kind of an array or object is checked before cattrs' own hook iterates over it.
-# Where msgspec builds the same value while it decodes the frame (see above), it may do so.
+# Each JSON kind stands for itself, and nothing is coerced. A scalar goes through `msgspec.convert`,
+# which gives one rule and one wording for all of them. The kind of an array or object is checked
+# before cattrs' own hook iterates over it.
 
 _MAX_EXPLAINED = 16_384  # bytes of JSON: finding every error of 1 MiB would block for seconds
 _TEXT_KEY = object()  # Annotated[int, _TEXT_KEY] is an int that is the key of a JSON object
+_ITEM = object()  # list[_ITEM] has items that come with their own hook and type
 _ARRAYS: dict[Any, Any] = {  # what an array is declared as, and what is then made of it
     list: list, MutableSequence: list, tuple: tuple, Sequence: tuple, set: set, MutableSet: set,
     frozenset: frozenset, Set: frozenset, collections.deque: collections.deque,
@@ -738,10 +649,11 @@ def strict_converter() -> cattrs.Converter:
         converter.register_structure_hook(leaf, msgspec.convert)
     structure = converter.register_structure_hook_factory
     structure(lambda t: t is object, lambda _: lambda value, _: value)
+    structure(lambda t: t is _ITEM, lambda _: lambda item, _: item[1][0](item[0], item[1][1]))
     structure(is_leaf, _leaf_hook)
     structure(lambda t: len(_kinds_of(t)) > 1, _union_hook)
     structure(lambda t: _kind_of(t) is not None, _allow_recursion(_container_hook))
-    structure(lambda t: _inner_type(t) is not t, _inner_hook)
+    structure(lambda t: inner_type(t) is not t, _allow_recursion(_inner_hook))
     structure(lambda t: _TEXT_KEY in getattr(t, "__metadata__", ()), _key_hook)
     unstructure = converter.register_unstructure_hook_factory
     converter.register_unstructure_hook_func(
@@ -750,8 +662,8 @@ def strict_converter() -> cattrs.Converter:
     unstructure(lambda t: origin_of(t) in _UNIONS, _union_unstructure_hook)
     unstructure(declares_fields, _allow_recursion(_fields_unstructure_hook))
     unstructure(
-        lambda t: _inner_type(t) is not t,
-        lambda t, converter: converter.get_unstructure_hook(_inner_type(t)),
+        lambda t: inner_type(t) is not t,
+        _allow_recursion(lambda t, converter: converter.get_unstructure_hook(inner_type(t))),
     )
     return converter
 
@@ -759,29 +671,26 @@ def strict_converter() -> cattrs.Converter:
 def _allow_recursion(make: HookFactory) -> HookFactory:
     """Wrap *make* so that a recursive type gets its own hook inside of itself.
 
-    While the hook of a type is being made, whoever asks for it gets a stand-in that calls it
-    later. cattrs alone would go by the class of the value there, whatever was declared.
+    While a hook is being made, a stand-in is given out. cattrs alone would go by a value's class.
     """
     in_progress: dict[Any, Callable[..., Any]] = {}
 
     def factory(t: Any, converter: cattrs.Converter) -> Callable[..., Any]:
-        key, hook = (id(converter), t), None
+        key = (id(converter), t)
+        made = functools.cache(lambda: make(t, converter))
 
         def stand_in(*args: Any) -> Any:
-            nonlocal hook
-            hook = hook or make(t, converter)
-            return hook(*args)
+            return made()(*args)
 
         if key in in_progress:
             return in_progress[key]
         in_progress[key] = stand_in
         try:
-            hook = make(t, converter)
+            return made()
         except RecursionError:  # cattrs is busy with the same generic class, such as Box[Box[int]]
             return stand_in
         finally:
-            in_progress.pop(key, None)
-        return hook
+            del in_progress[key]
 
     return factory
 
@@ -790,8 +699,9 @@ def _kind_of(t: Any) -> type | None:
     """Return list if *t* is written as a JSON array, dict for an object, None for anything else."""
     cls = class_of(t)
     if cls is None:
-        return dict if origin_of(t) in _UNIONS and all(map(has_fields, get_args(t))) else None
-    if has_fields(t) or typing.is_typeddict(cls) or issubclass(cls, Mapping):
+        is_union = origin_of(t) in _UNIONS
+        return dict if is_union and None not in map(fields_of, get_args(t)) else None
+    if fields_of(t) is not None or typing.is_typeddict(cls) or issubclass(cls, Mapping):
         return dict
     is_array = issubclass(cls, (Sequence, Set)) and not issubclass(cls, (str, bytes))
     return list if is_array and not is_leaf(cls) else None
@@ -819,10 +729,7 @@ def _union_hook(t: Any, converter: cattrs.Converter) -> Hook:
 
 
 def _leaf_hook(t: Any) -> Hook:
-    """Make the hook of a scalar.
-
-    `Literal` and `Enum` compare value *and* type, because ``1 == True`` and ``1 == 1.0``.
-    """
+    """Make the hook of a scalar. It compares value *and* type: ``1 == True`` and ``1 == 1.0``."""
     members = get_args(t) if origin_of(t) in _UNIONS else (t,)
     leaves = tuple(member for member in members if member in _LEAVES)
     leaf: Any = Union[leaves] if leaves else None  # noqa: UP007 - of a tuple
@@ -850,32 +757,23 @@ def _leaf_hook(t: Any) -> Hook:
     return structure
 
 
-def _inner_type(t: Any) -> Any:
-    """Return the type inside of *t* if cattrs would misread *t*, otherwise *t* itself."""
-    if origin_of(t) is typing.Annotated:
-        return t.__origin__  # cattrs takes Annotated[dict, "x"] for a dict of "x"
-    inner = hashable(unnamed(t))
-    return t if inner is unnamed(t) else inner
-
-
 def _inner_hook(t: Any, converter: cattrs.Converter) -> Hook:
-    """Make the hook of a type that cattrs misreads."""
-    inner = _inner_type(t)
+    """Make the hook of a type that has a name or metadata."""
+    inner = inner_type(t)
     hook = converter.get_structure_hook(inner)
     return lambda value, _: hook(value, inner)
 
 
 def _key_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of a key that is no text: it is read from the text that stands for it."""
-    inner = t.__origin__
-    hook = converter.get_structure_hook(inner)
+    hook = _inner_hook(t, converter)
 
-    def structure(key: Any, _: Any) -> Any:
+    def structure(key: Any, t: Any) -> Any:
         try:
-            return hook(key, inner)
+            return hook(key, t)
         except msgspec.ValidationError:
             with contextlib.suppress(msgspec.DecodeError):
-                return hook(msgspec.json.decode(key), inner)
+                return hook(msgspec.json.decode(key), t)
             raise
 
     return structure
@@ -902,32 +800,19 @@ def _array_hook(t: Any, converter: cattrs.Converter) -> Hook:
         return cols.namedtuple_structure_factory(cls, converter)
     if cls not in _ARRAYS:
         raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {t!r}", t)
-    if origin_of(t) is tuple and Ellipsis not in args:
-        return _fixed_tuple_hook(t, converter)
+    if origin_of(t) is tuple and Ellipsis not in args:  # cattrs has no public factory for these
+        hooks = [(converter.get_structure_hook(arg), arg) for arg in args]
+        inner = cols.list_structure_factory(cast(Any, list)[_ITEM], converter)
+
+        def structure(value: Any, t: Any) -> Any:
+            if len(value) != len(hooks):
+                raise msgspec.ValidationError(f"expected {len(hooks)} items, got {len(value)}")
+            return tuple(inner(zip(value, hooks, strict=True), t))
+
+        return structure
     make = _ARRAYS[cls]
     inner = cols.list_structure_factory(cast(Any, list)[args[0] if args else Any], converter)
     return inner if make is list else lambda value, t: make(inner(value, t))
-
-
-def _fixed_tuple_hook(t: Any, converter: cattrs.Converter) -> Hook:
-    """Make the hook of ``tuple[int, str]``. cattrs has a public factory for it only since 26.2."""
-    hooks = [(converter.get_structure_hook(arg), arg) for arg in get_args(t)]
-
-    def structure(value: Any, _: Any) -> Any:
-        if len(value) != len(hooks):
-            raise msgspec.ValidationError(f"expected {len(hooks)} items, got {len(value)}")
-        items, errors = list[Any](), list[Exception]()
-        for index, (hook, item_type) in enumerate(hooks):
-            try:
-                items.append(hook(value[index], item_type))
-            except Exception as exc:
-                exc.add_note(cast(Any, cattrs.IterableValidationNote)("", index, item_type))
-                errors.append(exc)
-        if errors:
-            raise cast(Any, cattrs.IterableValidationError)("", errors, t)
-        return tuple(items)
-
-    return structure
 
 
 def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
@@ -936,10 +821,12 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
     if cls is None:  # a union of classes: cattrs finds the one whose fields are there
         find = create_default_dis_func(converter, *get_args(t))
         return lambda value, _: converter.structure(value, cast(Any, find(value)))
-    if attrs.has(cls):
-        return _validating_hook(t, converter, converter.gen_structure_attrs_fromdict(t))
-    if has_fields(t):
-        return converter.gen_structure_attrs_fromdict(t)
+    if (fields := fields_of(t)) is not None:
+        validated = [f for f in fields if getattr(f, "validator", None)]
+        checks: dict[str, Any] = {f.name: _checked(f, converter) for f in validated}
+        if not checks or not converter.detailed_validation:
+            return converter.gen_structure_attrs_fromdict(t)
+        return make_dict_structure_fn(t, converter, **checks)
     if typing.is_typeddict(cls):
         inner, declared = converter.gen_structure_typeddict(t), cls.__annotations__
         return lambda value, t: {k: v for k, v in inner(value, t).items() if k in declared}
@@ -954,49 +841,24 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
     return cols.mapping_structure_factory(cast(Any, dict)[key, item], converter, make)
 
 
-def _validating_hook(t: Any, converter: cattrs.Converter, inner: Hook) -> Hook:
-    """Make a hook that reports every validator that fails; attrs stops at the first.
+def _checked(field: Any, converter: cattrs.Converter) -> Any:
+    """Have cattrs ask the validator of *field* as well; attrs would stop at the first that fails.
 
-    Where *inner* fails, each validator is asked about its field, if that had no other error. A
-    field is structured twice in all, however deep the value.
+    A validator or converter that needs the instance is left to attrs, as there is none yet.
     """
-    cls = class_of(t)
-    fields = [f for f in attrs.fields(cls) if f.init and f.validator]
-    # An attrs.Converter may need the instance, and there is none.
-    fields = [f for f in fields if not isinstance(f.converter, attrs.Converter)]
 
-    def refusal(field: Any, value: Any) -> Exception | None:
-        try:
-            item = converter.structure(value[field.alias], field.type)
-            field.validator(None, field, field.converter(item) if field.converter else item)
-        except (AttributeError, cattrs.StructureHandlerNotFoundError):
-            return None  # it looks at the instance, or the type is generic: attrs' error remains
-        except Exception as exc:  # the validator's own error is reported for this field
-            error = ValueError(_OTHER) if isinstance(exc, KeyError) else exc
-            note: Any = cattrs.AttributeValidationNote
-            error.add_note(note("", field.name, field.type))
-            return error
-        return None
+    def structure(value: Any, t: Any) -> Any:
+        item = converter.structure(value, t)
+        if isinstance(field.converter, attrs.Converter):
+            return item
+        with contextlib.suppress(AttributeError):
+            try:
+                field.validator(None, field, field.converter(item) if field.converter else item)
+            except KeyError:
+                raise ValueError(_OTHER) from None  # a KeyError would tell of a missing key
+        return item
 
-    def structure(value: Any, _: Any) -> Any:
-        try:
-            return inner(value, t)
-        except cattrs.ClassValidationError as exc:
-            notes = [n for e in exc.exceptions for n in getattr(e, "__notes__", ())]
-            wrong = {n.name for n in notes if isinstance(n, cattrs.AttributeValidationNote)}
-            asked = [f for f in fields if f.name not in wrong and f.alias in value]
-            found = [error for f in asked if (error := refusal(f, value)) is not None]
-            known = exc.exceptions if wrong or not found else ()  # one of *found* repeats it
-            raise exc.derive([*known, *found]) from None
-
-    return structure if fields else inner
-
-
-def _union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
-    """Make the hook of a union: a subclass goes out with the fields of the declared member only."""
-    check_distinct(t, converter)
-    members = members_of(t)
-    return lambda value: converter.unstructure(value, declared_member(value, members))
+    return override(struct_hook=structure)
 
 
 def declared_member(value: object, members: Members) -> Any:
@@ -1007,13 +869,9 @@ def declared_member(value: object, members: Members) -> Any:
 
 
 def members_of(t: Any) -> Members:
-    """Return the members of the union *t*, or *t* itself, with the classes of their values.
-
-    A union may be named. A member whose values are of no class in particular is left out.
-    """
-    bare = bare_type(t)
-    if origin_of(bare) in _UNIONS:
-        return [pair for member in get_args(bare) for pair in members_of(member)]
+    """Return the members of the union *t*, or *t* itself, with the classes of their values."""
+    if origin_of(bare_type(t)) in _UNIONS:
+        return [pair for member in get_args(bare_type(t)) for pair in members_of(member)]
     cls = _written_class(t)
     return [] if cls is None else [(t, cls)]
 
@@ -1024,17 +882,19 @@ def _written_class(t: Any) -> Any:
     return dict if typing.is_typeddict(cls) else cls
 
 
-def check_distinct(t: Any, converter: cattrs.Converter) -> None:
-    """Raise `Indistinct` if the class of a value does not tell as which member of *t* it goes out.
+def _union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
+    """Make the hook of a union: a subclass goes out with the fields of the declared member only.
 
-    Members that are written alike need not be told apart, such as ``list[int]`` and ``list[str]``.
+    Raises `PachinkoError` if a value's class does not tell as which member of *t* it goes out.
     """
-    for (one, cls), (other, _) in itertools.combinations(members_of(t), 2):
+    members = members_of(t)
+    for (one, cls), (other, _) in itertools.combinations(members, 2):
         if _share_values(one, other) and not _are_written_alike(one, other, converter):
-            raise Indistinct(
+            raise PachinkoError(
                 f"{_shown(one)} | {_shown(other)} may lose fields: a {cls.__name__} does not tell "
                 f"as which of the two it goes out; write {_told_apart(one, other)}"
             )
+    return lambda value: converter.unstructure(value, declared_member(value, members))
 
 
 def _told_apart(one: Any, other: Any) -> str:
@@ -1043,14 +903,13 @@ def _told_apart(one: Any, other: Any) -> str:
     is_nested = any(a != b and (_share_values(a, b) or Ellipsis in (a, b)) for a, b in pairs)
     if origin_of(one) is not origin_of(other) or not pairs or is_nested:
         return "classes with @attrs.frozen instead, which are told apart"
-    items = ["..." if a is b is Ellipsis else _shown(a | b) for a, b in pairs]
+    items = [_shown(a if a is b else a | b) for a, b in pairs]
     return f"{_shown(origin_of(one))}[{', '.join(items)}]"
 
 
 def _shown(t: Any) -> str:
     """Return *t* as it is written in code."""
-    name = t.__qualname__ if inspect.isclass(t) and not get_args(t) else repr(t)
-    return re.sub(r"[\w.<>]+\.(?=\w)", "", name)
+    return re.sub(r"[\w.<>]+\.(?=\w)", "", repr(cast(Any, list)[t]).removeprefix("list[")[:-1])
 
 
 def _share_values(one: Any, other: Any) -> bool:
@@ -1081,7 +940,7 @@ def _fields_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[A
     cls = class_of(t)
     with contextlib.suppress(NameError, TypeError, AttributeError):  # cattrs may still manage
         resolve_class(cls, {}, {})
-    if has_fields(t):
+    if fields_of(t) is not None:
         return converter.gen_unstructure_attrs_fromdict(t)
     if cols.is_namedtuple(cls):
         return cols.namedtuple_unstructure_factory(cls, converter)
@@ -1099,58 +958,49 @@ class Codec:
             self._hasty = self.converter.copy(detailed_validation=False)
 
     def frame_class(self, type: str, annotation: Any, handler: Any = None) -> FrameClass:
-        """Make the class of the frames of *type*; where it can be, decoding builds the payload.
-
-        Decoding with msgspec and then structuring with cattrs takes four times as long or more.
-        """
-        with contextlib.suppress(TypeError, NameError, NotImplementedError):
+        """Make the class of the frames of *type*; where it can be, decoding builds the payload."""
+        # msgspec may refuse the type. A base class may have names that only a function knows.
+        with contextlib.suppress(TypeError, NameError, AttributeError, NotImplementedError):
             if self._hasty is not self.converter and is_read_in_one_pass(annotation):
                 return frame_class(type, annotation, is_built=True, handler=handler)
         return frame_class(type, Any, handler=handler)
 
     def check(self, annotation: Any, namespaces: Namespaces, seen: list[Any]) -> None:
         """Resolve *annotation* and all that it contains; raise whatever keeps it from working."""
-        for t in types_in(hashable(annotation), namespaces, seen):
+        for t in types_in(annotation, namespaces, seen):
             is_generic = bool(getattr(t, "__parameters__", ()))
             if is_generic and t is class_of(t):
                 raise TypeError(f"{t.__name__} is generic; write {t.__name__}[int], say")
-            if t not in (Any, Ellipsis) and origin_of(t) not in _QUALIFIERS and not is_generic:
+            if t not in (Any, Ellipsis) and origin_of(t) not in _OPTIONAL and not is_generic:
                 self.converter.get_structure_hook(t)
 
     def check_reply(self, annotation: Any, namespaces: Namespaces) -> None:
-        """Raise `Indistinct` if *annotation*, or a type in it, leaves open what goes out."""
-        annotation = hashable(annotation)
+        """Raise `PachinkoError` if *annotation*, or a type in it, leaves open what goes out."""
         # A name that is not known yet may be known by the time of the first reply.
         with contextlib.suppress(NameError, TypeError, AttributeError):
-            check_distinct(annotation, self.converter)
+            _union_unstructure_hook(annotation, self.converter)
             for t in types_in(annotation, namespaces, []):
                 self.converter.get_unstructure_hook(t)
 
     def structure(self, payload: Any, annotation: Any, type: str) -> Any:
         """Build what a handler takes, or raise `MessageError` (``invalid_payload``)."""
-        if annotation is Any:
-            return payload
-        annotation = hashable(annotation)
         try:
             return self._hasty.structure(payload, annotation)
         except (Exception, SystemExit) as exc:  # a user's hook or validator may raise anything
-            errors = errors_of(exc)
+            refused = invalid_payload(type, explain(bare(exc)))
         try:
             if self._hasty is not self.converter and len(_encode(payload)) <= _MAX_EXPLAINED:
                 # This may succeed: cattrs' hasty hook fails if a keyword-only field comes first.
                 return self.converter.structure(payload, annotation)
         except (Exception, SystemExit) as exc:  # the same failure, with every wrong field
-            errors = errors_of(exc)
-        raise invalid_payload(type, errors)
+            refused = invalid_payload(type, explain(bare(exc)))
+        raise refused
 
     def writer_of(self, value: object, type: str, declared: Any = None) -> Writer:
-        """Return how to answer with *value* and others of its class, as *declared* where given.
-
-        They go out under the type of their message class if they have one, otherwise under *type*.
-        """
+        """Return how to answer with *value* and others of its class, as *declared* where given."""
         if value is None:
             return type, lambda _: UNSET
-        shape = hashable(declared_member(value, members_of(declared)))
+        shape = declared_member(value, members_of(declared))
         own_type = message_type(class_of(shape))
         return own_type or type, self.converter.get_unstructure_hook(shape)
 
@@ -1165,11 +1015,11 @@ class Codec:
 # Everything about a function is settled when it is registered: what it takes, how its payload is
 # structured, whether it streams. A message in flight only looks its handler up and calls it.
 
-_VERBS = set(falcon.constants.COMBINED_METHODS) - {"CONNECT"}  # on_connect is a connect handler
-_ROUTED_BY_FALCON = {f"on_{verb.lower()}" for verb in _VERBS}
+_ROUTED_BY_FALCON = {f"on_{verb.lower()}" for verb in falcon.constants.COMBINED_METHODS}
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _EMPTY = inspect.Parameter.empty
+DISCONNECT = "@ws.disconnect\nasync def leave(conn): ..."  # shown in errors
 
 
 @attrs.frozen(eq=False)
@@ -1178,23 +1028,15 @@ class Handler:
 
     type: str
     function: Callable[..., Any]
-    call: Callable[[Connection, Any], Any]
-    """Calls *function* with the payload: returns a coroutine, or an async generator."""
-    annotation: Any
-    """What the payload is structured to; for fields, a typed dict made of the parameters."""
-    parameter: inspect.Parameter | None
-    """The parameter that takes the whole payload."""
-    defaults: dict[str, Any] | None
-    """The defaults of the parameters that take the payload's fields, if there are any."""
-    returns: Any
-    """The declared type of a reply or of a stream's item, or None."""
+    call: Callable[[Connection, Any], Any]  # returns a coroutine, or an async generator
+    annotation: Any  # of the payload; for fields, a typed dict made of the parameters
+    parameter: inspect.Parameter | None  # takes the whole payload
+    defaults: dict[str, Any] | None  # of the parameters for the payload's fields, if there are any
+    returns: Any  # the declared type of a reply or of a stream's item, or None
     streams: bool
-    is_concurrent: bool
-    """Whether it runs beside others, in a task of its own; streams do."""
-    writers: dict[Any, Writer] = attrs.Factory(dict)
-    """How to write what the function has returned before, by class."""
-    hints: set[str] = attrs.Factory(set)
-    """The parameters about which a hint was logged; it is logged once."""
+    is_concurrent: bool  # runs beside others, in a task of its own; streams do
+    writers: dict[Any, Writer] = attrs.Factory(dict)  # of what it has returned before, by class
+    hints: set[str] = attrs.Factory(set)  # the parameters about which a hint was logged
 
     @property
     def takes_payload(self) -> bool:
@@ -1202,29 +1044,23 @@ class Handler:
         return self.parameter is not None or self.defaults is not None
 
     def structure(self, payload: Any, codec: Codec) -> Any:
-        """Return the value to call *function* with, or raise `MessageError` (``invalid_payload``).
-
-        *payload* is `UNSET` where the message had none.
-        """
+        """Return what *function* is called with for *payload*, which may be `UNSET`."""
+        if payload is UNSET and self.defaults is not None:
+            payload = {}
         if payload is not UNSET:
             self._hint(payload)
             return codec.structure(payload, self.annotation, self.type)
-        if self.defaults is not None:
-            return codec.structure({}, self.annotation, self.type)
         if self.parameter is None or self.parameter.default is not _EMPTY:
             return self.parameter and self.parameter.default
         try:  # a payload that may be null may also be missing
             return codec.structure(None, self.annotation, self.type)
         except MessageError:
-            missing = [{"path": "$.payload", "message": "required, but missing"}]
-            raise invalid_payload(self.type, missing) from None
+            missing = {"path": "$.payload", "message": _MISSING}
+            raise invalid_payload(self.type, [missing]) from None
 
     def refusal(self, payload: Any, codec: Codec, exc: Exception) -> MessageError:
-        """Return the error for a payload that msgspec refuses with *exc*.
-
-        cattrs lists every wrong field. Where it finds none, the error names the field of *exc*.
-        """
-        try:
+        """Return the error for a payload that msgspec refuses with *exc*."""
+        try:  # cattrs lists every wrong field
             self.structure(payload, codec)
         except MessageError as error:
             return bare(error)
@@ -1232,7 +1068,7 @@ class Handler:
         if path == "`$.type`":  # the decoder was chosen by a type that came before this one
             return MessageError("invalid_envelope", '"type" is there twice')
         found = explain(msgspec.ValidationError(text), path.strip("`")) if text else explain(exc)
-        return invalid_payload(self.type, list(found))
+        return invalid_payload(self.type, found)
 
     def _hint(self, payload: Any) -> None:
         """Log, once, that *function* seems to want a field of the payload, and gets all of it."""
@@ -1257,9 +1093,7 @@ def place_of(function: Callable[..., Any]) -> str:
     return f"{getattr(inner, '__qualname__', inner)}(){where}"
 
 
-def check_function(
-    function: Any, example: str, takes: int | None, *, streams: bool = False
-) -> None:
+def check_function(function: Any, example: str, takes: int | None, streams: bool = False) -> None:
     """Refuse what is not async or cannot take *takes* values, with *example* as the right code."""
     refused = None
     if not callable(function):
@@ -1269,8 +1103,7 @@ def check_function(
     elif not inspect.iscoroutinefunction(function):
         refused = "is not async"
         with contextlib.suppress(ValueError, TypeError):  # some callables have no signature
-            name = getattr(function, "__name__", "handler")
-            first = example.partition("\n")[0]
+            name, first = getattr(function, "__name__", "handler"), example.partition("\n")[0]
             example = f"{first}\nasync def {name}{inspect.signature(function)}: ..."
     if refused is None and takes is not None:
         try:
@@ -1282,100 +1115,58 @@ def check_function(
 
 
 def read_handler(
-    type: str,
-    function: Callable[..., Any],
-    codec: Codec,
-    namespaces: Namespaces,
-    message_class: Any,
-    path_params: Collection[str],
-    concurrent: bool,
-) -> Handler:
+    type: str, function: Callable[..., Any], codec: Codec, namespaces: Namespaces,
+    message_class: Any, path_params: Collection[str], concurrent: bool,
+) -> Handler:  # fmt: skip
     """Apply the signature rule to *function*, or raise `PachinkoError` with the corrected code."""
-    name = getattr(function, "__name__", "handler")
+    name, place = getattr(function, "__name__", "handler"), place_of(function)
     check_function(function, f'@ws.on("{type}")\nasync def {name}(conn): ...', None, streams=True)
     parameter, fields = _split_parameters(function, name, path_params)
+    defaults = {p.name: p.default for p in fields if p.default is not _EMPTY}
     try:
-        hints = _hints_of(function, namespaces)
-        _check_first(function, name, hints)
-        annotation = _payload_type(name, parameter, fields, hints, message_class)
+        hints = _hints_of(function, name, namespaces)
+        annotation: Any = hints.get(parameter.name, message_class or Any) if parameter else Any
+        if fields:
+            items = {p.name: hints.get(p.name, Any) for p in fields}
+            items |= {key: cast(Any, typing.NotRequired)[items[key]] for key in defaults}
+            annotation = cast(Any, typing.TypedDict)(name, items)
         codec.check(annotation, namespaces, [])
     except (NameError, TypeError, ValueError, cattrs.StructureHandlerNotFoundError) as exc:
-        raise _unstructurable(function, exc) from exc
+        why: Any = exc
+        if isinstance(exc, cattrs.StructureHandlerNotFoundError):
+            why = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
+        raise PachinkoError(
+            f"the payload of {place} cannot be structured: {why}. Define or import names above the "
+            f"handler; use attrs classes, dataclasses, TypedDict and the standard library's types, "
+            f"or give hub.configure(converter=...) a hook before this handler"
+        ) from exc
     if parameter and message_class and annotation is not message_class:
         write = f"async def {name}(conn, {parameter.name}: {message_class.__name__})"
-        raise PachinkoError(f"{place_of(function)} handles {message_class.__name__}; write {write}")
-    returns, streams = _reply_type(function, hints), inspect.isasyncgenfunction(function)
+        raise PachinkoError(f"{place} handles {message_class.__name__}; write {write}")
+    returns, streams = hints.get("return"), inspect.isasyncgenfunction(function)
+    if streams and get_args(returns):  # AsyncIterator[Item], AsyncGenerator[Item, None]
+        returns = get_args(returns)[0]
+    returns = None if returns in (types.NoneType, Any, object) else returns
     try:
         codec.check_reply(returns, namespaces)
-    except Indistinct as exc:
-        raise PachinkoError(f"the reply of {place_of(function)} is ambiguous: {exc}") from exc
-    defaults = {p.name: p.default for p in fields if p.default is not _EMPTY} if fields else None
-    call = _caller(function, parameter, fields)
+    except PachinkoError as exc:
+        raise PachinkoError(f"the reply of {place} is ambiguous: {exc}") from exc
     return Handler(
-        type, function, call, annotation, parameter, defaults, returns, streams,
+        type, function,
+        (lambda conn, value: function(conn, **value)) if fields
+        else function if parameter else (lambda conn, _: function(conn)),
+        annotation, parameter, defaults if fields else None, returns, streams,
         is_concurrent=streams or concurrent,
     )  # fmt: skip
 
 
-def _hints_of(function: Callable[..., Any], namespaces: Namespaces) -> dict[str, Any]:
-    """Return the annotations of *function*, resolved where it was registered."""
+def _hints_of(function: Any, name: str, namespaces: Namespaces) -> dict[str, Any]:
+    """Return the annotations of *function*, and refuse a payload where the connection comes."""
     inner: Any = inspect.unwrap(function)
     globals_ = {**namespaces[0], **getattr(inner, "__globals__", {})}
     inner = getattr(inner, "func", inner)
     hints = typing.get_type_hints(inner, globals_, namespaces[1], include_extras=True)
-    return {name: hashable(t) for name, t in hints.items()}
-
-
-def _payload_type(
-    name: str,
-    parameter: inspect.Parameter | None,
-    fields: list[inspect.Parameter],
-    hints: dict[str, Any],
-    message_class: Any,
-) -> Any:
-    """Return what the payload is structured to: for *fields* a typed dict, called *name*."""
-    if not fields:
-        return hints.get(parameter.name, message_class or Any) if parameter else Any
-    types = {p.name: hints.get(p.name, Any) for p in fields}
-    optional = {p.name for p in fields if p.default is not _EMPTY}
-    not_required = cast(Any, typing.NotRequired)
-    members = {key: not_required[t] if key in optional else t for key, t in types.items()}
-    return cast(Any, typing.TypedDict)(name, members)
-
-
-def _reply_type(function: Callable[..., Any], hints: dict[str, Any]) -> Any:
-    """Return the declared type of a reply or of a stream's item, or None if anything goes."""
-    returns = hints.get("return")
-    if inspect.isasyncgenfunction(function) and get_args(returns):
-        returns = get_args(returns)[0]  # AsyncIterator[Item], AsyncGenerator[Item, None]
-    return None if returns in (types.NoneType, Any, object) else returns
-
-
-def _caller(
-    function: Callable[..., Any],
-    parameter: inspect.Parameter | None,
-    fields: list[inspect.Parameter],
-) -> Callable[[Connection, Any], Any]:
-    """Return how to call *function* with a connection and a structured payload."""
-    if fields:
-        return lambda conn, value: function(conn, **value)
-    return function if parameter else lambda conn, _: function(conn)
-
-
-def _unstructurable(function: Callable[..., Any], exc: Exception) -> PachinkoError:
-    """Return the error for a payload that cattrs cannot structure, because of *exc*."""
-    why: Any = exc
-    if isinstance(exc, cattrs.StructureHandlerNotFoundError):
-        why = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
-    return PachinkoError(
-        f"the payload of {place_of(function)} cannot be structured: {why}. Define or import names "
-        f"above the handler; use attrs classes, dataclasses, TypedDict and the standard library's "
-        f"types, or give hub.configure(converter=...) a hook before this handler"
-    )
-
-
-def _check_first(function: Callable[..., Any], name: str, hints: dict[str, Any]) -> None:
-    """Refuse a first parameter that is annotated as a payload: the connection was forgotten."""
+    hints = {name: hashable(t) for name, t in hints.items()}
     first = next(iter(inspect.signature(function).parameters.values()))
     t = hints.get(first.name)
     if t in _LEAVES - {types.NoneType} or t in (dict, list) or message_type(t) is not None:
@@ -1383,15 +1174,13 @@ def _check_first(function: Callable[..., Any], name: str, hints: dict[str, Any])
             f"{place_of(function)} takes `{first}` first, where the connection comes; write "
             f"`async def {name}(conn, {first})`"
         )
+    return hints
 
 
 def _split_parameters(
     function: Callable[..., Any], name: str, path_params: Collection[str]
 ) -> tuple[inspect.Parameter | None, list[inspect.Parameter]]:
-    """Return the parameter for the whole payload, or None, and those for its fields.
-
-    A function with both is refused.
-    """
+    """Return the parameter for the whole payload, or None, and those for its fields."""
     parameters = list(inspect.signature(function).parameters.values())
     positional = [p for p in parameters if p.kind in _POSITIONAL]
     fields = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -1450,11 +1239,6 @@ def read_connect(function: Callable[..., Any], path: str | None) -> Callable[...
     return call
 
 
-def check_disconnect(function: Callable[..., Any]) -> None:
-    """Refuse what is no disconnect handler."""
-    check_function(function, "@ws.disconnect\nasync def leave(conn): ...", 1)
-
-
 def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[..., Any]]]:
     """Return the ``on_<name>`` methods of *resource*, each with the name behind ``on_``."""
     cls = type(resource)
@@ -1469,7 +1253,7 @@ def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[...
         write = f"class {cls.__name__}:\n    async def on_send(self, conn, *, text: str): ..."
         refused = f"{cls.__name__} has no method to route; write\n{write}"
     for name in () if refused else names:
-        if name in _ROUTED_BY_FALCON:
+        if name in _ROUTED_BY_FALCON and name != "on_connect":
             refused = f"Falcon routes {cls.__name__}.{name} itself; call it {name}_message, say"
         elif isinstance(inspect.getattr_static(resource, name), property):
             refused = f"{cls.__name__}.{name} is a property; write async def {name}(self, conn)"
@@ -1491,10 +1275,9 @@ class Routes:
     middleware: list[Callable[..., Awaitable[Any]]] = attrs.Factory(list)
     errors: dict[type[Exception], Callable[..., Awaitable[Any]]] = attrs.Factory(dict)
     workers: list[Callable[[], Awaitable[None]]] = attrs.Factory(list)
-    decode: Callable[[str], Received] = _decode_none
-    """Reads a text frame of a known type. A validator in a payload may raise anything."""
-    frames: list[FrameClass] = attrs.Factory(list)
-    """The classes of the frames that *decode* returns."""
+    frames: list[FrameClass] = attrs.Factory(list)  # what `decode` returns
+    # It reads a text frame of a known type. A validator in a payload may raise anything.
+    decode: Callable[[str], Received] = attrs.Factory(lambda: decoder_of(()))
 
     def start(self, codec: Codec) -> None:
         """Make the classes of all frames. From now on *codec* does not change."""
@@ -1517,10 +1300,8 @@ class Routes:
         return self.decode(text)
 
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
-        """Return the handler for the class of *exc* or its nearest base class, or None.
-
-        An exception with a meaning of its own, such as `Close`, is not looked up by its bases.
-        """
+        """Return the handler for the class of *exc* or its nearest base class, or None."""
+        # These have a meaning of their own, and are not looked up by their bases.
         built_in = (MessageError, Close, falcon.HTTPError, falcon.WebSocketDisconnected)
         for cls in type(exc).__mro__:
             if cls in self.errors:
@@ -1556,19 +1337,11 @@ UNAUTHENTICATED = 3401  # the close code is 3000 and the HTTP status
 
 @attrs.frozen
 class Origin:
-    """The origin of a page (RFC 6454), in lower case.
-
-    The port is that of the scheme where none was named.
-    """
+    """The origin of a page (RFC 6454), in lower case."""
 
     scheme: str
     host: str
-    port: int | None
-
-    def is_below(self, other: Origin) -> bool:
-        """Tell whether its host is a subdomain of that of *other*; all else has to be equal."""
-        is_alike = (self.scheme, self.port) == (other.scheme, other.port)
-        return is_alike and self.host.endswith("." + other.host)
+    port: int | None  # of the scheme where none was named
 
 
 def parse_origin(text: str) -> Origin | None:
@@ -1583,16 +1356,11 @@ def parse_origin(text: str) -> Origin | None:
 def is_same_host(origin: Origin, scheme: str, host: str) -> bool:
     """Tell whether a page of *origin* belongs to the *host* that it connects to.
 
-    *host* is the header of that name. Where it names no port, the port is that of the origin's
-    scheme. An ``https`` page may come by a *scheme* without encryption, because a proxy may have
-    decrypted it. An ``http`` page may not come by an encrypted one, because anybody on the line
-    could have written that page.
+    A proxy may have decrypted what an ``https`` page sends, so any *scheme* will do. Anybody on the
+    line could have written an ``http`` page, so it may not come by an encrypted one.
     """
-    match = _HOST.fullmatch(host.lower())
-    default = _DEFAULT_PORTS.get(origin.scheme)
-    if match is None or default is None:
-        return False
-    if origin.scheme == "http" and scheme in ("https", "wss"):
+    match, default = _HOST.fullmatch(host.lower()), _DEFAULT_PORTS.get(origin.scheme)
+    if match is None or default is None or (origin.scheme == "http" and scheme in ("https", "wss")):
         return False
     return (match["host"], int(match["port"] or default)) == (origin.host, origin.port)
 
@@ -1601,17 +1369,12 @@ def is_same_host(origin: Origin, scheme: str, host: str) -> bool:
 class Origins:
     """The origins that one endpoint lets in, beside the request's own host."""
 
-    exact: frozenset[Origin]
-    above: tuple[Origin, ...]
-    """The origins of which all subdomains are let in, as ``https://*.example.com`` says."""
+    allowed: frozenset[Origin]  # the host ``*.example.com`` stands for all subdomains
     takes_all: bool
     trust_forwarded: bool
 
     def refusal(self, req: falcon.asgi.Request) -> str | None:
-        """Return why *req* is refused, with the setting that lets it in, or None if it may come in.
-
-        Falcon joins two ``Origin`` headers with a comma; that is no origin.
-        """
+        """Return why *req* is refused, with the setting that lets it in, or None if it may come."""
         text = req.get_header("Origin")
         if self.takes_all or text is None:
             return None
@@ -1620,9 +1383,10 @@ class Origins:
         if origin is None:
             return f'{shown}: it names no site; only origins="*" would let it in'
         own = _forwarded(req) if self.trust_forwarded else (req.scheme, req.netloc)
-        if is_same_host(origin, *own) or origin in self.exact:
-            return None
-        if any(map(origin.is_below, self.above)):
+        labels = origin.host.split(".")
+        above = [".".join(["*", *labels[n:]]) for n in range(1, len(labels))]
+        names = {attrs.evolve(origin, host=host) for host in (origin.host, *above)}
+        if is_same_host(origin, *own) or names & self.allowed:
             return None
         setting = f"origins=[{text[:_SHOWN]!r}]"
         if not self.trust_forwarded and is_same_host(origin, *_forwarded(req)):
@@ -1631,10 +1395,7 @@ class Origins:
 
 
 def _forwarded(req: falcon.asgi.Request) -> tuple[str, str]:
-    """Return the scheme and host that the first proxy was asked for.
-
-    Later proxies may have added theirs behind a comma.
-    """
+    """Return the scheme and host that the first proxy was asked for; others follow a comma."""
     hops = (req.forwarded_scheme, req.forwarded_host)
     scheme, host = (each.partition(",")[0].strip() for each in hops)
     return scheme, host
@@ -1645,7 +1406,7 @@ def read_origins(value: Iterable[str] | None, trust_forwarded: object) -> Origin
     if not isinstance(trust_forwarded, bool):
         raise PachinkoError(f"trust_forwarded is True or False, got {trust_forwarded!r}")
     names = () if value is None else ("*",) if value == "*" else texts(value, "origins")
-    exact, above = list[Origin](), list[Origin]()
+    allowed = set[Origin]()
     for name in names:
         origin = parse_origin(name.replace("://*.", "://", 1))
         if name == "null":
@@ -1656,8 +1417,9 @@ def read_origins(value: Iterable[str] | None, trust_forwarded: object) -> Origin
                 f'below it) or "*", in ASCII as browsers send them; got {name!r}'
             )
         if origin is not None:
-            (above if "*" in name else exact).append(origin)
-    return Origins(frozenset(exact), tuple(above), "*" in names, trust_forwarded)
+            host = f"*.{origin.host}" if "*" in name else origin.host
+            allowed.add(attrs.evolve(origin, host=host))
+    return Origins(frozenset(allowed), "*" in names, trust_forwarded)
 
 
 def texts(value: Any, option: str) -> tuple[str, ...]:
@@ -4505,7 +4267,7 @@ class Pachinko:
 
         ``conn.close_code`` is set, its groups are still joined.
         """
-        check_disconnect(function)
+        check_function(function, DISCONNECT, 1)
         self._routes.disconnect.append(function)
         return function
 
@@ -4574,7 +4336,7 @@ class Pachinko:
             if name == "connect":
                 connect.append(read_connect(method, self._path))
             elif name == "disconnect":
-                check_disconnect(method)
+                check_function(method, DISCONNECT, 1)
                 disconnect.append(method)
             else:
                 type = f"{prefix}.{name}"

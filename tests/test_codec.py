@@ -45,6 +45,7 @@ STRICT = Codec()
 
 def check(annotation: Any, codec: Codec = STRICT) -> Any:
     """Prepare *annotation* as registration does, and return it."""
+    annotation = pachinko.hashable(annotation)
     codec.check(annotation, HERE, [])
     return annotation
 
@@ -70,7 +71,8 @@ def errors(payload: Any, annotation: Any, codec: Codec = STRICT) -> list[tuple[s
 
 def written(value: Any, annotation: Any = None, codec: Codec = STRICT) -> Any:
     """The payload on the wire."""
-    event = pachinko.reply_event(codec.writer_of(value, "t", annotation), None, value)
+    writer = codec.writer_of(value, "t", pachinko.hashable(annotation))
+    event = pachinko.reply_event(writer, None, value)
     return json.loads(event["text"]).get("payload")
 
 
@@ -706,10 +708,10 @@ def test_several_failing_validators_are_reported_at_once() -> None:
     """attrs stops at the first one; we report each in its own words, beside wrong types."""
     payload = {"low": -1, "high": -2, "color": "green", "name": 5, "any": "x"}
     assert errors(payload, Range) == [
-        (".name", "expected str, got int"),
         (".low", "must be positive"),
         (".high", "must be positive"),
         (".color", "'color' must be in ['red', 'blue'] (got 'green')"),
+        (".name", "expected str, got int"),
         (".any", "'any' must be <class 'int'> (got 'x' that is a <class 'str'>)."),
     ]
 
@@ -805,6 +807,20 @@ class Leaky:
 def test_an_unexpected_exception_is_not_told() -> None:
     """Only a ValueError or a TypeError is meant for the client."""
     assert errors({"a": 1}, Leaky) == [(".a", "invalid value")]
+
+
+def unknown(_: Any, __: Any, value: Any) -> None:
+    raise KeyError(value)
+
+
+@attrs.define
+class Unknown:
+    a: int = attrs.field(validator=unknown)
+
+
+def test_a_validator_that_lacks_a_key_is_no_missing_field() -> None:
+    """Its `KeyError` is not that of a payload without the field."""
+    assert errors({"a": 1}, Unknown) == [(".a", "invalid value")]
 
 
 def noted(_: Any, __: Any, value: Any) -> None:
@@ -1056,7 +1072,7 @@ EVERYTHING = st.builds(
 @settings(deadline=None, max_examples=50)
 def test_what_goes_out_comes_in_again(value: Everything) -> None:
     """Encoding and decoding is the identity."""
-    frame = pachinko.decode(STRICT.encode("t", value).decode())
+    frame = pachinko.decode_or_error(STRICT.encode("t", value).decode())
     found = read(frame.payload, Everything)
     assert found == value
     assert conforms(found, Everything)
@@ -1076,7 +1092,7 @@ NODES = st.recursive(
 @settings(deadline=None)
 def test_trees_come_in_again(node: Node) -> None:
     """The same for a recursive class."""
-    frame = pachinko.decode(STRICT.encode("t", node).decode())
+    frame = pachinko.decode_or_error(STRICT.encode("t", node).decode())
     assert read(frame.payload, Node) == node
 
 
