@@ -70,8 +70,9 @@ def errors(payload: Any, annotation: Any, codec: Codec = STRICT) -> list[tuple[s
 
 def written(value: Any, annotation: Any = None, codec: Codec = STRICT) -> Any:
     """The payload on the wire."""
-    event = pachinko.reply_event(codec.writer_of(value, "t", annotation), None, value)
-    return json.loads(event["text"]).get("payload")
+    type, unstructure = codec.writer_of(value, "t", annotation)
+    frame = pachinko._encode(pachinko.Sent(type, payload=unstructure(value)))
+    return json.loads(frame).get("payload")
 
 
 class Color(enum.Enum):
