@@ -3650,13 +3650,11 @@ def _came_of_cancellation(exc: BaseException | None) -> bool:
 
 
 def pass_on(exc: BaseException, what: str, id: str | None, type: str | None = None) -> None:
-    """Raise what goes on up after *what*, code of the application, has raised *exc*; or return.
+    """Raise what ends the caller after *what*, code of the application, has raised *exc*.
 
-    `KeyboardInterrupt` and `GeneratorExit` go on, and so does a cancellation of the task. An error
-    that clean-up code raises meanwhile is logged, and the cancellation takes its place. All else is
-    a bug or meant for the client, also where it is no `Exception`: the `SystemExit` of argparse,
-    for which asyncio would end the server, a `CancelledError` that nobody asked for, the panic of a
-    library in Rust.
+    That is a `KeyboardInterrupt`, a `GeneratorExit`, or a cancellation of the task. An error of
+    clean-up code is logged, and the cancellation takes its place. Returns for all else, also if it
+    is no `Exception`: argparse's `SystemExit`, a `CancelledError` that nobody asked for.
     """
     try:
         # Before Python 3.13 a cancellation may be counted that a `TaskGroup` has caught.
@@ -3683,8 +3681,7 @@ def forget_cancellations() -> None:
 def log_failure(what: str, exc: BaseException, id: str | None, type: str | None = None) -> None:
     """Log a bug in the application with its traceback; *id* is that of the connection.
 
-    The text of an error in ``authenticate``, and of its causes, may hold a token or a cookie. Of
-    that the log gets the class and the lines of code only.
+    The text of an error in ``authenticate`` may hold a token. The log gets its class and place.
     """
     extra = {"connection_id": id, "message_type": type}
     if type == "authenticate":
@@ -3698,18 +3695,14 @@ def log_failure(what: str, exc: BaseException, id: str | None, type: str | None 
 
 
 # ── stream ────────────────────────────────────────────────────────────────────────────────────
-#
-# A generator in progress, whose items go to the client one by one.
 
 
 @attrs.define(eq=False)
 class Stream:
-    """A stream in progress."""
+    """A generator in progress, whose items go to the client one by one."""
 
-    is_stopped: bool = False
-    """Whether nobody wants more of it: the client has said so, or has gone."""
-    task: asyncio.Task[Any] | None = None
-    """The task that runs it."""
+    is_stopped: bool = False  # nobody wants more of it: the client has said so, or has gone
+    task: asyncio.Task[Any] | None = None  # runs it
     _is_cancellable: bool = False
 
     def stop(self) -> None:
@@ -3721,10 +3714,7 @@ class Stream:
     async def run(
         self, call: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
     ) -> Any:
-        """Give *send* the items of the generator that *call* returns, and return what it returns.
-
-        The clean-up of the generator is not cancelled.
-        """
+        """Give *send* the items of the generator that *call* returns; return what it returns."""
         if self.is_stopped:
             return None
         self.task, self._is_cancellable = current_task(), True
@@ -3738,7 +3728,7 @@ class Stream:
                                 raise asyncio.CancelledError
                             await send(item)
                             await asyncio.sleep(0)  # One that never waits must starve nobody.
-                    finally:
+                    finally:  # The clean-up of the generator is not cancelled.
                         self._is_cancellable = False
             return items
         finally:
@@ -3747,9 +3737,8 @@ class Stream:
 
 # ── session ───────────────────────────────────────────────────────────────────────────────────
 #
-# One connection from its first message on. A message is decoded, its handler is found and called,
-# and what that returns or raises is answered. Whatever goes wrong on the way becomes one outcome
-# for the client, and the connection goes on.
+# A message is decoded, its handler is called, and what that returns or raises is answered. Whatever
+# goes wrong on the way becomes one outcome for the client, and the connection goes on.
 
 
 class Session:
@@ -3772,12 +3761,12 @@ class Session:
         self.outgoing: Outgoing = Outgoing(id, ws, send, limits, self._hub_state.counters, self)
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
         self.conn: Connection = Connection(hub, req, ws, params, id, self.outgoing)
-        self.is_handling: bool = True  # code of the application runs, which `authenticate` begins
+        self.is_handling: bool = True  # code of the application runs, at first `authenticate`
         self.tasks: frozenset[asyncio.Task[None]] = frozenset()  # concurrent handlers and streams
         self._streams: dict[Id, Stream] = {}
         self._rate = Rate(*limits.rate) if limits.rate is not None else None
         self._life: TimeLimit | None = None  # of the code in progress
-        self._ended: float | None = None  # when messages ceased to flow, on the loop's clock
+        self._ended: float = 0.0  # when messages ceased to flow, on the loop's clock
 
     def on_close(self) -> None:
         """Read nothing more; end an authentication in progress, whose client is not in yet."""
@@ -3794,7 +3783,7 @@ class Session:
                 stream.stop()
         # Without a close code the server may hold frames from before the end.
         may_go_on = self.is_handling or self.outgoing.close_code is None
-        # The reader that has seen the end by itself needs no timer.
+        # A reader that has seen the end by itself needs no timer.
         if self._life is not None and (may_go_on or not self._life.is_around(task)):
             self._life.end_at(self._ended + (self._limits.linger if may_go_on else 0))
 
@@ -3953,11 +3942,8 @@ class Session:
             await self._fail(exc, None, None)
 
     async def _refuse(self, text: str, exc: Any = None) -> None:
-        """Find out why *text* is no message for a handler, and say so.
-
-        PERF: decoding it anew, step by step, costs only those who send such text.
-        """
-        frame = decode_or_error(text)
+        """Find out why *text* is no message for a handler, and say so."""
+        frame = decode_or_error(text)  # PERF: decoding anew costs only those who send such text.
         is_complete = isinstance(frame, Frame) and frame.type == "complete"
         if is_complete and self._complete(frame.id):
             return  # It makes the load less, and is never refused.
@@ -3978,10 +3964,7 @@ class Session:
             await self._send_error(error, id)
 
     async def _is_limited(self, rate: Rate, id: Id | None) -> bool:
-        """Apply the rate limit; return whether the message *id* is refused.
-
-        The client has then been told, or closed.
-        """
+        """Apply the rate limit. If it refuses the message *id*, tell the client and return True."""
         retry_after = rate.take(time.monotonic())
         if rate.is_abused:
             self.outgoing.close(Close(1008, "too many messages"))
@@ -4058,10 +4041,7 @@ class Session:
             await self._send(_encode(Sent(type, id, unstructure(result))))
 
     async def _fail(self, exc: BaseException, type: str | None, id: Id | None) -> None:
-        """Answer the message *id* with what *exc* means: an error, a close, or a value.
-
-        *type* is None for the fallback and for binary frames.
-        """
+        """Answer *id* with what *exc* means. *type* is None for the fallback and binary frames."""
         what = f"the handler of {type!r}" if type else "the fallback or the binary handler"
         try:
             pass_on(exc, what, self.conn.id, type)
@@ -4071,7 +4051,7 @@ class Session:
         # Falcon's socket knows first, where the handler has sent with that.
         is_over = self.conn.closed or self.conn.ws.closed
         if is_over and isinstance(exc, falcon.WebSocketDisconnected):
-            return  # The client of this handler has gone, which ends a handler quietly.
+            return  # It ends the handler of a client that has gone quietly.
         try:
             outcome = await self._outcome(exc, what, type)
             if isinstance(outcome, Close):
@@ -4140,8 +4120,8 @@ class Session:
 
     async def _end_tasks(self) -> None:
         """Give concurrent handlers the rest of `linger`. Streams have been cancelled already."""
-        tasks, ended = self.tasks, cast(float, self._ended)
-        left = ended + self._limits.linger - asyncio.get_running_loop().time()
+        tasks, end = self.tasks, self._ended + self._limits.linger
+        left = end - asyncio.get_running_loop().time()
         try:
             await asyncio.wait(tasks, timeout=0 if current_task().cancelling() else max(0, left))
         finally:
@@ -4150,8 +4130,7 @@ class Session:
                 # A stream may be cleaning up. Other handlers may have swallowed a time-out.
                 if task not in streams or not task.cancelling():
                     task.cancel()
-        is_urgent = current_task().cancelling()
-        patience = _GOODBYE if is_urgent else max(_GOODBYE, self._limits.linger)
+        patience = _GOODBYE if current_task().cancelling() else max(_GOODBYE, self._limits.linger)
         _, stuck = await asyncio.wait(tasks, timeout=patience)
         for task in stuck:
             extra = {"connection_id": self.conn.id}
@@ -4170,8 +4149,6 @@ class Session:
 
 
 # ── admission ─────────────────────────────────────────────────────────────────────────────────
-#
-# How a client gets in: it is authenticated, the connect handlers run, the handshake is answered.
 
 
 async def user_of(
@@ -4179,8 +4156,8 @@ async def user_of(
 ) -> str | None:
     """Return whom *token* belongs to, as the application's *function* says.
 
-    Lets `falcon.HTTPError`, `Close` and `MessageError` pass. Any other exception is logged and
-    becomes a `MessageError` (``internal_error``).
+    Raises `falcon.HTTPError`, `Close` or `MessageError` as *function* does, and
+    ``internal_error`` for any other exception, which is logged.
     """
     try:
         user = await function(conn, token)
@@ -4198,15 +4175,14 @@ async def user_of(
 
 
 async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
-    """Let the client in or refuse it; return whether it is in."""
+    """Authenticate, run connect handlers, answer the handshake; return whether the client is in."""
     conn, outgoing, routes = session.conn, session.outgoing, session.routes
     offered: Iterable[str] = conn.ws.subprotocols
     is_in, token = False, None
     if routes.authenticate is not None:
         token, offered = credentials(conn.req, offered)
         subprotocols = [*subprotocols, "bearer"]  # Browsers give up where none is chosen.
-    known = [name for name in subprotocols if name in offered]
-    chosen = known[0] if known else None
+    chosen = next((name for name in subprotocols if name in offered), None)
     try:
         if routes.authenticate is not None:
             await _authenticate(session, routes.authenticate, token, chosen)
@@ -4299,46 +4275,33 @@ class Pachinko:
     *overflow*: ``"close"`` or ``"drop_oldest"`` beyond that. *send_timeout*: seconds that a send
     waits for one. *linger*: seconds that a handler may go on after its client has gone.
     *max_concurrent*: streams and concurrent handlers of one connection. *max_groups*: that one may
-    be in. *handler_timeout*: seconds that the handler of a message may take, or None; a stream may
-    go on for longer. *auth_timeout*: seconds within which the client has to be authenticated, where
-    it has to be (see `authenticate`). *trust_forwarded*: whether a proxy of yours sets the headers
-    that ``req.forwarded_host`` and ``req.forwarded_scheme`` read, which *origins* then goes by.
-
-    Raises `PachinkoError` for a mistake in any of them.
+    be in. *handler_timeout*: seconds for the handler of a message, but not for a stream, or None.
+    *auth_timeout*: seconds within which `authenticate` has to know the client. *trust_forwarded*:
+    whether a proxy of yours sets the headers that ``req.forwarded_host`` and
+    ``req.forwarded_scheme`` read; *origins* then goes by these. Raises `PachinkoError`.
     """
 
     def __init__(
-        self,
-        app: falcon.asgi.App[Any, Any] | None = None,
-        path: str | None = None,
-        *,
-        hub: Hub = hub,
-        origins: Iterable[str] | Literal["*"] | None = None,
+        self, app: falcon.asgi.App[Any, Any] | None = None, path: str | None = None, *,
+        hub: Hub = hub, origins: Iterable[str] | Literal["*"] | None = None,
         subprotocols: Sequence[str] = (),
-        max_size: int = 1_048_576,
-        rate: tuple[int, float] | None = None,
-        outbox: int = 256,
-        outbox_bytes: int = 1_048_576,
+        max_size: int = 1_048_576, rate: tuple[int, float] | None = None,
+        outbox: int = 256, outbox_bytes: int = 1_048_576,
         overflow: Literal["close", "drop_oldest"] = "close",
-        send_timeout: float = 20.0,
-        linger: float = 10.0,
-        max_concurrent: int = 16,
-        max_groups: int = 1000,
-        handler_timeout: float | None = None,
-        auth_timeout: float = 10.0,
+        send_timeout: float = 20.0, linger: float = 10.0,
+        max_concurrent: int = 16, max_groups: int = 1000,
+        handler_timeout: float | None = None, auth_timeout: float = 10.0,
         trust_forwarded: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._limits = Limits(
-            max_size=max_size, rate=rate, outbox=outbox, outbox_bytes=outbox_bytes,
-            overflow=overflow, send_timeout=send_timeout, linger=linger,
-            max_concurrent=max_concurrent, max_groups=max_groups,
-            handler_timeout=handler_timeout, auth_timeout=auth_timeout,
+            max_size=max_size, rate=rate, outbox=outbox, overflow=overflow, linger=linger,
+            outbox_bytes=outbox_bytes, send_timeout=send_timeout, max_concurrent=max_concurrent,
+            max_groups=max_groups, handler_timeout=handler_timeout, auth_timeout=auth_timeout,
         )  # fmt: skip
         if not isinstance(hub, Hub):
             raise PachinkoError(f"write hub=Hub() for a hub of its own, got {hub!r}")
         self._hub = hub
-        self._app: falcon.asgi.App[Any, Any] | None = None
-        self._path: str | None = None
+        self._app, self._path = app, path
         self._origins = read_origins(origins, trust_forwarded)
         self._subprotocols = texts(subprotocols, "subprotocols")
         self._routes = Routes()
@@ -4356,14 +4319,12 @@ class Pachinko:
             raise PachinkoError(f"{path} has a Pachinko already; use that one, or another path")
         app.add_route(path, self)
         app.add_middleware(self)
-        self._app, self._path = app, path
         _attached[id(app), path] = self
 
     def connect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn, …)`` before the handshake is answered, with path parameters.
 
-        `falcon.HTTPError` in it refuses the handshake, `Close` accepts and closes. Several run in
-        the order of registration.
+        `falcon.HTTPError` refuses the handshake, `Close` accepts and closes. Several run in order.
         """
         self._routes.connect.append(read_connect(function, self._path))
         return function
@@ -4371,17 +4332,15 @@ class Pachinko:
     def authenticate(self, function: F = _NO_FUNCTION) -> F:
         """Ask ``async def f(conn, token)`` who a client is: the user, or None to refuse it.
 
-        It is asked before the handshake is answered and before connect handlers, with the token
-        from ``Authorization: Bearer``, or from the subprotocols ``bearer`` and the token behind it;
-        or with None, and may then look at ``conn.req``, at a cookie say. If it answers None to
-        None, the handshake is accepted, the client has to send
-        ``{"type":"authenticate","payload":{"token":…}}`` within *auth_timeout* seconds, and *f* is
-        asked again. Until then nothing else is handled; at most 8 messages are held.
+        It is asked before connect handlers, with the token from ``Authorization: Bearer``, or from
+        the subprotocols ``bearer`` and the token behind it; or with None, and may then look at
+        ``conn.req``, at a cookie say. If it answers None to None, the handshake is accepted, the
+        client has to send ``{"type":"authenticate","payload":{"token":…}}`` within *auth_timeout*
+        seconds, and *f* is asked again. Until then at most 8 messages are held, and none handled.
 
-        Whoever is refused is closed with 3401, and no connect or disconnect handler runs. Otherwise
-        ``conn.user`` is set. *f* may set ``conn.expires_at``; it is asked again when the client
-        sends ``authenticate`` later on, and has to name the same user. No middleware sees that
-        message, and its token is kept out of the log.
+        Whoever is refused is closed with 3401; no connect or disconnect handler runs. Otherwise
+        ``conn.user`` is set. *f* may set ``conn.expires_at``. A later ``authenticate`` of the
+        client asks *f* again, for the same user; no middleware sees it, and its token no log.
         """
         example = "@ws.authenticate\nasync def who(conn, token): ..."
         self._routes.set("authenticate", function, example, "authenticate")
@@ -4410,15 +4369,13 @@ class Pachinko:
         """Handle messages of *type*, a text or a class with ``@message``.
 
         ``(conn)``, ``(conn, payload)`` or ``(conn, *, field, …)``, each structured to its
-        annotation. What it returns is the reply; an async generator is a stream.
-        *concurrent* lets it run beside other handlers of the connection.
+        annotation. What it returns is the reply; an async generator is a stream. *concurrent* lets
+        it run beside other handlers of the connection.
         """
-        name = type if isinstance(type, str) else message_type(type)
+        name, cls = (type, None) if isinstance(type, str) else (message_type(type), type)
         if name is None:
-            raise PachinkoError(
-                f'@ws.on takes a type or a class with @message: write @ws.on("say"); got {type!r}'
-            )
-        cls = None if isinstance(type, str) else type
+            expected = '@ws.on takes a type or a class with @message: write @ws.on("say")'
+            raise PachinkoError(f"{expected}; got {type!r}")
         namespaces = caller_namespaces()
 
         def register(function: F) -> F:
@@ -4434,8 +4391,7 @@ class Pachinko:
         check_type(type)
         if (first := self._routes.handlers.get(type)) is not None:
             refuse_second(first.function, function, repr(type))
-        params = path_parameters(self._path or "")
-        codec = self._hub.state.codec
+        params, codec = path_parameters(self._path or ""), self._hub.state.codec
         return read_handler(type, function, codec, namespaces, cls, params, concurrent)
 
     def _add_checked(self, *handlers: Handler) -> None:
@@ -4443,10 +4399,7 @@ class Pachinko:
         self._routes.add(handlers, self._hub.state.codec if self._loop is not None else None)
 
     def disconnect(self, function: F = _NO_FUNCTION) -> F:
-        """Run ``async def f(conn)`` once when a connection is over, whatever ended it.
-
-        ``conn.close_code`` is set, its groups are still joined.
-        """
+        """Run ``async def f(conn)`` once at the end, with ``conn.close_code`` and its groups."""
         check_disconnect(function)
         self._routes.disconnect.append(function)
         return function
@@ -4464,8 +4417,8 @@ class Pachinko:
     def middleware(self, function: F = _NO_FUNCTION) -> F:
         """Put ``async def f(conn, envelope, call_next)`` around message handlers.
 
-        ``await call_next()`` gives what the handler returned; what *f* returns is the answer.
-        The first registered is the outermost.
+        ``await call_next()`` gives what the handler returned; what *f* returns is the answer. The
+        first registered is the outermost.
         """
         example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
         check_function(function, f"@ws.middleware\n{example}", 3)
@@ -4503,8 +4456,8 @@ class Pachinko:
     def add_resource(self, prefix: str, resource: object) -> None:
         """Route by class: ``on_send`` handles ``"<prefix>.send"``.
 
-        ``on_connect`` and ``on_disconnect`` are a connect and a disconnect handler. One instance
-        serves all connections. Where one method is refused, nothing of the resource is added.
+        ``on_connect`` and ``on_disconnect`` are a connect and a disconnect handler. Where one
+        method is refused, nothing of the resource is added.
         """
         namespaces = caller_namespaces()
         handlers, connect, disconnect = list[Handler](), list[Any](), list[Any]()
@@ -4515,8 +4468,7 @@ class Pachinko:
                 check_disconnect(method)
                 disconnect.append(method)
             else:
-                type = f"{prefix}.{name}"
-                handlers.append(self._read_handler(type, method, namespaces, None, False))
+                handlers.append(self._read_handler(f"{prefix}.{name}", method, namespaces, None, False))
         self._add_checked(*handlers)
         self._routes.connect.extend(connect)
         self._routes.disconnect.extend(disconnect)
@@ -4588,8 +4540,7 @@ class Pachinko:
 async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
     """Run a worker, and again when it fails, after ever longer pauses.
 
-    Each attempt has a task of its own. Code of the application may swallow a cancellation or fail
-    while it cleans up; this task then still knows that it was cancelled, on every Python.
+    Each attempt has a task of its own: if it swallows its cancellation, this one still knows of it.
     """
     backoffs, name = iter(_BACKOFFS), place_of(function)
 
