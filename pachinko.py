@@ -63,8 +63,8 @@ Map: each section, what it is for, and those above it that it uses.
     session — a connection from its first message to its end: decode, call, answer (uses: errors,
         envelope and message, handlers, limits, outbox, outgoing, incoming, connection, outcomes,
         stream)
-    admission — authenticate, connect handlers, accept (uses: errors, handlers, handshake, outcomes,
-        session)
+    admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
+        handlers, handshake, outbox, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
         handlers, handshake, limits, hub, outcomes, session, admission)
 """
@@ -1298,6 +1298,13 @@ class Routes:
         """Make the decoder, once for all handlers that came together, and use it."""
         self.decode = decoder_of(self.frames)
         return self.decode(text)
+
+    def set(self, name: str, function: F, example: str, what: str) -> F:
+        """Check and set the one function for *name*; refuse a second one. Returns *function*."""
+        check_function(function, example, 2)
+        refuse_second(getattr(self, name), function, what)
+        setattr(self, name, function)
+        return function
 
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
         """Return the handler for the class of *exc* or its nearest base class, or None."""
@@ -3389,23 +3396,10 @@ def internal_error() -> MessageError:
     return MessageError("internal_error", "the server failed to handle this message")
 
 
-def is_cancelled(exc: BaseException | None = None) -> bool:
-    """Return whether the current task is being cancelled, and *exc* is what came of it.
-
-    The error that code raises while it cleans up takes the place of its `CancelledError`. Before
-    Python 3.13 a cancellation may be counted that a `TaskGroup` has caught; there the contexts of
-    *exc* have to show one.
-    """
-    if not current_task().cancelling():
-        return False
-    is_plain = exc is None or isinstance(exc, asyncio.CancelledError)
-    return is_plain or _COUNTS_CANCELLATIONS or _came_of_cancellation(exc)
-
-
 def _came_of_cancellation(exc: BaseException | None) -> bool:
     """Return whether *exc* was raised while a `CancelledError` was handled.
 
-    The cancellation behind a `TimeoutError` has done its work. Of a group each error has to come of
+    The cancellation behind a `TimeoutError` has done its work. In a group each error has to come of
     a cancellation: the first to fail in a `TaskGroup` does not, and that cancels the others.
     """
     while exc is not None and not isinstance(exc, TimeoutError):
@@ -3417,25 +3411,23 @@ def _came_of_cancellation(exc: BaseException | None) -> bool:
     return False
 
 
-def pass_on(
-    exc: BaseException, what: str, id: str | None, type: str | None = None, secret: bool = False
-) -> None:
-    """Raise what goes on up after *what*, code of the application, has raised *exc*; or return.
+def pass_on(exc: BaseException, what: str, id: str | None, type: str | None = None) -> None:
+    """Raise what ends the caller after *what*, code of the application, has raised *exc*.
 
-    `KeyboardInterrupt` and `GeneratorExit` go on, and so does a cancellation of the task. An error
-    that clean-up code raises meanwhile is logged, and the cancellation takes its place. All else is
-    a bug or meant for the client, also where it is no `Exception`: the `SystemExit` of argparse,
-    for which asyncio would end the server, a `CancelledError` that nobody asked for, the panic of a
-    library in Rust.
+    That is a `KeyboardInterrupt`, a `GeneratorExit`, or a cancellation of the task. An error of
+    clean-up code is logged, and the cancellation takes its place. Returns for all else, also if it
+    is no `Exception`: argparse's `SystemExit`, a `CancelledError` that nobody asked for.
     """
     try:
-        is_ending = is_cancelled(exc)
+        # Before Python 3.13 a cancellation may be counted that a `TaskGroup` has caught.
+        is_ending = current_task().cancelling() > 0
+        is_ending = is_ending and (_COUNTS_CANCELLATIONS or _came_of_cancellation(exc))
         is_plain = is_ending and isinstance(exc, asyncio.CancelledError)
         if is_plain or isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
             raise exc
         if is_ending:
             if outcome_of(exc) is None and not isinstance(exc, falcon.WebSocketDisconnected):
-                log_failure(what, exc, id, type, secret)
+                log_failure(what, exc, id, type)
             raise asyncio.CancelledError from None
     finally:
         del exc  # It refers to this frame; a cycle would keep the connection until a collection.
@@ -3448,16 +3440,13 @@ def forget_cancellations() -> None:
         task.uncancel()
 
 
-def log_failure(
-    what: str, exc: BaseException, id: str | None, type: str | None = None, secret: bool = False
-) -> None:
+def log_failure(what: str, exc: BaseException, id: str | None, type: str | None = None) -> None:
     """Log a bug in the application with its traceback; *id* is that of the connection.
 
-    The text of a *secret* one, and of its causes, may hold a token or a cookie. Of that the log
-    gets the class and the lines of code only.
+    The text of an error in ``authenticate`` may hold a token. The log gets its class and place.
     """
     extra = {"connection_id": id, "message_type": type}
-    if secret:
+    if type == "authenticate":
         reason = f": {exc}" if isinstance(exc, PachinkoError) else ""
         reason += "\n" + "".join(traceback.format_tb(exc.__traceback__))
         logger.error("%s failed: %s%s", what, exc.__class__.__qualname__, reason, extra=extra)
@@ -3468,25 +3457,15 @@ def log_failure(
 
 
 # ── stream ────────────────────────────────────────────────────────────────────────────────────
-#
-# A generator in progress, whose items go to the client one by one.
-
-_NO_STREAMS: Mapping[Id, Stream] = types.MappingProxyType({})  # that of most connections
 
 
 @attrs.define(eq=False)
 class Stream:
-    """A stream in progress."""
+    """A generator in progress, whose items go to the client one by one."""
 
-    is_stopped: bool = False
-    """Whether nobody wants more of it: the client has said so, or has gone."""
-    task: asyncio.Task[Any] | None = None
-    """The task that runs it, from `begin` to `end`."""
+    is_stopped: bool = False  # nobody wants more of it: the client has said so, or has gone
+    task: asyncio.Task[Any] | None = None  # runs it
     _is_cancellable: bool = False
-
-    def begin(self) -> None:
-        """Note that the current task runs it, which `stop` may cancel from now on."""
-        self.task, self._is_cancellable = current_task(), True
 
     def stop(self) -> None:
         """Close the generator, once; one that has not begun will not begin."""
@@ -3494,45 +3473,42 @@ class Stream:
             self.task.cancel()
         self.is_stopped = True
 
-    async def send_all(
-        self, items: AsyncIterator[Any], send: Callable[[Any], Awaitable[None]]
-    ) -> None:
-        """Give *items* to *send* one by one. The clean-up of the generator is not cancelled."""
-        async with contextlib.aclosing(cast("AsyncGenerator[Any]", items)):
-            try:
-                async for item in items:
-                    if self.is_stopped:  # The generator has caught its cancellation.
-                        raise asyncio.CancelledError
-                    await send(item)
-                    await asyncio.sleep(0)  # A generator that never waits must starve nobody.
-            finally:
-                self._is_cancellable = False
-
-    def end(self) -> None:
-        """Let go of the task, which keeps its error and with that the frames."""
-        self.task = None
+    async def run(
+        self, call: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
+    ) -> Any:
+        """Give *send* the items of the generator that *call* returns; return what it returns."""
+        if self.is_stopped:
+            return None
+        self.task, self._is_cancellable = current_task(), True
+        try:
+            items = await call()
+            if isinstance(items, AsyncIterator):
+                async with contextlib.aclosing(cast("AsyncGenerator[Any]", items)):
+                    try:
+                        async for item in items:
+                            if self.is_stopped:  # The generator has caught its cancellation.
+                                raise asyncio.CancelledError
+                            await send(item)
+                            await asyncio.sleep(0)  # One that never waits must starve nobody.
+                    finally:  # The clean-up of the generator is not cancelled.
+                        self._is_cancellable = False
+            return items
+        finally:
+            self.task = None  # It keeps its error, and with that the frames.
 
 
 # ── session ───────────────────────────────────────────────────────────────────────────────────
 #
-# One connection from its first message on. A message is decoded, its handler is found and called,
-# and what that returns or raises is answered. Whatever goes wrong on the way becomes one outcome
-# for the client, and the connection goes on.
-
-
-def reply_event(writer: Writer, id: Id | None, value: object, more: bool = False) -> Event:
-    """Return the event that answers a message with *value*."""
-    type, unstructure = writer
-    data = _encode(Sent(type, id, unstructure(value), None, more))
-    return {"type": "websocket.send", "text": data.decode()}
+# A message is decoded, its handler is called, and what that returns or raises is answered. Whatever
+# goes wrong on the way becomes one outcome for the client, and the connection goes on.
 
 
 class Session:
     """What one connection does: the handler in progress, its streams, tasks and limits."""
 
     __slots__ = (
-        "_ended", "_hub_state", "_life", "_limits", "_rate", "_routes", "_streams", "conn",
-        "incoming", "is_handling", "outgoing", "tasks",
+        "_ended", "_hub_state", "_life", "_limits", "_rate", "_streams", "conn", "incoming",
+        "is_handling", "outgoing", "routes", "tasks",
     )  # fmt: skip
 
     def __init__(
@@ -3540,20 +3516,19 @@ class Session:
         req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, params: dict[str, Any],
     ) -> None:  # fmt: skip
         self._hub_state = hub.state
-        self._routes, self._limits = routes, limits
+        self.routes: Routes = routes
+        self._limits = limits
         id = self._hub_state.process + secrets.token_hex(_OWN_BYTES)
         receive, send = server_calls(ws)
         self.outgoing: Outgoing = Outgoing(id, ws, send, limits, self._hub_state.counters, self)
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
         self.conn: Connection = Connection(hub, req, ws, params, id, self.outgoing)
-        self.is_handling: bool = False
+        self.is_handling: bool = True  # code of the application runs, at first `authenticate`
         self.tasks: frozenset[asyncio.Task[None]] = frozenset()  # concurrent handlers and streams
-        self._streams: Mapping[Id, Stream] = _NO_STREAMS
+        self._streams: dict[Id, Stream] = {}
         self._rate = Rate(*limits.rate) if limits.rate is not None else None
         self._life: TimeLimit | None = None  # of the code in progress
-        self._ended: float | None = None  # when messages ceased to flow, on the loop's clock
-
-    # The halves tell
+        self._ended: float = 0.0  # when messages ceased to flow, on the loop's clock
 
     def on_close(self) -> None:
         """Read nothing more; end an authentication in progress, whose client is not in yet."""
@@ -3564,13 +3539,14 @@ class Session:
 
     def on_end(self) -> None:
         """Stop the streams; wake the reader, or give the handler in progress `linger` seconds."""
-        self._ended = asyncio.get_running_loop().time()
+        task, self._ended = current_task(), asyncio.get_running_loop().time()
         for stream in tuple(self._streams.values()):
-            if stream.task is not current_task():
+            if stream.task is not task:
                 stream.stop()
-        if self._life is not None:
-            # Without a close code the server may hold frames from before the end.
-            may_go_on = self.is_handling or self.outgoing.close_code is None
+        # Without a close code the server may hold frames from before the end.
+        may_go_on = self.is_handling or self.outgoing.close_code is None
+        # A reader that has seen the end by itself needs no timer.
+        if self._life is not None and (may_go_on or not self._life.is_around(task)):
             self._life.end_at(self._ended + (self._limits.linger if may_go_on else 0))
 
     def on_disconnect(self, code: int) -> None:
@@ -3593,17 +3569,10 @@ class Session:
             stream.stop()
         return stream is not None
 
-    # From the first message to the end
-
     def limit(self, when: float | None = None) -> TimeLimit:
         """Return the time limit for the code that runs next; a close may bring it forward."""
         self._life = TimeLimit(when)
         return self._life
-
-    def begin(self) -> None:
-        """Watch the socket while code of the application runs before the first message."""
-        self.is_handling = True
-        self.incoming.watch()
 
     async def serve(self) -> None:
         """Handle messages until the connection is over, and then everything that follows."""
@@ -3616,15 +3585,13 @@ class Session:
             await self.finish()
 
     async def _handle_messages(self) -> None:
-        """Handle frames, one after the other, until no more will come.
-
-        PERF: a message takes less than 3 µs, and a coroutine or a call of its own adds 3 % to it.
-        So reading is inlined for a connection that has nothing read ahead.
-        """
-        incoming, receive, routes = self.incoming, self.incoming.receive, self._routes
-        is_cancelled, self.is_handling = current_task().cancelling, False
+        """Handle frames until no more will come."""
+        # PERF: reading is inlined. A coroutine or a call of its own would add 3 % to a message.
+        incoming, receive, routes = self.incoming, self.incoming.receive, self.routes
+        is_cancelled, rate, self.is_handling = current_task().cancelling, self._rate, False
         # Up to this length no text can be too deep or too large: brackets close, UTF-8 has 4 bytes.
-        short = min(2 * _MAX_DEPTH, self._limits.max_size // 4)
+        max_size = self._limits.max_size
+        short = min(2 * _MAX_DEPTH, max_size // 4)
         while True:
             event = text = message = None  # A frame may be large, and the next one may be late.
             event = await (receive() if incoming.is_direct else incoming.next())
@@ -3634,7 +3601,9 @@ class Session:
             if not incoming.is_due:
                 incoming.watch()
             text = event.get("text")
-            if text is None or (len(text) > short and self._exceeds(text)):
+            if text is None or (
+                len(text) > short and (size_of(text) > max_size or is_too_deep(text))
+            ):
                 await self._handle_odd(event)
             else:
                 try:
@@ -3645,7 +3614,7 @@ class Session:
                     handler = message.handler
                     if handler is None:
                         await self._refuse(text)
-                    elif self._rate is not None and await self._is_limited(self._rate, message.id):
+                    elif rate is not None and await self._is_limited(rate, message.id):
                         pass
                     elif handler.is_concurrent:
                         await self._start_task(handler, message)
@@ -3655,13 +3624,9 @@ class Session:
             if is_cancelled():
                 forget_cancellations()
 
-    def _exceeds(self, text: str) -> bool:
-        """Return whether *text* is too large or too deep."""
-        return size_of(text) > self._limits.max_size or is_too_deep(text)
-
     async def _handle_odd(self, event: Event) -> None:
         """Handle a frame that is too large, too deep, or binary."""
-        text, binary = event.get("text"), self._routes.binary
+        text, binary = event.get("text"), self.routes.binary
         if size_of_event(event) > self._limits.max_size:
             self.outgoing.close(Close(1009, f"more than {self._limits.max_size} bytes"))
         elif text is not None:
@@ -3678,15 +3643,14 @@ class Session:
             if self._limits.handler_timeout is not None:
                 result = await self._in_time(handler.function, self._call(handler, message))
             elif (
-                message.is_built and not self._routes.middleware
+                message.is_built and not self.routes.middleware
                 and (value is not UNSET or not handler.takes_payload)
             ):  # fmt: skip
                 result = await handler.call(self.conn, value)
             else:
                 result = await self._call(handler, message)
             if result is not None or message.id is not None:
-                writer = handler.writers.get(type(result)) or self._writer_of(handler, result)
-                rest = self.outgoing.start(reply_event(writer, message.id, result))
+                rest = self.outgoing.start(self._reply(handler, message.id, result))
                 if rest is not None:
                     await rest
         except BaseException as exc:  # A bug is answered, not passed on.
@@ -3704,10 +3668,10 @@ class Session:
 
         call_next: Callable[[], Awaitable[Any]] = innermost
         # No middleware sees a renewal, for the token in it is nobody else's business.
-        if self._routes.middleware and handler.type != "authenticate":
+        if self.routes.middleware and handler.type != "authenticate":
             payload = value if handler.defaults is None else {**handler.defaults, **value}
             envelope = Envelope(handler.type, payload, message.id)
-            for middleware in reversed(self._routes.middleware):
+            for middleware in reversed(self.routes.middleware):
                 call_next = functools.partial(middleware, self.conn, envelope, call_next)
         return await call_next()
 
@@ -3736,34 +3700,30 @@ class Session:
         except BaseException as exc:  # A bug is answered, not passed on.
             await self._fail(exc, None, None)
 
-    # Refusing
-
     async def _refuse(self, text: str, exc: Any = None) -> None:
-        """Find out why *text* is no message for a handler, and say so.
-
-        PERF: decoding it anew, step by step, costs only those who send such text.
-        """
-        frame = decode_or_error(text)
+        """Find out why *text* is no message for a handler, and say so."""
+        frame = decode_or_error(text)  # PERF: decoding anew costs only those who send such text.
         is_complete = isinstance(frame, Frame) and frame.type == "complete"
         if is_complete and self._complete(frame.id):
             return  # It makes the load less, and is never refused.
         id = None if is_complete else frame.id  # A stream that has ended has had its final answer.
-        if self._rate is not None and await self._is_limited(self._rate, id):
+        is_refused = self._rate is not None and await self._is_limited(self._rate, id)
+        if is_refused or is_complete:
             return
-        if isinstance(frame, BadFrame):
-            await self._handle_unknown(text, frame, frame.id)
-        elif (handler := self._routes.handlers.get(frame.type)) is not None:
+        handler = self.routes.handlers.get(frame.type) if isinstance(frame, Frame) else None
+        if isinstance(frame, Frame) and handler is not None:
             error = handler.refusal(frame.payload, self._hub_state.codec, exc)
-            await self._fail(error, frame.type, frame.id)
-        elif not is_complete:
+            await self._fail(error, frame.type, id)
+        elif self.routes.fallback is not None:
+            await self._handle_raw(self.routes.fallback, text)
+        elif isinstance(frame, BadFrame):
+            await self._send_error(frame, id)
+        else:
             error = MessageError("unknown_type", f"no handler for {frame.type[:80]!r}")
-            await self._handle_unknown(text, error, frame.id)
+            await self._send_error(error, id)
 
     async def _is_limited(self, rate: Rate, id: Id | None) -> bool:
-        """Apply the rate limit; return whether the message *id* is refused.
-
-        The client has then been told, or closed.
-        """
+        """Apply the rate limit. If it refuses the message *id*, tell the client and return True."""
         retry_after = rate.take(time.monotonic())
         if rate.is_abused:
             self.outgoing.close(Close(1008, "too many messages"))
@@ -3773,15 +3733,6 @@ class Session:
             await self._send_error(error, id)
         return retry_after > 0
 
-    async def _handle_unknown(self, text: str, error: MessageError, id: Id | None) -> None:
-        """Give *text* to the fallback, or answer *error*."""
-        if self._routes.fallback is not None:
-            await self._handle_raw(self._routes.fallback, text)
-        else:
-            await self._send_error(error, id)
-
-    # Tasks beside the others
-
     async def _start_task(self, handler: Handler, message: Received) -> None:
         """Start a concurrent handler or a stream in a task of its own."""
         error, id = None, message.id
@@ -3790,14 +3741,13 @@ class Session:
         elif handler.streams and id in self._streams:
             error, id = MessageError("id_in_use", f"a stream with the id {id!r} goes on"), None
         elif len(self.tasks) >= self._limits.max_concurrent:
-            most = f"at most {self._limits.max_concurrent} at a time"
-            error = MessageError("too_busy", most)
+            error = MessageError("too_busy", f"at most {self._limits.max_concurrent} at a time")
         if error is not None:
             await self._send_error(error, id)
             return
         if handler.streams:
             stream = Stream(is_stopped=self.outgoing.closed)
-            self._streams = {**self._streams, cast(Id, id): stream}
+            self._streams[cast(Id, id)] = stream
             work = self._stream(handler, message, stream)
         else:
             work = self._perform(handler, message)
@@ -3810,57 +3760,47 @@ class Session:
 
     async def _stream(self, handler: Handler, message: Received, stream: Stream) -> None:
         """Run a stream to its end: exhausted, failed, stopped by the client, or disconnected."""
-        stream.begin()
+        id = cast(Id, message.id)
 
         async def send(item: Any) -> None:
-            writer = self._writer_of(handler, item)
-            await self.outgoing.send(reply_event(writer, message.id, item, more=True))
+            await self.outgoing.send(self._reply(handler, id, item, more=True))
 
-        is_answered = False
         try:
             try:
-                items = None if stream.is_stopped else await self._call(handler, message)
-                if isinstance(items, AsyncIterator):
-                    await stream.send_all(items, send)
-                elif not stream.is_stopped:  # A middleware has answered instead.
-                    await self._answer(handler.type, message.id, items)
-                    is_answered = True
+                result = await stream.run(lambda: self._call(handler, message), send)
             finally:  # The id is free before the final answer is on its way.
-                self._streams = {i: s for i, s in self._streams.items() if s is not stream}
-                stream.end()
+                del self._streams[id]
+            if not (stream.is_stopped or isinstance(result, AsyncIterator)):
+                await self._answer(handler.type, id, result)  # That of a middleware.
+                return
         except BaseException as exc:  # A bug is answered, not passed on.
             was_stopped = stream.is_stopped and not self.outgoing.closed
             if was_stopped:
                 forget_cancellations()
             if not (was_stopped and isinstance(exc, asyncio.CancelledError)):
-                await self._fail(exc, handler.type, message.id)
+                await self._fail(exc, handler.type, id)
                 return
-        if not is_answered:
-            with contextlib.suppress(falcon.WebSocketDisconnected):
-                await self.outgoing.send(text_event(_encode(Sent("complete", message.id))))
+        await self._send(_encode(Sent("complete", id)))
 
-    # Answering
-
-    def _writer_of(self, handler: Handler, result: object) -> Writer:
-        """Return how what *handler* returns is written, which is found once for each class."""
-        writer = handler.writers.get(type(result))
-        if writer is None:
-            reply_type = f"{handler.type}.reply"
-            writer = self._hub_state.codec.writer_of(result, reply_type, handler.returns)
-            handler.writers[type(result)] = writer
-        return writer
+    def _reply(self, handler: Handler, id: Id | None, value: object, more: bool = False) -> Event:
+        """Return the event that answers with *value*. The writer for its class is found once."""
+        try:
+            name, unstructure = handler.writers[type(value)]
+        except KeyError:
+            codec, name = self._hub_state.codec, f"{handler.type}.reply"
+            writer = codec.writer_of(value, name, handler.returns)
+            name, unstructure = handler.writers[type(value)] = writer
+        data = _encode(Sent(name, id, unstructure(value), None, more))
+        return {"type": "websocket.send", "text": data.decode()}
 
     async def _answer(self, type: str, id: Id | None, result: object) -> None:
         """Answer with what something else than the handler has returned."""
         if result is not None or id is not None:
-            writer = self._hub_state.codec.writer_of(result, f"{type}.reply")
-            await self.outgoing.send(reply_event(writer, id, result))
+            type, unstructure = self._hub_state.codec.writer_of(result, f"{type}.reply")
+            await self._send(_encode(Sent(type, id, unstructure(result))))
 
     async def _fail(self, exc: BaseException, type: str | None, id: Id | None) -> None:
-        """Answer the message *id* with what *exc* means: an error, a close, or a value.
-
-        *type* is None for the fallback and for binary frames.
-        """
+        """Answer *id* with what *exc* means. *type* is None for the fallback and binary frames."""
         what = f"the handler of {type!r}" if type else "the fallback or the binary handler"
         try:
             pass_on(exc, what, self.conn.id, type)
@@ -3870,23 +3810,22 @@ class Session:
         # Falcon's socket knows first, where the handler has sent with that.
         is_over = self.conn.closed or self.conn.ws.closed
         if is_over and isinstance(exc, falcon.WebSocketDisconnected):
-            return  # The client of this handler has gone, which ends a handler quietly.
+            return  # It ends the handler of a client that has gone quietly.
         try:
             outcome = await self._outcome(exc, what, type)
-            with contextlib.suppress(falcon.WebSocketDisconnected):
-                if isinstance(outcome, Close):
-                    self.outgoing.close(outcome)
-                elif isinstance(outcome, MessageError):
-                    await self._send_error(outcome, id)
-                elif type is not None:
-                    await self._answer(type, id, outcome)
+            if isinstance(outcome, Close):
+                self.outgoing.close(outcome)
+            elif isinstance(outcome, MessageError):
+                await self._send_error(outcome, id)
+            elif type is not None:
+                await self._answer(type, id, outcome)
         except Exception as second:  # The outcome cannot be encoded.
             log_failure("the answer to an error", second, self.conn.id, type)
             await self._send_error(internal_error(), id)
 
     async def _outcome(self, exc: BaseException, what: str, type: str | None) -> Any:
         """Return what an error handler of the application makes of *exc*, or the library does."""
-        if (handler := self._routes.error_handler(exc)) is not None:
+        if (handler := self.routes.error_handler(exc)) is not None:
             try:
                 return await handler(self.conn, exc)
             except BaseException as second:  # The error handler has a bug.
@@ -3899,59 +3838,58 @@ class Session:
 
     async def _send_error(self, error: MessageError, id: Id | None) -> None:
         payload = {"code": error.code, "message": error.message, **error.details}
-        data = _encode(Sent("error", id, payload=payload))
+        data = _encode(Sent("error", id, payload))
         self._hub_state.counters.error(error.code)
-        with contextlib.suppress(falcon.WebSocketDisconnected):
-            await self.outgoing.send(text_event(data))
+        await self._send(data)
 
-    # The end
+    async def _send(self, data: bytes) -> None:
+        """Send a frame, unless the client has gone."""
+        with contextlib.suppress(falcon.WebSocketDisconnected):
+            if (rest := self.outgoing.start(text_event(data))) is not None:
+                await rest
 
     async def finish(self) -> None:
         """End the tasks, run the disconnect handlers, forget the connection."""
         if self.outgoing.close_code is None:  # The server has cancelled the task, for example.
             self.outgoing.lost(1006)
-        is_ending = is_cancelled()
+        is_ending = bool(current_task().cancelling())
         steps: list[Callable[[], Awaitable[None]]] = [self._end_tasks] if self.tasks else []
-        steps += [functools.partial(handler, self.conn) for handler in self._routes.disconnect]
+        steps += [functools.partial(handler, self.conn) for handler in self.routes.disconnect]
+        extra = {"connection_id": self.conn.id}
         for step in steps:
-            is_ending |= await self._finish_step(step)
+            try:
+                await step()
+            except falcon.WebSocketDisconnected:
+                text = "%s was left when it sent to the client, which has gone"
+                logger.debug(text, place_of(step), extra=extra)
+            except BaseException as exc:  # A bug ends its own handler only.
+                try:
+                    pass_on(exc, place_of(step), self.conn.id)
+                except asyncio.CancelledError:
+                    is_ending = True
+                else:
+                    log_failure(place_of(step), exc, self.conn.id)
             if not is_ending:
                 forget_cancellations()
         self.forget()
-        extra = {"connection_id": self.conn.id}
         logger.debug("disconnected: %s", self.outgoing.close_code, extra=extra)
         await self.outgoing.settle()
         if is_ending:
             raise asyncio.CancelledError
 
-    async def _finish_step(self, step: Callable[[], Awaitable[None]]) -> bool:
-        """Await *step*, whatever it raises. Return whether the task was cancelled meanwhile."""
-        try:
-            await step()
-        except falcon.WebSocketDisconnected:
-            text = "%s was left when it sent to the client, which has gone"
-            logger.debug(text, place_of(step), extra={"connection_id": self.conn.id})
-        except BaseException as exc:  # A bug ends its own handler only.
-            try:
-                pass_on(exc, place_of(step), self.conn.id)
-            except asyncio.CancelledError:
-                return True
-            log_failure(place_of(step), exc, self.conn.id)
-        return False
-
     async def _end_tasks(self) -> None:
         """Give concurrent handlers the rest of `linger`. Streams have been cancelled already."""
-        tasks, ended = self.tasks, cast(float, self._ended)
-        left = ended + self._limits.linger - asyncio.get_running_loop().time()
+        tasks, end = self.tasks, self._ended + self._limits.linger
+        left = end - asyncio.get_running_loop().time()
         try:
-            await asyncio.wait(tasks, timeout=0 if is_cancelled() else max(0, left))
+            await asyncio.wait(tasks, timeout=0 if current_task().cancelling() else max(0, left))
         finally:
             streams = {stream.task for stream in self._streams.values()}
             for task in tasks:
                 # A stream may be cleaning up. Other handlers may have swallowed a time-out.
                 if task not in streams or not task.cancelling():
                     task.cancel()
-        patience = _GOODBYE if is_cancelled() else max(_GOODBYE, self._limits.linger)
+        patience = _GOODBYE if current_task().cancelling() else max(_GOODBYE, self._limits.linger)
         _, stuck = await asyncio.wait(tasks, timeout=patience)
         for task in stuck:
             extra = {"connection_id": self.conn.id}
@@ -3970,8 +3908,6 @@ class Session:
 
 
 # ── admission ─────────────────────────────────────────────────────────────────────────────────
-#
-# How a client gets in: it is authenticated, the connect handlers run, the handshake is answered.
 
 
 async def user_of(
@@ -3979,8 +3915,8 @@ async def user_of(
 ) -> str | None:
     """Return whom *token* belongs to, as the application's *function* says.
 
-    Lets `falcon.HTTPError`, `Close` and `MessageError` pass. Any other exception is logged and
-    becomes a `MessageError` (``internal_error``).
+    Raises `falcon.HTTPError`, `Close` or `MessageError` as *function* does, and
+    ``internal_error`` for any other exception, which is logged.
     """
     try:
         user = await function(conn, token)
@@ -3992,107 +3928,89 @@ async def user_of(
         exc.__cause__ = exc.__context__ = None
         raise
     except BaseException as exc:  # A bug is answered, whatever it is.
-        pass_on(exc, place_of(function), conn.id, "authenticate", secret=True)
-        log_failure(place_of(function), exc, conn.id, "authenticate", secret=True)
+        pass_on(exc, place_of(function), conn.id, "authenticate")
+        log_failure(place_of(function), exc, conn.id, "authenticate")
         raise internal_error() from None
 
 
-@attrs.define(eq=False)
-class Admission:
-    """Lets one client in, or refuses it."""
-
-    _session: Session
-    _routes: Routes
-    _limits: Limits
-    _subprotocols: Sequence[str]
-
-    async def run(self) -> bool:
-        """Return whether the client is in."""
-        session, conn, outgoing = self._session, self._session.conn, self._session.outgoing
-        offered: Iterable[str] = conn.ws.subprotocols
-        is_in = False
-        try:
-            if self._routes.authenticate is not None:
-                token, offered = credentials(conn.req, offered)
-                await self._authenticate(self._routes.authenticate, token, offered)
-            if not conn.closed:
-                conn.hub.state.registry.add(conn)
-                await self._run_connect_handlers()
-                is_in = True
-        except Close as close:
-            session.forget()
-            outgoing.close(close, drops=True)
-        try:
-            await conn.hub.state.reachable(conn)
-            await self._accept(offered)
-        except BaseException as exc:  # A client that was let in is seen out.
-            outgoing.lost()
-            if is_in:
-                await session.finish()
-            if not isinstance(exc, falcon.WebSocketDisconnected):
-                raise
-            return False
-        outgoing.open()
-        if is_in:
-            logger.debug("connected: %r", conn.req.path, extra={"connection_id": conn.id})
-        else:
-            await outgoing.settle()
-        return is_in
-
-    async def _accept(self, offered: Iterable[str]) -> None:
-        """Answer the handshake, unless a middleware has, or the wait for a token."""
-        ws = self._session.conn.ws
-        if ws.unaccepted:
-            known = [name for name in self._subprotocols if name in offered]
-            if self._routes.authenticate is not None and "bearer" in offered:
-                known.append("bearer")  # Browsers give up where none of their own is chosen.
-            await ws.accept(known[0] if known else None)
-
-    async def _run_connect_handlers(self) -> None:
-        for handler in self._routes.connect:
-            try:
-                await handler(self._session.conn)
-            except BaseException as exc:  # Falcon's error handlers take an Exception only.
-                pass_on(exc, "a connect handler", self._session.conn.id)
-                if isinstance(exc, Exception):
-                    raise
-                raise RuntimeError(f"a connect handler has raised {exc!r}") from exc
-            forget_cancellations()
-
-    async def _authenticate(self, function: Any, token: str | None, offered: Iterable[str]) -> None:
-        """Set the user, or raise `Close`; the connection may also be closed in the meantime."""
-        conn, seconds = self._session.conn, self._limits.auth_timeout
-        deadline = asyncio.get_running_loop().time() + seconds
-        try:
-            with self._session.limit(deadline):
-                user = await user_of(function, conn, token)
-            if user is None and token is None and not conn.closed:
-                await self._accept(offered)  # Outside of the time limit: it cannot be done by half.
-                with self._session.limit(deadline):
-                    user = await self._ask_client(function)
-        except TimeoutError:
-            raise Close(UNAUTHENTICATED, f"not authenticated within {seconds:g} s") from None
-        except MessageError as exc:
-            if exc.code != "internal_error":  # That one has been logged.
-                text = "%s raised a MessageError, when no message can be answered yet; raise Close"
-                logger.error(text, place_of(function), extra={"connection_id": conn.id})
-            raise falcon.HTTPInternalServerError from None
-        forget_cancellations()
-        if user is None:
-            raise Close(UNAUTHENTICATED, "authentication failed")
+async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
+    """Authenticate, run connect handlers, answer the handshake; return whether the client is in."""
+    conn, outgoing, routes = session.conn, session.outgoing, session.routes
+    offered: Iterable[str] = conn.ws.subprotocols
+    is_in, token = False, None
+    if routes.authenticate is not None:
+        token, offered = credentials(conn.req, offered)
+        subprotocols = [*subprotocols, "bearer"]  # Browsers give up where none is chosen.
+    chosen = next((name for name in subprotocols if name in offered), None)
+    try:
+        if routes.authenticate is not None:
+            await _authenticate(session, routes.authenticate, token, chosen)
         if not conn.closed:
-            conn.user = user
+            conn.hub.state.registry.add(conn)
+            for handler in routes.connect:
+                await handler(conn)
+                forget_cancellations()
+            is_in = True
+    except BaseException as exc:
+        pass_on(exc, "a connect handler", conn.id)
+        if not isinstance(exc, Exception):  # Falcon's error handlers take no other.
+            raise RuntimeError(f"a connect handler has raised {exc!r}") from exc
+        if not isinstance(exc, Close):
+            raise
+        session.forget()
+        outgoing.close(exc, drops=True)
+    try:
+        if conn.user is not None:
+            await conn.hub.state.reachable(conn)
+        if conn.ws.unaccepted:  # A middleware may have accepted it, or `_authenticate`.
+            await conn.ws.accept(chosen)
+    except BaseException as exc:  # A client that was let in is seen out.
+        outgoing.lost()
+        if is_in:
+            await session.finish()
+        if not isinstance(exc, falcon.WebSocketDisconnected):
+            raise
+        return False
+    outgoing.open()
+    if is_in:
+        logger.debug("connected: %r", conn.req.path, extra={"connection_id": conn.id})
+    else:
+        await outgoing.settle()
+    return is_in
 
-    async def _ask_client(self, function: Any) -> str | None:
-        """Return who the client is by its first message."""
-        frame = await self._session.incoming.first_token()
-        self._session.begin()  # The client may leave until the connect handlers have ended.
-        token = token_of(frame.payload)
-        user = None if token is None else await user_of(function, self._session.conn, token)
-        if user is not None and frame.id is not None:
-            event = reply_event(("authenticate.reply", lambda _: UNSET), frame.id, None)
-            await self._session.outgoing.send(event)
-        return user
+
+async def _authenticate(
+    session: Session, function: Callable[..., Any], token: str | None, chosen: str | None
+) -> None:
+    """Set the user, or raise `Close`; the connection may also be closed in the meantime."""
+    conn, seconds = session.conn, session.outgoing.limits.auth_timeout
+    deadline = asyncio.get_running_loop().time() + seconds
+    try:
+        with session.limit(deadline):
+            user = await user_of(function, conn, token)
+        if user is None and token is None and not conn.closed:
+            if conn.ws.unaccepted:  # Outside of the time limit: it cannot be done by half.
+                await conn.ws.accept(chosen)
+            with session.limit(deadline):
+                frame = await session.incoming.first_token()
+                session.incoming.watch()  # The client may leave while the application's code runs.
+                token = token_of(frame.payload)
+                user = None if token is None else await user_of(function, conn, token)
+                if user is not None and frame.id is not None:
+                    reply = Sent("authenticate.reply", frame.id)
+                    await session.outgoing.send(text_event(_encode(reply)))
+    except TimeoutError:
+        raise Close(UNAUTHENTICATED, f"not authenticated within {seconds:g} s") from None
+    except MessageError as exc:
+        if exc.code != "internal_error":  # That one has been logged.
+            text = "%s raised a MessageError, when no message can be answered yet; raise Close"
+            logger.error(text, place_of(function), extra={"connection_id": conn.id})
+        raise falcon.HTTPInternalServerError from None
+    forget_cancellations()
+    if user is None:
+        raise Close(UNAUTHENTICATED, "authentication failed")
+    if not conn.closed:
+        conn.user = user
 
 
 # ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
@@ -4116,46 +4034,33 @@ class Pachinko:
     *overflow*: ``"close"`` or ``"drop_oldest"`` beyond that. *send_timeout*: seconds that a send
     waits for one. *linger*: seconds that a handler may go on after its client has gone.
     *max_concurrent*: streams and concurrent handlers of one connection. *max_groups*: that one may
-    be in. *handler_timeout*: seconds that the handler of a message may take, or None; a stream may
-    go on for longer. *auth_timeout*: seconds within which the client has to be authenticated, where
-    it has to be (see `authenticate`). *trust_forwarded*: whether a proxy of yours sets the headers
-    that ``req.forwarded_host`` and ``req.forwarded_scheme`` read, which *origins* then goes by.
-
-    Raises `PachinkoError` for a mistake in any of them.
+    be in. *handler_timeout*: seconds for the handler of a message, but not for a stream, or None.
+    *auth_timeout*: seconds within which `authenticate` has to know the client. *trust_forwarded*:
+    whether a proxy of yours sets the headers that ``req.forwarded_host`` and
+    ``req.forwarded_scheme`` read; *origins* then goes by these. Raises `PachinkoError`.
     """
 
     def __init__(
-        self,
-        app: falcon.asgi.App[Any, Any] | None = None,
-        path: str | None = None,
-        *,
-        hub: Hub = hub,
-        origins: Iterable[str] | Literal["*"] | None = None,
+        self, app: falcon.asgi.App[Any, Any] | None = None, path: str | None = None, *,
+        hub: Hub = hub, origins: Iterable[str] | Literal["*"] | None = None,
         subprotocols: Sequence[str] = (),
-        max_size: int = 1_048_576,
-        rate: tuple[int, float] | None = None,
-        outbox: int = 256,
-        outbox_bytes: int = 1_048_576,
+        max_size: int = 1_048_576, rate: tuple[int, float] | None = None,
+        outbox: int = 256, outbox_bytes: int = 1_048_576,
         overflow: Literal["close", "drop_oldest"] = "close",
-        send_timeout: float = 20.0,
-        linger: float = 10.0,
-        max_concurrent: int = 16,
-        max_groups: int = 1000,
-        handler_timeout: float | None = None,
-        auth_timeout: float = 10.0,
+        send_timeout: float = 20.0, linger: float = 10.0,
+        max_concurrent: int = 16, max_groups: int = 1000,
+        handler_timeout: float | None = None, auth_timeout: float = 10.0,
         trust_forwarded: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._limits = Limits(
-            max_size=max_size, rate=rate, outbox=outbox, outbox_bytes=outbox_bytes,
-            overflow=overflow, send_timeout=send_timeout, linger=linger,
-            max_concurrent=max_concurrent, max_groups=max_groups,
-            handler_timeout=handler_timeout, auth_timeout=auth_timeout,
+            max_size=max_size, rate=rate, outbox=outbox, overflow=overflow, linger=linger,
+            outbox_bytes=outbox_bytes, send_timeout=send_timeout, max_concurrent=max_concurrent,
+            max_groups=max_groups, handler_timeout=handler_timeout, auth_timeout=auth_timeout,
         )  # fmt: skip
         if not isinstance(hub, Hub):
             raise PachinkoError(f"write hub=Hub() for a hub of its own, got {hub!r}")
         self._hub = hub
-        self._app: falcon.asgi.App[Any, Any] | None = None
-        self._path: str | None = None
+        self._app, self._path = app, path
         self._origins = read_origins(origins, trust_forwarded)
         self._subprotocols = texts(subprotocols, "subprotocols")
         self._routes = Routes()
@@ -4173,14 +4078,12 @@ class Pachinko:
             raise PachinkoError(f"{path} has a Pachinko already; use that one, or another path")
         app.add_route(path, self)
         app.add_middleware(self)
-        self._app, self._path = app, path
         _attached[id(app), path] = self
 
     def connect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn, …)`` before the handshake is answered, with path parameters.
 
-        `falcon.HTTPError` in it refuses the handshake, `Close` accepts and closes. Several run in
-        the order of registration.
+        `falcon.HTTPError` refuses the handshake, `Close` accepts and closes. Several run in order.
         """
         self._routes.connect.append(read_connect(function, self._path))
         return function
@@ -4188,22 +4091,18 @@ class Pachinko:
     def authenticate(self, function: F = _NO_FUNCTION) -> F:
         """Ask ``async def f(conn, token)`` who a client is: the user, or None to refuse it.
 
-        It is asked before the handshake is answered and before connect handlers, with the token
-        from ``Authorization: Bearer``, or from the subprotocols ``bearer`` and the token behind it;
-        or with None, and may then look at ``conn.req``, at a cookie say. If it answers None to
-        None, the handshake is accepted, the client has to send
-        ``{"type":"authenticate","payload":{"token":…}}`` within *auth_timeout* seconds, and *f* is
-        asked again. Until then nothing else is handled; at most 8 messages are held.
+        It is asked before connect handlers, with the token from ``Authorization: Bearer``, or from
+        the subprotocols ``bearer`` and the token behind it; or with None, and may then look at
+        ``conn.req``, at a cookie say. If it answers None to None, the handshake is accepted, the
+        client has to send ``{"type":"authenticate","payload":{"token":…}}`` within *auth_timeout*
+        seconds, and *f* is asked again. Until then at most 8 messages are held, and none handled.
 
-        Whoever is refused is closed with 3401, and no connect or disconnect handler runs. Otherwise
-        ``conn.user`` is set. *f* may set ``conn.expires_at``; it is asked again when the client
-        sends ``authenticate`` later on, and has to name the same user. No middleware sees that
-        message, and its token is kept out of the log.
+        Whoever is refused is closed with 3401; no connect or disconnect handler runs. Otherwise
+        ``conn.user`` is set. *f* may set ``conn.expires_at``. A later ``authenticate`` of the
+        client asks *f* again, for the same user; no middleware sees it, and its token no log.
         """
         example = "@ws.authenticate\nasync def who(conn, token): ..."
-        check_function(function, example, 2)
-        refuse_second(self._routes.authenticate, function, "authenticate")
-        self._routes.authenticate = function
+        self._routes.set("authenticate", function, example, "authenticate")
 
         async def again(conn: Connection, payload: Any) -> None:
             if (token := token_of(payload)) is None:
@@ -4221,24 +4120,21 @@ class Pachinko:
                 raise Close(UNAUTHENTICATED, "authentication failed")
 
         parameter = inspect.Parameter("payload", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        self._add_checked(
-            Handler("authenticate", function, again, Any, parameter, None, None, False, False)
-        )
+        renewal = Handler("authenticate", function, again, Any, parameter, None, None, False, False)
+        self._add_checked(renewal)
         return function
 
     def on(self, type: str | type[Any], *, concurrent: bool = False) -> Callable[[F], F]:
         """Handle messages of *type*, a text or a class with ``@message``.
 
         ``(conn)``, ``(conn, payload)`` or ``(conn, *, field, …)``, each structured to its
-        annotation. What it returns is the reply; an async generator is a stream.
-        *concurrent* lets it run beside other handlers of the connection.
+        annotation. What it returns is the reply; an async generator is a stream. *concurrent* lets
+        it run beside other handlers of the connection.
         """
-        name = type if isinstance(type, str) else message_type(type)
+        name, cls = (type, None) if isinstance(type, str) else (message_type(type), type)
         if name is None:
-            raise PachinkoError(
-                f'@ws.on takes a type or a class with @message: write @ws.on("say"); got {type!r}'
-            )
-        cls = None if isinstance(type, str) else type
+            expected = '@ws.on takes a type or a class with @message: write @ws.on("say")'
+            raise PachinkoError(f"{expected}; got {type!r}")
         namespaces = caller_namespaces()
 
         def register(function: F) -> F:
@@ -4254,8 +4150,7 @@ class Pachinko:
         check_type(type)
         if (first := self._routes.handlers.get(type)) is not None:
             refuse_second(first.function, function, repr(type))
-        params = path_parameters(self._path or "")
-        codec = self._hub.state.codec
+        params, codec = path_parameters(self._path or ""), self._hub.state.codec
         return read_handler(type, function, codec, namespaces, cls, params, concurrent)
 
     def _add_checked(self, *handlers: Handler) -> None:
@@ -4263,33 +4158,26 @@ class Pachinko:
         self._routes.add(handlers, self._hub.state.codec if self._loop is not None else None)
 
     def disconnect(self, function: F = _NO_FUNCTION) -> F:
-        """Run ``async def f(conn)`` once when a connection is over, whatever ended it.
-
-        ``conn.close_code`` is set, its groups are still joined.
-        """
+        """Run ``async def f(conn)`` once at the end, with ``conn.close_code`` and its groups."""
         check_function(function, DISCONNECT, 1)
         self._routes.disconnect.append(function)
         return function
 
     def fallback(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, frame: str)`` the text that no handler takes."""
-        check_function(function, "@ws.fallback\nasync def other(conn, frame: str): ...", 2)
-        refuse_second(self._routes.fallback, function, "the fallback")
-        self._routes.fallback = function
-        return function
+        example = "@ws.fallback\nasync def other(conn, frame: str): ..."
+        return self._routes.set("fallback", function, example, "the fallback")
 
     def binary(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, data: bytes)`` the binary frames."""
-        check_function(function, "@ws.binary\nasync def upload(conn, data: bytes): ...", 2)
-        refuse_second(self._routes.binary, function, "binary")
-        self._routes.binary = function
-        return function
+        example = "@ws.binary\nasync def upload(conn, data: bytes): ..."
+        return self._routes.set("binary", function, example, "binary")
 
     def middleware(self, function: F = _NO_FUNCTION) -> F:
         """Put ``async def f(conn, envelope, call_next)`` around message handlers.
 
-        ``await call_next()`` gives what the handler returned; what *f* returns is the answer.
-        The first registered is the outermost.
+        ``await call_next()`` gives what the handler returned; what *f* returns is the answer. The
+        first registered is the outermost.
         """
         example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
         check_function(function, f"@ws.middleware\n{example}", 3)
@@ -4327,8 +4215,8 @@ class Pachinko:
     def add_resource(self, prefix: str, resource: object) -> None:
         """Route by class: ``on_send`` handles ``"<prefix>.send"``.
 
-        ``on_connect`` and ``on_disconnect`` are a connect and a disconnect handler. One instance
-        serves all connections. Where one method is refused, nothing of the resource is added.
+        ``on_connect`` and ``on_disconnect`` are a connect and a disconnect handler. Where one
+        method is refused, nothing of the resource is added.
         """
         namespaces = caller_namespaces()
         handlers, connect, disconnect = list[Handler](), list[Any](), list[Any]()
@@ -4342,8 +4230,8 @@ class Pachinko:
                 type = f"{prefix}.{name}"
                 handlers.append(self._read_handler(type, method, namespaces, None, False))
         self._add_checked(*handlers)
-        self._routes.connect += connect
-        self._routes.disconnect += disconnect
+        self._routes.connect.extend(connect)
+        self._routes.disconnect.extend(disconnect)
 
     async def on_websocket(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, /, **params: Any
@@ -4363,7 +4251,7 @@ class Pachinko:
         session = Session(self._hub, self._routes, self._limits, req, ws, params)
         state.enter(session)
         try:
-            if await Admission(session, self._routes, self._limits, self._subprotocols).run():
+            if await admit(session, self._subprotocols):
                 await session.serve()
         finally:
             session.release()
@@ -4412,8 +4300,7 @@ class Pachinko:
 async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
     """Run a worker, and again when it fails, after ever longer pauses.
 
-    Each attempt has a task of its own. Code of the application may swallow a cancellation or fail
-    while it cleans up; this task then still knows that it was cancelled, on every Python.
+    Each attempt has a task of its own: if it swallows its cancellation, this one still knows of it.
     """
     backoffs, name = iter(_BACKOFFS), place_of(function)
 

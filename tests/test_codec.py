@@ -71,9 +71,9 @@ def errors(payload: Any, annotation: Any, codec: Codec = STRICT) -> list[tuple[s
 
 def written(value: Any, annotation: Any = None, codec: Codec = STRICT) -> Any:
     """The payload on the wire."""
-    writer = codec.writer_of(value, "t", pachinko.hashable(annotation))
-    event = pachinko.reply_event(writer, None, value)
-    return json.loads(event["text"]).get("payload")
+    type, unstructure = codec.writer_of(value, "t", pachinko.hashable(annotation))
+    frame = pachinko._encode(pachinko.Sent(type, payload=unstructure(value)))
+    return json.loads(frame).get("payload")
 
 
 class Color(enum.Enum):
