@@ -1695,21 +1695,22 @@ def token_of(payload: Any) -> str | None:
 # What bounds one connection: the time that code may take, the messages that a client may send, and
 # the options of an endpoint. Nothing here knows a connection.
 
-_MAX_CODES = 100  # error codes counted apart: an application may make them up as it goes
+_MAX_COUNTS = 100  # names in the counts of a hub: an application may make error codes up as it goes
 _CANCEL_AGAIN = 5.0  # seconds that cancelled code may clean up before it is cancelled once more
 # Before Python 3.13 a `TaskGroup` leaves a cancellation counted that it has caught.
 _COUNTS_CANCELLATIONS: bool = sys.version_info >= (3, 13)
+
+current_task: Callable[[], asyncio.Task[Any]] = cast(Any, asyncio.current_task)  # there is one here
 
 
 class TimeLimit:
     """Cancel the task inside the ``with`` block when the time has come; raise `TimeoutError`.
 
-    `asyncio.timeout` does this for code that ends when it is cancelled. An application's code may
-    swallow a cancellation, and so does a `TaskGroup` of Python 3.11 that is just ending. So this
-    cancels again every 5 seconds, until the block ends.
+    `asyncio.timeout` cancels once. An application's code may swallow that, and so may a `TaskGroup`
+    of Python 3.11 that is just ending. This cancels again every 5 seconds, until the block ends.
 
-    A cancellation from elsewhere leaves the block as `CancelledError` and is never taken for the
-    time-out. Before Python 3.13 that holds only for one that comes after the time-out.
+    A cancellation from elsewhere leaves the block as `CancelledError`. Before Python 3.13 that
+    holds only for one that comes after the time-out.
     """
 
     __slots__ = ("_others", "_own", "_task", "_timer", "_when", "expired")
@@ -1733,8 +1734,7 @@ class TimeLimit:
         if self._timer is not None:
             self._timer.cancel()
         # Code inside the block may have taken back some of this limit's cancellations by itself.
-        still_counted = min(self._own, task.cancelling() - self._others)
-        for _ in range(still_counted):
+        for _ in range(min(self._own, task.cancelling() - self._others)):
             task.uncancel()
         is_only_ours = task.cancelling() <= self._others
         if self.expired and kind is asyncio.CancelledError and is_only_ours:
@@ -1764,10 +1764,6 @@ class TimeLimit:
         self._own += 1
         task.cancel()
         self._timer = asyncio.get_running_loop().call_later(_CANCEL_AGAIN, self._expire)
-
-
-current_task: Callable[[], asyncio.Task[Any]] = cast(Any, asyncio.current_task)
-"""Returns the task that runs this code, which is always one here."""
 
 
 class Rate:
@@ -1816,9 +1812,13 @@ def is_seconds(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < math.inf
 
 
+def _is_period(value: Any) -> bool:
+    return is_seconds(value) and value > 0
+
+
 def _is_rate(value: Any) -> bool:
     is_pair = isinstance(value, (tuple, list)) and len(value) == 2
-    return value is None or (is_pair and _is_count(value[0]) and is_seconds(value[1]) and value[1])
+    return value is None or (is_pair and _is_count(value[0]) and _is_period(value[1]))
 
 
 @attrs.frozen(kw_only=True)
@@ -1835,50 +1835,18 @@ class Limits:
     max_concurrent: int = _option(_is_count, "a number of tasks, at least 1")
     max_groups: int = _option(_is_count, "a number of groups, at least 1")
     handler_timeout: float | None = _option(
-        lambda value: value is None or (is_seconds(value) and value > 0),
-        "a number of seconds above 0, or None",
+        lambda value: value is None or _is_period(value), "a number of seconds above 0, or None"
     )
-    auth_timeout: float = _option(
-        lambda value: is_seconds(value) and value > 0, "a number of seconds above 0"
-    )
+    auth_timeout: float = _option(_is_period, "a number of seconds above 0")
 
 
-@attrs.define
-class Counters:
-    """What has happened on a hub since its start."""
-
-    received: int = 0
-    """Frames of connections that have ended; an open connection counts its own."""
-    sent: int = 0
-    """Frames of connections that have ended."""
-    dropped: int = 0
-    """Messages that clients were too slow for."""
-    evicted: int = 0
-    """Clients closed because they were too slow."""
-    outbox_high_water: int = 0
-    """The most messages that have waited in one outbox."""
-    errors: dict[str, int] = attrs.Factory(dict)
-    """Errors answered, by code; those beyond `_MAX_CODES` codes count as ``other``."""
-
-    def add(self, *, dropped: int = 0, evicted: int = 0) -> None:
-        """Add messages dropped and clients evicted."""
-        self.dropped += dropped
-        self.evicted += evicted
-
-    def frames(self, received: int, sent: int) -> None:
-        """Add the frames of a connection that has ended."""
-        self.received += received
-        self.sent += sent
-
-    def peak(self, waiting: int) -> None:
-        """Note that *waiting* messages wait in an outbox."""
-        self.outbox_high_water = max(self.outbox_high_water, waiting)
-
-    def error(self, code: str) -> None:
-        """Count an error answered with *code*."""
-        if code not in self.errors and len(self.errors) >= _MAX_CODES:
-            code = "other"
-        self.errors[code] = self.errors.get(code, 0) + 1
+def count_error(counts: collections.Counter[str], code: str) -> None:
+    """Count an error answered with *code*; as ``other`` if *counts* has many names already."""
+    name = f"errors.{code}"
+    if name not in counts and len(counts) >= _MAX_COUNTS:
+        name = "errors.other"
+    counts["errors"] += 1
+    counts[name] += 1
 
 
 # ── outbox ────────────────────────────────────────────────────────────────────────────────────
@@ -1897,13 +1865,10 @@ class Waiting:
     """An event that waits for its turn to be written."""
 
     event: Event
-    written: asyncio.Future[bool] | None = None
-    """Whether it has been written, for the sender that waits for it."""
-    size: int = 0
-    """The bytes of a message that a hub sent, which may be dropped; 0 for all else."""
+    written: asyncio.Future[bool] | None = None  # whether it was, for a sender that waits for it
+    size: int = 0  # the bytes of a message that a hub sent, which may be dropped; 0 for all else
     group: str | None = None
-    close: Close | None = None
-    """For the close frame, which Falcon's socket writes."""
+    close: Close | None = None  # for the close frame, which Falcon's socket writes
 
     def end(self, is_written: bool) -> None:
         """Tell the sender that waits for it, unless it knows or was cancelled."""
@@ -1916,12 +1881,9 @@ class Outbox:
     """The events that wait for a write in progress, in order; those of hubs are counted."""
 
     queue: collections.deque[Waiting] = attrs.Factory(collections.deque)
-    pushed: int = 0
-    """How many of them a hub sent."""
-    size: int = 0
-    """The bytes of these."""
-    gaps: dict[str | None, None] = attrs.Factory(dict)
-    """The groups of messages that were dropped, in order."""
+    pushed: int = 0  # how many of them a hub sent
+    size: int = 0  # the bytes of these
+    gaps: dict[str | None, None] = attrs.Factory(dict)  # groups of dropped messages, in order
 
     def put(self, waiting: Waiting) -> None:
         """Add *waiting* at the end."""
@@ -1936,20 +1898,18 @@ class Outbox:
 
     def drop_oldest(self) -> None:
         """Drop the oldest of a hub's messages and remember the gap in its group."""
-        index = next(i for i, waiting in enumerate(self.queue) if waiting.size)
-        self.gaps[self.queue[index].group] = None
+        waiting = next(waiting for waiting in self.queue if waiting.size)
+        self.queue.remove(waiting)
         self.pushed -= 1
-        self.size -= self.queue[index].size
-        del self.queue[index]
+        self.size -= waiting.size
+        self.gaps[waiting.group] = None
 
     def take(self) -> Waiting | None:
         """Remove and return the event to write next, or return None when there is none.
 
         The gaps follow the last message, one for each group, and precede the close frame.
         """
-        while self.queue:
-            if self.gaps and self.queue[0].close is not None:
-                break
+        while self.queue and not (self.gaps and self.queue[0].close is not None):
             waiting = self.queue.popleft()
             if waiting.size:
                 self.pushed -= 1
@@ -1985,14 +1945,10 @@ _GOODBYE = 1.0  # seconds to wait where nobody should: for an evicted client's c
 class Phase(enum.StrEnum):
     """What can be written to a connection."""
 
-    CONNECTING = "connecting"
-    """The handshake is not answered: what is sent waits for the answer."""
-    OPEN = "open"
-    """Messages flow."""
-    CLOSING = "closing"
-    """The server closes: what was sent before still goes out, and then the close frame."""
-    GONE = "gone"
-    """The client has gone or was given up: nothing can be written any more."""
+    CONNECTING = "connecting"  # What is sent waits for the answer to the handshake.
+    OPEN = "open"  # Messages flow.
+    CLOSING = "closing"  # What was sent before still goes out, and then the close frame.
+    GONE = "gone"  # Nothing: the client has gone or was given up.
 
 
 _OPEN = Phase.OPEN  # PERF: each message asks for it, and a member of an enum costs three globals.
@@ -2043,9 +1999,9 @@ def server_calls(ws: Any) -> tuple[Callable[[], Awaitable[Event]], Callable[[Eve
     """Return the server's own `receive` and `send` for Falcon's socket *ws*.
 
     Falcon's coroutines around them cost 12 % of a message and 5 % of a delivery. Its receive queue
-    doubles the cost of a message, and what it holds is lost when the client leaves; so it is turned
-    off, for this socket only. One that a middleware has accepted is read through its queue, which
-    runs already.
+    doubles the cost of a message and loses what it holds when the client leaves, so it is turned
+    off, for this socket only. If a middleware has accepted the socket the queue runs already, and
+    is read.
     """
     queue = ws._buffered_receiver
     if queue._pump_task is None:
@@ -2084,18 +2040,17 @@ class Outgoing:
     _ws: falcon.asgi.WebSocket
     asgi_send: Callable[[Event], Any]
     limits: Limits
-    _counters: Counters
+    _counts: collections.Counter[str]
     _session: Session
     phase: Phase = Phase.CONNECTING
     close_code: int | None = None  # the one sent, or the one that the server reported before that
-    writing: Literal["", "handshake", "sender", "task", "writer"] = "handshake"
-    """Who writes: nobody, the handshake, a sender by itself, a task that has not begun, or one
-    that has."""
+    # Who writes: nobody, the handshake, a task that has not begun, or code that has.
+    writing: Literal["", "handshake", "task", "writer"] = "handshake"
     sent: int = 0  # frames
     outbox: Outbox | None = None
-    writer: asyncio.Task[Any] | None = None
+    writer: asyncio.Task[Any] | None = None  # the library's own task that writes
     _goodbye: asyncio.Future[bool] | None = None  # whether the close frame was written
-    _patience: asyncio.Timeout | None = None  # the time limit of the sender that writes by itself
+    _patience: asyncio.Timeout | None = None  # the time limit of a sender that writes by itself
     _is_slow: bool = False  # and the log says so
 
     @property
@@ -2108,19 +2063,13 @@ class Outgoing:
         """Whether the handshake has been answered, so that the connection counts as a member."""
         return self.writing != "handshake"
 
-    def disconnected(self) -> falcon.WebSocketDisconnected:
-        """Return the error for code that sends to a connection that is closed."""
-        return falcon.WebSocketDisconnected(self.close_code or 1006)
-
-    # One sender
-
     async def send(self, event: Event) -> None:
         """Write *event* when its turn has come. Raises `falcon.WebSocketDisconnected`."""
         if (rest := self.start(event)) is not None:
             await rest
 
     def start(self, event: Event) -> Awaitable[None] | None:
-        """Write *event* when its turn has come; return what is left to await, or None.
+        """Do as `send`, and return what is left to await, or None.
 
         PERF: the server's `send` usually finishes without suspending. Running its first step here
         avoids a coroutine and a time limit in the common case.
@@ -2129,11 +2078,11 @@ class Outgoing:
             return self._send_later(event)
         try:
             for waits_for in (steps := self.asgi_send(event).__await__()):
-                self.writing = "sender"
+                self.writing = "writer"
                 return self._send_rest(rest_of(steps, waits_for))
         except Exception as exc:  # The server, or an ASGI middleware, may raise anything.
             self.write_failed(exc)
-            raise self.disconnected() from None
+            raise self._disconnected() from None
         self.sent += 1
         return None
 
@@ -2143,22 +2092,21 @@ class Outgoing:
         try:
             async with patience:
                 self._patience = patience
-                try:
-                    await rest
-                finally:
-                    self._patience = None
+                await rest
             self.sent += 1
         except Exception as exc:  # The server, or an ASGI middleware, may raise anything.
+            self._patience = None
             if patience.expired():
                 self.evict()
             else:
                 self.write_failed(exc)
-            raise self.disconnected() from None
+            raise self._disconnected() from None
         finally:
+            self._patience = None
             self.write_next()
 
     async def _send_later(self, event: Event) -> None:
-        """Write *event* behind the write in progress. Raises `falcon.WebSocketDisconnected`.
+        """Write *event* behind the write in progress.
 
         During the handshake this returns at once: connect handlers wait for nobody. What they send
         after they have closed the connection is dropped.
@@ -2167,20 +2115,20 @@ class Outgoing:
             if self.close_code is None:
                 self._put(Waiting(event))
             return
-        if self.phase is not Phase.OPEN:
-            raise self.disconnected()
-        written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._put(Waiting(event, written))
-        try:
-            async with asyncio.timeout(self.limits.send_timeout):
-                is_written = await written
-        except TimeoutError:
-            self.evict()
-            is_written = False
+        is_written = False
+        if self.phase is Phase.OPEN:
+            written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            self._put(Waiting(event, written))
+            try:
+                async with asyncio.timeout(self.limits.send_timeout):
+                    is_written = await written
+            except TimeoutError:
+                self.evict()
         if not is_written:
-            raise self.disconnected()
+            raise self._disconnected()
 
-    # Hubs
+    def _disconnected(self) -> falcon.WebSocketDisconnected:
+        return falcon.WebSocketDisconnected(self.close_code or 1006)
 
     @staticmethod
     async def fan_out(receivers: Iterable[Outgoing], data: bytes, group: str | None = None) -> None:
@@ -2242,40 +2190,57 @@ class Outgoing:
         """
         if self.closed:
             return False
-        outbox = self._put(waiting)
-        self._counters.peak(outbox.pushed)
-        is_behind = self.writing != "task"
-        if is_behind and outbox.exceeds(1, self.limits) and self.limits.overflow == "close":
-            self.evict()
-        while is_behind and outbox.exceeds(1, self.limits):
-            outbox.drop_oldest()
-            self._counters.add(dropped=1)
-            self._log_slow("messages for it are dropped")
+        outbox, counts = self._put(waiting), self._counts
+        counts["outbox_high_water"] = max(counts["outbox_high_water"], outbox.pushed)
+        while self.writing != "task" and outbox.exceeds(1, self.limits):
+            if self.limits.overflow == "close":
+                self.evict()
+            else:
+                outbox.drop_oldest()
+                counts["dropped"] += 1
+                self._log_slow("messages for it are dropped")
         return outbox.exceeds(0.5, self.limits)
 
-    async def _write(self, waiting: Waiting) -> None:
-        """Write *waiting* and then the outbox, until that is empty or the client has gone."""
+    async def _write(self, outbox: Outbox) -> None:
+        """Write what *outbox* holds, until it is empty or the client has gone."""
         self.writing, self.writer = "writer", current_task()
         try:
-            while self.phase is not Phase.GONE:
-                if waiting.close is not None:
-                    await self._ws.close(waiting.close.code, waiting.close.reason or None)
-                else:
-                    await self.asgi_send(waiting.event)
-                    self.sent += 1
-                waiting.end(True)
-                following = self.outbox.take() if self.outbox is not None else None
-                if following is None:
-                    break
-                waiting = following
+            while (waiting := outbox.take()) is not None:
+                try:
+                    if waiting.close is not None:
+                        await self._ws.close(waiting.close.code, waiting.close.reason or None)
+                    else:
+                        await self.asgi_send(waiting.event)
+                        self.sent += 1
+                    waiting.end(True)
+                finally:
+                    waiting.end(False)
+            self.outbox = None
         except Exception as exc:  # The server, or an ASGI middleware, may raise anything.
             self.write_failed(exc)
         finally:
-            waiting.end(False)
             self.writer = None
             self.write_next()
 
-    # The end
+    def write_next(self) -> None:
+        """Go on with the outbox after a write has ended."""
+        if self.outbox is None:
+            self.writing = ""
+        else:
+            self.writing = "task"
+            start_task(self._write(self.outbox))
+
+    def write_failed(self, exc: Exception) -> None:
+        """Take a write that raised for the end of the socket."""
+        logger.debug("write failed", exc_info=exc, extra={"connection_id": self._id})
+        if isinstance(exc, OSError):  # The server's word for a client that has gone (ASGI 2.4).
+            mark_closed(self._ws, self.close_code)
+        self.lost()
+
+    def _put(self, waiting: Waiting) -> Outbox:
+        self.outbox = outbox = self.outbox or Outbox()
+        outbox.put(waiting)
+        return outbox
 
     def open(self) -> None:
         """Let what was sent during the handshake go out, now that it is answered."""
@@ -2300,23 +2265,21 @@ class Outgoing:
 
     def evict(self) -> None:
         """Give up on a client that is too slow."""
-        if self.closed:
-            return
-        self._counters.add(evicted=1)
-        self._log_slow("closed with 1013")
-        self.close(Close(1013, "too slow"), drops=True)
-        self._stop_writing()
+        if not self.closed:
+            self._counts["evicted"] += 1
+            self._log_slow("closed with 1013")
+            self.close(Close(1013, "too slow"), drops=True)
+            self._stop_writing()
 
     def lost(self, code: int | None = None) -> None:
         """Give up writing. *code* is the one that the server has reported, if it has."""
         if self.close_code is None:
             self.close_code = code
-        if self.phase is Phase.GONE:
-            return
-        if self.outbox is not None:
-            self.outbox.clear()
-        self._stop_writing()
-        self._enter(Phase.GONE)
+        if self.phase is not Phase.GONE:
+            if self.outbox is not None:
+                self.outbox.clear()
+            self._stop_writing()
+            self._enter(Phase.GONE)
 
     async def settle(self) -> None:
         """Give the close frame its time, then make sure that nothing waits for this client."""
@@ -2343,29 +2306,6 @@ class Outgoing:
         if phase is not Phase.OPEN:
             self._session.on_end()
 
-    def _put(self, waiting: Waiting) -> Outbox:
-        outbox = self.outbox
-        if outbox is None:
-            outbox = self.outbox = Outbox()
-        outbox.put(waiting)
-        return outbox
-
-    def write_next(self) -> None:
-        """Go on with the outbox after a write has ended, if it holds something."""
-        following = self.outbox.take() if self.outbox is not None else None
-        if following is None:
-            self.writing, self.outbox = "", None
-        else:
-            self.writing = "task"
-            start_task(self._write(following))
-
-    def write_failed(self, exc: Exception) -> None:
-        """Take a write that raised for the end of the socket."""
-        logger.debug("write failed", exc_info=exc, extra={"connection_id": self._id})
-        if isinstance(exc, OSError):  # The server's word for a client that has gone (ASGI 2.4).
-            mark_closed(self._ws, self.close_code)
-        self.lost()
-
     def _stop_writing(self) -> None:
         """End the wait of whoever writes, unless that is the caller."""
         if self._patience is not None and not self._patience.expired():
@@ -2383,9 +2323,9 @@ def write_batches(receivers: list[Outgoing], event: Event, left: list[Outgoing])
     """Write *event* to *receivers*, a turn's worth at once and the others in the turns that follow.
 
     One task writes to one receiver after the other: a task for each costs 2.2 (Python 3.11) to 3.3
-    times (3.13) as much. When the server makes the task wait for a receiver, the task stays with
-    it, because what an ASGI middleware does there is bound to the task and its context. The next
-    turn takes over what it has *left*, and starts a new task. *receivers* is empty at the end.
+    times (3.13) as much. If the server makes the task wait for a receiver, it stays with that one,
+    because an ASGI middleware may have bound something to the task and its context. The next turn
+    takes over what it has *left*, and starts a new task. *receivers* is empty at the end.
     """
     receivers += left
     left.clear()
@@ -2428,14 +2368,14 @@ class Incoming:
     received: int = 0  # frames
     _has_left: bool = False  # the server has reported the end
     _is_stopped: bool = False  # the server closes, and nothing more is handled
-    _inbox: collections.deque[Event] | None = None  # what was read ahead
+    _inbox: list[Event] = attrs.Factory(list)  # what was read ahead
     _ahead: asyncio.Task[None] | None = None
 
     def accept(self, event: Event | None) -> typing.TypeGuard[Event]:
         """Return whether *event*, the next one, is a frame to handle; if not, no more will come.
 
-        Frames that came before the client left are still handled, those behind the server's own
-        close are not.
+        Frames from before the client left are still handled; those behind the server's own close
+        are not.
         """
         if event is None:
             return False
@@ -2448,10 +2388,7 @@ class Incoming:
         return True
 
     async def next(self) -> Event | None:
-        """Return the next event that was read ahead, then those of the server, or None at the end.
-
-        Only needed while not `is_direct`.
-        """
+        """Return the next event while not `is_direct`: read ahead, or the server's; or None."""
         while not self._inbox:
             if self._has_left or self._is_stopped:
                 return None
@@ -2459,9 +2396,8 @@ class Incoming:
                 self.is_direct = True
                 return await self.receive()
             await self._ahead
-            if not self._inbox:
-                self._ahead = None
-        return self._inbox.popleft()
+            self._ahead = None
+        return self._inbox.pop(0)
 
     async def first_token(self) -> Frame:
         """Return the first ``authenticate`` message; hold what comes before it.
@@ -2469,7 +2405,7 @@ class Incoming:
         Raises `Close` when that is more than a few frames or `max_size` bytes, and
         `falcon.WebSocketDisconnected`.
         """
-        held, size = collections.deque[Event](), 0
+        size = 0
         while True:
             event = await self.receive()
             if event["type"] != "websocket.receive":
@@ -2481,18 +2417,17 @@ class Incoming:
             frame = decode_or_error(text) if text is not None else None
             if isinstance(frame, Frame) and frame.type == "authenticate":
                 self.received += 1
-                if held:
-                    self._inbox, self.is_direct = held, False
                 return frame
-            held.append(event)
-            if len(held) > _READ_AHEAD:
+            self._inbox.append(event)
+            self.is_direct = False
+            if len(self._inbox) > _READ_AHEAD:
                 raise Close(UNAUTHENTICATED, "authenticate first")
 
     def watch(self) -> None:
         """Have the socket watched if the handler that starts now suspends.
 
-        PERF: until the loop goes on this costs nothing for a backlog that is handled without
-        waiting, and it needs no task for each message.
+        PERF: handlers that do not suspend share one call in the next turn of the loop, and need no
+        task.
         """
         if not self.is_due:
             self.is_due = True
@@ -2508,8 +2443,6 @@ class Incoming:
             self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
 
     async def _read_ahead(self) -> None:
-        if self._inbox is None:
-            self._inbox = collections.deque()
         inbox, size = self._inbox, sum(map(size_of_event, self._inbox))
         while self._session.is_handling and len(inbox) < _READ_AHEAD and size <= self._max_size:
             event = await self.receive()
@@ -2532,8 +2465,7 @@ class Incoming:
     def stop(self) -> None:
         """Handle nothing more, also of what was read ahead."""
         self._is_stopped, self.is_direct = True, False
-        if self._inbox is not None:
-            self._inbox.clear()
+        self._inbox.clear()
         if self._session.is_handling and self._ahead is not None:
             self._ahead.cancel()  # granian's send(close) waits while a receive is pending.
 
@@ -2558,18 +2490,13 @@ _LOOK_AT_CLOCK = 600.0  # seconds between two looks at the time of day, which ma
 class Connection:
     """One client. Handlers get it; the hub's methods take it."""
 
-    hub: Hub
-    """The hub of its endpoint."""
-    req: falcon.asgi.Request
-    """The request of the handshake: headers, cookies, query string."""
+    hub: Hub  # of its endpoint
+    req: falcon.asgi.Request  # the request of the handshake: headers, cookies, query string
+    # Falcon's socket, for what Pachinko does not do. What it sends keeps no order with ours.
     ws: falcon.asgi.WebSocket
-    """Falcon's socket, for what Pachinko does not do. What it sends keeps no order with ours."""
-    params: dict[str, Any]
-    """The path parameters, converted as the path says."""
-    id: str
-    """Unique across processes, and public: other clients may see it. Never a credential."""
-    outgoing: Outgoing
-    """The library's own, not for applications."""
+    params: dict[str, Any]  # the path parameters, converted as the path says
+    id: str  # unique across processes, and public: never a credential
+    outgoing: Outgoing  # the library's own, not for applications
     _user: str | None = None
     _expires_at: float | None = None
     _expiry: asyncio.TimerHandle | None = None
@@ -2587,6 +2514,16 @@ class Connection:
     def close_code(self) -> int | None:
         """Why it was closed: the client's code (1005 or 1006 for none) or the server's; or None."""
         return self.outgoing.close_code
+
+    @property
+    def closed(self) -> bool:
+        """Whether the client has gone or the server has begun to close."""
+        return self.outgoing.closed
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """The groups that it is in."""
+        return frozenset(self.hub.state.registry.groups_of(self))
 
     @property
     def user(self) -> str | None:
@@ -2634,16 +2571,6 @@ class Connection:
         else:
             loop = asyncio.get_running_loop()
             self._expiry = loop.call_later(min(left, _LOOK_AT_CLOCK), self._expire)
-
-    @property
-    def groups(self) -> frozenset[str]:
-        """The groups that it is in."""
-        return frozenset(self.hub.state.registry.groups_of(self))
-
-    @property
-    def closed(self) -> bool:
-        """Whether the client has gone or the server has begun to close."""
-        return self.outgoing.closed
 
     async def send(self, message: object, payload: object = None) -> None:
         """Send a ``@message`` object, or a type and its payload, to this client.
@@ -3134,7 +3061,7 @@ class HubState:
         self.settings = settings
         self.codec: Codec = settings.codec
         self.process: str = new_process()
-        self.counters: Counters = Counters()
+        self.counts: collections.Counter[str] = collections.Counter()
         self.calls: ThreadCalls = ThreadCalls()
         self.serving: dict[asyncio.Task[Any], Session] = {}
         """Sessions by the task that serves them, from the handshake to their end."""
@@ -3199,7 +3126,8 @@ class HubState:
     def leave(self, session: Session) -> None:
         """Note that the current task has ended its service."""
         self.serving.pop(current_task(), None)
-        self.counters.frames(session.incoming.received, session.outgoing.sent)
+        self.counts["received"] += session.incoming.received
+        self.counts["sent"] += session.outgoing.sent
 
     async def reachable(self, conn: Connection) -> None:
         """Wait until `Hub.send_to_user` in other processes reaches *conn*."""
@@ -3576,21 +3504,21 @@ class Hub:
         ``errors`` in all, and ``errors.<code>`` for each code that was answered.
         """
         state = self.state
-        counters, sessions = state.counters, state.serving.values()
+        counts, sessions = state.counts, state.serving.values()
         return {
             "connections": len(self.connections),
             "groups": len(state.registry.groups),
-            "received": counters.received + sum(each.incoming.received for each in sessions),
-            "sent": counters.sent + sum(each.outgoing.sent for each in sessions),
-            "dropped": counters.dropped,
-            "evicted": counters.evicted,
-            "outbox_high_water": counters.outbox_high_water,
+            "received": counts["received"] + sum(each.incoming.received for each in sessions),
+            "sent": counts["sent"] + sum(each.outgoing.sent for each in sessions),
+            "dropped": counts["dropped"],
+            "evicted": counts["evicted"],
+            "outbox_high_water": counts["outbox_high_water"],
             "refused": 0,
             "outages": 0,
             "broker_down": 0,
             **state.relay.stats(),
-            "errors": sum(counters.errors.values()),
-            **{f"errors.{code}": count for code, count in counters.errors.items()},
+            "errors": counts["errors"],
+            **{name: count for name, count in counts.items() if name.startswith("errors.")},
         }
 
 
@@ -3781,7 +3709,7 @@ class Session:
         self._routes, self._limits = routes, limits
         id = self._hub_state.process + secrets.token_hex(_OWN_BYTES)
         receive, send = server_calls(ws)
-        self.outgoing: Outgoing = Outgoing(id, ws, send, limits, self._hub_state.counters, self)
+        self.outgoing: Outgoing = Outgoing(id, ws, send, limits, self._hub_state.counts, self)
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
         self.conn: Connection = Connection(hub, req, ws, params, id, self.outgoing)
         self.is_handling: bool = False
@@ -4138,7 +4066,7 @@ class Session:
     async def _send_error(self, error: MessageError, id: Id | None) -> None:
         payload = {"code": error.code, "message": error.message, **error.details}
         data = _encode(Sent("error", id, payload=payload))
-        self._hub_state.counters.error(error.code)
+        count_error(self._hub_state.counts, error.code)
         with contextlib.suppress(falcon.WebSocketDisconnected):
             await self.outgoing.send(text_event(data))
 
