@@ -1692,8 +1692,7 @@ def token_of(payload: Any) -> str | None:
 
 # ── limits ────────────────────────────────────────────────────────────────────────────────────
 #
-# What bounds one connection: the time that code may take, the messages that a client may send, and
-# the options of an endpoint. Nothing here knows a connection.
+# What bounds one connection: time, the rate of messages, and the options of its endpoint.
 
 _MAX_COUNTS = 100  # names in the counts of a hub: an application may make error codes up as it goes
 _CANCEL_AGAIN = 5.0  # seconds that cancelled code may clean up before it is cancelled once more
@@ -1703,24 +1702,22 @@ _COUNTS_CANCELLATIONS: bool = sys.version_info >= (3, 13)
 current_task: Callable[[], asyncio.Task[Any]] = cast(Any, asyncio.current_task)  # there is one here
 
 
+@attrs.define(eq=False, weakref_slot=False)
 class TimeLimit:
     """Cancel the task inside the ``with`` block when the time has come; raise `TimeoutError`.
 
     `asyncio.timeout` cancels once. An application's code may swallow that, and so may a `TaskGroup`
-    of Python 3.11 that is just ending. This cancels again every 5 seconds, until the block ends.
-
-    A cancellation from elsewhere leaves the block as `CancelledError`. Before Python 3.13 that
-    holds only for one that comes after the time-out.
+    of Python 3.11 that is just ending. This cancels again every 5 seconds, until the block ends. A
+    cancellation from elsewhere leaves the block as `CancelledError`; before Python 3.13 that holds
+    only for one that comes after the time-out.
     """
 
-    __slots__ = ("_others", "_own", "_task", "_timer", "_when", "expired")
-
-    def __init__(self, when: float | None = None) -> None:
-        self._when = when
-        self._task: asyncio.Task[Any] | None = None
-        self._timer: asyncio.Handle | None = None
-        self._own = self._others = 0  # cancellations of the task, by this limit and by others
-        self.expired: bool = False
+    _when: float | None = None
+    expired: bool = False
+    _task: asyncio.Task[Any] | None = None
+    _timer: asyncio.Handle | None = None
+    _own: int = 0  # cancellations of the task by this limit
+    _others: int = 0  # those by others
 
     def __enter__(self) -> TimeLimit:
         self._task = current_task()
@@ -1736,8 +1733,7 @@ class TimeLimit:
         # Code inside the block may have taken back some of this limit's cancellations by itself.
         for _ in range(min(self._own, task.cancelling() - self._others)):
             task.uncancel()
-        is_only_ours = task.cancelling() <= self._others
-        if self.expired and kind is asyncio.CancelledError and is_only_ours:
+        if self.expired and kind is asyncio.CancelledError and task.cancelling() <= self._others:
             raise TimeoutError
 
     def end_at(self, when: float) -> None:
@@ -1766,16 +1762,15 @@ class TimeLimit:
         self._timer = asyncio.get_running_loop().call_later(_CANCEL_AGAIN, self._expire)
 
 
+@attrs.define(eq=False, weakref_slot=False)
 class Rate:
     """Admit at most *count* messages at once, and *count* in *seconds* on average (GCRA)."""
 
-    __slots__ = ("_due", "_refused", "_since", "count", "seconds")
-
-    def __init__(self, count: int, seconds: float) -> None:
-        self.count: int = count
-        self.seconds: float = seconds
-        self._due = self._since = 0.0
-        self._refused = 0
+    count: int
+    seconds: float
+    _due: float = 0.0
+    _since: float = 0.0  # when refusals began to be counted
+    _refused: int = 0
 
     def take(self, now: float) -> float:
         """Admit a message and return 0.0, or return the seconds until one will be admitted."""
@@ -1845,7 +1840,6 @@ def count_error(counts: collections.Counter[str], code: str) -> None:
     name = f"errors.{code}"
     if name not in counts and len(counts) >= _MAX_COUNTS:
         name = "errors.other"
-    counts["errors"] += 1
     counts[name] += 1
 
 
@@ -1932,11 +1926,10 @@ class Outbox:
 
 # ── outgoing ──────────────────────────────────────────────────────────────────────────────────
 #
-# The writing half of a connection. At most one write is in progress on a socket. Whatever is sent
-# meanwhile waits in the outbox, so that messages leave in the order in which code sent them. The
-# answer to the handshake is the first write: what connect handlers send waits for it. When a write
-# ends while the outbox holds something, a writer task goes on with that. A client that keeps up
-# needs neither an outbox nor a task.
+# The writing half of a connection. At most one write is in progress on a socket; the answer to the
+# handshake is the first. What is sent meanwhile waits in the outbox, so that messages leave in the
+# order in which code sent them. When the write ends, a task goes on with the outbox. A client that
+# keeps up needs neither.
 
 _TURN = 256  # writes of one message at a stretch: a few milliseconds under uvicorn
 _GOODBYE = 1.0  # seconds to wait where nobody should: for an evicted client's close frame, say
@@ -1991,17 +1984,15 @@ def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return asyncio.get_running_loop().create_task(coroutine)
 
 
-# Falcon's private names are in these two functions only. *ws* is Any, since a type checker would
-# refuse them; `tests/test_falcon_names.py` pins them, with the oldest Falcon and the newest.
+# Only these two functions have Falcon's private names, which `tests/test_falcon_names.py` pins.
 
 
 def server_calls(ws: Any) -> tuple[Callable[[], Awaitable[Event]], Callable[[Event], Any]]:
     """Return the server's own `receive` and `send` for Falcon's socket *ws*.
 
-    Falcon's coroutines around them cost 12 % of a message and 5 % of a delivery. Its receive queue
-    doubles the cost of a message and loses what it holds when the client leaves, so it is turned
-    off, for this socket only. If a middleware has accepted the socket the queue runs already, and
-    is read.
+    Falcon's coroutines around them cost 12 % of a message. Its receive queue doubles the cost, and
+    loses what it holds when the client leaves. So it is turned off, for this socket only; if a
+    middleware has accepted the socket, it runs already and is read.
     """
     queue = ws._buffered_receiver
     if queue._pump_task is None:
@@ -2011,11 +2002,7 @@ def server_calls(ws: Any) -> tuple[Callable[[], Awaitable[Event]], Callable[[Eve
 
 
 def mark_closed(ws: Any, code: int | None) -> None:
-    """Tell Falcon's socket that the connection is over, which it does not see by itself.
-
-    Otherwise Falcon closes it after the responder, and waits for ever for a client that does not
-    read.
-    """
+    """Tell Falcon's socket that the connection is over: its own close may wait for ever."""
     ws._state = type(ws._state).CLOSED
     ws._close_code = code
 
@@ -2071,8 +2058,7 @@ class Outgoing:
     def start(self, event: Event) -> Awaitable[None] | None:
         """Do as `send`, and return what is left to await, or None.
 
-        PERF: the server's `send` usually finishes without suspending. Running its first step here
-        avoids a coroutine and a time limit in the common case.
+        PERF: the server's `send` rarely suspends, and its first step needs no coroutine of ours.
         """
         if self.phase is not _OPEN or self.writing:
             return self._send_later(event)
@@ -2108,8 +2094,7 @@ class Outgoing:
     async def _send_later(self, event: Event) -> None:
         """Write *event* behind the write in progress.
 
-        During the handshake this returns at once: connect handlers wait for nobody. What they send
-        after they have closed the connection is dropped.
+        Connect handlers do not wait for it, and what they send after a close is dropped.
         """
         if self.phase is Phase.CONNECTING:
             if self.close_code is None:
@@ -2132,12 +2117,9 @@ class Outgoing:
 
     @staticmethod
     async def fan_out(receivers: Iterable[Outgoing], data: bytes, group: str | None = None) -> None:
-        """Start one write of *data* to each of *receivers*, and wait for no client.
-
-        *group* is the one that a gap names where the message is dropped.
-        """
+        """Start one write of *data*, for *group*, to each of *receivers*; wait for no client."""
         waiting, is_crowded = Waiting(text_event(data), None, len(data), group), False
-        ready: list[Outgoing] = []
+        ready: list[Outgoing | None] = [None]  # which ends it
         try:
             for receiver in receivers:
                 if receiver.phase is _OPEN and not receiver.writing:
@@ -2146,23 +2128,21 @@ class Outgoing:
                 else:
                     is_crowded |= receiver.push(waiting)
         finally:
-            write_batches(ready, waiting.event, [])
-        while ready:  # noqa: ASYNC110 - each turn of the loop takes some of them, even without us
+            write_batches(ready, iter(ready.pop, None), waiting.event)
+        while len(ready) > 1:  # noqa: ASYNC110 - each turn takes some of them, even without us
             await asyncio.sleep(0)
         if is_crowded:  # The client may be behind only because this code kept the loop busy.
             await asyncio.sleep(0)
 
     @staticmethod
-    async def write_each(batch: list[Outgoing], event: Event) -> None:
-        """Write *event* to the connections of *batch*, which `fan_out` has claimed, and empty it.
+    async def write_each(batch: Iterator[Outgoing], event: Event) -> None:
+        """Write *event* to each of *batch*, which `fan_out` has claimed.
 
-        PERF: one ``finally`` around the loop instead of one for each receiver, and no call of ours
-        for a receiver, save 8 % of a delivery.
+        PERF: one ``finally`` around the loop, and no call of ours for a receiver, save 8 %.
         """
         task, receiver = current_task(), None
         try:
-            while batch:
-                receiver = batch.pop()
+            for receiver in batch:
                 if receiver.phase is not Phase.GONE:
                     receiver.writing, receiver.writer = "writer", task
                     try:
@@ -2202,7 +2182,6 @@ class Outgoing:
         return outbox.exceeds(0.5, self.limits)
 
     async def _write(self, outbox: Outbox) -> None:
-        """Write what *outbox* holds, until it is empty or the client has gone."""
         self.writing, self.writer = "writer", current_task()
         try:
             while (waiting := outbox.take()) is not None:
@@ -2249,12 +2228,12 @@ class Outgoing:
         self.write_next()
 
     def close(self, close: Close, *, drops: bool = False) -> None:
-        """Send a close frame behind what was sent before, unless that *drops*; twice is once."""
+        """Send a close frame behind what was sent before, or instead of it; twice is once."""
         self._session.on_close()
         if self.closed:
             return
-        if drops and self.outbox is not None:
-            self.outbox.clear()
+        if drops:
+            self._drop()
         self.close_code = close.code
         self._goodbye = asyncio.get_running_loop().create_future()
         self._put(Waiting({}, self._goodbye, close=close))
@@ -2269,32 +2248,26 @@ class Outgoing:
             self._counts["evicted"] += 1
             self._log_slow("closed with 1013")
             self.close(Close(1013, "too slow"), drops=True)
-            self._stop_writing()
 
     def lost(self, code: int | None = None) -> None:
         """Give up writing. *code* is the one that the server has reported, if it has."""
         if self.close_code is None:
             self.close_code = code
         if self.phase is not Phase.GONE:
-            if self.outbox is not None:
-                self.outbox.clear()
-            self._stop_writing()
+            self._drop()
             self._enter(Phase.GONE)
 
     async def settle(self) -> None:
-        """Give the close frame its time, then make sure that nothing waits for this client."""
-        try:
-            if self._goodbye is not None:
-                is_urgent = self.close_code in (1012, 1013)  # of a shutdown, or a slow client
-                patience = _GOODBYE if is_urgent else self.limits.send_timeout
-                await asyncio.wait([self._goodbye], timeout=patience)
-                if not self._ws.closed:
-                    mark_closed(self._ws, self.close_code)
-        finally:
-            self.lost()
+        """Give the close frame its time."""
+        if self._goodbye is not None:
+            is_urgent = self.close_code in (1012, 1013)  # of a shutdown, or a slow client
+            patience = _GOODBYE if is_urgent else self.limits.send_timeout
+            await asyncio.wait([self._goodbye], timeout=patience)
+            if not self._ws.closed:
+                mark_closed(self._ws, self.close_code)
 
     def release(self) -> None:
-        """Let go of the session, when the connection is over."""
+        """End all writing and let go of the session, when the connection is over."""
         self.lost()
         self.writing = ""  # A handshake that an exception has ended is never answered.
         self._session = _NOBODY
@@ -2306,8 +2279,10 @@ class Outgoing:
         if phase is not Phase.OPEN:
             self._session.on_end()
 
-    def _stop_writing(self) -> None:
-        """End the wait of whoever writes, unless that is the caller."""
+    def _drop(self) -> None:
+        """Empty the outbox, and end the wait of whoever writes, unless that is the caller."""
+        if self.outbox is not None:
+            self.outbox.clear()
         if self._patience is not None and not self._patience.expired():
             self._patience.reschedule(asyncio.get_running_loop().time())
         if self.writer is not None and self.writer is not asyncio.current_task():
@@ -2319,28 +2294,22 @@ class Outgoing:
             logger.warning("client is too slow: %s", what, extra={"connection_id": self._id})
 
 
-def write_batches(receivers: list[Outgoing], event: Event, left: list[Outgoing]) -> None:
-    """Write *event* to *receivers*, a turn's worth at once and the others in the turns that follow.
+def write_batches(ready: list[Outgoing | None], left: Iterator[Outgoing], event: Event) -> None:
+    """Write *event* to all of *ready*: to some at once, to others in the turns that follow.
 
-    One task writes to one receiver after the other: a task for each costs 2.2 (Python 3.11) to 3.3
-    times (3.13) as much. If the server makes the task wait for a receiver, it stays with that one,
-    because an ASGI middleware may have bound something to the task and its context. The next turn
-    takes over what it has *left*, and starts a new task. *receivers* is empty at the end.
+    PERF: one task writes to one receiver after the other. When the server makes it wait for one, it
+    stays with that, as an ASGI middleware may depend on the task and its context. In the next turn
+    another task goes on. *left* pops *ready*, so that no task that waits keeps who has gone.
     """
-    receivers += left
-    left.clear()
-    if receivers:
-        batch = receivers[-_TURN:]
-        del receivers[-_TURN:]
-        start_task(Outgoing.write_each(batch, event))
-        asyncio.get_running_loop().call_soon(write_batches, receivers, event, batch)
+    if len(ready) > 1:
+        start_task(Outgoing.write_each(itertools.islice(left, _TURN), event))
+        asyncio.get_running_loop().call_soon(write_batches, ready, left, event)
 
 
 # ── incoming ──────────────────────────────────────────────────────────────────────────────────
 #
-# The reading half of a connection. The connection's own task reads and runs the handlers. While
-# one of these is suspended, a second task reads ahead, a few frames, so that a disconnect is
-# noticed. A handler that does not suspend costs no such task.
+# The reading half of a connection. The connection's own task reads and runs the handlers. While one
+# of these is suspended, a second task reads a few frames ahead, so that a disconnect is noticed.
 
 _READ_AHEAD = 8  # frames: enough to notice a disconnect behind some messages, and bounded
 
@@ -2374,8 +2343,7 @@ class Incoming:
     def accept(self, event: Event | None) -> typing.TypeGuard[Event]:
         """Return whether *event*, the next one, is a frame to handle; if not, no more will come.
 
-        Frames from before the client left are still handled; those behind the server's own close
-        are not.
+        Frames before the client's end are still handled, those behind the server's close are not.
         """
         if event is None:
             return False
@@ -2400,10 +2368,9 @@ class Incoming:
         return self._inbox.pop(0)
 
     async def first_token(self) -> Frame:
-        """Return the first ``authenticate`` message; hold what comes before it.
+        """Return the first ``authenticate`` message; hold what comes before it, within bounds.
 
-        Raises `Close` when that is more than a few frames or `max_size` bytes, and
-        `falcon.WebSocketDisconnected`.
+        Raises `Close`, and `falcon.WebSocketDisconnected`.
         """
         size = 0
         while True:
@@ -2426,8 +2393,7 @@ class Incoming:
     def watch(self) -> None:
         """Have the socket watched if the handler that starts now suspends.
 
-        PERF: handlers that do not suspend share one call in the next turn of the loop, and need no
-        task.
+        PERF: one that does not needs no task, and shares one call with those of the same turn.
         """
         if not self.is_due:
             self.is_due = True
@@ -2436,9 +2402,8 @@ class Incoming:
     def _look(self) -> None:
         """Read ahead while a handler, or its reply, waits for something."""
         self.is_due = False
-        is_over = self._has_left or self._is_stopped
         is_reading = self._ahead is not None and not self._ahead.done()
-        if self._session.is_handling and not is_over and not is_reading:
+        if self._session.is_handling and not (is_reading or self._has_left or self._is_stopped):
             self.is_direct = False
             self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
 
@@ -2448,8 +2413,6 @@ class Incoming:
             event = await self.receive()
             if event["type"] != "websocket.receive":
                 self._disconnected(event)
-                return
-            if self._is_stopped:
                 return
             if not self._session.takes(event):
                 inbox.append(event)
@@ -2492,8 +2455,7 @@ class Connection:
 
     hub: Hub  # of its endpoint
     req: falcon.asgi.Request  # the request of the handshake: headers, cookies, query string
-    # Falcon's socket, for what Pachinko does not do. What it sends keeps no order with ours.
-    ws: falcon.asgi.WebSocket
+    ws: falcon.asgi.WebSocket  # Falcon's own; what it sends keeps no order with the rest
     params: dict[str, Any]  # the path parameters, converted as the path says
     id: str  # unique across processes, and public: never a credential
     outgoing: Outgoing  # the library's own, not for applications
@@ -2586,10 +2548,7 @@ class Connection:
             await asyncio.sleep(0)  # While a client keeps up, nothing else lets the loop run.
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
-        """Close after what was sent before. Does not wait for the client; twice is once.
-
-        Raises `ValueError` for a *code* or *reason* that `Close` refuses.
-        """
+        """Begin to close, after what was sent before; twice is once. Raises what `Close` does."""
         self.outgoing.close(Close(code, reason))
 
     async def join(self, group: str) -> None:
@@ -3505,6 +3464,7 @@ class Hub:
         """
         state = self.state
         counts, sessions = state.counts, state.serving.values()
+        errors = {name: count for name, count in counts.items() if name.startswith("errors.")}
         return {
             "connections": len(self.connections),
             "groups": len(state.registry.groups),
@@ -3517,8 +3477,8 @@ class Hub:
             "outages": 0,
             "broker_down": 0,
             **state.relay.stats(),
-            "errors": counts["errors"],
-            **{name: count for name, count in counts.items() if name.startswith("errors.")},
+            "errors": sum(errors.values()),
+            **errors,
         }
 
 
