@@ -1698,7 +1698,6 @@ _MAX_COUNTS = 100  # names in the counts of a hub: an application may make error
 _CANCEL_AGAIN = 5.0  # seconds that cancelled code may clean up before it is cancelled once more
 # Before Python 3.13 a `TaskGroup` leaves a cancellation counted that it has caught.
 _COUNTS_CANCELLATIONS: bool = sys.version_info >= (3, 13)
-
 current_task: Callable[[], asyncio.Task[Any]] = cast(Any, asyncio.current_task)  # there is one here
 
 
@@ -1845,8 +1844,8 @@ def count_error(counts: collections.Counter[str], code: str) -> None:
 
 # ── outbox ────────────────────────────────────────────────────────────────────────────────────
 #
-# What waits to be written to one client. A hub's messages are bounded in number and bytes; replies
-# and what a handler sends wait for the client by themselves, so they are not counted.
+# What waits to be written to one client. Only a hub's messages are counted and bounded: a handler
+# that sends or replies waits for its client.
 
 
 def text_event(data: bytes) -> Event:
@@ -1899,10 +1898,7 @@ class Outbox:
         self.gaps[waiting.group] = None
 
     def take(self) -> Waiting | None:
-        """Remove and return the event to write next, or return None when there is none.
-
-        The gaps follow the last message, one for each group, and precede the close frame.
-        """
+        """Remove and return what to write next, or None: messages, gaps, then the close frame."""
         while self.queue and not (self.gaps and self.queue[0].close is not None):
             waiting = self.queue.popleft()
             if waiting.size:
@@ -1961,8 +1957,7 @@ TRANSITIONS: dict[tuple[Phase, Phase], str] = {
 def rest_of(steps: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, Any, Any]:
     """Await the rest of a coroutine whose first step has run and which waits for *waits_for*.
 
-    The task that ran the first step goes on with it, so `asyncio.timeout`, `asyncio.current_task`
-    and context variables inside behave as if the coroutine had been awaited from the start.
+    The task that ran the first step goes on, as `asyncio.timeout` and context variables need it.
     """
     try:
         while True:
@@ -2092,10 +2087,7 @@ class Outgoing:
             self.write_next()
 
     async def _send_later(self, event: Event) -> None:
-        """Write *event* behind the write in progress.
-
-        Connect handlers do not wait for it, and what they send after a close is dropped.
-        """
+        """Write *event* behind the write in progress; a connect handler does not wait for that."""
         if self.phase is Phase.CONNECTING:
             if self.close_code is None:
                 self._put(Waiting(event))
@@ -2335,16 +2327,13 @@ class Incoming:
     is_direct: bool = True  # nothing is read ahead and more may come: `receive` has the next event
     is_due: bool = False  # `_look` has been scheduled
     received: int = 0  # frames
-    _has_left: bool = False  # the server has reported the end
-    _is_stopped: bool = False  # the server closes, and nothing more is handled
+    _has_left: bool = False  # the client; frames from before that are still handled
+    _is_stopped: bool = False  # the server closes, and no frame is handled any more
     _inbox: list[Event] = attrs.Factory(list)  # what was read ahead
     _ahead: asyncio.Task[None] | None = None
 
     def accept(self, event: Event | None) -> typing.TypeGuard[Event]:
-        """Return whether *event*, the next one, is a frame to handle; if not, no more will come.
-
-        Frames before the client's end are still handled, those behind the server's close are not.
-        """
+        """Return whether *event*, the next one, is a frame to handle; if not, no more will come."""
         if event is None:
             return False
         if event["type"] != "websocket.receive":
@@ -2391,10 +2380,7 @@ class Incoming:
                 raise Close(UNAUTHENTICATED, "authenticate first")
 
     def watch(self) -> None:
-        """Have the socket watched if the handler that starts now suspends.
-
-        PERF: one that does not needs no task, and shares one call with those of the same turn.
-        """
+        """Have the socket watched if the handler that starts now suspends; else no task starts."""
         if not self.is_due:
             self.is_due = True
             asyncio.get_running_loop().call_soon(self._look)
