@@ -1742,10 +1742,8 @@ class TimeLimit:
         if self._timer is not None:
             self._timer.cancel()
         loop = asyncio.get_running_loop()
-        if when <= loop.time():  # A timer would let events of this turn of the loop go first.
-            self._timer = loop.call_soon(self._expire)
-        else:
-            self._timer = loop.call_at(when, self._expire)
+        is_due = when <= loop.time()  # A timer would let events of this turn of the loop go first.
+        self._timer = loop.call_soon(self._expire) if is_due else loop.call_at(when, self._expire)
 
     def is_around(self, task: object) -> bool:
         """Return whether *task* is inside the block."""
@@ -2051,10 +2049,7 @@ class Outgoing:
             await rest
 
     def start(self, event: Event) -> Awaitable[None] | None:
-        """Do as `send`, and return what is left to await, or None.
-
-        PERF: the server's `send` rarely suspends, and its first step needs no coroutine of ours.
-        """
+        """Do as `send`; return what is left to await, or None. PERF: mostly there is nothing."""
         if self.phase is not _OPEN or self.writing:
             return self._send_later(event)
         try:
@@ -2289,9 +2284,9 @@ class Outgoing:
 def write_batches(ready: list[Outgoing | None], left: Iterator[Outgoing], event: Event) -> None:
     """Write *event* to all of *ready*: to some at once, to others in the turns that follow.
 
-    PERF: one task writes to one receiver after the other. When the server makes it wait for one, it
-    stays with that, as an ASGI middleware may depend on the task and its context. In the next turn
-    another task goes on. *left* pops *ready*, so that no task that waits keeps who has gone.
+    PERF: one task writes to one receiver after the other. If the server makes it wait it stays with
+    its receiver, as an ASGI middleware may depend on the task; in the next turn another one goes on.
+    *left* pops *ready*, so that a task that waits keeps nobody who has gone.
     """
     if len(ready) > 1:
         start_task(Outgoing.write_each(itertools.islice(left, _TURN), event))
