@@ -2284,8 +2284,8 @@ class Outgoing:
 def write_batches(ready: list[Outgoing | None], left: Iterator[Outgoing], event: Event) -> None:
     """Write *event* to all of *ready*: to some at once, to others in the turns that follow.
 
-    PERF: one task writes to one receiver after the other. If the server makes it wait it stays with
-    its receiver, as an ASGI middleware may depend on the task; in the next turn another one goes on.
+    PERF: one task writes to one receiver after the other. If the server makes it wait, it stays
+    with its receiver, as an ASGI middleware may depend on the task, and another task goes on.
     *left* pops *ready*, so that a task that waits keeps nobody who has gone.
     """
     if len(ready) > 1:
