@@ -1920,10 +1920,9 @@ class Outbox:
 
 # ── outgoing ──────────────────────────────────────────────────────────────────────────────────
 #
-# The writing half of a connection. At most one write is in progress on a socket; the answer to the
-# handshake is the first. What is sent meanwhile waits in the outbox, so that messages leave in the
-# order in which code sent them. When the write ends, a task goes on with the outbox. A client that
-# keeps up needs neither.
+# At most one write is in progress on a socket; the answer to the handshake is the first. What is
+# sent meanwhile waits in the outbox, so that messages leave in the order in which code sent them.
+# When the write ends, a task goes on with the outbox. A client that keeps up needs neither.
 
 _TURN = 256  # writes of one message at a stretch: a few milliseconds under uvicorn
 _GOODBYE = 1.0  # seconds to wait where nobody should: for an evicted client's close frame, say
