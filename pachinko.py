@@ -1461,34 +1461,31 @@ def token_of(payload: Any) -> str | None:
 
 # ── limits ────────────────────────────────────────────────────────────────────────────────────
 #
-# What bounds one connection: the time that code may take, the messages that a client may send, and
-# the options of an endpoint. Nothing here knows a connection.
+# What bounds one connection: time, the rate of messages, and the options of its endpoint.
 
-_MAX_CODES = 100  # error codes counted apart: an application may make them up as it goes
+_MAX_COUNTS = 100  # names in the counts of a hub: an application may make error codes up as it goes
 _CANCEL_AGAIN = 5.0  # seconds that cancelled code may clean up before it is cancelled once more
 # Before Python 3.13 a `TaskGroup` leaves a cancellation counted that it has caught.
 _COUNTS_CANCELLATIONS: bool = sys.version_info >= (3, 13)
+current_task: Callable[[], asyncio.Task[Any]] = cast(Any, asyncio.current_task)  # there is one here
 
 
+@attrs.define(eq=False, weakref_slot=False)
 class TimeLimit:
     """Cancel the task inside the ``with`` block when the time has come; raise `TimeoutError`.
 
-    `asyncio.timeout` does this for code that ends when it is cancelled. An application's code may
-    swallow a cancellation, and so does a `TaskGroup` of Python 3.11 that is just ending. So this
-    cancels again every 5 seconds, until the block ends.
-
-    A cancellation from elsewhere leaves the block as `CancelledError` and is never taken for the
-    time-out. Before Python 3.13 that holds only for one that comes after the time-out.
+    `asyncio.timeout` cancels once. An application's code may swallow that, and so may a `TaskGroup`
+    of Python 3.11 that is just ending. This cancels again every 5 seconds, until the block ends. A
+    cancellation from elsewhere leaves the block as `CancelledError`; before Python 3.13 that holds
+    only for one that comes after the time-out.
     """
 
-    __slots__ = ("_others", "_own", "_task", "_timer", "_when", "expired")
-
-    def __init__(self, when: float | None = None) -> None:
-        self._when = when
-        self._task: asyncio.Task[Any] | None = None
-        self._timer: asyncio.Handle | None = None
-        self._own = self._others = 0  # cancellations of the task, by this limit and by others
-        self.expired: bool = False
+    _when: float | None = None
+    expired: bool = False
+    _task: asyncio.Task[Any] | None = None
+    _timer: asyncio.Handle | None = None
+    _own: int = 0  # cancellations of the task by this limit
+    _others: int = 0  # those by others
 
     def __enter__(self) -> TimeLimit:
         self._task = current_task()
@@ -1502,11 +1499,9 @@ class TimeLimit:
         if self._timer is not None:
             self._timer.cancel()
         # Code inside the block may have taken back some of this limit's cancellations by itself.
-        still_counted = min(self._own, task.cancelling() - self._others)
-        for _ in range(still_counted):
+        for _ in range(min(self._own, task.cancelling() - self._others)):
             task.uncancel()
-        is_only_ours = task.cancelling() <= self._others
-        if self.expired and kind is asyncio.CancelledError and is_only_ours:
+        if self.expired and kind is asyncio.CancelledError and task.cancelling() <= self._others:
             raise TimeoutError
 
     def end_at(self, when: float) -> None:
@@ -1516,10 +1511,8 @@ class TimeLimit:
         if self._timer is not None:
             self._timer.cancel()
         loop = asyncio.get_running_loop()
-        if when <= loop.time():  # A timer would let events of this turn of the loop go first.
-            self._timer = loop.call_soon(self._expire)
-        else:
-            self._timer = loop.call_at(when, self._expire)
+        is_due = when <= loop.time()  # A timer would let events of this turn of the loop go first.
+        self._timer = loop.call_soon(self._expire) if is_due else loop.call_at(when, self._expire)
 
     def is_around(self, task: object) -> bool:
         """Return whether *task* is inside the block."""
@@ -1535,20 +1528,15 @@ class TimeLimit:
         self._timer = asyncio.get_running_loop().call_later(_CANCEL_AGAIN, self._expire)
 
 
-current_task: Callable[[], asyncio.Task[Any]] = cast(Any, asyncio.current_task)
-"""Returns the task that runs this code, which is always one here."""
-
-
+@attrs.define(eq=False, weakref_slot=False)
 class Rate:
     """Admit at most *count* messages at once, and *count* in *seconds* on average (GCRA)."""
 
-    __slots__ = ("_due", "_refused", "_since", "count", "seconds")
-
-    def __init__(self, count: int, seconds: float) -> None:
-        self.count: int = count
-        self.seconds: float = seconds
-        self._due = self._since = 0.0
-        self._refused = 0
+    count: int
+    seconds: float
+    _due: float = 0.0
+    _since: float = 0.0  # when refusals began to be counted
+    _refused: int = 0
 
     def take(self, now: float) -> float:
         """Admit a message and return 0.0, or return the seconds until one will be admitted."""
@@ -1585,9 +1573,13 @@ def is_seconds(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < math.inf
 
 
+def _is_period(value: Any) -> bool:
+    return is_seconds(value) and value > 0
+
+
 def _is_rate(value: Any) -> bool:
     is_pair = isinstance(value, (tuple, list)) and len(value) == 2
-    return value is None or (is_pair and _is_count(value[0]) and is_seconds(value[1]) and value[1])
+    return value is None or (is_pair and _is_count(value[0]) and _is_period(value[1]))
 
 
 @attrs.frozen(kw_only=True)
@@ -1604,56 +1596,23 @@ class Limits:
     max_concurrent: int = _option(_is_count, "a number of tasks, at least 1")
     max_groups: int = _option(_is_count, "a number of groups, at least 1")
     handler_timeout: float | None = _option(
-        lambda value: value is None or (is_seconds(value) and value > 0),
-        "a number of seconds above 0, or None",
+        lambda value: value is None or _is_period(value), "a number of seconds above 0, or None"
     )
-    auth_timeout: float = _option(
-        lambda value: is_seconds(value) and value > 0, "a number of seconds above 0"
-    )
+    auth_timeout: float = _option(_is_period, "a number of seconds above 0")
 
 
-@attrs.define
-class Counters:
-    """What has happened on a hub since its start."""
-
-    received: int = 0
-    """Frames of connections that have ended; an open connection counts its own."""
-    sent: int = 0
-    """Frames of connections that have ended."""
-    dropped: int = 0
-    """Messages that clients were too slow for."""
-    evicted: int = 0
-    """Clients closed because they were too slow."""
-    outbox_high_water: int = 0
-    """The most messages that have waited in one outbox."""
-    errors: dict[str, int] = attrs.Factory(dict)
-    """Errors answered, by code; those beyond `_MAX_CODES` codes count as ``other``."""
-
-    def add(self, *, dropped: int = 0, evicted: int = 0) -> None:
-        """Add messages dropped and clients evicted."""
-        self.dropped += dropped
-        self.evicted += evicted
-
-    def frames(self, received: int, sent: int) -> None:
-        """Add the frames of a connection that has ended."""
-        self.received += received
-        self.sent += sent
-
-    def peak(self, waiting: int) -> None:
-        """Note that *waiting* messages wait in an outbox."""
-        self.outbox_high_water = max(self.outbox_high_water, waiting)
-
-    def error(self, code: str) -> None:
-        """Count an error answered with *code*."""
-        if code not in self.errors and len(self.errors) >= _MAX_CODES:
-            code = "other"
-        self.errors[code] = self.errors.get(code, 0) + 1
+def count_error(counts: collections.Counter[str], code: str) -> None:
+    """Count an error answered with *code*; as ``other`` if *counts* has many names already."""
+    name = f"errors.{code}"
+    if name not in counts and len(counts) >= _MAX_COUNTS:
+        name = "errors.other"
+    counts[name] += 1
 
 
 # ── outbox ────────────────────────────────────────────────────────────────────────────────────
 #
-# What waits to be written to one client. A hub's messages are bounded in number and bytes; replies
-# and what a handler sends wait for the client by themselves, so they are not counted.
+# What waits to be written to one client. Only a hub's messages are counted and bounded: a handler
+# that sends or replies waits for its client.
 
 
 def text_event(data: bytes) -> Event:
@@ -1666,13 +1625,10 @@ class Waiting:
     """An event that waits for its turn to be written."""
 
     event: Event
-    written: asyncio.Future[bool] | None = None
-    """Whether it has been written, for the sender that waits for it."""
-    size: int = 0
-    """The bytes of a message that a hub sent, which may be dropped; 0 for all else."""
+    written: asyncio.Future[bool] | None = None  # whether it was, for a sender that waits for it
+    size: int = 0  # the bytes of a message that a hub sent, which may be dropped; 0 for all else
     group: str | None = None
-    close: Close | None = None
-    """For the close frame, which Falcon's socket writes."""
+    close: Close | None = None  # for the close frame, which Falcon's socket writes
 
     def end(self, is_written: bool) -> None:
         """Tell the sender that waits for it, unless it knows or was cancelled."""
@@ -1685,12 +1641,9 @@ class Outbox:
     """The events that wait for a write in progress, in order; those of hubs are counted."""
 
     queue: collections.deque[Waiting] = attrs.Factory(collections.deque)
-    pushed: int = 0
-    """How many of them a hub sent."""
-    size: int = 0
-    """The bytes of these."""
-    gaps: dict[str | None, None] = attrs.Factory(dict)
-    """The groups of messages that were dropped, in order."""
+    pushed: int = 0  # how many of them a hub sent
+    size: int = 0  # the bytes of these
+    gaps: dict[str | None, None] = attrs.Factory(dict)  # groups of dropped messages, in order
 
     def put(self, waiting: Waiting) -> None:
         """Add *waiting* at the end."""
@@ -1705,20 +1658,15 @@ class Outbox:
 
     def drop_oldest(self) -> None:
         """Drop the oldest of a hub's messages and remember the gap in its group."""
-        index = next(i for i, waiting in enumerate(self.queue) if waiting.size)
-        self.gaps[self.queue[index].group] = None
+        waiting = next(waiting for waiting in self.queue if waiting.size)
+        self.queue.remove(waiting)
         self.pushed -= 1
-        self.size -= self.queue[index].size
-        del self.queue[index]
+        self.size -= waiting.size
+        self.gaps[waiting.group] = None
 
     def take(self) -> Waiting | None:
-        """Remove and return the event to write next, or return None when there is none.
-
-        The gaps follow the last message, one for each group, and precede the close frame.
-        """
-        while self.queue:
-            if self.gaps and self.queue[0].close is not None:
-                break
+        """Remove and return what to write next, or None: messages, gaps, then the close frame."""
+        while self.queue and not (self.gaps and self.queue[0].close is not None):
             waiting = self.queue.popleft()
             if waiting.size:
                 self.pushed -= 1
@@ -1741,11 +1689,9 @@ class Outbox:
 
 # ── outgoing ──────────────────────────────────────────────────────────────────────────────────
 #
-# The writing half of a connection. At most one write is in progress on a socket. Whatever is sent
-# meanwhile waits in the outbox, so that messages leave in the order in which code sent them. The
-# answer to the handshake is the first write: what connect handlers send waits for it. When a write
-# ends while the outbox holds something, a writer task goes on with that. A client that keeps up
-# needs neither an outbox nor a task.
+# At most one write is in progress on a socket; the answer to the handshake is the first. What is
+# sent meanwhile waits in the outbox, so that messages leave in the order in which code sent them.
+# When the write ends, a task goes on with the outbox. A client that keeps up needs neither.
 
 _TURN = 256  # writes of one message at a stretch: a few milliseconds under uvicorn
 _GOODBYE = 1.0  # seconds to wait where nobody should: for an evicted client's close frame, say
@@ -1754,14 +1700,10 @@ _GOODBYE = 1.0  # seconds to wait where nobody should: for an evicted client's c
 class Phase(enum.StrEnum):
     """What can be written to a connection."""
 
-    CONNECTING = "connecting"
-    """The handshake is not answered: what is sent waits for the answer."""
-    OPEN = "open"
-    """Messages flow."""
-    CLOSING = "closing"
-    """The server closes: what was sent before still goes out, and then the close frame."""
-    GONE = "gone"
-    """The client has gone or was given up: nothing can be written any more."""
+    CONNECTING = "connecting"  # What is sent waits for the answer to the handshake.
+    OPEN = "open"  # Messages flow.
+    CLOSING = "closing"  # What was sent before still goes out, and then the close frame.
+    GONE = "gone"  # Nothing: the client has gone or was given up.
 
 
 _OPEN = Phase.OPEN  # PERF: each message asks for it, and a member of an enum costs three globals.
@@ -1781,8 +1723,7 @@ TRANSITIONS: dict[tuple[Phase, Phase], str] = {
 def rest_of(steps: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, Any, Any]:
     """Await the rest of a coroutine whose first step has run and which waits for *waits_for*.
 
-    The task that ran the first step goes on with it, so `asyncio.timeout`, `asyncio.current_task`
-    and context variables inside behave as if the coroutine had been awaited from the start.
+    The task that ran the first step goes on, as `asyncio.timeout` and context variables need it.
     """
     try:
         while True:
@@ -1804,17 +1745,15 @@ def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return asyncio.get_running_loop().create_task(coroutine)
 
 
-# Falcon's private names are in these two functions only. *ws* is Any, since a type checker would
-# refuse them; `tests/test_falcon_names.py` pins them, with the oldest Falcon and the newest.
+# Only these two functions have Falcon's private names, which `tests/test_falcon_names.py` pins.
 
 
 def server_calls(ws: Any) -> tuple[Callable[[], Awaitable[Event]], Callable[[Event], Any]]:
     """Return the server's own `receive` and `send` for Falcon's socket *ws*.
 
-    Falcon's coroutines around them cost 12 % of a message and 5 % of a delivery. Its receive queue
-    doubles the cost of a message, and what it holds is lost when the client leaves; so it is turned
-    off, for this socket only. One that a middleware has accepted is read through its queue, which
-    runs already.
+    Falcon's coroutines around them cost 12 % of a message. Its receive queue doubles the cost, and
+    loses what it holds when the client leaves. So it is turned off, for this socket only; if a
+    middleware has accepted the socket, it runs already and is read.
     """
     queue = ws._buffered_receiver
     if queue._pump_task is None:
@@ -1824,11 +1763,7 @@ def server_calls(ws: Any) -> tuple[Callable[[], Awaitable[Event]], Callable[[Eve
 
 
 def mark_closed(ws: Any, code: int | None) -> None:
-    """Tell Falcon's socket that the connection is over, which it does not see by itself.
-
-    Otherwise Falcon closes it after the responder, and waits for ever for a client that does not
-    read.
-    """
+    """Tell Falcon's socket that the connection is over: its own close may wait for ever."""
     ws._state = type(ws._state).CLOSED
     ws._close_code = code
 
@@ -1853,18 +1788,17 @@ class Outgoing:
     _ws: falcon.asgi.WebSocket
     asgi_send: Callable[[Event], Any]
     limits: Limits
-    _counters: Counters
+    _counts: collections.Counter[str]
     _session: Session
     phase: Phase = Phase.CONNECTING
     close_code: int | None = None  # the one sent, or the one that the server reported before that
-    writing: Literal["", "handshake", "sender", "task", "writer"] = "handshake"
-    """Who writes: nobody, the handshake, a sender by itself, a task that has not begun, or one
-    that has."""
+    # Who writes: nobody, the handshake, a task that has not begun, or code that has.
+    writing: Literal["", "handshake", "task", "writer"] = "handshake"
     sent: int = 0  # frames
     outbox: Outbox | None = None
-    writer: asyncio.Task[Any] | None = None
+    writer: asyncio.Task[Any] | None = None  # the library's own task that writes
     _goodbye: asyncio.Future[bool] | None = None  # whether the close frame was written
-    _patience: asyncio.Timeout | None = None  # the time limit of the sender that writes by itself
+    _patience: asyncio.Timeout | None = None  # the time limit of a sender that writes by itself
     _is_slow: bool = False  # and the log says so
 
     @property
@@ -1877,32 +1811,22 @@ class Outgoing:
         """Whether the handshake has been answered, so that the connection counts as a member."""
         return self.writing != "handshake"
 
-    def disconnected(self) -> falcon.WebSocketDisconnected:
-        """Return the error for code that sends to a connection that is closed."""
-        return falcon.WebSocketDisconnected(self.close_code or 1006)
-
-    # One sender
-
     async def send(self, event: Event) -> None:
         """Write *event* when its turn has come. Raises `falcon.WebSocketDisconnected`."""
         if (rest := self.start(event)) is not None:
             await rest
 
     def start(self, event: Event) -> Awaitable[None] | None:
-        """Write *event* when its turn has come; return what is left to await, or None.
-
-        PERF: the server's `send` usually finishes without suspending. Running its first step here
-        avoids a coroutine and a time limit in the common case.
-        """
+        """Do as `send`; return what is left to await, or None. PERF: mostly there is nothing."""
         if self.phase is not _OPEN or self.writing:
             return self._send_later(event)
         try:
             for waits_for in (steps := self.asgi_send(event).__await__()):
-                self.writing = "sender"
+                self.writing = "writer"
                 return self._send_rest(rest_of(steps, waits_for))
         except Exception as exc:  # The server, or an ASGI middleware, may raise anything.
             self.write_failed(exc)
-            raise self.disconnected() from None
+            raise self._disconnected() from None
         self.sent += 1
         return None
 
@@ -1912,53 +1836,45 @@ class Outgoing:
         try:
             async with patience:
                 self._patience = patience
-                try:
-                    await rest
-                finally:
-                    self._patience = None
+                await rest
             self.sent += 1
         except Exception as exc:  # The server, or an ASGI middleware, may raise anything.
+            self._patience = None
             if patience.expired():
                 self.evict()
             else:
                 self.write_failed(exc)
-            raise self.disconnected() from None
+            raise self._disconnected() from None
         finally:
+            self._patience = None
             self.write_next()
 
     async def _send_later(self, event: Event) -> None:
-        """Write *event* behind the write in progress. Raises `falcon.WebSocketDisconnected`.
-
-        During the handshake this returns at once: connect handlers wait for nobody. What they send
-        after they have closed the connection is dropped.
-        """
+        """Write *event* behind the write in progress; a connect handler does not wait for that."""
         if self.phase is Phase.CONNECTING:
             if self.close_code is None:
                 self._put(Waiting(event))
             return
-        if self.phase is not Phase.OPEN:
-            raise self.disconnected()
-        written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._put(Waiting(event, written))
-        try:
-            async with asyncio.timeout(self.limits.send_timeout):
-                is_written = await written
-        except TimeoutError:
-            self.evict()
-            is_written = False
+        is_written = False
+        if self.phase is Phase.OPEN:
+            written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            self._put(Waiting(event, written))
+            try:
+                async with asyncio.timeout(self.limits.send_timeout):
+                    is_written = await written
+            except TimeoutError:
+                self.evict()
         if not is_written:
-            raise self.disconnected()
+            raise self._disconnected()
 
-    # Hubs
+    def _disconnected(self) -> falcon.WebSocketDisconnected:
+        return falcon.WebSocketDisconnected(self.close_code or 1006)
 
     @staticmethod
     async def fan_out(receivers: Iterable[Outgoing], data: bytes, group: str | None = None) -> None:
-        """Start one write of *data* to each of *receivers*, and wait for no client.
-
-        *group* is the one that a gap names where the message is dropped.
-        """
+        """Start one write of *data*, for *group*, to each of *receivers*; wait for no client."""
         waiting, is_crowded = Waiting(text_event(data), None, len(data), group), False
-        ready: list[Outgoing] = []
+        ready: list[Outgoing | None] = [None]  # which ends it
         try:
             for receiver in receivers:
                 if receiver.phase is _OPEN and not receiver.writing:
@@ -1967,23 +1883,21 @@ class Outgoing:
                 else:
                     is_crowded |= receiver.push(waiting)
         finally:
-            write_batches(ready, waiting.event, [])
-        while ready:  # noqa: ASYNC110 - each turn of the loop takes some of them, even without us
+            write_batches(ready, iter(ready.pop, None), waiting.event)
+        while len(ready) > 1:  # noqa: ASYNC110 - each turn takes some of them, even without us
             await asyncio.sleep(0)
         if is_crowded:  # The client may be behind only because this code kept the loop busy.
             await asyncio.sleep(0)
 
     @staticmethod
-    async def write_each(batch: list[Outgoing], event: Event) -> None:
-        """Write *event* to the connections of *batch*, which `fan_out` has claimed, and empty it.
+    async def write_each(batch: Iterator[Outgoing], event: Event) -> None:
+        """Write *event* to each of *batch*, which `fan_out` has claimed.
 
-        PERF: one ``finally`` around the loop instead of one for each receiver, and no call of ours
-        for a receiver, save 8 % of a delivery.
+        PERF: one ``finally`` around the loop, and no call of ours for a receiver, save 8 %.
         """
         task, receiver = current_task(), None
         try:
-            while batch:
-                receiver = batch.pop()
+            for receiver in batch:
                 if receiver.phase is not Phase.GONE:
                     receiver.writing, receiver.writer = "writer", task
                     try:
@@ -2011,40 +1925,56 @@ class Outgoing:
         """
         if self.closed:
             return False
-        outbox = self._put(waiting)
-        self._counters.peak(outbox.pushed)
-        is_behind = self.writing != "task"
-        if is_behind and outbox.exceeds(1, self.limits) and self.limits.overflow == "close":
-            self.evict()
-        while is_behind and outbox.exceeds(1, self.limits):
-            outbox.drop_oldest()
-            self._counters.add(dropped=1)
-            self._log_slow("messages for it are dropped")
+        outbox, counts = self._put(waiting), self._counts
+        counts["outbox_high_water"] = max(counts["outbox_high_water"], outbox.pushed)
+        while self.writing != "task" and outbox.exceeds(1, self.limits):
+            if self.limits.overflow == "close":
+                self.evict()
+            else:
+                outbox.drop_oldest()
+                counts["dropped"] += 1
+                self._log_slow("messages for it are dropped")
         return outbox.exceeds(0.5, self.limits)
 
-    async def _write(self, waiting: Waiting) -> None:
-        """Write *waiting* and then the outbox, until that is empty or the client has gone."""
+    async def _write(self, outbox: Outbox) -> None:
         self.writing, self.writer = "writer", current_task()
         try:
-            while self.phase is not Phase.GONE:
-                if waiting.close is not None:
-                    await self._ws.close(waiting.close.code, waiting.close.reason or None)
-                else:
-                    await self.asgi_send(waiting.event)
-                    self.sent += 1
-                waiting.end(True)
-                following = self.outbox.take() if self.outbox is not None else None
-                if following is None:
-                    break
-                waiting = following
+            while (waiting := outbox.take()) is not None:
+                try:
+                    if waiting.close is not None:
+                        await self._ws.close(waiting.close.code, waiting.close.reason or None)
+                    else:
+                        await self.asgi_send(waiting.event)
+                        self.sent += 1
+                    waiting.end(True)
+                finally:
+                    waiting.end(False)
+            self.outbox = None
         except Exception as exc:  # The server, or an ASGI middleware, may raise anything.
             self.write_failed(exc)
         finally:
-            waiting.end(False)
             self.writer = None
             self.write_next()
 
-    # The end
+    def write_next(self) -> None:
+        """Go on with the outbox after a write has ended."""
+        if self.outbox is None:
+            self.writing = ""
+        else:
+            self.writing = "task"
+            start_task(self._write(self.outbox))
+
+    def write_failed(self, exc: Exception) -> None:
+        """Take a write that raised for the end of the socket."""
+        logger.debug("write failed", exc_info=exc, extra={"connection_id": self._id})
+        if isinstance(exc, OSError):  # The server's word for a client that has gone (ASGI 2.4).
+            mark_closed(self._ws, self.close_code)
+        self.lost()
+
+    def _put(self, waiting: Waiting) -> Outbox:
+        self.outbox = outbox = self.outbox or Outbox()
+        outbox.put(waiting)
+        return outbox
 
     def open(self) -> None:
         """Let what was sent during the handshake go out, now that it is answered."""
@@ -2053,12 +1983,12 @@ class Outgoing:
         self.write_next()
 
     def close(self, close: Close, *, drops: bool = False) -> None:
-        """Send a close frame behind what was sent before, unless that *drops*; twice is once."""
+        """Send a close frame behind what was sent before, or instead of it; twice is once."""
         self._session.on_close()
         if self.closed:
             return
-        if drops and self.outbox is not None:
-            self.outbox.clear()
+        if drops:
+            self._drop()
         self.close_code = close.code
         self._goodbye = asyncio.get_running_loop().create_future()
         self._put(Waiting({}, self._goodbye, close=close))
@@ -2069,38 +1999,30 @@ class Outgoing:
 
     def evict(self) -> None:
         """Give up on a client that is too slow."""
-        if self.closed:
-            return
-        self._counters.add(evicted=1)
-        self._log_slow("closed with 1013")
-        self.close(Close(1013, "too slow"), drops=True)
-        self._stop_writing()
+        if not self.closed:
+            self._counts["evicted"] += 1
+            self._log_slow("closed with 1013")
+            self.close(Close(1013, "too slow"), drops=True)
 
     def lost(self, code: int | None = None) -> None:
         """Give up writing. *code* is the one that the server has reported, if it has."""
         if self.close_code is None:
             self.close_code = code
-        if self.phase is Phase.GONE:
-            return
-        if self.outbox is not None:
-            self.outbox.clear()
-        self._stop_writing()
-        self._enter(Phase.GONE)
+        if self.phase is not Phase.GONE:
+            self._drop()
+            self._enter(Phase.GONE)
 
     async def settle(self) -> None:
-        """Give the close frame its time, then make sure that nothing waits for this client."""
-        try:
-            if self._goodbye is not None:
-                is_urgent = self.close_code in (1012, 1013)  # of a shutdown, or a slow client
-                patience = _GOODBYE if is_urgent else self.limits.send_timeout
-                await asyncio.wait([self._goodbye], timeout=patience)
-                if not self._ws.closed:
-                    mark_closed(self._ws, self.close_code)
-        finally:
-            self.lost()
+        """Give the close frame its time."""
+        if self._goodbye is not None:
+            is_urgent = self.close_code in (1012, 1013)  # of a shutdown, or a slow client
+            patience = _GOODBYE if is_urgent else self.limits.send_timeout
+            await asyncio.wait([self._goodbye], timeout=patience)
+            if not self._ws.closed:
+                mark_closed(self._ws, self.close_code)
 
     def release(self) -> None:
-        """Let go of the session, when the connection is over."""
+        """End all writing and let go of the session, when the connection is over."""
         self.lost()
         self.writing = ""  # A handshake that an exception has ended is never answered.
         self._session = _NOBODY
@@ -2112,31 +2034,10 @@ class Outgoing:
         if phase is not Phase.OPEN:
             self._session.on_end()
 
-    def _put(self, waiting: Waiting) -> Outbox:
-        outbox = self.outbox
-        if outbox is None:
-            outbox = self.outbox = Outbox()
-        outbox.put(waiting)
-        return outbox
-
-    def write_next(self) -> None:
-        """Go on with the outbox after a write has ended, if it holds something."""
-        following = self.outbox.take() if self.outbox is not None else None
-        if following is None:
-            self.writing, self.outbox = "", None
-        else:
-            self.writing = "task"
-            start_task(self._write(following))
-
-    def write_failed(self, exc: Exception) -> None:
-        """Take a write that raised for the end of the socket."""
-        logger.debug("write failed", exc_info=exc, extra={"connection_id": self._id})
-        if isinstance(exc, OSError):  # The server's word for a client that has gone (ASGI 2.4).
-            mark_closed(self._ws, self.close_code)
-        self.lost()
-
-    def _stop_writing(self) -> None:
-        """End the wait of whoever writes, unless that is the caller."""
+    def _drop(self) -> None:
+        """Empty the outbox, and end the wait of whoever writes, unless that is the caller."""
+        if self.outbox is not None:
+            self.outbox.clear()
         if self._patience is not None and not self._patience.expired():
             self._patience.reschedule(asyncio.get_running_loop().time())
         if self.writer is not None and self.writer is not asyncio.current_task():
@@ -2148,28 +2049,22 @@ class Outgoing:
             logger.warning("client is too slow: %s", what, extra={"connection_id": self._id})
 
 
-def write_batches(receivers: list[Outgoing], event: Event, left: list[Outgoing]) -> None:
-    """Write *event* to *receivers*, a turn's worth at once and the others in the turns that follow.
+def write_batches(ready: list[Outgoing | None], left: Iterator[Outgoing], event: Event) -> None:
+    """Write *event* to all of *ready*: to some at once, to others in the turns that follow.
 
-    One task writes to one receiver after the other: a task for each costs 2.2 (Python 3.11) to 3.3
-    times (3.13) as much. When the server makes the task wait for a receiver, the task stays with
-    it, because what an ASGI middleware does there is bound to the task and its context. The next
-    turn takes over what it has *left*, and starts a new task. *receivers* is empty at the end.
+    PERF: one task writes to one receiver after the other. If the server makes it wait, it stays
+    with its receiver, as an ASGI middleware may depend on the task, and another task goes on.
+    *left* pops *ready*, so that a task that waits keeps nobody who has gone.
     """
-    receivers += left
-    left.clear()
-    if receivers:
-        batch = receivers[-_TURN:]
-        del receivers[-_TURN:]
-        start_task(Outgoing.write_each(batch, event))
-        asyncio.get_running_loop().call_soon(write_batches, receivers, event, batch)
+    if len(ready) > 1:
+        start_task(Outgoing.write_each(itertools.islice(left, _TURN), event))
+        asyncio.get_running_loop().call_soon(write_batches, ready, left, event)
 
 
 # ── incoming ──────────────────────────────────────────────────────────────────────────────────
 #
-# The reading half of a connection. The connection's own task reads and runs the handlers. While
-# one of these is suspended, a second task reads ahead, a few frames, so that a disconnect is
-# noticed. A handler that does not suspend costs no such task.
+# The reading half of a connection. The connection's own task reads and runs the handlers. While one
+# of these is suspended, a second task reads a few frames ahead, so that a disconnect is noticed.
 
 _READ_AHEAD = 8  # frames: enough to notice a disconnect behind some messages, and bounded
 
@@ -2195,17 +2090,13 @@ class Incoming:
     is_direct: bool = True  # nothing is read ahead and more may come: `receive` has the next event
     is_due: bool = False  # `_look` has been scheduled
     received: int = 0  # frames
-    _has_left: bool = False  # the server has reported the end
-    _is_stopped: bool = False  # the server closes, and nothing more is handled
-    _inbox: collections.deque[Event] | None = None  # what was read ahead
+    _has_left: bool = False  # the client; frames from before that are still handled
+    _is_stopped: bool = False  # the server closes, and no frame is handled any more
+    _inbox: list[Event] = attrs.Factory(list)  # what was read ahead
     _ahead: asyncio.Task[None] | None = None
 
     def accept(self, event: Event | None) -> typing.TypeGuard[Event]:
-        """Return whether *event*, the next one, is a frame to handle; if not, no more will come.
-
-        Frames that came before the client left are still handled, those behind the server's own
-        close are not.
-        """
+        """Return whether *event*, the next one, is a frame to handle; if not, no more will come."""
         if event is None:
             return False
         if event["type"] != "websocket.receive":
@@ -2217,10 +2108,7 @@ class Incoming:
         return True
 
     async def next(self) -> Event | None:
-        """Return the next event that was read ahead, then those of the server, or None at the end.
-
-        Only needed while not `is_direct`.
-        """
+        """Return the next event while not `is_direct`: read ahead, or the server's; or None."""
         while not self._inbox:
             if self._has_left or self._is_stopped:
                 return None
@@ -2228,17 +2116,15 @@ class Incoming:
                 self.is_direct = True
                 return await self.receive()
             await self._ahead
-            if not self._inbox:
-                self._ahead = None
-        return self._inbox.popleft()
+            self._ahead = None
+        return self._inbox.pop(0)
 
     async def first_token(self) -> Frame:
-        """Return the first ``authenticate`` message; hold what comes before it.
+        """Return the first ``authenticate`` message; hold what comes before it, within bounds.
 
-        Raises `Close` when that is more than a few frames or `max_size` bytes, and
-        `falcon.WebSocketDisconnected`.
+        Raises `Close`, and `falcon.WebSocketDisconnected`.
         """
-        held, size = collections.deque[Event](), 0
+        size = 0
         while True:
             event = await self.receive()
             if event["type"] != "websocket.receive":
@@ -2250,19 +2136,14 @@ class Incoming:
             frame = decode_or_error(text) if text is not None else None
             if isinstance(frame, Frame) and frame.type == "authenticate":
                 self.received += 1
-                if held:
-                    self._inbox, self.is_direct = held, False
                 return frame
-            held.append(event)
-            if len(held) > _READ_AHEAD:
+            self._inbox.append(event)
+            self.is_direct = False
+            if len(self._inbox) > _READ_AHEAD:
                 raise Close(UNAUTHENTICATED, "authenticate first")
 
     def watch(self) -> None:
-        """Have the socket watched if the handler that starts now suspends.
-
-        PERF: until the loop goes on this costs nothing for a backlog that is handled without
-        waiting, and it needs no task for each message.
-        """
+        """Have the socket watched if the handler that starts now suspends; else no task starts."""
         if not self.is_due:
             self.is_due = True
             asyncio.get_running_loop().call_soon(self._look)
@@ -2270,22 +2151,17 @@ class Incoming:
     def _look(self) -> None:
         """Read ahead while a handler, or its reply, waits for something."""
         self.is_due = False
-        is_over = self._has_left or self._is_stopped
         is_reading = self._ahead is not None and not self._ahead.done()
-        if self._session.is_handling and not is_over and not is_reading:
+        if self._session.is_handling and not (is_reading or self._has_left or self._is_stopped):
             self.is_direct = False
             self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
 
     async def _read_ahead(self) -> None:
-        if self._inbox is None:
-            self._inbox = collections.deque()
         inbox, size = self._inbox, sum(map(size_of_event, self._inbox))
         while self._session.is_handling and len(inbox) < _READ_AHEAD and size <= self._max_size:
             event = await self.receive()
             if event["type"] != "websocket.receive":
                 self._disconnected(event)
-                return
-            if self._is_stopped:
                 return
             if not self._session.takes(event):
                 inbox.append(event)
@@ -2301,8 +2177,7 @@ class Incoming:
     def stop(self) -> None:
         """Handle nothing more, also of what was read ahead."""
         self._is_stopped, self.is_direct = True, False
-        if self._inbox is not None:
-            self._inbox.clear()
+        self._inbox.clear()
         if self._session.is_handling and self._ahead is not None:
             self._ahead.cancel()  # granian's send(close) waits while a receive is pending.
 
@@ -2327,18 +2202,12 @@ _LOOK_AT_CLOCK = 600.0  # seconds between two looks at the time of day, which ma
 class Connection:
     """One client. Handlers get it; the hub's methods take it."""
 
-    hub: Hub
-    """The hub of its endpoint."""
-    req: falcon.asgi.Request
-    """The request of the handshake: headers, cookies, query string."""
-    ws: falcon.asgi.WebSocket
-    """Falcon's socket, for what Pachinko does not do. What it sends keeps no order with ours."""
-    params: dict[str, Any]
-    """The path parameters, converted as the path says."""
-    id: str
-    """Unique across processes, and public: other clients may see it. Never a credential."""
-    outgoing: Outgoing
-    """The library's own, not for applications."""
+    hub: Hub  # of its endpoint
+    req: falcon.asgi.Request  # the request of the handshake: headers, cookies, query string
+    ws: falcon.asgi.WebSocket  # Falcon's own; what it sends keeps no order with the rest
+    params: dict[str, Any]  # the path parameters, converted as the path says
+    id: str  # unique across processes, and public: never a credential
+    outgoing: Outgoing  # the library's own, not for applications
     _user: str | None = None
     _expires_at: float | None = None
     _expiry: asyncio.TimerHandle | None = None
@@ -2356,6 +2225,16 @@ class Connection:
     def close_code(self) -> int | None:
         """Why it was closed: the client's code (1005 or 1006 for none) or the server's; or None."""
         return self.outgoing.close_code
+
+    @property
+    def closed(self) -> bool:
+        """Whether the client has gone or the server has begun to close."""
+        return self.outgoing.closed
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """The groups that it is in."""
+        return frozenset(self.hub.state.registry.groups_of(self))
 
     @property
     def user(self) -> str | None:
@@ -2404,16 +2283,6 @@ class Connection:
             loop = asyncio.get_running_loop()
             self._expiry = loop.call_later(min(left, _LOOK_AT_CLOCK), self._expire)
 
-    @property
-    def groups(self) -> frozenset[str]:
-        """The groups that it is in."""
-        return frozenset(self.hub.state.registry.groups_of(self))
-
-    @property
-    def closed(self) -> bool:
-        """Whether the client has gone or the server has begun to close."""
-        return self.outgoing.closed
-
     async def send(self, message: object, payload: object = None) -> None:
         """Send a ``@message`` object, or a type and its payload, to this client.
 
@@ -2428,10 +2297,7 @@ class Connection:
             await asyncio.sleep(0)  # While a client keeps up, nothing else lets the loop run.
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
-        """Close after what was sent before. Does not wait for the client; twice is once.
-
-        Raises `ValueError` for a *code* or *reason* that `Close` refuses.
-        """
+        """Begin to close, after what was sent before; twice is once. Raises what `Close` does."""
         self.outgoing.close(Close(code, reason))
 
     async def join(self, group: str) -> None:
@@ -2903,7 +2769,7 @@ class HubState:
         self.settings = settings
         self.codec: Codec = settings.codec
         self.process: str = new_process()
-        self.counters: Counters = Counters()
+        self.counts: collections.Counter[str] = collections.Counter()
         self.calls: ThreadCalls = ThreadCalls()
         self.serving: dict[asyncio.Task[Any], Session] = {}
         """Sessions by the task that serves them, from the handshake to their end."""
@@ -2968,7 +2834,8 @@ class HubState:
     def leave(self, session: Session) -> None:
         """Note that the current task has ended its service."""
         self.serving.pop(current_task(), None)
-        self.counters.frames(session.incoming.received, session.outgoing.sent)
+        self.counts["received"] += session.incoming.received
+        self.counts["sent"] += session.outgoing.sent
 
     async def reachable(self, conn: Connection) -> None:
         """Wait until `Hub.send_to_user` in other processes reaches *conn*."""
@@ -3345,21 +3212,22 @@ class Hub:
         ``errors`` in all, and ``errors.<code>`` for each code that was answered.
         """
         state = self.state
-        counters, sessions = state.counters, state.serving.values()
+        counts, sessions = state.counts, state.serving.values()
+        errors = {name: count for name, count in counts.items() if name.startswith("errors.")}
         return {
             "connections": len(self.connections),
             "groups": len(state.registry.groups),
-            "received": counters.received + sum(each.incoming.received for each in sessions),
-            "sent": counters.sent + sum(each.outgoing.sent for each in sessions),
-            "dropped": counters.dropped,
-            "evicted": counters.evicted,
-            "outbox_high_water": counters.outbox_high_water,
+            "received": counts["received"] + sum(each.incoming.received for each in sessions),
+            "sent": counts["sent"] + sum(each.outgoing.sent for each in sessions),
+            "dropped": counts["dropped"],
+            "evicted": counts["evicted"],
+            "outbox_high_water": counts["outbox_high_water"],
             "refused": 0,
             "outages": 0,
             "broker_down": 0,
             **state.relay.stats(),
-            "errors": sum(counters.errors.values()),
-            **{f"errors.{code}": count for code, count in counters.errors.items()},
+            "errors": sum(errors.values()),
+            **errors,
         }
 
 
@@ -3520,7 +3388,7 @@ class Session:
         self._limits = limits
         id = self._hub_state.process + secrets.token_hex(_OWN_BYTES)
         receive, send = server_calls(ws)
-        self.outgoing: Outgoing = Outgoing(id, ws, send, limits, self._hub_state.counters, self)
+        self.outgoing: Outgoing = Outgoing(id, ws, send, limits, self._hub_state.counts, self)
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
         self.conn: Connection = Connection(hub, req, ws, params, id, self.outgoing)
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
@@ -3839,7 +3707,7 @@ class Session:
     async def _send_error(self, error: MessageError, id: Id | None) -> None:
         payload = {"code": error.code, "message": error.message, **error.details}
         data = _encode(Sent("error", id, payload))
-        self._hub_state.counters.error(error.code)
+        count_error(self._hub_state.counts, error.code)
         await self._send(data)
 
     async def _send(self, data: bytes) -> None:

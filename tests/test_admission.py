@@ -129,7 +129,7 @@ async def test_the_first_message_may_bring_the_token() -> None:
             assert (await client.ask("whoami"))["payload"] == "ann"
             assert len(door.ws._hub.members("all")) == 1
             assert door.ws._hub.stats()["received"] == 2
-            assert session_of(next(iter(door.ws._hub.connections))).incoming._inbox is None
+            assert session_of(next(iter(door.ws._hub.connections))).incoming._inbox == []
         await until(lambda: not door.ws._hub.state.serving)
     assert door.seen == [None, "t-ann", ("connect", "ann"), ("disconnect", 1000)]
 
@@ -644,7 +644,7 @@ async def test_what_is_read_ahead_of_a_stranger_is_bounded_in_bytes() -> None:
             await client.send("x", "x" * 400, id=id)
         incoming = session.incoming
         await until(lambda: incoming._ahead is not None and incoming._ahead.done())
-        assert incoming._inbox is not None and len(incoming._inbox) == 3
+        assert len(incoming._inbox) == 3
         may_go_on.set()
         assert [(await client.receive())["id"] for _ in range(6)] == list(range(6))
 

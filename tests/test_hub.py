@@ -15,7 +15,7 @@ import falcon
 import pytest
 from support import PATIENCE, connect, new_app, serving, until
 
-from pachinko import Connection, Counters, Hub, Pachinko, PachinkoError, message
+from pachinko import Connection, Hub, Pachinko, PachinkoError, message
 
 
 @message("said")
@@ -426,28 +426,6 @@ def test_memory_needs_no_more(url: str) -> None:
     code = f"import sys, pachinko; pachinko.hub.configure({url!r}); print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pachinko" in out.stdout.split() and "pachinko_cluster" not in out.stdout.split()
-
-
-# Private owners
-
-
-def test_errors_are_counted_up_to_a_number_of_codes() -> None:
-    """An application may make codes up without end."""
-    counters = Counters()
-    for n in range(200):
-        counters.error(str(n))
-    assert counters.errors["0"] == 1 and counters.errors["other"] == 100
-    assert sum(counters.errors.values()) == 200 and len(counters.errors) == 101
-
-
-def test_counters_add_up() -> None:
-    """What is named grows; the high water mark only rises."""
-    counters = Counters()
-    counters.frames(2, 3)
-    counters.add(dropped=1, evicted=1)
-    for waiting in (1, 5, 2):
-        counters.peak(waiting)
-    assert counters == Counters(2, 3, 1, 1, 5, {})
 
 
 # The limit of groups

@@ -92,9 +92,7 @@ async def test_a_client_that_leaves_a_waiting_handler_is_noticed(end: str) -> No
         await client.send("wait")
         for n in range(5):
             await client.send("note", n)
-        await until(
-            lambda: session_of(conn).incoming._inbox and len(session_of(conn).incoming._inbox) == 5
-        )
+        await until(lambda: len(session_of(conn).incoming._inbox) == 5)
         if end == "close":
             await client.close(4001)
         else:

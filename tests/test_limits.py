@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 
 import pytest
 
@@ -143,3 +144,16 @@ async def test_cancellations_left_behind_do_not_hide_a_time_limit() -> None:
 
     with pytest.raises(TimeoutError):
         await asyncio.create_task(work())
+
+
+# Counts
+
+
+def test_errors_are_counted_up_to_a_number_of_codes() -> None:
+    """An application may make codes up without end."""
+    counts = collections.Counter[str](received=1)
+    for n in range(200):
+        pachinko.count_error(counts, str(n))
+    pachinko.count_error(counts, "0")
+    assert counts["errors.0"] == 2 and counts["errors.97"] == 1
+    assert counts["errors.other"] == 101 and len(counts) == 101

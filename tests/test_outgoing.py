@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextvars
 import itertools
 import json
@@ -404,6 +405,17 @@ async def test_sigterm_ends_with_a_stalled_client_in_the_grace_period() -> None:
         await stall(ws)
         await server.stop()
         assert codes == [1012] and not ws._hub.state.serving
+
+
+def test_a_transition_that_is_not_in_the_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The phase then stays what it was."""
+    parts: Any = None
+    counts = collections.Counter[str]()
+    outgoing = pachinko.Outgoing("1", parts, parts, parts, counts, pachinko._NOBODY)
+    monkeypatch.delitem(pachinko.TRANSITIONS, (pachinko.Phase.CONNECTING, pachinko.Phase.GONE))
+    with pytest.raises(RuntimeError, match="does not go from connecting to gone"):
+        outgoing.lost()
+    assert outgoing.phase is pachinko.Phase.CONNECTING
 
 
 # A write whose first step was run by hand

@@ -636,7 +636,7 @@ async def member(ws: Pachinko, socket: Any) -> Connection:
     req: Any = None
     state, id = ws._hub.state, secrets.token_hex(12)
     send = socket._asgi_send
-    outgoing = Outgoing(id, socket, send, ws._limits, state.counters, pachinko._NOBODY)
+    outgoing = Outgoing(id, socket, send, ws._limits, state.counts, pachinko._NOBODY)
     conn = Connection(ws._hub, req, socket, {"name": ""}, id, outgoing)
     state.registry.add(conn)
     outgoing.open()

@@ -165,12 +165,7 @@ async def test_the_read_ahead_goes_on_after_a_long_queue() -> None:
         for n in range(10):
             await client.send("slow", n)
         await client.send("complete", id="f")
-        await until(
-            lambda: (
-                session_of(conn).incoming._inbox is not None
-                and len(session_of(conn).incoming._inbox) == 8
-            )
-        )
+        await until(lambda: len(session_of(conn).incoming._inbox) == 8)
         for n in range(3):
             gates[n].set()
         await asyncio.wait_for(ended.wait(), PATIENCE)
