@@ -28,6 +28,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import logging
 import math
@@ -37,7 +38,7 @@ import re
 import ssl
 import sys
 import urllib.parse
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, cast
 
 import attrs
@@ -50,11 +51,14 @@ from pachinko import Backplane, Deliver, Kind, Lost, PachinkoError, Registry, ga
 __all__ = ["main"]
 
 _encode = msgspec.json.Encoder().encode
+Members = dict[pachinko.Connection, pachinko.Outgoing]  # as in the registry
 
 # ── broker URLs ───────────────────────────────────────────────────────────────────────────────
 
 _CONNECT = 3.0  # seconds for a connection to the broker
 _DISCONNECT = 1.0  # seconds
+SCHEMES = ("memory", "nats", "tls", "redis", "rediss")  # of URLs; all but the first have a broker
+_URL = re.compile(rf"({'|'.join(SCHEMES[1:])})://([^?#]+)(?:\?([^#@]*))?")
 _REASON_SHOWN = 200  # characters: another protocol's server may say anything
 _ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
 _LOGIN = re.compile(r"[!-.0-?A-~]*")  # ASCII without blanks, "/" and "@"
@@ -69,6 +73,7 @@ class Broker:
     credentials: tuple[str, str | None] | None = attrs.field(repr=False)
     """User and password, or a token and None."""
     options: dict[str, str] = attrs.field(repr=False)  # all but the namespace
+    namespace: str | None
     url: str = attrs.field(repr=False)  # without the options
 
     def __str__(self) -> str:
@@ -77,8 +82,14 @@ class Broker:
 
 def read_broker(url: str) -> Broker:
     """Read the URL of a broker. Raises `PachinkoError`, whose text shows no credentials."""
-    scheme, where, options = pachinko.split_url(url)
-    options.pop("namespace", None)
+    if (found := _URL.fullmatch(url)) is None:
+        raise _wrong_url()
+    scheme, where, query = found.groups("")
+    try:
+        options = dict(urllib.parse.parse_qsl(query, True, True) if query else ())
+    except ValueError:
+        raise _wrong_url() from None
+    namespace = options.pop("namespace", None)
     netloc, _, path = where.partition("/")
     parts = [netloc]
     if scheme in ("nats", "tls"):  # NATS clients also take "nats://a:4222,nats://b:4222"
@@ -89,10 +100,19 @@ def read_broker(url: str) -> Broker:
     # A login of plain characters is quoted by no library in a form that `without_secrets` misses.
     is_right = not logins and _LOGIN.fullmatch(login) is not None and "@" not in path
     if not (is_right and all(map(_is_address, hosts))):
-        raise pachinko.wrong_url()
+        raise _wrong_url()
     user, has_password, password = map(urllib.parse.unquote, login.partition(":"))
     credentials = (user, password if has_password else None) if login else None
-    return Broker(scheme, ",".join(hosts), credentials, options, f"{scheme}://{where}")
+    return Broker(scheme, ",".join(hosts), credentials, options, namespace, f"{scheme}://{where}")
+
+
+def _wrong_url() -> PachinkoError:
+    known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+    return PachinkoError(
+        'a backplane is a URL such as "nats://localhost:4222" or "redis://:secret@host:6379"; '
+        f'known are {known}. "/", "@", "?", "#" and "%" in a password are written "%2F", '
+        '"%40", "%3F", "%23", "%25". The one given is not shown, for it may hold a password'
+    )
 
 
 def _is_address(text: str) -> bool:
@@ -507,6 +527,17 @@ def backplane_of(broker: Broker) -> Backplane:
         ) from None
 
 
+def check_backplane(given: object) -> None:
+    """Raise `TypeError` for what is no `Backplane`."""
+    methods = ("start", "publish", "subscribe", "unsubscribe", "stop")
+    found = (getattr(given, name, None) for name in methods)
+    if inspect.isclass(given) or not all(map(inspect.iscoroutinefunction, found)):
+        raise TypeError(
+            f'write hub.configure("nats://localhost:4222"), or give it an object with '
+            f"`async def` {', '.join(methods)}; got {type(given).__name__}"
+        )
+
+
 # ── link ──────────────────────────────────────────────────────────────────────────────────────
 #
 # Keeps this process connected to its broker, and subscribed to its subjects. It knows subjects and
@@ -852,7 +883,6 @@ def resolve(future: asyncio.Future[Any], result: Any = None) -> None:
 
 _FORMAT = 1  # of peer messages; older processes cannot read another one
 _LONGEST_NAME = 120  # characters in a subject, which is part of a line of at most 4 KiB in NATS
-_LETTERS = {Kind.GROUP: "g", Kind.USER: "u", Kind.CONNECTION: "p", Kind.EVERYBODY: "a"}
 Address = tuple[Kind, str]  # what a subject stands for; a connection is reached by its process
 
 
@@ -912,7 +942,7 @@ def subject_of(namespace: str, kind: Kind, name: str) -> str:
         # No quoted name has an equals sign, so no digest is the token of another name.
         digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=20)
         token = f"={digest.hexdigest()}"
-    return f"{namespace}.{_LETTERS[kind]}.{token}"
+    return f"{namespace}.{kind}.{token}"
 
 
 def pack(message: PeerMessage, frame: bytes = b"") -> bytes:
@@ -958,6 +988,7 @@ _ANSWER_BYTES = 200_000  # of members in one part of such an answer
 _MAX_SUSPECTS = 100  # kinds of refused messages that are logged, once each
 _MAX_PROCESSES = 10_000  # whose sessions are known
 _GAPS_A_TURN = 256  # groups told of a gap at a stretch
+_CONNECTION_ID = re.compile(r"[0-9a-f]{24}")  # `Hub.process`, and as many digits more
 _questions = itertools.count(1)
 
 
@@ -968,14 +999,17 @@ class Cluster:
     _link: Link
     process: str
 
-    def __init__(self, given: str | Backplane, namespace: str) -> None:
-        """Take what `Hub.configure` was given. Raises `PachinkoError`."""
+    def __init__(self, given: str | Backplane, namespace: str | None) -> None:
+        """Take what `Hub.configure` was given. Raises `PachinkoError` and `TypeError`."""
         self._broker: Broker | None = None
         if isinstance(given, str):
             self._broker = read_broker(given)
+            namespace = self._broker.namespace if namespace is None else namespace
+            pachinko.check_namespace(namespace)
             given = backplane_of(self._broker)
+        check_backplane(given)
         self._backplane: Backplane = given
-        self._namespace = namespace
+        self._namespace = "pachinko" if namespace is None else namespace
         self._addresses: dict[str, Address] = {}  # by subject
         self._sent = 0
         self._sessions: dict[str, int] = {}  # the latest of each process that has sent something
@@ -983,7 +1017,7 @@ class Cluster:
         self._suspects: set[object] = set()  # the kinds of refused messages that have been logged
         self._work: set[asyncio.Task[None]] = set()  # sends that no caller waits for
         self._asks: dict[int, asyncio.Queue[PeerMessage]] = {}  # answers, by question
-        self._gaps: dict[str, tuple[pachinko.Connection, ...]] = {}  # members to be told, by group
+        self._gaps: dict[str, Members] = {}  # to be told of a gap, by group
         self._unread: dict[Address, frozenset[str]] = {}  # ids told of a message of another format
 
     def start(self, registry: Registry, process: str) -> None:
@@ -1041,8 +1075,8 @@ class Cluster:
     async def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> None:
         to: str | None = None
         if kind is Kind.CONNECTION:
-            process = pachinko.process_of(name)
-            if process is None or process == self.process:
+            process = name[: len(self.process)] if _CONNECTION_ID.fullmatch(name) else None
+            if process in (None, self.process):
                 await self._registry.deliver(kind, name, data, excluded)
                 return
             name, to = process, name
@@ -1156,30 +1190,31 @@ class Cluster:
 
     async def _miss(self, kind: Kind, name: str) -> None:
         """Tell the receivers of a gap, once for a run of messages that cannot be read."""
-        receivers = self._registry.receivers(kind, name)
-        group = name if kind is Kind.GROUP else None
         told = self._unread.get((kind, name), frozenset())
+        receivers = self._registry.receivers(kind, name)
         self._unread[kind, name] = frozenset(conn.id for conn in receivers)
-        await self._registry.tell(receivers, gap_of(group), group, told)
+        gap = gap_of(name if kind is Kind.GROUP else None)
+        await self._registry.deliver(kind, name, gap, told)
 
     def restored(self, subject: str | None) -> None:
         """Begin to tell each member of a gap, once a group. Called by the link after an outage."""
         registry = self._registry
-        alone: Collection[pachinko.Connection] = ()
+        alone: list[pachinko.Outgoing] = []  # those who are in no group
         if subject is None:
-            self._gaps = {group: tuple(members) for group, members in registry.groups.items()}
+            self._gaps = {group: dict(members) for group, members in registry.groups.items()}
             conns = registry.connections.values()
-            alone = tuple(conn for conn in conns if not registry.groups_of(conn))
+            alone = [conn.outgoing for conn in conns if not registry.groups_of(conn)]
         else:
             kind, name = self._addresses[subject]
+            receivers = dict(registry.receivers(kind, name))
             if kind is Kind.GROUP:
-                self._gaps[name] = tuple(registry.receivers(kind, name))
+                self._gaps[name] = receivers
             else:
-                alone = tuple(registry.receivers(kind, name))
+                alone = list(receivers.values())
         self._start_work(self._announce_all(alone))
 
-    async def _announce_all(self, alone: Collection[pachinko.Connection]) -> None:
-        await self._registry.tell(alone, gap_of(None), None)
+    async def _announce_all(self, alone: list[pachinko.Outgoing]) -> None:
+        await pachinko.Outgoing.fan_out(alone, gap_of(None))
         announced = 0
         while self._gaps:
             await self._announce(next(iter(self._gaps)))
@@ -1189,9 +1224,10 @@ class Cluster:
 
     async def _announce(self, group: str) -> None:
         """Tell those who have been in *group* since the outage of the gap."""
-        members = self._gaps.pop(group)
-        present = [conn for conn in members if group in self._registry.groups_of(conn)]
-        await self._registry.tell(present, gap_of(group), group)
+        members = self._gaps.pop(group).items()
+        groups_of = self._registry.groups_of
+        present = [outgoing for conn, outgoing in members if group in groups_of(conn)]
+        await pachinko.Outgoing.fan_out(present, gap_of(group), group)
 
 
 # ── shell command ─────────────────────────────────────────────────────────────────────────────
@@ -1202,14 +1238,14 @@ class Cluster:
 class Eavesdropper(Cluster):
     """A process without connections that prints what a member of one group would get."""
 
-    def __init__(self, given: str | Backplane, namespace: str, group: str) -> None:
+    def __init__(self, given: str | Backplane, namespace: str | None, group: str) -> None:
         super().__init__(given, namespace)
         self._group = group
         self._lines: asyncio.Queue[str] = asyncio.Queue()
 
     async def run(self, count: int | None = None) -> None:
         """Print *count* messages, or all. Raises `PachinkoError`, and what `print` raises."""
-        self.start(Registry(self), pachinko.new_process())
+        self.start(Registry(self), pachinko.hub.process)
         try:
             await self.connected()
             self.subscribe(Kind.GROUP, self._group)
@@ -1330,8 +1366,7 @@ async def _run(given: argparse.Namespace) -> None:
     if url.startswith("memory://"):
         raise ValueError("memory:// reaches no other process; give the broker of the app")
     if given.command == "listen":
-        namespace = pachinko.namespace_of(url, given.namespace)
-        await Eavesdropper(url, namespace, given.group).run(given.count)
+        await Eavesdropper(url, given.namespace, given.group).run(given.count)
         return
     payload = None
     if given.command == "send" and given.json is not None:

@@ -205,7 +205,7 @@ async def test_the_lifespan_closes_those_that_are_not_in_yet() -> None:
         visits = [asyncio.create_task(visit(server.url + path)) for path in ("/ws/a", "/locked")]
         await until(lambda: len(ws._hub.state.serving) == 2)
         ending = [asyncio.create_task(each.process_shutdown({}, {})) for each in (ws, locked)]
-        await until(lambda: all(conn.closed for conn in ws._hub.state.serving.values()))
+        await until(lambda: all(each.outgoing.closed for each in ws._hub.state.serving.values()))
         may_go_on.set()
         assert await asyncio.gather(*visits) == [1012, 1012]
         await asyncio.gather(*ending)
@@ -243,7 +243,7 @@ async def test_calls_from_threads_end_with_the_hub() -> None:
         )  # its turn may come too late
         done = ws._hub.call_threadsafe(ws._hub.stats)
         await until(done.done)
-        assert done not in ws._hub.state.calls.pending
+        assert done not in ws._hub.state.calls
     with pytest.raises(PachinkoError, match="the hub has stopped before it was done"):
         futures[0].result(0)
     assert futures[1].done()
@@ -269,7 +269,7 @@ async def test_a_thread_may_cancel_its_call() -> None:
         await asyncio.wait_for(begun.wait(), PATIENCE)
         assert future.cancel()
         await until(lambda: ended)
-        assert not ws._hub.state.calls.pending
+        assert not ws._hub.state.calls
         stray = ws._hub.call_threadsafe(cancelled)
         await until(stray.done)
         assert stray.cancelled()
@@ -334,15 +334,14 @@ def test_a_forked_process_has_a_clean_hub() -> None:
 
 
 async def test_what_a_fork_leaves_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loop and connections of each hub are the parent's; a lock that was held is not held."""
+    """Loop, connections and calls of each hub are the parent's."""
     hub = Hub()
     monkeypatch.setattr(pachinko, "_hubs", [hub])
     hub.state.start(object())
-    state, lock = hub.state, hub.state.calls._lock
-    lock.acquire()
+    state, call = hub.state, hub.call_threadsafe(hub.stats)
     pachinko._forget_parent()
     assert hub.state is not state and hub.state.loop is None
-    assert hub.state.calls._lock is not lock and state.loop is not None
+    assert not hub.state.calls and state.loop is not None and state.calls == {call}
 
 
 # Starts
