@@ -2659,11 +2659,11 @@ class Connection:
 #
 # The registry knows the connections of this process. The relay reaches the other processes of the
 # app, and tells the registry what they send. `LocalRelay` is the one of an app without a broker;
-# `pachinko_cluster` has the other. `HubState` has both, from the start of a hub to its stop.
+# `pachinko_cluster` has the other. A hub's state has both, from its start to its stop.
 
 _FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, behind what lingers
 ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the broker
-_MEMORY = re.compile(r"memory://(?:\?([^#@]+))?")  # the URL of an app with one process
+_MEMORY = re.compile(r"memory://(?:\?([^#@&=]+=[^#@]*)?)?")  # the URL of an app with one process
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 Deliver = Callable[[str, bytes], Awaitable[None]]
 Lost = Callable[["BaseException | None"], None]
@@ -2689,9 +2689,8 @@ class Backplane(typing.Protocol):
     async def publish(self, subject: str, data: bytes) -> int | None:
         """Send to every process that has subscribed, this one too; return once the broker has it.
 
-        Several calls may be in progress, and their messages keep the order of the calls. Returns
-        how many subscribers it went to, or None if the broker does not say. Raises what is wrong
-        with this message.
+        Calls may overlap, and messages keep the order of the calls. Returns how many subscribers it
+        went to, or None if the broker does not say. Raises what is wrong with this message.
         """
 
     async def subscribe(self, subject: str) -> None:
@@ -2734,10 +2733,7 @@ class Relay(typing.Protocol):
     """
 
     def start(self, registry: Registry, process: str) -> None:
-        """Begin to deliver to *registry*, that of the process with the id *process*.
-
-        Called once, before all other methods. Connects in the background.
-        """
+        """Begin to deliver to *registry*, of the process with that id, and to connect."""
 
     async def connected(self) -> None:
         """Wait for the connection attempt in progress. Raises `PachinkoError` if it has failed."""
@@ -2779,14 +2775,14 @@ class Relay(typing.Protocol):
 class LocalRelay(Relay):
     """The relay of an app with one process: whatever is sent goes straight to the registry."""
 
-    def start(self, registry: Registry, process: str) -> None:
-        self._registry, self._process = registry, process
-
     async def connected(self) -> None: ...
     async def stop(self) -> None: ...
     def subscribe(self, kind: Kind, name: str) -> None: ...
     def unsubscribe(self, kind: Kind, name: str) -> None: ...
     async def subscribed(self, kind: Kind, name: str) -> None: ...
+
+    def start(self, registry: Registry, process: str) -> None:
+        self._registry, self._process = registry, process
 
     async def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> None:
         await self._registry.deliver(kind, name, data, excluded)
@@ -2795,19 +2791,15 @@ class LocalRelay(Relay):
         self._registry.close(kind, name, close)
 
     async def ask(self, group: str) -> list[Presence]:
-        members = self._registry.members(group)
+        members = self._registry.accepted(Kind.GROUP, group)
         return [Presence(conn.id, conn.user, self._process) for conn in members]
 
 
 def open_relay(given: Given, namespace: str | None) -> Relay:
-    """Return the relay, not yet started, for what `Hub.configure` was given.
-
-    Raises `PachinkoError` for a mistake in the URL or the namespace and for a missing library, and
-    `TypeError` for what is no `Backplane`.
-    """
+    """Return the relay, not yet started. Raises the errors of `Hub.configure`."""
     local = _MEMORY.fullmatch(given) if isinstance(given, str) else None
     if local is not None and namespace is None:
-        namespace = dict(urllib.parse.parse_qsl(local[1], True)).get("namespace")
+        namespace = dict(urllib.parse.parse_qsl(local[1] or "", True)).get("namespace")
     check_namespace(namespace)
     if given is None or local is not None:
         return LocalRelay()
@@ -2830,19 +2822,18 @@ def check_namespace(name: object) -> None:
 class Registry:
     """The connections of this process, and the groups and users that they belong to.
 
-    It is the only owner of memberships, in both directions. Its *relay* learns of the first
-    receiver of each group and user, and when the last one has left.
+    It is the only owner of memberships, in both directions. It starts its *relay*, which learns of
+    the first receiver of each group and user, and when the last one has left.
     """
 
-    def __init__(self, relay: Relay) -> None:
-        self.connections: dict[str, Connection] = {}
-        """By id, without those that have not authenticated yet."""
-        self.groups: dict[str, dict[Connection, Outgoing]] = {}
-        """By name, each member with its writing half, so that a send need not look at both."""
+    def __init__(self, relay: Relay, process: str) -> None:
+        self.connections: dict[str, Connection] = {}  # by id, once they have authenticated
+        self.groups: dict[str, dict[Connection, Outgoing]] = {}  # by name, what writes to whom
         self.users: dict[str, dict[Connection, Outgoing]] = {}
         self._tables = {Kind.GROUP: self.groups, Kind.USER: self.users}
         self._joined: dict[Connection, set[str]] = {}
         self._relay = relay
+        relay.start(self, process)
 
     def add(self, conn: Connection) -> None:
         """Add *conn*, and let its user's messages reach it."""
@@ -2872,10 +2863,9 @@ class Registry:
 
     def leave(self, group: str, conn: Connection) -> None:
         """Remove *conn* from *group*, if it is a member."""
-        groups = self._joined.get(conn, set())
-        if group in groups:
-            groups.discard(group)
-            if not groups:
+        if group in self.groups_of(conn):
+            self._joined[conn].discard(group)
+            if not self._joined[conn]:
                 del self._joined[conn]
             self._discard(Kind.GROUP, group, conn)
 
@@ -2906,10 +2896,10 @@ class Registry:
             return {conn: conn.outgoing for conn in self.connections.values()}
         return self._tables[kind].get(name, {})
 
-    def members(self, group: str) -> frozenset[Connection]:
-        """Return the accepted connections in *group*."""
-        members = self.groups.get(group, {})
-        return frozenset(conn for conn, outgoing in members.items() if outgoing.is_answered)
+    def accepted(self, kind: Kind, name: str) -> frozenset[Connection]:
+        """Return the receivers whose handshake has been answered."""
+        found = self.receivers(kind, name).items()
+        return frozenset(conn for conn, outgoing in found if outgoing.is_answered)
 
     async def deliver(self, kind: Kind, name: str, data: bytes, excluded: Collection[str]) -> None:
         """Begin one write of the frame *data* to each receiver whose id is not *excluded*."""
@@ -2932,27 +2922,20 @@ class HubState:
     url: Given  # as `Hub.configure` has set it, like the next two
     namespace: str | None
     codec: Codec
-    replace: Callable[[], HubState]
-    """Gives the hub a new state with the same settings. The hub calls it when it has stopped, and
-    in a forked process, where all of this is the parent's."""
+    replace: Callable[[], HubState]  # gives the hub a new state with the same settings
     process: str = attrs.field(factory=lambda: secrets.token_hex(_PROCESS_BYTES))
     counters: Counters = attrs.Factory(Counters)
     calls: set[concurrent.futures.Future[Any]] = attrs.Factory(set)  # of threads, still to be done
-    serving: dict[asyncio.Task[Any], Session] = attrs.Factory(dict)
-    """Sessions by the task that serves them, from the handshake to their end."""
+    serving: dict[asyncio.Task[Any], Session] = attrs.Factory(dict)  # from the handshake on
     drains: list[asyncio.Task[None]] = attrs.Factory(list)  # one for each call of `Hub.drain`
     loop: asyncio.AbstractEventLoop | None = None  # that of the apps, while one runs
     broker: Given = None  # what the first app was started with
-    relay: Relay = attrs.field(init=False)
+    relay: Relay = attrs.Factory(LocalRelay)
     registry: Registry = attrs.field(init=False)
     _apps: set[object] = attrs.Factory(set)
 
     def __attrs_post_init__(self) -> None:
-        self._open(LocalRelay())
-
-    def _open(self, relay: Relay) -> None:
-        self.relay, self.registry = relay, Registry(relay)
-        relay.start(self.registry, self.process)
+        self.registry = Registry(self.relay, self.process)
 
     def choose(self, url: Given = None) -> Given:
         """Return the broker to use: *url*, else the configured one, else the environment's."""
@@ -2963,7 +2946,8 @@ class HubState:
         loop = asyncio.get_running_loop()
         if self.loop is None:
             broker = self.choose(url)
-            self._open(open_relay(broker, self.namespace))
+            self.relay = open_relay(broker, self.namespace)
+            self.registry = Registry(self.relay, self.process)
             self.loop, self.broker = loop, broker
         elif self.loop is not loop and self.loop.is_running():
             raise PachinkoError(
@@ -2997,6 +2981,13 @@ class HubState:
         """
         future = concurrent.futures.Future[Any]()
 
+        async def call() -> Any:
+            try:
+                result = work()
+                return await result if inspect.isawaitable(result) else result
+            except SystemExit as exc:  # asyncio would end the server.
+                raise RuntimeError("sys.exit() in a call from a thread") from exc
+
         def forget(_: object) -> None:
             self.calls.discard(future)
             if future.cancelled():  # `concurrent.futures.wait` has to learn of it.
@@ -3004,7 +2995,7 @@ class HubState:
 
         def begin(loop: asyncio.AbstractEventLoop) -> None:
             if not future.done():  # The coroutine is made here: a loop that ends would leave it.
-                task = loop.create_task(_call(work))
+                task = loop.create_task(call())
                 task.add_done_callback(functools.partial(_tell, future))
                 future.add_done_callback(functools.partial(_cancel, loop, task))
 
@@ -3039,14 +3030,8 @@ class HubState:
             with contextlib.suppress(PachinkoError):  # It is not permitted, which has been logged.
                 await self.relay.subscribed(Kind.USER, conn.user)
 
-    async def drain(self, seconds: float) -> None:
-        """Close all connections, as `Hub.drain` says."""
-        # A task of its own does it: the caller may be a handler, and cancelled with its client.
-        work = self._close_all(seconds, asyncio.current_task())
-        self.drains.append(asyncio.get_running_loop().create_task(work))
-        await asyncio.shield(self.drains[-1])
-
-    async def _close_all(self, seconds: float, caller: object) -> None:
+    async def close_all(self, seconds: float, caller: object) -> None:
+        """Close all connections, as `Hub.drain` says, and do not wait for that of *caller*."""
         sessions = random.sample(list(self.serving.values()), len(self.serving))
         logger.info("draining %d connections in %g s", len(sessions), seconds)
         loop = asyncio.get_running_loop()
@@ -3062,10 +3047,7 @@ class HubState:
         await self.wait_for(set(sessions) - own)
 
     async def wait_for(self, sessions: Collection[Session], *others: asyncio.Task[Any]) -> None:
-        """Wait until *others* and *sessions*, which are closed, have ended.
-
-        Gives up after the longest `linger` of the sessions and 5 seconds.
-        """
+        """Wait for *others* and closed *sessions*, for their longest `linger` and 5 seconds."""
         ending = {*others, *(task for task, each in self.serving.items() if each in sessions)}
         if ending:
             linger = max((each.outgoing.limits.linger for each in sessions), default=0.0)
@@ -3074,21 +3056,8 @@ class HubState:
                 logger.error("not waiting any longer for %r, which does not end", task)
                 self.serving.pop(task, None)  # A shutdown after a drain does not wait once more.
 
-    def sessions_of(self, limits: Limits) -> list[Session]:
-        """Return the sessions of the endpoint with these *limits*."""
-        return [each for each in self.serving.values() if each.outgoing.limits is limits]
-
-
-async def _call(work: Callable[[], Any]) -> Any:
-    try:
-        result = work()
-        return await result if inspect.isawaitable(result) else result
-    except SystemExit as exc:  # asyncio would end the server.
-        raise RuntimeError("sys.exit() in a call from a thread") from exc
-
 
 def _cancel(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], _: object) -> None:
-    """Cancel *task* from any thread, if it is not done."""
     if not task.done():
         with contextlib.suppress(RuntimeError):  # The loop has been closed.
             loop.call_soon_threadsafe(task.cancel)
@@ -3125,8 +3094,6 @@ class Hub:
     processes raise `PachinkoError` when the broker does not take a message within 5 seconds.
     """
 
-    state: HubState  # the library's own, not for applications: it changes without notice
-
     def __init__(self) -> None:
         self._has_warned = False
         self._set_state(None, None, Codec())
@@ -3134,16 +3101,14 @@ class Hub:
 
     def _set_state(self, url: Given, namespace: str | None, codec: Codec) -> HubState:
         again = functools.partial(self._set_state, url, namespace, codec)
-        self.state = HubState(url, namespace, codec, again)
+        self.state: HubState = HubState(url, namespace, codec, again)  # not for applications
         return self.state
 
     def configure(
-        self,
-        url: Given | UnsetType = UNSET,
-        *,
+        self, url: Given | UnsetType = UNSET, *,
         converter: cattrs.Converter | UnsetType | None = UNSET,
         namespace: str | UnsetType | None = UNSET,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Set up the hub before an app starts.
 
         Each call changes only what it names; None brings the default back.
@@ -3151,16 +3116,13 @@ class Hub:
         *url*: the broker between the processes, ``nats://host:4222``, ``tls://…``,
         ``redis://host:6379``, ``rediss://…``, or a `Backplane`. By default it is that of the
         environment variable ``PACHINKO_BACKPLANE``, or ``memory://``: this process alone.
-
         *namespace*: keeps the apps on one broker apart, also as ``?namespace=`` in the URL;
         letters, digits, ``_`` and ``-``; by default ``pachinko``.
-
-        *converter*: of cattrs, for all payloads, in and out. Start from ``hub.converter.copy()`` to
-        keep the strict rules: a plain ``Converter`` coerces (5 becomes ``"5"``). Set it before
-        handlers are registered.
+        *converter*: of cattrs, for all payloads, in and out; set before handlers are registered.
+        Start from ``hub.converter.copy()`` to keep the strict rules: a plain one coerces 5 to "5".
 
         Raises `PachinkoError` for a mistake in any of them, for a library that is not installed,
-        and once an app has started. Then nothing has changed.
+        and once an app has started; `TypeError` for a wrong object. Then nothing has changed.
         """
         if self.state.loop is not None:
             raise PachinkoError("call hub.configure() before the app starts, where it is imported")
@@ -3233,7 +3195,6 @@ class Hub:
             )
 
     def _check_own(self, conn: object, instead: str) -> None:
-        """Refuse what is no connection, and the connection of another hub."""
         if not isinstance(conn, Connection):
             raise TypeError(f'write hub.join("room:1", conn); got {conn!r} for the connection')
         if conn.hub is not self:
@@ -3248,9 +3209,7 @@ class Hub:
 
         Raises `PachinkoError` for a connection of an endpoint with another hub, and when the broker
         does not permit the subscription. Raises `MessageError` (``too_many_groups``) for a
-        connection that is in `max_groups` others: mostly a client has asked for it, and a message
-        handler that lets the error pass answers the client. In a connect handler it is an error
-        like any other.
+        connection that is in `max_groups` others; a message handler may let it pass to the client.
         """
         self._check(group, "group")
         self._check_own(conn, "use conn.join(group)")
@@ -3282,13 +3241,12 @@ class Hub:
         """Return the accepted connections of this process in *group*."""
         if not isinstance(group, str):
             raise TypeError(f"a group is named by a str, got {group!r}")
-        return self.state.registry.members(group)
+        return self.state.registry.accepted(Kind.GROUP, group)
 
     @property
     def connections(self) -> frozenset[Connection]:
         """The accepted connections of this process."""
-        conns = self.state.registry.connections.values()
-        return frozenset(conn for conn in conns if conn.outgoing.is_answered)
+        return self.state.registry.accepted(Kind.EVERYBODY, "all")
 
     @property
     def groups(self) -> frozenset[str]:
@@ -3332,18 +3290,16 @@ class Hub:
     ) -> None:
         """Encode once, and begin one write to each receiver, wherever it is."""
         type, payload = split_message(message, payload)
-        state = self.state
-        data = state.codec.encode(type, payload, name if kind is Kind.GROUP else None)
+        data = self.state.codec.encode(type, payload, name if kind is Kind.GROUP else None)
         excluded: list[str] = []
         if exclude is not None:
             several = (exclude,) if isinstance(exclude, (Connection, str)) else exclude
             excluded = [self._id_of(item) for item in several]
             if not all(isinstance(id, str) for id in excluded):
                 raise TypeError(f"exclude takes connections and their ids, got {exclude!r}")
-        await state.relay.send(kind, name, data, excluded)
+        await self.state.relay.send(kind, name, data, excluded)
 
     def _id_of(self, item: Connection | str) -> str:
-        """Return the id of a connection, or the id given. Raises `PachinkoError`, as `send_to`."""
         if not isinstance(item, Connection):
             return item
         self._check_own(item, "use its id, or the hub that it was given")
@@ -3369,28 +3325,28 @@ class Hub:
         return bool(self.state.drains)
 
     async def drain(self, seconds: float = 10.0) -> None:
-        """Close all clients before a shutdown, spread over *seconds*.
+        """Close all clients before a shutdown, with 1012, in random order, over *seconds*.
 
-        So they do not all come back at once. New handshakes are refused from now on. Connections
-        are closed with 1012 in random order. Returns when the disconnect handlers have ended, or
-        hang: `linger` and 5 seconds after the last close. Raises `ValueError` for *seconds* below
-        0.
+        So they do not all come back at once. New handshakes are refused from now on. Returns when
+        the disconnect handlers have ended, or hang: `linger` and 5 seconds after the last close.
+        Raises `ValueError` for *seconds* below 0.
         """
         if not is_seconds(seconds):
             raise ValueError(f"seconds is a number, at least 0, got {seconds!r}")
         self._check()
-        await self.state.drain(seconds)
+        # A task of its own does it: the caller may be a handler, and cancelled with its client.
+        work = self.state.close_all(seconds, asyncio.current_task())
+        self.state.drains.append(task := asyncio.get_running_loop().create_task(work))
+        await asyncio.shield(task)
 
     @typing.overload
     def call_threadsafe(
         self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
     ) -> concurrent.futures.Future[T]: ...
-
     @typing.overload
     def call_threadsafe(
         self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> concurrent.futures.Future[T]: ...
-
     def call_threadsafe(
         self, function: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> concurrent.futures.Future[Any]:
@@ -3428,7 +3384,6 @@ class Hub:
 
 
 def _forget_parent() -> None:
-    """Replace the state of each hub in a forked process."""
     for each in _hubs:
         each.state.replace()
 
@@ -4460,7 +4415,8 @@ class Pachinko:
         """Stop with the app: close what is still open with 1012, and wait for its handlers."""
         for worker in self._workers:
             worker.cancel()
-        sessions = self._hub.state.sessions_of(self._limits)
+        serving = self._hub.state.serving.values()
+        sessions = [each for each in serving if each.outgoing.limits is self._limits]
         for session in sessions:
             session.outgoing.close(Close(1012, "the server shuts down"))
         await self._hub.state.wait_for(sessions, *self._workers)

@@ -944,7 +944,7 @@ _CONNECTION_ID = re.compile(r"[0-9a-f]{24}")  # `Hub.process`, and as many digit
 _questions = itertools.count(1)
 
 
-class Cluster:
+class Cluster(pachinko.Relay):
     """The `Relay` of an app with a broker: its processes, as this one sees them."""
 
     def __init__(self, given: str | Backplane, namespace: str | None) -> None:
@@ -1096,7 +1096,7 @@ class Cluster:
 
     async def _answer(self, group: str, question: PeerMessage) -> None:
         """Tell the process that asks who of *group* is here, in parts of a bounded size."""
-        found = self._registry.members(group)
+        found = self._registry.accepted(Kind.GROUP, group)
         # Halves of surrogate pairs become question marks: no JSON may have them.
         users = {c.id: c.user and c.user.encode(errors="replace").decode() for c in found}
         members = list(users.items())
@@ -1205,7 +1205,7 @@ class Eavesdropper(Cluster):
 
     async def run(self, count: int | None = None) -> None:
         """Print *count* messages, or all. Raises `PachinkoError`, and what `print` raises."""
-        self.start(Registry(self), pachinko.hub.process)
+        Registry(self, pachinko.hub.process)
         try:
             await self.connected()
             self.subscribe(Kind.GROUP, self._group)
