@@ -2931,11 +2931,8 @@ class HubState:
     loop: asyncio.AbstractEventLoop | None = None  # that of the apps, while one runs
     broker: Given = None  # what the first app was started with
     relay: Relay = attrs.Factory(LocalRelay)
-    registry: Registry = attrs.field(init=False)
+    registry: Registry = attrs.Factory(lambda self: Registry(self.relay, self.process), True)
     _apps: set[object] = attrs.Factory(set)
-
-    def __attrs_post_init__(self) -> None:
-        self.registry = Registry(self.relay, self.process)
 
     def choose(self, url: Given = None) -> Given:
         """Return the broker to use: *url*, else the configured one, else the environment's."""
