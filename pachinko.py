@@ -88,7 +88,6 @@ import random
 import re
 import secrets
 import sys
-import threading
 import time
 import traceback
 import types
@@ -2313,15 +2312,15 @@ class Connection:
 #
 # The registry knows the connections of this process. The relay reaches the other processes of the
 # app, and tells the registry what they send. `LocalRelay` is the one of an app without a broker;
-# `pachinko_cluster` has the other.
+# `pachinko_cluster` has the other. A hub's state has both, from its start to its stop.
 
-_TURN = 256  # writes of one message at a stretch: a few milliseconds under uvicorn
-SCHEMES = ("memory", "nats", "tls", "redis", "rediss")  # of URLs; all but the first need a broker
+_FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, behind what lingers
+ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the broker
+_MEMORY = re.compile(r"memory://(?:\?([^#@&=]+=[^#@]*)?)?")  # the URL of an app with one process
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_CONNECTION_ID = re.compile(rf"[0-9a-f]{{{2 * (_PROCESS_BYTES + _OWN_BYTES)}}}")
-_NO_GROUPS: Set[str] = frozenset()
 Deliver = Callable[[str, bytes], Awaitable[None]]
 Lost = Callable[["BaseException | None"], None]
+Given = Union[str, "Backplane", None]  # what names a broker: a URL, or what carries the messages
 
 
 class Backplane(typing.Protocol):
@@ -2343,9 +2342,8 @@ class Backplane(typing.Protocol):
     async def publish(self, subject: str, data: bytes) -> int | None:
         """Send to every process that has subscribed, this one too; return once the broker has it.
 
-        Several calls may be in progress, and their messages keep the order of the calls. Returns
-        how many subscribers it went to, or None if the broker does not say. Raises what is wrong
-        with this message.
+        Calls may overlap, and messages keep the order of the calls. Returns how many subscribers it
+        went to, or None if the broker does not say. Raises what is wrong with this message.
         """
 
     async def subscribe(self, subject: str) -> None:
@@ -2363,24 +2361,21 @@ class Backplane(typing.Protocol):
 
 
 class Kind(enum.StrEnum):
-    """What the name of a receiver stands for."""
+    """What the name of a receiver stands for. The value stands in subjects."""
 
-    GROUP = "group"
-    USER = "user"
-    CONNECTION = "connection"
-    EVERYBODY = "everybody"
-    """All connections, of any name."""
+    GROUP = "g"
+    USER = "u"
+    CONNECTION = "p"  # A process subscribes for all of its connections.
+    EVERYBODY = "a"  # all connections, of any name
 
 
 @attrs.frozen
 class Presence:
     """A connection in a group, of whatever process."""
 
-    id: str
-    """`Connection.id`."""
+    id: str  # `Connection.id`
     user: str | None
-    process: str
-    """`Hub.process` where it is connected."""
+    process: str  # `Hub.process` where it is connected
 
 
 class Relay(typing.Protocol):
@@ -2391,10 +2386,7 @@ class Relay(typing.Protocol):
     """
 
     def start(self, registry: Registry, process: str) -> None:
-        """Begin to deliver to *registry*, that of the process with the id *process*.
-
-        Called once, before all other methods, in the loop of the app. Connects in the background.
-        """
+        """Begin to deliver to *registry*, of the process with that id, and to connect."""
 
     async def connected(self) -> None:
         """Wait for the connection attempt in progress. Raises `PachinkoError` if it has failed."""
@@ -2430,18 +2422,20 @@ class Relay(typing.Protocol):
 
     def stats(self) -> dict[str, int]:
         """Return the counts of messages that were refused, and of what the broker does."""
-        ...
+        return {"refused": 0, "outages": 0, "broker_down": 0}
 
 
-class LocalRelay:
+class LocalRelay(Relay):
     """The relay of an app with one process: whatever is sent goes straight to the registry."""
+
+    async def connected(self) -> None: ...
+    async def stop(self) -> None: ...
+    def subscribe(self, kind: Kind, name: str) -> None: ...
+    def unsubscribe(self, kind: Kind, name: str) -> None: ...
+    async def subscribed(self, kind: Kind, name: str) -> None: ...
 
     def start(self, registry: Registry, process: str) -> None:
         self._registry, self._process = registry, process
-
-    async def connected(self) -> None: ...
-
-    async def stop(self) -> None: ...
 
     async def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> None:
         await self._registry.deliver(kind, name, data, excluded)
@@ -2450,36 +2444,18 @@ class LocalRelay:
         self._registry.close(kind, name, close)
 
     async def ask(self, group: str) -> list[Presence]:
-        members = self._registry.members(group)
+        members = self._registry.accepted(Kind.GROUP, group)
         return [Presence(conn.id, conn.user, self._process) for conn in members]
 
-    def subscribe(self, kind: Kind, name: str) -> None: ...
 
-    def unsubscribe(self, kind: Kind, name: str) -> None: ...
-
-    async def subscribed(self, kind: Kind, name: str) -> None: ...
-
-    def stats(self) -> dict[str, int]:
-        return {}
-
-
-def open_relay(given: str | Backplane | None, namespace: str | None) -> Relay:
-    """Return the relay, not yet started, for what `Hub.configure` was given.
-
-    Raises `PachinkoError` for a mistake in the URL or the namespace and for a missing library, and
-    `TypeError` for what is no `Backplane`.
-    """
-    namespace = namespace_of(given, namespace)
-    if given is None or (isinstance(given, str) and split_url(given)[0] == "memory"):
+def open_relay(given: Given, namespace: str | None) -> Relay:
+    """Return the relay, not yet started. Raises the errors of `Hub.configure`."""
+    local = _MEMORY.fullmatch(given) if isinstance(given, str) else None
+    if local is not None and namespace is None:
+        namespace = dict(urllib.parse.parse_qsl(local[1] or "", True)).get("namespace")
+    check_namespace(namespace)
+    if given is None or local is not None:
         return LocalRelay()
-    if not isinstance(given, str):
-        methods = ("start", "publish", "subscribe", "unsubscribe", "stop")
-        found = (getattr(given, name, None) for name in methods)
-        if inspect.isclass(given) or not all(map(inspect.iscoroutinefunction, found)):
-            raise TypeError(
-                f'write hub.configure("nats://localhost:4222"), or give it an object with '
-                f"`async def` {', '.join(methods)}; got {type(given).__name__}"
-            )
     try:
         companion = importlib.import_module("pachinko_cluster")
     except ImportError as exc:
@@ -2490,93 +2466,48 @@ def open_relay(given: str | Backplane | None, namespace: str | None) -> Relay:
     return cast(Relay, companion.Cluster(given, namespace))
 
 
-def split_url(url: str) -> tuple[str, str, dict[str, str]]:
-    """Return the scheme of a broker's URL, what stands between it and the options, and the options.
-
-    Raises `PachinkoError`, whose text does not show the URL.
-    """
-    scheme, _, rest = url.partition("://")
-    where, _, query = rest.partition("?")
-    is_right = scheme in SCHEMES and "#" not in url and "@" not in query
-    options: dict[str, str] = {}
-    try:
-        options.update(urllib.parse.parse_qsl(query, True, True) if query else ())
-    except ValueError:
-        is_right = False
-    if not is_right or (where != "") is (scheme == "memory"):
-        raise wrong_url()
-    return scheme, where, options
-
-
-def wrong_url() -> PachinkoError:
-    """Return the error for a URL of no broker."""
-    known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-    return PachinkoError(
-        'a backplane is a URL such as "nats://localhost:4222" or "redis://:secret@host:6379"; '
-        f'known are {known}. "/", "@", "?", "#" and "%" in a password are written "%2F", '
-        '"%40", "%3F", "%23", "%25". The one given is not shown, for it may hold a password'
-    )
-
-
-def namespace_of(given: object, namespace: str | None) -> str:
-    """Return *namespace*, else that of the URL *given*, else the default.
-
-    Raises `PachinkoError` for one that a subject cannot hold.
-    """
-    if isinstance(given, str):
-        in_url = split_url(given)[2].get("namespace")
-        namespace = in_url if namespace is None else namespace
-    namespace = "pachinko" if namespace is None else namespace
-    if not (isinstance(namespace, str) and _NAMESPACE.fullmatch(namespace)):
-        raise PachinkoError(f"a namespace has 1 to 64 letters, digits, _ and -, got {namespace!r}")
-    return namespace
-
-
-def new_process() -> str:
-    """Return an id for this process, which the ids of its connections begin with."""
-    return secrets.token_hex(_PROCESS_BYTES)
-
-
-def process_of(id: str) -> str | None:
-    """Return the process of the connection *id*, or None for a text that is no such id."""
-    return id[: 2 * _PROCESS_BYTES] if _CONNECTION_ID.fullmatch(id) else None
+def check_namespace(name: object) -> None:
+    """Raise `PachinkoError` for the *name* of a namespace that no subject can hold."""
+    if name is not None and not (isinstance(name, str) and _NAMESPACE.fullmatch(name)):
+        raise PachinkoError(f"a namespace has 1 to 64 letters, digits, _ and -, got {name!r}")
 
 
 class Registry:
     """The connections of this process, and the groups and users that they belong to.
 
-    It is the only owner of memberships, in both directions. Its *relay* learns of the first
-    receiver of each group and user, and when the last one has left.
+    It is the only owner of memberships, in both directions. It starts its *relay*, which learns of
+    the first receiver of each group and user, and when the last one has left.
     """
 
-    def __init__(self, relay: Relay) -> None:
-        self.connections: dict[str, Connection] = {}
-        """By id, without those that have not authenticated yet."""
-        self.groups: dict[str, set[Connection]] = {}
-        self.users: dict[str, set[Connection]] = {}
+    def __init__(self, relay: Relay, process: str) -> None:
+        self.connections: dict[str, Connection] = {}  # by id, once they have authenticated
+        self.groups: dict[str, dict[Connection, Outgoing]] = {}  # by name, what writes to whom
+        self.users: dict[str, dict[Connection, Outgoing]] = {}
         self._tables = {Kind.GROUP: self.groups, Kind.USER: self.users}
         self._joined: dict[Connection, set[str]] = {}
         self._relay = relay
+        relay.start(self, process)
 
     def add(self, conn: Connection) -> None:
         """Add *conn*, and let its user's messages reach it."""
         self.connections[conn.id] = conn
-        self.set_user(conn, conn.user)
+        if conn.user is not None:
+            self._enter(Kind.USER, conn.user, conn)
 
     def remove(self, conn: Connection) -> None:
         """Remove *conn* from all tables."""
-        if self.connections.pop(conn.id, None) is None:
-            return
-        for group in self._joined.pop(conn, ()):
-            self._discard(Kind.GROUP, group, conn)
+        for group in tuple(self.groups_of(conn)):
+            self.leave(group, conn)
         self.set_user(conn, None)
+        self.connections.pop(conn.id, None)
 
     def set_user(self, conn: Connection, user: str | None) -> None:
         """Let messages to *user* reach *conn*. Called before ``conn.user`` changes."""
-        if conn.user is not None:
-            self._discard(Kind.USER, conn.user, conn)
-        if user is not None and conn.id in self.connections:
-            self._enter(Kind.USER, user, conn)
+        if conn.id in self.connections:
+            if conn.user is not None:
+                self._discard(Kind.USER, conn.user, conn)
+            if user is not None:
+                self._enter(Kind.USER, user, conn)
 
     def join(self, group: str, conn: Connection) -> None:
         """Add *conn*, a connection of this registry, to *group*."""
@@ -2585,225 +2516,97 @@ class Registry:
 
     def leave(self, group: str, conn: Connection) -> None:
         """Remove *conn* from *group*, if it is a member."""
-        groups = self._joined.get(conn)
-        if groups is not None:
-            groups.discard(group)
-            if not groups:
+        if group in self.groups_of(conn):
+            self._joined[conn].discard(group)
+            if not self._joined[conn]:
                 del self._joined[conn]
             self._discard(Kind.GROUP, group, conn)
 
     def _enter(self, kind: Kind, name: str, conn: Connection) -> None:
         table = self._tables[kind]
         if name not in table:
-            table[name] = set()
+            table[name] = {}
             self._relay.subscribe(kind, name)
-        table[name].add(conn)
+        table[name][conn] = conn.outgoing
 
     def _discard(self, kind: Kind, name: str, conn: Connection) -> None:
         table = self._tables[kind]
-        members = table.get(name)
-        if members is not None:
-            members.discard(conn)
-            if not members:
-                del table[name]
-                self._relay.unsubscribe(kind, name)
+        del table[name][conn]
+        if not table[name]:
+            del table[name]
+            self._relay.unsubscribe(kind, name)
 
     def groups_of(self, conn: Connection) -> Set[str]:
         """Return the groups that *conn* is in, not a copy."""
-        return self._joined.get(conn, _NO_GROUPS)
+        return self._joined.get(conn, frozenset())
 
-    def receivers(self, kind: Kind, name: str) -> Collection[Connection]:
-        """Return the connections here that a message to *name* is for, not a copy."""
+    def receivers(self, kind: Kind, name: str) -> Mapping[Connection, Outgoing]:
+        """Return the connections here that a message to *name* is for; it may be a table itself."""
         if kind is Kind.CONNECTION:
-            return (self.connections[name],) if name in self.connections else ()
+            conn = self.connections.get(name)
+            return {conn: conn.outgoing} if conn is not None else {}
         if kind is Kind.EVERYBODY:
-            return self.connections.values()
-        return self._tables[kind].get(name, ())
+            return {conn: conn.outgoing for conn in self.connections.values()}
+        return self._tables[kind].get(name, {})
 
-    def members(self, group: str) -> frozenset[Connection]:
-        """Return the accepted connections in *group*."""
-        return frozenset(filter(is_accepted, self.groups.get(group, ())))
+    def accepted(self, kind: Kind, name: str) -> frozenset[Connection]:
+        """Return the receivers whose handshake has been answered."""
+        found = self.receivers(kind, name).items()
+        return frozenset(conn for conn, outgoing in found if outgoing.is_answered)
 
-    async def deliver(
-        self, kind: Kind, name: str, data: bytes, excluded: Collection[str] = ()
-    ) -> None:
+    async def deliver(self, kind: Kind, name: str, data: bytes, excluded: Collection[str]) -> None:
         """Begin one write of the frame *data* to each receiver whose id is not *excluded*."""
-        group = name if kind is Kind.GROUP else None
-        await self.tell(self.receivers(kind, name), data, group, excluded)
-
-    async def tell(
-        self,
-        receivers: Collection[Connection],
-        data: bytes,
-        group: str | None,
-        excluded: Collection[str] = (),
-    ) -> None:
-        """Begin one write of the frame *data* to each of *receivers*, without waiting for any.
-
-        *group* is the one that a gap names if the message is dropped.
-        """
+        found = self.receivers(kind, name)
         if excluded:
             ids = frozenset(excluded)
-            receivers = [conn for conn in receivers if conn.id not in ids]
-        await Outgoing.fan_out([conn.outgoing for conn in receivers], data, group)
+            found = {conn: outgoing for conn, outgoing in found.items() if conn.id not in ids}
+        await Outgoing.fan_out(found.values(), data, name if kind is Kind.GROUP else None)
 
     def close(self, kind: Kind, name: str, close: Close) -> None:
         """Close the receivers, behind what was sent to them before."""
-        for conn in tuple(self.receivers(kind, name)):
-            conn.outgoing.close(close)
+        for outgoing in tuple(self.receivers(kind, name).values()):
+            outgoing.close(close)
 
 
-def is_accepted(conn: Connection) -> bool:
-    """Whether the handshake of *conn* has been answered."""
-    return conn.outgoing.is_answered
+@attrs.define(eq=False)
+class HubState:
+    """What a hub has from the start of its first app to the stop of the last one."""
 
+    url: Given  # as `Hub.configure` has set it, like the next two
+    namespace: str | None
+    codec: Codec
+    replace: Callable[[], HubState]  # gives the hub a new state with the same settings
+    process: str = attrs.field(factory=lambda: secrets.token_hex(_PROCESS_BYTES))
+    counts: collections.Counter[str] = attrs.Factory(collections.Counter)
+    calls: set[concurrent.futures.Future[Any]] = attrs.Factory(set)  # of threads, still to be done
+    serving: dict[asyncio.Task[Any], Session] = attrs.Factory(dict)  # from the handshake on
+    drains: list[asyncio.Task[None]] = attrs.Factory(list)  # one for each call of `Hub.drain`
+    loop: asyncio.AbstractEventLoop | None = None  # that of the apps, while one runs
+    broker: Given = None  # what the first app was started with
+    relay: Relay = attrs.Factory(LocalRelay)
+    registry: Registry = attrs.Factory(lambda self: Registry(self.relay, self.process), True)
+    _apps: set[object] = attrs.Factory(set)
 
-# ── hub state ─────────────────────────────────────────────────────────────────────────────────
-#
-# What a hub has while it runs, and how it starts, drains and stops.
-
-_FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, behind what lingers
-ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the broker
-
-
-class ThreadCalls:
-    """Calls of a hub's methods from threads without its event loop.
-
-    `asyncio.run_coroutine_threadsafe` would do but for one fault: a thread hangs for ever when the
-    loop ends before its call has begun. Here `stop` fails every call that is not done.
-    """
-
-    def __init__(self) -> None:
-        self.pending: set[concurrent.futures.Future[Any]] = set()
-        self._lock = threading.Lock()  # so that `stop` sees every call that was submitted before it
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Take calls, to be run in *loop*."""
-        with self._lock:
-            self._loop = loop
-
-    def submit(self, work: Callable[[], Any]) -> concurrent.futures.Future[Any]:
-        """Call *work* in the loop, and await what it returns. Raises `PachinkoError`."""
-        future = concurrent.futures.Future[Any]()
-
-        async def call() -> Any:
-            try:
-                result = work()
-                return await result if inspect.isawaitable(result) else result
-            except SystemExit as exc:  # asyncio would end the server
-                raise RuntimeError("sys.exit() in a call from a thread") from exc
-
-        def begin(loop: asyncio.AbstractEventLoop) -> None:
-            if not future.done():  # the coroutine is made here: a loop that ends would leave it
-                task = loop.create_task(call())
-                task.add_done_callback(functools.partial(_pass_on, future))
-                future.add_done_callback(functools.partial(_cancel, loop, task))
-
-        try:
-            with self._lock:
-                if self._loop is None:
-                    raise RuntimeError("it starts with the app")
-                self._loop.call_soon_threadsafe(begin, self._loop)
-                self.pending.add(future)
-        except RuntimeError as exc:  # the loop may also have been closed
-            raise PachinkoError(f"the hub is not running: {exc}") from None
-        future.add_done_callback(self.pending.discard)
-        future.add_done_callback(_tell_cancelled)
-        return future
-
-    def stop(self) -> None:
-        """Take no more calls, and fail those that are not done."""
-        with self._lock:
-            self._loop = None
-        for call in tuple(self.pending):
-            with contextlib.suppress(concurrent.futures.InvalidStateError):
-                call.set_exception(PachinkoError("the hub has stopped before it was done"))
-
-
-def _tell_cancelled(future: concurrent.futures.Future[Any]) -> None:
-    """Let `concurrent.futures.wait` know of a cancellation, as an executor would."""
-    if future.cancelled():
-        future.set_running_or_notify_cancel()
-
-
-def _cancel(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], _: object) -> None:
-    """Cancel *task* from any thread, if it is not done."""
-    if not task.done():
-        with contextlib.suppress(RuntimeError):  # the loop has been closed
-            loop.call_soon_threadsafe(task.cancel)
-
-
-def _pass_on(future: concurrent.futures.Future[Any], ended: asyncio.Task[Any]) -> None:
-    """Give *future* the outcome of *ended*, unless the hub has stopped or a thread cancelled it."""
-    with contextlib.suppress(concurrent.futures.InvalidStateError):
-        if ended.cancelled():
-            future.cancel()
-        elif (exc := ended.exception()) is not None:
-            future.set_exception(exc)
-        else:
-            future.set_result(ended.result())
-
-
-@attrs.frozen
-class Settings:
-    """What `Hub.configure` has set; it survives the hub's restarts."""
-
-    url: str | Backplane | None = None
-    namespace: str | None = None
-    codec: Codec = attrs.Factory(Codec)
-
-    def broker(self, url: str | Backplane | None = None) -> str | Backplane | None:
+    def choose(self, url: Given = None) -> Given:
         """Return the broker to use: *url*, else the configured one, else the environment's."""
         return url if url is not None else self.url or os.environ.get(ENVIRONMENT) or None
 
-
-class HubState:
-    """What a hub has from the start of its first app to the stop of the last one.
-
-    *replace* gives the hub a new state, and returns it. The hub does that when it has stopped, in
-    a forked process, and when it is configured: no attribute is ever reset.
-    """
-
-    def __init__(self, settings: Settings, replace: Callable[[], HubState]) -> None:
-        self.settings = settings
-        self.codec: Codec = settings.codec
-        self.process: str = new_process()
-        self.counts: collections.Counter[str] = collections.Counter()
-        self.calls: ThreadCalls = ThreadCalls()
-        self.serving: dict[asyncio.Task[Any], Session] = {}
-        """Sessions by the task that serves them, from the handshake to their end."""
-        self.draining: bool = False
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.broker: str | Backplane | None = None
-        """What the app was started with."""
-        self._apps: set[object] = set()
-        self._drains: set[asyncio.Task[None]] = set()
-        self._replace = replace
-        self._open(LocalRelay())
-
-    def _open(self, relay: Relay) -> None:
-        registry = Registry(relay)
-        relay.start(registry, self.process)
-        self.relay: Relay = relay
-        self.registry: Registry = registry
-
-    def start(self, app: object, url: str | Backplane | None = None) -> None:
+    def start(self, app: object, url: Given = None) -> None:
         """Serve *app* in the running loop. Raises `PachinkoError` in a second loop."""
         loop = asyncio.get_running_loop()
         if self.loop is None:
-            broker = self.settings.broker(url)
-            self._open(open_relay(broker, self.settings.namespace))
-            self.calls.start(loop)
+            broker = self.choose(url)
+            self.relay = open_relay(broker, self.namespace)
+            self.registry = Registry(self.relay, self.process)
             self.loop, self.broker = loop, broker
-        elif self.loop is not loop:
-            if self.loop.is_running():
-                raise PachinkoError(
-                    "this hub serves an app in another event loop; give this app one of its own: "
-                    'Pachinko(app, "/ws", hub=Hub())'
-                )
-            self._end().start(app, url)  # the former loop has ended without a shutdown
-            return
+            self.drains.clear()  # A call before the start has drained nobody.
+        elif self.loop is not loop and self.loop.is_running():
+            raise PachinkoError(
+                "this hub serves an app in another event loop; give this app one of its own: "
+                'Pachinko(app, "/ws", hub=Hub())'
+            )
+        elif self.loop is not loop:  # It has ended without a shutdown.
+            return self._end().start(app, url)
         self._apps.add(app)
 
     async def stop(self, app: object) -> None:
@@ -2814,17 +2617,53 @@ class HubState:
             await self.relay.stop()
 
     def _end(self) -> HubState:
-        successor = self._replace()
-        self.calls.stop()
-        return successor
+        """Fail the calls that are not done, and return the state that comes next."""
+        self.loop = None
+        for call in tuple(self.calls):
+            with contextlib.suppress(concurrent.futures.InvalidStateError):
+                call.set_exception(PachinkoError("the hub has stopped before it was done"))
+        return self.replace()
 
-    def abandon(self) -> None:
-        """Replace this state and stop nothing: in a forked process all is the parent's."""
-        self._replace()
+    def submit(self, work: Callable[[], Any]) -> concurrent.futures.Future[Any]:
+        """Call *work* in the loop, and await what it returns. Raises `PachinkoError`.
+
+        After `asyncio.run_coroutine_threadsafe` a thread would wait for ever when the loop ends
+        before the call has begun. Here the end of the hub fails each call that is not done.
+        """
+        future = concurrent.futures.Future[Any]()
+
+        async def call() -> Any:
+            try:
+                result = work()
+                return await result if inspect.isawaitable(result) else result
+            except SystemExit as exc:  # asyncio would end the server.
+                raise RuntimeError("sys.exit() in a call from a thread") from exc
+
+        def forget(_: object) -> None:
+            self.calls.discard(future)
+            if future.cancelled():  # `concurrent.futures.wait` has to learn of it.
+                future.set_running_or_notify_cancel()
+
+        def begin(loop: asyncio.AbstractEventLoop) -> None:
+            if not future.done():  # The coroutine is made here: a loop that ends would leave it.
+                task = loop.create_task(call())
+                task.add_done_callback(functools.partial(_tell, future))
+                future.add_done_callback(functools.partial(_cancel, loop, task))
+
+        future.add_done_callback(forget)
+        self.calls.add(future)  # This comes first: then `_end` fails each call that finds a loop.
+        try:
+            if (loop := self.loop) is None:
+                raise RuntimeError("it starts with the app")
+            loop.call_soon_threadsafe(begin, loop)
+        except RuntimeError as exc:  # The loop may also have been closed.
+            future.cancel()
+            raise PachinkoError(f"the hub is not running: {exc}") from None
+        return future
 
     async def connected(self) -> None:
         """Wait for the first attempt to connect to the broker, whether it succeeds or not."""
-        with contextlib.suppress(PachinkoError):  # it has been logged, and is tried again
+        with contextlib.suppress(PachinkoError):  # It has been logged, and is tried again.
             await self.relay.connected()
 
     def enter(self, session: Session) -> None:
@@ -2840,20 +2679,11 @@ class HubState:
     async def reachable(self, conn: Connection) -> None:
         """Wait until `Hub.send_to_user` in other processes reaches *conn*."""
         if conn.user is not None and conn.id in self.registry.connections:
-            with contextlib.suppress(PachinkoError):  # it is not permitted, which has been logged
+            with contextlib.suppress(PachinkoError):  # It is not permitted, which has been logged.
                 await self.relay.subscribed(Kind.USER, conn.user)
 
-    async def drain(self, seconds: float) -> None:
-        """Close all connections, as `Hub.drain` says."""
-        self.draining = True
-        # A task of its own does it: the caller may be a handler, and cancelled with its client.
-        work = self._close_all(seconds, asyncio.current_task())
-        task = asyncio.get_running_loop().create_task(work)
-        self._drains.add(task)
-        task.add_done_callback(self._drains.discard)
-        await asyncio.shield(task)
-
-    async def _close_all(self, seconds: float, caller: object) -> None:
+    async def close_all(self, seconds: float, caller: object) -> None:
+        """Close all connections, as `Hub.drain` says, and do not wait for that of *caller*."""
         sessions = random.sample(list(self.serving.values()), len(self.serving))
         logger.info("draining %d connections in %g s", len(sessions), seconds)
         loop = asyncio.get_running_loop()
@@ -2869,10 +2699,7 @@ class HubState:
         await self.wait_for(set(sessions) - own)
 
     async def wait_for(self, sessions: Collection[Session], *others: asyncio.Task[Any]) -> None:
-        """Wait until *others* and *sessions*, which are closed, have ended.
-
-        Gives up after the longest `linger` of the sessions and 5 seconds.
-        """
+        """Wait for *others* and closed *sessions*, for their longest `linger` and 5 seconds."""
         ending = {*others, *(task for task, each in self.serving.items() if each in sessions)}
         if ending:
             linger = max((each.outgoing.limits.linger for each in sessions), default=0.0)
@@ -2881,9 +2708,22 @@ class HubState:
                 logger.error("not waiting any longer for %r, which does not end", task)
                 self.serving.pop(task, None)  # A shutdown after a drain does not wait once more.
 
-    def sessions_of(self, limits: Limits) -> list[Session]:
-        """Return the sessions of the endpoint with these *limits*."""
-        return [each for each in self.serving.values() if each.outgoing.limits is limits]
+
+def _cancel(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], _: object) -> None:
+    if not task.done():
+        with contextlib.suppress(RuntimeError):  # The loop has been closed.
+            loop.call_soon_threadsafe(task.cancel)
+
+
+def _tell(future: concurrent.futures.Future[Any], ended: asyncio.Task[Any]) -> None:
+    """Give *future* the outcome of *ended*, unless the hub has stopped or a thread cancelled it."""
+    with contextlib.suppress(concurrent.futures.InvalidStateError):
+        if ended.cancelled():
+            future.cancel()
+        elif (exc := ended.exception()) is not None:
+            future.set_exception(exc)
+        else:
+            future.set_result(ended.result())
 
 
 # ── hub ───────────────────────────────────────────────────────────────────────────────────────
@@ -2906,26 +2746,21 @@ class Hub:
     processes raise `PachinkoError` when the broker does not take a message within 5 seconds.
     """
 
-    state: HubState
-    """The library's own, not for applications: it changes without notice."""
-
     def __init__(self) -> None:
-        self._settings = Settings()
         self._has_warned = False
-        self._replace_state()
+        self._set_state(None, None, Codec())
         _hubs.add(self)
 
-    def _replace_state(self) -> HubState:
-        self.state = HubState(self._settings, self._replace_state)
+    def _set_state(self, url: Given, namespace: str | None, codec: Codec) -> HubState:
+        again = functools.partial(self._set_state, url, namespace, codec)
+        self.state: HubState = HubState(url, namespace, codec, again)  # not for applications
         return self.state
 
     def configure(
-        self,
-        url: str | Backplane | UnsetType | None = UNSET,
-        *,
+        self, url: Given | UnsetType = UNSET, *,
         converter: cattrs.Converter | UnsetType | None = UNSET,
         namespace: str | UnsetType | None = UNSET,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Set up the hub before an app starts.
 
         Each call changes only what it names; None brings the default back.
@@ -2933,33 +2768,23 @@ class Hub:
         *url*: the broker between the processes, ``nats://host:4222``, ``tls://…``,
         ``redis://host:6379``, ``rediss://…``, or a `Backplane`. By default it is that of the
         environment variable ``PACHINKO_BACKPLANE``, or ``memory://``: this process alone.
-
         *namespace*: keeps the apps on one broker apart, also as ``?namespace=`` in the URL;
         letters, digits, ``_`` and ``-``; by default ``pachinko``.
-
-        *converter*: of cattrs, for all payloads, in and out. Start from ``hub.converter.copy()`` to
-        keep the strict rules: a plain ``Converter`` coerces (5 becomes ``"5"``). Set it before
-        handlers are registered.
+        *converter*: of cattrs, for all payloads, in and out; set before handlers are registered.
+        Start from ``hub.converter.copy()`` to keep the strict rules: a plain one coerces 5 to "5".
 
         Raises `PachinkoError` for a mistake in any of them, for a library that is not installed,
-        and once an app has started. Then nothing has changed.
+        and once an app has started; `TypeError` for a wrong object. Then nothing has changed.
         """
         if self.state.loop is not None:
             raise PachinkoError("call hub.configure() before the app starts, where it is imported")
-        settings = self._settings
-        if url is not UNSET:
-            settings = attrs.evolve(settings, url=url)
-        if namespace is not UNSET:
-            settings = attrs.evolve(settings, namespace=namespace)
-        open_relay(settings.url, settings.namespace)
-        if converter is not UNSET:
-            if converter is not None and not isinstance(converter, cattrs.BaseConverter):
-                raise TypeError(
-                    f"write hub.configure(converter=cattrs.Converter()), got {converter!r}"
-                )
-            settings = attrs.evolve(settings, codec=Codec(converter))
-        self._settings = settings
-        self._replace_state()
+        url = self.state.url if url is UNSET else url
+        namespace = self.state.namespace if namespace is UNSET else namespace
+        open_relay(url, namespace)
+        if not (converter in (UNSET, None) or isinstance(converter, cattrs.BaseConverter)):
+            raise TypeError(f"write hub.configure(converter=cattrs.Converter()), got {converter!r}")
+        codec = self.state.codec if converter is UNSET else Codec(converter)
+        self._set_state(url, namespace, codec)
 
     @property
     def process(self) -> str:
@@ -2972,7 +2797,7 @@ class Hub:
         return self.state.codec.converter
 
     @contextlib.asynccontextmanager
-    async def open(self, url: str | Backplane | None = None) -> AsyncGenerator[Hub, None]:
+    async def open(self, url: Given = None) -> AsyncGenerator[Hub, None]:
         """Use the hub in a program without an app: ``async with hub.open("redis://…"):``.
 
         By default the *url* is that of `configure` or ``PACHINKO_BACKPLANE``. Raises
@@ -2980,7 +2805,7 @@ class Hub:
         already runs on another one.
         """
         is_running = self.state.loop is not None and self.state.loop.is_running()
-        if not is_running and self._settings.broker(url) is None:
+        if not is_running and self.state.choose(url) is None:
             raise PachinkoError(
                 'hub.open() takes the broker that the app uses, hub.open("nats://localhost:4222"), '
                 f"or finds it in {ENVIRONMENT}"
@@ -2995,30 +2820,25 @@ class Hub:
         finally:
             await self.state.stop(program)
 
-    def _check(self, name: object, what: str) -> None:
-        """Refuse names that are not text, and calls from a thread or loop that is not the app's."""
+    def _check(self, name: object = "", what: str = "") -> None:
+        """Refuse names that are not text, calls from elsewhere, and calls that reach nobody.
+
+        Without a broker such a call may be the test of a handler: the log has one warning.
+        """
         if not isinstance(name, str):
             raise TypeError(f"a {what} is named by a str, got {name!r}")
         loop = self.state.loop
-        if loop is None:
-            self._check_unused()
-        elif loop is not asyncio.get_running_loop():
+        if loop is not None and loop is not asyncio.get_running_loop():
             raise PachinkoError(
                 "the hub was called from another thread or event loop than its app's; "
                 'use hub.call_threadsafe(hub.send, "room:1", ...)'
             )
-
-    def _check_unused(self) -> None:
-        """Refuse a call that would reach nobody, since the hub has not started; or warn, once.
-
-        Without a broker it may be the test of a handler.
-        """
-        if self._settings.broker() not in (None, "memory://"):
+        if loop is None and self.state.choose() not in (None, "memory://"):
             raise PachinkoError(
                 "the hub is not connected: it starts with the app; a program without one writes "
                 "`async with hub.open():` around its calls"
             )
-        if not self._has_warned:
+        if loop is None and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "the hub does not run and reaches nobody: it starts with the app; a program of its "
@@ -3027,7 +2847,6 @@ class Hub:
             )
 
     def _check_own(self, conn: object, instead: str) -> None:
-        """Refuse what is no connection, and the connection of another hub."""
         if not isinstance(conn, Connection):
             raise TypeError(f'write hub.join("room:1", conn); got {conn!r} for the connection')
         if conn.hub is not self:
@@ -3042,19 +2861,15 @@ class Hub:
 
         Raises `PachinkoError` for a connection of an endpoint with another hub, and when the broker
         does not permit the subscription. Raises `MessageError` (``too_many_groups``) for a
-        connection that is in `max_groups` others: mostly a client has asked for it, and a message
-        handler that lets the error pass answers the client. In a connect handler it is an error
-        like any other.
+        connection that is in `max_groups` others; a message handler may let it pass to the client.
         """
         self._check(group, "group")
         self._check_own(conn, "use conn.join(group)")
         state = self.state
         if conn.id not in state.registry.connections:
-            if not conn.outgoing.is_answered:
-                raise PachinkoError(
-                    "nobody joins before it has authenticated; do it in @ws.connect"
-                )
-            return
+            if conn.outgoing.is_answered:
+                return  # It has ended.
+            raise PachinkoError("nobody joins before it has authenticated; do it in @ws.connect")
         groups, most = state.registry.groups_of(conn), conn.outgoing.limits.max_groups
         if len(groups) >= most and group not in groups:
             raise MessageError("too_many_groups", f"at most {most} groups a connection")
@@ -3078,12 +2893,12 @@ class Hub:
         """Return the accepted connections of this process in *group*."""
         if not isinstance(group, str):
             raise TypeError(f"a group is named by a str, got {group!r}")
-        return self.state.registry.members(group)
+        return self.state.registry.accepted(Kind.GROUP, group)
 
     @property
     def connections(self) -> frozenset[Connection]:
         """The accepted connections of this process."""
-        return frozenset(filter(is_accepted, self.state.registry.connections.values()))
+        return self.state.registry.accepted(Kind.EVERYBODY, "all")
 
     @property
     def groups(self) -> frozenset[str]:
@@ -3104,7 +2919,7 @@ class Hub:
         self, message: object, payload: object = None, *, exclude: Exclude = None
     ) -> None:
         """Send to every connection of every process."""
-        self._check("", "group")
+        self._check()
         await self._send(Kind.EVERYBODY, "all", message, payload, exclude)
 
     async def send_to(
@@ -3123,27 +2938,20 @@ class Hub:
         await self._send(Kind.USER, user, message, payload)
 
     async def _send(
-        self,
-        kind: Kind,
-        name: str,
-        message: object,
-        payload: object,
-        exclude: Exclude = None,
+        self, kind: Kind, name: str, message: object, payload: object, exclude: Exclude = None
     ) -> None:
         """Encode once, and begin one write to each receiver, wherever it is."""
         type, payload = split_message(message, payload)
-        state = self.state
-        data = state.codec.encode(type, payload, name if kind is Kind.GROUP else None)
+        data = self.state.codec.encode(type, payload, name if kind is Kind.GROUP else None)
         excluded: list[str] = []
         if exclude is not None:
             several = (exclude,) if isinstance(exclude, (Connection, str)) else exclude
             excluded = [self._id_of(item) for item in several]
             if not all(isinstance(id, str) for id in excluded):
                 raise TypeError(f"exclude takes connections and their ids, got {exclude!r}")
-        await state.relay.send(kind, name, data, excluded)
+        await self.state.relay.send(kind, name, data, excluded)
 
     def _id_of(self, item: Connection | str) -> str:
-        """Return the id of a connection, or the id given. Raises `PachinkoError`, as `send_to`."""
         if not isinstance(item, Connection):
             return item
         self._check_own(item, "use its id, or the hub that it was given")
@@ -3166,31 +2974,31 @@ class Hub:
     @property
     def draining(self) -> bool:
         """Whether `drain` has been called: a health check may tell a load balancer to go away."""
-        return self.state.draining
+        return bool(self.state.drains)
 
     async def drain(self, seconds: float = 10.0) -> None:
-        """Close all clients before a shutdown, spread over *seconds*.
+        """Close all clients before a shutdown, with 1012, in random order, over *seconds*.
 
-        So they do not all come back at once. New handshakes are refused from now on. Connections
-        are closed with 1012 in random order. Returns when the disconnect handlers have ended, or
-        hang: `linger` and 5 seconds after the last close. Raises `ValueError` for *seconds* below
-        0.
+        So they do not all come back at once. New handshakes are refused from now on. Returns when
+        the disconnect handlers have ended, or hang: `linger` and 5 seconds after the last close.
+        Raises `ValueError` for *seconds* below 0.
         """
         if not is_seconds(seconds):
             raise ValueError(f"seconds is a number, at least 0, got {seconds!r}")
-        self._check("", "group")
-        await self.state.drain(seconds)
+        self._check()
+        # A task of its own does it: the caller may be a handler, and cancelled with its client.
+        work = self.state.close_all(seconds, asyncio.current_task())
+        self.state.drains.append(task := asyncio.get_running_loop().create_task(work))
+        await asyncio.shield(task)
 
     @typing.overload
     def call_threadsafe(
         self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
     ) -> concurrent.futures.Future[T]: ...
-
     @typing.overload
     def call_threadsafe(
         self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> concurrent.futures.Future[T]: ...
-
     def call_threadsafe(
         self, function: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> concurrent.futures.Future[Any]:
@@ -3201,7 +3009,7 @@ class Hub:
         """
         if not callable(function):
             raise TypeError(f'write hub.call_threadsafe(hub.send, "room:1", ...), got {function!r}')
-        return self.state.calls.submit(functools.partial(function, *args, **kwargs))
+        return self.state.submit(functools.partial(function, *args, **kwargs))
 
     def stats(self) -> dict[str, int]:
         """Return counts since the start, of this process.
@@ -3222,9 +3030,6 @@ class Hub:
             "dropped": counts["dropped"],
             "evicted": counts["evicted"],
             "outbox_high_water": counts["outbox_high_water"],
-            "refused": 0,
-            "outages": 0,
-            "broker_down": 0,
             **state.relay.stats(),
             "errors": sum(errors.values()),
             **errors,
@@ -3232,9 +3037,8 @@ class Hub:
 
 
 def _forget_parent() -> None:
-    """Replace the state of each hub in a forked process."""
     for each in _hubs:
-        each.state.abandon()
+        each.state.replace()
 
 
 # Without fork (on Windows) `os` has no such function.
@@ -4141,7 +3945,8 @@ class Pachinko:
         """Stop with the app: close what is still open with 1012, and wait for its handlers."""
         for worker in self._workers:
             worker.cancel()
-        sessions = self._hub.state.sessions_of(self._limits)
+        serving = self._hub.state.serving.values()
+        sessions = [each for each in serving if each.outgoing.limits is self._limits]
         for session in sessions:
             session.outgoing.close(Close(1012, "the server shuts down"))
         await self._hub.state.wait_for(sessions, *self._workers)

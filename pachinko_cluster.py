@@ -3,20 +3,21 @@
 Nobody imports it: `pachinko` loads it for a URL such as ``nats://host:4222``, for a `Backplane`,
 and the installed command starts `main`. An app that runs as one process needs no such file.
 
-A message to a group goes through four layers. `Cluster` gives it a head and a subject (cluster
-relay, peer messages); `Link` hands subject and bytes to the broker as soon as that is connected
-(link); `Nats` or `Redis` carries them (NATS, Redis). In each process that has subscribed to the
-subject, the same layers are passed upwards, to the registry of `pachinko`.
+`Cluster` gives a message to a group a head and a subject, `Link` hands both to the broker as soon
+as that is connected, and `Nats` or `Redis` carries them. In each process that has subscribed to
+the subject, the message passes the same layers upwards, to the registry of `pachinko`.
 
-The map: a line a section, with the sections of this file and of `pachinko` that it uses.
+Map: what each section does, and which of those above it each one uses.
 
-broker URLs · reads a URL, and says nothing of its password; registry and relay
-NATS · a backplane by nats-py; broker URLs
-Redis · a backplane by redis-py; broker URLs
-link · keeps a process connected and subscribed, whatever the broker does; broker URLs
-peer messages · what processes say to one another, as bytes; registry and relay
-cluster relay · the `Relay` of an app with a broker; all of the above, registry and relay
-shell command · ``pachinko send``, ``listen`` and ``presence``; broker URLs, cluster relay, hub
+    broker URLs — reads a URL, and says nothing of its password (uses: pachinko)
+    NATS — a backplane by nats-py (uses: broker URLs, pachinko)
+    Redis — a backplane by redis-py (uses: broker URLs, pachinko)
+    link — keeps a process connected and subscribed, whatever the broker does
+        (uses: broker URLs, pachinko)
+    peer messages — what processes say to one another, as bytes (uses: pachinko)
+    cluster relay — the `Relay` of an app with a broker
+        (uses: broker URLs, NATS, Redis, link, peer messages, pachinko)
+    shell command — ``pachinko send``, ``listen`` and ``presence`` (uses: cluster relay, pachinko)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import logging
 import math
@@ -37,7 +39,7 @@ import re
 import ssl
 import sys
 import urllib.parse
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, cast
 
 import attrs
@@ -55,6 +57,14 @@ _encode = msgspec.json.Encoder().encode
 
 _CONNECT = 3.0  # seconds for a connection to the broker
 _DISCONNECT = 1.0  # seconds
+SCHEMES = ("memory", "nats", "tls", "redis", "rediss")  # of URLs; all but the first have a broker
+_WRONG_URL = (
+    'a backplane is a URL such as "nats://localhost:4222" or "redis://:secret@host:6379"; known '
+    f'are {", ".join(f"{scheme}://" for scheme in SCHEMES)}. "/", "@", "?", "#" and "%" in a '
+    'password are written "%2F", "%40", "%3F", "%23", "%25". The one given is not shown, for it '
+    "may hold a password"
+)
+_URL = re.compile(rf"({'|'.join(SCHEMES[1:])})://([^?#]+)(?:\?([^#@]*))?")
 _REASON_SHOWN = 200  # characters: another protocol's server may say anything
 _ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
 _LOGIN = re.compile(r"[!-.0-?A-~]*")  # ASCII without blanks, "/" and "@"
@@ -66,9 +76,9 @@ class Broker:
 
     scheme: str
     hosts: str  # as in the URL, without credentials
-    credentials: tuple[str, str | None] | None = attrs.field(repr=False)
-    """User and password, or a token and None."""
+    credentials: tuple[str, str | None] | None = attrs.field(repr=False)  # or a token and None
     options: dict[str, str] = attrs.field(repr=False)  # all but the namespace
+    namespace: str | None
     url: str = attrs.field(repr=False)  # without the options
 
     def __str__(self) -> str:
@@ -77,8 +87,14 @@ class Broker:
 
 def read_broker(url: str) -> Broker:
     """Read the URL of a broker. Raises `PachinkoError`, whose text shows no credentials."""
-    scheme, where, options = pachinko.split_url(url)
-    options.pop("namespace", None)
+    if (found := _URL.fullmatch(url)) is None:
+        raise PachinkoError(_WRONG_URL)
+    scheme, where, query = found.groups("")
+    try:
+        options = dict(urllib.parse.parse_qsl(query, True, True) if query else ())
+    except ValueError:
+        raise PachinkoError(_WRONG_URL) from None
+    namespace = options.pop("namespace", None)
     netloc, _, path = where.partition("/")
     parts = [netloc]
     if scheme in ("nats", "tls"):  # NATS clients also take "nats://a:4222,nats://b:4222"
@@ -89,10 +105,10 @@ def read_broker(url: str) -> Broker:
     # A login of plain characters is quoted by no library in a form that `without_secrets` misses.
     is_right = not logins and _LOGIN.fullmatch(login) is not None and "@" not in path
     if not (is_right and all(map(_is_address, hosts))):
-        raise pachinko.wrong_url()
+        raise PachinkoError(_WRONG_URL)
     user, has_password, password = map(urllib.parse.unquote, login.partition(":"))
     credentials = (user, password if has_password else None) if login else None
-    return Broker(scheme, ",".join(hosts), credentials, options, f"{scheme}://{where}")
+    return Broker(scheme, ",".join(hosts), credentials, options, namespace, f"{scheme}://{where}")
 
 
 def _is_address(text: str) -> bool:
@@ -120,15 +136,8 @@ def look_at_result(task: asyncio.Task[Any]) -> None:
 
 # ── NATS ──────────────────────────────────────────────────────────────────────────────────────
 #
-# An object is one connection at a time; the link makes the next one.
-#
-# These names of nats-py are private, and a test holds them against the version installed:
-#   Client._process_msg          hands each message on; a public callback has a queue of its own
-#   Client._process_op_err       learns first that a connection has failed
-#   Client._close                empties `_pending` and `_pending_data_size` before it closes
-#   Client._connect_command      refuses to send a password in clear text; `_server_info`
-#   Client._transport            its `_io_writer` is aborted where nats-py leaves a socket open
-#   Subscription._pending_queue  takes 3 KiB a subscription, and is not used
+# An object is one connection at a time; the link makes the next one. A test holds the names of
+# nats-py that begin with an underscore against the version installed.
 
 
 def _client_class() -> Any:
@@ -143,8 +152,9 @@ def _client_class() -> Any:
         full. A wait here makes the broker wait, which gives up on us as on any slow client.
         """
 
-        deliver: Deliver
-        lost: Lost
+        def __init__(self, deliver: Deliver, lost: Lost) -> None:
+            super().__init__()
+            self.deliver, self.lost = deliver, lost
 
         async def _process_msg(
             self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
@@ -228,8 +238,7 @@ class Nats:
 
         self._subscriptions, self._round_trip = {}, None
         self._refusals.clear()
-        self._client = client = self._class()
-        client.deliver, client.lost = deliver, tell
+        self._client = client = self._class(deliver, tell)
         try:
             await client.connect(server, error_cb=failed, closed_cb=closed, **self._settings)
         except Exception as exc:  # whatever nats-py raises
@@ -335,9 +344,8 @@ def _nats_settings(broker: Broker) -> dict[str, Any]:
 
 # ── Redis ─────────────────────────────────────────────────────────────────────────────────────
 #
-# An object has two sockets: it publishes on one, and subscribes on the other. Commands do not wait
-# for the replies to those before: the public API, `PubSub` and pipelines, costs 1.4 to 2 times the
-# CPU a publish.
+# An object has two sockets: it publishes on one, and subscribes on the other. redis-py's public
+# API, `PubSub` and pipelines, costs 1.4 to 2 times the CPU a publish.
 
 
 class RedisConnection:
@@ -436,8 +444,6 @@ class Redis:
                 f"{without_secrets(exc, broker)}"
             ) from None
         self._pool = pool
-        self._publishing: RedisConnection
-        self._subscribed: RedisConnection
         self._connections: list[RedisConnection] = []
         self._counts_all = True
         self._ending: asyncio.Task[None] | None = None
@@ -495,22 +501,9 @@ class Redis:
             await connection.close()
 
 
-def backplane_of(broker: Broker) -> Backplane:
-    """Return a backplane, not yet started. Raises `PachinkoError`."""
-    extra = "nats" if broker.scheme in ("nats", "tls") else "redis"
-    try:
-        return Nats(broker) if extra == "nats" else Redis(broker)
-    except ImportError:
-        raise PachinkoError(
-            f"{broker.scheme}:// needs a library that is not installed: "
-            f'pip install "falcon-pachinko[{extra}]"'
-        ) from None
-
-
 # ── link ──────────────────────────────────────────────────────────────────────────────────────
 #
-# Keeps this process connected to its broker, and subscribed to its subjects. It knows subjects and
-# bytes, and nothing of what they mean.
+# The link knows subjects and bytes, and nothing of what they mean.
 
 _BROKER_WAIT = 4.0  # seconds that the broker may take for a message; callers are promised 5
 _BEAT = 0.5  # seconds between two signs of life
@@ -521,7 +514,7 @@ Pack = Callable[[int], bytes]  # makes a message for the session with this numbe
 
 
 class Link:
-    """Keeps a process connected to its broker.
+    """Keeps a process connected to its broker, and subscribed to its subjects.
 
     A *session* is one connection to the broker; sessions are numbered from 1. *restored* is called
     when messages of a subject, or of all (None), may have been missed. *essential* are the subjects
@@ -650,20 +643,15 @@ class Link:
         self._start_change(subject)
 
     async def subscribed(self, subject: str) -> None:
-        """Wait until the broker has subscribed this process to *subject*, for 4 seconds at most.
-
-        If it takes longer, the receiver is told when *subject* is restored. Raises `PachinkoError`
-        when the broker does not permit the subscription.
-        """
+        """Wait until the broker has subscribed us to *subject*, as `Relay.subscribed` says."""
         try:
-            async with asyncio.timeout(_BROKER_WAIT):
-                while subject in self._subjects and self._is_pending(subject):
-                    if self.is_connected:
-                        await asyncio.wait([self._changes.get(subject, self._lost)])
-                    else:
-                        await self.connected()
-        except (PachinkoError, TimeoutError):
-            pass
+            with contextlib.suppress(PachinkoError, TimeoutError):
+                async with asyncio.timeout(_BROKER_WAIT):
+                    while subject in self._subjects and self._is_pending(subject):
+                        if self.is_connected:
+                            await asyncio.wait([self._changes.get(subject, self._lost)])
+                        else:
+                            await self.connected()
         finally:
             if subject in self._subjects and self._is_pending(subject):
                 self._late.add(subject)
@@ -678,8 +666,7 @@ class Link:
     def _start_change(self, subject: str) -> None:
         """Subscribe or unsubscribe in the background, unless that is in progress."""
         if self.is_connected and subject not in self._changes and self._is_pending(subject):
-            task = asyncio.get_running_loop().create_task(self._change(subject))
-            self._changes[subject] = task
+            self._changes[subject] = asyncio.get_running_loop().create_task(self._change(subject))
 
     async def _change(self, subject: str) -> None:
         """Subscribe and unsubscribe until the broker agrees with `_subjects`.
@@ -786,8 +773,7 @@ class Link:
         self._beat = self._make_beat(self.session)
         while missed < _MISSED:
             self._has_heard = False
-            work = self._backplane.publish(self._essential[0], self._beat)
-            task = asyncio.ensure_future(work)
+            task = asyncio.ensure_future(self._backplane.publish(self._essential[0], self._beat))
             task.add_done_callback(look_at_result)  # a beat that fails is noticed: none comes
             try:
                 # Turns of the loop count, not seconds: a loop that was blocked has not read either.
@@ -852,7 +838,6 @@ def resolve(future: asyncio.Future[Any], result: Any = None) -> None:
 
 _FORMAT = 1  # of peer messages; older processes cannot read another one
 _LONGEST_NAME = 120  # characters in a subject, which is part of a line of at most 4 KiB in NATS
-_LETTERS = {Kind.GROUP: "g", Kind.USER: "u", Kind.CONNECTION: "p", Kind.EVERYBODY: "a"}
 Address = tuple[Kind, str]  # what a subject stands for; a connection is reached by its process
 
 
@@ -884,10 +869,7 @@ class Carried(msgspec.Struct):
 
 
 class Refused(Exception):
-    """What came from the broker is no peer message of ours.
-
-    `format` is set for a message of another version of Pachinko.
-    """
+    """What came is no peer message of ours, but one of another version if *format* is set."""
 
     def __init__(self, why: str, format: int | None = None) -> None:
         super().__init__(why)
@@ -897,7 +879,7 @@ class Refused(Exception):
 class Late(Refused):
     """A valid message from a session that its sender has since lost.
 
-    The sender was told that the send failed; delivering it now could overtake newer messages.
+    The sender was told that the send failed. Delivered now, it could overtake newer messages.
     """
 
 
@@ -912,7 +894,7 @@ def subject_of(namespace: str, kind: Kind, name: str) -> str:
         # No quoted name has an equals sign, so no digest is the token of another name.
         digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=20)
         token = f"={digest.hexdigest()}"
-    return f"{namespace}.{_LETTERS[kind]}.{token}"
+    return f"{namespace}.{kind}.{token}"
 
 
 def pack(message: PeerMessage, frame: bytes = b"") -> bytes:
@@ -958,24 +940,30 @@ _ANSWER_BYTES = 200_000  # of members in one part of such an answer
 _MAX_SUSPECTS = 100  # kinds of refused messages that are logged, once each
 _MAX_PROCESSES = 10_000  # whose sessions are known
 _GAPS_A_TURN = 256  # groups told of a gap at a stretch
+_CONNECTION_ID = re.compile(r"[0-9a-f]{24}")  # `Hub.process`, and as many digits more
 _questions = itertools.count(1)
 
 
-class Cluster:
+class Cluster(pachinko.Relay):
     """The `Relay` of an app with a broker: its processes, as this one sees them."""
 
-    _registry: Registry
-    _link: Link
-    process: str
-
-    def __init__(self, given: str | Backplane, namespace: str) -> None:
-        """Take what `Hub.configure` was given. Raises `PachinkoError`."""
+    def __init__(self, given: str | Backplane, namespace: str | None) -> None:
+        """Take what `Hub.configure` was given. Raises `PachinkoError` and `TypeError`."""
         self._broker: Broker | None = None
         if isinstance(given, str):
             self._broker = read_broker(given)
+            namespace = self._broker.namespace if namespace is None else namespace
+            pachinko.check_namespace(namespace)
             given = backplane_of(self._broker)
+        methods = ("start", "publish", "subscribe", "unsubscribe", "stop")
+        found = (getattr(given, name, None) for name in methods)
+        if inspect.isclass(given) or not all(map(inspect.iscoroutinefunction, found)):
+            raise TypeError(
+                f'write hub.configure("nats://localhost:4222"), or give it an object with '
+                f"`async def` {', '.join(methods)}; got {type(given).__name__}"
+            )
         self._backplane: Backplane = given
-        self._namespace = namespace
+        self._namespace = "pachinko" if namespace is None else namespace
         self._addresses: dict[str, Address] = {}  # by subject
         self._sent = 0
         self._sessions: dict[str, int] = {}  # the latest of each process that has sent something
@@ -983,7 +971,7 @@ class Cluster:
         self._suspects: set[object] = set()  # the kinds of refused messages that have been logged
         self._work: set[asyncio.Task[None]] = set()  # sends that no caller waits for
         self._asks: dict[int, asyncio.Queue[PeerMessage]] = {}  # answers, by question
-        self._gaps: dict[str, tuple[pachinko.Connection, ...]] = {}  # members to be told, by group
+        self._gaps: dict[str, dict[pachinko.Connection, pachinko.Outgoing]] = {}  # to be told
         self._unread: dict[Address, frozenset[str]] = {}  # ids told of a message of another format
 
     def start(self, registry: Registry, process: str) -> None:
@@ -1021,32 +1009,26 @@ class Cluster:
         await self._link.subscribed(subject_of(self._namespace, kind, name))
 
     def stats(self) -> dict[str, int]:
-        return {
-            "refused": self._refused,
-            "outages": self._link.outages,
-            "broker_down": int(not self._link.is_connected),
-        }
+        down = int(not self._link.is_connected)
+        return {"refused": self._refused, "outages": self._link.outages, "broker_down": down}
 
     def _pack(self, session: int, op: str, frame: bytes = b"", **fields: Any) -> bytes:
         self._sent += 1
         return pack(PeerMessage(_FORMAT, op, self.process, session, self._sent, **fields), frame)
 
-    async def _publish(
-        self, kind: Kind, name: str, op: str, frame: bytes = b"", **fields: Any
-    ) -> int | None:
+    async def _publish(self, kind: Kind, name: str, op: str, **fields: Any) -> int | None:
         subject = subject_of(self._namespace, kind, name)
-        make = functools.partial(self._pack, op=op, frame=frame, **fields)
-        return await self._link.publish(subject, make)
+        return await self._link.publish(subject, functools.partial(self._pack, op=op, **fields))
 
     async def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> None:
         to: str | None = None
         if kind is Kind.CONNECTION:
-            process = pachinko.process_of(name)
-            if process is None or process == self.process:
+            process = name[: len(self.process)] if _CONNECTION_ID.fullmatch(name) else None
+            if process in (None, self.process):
                 await self._registry.deliver(kind, name, data, excluded)
                 return
             name, to = process, name
-        await self._publish(kind, name, "send", data, exclude=excluded, to=to)
+        await self._publish(kind, name, "send", frame=data, exclude=excluded, to=to)
 
     async def close(self, kind: Kind, name: str, close: pachinko.Close) -> None:
         await self._publish(kind, name, "close", code=close.code, reason=close.reason)
@@ -1114,7 +1096,7 @@ class Cluster:
 
     async def _answer(self, group: str, question: PeerMessage) -> None:
         """Tell the process that asks who of *group* is here, in parts of a bounded size."""
-        found = self._registry.members(group)
+        found = self._registry.accepted(Kind.GROUP, group)
         # Halves of surrogate pairs become question marks: no JSON may have them.
         users = {c.id: c.user and c.user.encode(errors="replace").decode() for c in found}
         members = list(users.items())
@@ -1156,30 +1138,31 @@ class Cluster:
 
     async def _miss(self, kind: Kind, name: str) -> None:
         """Tell the receivers of a gap, once for a run of messages that cannot be read."""
-        receivers = self._registry.receivers(kind, name)
-        group = name if kind is Kind.GROUP else None
         told = self._unread.get((kind, name), frozenset())
+        receivers = self._registry.receivers(kind, name)
         self._unread[kind, name] = frozenset(conn.id for conn in receivers)
-        await self._registry.tell(receivers, gap_of(group), group, told)
+        gap = gap_of(name if kind is Kind.GROUP else None)
+        await self._registry.deliver(kind, name, gap, told)
 
     def restored(self, subject: str | None) -> None:
         """Begin to tell each member of a gap, once a group. Called by the link after an outage."""
         registry = self._registry
-        alone: Collection[pachinko.Connection] = ()
+        alone: list[pachinko.Outgoing] = []  # those who are in no group
         if subject is None:
-            self._gaps = {group: tuple(members) for group, members in registry.groups.items()}
+            self._gaps = {group: dict(members) for group, members in registry.groups.items()}
             conns = registry.connections.values()
-            alone = tuple(conn for conn in conns if not registry.groups_of(conn))
+            alone = [conn.outgoing for conn in conns if not registry.groups_of(conn)]
         else:
             kind, name = self._addresses[subject]
+            receivers = dict(registry.receivers(kind, name))
             if kind is Kind.GROUP:
-                self._gaps[name] = tuple(registry.receivers(kind, name))
+                self._gaps[name] = receivers
             else:
-                alone = tuple(registry.receivers(kind, name))
+                alone = list(receivers.values())
         self._start_work(self._announce_all(alone))
 
-    async def _announce_all(self, alone: Collection[pachinko.Connection]) -> None:
-        await self._registry.tell(alone, gap_of(None), None)
+    async def _announce_all(self, alone: list[pachinko.Outgoing]) -> None:
+        await pachinko.Outgoing.fan_out(alone, gap_of(None))
         announced = 0
         while self._gaps:
             await self._announce(next(iter(self._gaps)))
@@ -1189,9 +1172,22 @@ class Cluster:
 
     async def _announce(self, group: str) -> None:
         """Tell those who have been in *group* since the outage of the gap."""
-        members = self._gaps.pop(group)
-        present = [conn for conn in members if group in self._registry.groups_of(conn)]
-        await self._registry.tell(present, gap_of(group), group)
+        members = self._gaps.pop(group).items()
+        groups_of = self._registry.groups_of
+        present = [outgoing for conn, outgoing in members if group in groups_of(conn)]
+        await pachinko.Outgoing.fan_out(present, gap_of(group), group)
+
+
+def backplane_of(broker: Broker) -> Backplane:
+    """Return a backplane, not yet started. Raises `PachinkoError`."""
+    extra = "nats" if broker.scheme in ("nats", "tls") else "redis"
+    try:
+        return Nats(broker) if extra == "nats" else Redis(broker)
+    except ImportError:
+        raise PachinkoError(
+            f"{broker.scheme}:// needs a library that is not installed: "
+            f'pip install "falcon-pachinko[{extra}]"'
+        ) from None
 
 
 # ── shell command ─────────────────────────────────────────────────────────────────────────────
@@ -1202,14 +1198,14 @@ class Cluster:
 class Eavesdropper(Cluster):
     """A process without connections that prints what a member of one group would get."""
 
-    def __init__(self, given: str | Backplane, namespace: str, group: str) -> None:
+    def __init__(self, given: str | Backplane, namespace: str | None, group: str) -> None:
         super().__init__(given, namespace)
         self._group = group
         self._lines: asyncio.Queue[str] = asyncio.Queue()
 
     async def run(self, count: int | None = None) -> None:
         """Print *count* messages, or all. Raises `PachinkoError`, and what `print` raises."""
-        self.start(Registry(self), pachinko.new_process())
+        Registry(self, pachinko.hub.process)
         try:
             await self.connected()
             self.subscribe(Kind.GROUP, self._group)
@@ -1330,8 +1326,7 @@ async def _run(given: argparse.Namespace) -> None:
     if url.startswith("memory://"):
         raise ValueError("memory:// reaches no other process; give the broker of the app")
     if given.command == "listen":
-        namespace = pachinko.namespace_of(url, given.namespace)
-        await Eavesdropper(url, namespace, given.group).run(given.count)
+        await Eavesdropper(url, given.namespace, given.group).run(given.count)
         return
     payload = None
     if given.command == "send" and given.json is not None:

@@ -102,6 +102,8 @@ def test_a_url_is_taken_apart(url: str, hosts: str, credentials: Any, rest: str 
         "redis://host?secret",
         "redis://host host/secret",
         "memory://secret",
+        "memory://?secret",
+        "memory://?a=secret#",
         "nats://user:secret@ho st",
         "nats:/user:secret@host",
         "NATS://user:secret@host",
@@ -132,11 +134,13 @@ def test_a_namespace_is_plain(namespace: Any) -> None:
         Hub().configure("memory://", namespace=namespace)
 
 
+@pytest.mark.parametrize("url", ["memory://", "redis://host"])
 @pytest.mark.parametrize("namespace", ["", "a.b", "a b", "%2A", "%3E"])
-def test_so_is_that_of_a_url(namespace: str) -> None:
-    """The same holds for ``?namespace=``."""
+def test_so_is_that_of_a_url(namespace: str, url: str) -> None:
+    """The same holds for ``?namespace=``, unless it is replaced."""
     with pytest.raises(PachinkoError, match="1 to 64 letters"):
-        Hub().configure(f"redis://host?namespace={namespace}")
+        Hub().configure(f"{url}?namespace={namespace}")
+    Hub().configure(f"{url}?namespace={namespace}", namespace="shop")
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def clean_hub() -> Iterator[None]:
     """The pages' apps share the module's hub."""
     hub.configure(None, converter=None, namespace=None)
     yield
-    hub.state.abandon()  # also after a test that failed before its app was shut down
+    hub.state.replace()  # also after a test that failed before its app was shut down
     hub.configure(None, converter=None, namespace=None)
 
 

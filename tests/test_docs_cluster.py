@@ -20,7 +20,7 @@ from brokers import BrokerKind, BrokerProcess, running
 from support import PATIENCE, Server, connect, serving
 from test_docs import README, ROOT, blocks, clean_hub, load, spans, tables
 
-import pachinko
+import pachinko_cluster
 from pachinko import Connection, Hub, Pachinko, hub
 
 __all__ = ["clean_hub"]  # a fixture for each test, here too
@@ -32,7 +32,7 @@ def test_the_table_of_engines_has_all() -> None:
     """Each scheme, and the extra that it needs."""
     rows = tables(CLUSTER, "URL", "Broker", "Install")
     schemes = {span.split("://")[0] for row in rows for span in spans(row[0])}
-    assert schemes == set(pachinko.SCHEMES)
+    assert schemes == set(pachinko_cluster.SCHEMES)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]

@@ -519,7 +519,7 @@ class Silent:
 def writing_half() -> tuple[pachinko.Outgoing, Quiet]:
     ws, session = Silent(), Quiet()
     limits = Pachinko(hub=Hub())._limits
-    counters = Hub().state.counters
+    counters = Hub().state.counts
     return pachinko.Outgoing("id", ws, ws.send, limits, counters, session), session  # type: ignore[arg-type]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from typing import Any, cast
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import pachinko
-from pachinko import Connection, Hub, Kind, LocalRelay, Pachinko
+from pachinko import Connection, Hub, Kind, LocalRelay, Outgoing, Pachinko
 
 
 class Socket:
@@ -20,7 +21,7 @@ class Socket:
     def __init__(self) -> None:
         self.sent: list[dict[str, Any]] = []
 
-    async def _send(self, event: dict[str, Any]) -> None:
+    async def _asgi_send(self, event: dict[str, Any]) -> None:
         self.sent.append(event)
 
     async def close(self, code: int, reason: str | None) -> None:
@@ -73,10 +74,12 @@ class Tables(RuleBasedStateMachine):
     def connect(self, user: str | None) -> None:
         request: Any = None
         socket: Any = Socket()
-        conn = Connection(self.hub, self.limits, request, socket, {})
-        self.hub.state.registry.add(conn)
+        state, id = self.hub.state, secrets.token_hex(12)
+        outgoing = Outgoing(id, socket, self.limits, state.counts, pachinko._NOBODY)
+        conn = Connection(self.hub, request, socket, {}, id, outgoing)
+        state.registry.add(conn)
         conn.user = user
-        conn._opened()
+        outgoing.open()
         self.conns.append(conn)
         self.alive.add(conn)
         self.joined[conn], self.expected[conn] = set(), 0
@@ -110,14 +113,14 @@ class Tables(RuleBasedStateMachine):
     @rule(index=indexes)
     def remove(self, index: int) -> None:
         if (conn := self.pick(index)) is not None:
-            conn._phase = type(conn._phase).GONE
-            self.hub.state.remove(conn)
+            conn.outgoing.lost()
+            self.hub.state.registry.remove(conn)
             self.alive.discard(conn)
             self.joined[conn] = set()
 
     async def settled(self, call: Any) -> None:
         await call
-        while any(conn._writing for conn in self.conns):
+        while any(conn.outgoing.writing for conn in self.conns):
             await asyncio.sleep(0)  # the turn of the next one
 
     @invariant()

@@ -104,7 +104,7 @@ def held(hub: Hub) -> list[Any]:
         hub.state.registry.connections,
         hub.state.registry.groups,
         hub.state.registry.users,
-        hub.state.calls.pending,
+        hub.state.calls,
     ]
 
 
