@@ -28,8 +28,6 @@ Glossary
     envelope — The JSON object in a text frame: a type, and perhaps an id and a payload.
     message — What a client or the server says with an envelope.
     payload — The part of a message that a handler takes or returns.
-    handler — A function of the application, for a message or for an event of a connection.
-    connection — One client, from its handshake to its end.
     group — The connections that get the messages sent to one name; it exists while it has a member.
     hub — What an application calls to reach connections, users and groups.
     relay — What carries a message from the hub to its receivers, in this process and in all others.
@@ -52,12 +50,10 @@ Map: each section, what it is for, and those above it that it uses.
         outbox)
     incoming — the reading half (uses: errors, envelope and message, handshake, outgoing)
     connection — what a handler gets (uses: errors, envelope and message, handshake, outbox)
-    registry and relay — who is in this process, and the way to all processes (uses: errors,
-        outgoing, connection)
-    hub state — what a hub has while it runs (uses: errors, codec, limits, outgoing, registry and
-        relay)
+    registry and relay — who is in this process, the way to all processes, and what a hub has while
+        it runs (uses: errors, limits, outgoing, connection)
     hub — reaches clients from any code (uses: errors, envelope and message, codec, limits,
-        connection, registry and relay, hub state)
+        connection, registry and relay)
     outcomes — what an exception means (uses: errors, limits)
     stream — a generator in progress (uses: limits)
     session — a connection from its first message to its end: decode, call, answer (uses: errors,
@@ -1754,11 +1750,17 @@ def server_calls(ws: Any) -> tuple[Callable[[], Awaitable[Event]], Callable[[Eve
     loses what it holds when the client leaves. So it is turned off, for this socket only; if a
     middleware has accepted the socket, it runs already and is read.
     """
-    queue = ws._buffered_receiver
+    queue, send = ws._buffered_receiver, ws._asgi_send
     if queue._pump_task is None:
         queue._max_queue = 0
         ws._asgi_receive = queue._asgi_receive
-    return ws._asgi_receive, ws._asgi_send
+    if not inspect.iscoroutinefunction(send):  # What granian's returns cannot be run step by step.
+        send = functools.partial(_await, send)
+    return ws._asgi_receive, send
+
+
+async def _await(send: Callable[[Event], Awaitable[None]], event: Event) -> None:
+    await send(event)
 
 
 def mark_closed(ws: Any, code: int | None) -> None:
@@ -2016,8 +2018,8 @@ class Outgoing:
         if self._goodbye is not None:
             is_urgent = self.close_code in (1012, 1013)  # of a shutdown, or a slow client
             patience = _GOODBYE if is_urgent else self.limits.send_timeout
-            await asyncio.wait([self._goodbye], timeout=patience)
-            if not self._ws.closed:
+            _, late = await asyncio.wait([self._goodbye], timeout=patience)
+            if late:  # Where the server has refused the frame, Falcon closes after the responder.
                 mark_closed(self._ws, self.close_code)
 
     def release(self) -> None:

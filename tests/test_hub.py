@@ -782,10 +782,6 @@ def test_a_loop_that_has_ended_without_a_shutdown_is_forgotten() -> None:
 # Private owners
 
 
-
-
-
-
 # The limit of groups
 
 
