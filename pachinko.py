@@ -3132,6 +3132,8 @@ def log_failure(what: str, exc: BaseException, id: str | None, type: str | None 
 
 # ── stream ────────────────────────────────────────────────────────────────────────────────────
 
+_NO_STREAMS: Mapping[Id, Stream] = types.MappingProxyType({})  # that of most connections
+
 
 @attrs.define(eq=False)
 class Stream:
@@ -3199,7 +3201,7 @@ class Session:
         self.conn: Connection = Connection(hub, req, ws, params, id, self.outgoing)
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
         self.tasks: frozenset[asyncio.Task[None]] = frozenset()  # concurrent handlers and streams
-        self._streams: dict[Id, Stream] = {}
+        self._streams: Mapping[Id, Stream] = _NO_STREAMS
         self._rate = Rate(*limits.rate) if limits.rate is not None else None
         self._life: TimeLimit | None = None  # of the code in progress
         self._ended: float = 0.0  # when messages ceased to flow, on the loop's clock
@@ -3421,7 +3423,7 @@ class Session:
             return
         if handler.streams:
             stream = Stream(is_stopped=self.outgoing.closed)
-            self._streams[cast(Id, id)] = stream
+            self._streams = {**self._streams, cast(Id, id): stream}
             work = self._stream(handler, message, stream)
         else:
             work = self._perform(handler, message)
@@ -3443,7 +3445,7 @@ class Session:
             try:
                 result = await stream.run(lambda: self._call(handler, message), send)
             finally:  # The id is free before the final answer is on its way.
-                del self._streams[id]
+                self._streams = {i: s for i, s in self._streams.items() if s is not stream}
             if not (stream.is_stopped or isinstance(result, AsyncIterator)):
                 await self._answer(handler.type, id, result)  # That of a middleware.
                 return

@@ -117,6 +117,7 @@ class Plain:
 
 
 app.add_route("/falcon", Plain())
+app.ws_options.max_receive_queue = 0  # for that route; Pachinko turns it off for its own
 
 # ── the server ────────────────────────────────────────────────────────────────────────────────
 
