@@ -1302,7 +1302,7 @@ async def test_nothing_of_a_resource_stays_whose_frames_cannot_be_made(
     before = snapshot(ws)
     made: list[str] = []
 
-    def frame_class(codec: Any, type: str, annotation: Any) -> Any:
+    def frame_class(codec: Any, type: str, annotation: Any, handler: Any) -> Any:
         made.append(type)
         if len(made) == 2:
             raise ZeroDivisionError

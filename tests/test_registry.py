@@ -21,7 +21,7 @@ class Socket:
     def __init__(self) -> None:
         self.sent: list[dict[str, Any]] = []
 
-    async def _asgi_send(self, event: dict[str, Any]) -> None:
+    async def send(self, event: dict[str, Any]) -> None:
         self.sent.append(event)
 
     async def close(self, code: int, reason: str | None) -> None:
@@ -75,7 +75,8 @@ class Tables(RuleBasedStateMachine):
         request: Any = None
         socket: Any = Socket()
         state, id = self.hub.state, secrets.token_hex(12)
-        outgoing = Outgoing(id, socket, self.limits, state.counts, pachinko._NOBODY)
+        counts, nobody = state.counts, pachinko._NOBODY
+        outgoing = Outgoing(id, socket, socket.send, self.limits, counts, nobody)
         conn = Connection(self.hub, request, socket, {}, id, outgoing)
         state.registry.add(conn)
         conn.user = user
