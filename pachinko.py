@@ -472,7 +472,7 @@ def split_message(message: object, payload: object) -> tuple[str, object]:
 
 def caller_namespaces() -> Namespaces:
     """Return where to look up names in annotations: what the caller's caller sees."""
-    frame = sys._getframe(2)
+    frame = cast(Any, inspect.currentframe()).f_back.f_back
     return frame.f_globals, dict(frame.f_locals)
 
 

@@ -76,9 +76,7 @@ NATS = {
     "_io_writer": "its socket is aborted where nats-py leaves it open",
     "_pending_queue": "a queue a subscription, which takes 3 KiB and is not used",
 }
-STANDARD_LIBRARY = {
-    "sys._getframe": "the namespace of the caller, in which annotations are looked up",
-}
+STANDARD_LIBRARY: dict[str, str] = {}
 
 # Attributes of other objects that a module may store, and the reason for each.
 STORED = {
