@@ -1720,6 +1720,9 @@ def rest_of(steps: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, A
 
     The task that ran the first step goes on, as `asyncio.timeout` and context variables need it.
     """
+    if not hasattr(steps, "throw"):  # What granian's send returns has nothing but `__next__`.
+        yield waits_for
+        return (yield from steps)
     try:
         while True:
             try:
@@ -1750,17 +1753,11 @@ def server_calls(ws: Any) -> tuple[Callable[[], Awaitable[Event]], Callable[[Eve
     loses what it holds when the client leaves. So it is turned off, for this socket only; if a
     middleware has accepted the socket, it runs already and is read.
     """
-    queue, send = ws._buffered_receiver, ws._asgi_send
+    queue = ws._buffered_receiver
     if queue._pump_task is None:
         queue._max_queue = 0
         ws._asgi_receive = queue._asgi_receive
-    if not inspect.iscoroutinefunction(send):  # What granian's returns cannot be run step by step.
-        send = functools.partial(_await, send)
-    return ws._asgi_receive, send
-
-
-async def _await(send: Callable[[Event], Awaitable[None]], event: Event) -> None:
-    await send(event)
+    return ws._asgi_receive, ws._asgi_send
 
 
 def mark_closed(ws: Any, code: int | None) -> None:
@@ -2145,9 +2142,8 @@ class Incoming:
 
     def watch(self) -> None:
         """Have the socket watched if the handler that starts now suspends; else no task starts."""
-        if not self.is_due:
-            self.is_due = True
-            asyncio.get_running_loop().call_soon(self._look)
+        self.is_due = True
+        asyncio.get_running_loop().call_soon(self._look)
 
     def _look(self) -> None:
         """Read ahead while a handler, or its reply, waits for something."""
@@ -3093,16 +3089,15 @@ def pass_on(exc: BaseException, what: str, id: str | None, type: str | None = No
     is no `Exception`: argparse's `SystemExit`, a `CancelledError` that nobody asked for.
     """
     try:
-        # Before Python 3.13 a cancellation may be counted that a `TaskGroup` has caught.
-        is_ending = current_task().cancelling() > 0
-        is_ending = is_ending and (_COUNTS_CANCELLATIONS or _came_of_cancellation(exc))
-        is_plain = is_ending and isinstance(exc, asyncio.CancelledError)
-        if is_plain or isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
+        if isinstance(exc, (KeyboardInterrupt, GeneratorExit)):  # There may be no task any more.
             raise exc
-        if is_ending:
-            if outcome_of(exc) is None and not isinstance(exc, falcon.WebSocketDisconnected):
+        # Before Python 3.13 a cancellation may be counted that a `TaskGroup` has caught.
+        is_counted = current_task().cancelling() > 0
+        if is_counted and (_COUNTS_CANCELLATIONS or _came_of_cancellation(exc)):
+            quiet = (asyncio.CancelledError, falcon.WebSocketDisconnected)
+            if outcome_of(exc) is None and not isinstance(exc, quiet):
                 log_failure(what, exc, id, type)
-            raise asyncio.CancelledError from None
+            raise (exc if isinstance(exc, quiet[0]) else asyncio.CancelledError()) from None
     finally:
         del exc  # It refers to this frame; a cycle would keep the connection until a collection.
 
@@ -3991,13 +3986,13 @@ async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
         started = time.monotonic()
         try:
             return await asyncio.get_running_loop().create_task(attempt())
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
         except BaseException as exc:  # A worker's bug is logged, whatever it is.
             if current_task().cancelling():
                 if not isinstance(exc, asyncio.CancelledError):
                     log_failure(f"worker {name}, which was stopped,", exc, None)
                 raise asyncio.CancelledError from None
-            if isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
-                raise
             if time.monotonic() - started > _BACKOFFS[-1]:
                 backoffs = iter(_BACKOFFS)
             backoff = next(backoffs, _BACKOFFS[-1])

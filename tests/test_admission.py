@@ -14,10 +14,10 @@ import falcon.asgi
 import falcon.testing
 import pytest
 import websockets.exceptions
-from support import PATIENCE, Client, Stalled, connect, serving, session_of, until
+from support import PATIENCE, Client, Stalled, connect, new_app, serving, session_of, until
 from test_handshake import endpoint
 
-from pachinko import Close, Connection, MessageError, Pachinko, PachinkoError
+from pachinko import Close, Connection, Hub, MessageError, Pachinko, PachinkoError
 
 USERS = {"t-ann": "ann", "t-bob": "bob"}
 
@@ -748,3 +748,27 @@ async def test_a_browser_like_token_round_trips() -> None:
         connect(f"{server.url}/ws", subprotocols=["bearer", token]) as client,
     ):
         assert (await client.receive())["payload"] == "ann"
+
+
+async def test_the_first_message_may_follow_what_a_middleware_has_accepted() -> None:
+    """The handshake is then not answered once more."""
+    app = new_app()
+
+    class Accepting:
+        async def process_request_ws(self, req: Any, ws: Any) -> None:
+            await ws.accept()
+
+    app.add_middleware(Accepting())
+    ws = Pachinko(app, "/ws", hub=Hub())
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        return token
+
+    @ws.on("who")
+    async def name(conn: Connection) -> str | None:
+        return conn.user
+
+    async with serving(app) as server, connect(server.url + "/ws") as client:
+        await client.send("authenticate", {"token": "ada"})
+        assert (await client.ask("who"))["payload"] == "ada"

@@ -531,3 +531,18 @@ def test_only_the_documented_names_pass_for_outcomes() -> None:
     refused = pachinko.outcome_of(falcon.HTTPNotFound(description="no such thing"))
     assert isinstance(refused, MessageError) and refused.code == "http_404"
     assert pachinko.outcome_of(KeyError("secret")) is None
+
+
+def test_what_closes_a_coroutine_goes_on_up_without_a_task() -> None:
+    """Python closes coroutines that a loop has left behind, when there is no loop any more."""
+    for kind in (GeneratorExit, KeyboardInterrupt):
+        with pytest.raises(kind):
+            pachinko.pass_on(kind(), "a handler", "id")
+
+    async def close_later() -> Any:
+        coroutine: Any = pachinko._keep_working(forever)
+        asyncio.get_running_loop().call_soon(lambda: None)
+        coroutine.send(None)
+        return coroutine
+
+    asyncio.run(close_later()).close()

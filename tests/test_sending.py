@@ -1052,3 +1052,17 @@ async def test_a_handler_that_cancels_a_group_send_leaves_nobody_marked() -> Non
         await until(lambda: not any(client.conn.outgoing.writing for client in clients))
         assert sorted(clients[0].payloads()) == ["again", "hurried", "sent"]
         assert all(client.payloads() == ["sent", "again"] for client in clients[1:])
+
+
+async def test_a_sender_behind_the_librarys_own_writer_waits_at_most_send_timeout() -> None:
+    """What a hub sends has no time limit of its own; whoever waits behind it evicts the client."""
+    ws, left = endpoint(send_timeout=0.1)
+    async with served(ws) as server, Stalled(f"{server.url}/slow"):
+        conn = named(ws, "slow")
+        while not conn.outgoing.writer:
+            await ws._hub.send_to(conn, "fill", BIG)
+            await asyncio.sleep(0)
+        with pytest.raises(falcon.WebSocketDisconnected):
+            await conn.send("late", {})
+        await until(lambda: left)
+        assert left == [("slow", 1013)] and ws._hub.stats()["evicted"] == 1

@@ -356,3 +356,26 @@ async def test_an_answer_to_a_client_that_has_gone_is_dropped() -> None:
         await client.send("fail", id=1)
         await client.closed()
     assert seen == ["answered"]
+
+
+async def test_a_generator_that_catches_its_cancellation_is_closed_all_the_same() -> None:
+    """What it yields then is not sent, and its clean-up may wait."""
+    ws, ended = endpoint(), list[str]()
+
+    @ws.on("count")
+    async def count(conn: Connection) -> AsyncIterator[int]:
+        yield 1
+        try:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                yield 2
+        finally:
+            await asyncio.sleep(0)
+            ended.append("ended")
+
+    async with Session(ws) as client:
+        for _ in range(2):
+            assert (await client.ask("count", id=7))["payload"] == 1
+            assert await client.ask("complete", id=7) == {"type": "complete", "id": 7}
+    assert ended == ["ended"] * 2
