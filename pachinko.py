@@ -1872,7 +1872,7 @@ class Outgoing:
     async def fan_out(receivers: Iterable[Outgoing], data: bytes, group: str | None = None) -> None:
         """Start one write of *data*, for *group*, to each of *receivers*; wait for no client."""
         waiting, is_crowded = Waiting(text_event(data), None, len(data), group), False
-        ready: list[Outgoing | None] = [None]  # which ends it
+        ready: list[Outgoing] = []
         try:
             for receiver in receivers:
                 if receiver.phase is _OPEN and not receiver.writing:
@@ -1881,21 +1881,22 @@ class Outgoing:
                 else:
                     is_crowded |= receiver.push(waiting)
         finally:
-            write_batches(ready, iter(ready.pop, None), waiting.event)
-        while len(ready) > 1:  # noqa: ASYNC110 - each turn takes some of them, even without us
+            write_batches(ready, waiting.event, [])
+        while ready:  # noqa: ASYNC110 - each turn of the loop takes some of them, even without us
             await asyncio.sleep(0)
         if is_crowded:  # The client may be behind only because this code kept the loop busy.
             await asyncio.sleep(0)
 
     @staticmethod
-    async def write_each(batch: Iterator[Outgoing], event: Event) -> None:
-        """Write *event* to each of *batch*, which `fan_out` has claimed.
+    async def write_each(batch: list[Outgoing], event: Event) -> None:
+        """Write *event* to each of *batch*, which `fan_out` has claimed, and empty it.
 
         PERF: one ``finally`` around the loop, and no call of ours for a receiver, save 8 %.
         """
         task, receiver = current_task(), None
         try:
-            for receiver in batch:
+            while batch:
+                receiver = batch.pop()
                 if receiver.phase is not Phase.GONE:
                     receiver.writing, receiver.writer = "writer", task
                     try:
@@ -2047,16 +2048,21 @@ class Outgoing:
             logger.warning("client is too slow: %s", what, extra={"connection_id": self._id})
 
 
-def write_batches(ready: list[Outgoing | None], left: Iterator[Outgoing], event: Event) -> None:
-    """Write *event* to all of *ready*: to some at once, to others in the turns that follow.
+def write_batches(receivers: list[Outgoing], event: Event, left: list[Outgoing]) -> None:
+    """Write *event* to *receivers*: to some at once, to others in the turns that follow.
 
-    PERF: one task writes to one receiver after the other. If the server makes it wait, it stays
-    with its receiver, as an ASGI middleware may depend on the task, and another task goes on.
-    *left* pops *ready*, so that a task that waits keeps nobody who has gone.
+    PERF: one task writes to one receiver after the other; a task for each costs 2.2 (Python 3.11)
+    to 3.3 times (3.13) as much. If the server makes it wait, it stays with its receiver, as an ASGI
+    middleware may depend on the task. The next turn takes what it has *left*, for another task.
     """
-    if len(ready) > 1:
-        start_task(Outgoing.write_each(itertools.islice(left, _TURN), event))
-        asyncio.get_running_loop().call_soon(write_batches, ready, left, event)
+    receivers += left
+    left.clear()
+    if receivers:
+        batch = receivers[-_TURN:]
+        del receivers[-_TURN:]
+        start_task(Outgoing.write_each(batch, event))
+        if batch or receivers:  # An eager task may have written all.
+            asyncio.get_running_loop().call_soon(write_batches, receivers, event, batch)
 
 
 # ── incoming ──────────────────────────────────────────────────────────────────────────────────
@@ -2318,6 +2324,7 @@ _MEMORY = re.compile(r"memory://(?:\?([^#@&=]+=[^#@]*)?)?")  # the URL of an app
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 Deliver = Callable[[str, bytes], Awaitable[None]]
 Lost = Callable[["BaseException | None"], None]
+Sending = Coroutine[Any, Any, None]  # PERF: it is passed on, not awaited by each function
 Given = Union[str, "Backplane", None]  # what names a broker: a URL, or what carries the messages
 
 
@@ -2435,8 +2442,8 @@ class LocalRelay(Relay):
     def start(self, registry: Registry, process: str) -> None:
         self._registry, self._process = registry, process
 
-    async def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> None:
-        await self._registry.deliver(kind, name, data, excluded)
+    def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
+        return self._registry.deliver(kind, name, data, excluded)
 
     async def close(self, kind: Kind, name: str, close: Close) -> None:
         self._registry.close(kind, name, close)
@@ -2552,13 +2559,13 @@ class Registry:
         found = self.receivers(kind, name).items()
         return frozenset(conn for conn, outgoing in found if outgoing.is_answered)
 
-    async def deliver(self, kind: Kind, name: str, data: bytes, excluded: Collection[str]) -> None:
+    def deliver(self, kind: Kind, name: str, data: bytes, excluded: Collection[str]) -> Sending:
         """Begin one write of the frame *data* to each receiver whose id is not *excluded*."""
         found = self.receivers(kind, name)
         if excluded:
             ids = frozenset(excluded)
             found = {conn: outgoing for conn, outgoing in found.items() if conn.id not in ids}
-        await Outgoing.fan_out(found.values(), data, name if kind is Kind.GROUP else None)
+        return Outgoing.fan_out(found.values(), data, name if kind is Kind.GROUP else None)
 
     def close(self, kind: Kind, name: str, close: Close) -> None:
         """Close the receivers, behind what was sent to them before."""
