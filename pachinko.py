@@ -886,12 +886,12 @@ def _union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[An
         if _share_values(one, other) and not _are_written_alike(one, other, converter):
             raise PachinkoError(
                 f"{_shown(one)} | {_shown(other)} may lose fields: a {cls.__name__} does not tell "
-                f"as which of the two it goes out; write {_told_apart(one, other)}"
+                f"as which of the two it goes out; write {_advice_for(one, other)}"
             )
     return lambda value: converter.unstructure(value, declared_member(value, members))
 
 
-def _told_apart(one: Any, other: Any) -> str:
+def _advice_for(one: Any, other: Any) -> str:
     """Return what to write instead of the ambiguous ``one | other``, such as ``list[A | B]``."""
     pairs = [*zip(get_args(one), get_args(other), strict=False)]
     is_nested = any(a != b and (_share_values(a, b) or Ellipsis in (a, b)) for a, b in pairs)
@@ -3071,7 +3071,7 @@ def internal_error() -> MessageError:
     return MessageError("internal_error", "the server failed to handle this message")
 
 
-def _came_of_cancellation(exc: BaseException | None) -> bool:
+def _is_from_cancellation(exc: BaseException | None) -> bool:
     """Return whether *exc* is a `CancelledError`, or was raised while one was handled.
 
     A `TimeoutError` does not count: the cancellation that caused it is over. A group counts if all
@@ -3081,7 +3081,7 @@ def _came_of_cancellation(exc: BaseException | None) -> bool:
         if isinstance(exc, asyncio.CancelledError):
             return True
         if isinstance(exc, BaseExceptionGroup):
-            return all(map(_came_of_cancellation, exc.exceptions))
+            return all(map(_is_from_cancellation, exc.exceptions))
         exc = exc.__context__
     return False
 
@@ -3096,7 +3096,7 @@ def pass_on(exc: BaseException, what: str, id: str | None, type: str | None = No
     try:
         # Before Python 3.13 the count may include a cancellation that a `TaskGroup` has caught.
         is_ending = current_task().cancelling() > 0
-        is_ending = is_ending and (_COUNTS_CANCELLATIONS or _came_of_cancellation(exc))
+        is_ending = is_ending and (_COUNTS_CANCELLATIONS or _is_from_cancellation(exc))
         is_plain = is_ending and isinstance(exc, asyncio.CancelledError)
         if is_plain or isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
             raise exc
