@@ -48,8 +48,7 @@ Map: each section, what it is for, and those above it that it uses.
     outgoing — writes to one connection, or one event to many (uses: errors, limits, outbox)
     incoming — the reading half (uses: errors, envelope and message, handshake, outgoing)
     connection — what a handler gets (uses: errors, envelope and message, handshake, outbox)
-    registry and relay — who is in this process, the way to all processes, and what a hub has while
-        it runs (uses: errors, limits, outgoing, connection)
+    registry and relay — this process and all others (uses: errors, limits, outgoing, connection)
     hub — reaches clients from any code (uses: errors, envelope and message, codec, limits,
         connection, registry and relay)
     outcomes — what an exception means (uses: errors, limits)
@@ -233,7 +232,7 @@ def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, s
 
 
 def _path_step(exc: BaseException, t: Any) -> str:
-    """Return where under its parent *exc* happened: ``.field``, ``[3]``, ``["key"]``, or ``""``."""
+    """Return the place of *exc* in its parent: ``.field``, ``[3]``, ``["key"]``, or ``""``."""
     names = [arg.name for arg in exc.args if isinstance(arg, attrs.Attribute)]
     for note in getattr(exc, "__notes__", ()):
         if isinstance(note, cattrs.IterableValidationNote):
@@ -586,7 +585,7 @@ def is_text_enum(cls: Any) -> bool:
 
 
 def _types_of_keys(cls: Any) -> list[Any] | None:
-    """Return the types in a typed dict, or None if libraries may disagree which are required."""
+    """Return the types in a typed dict, or None if the libraries may differ about a key."""
     # msgspec goes by a Required in a text annotation. cattrs asks the class, which has not read it.
     keys = {typing.Required: cls.__required_keys__, typing.NotRequired: cls.__optional_keys__}
     hints = cls.__annotations__
@@ -604,7 +603,7 @@ def _types_of_fields(cls: Any) -> list[Any] | None:
         fields is None or type(cls) is not type or (is_attrs and dataclasses.is_dataclass(cls))
         # A method that attrs or dataclasses made has no file, or is in a file of attrs.
         or not all(code and code.co_filename.startswith(("<", _ATTRS_FILE)) for code in codes)
-        # The class has code of its own that runs when an object is made or read.
+        # A method of the class itself runs when an object is made or read.
         or any(getattr(cls, name, None) is not getattr(object, name, None) for name in _MAKING)
     ):  # fmt: skip
         return None
@@ -714,7 +713,7 @@ def _kinds_of(t: Any) -> dict[Any, Any]:
 def _union_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of a union that goes by the JSON kind of the value."""
     hooks = {kind: (converter.get_structure_hook(m), m) for kind, m in _kinds_of(t).items()}
-    # A scalar, or a value of a kind that is not in the union, which any hook then refuses.
+    # `other` takes scalars, and refuses a value of a kind that is not in the union.
     other = hooks.get(None) or next(iter(hooks.values()))
 
     def structure(value: Any, _: Any) -> Any:
@@ -871,7 +870,7 @@ def members_of(t: Any) -> Members:
 
 
 def _written_class(t: Any) -> Any:
-    """Return the class of the values that go out as *t*, or None if it has none."""
+    """Return the class of the values that are sent as *t*, or None if it has none."""
     cls = class_of(bare_type(t))
     return dict if typing.is_typeddict(cls) else cls
 
@@ -1396,7 +1395,7 @@ class Origins:
 
 
 def _forwarded(req: falcon.asgi.Request) -> tuple[str, str]:
-    """Return the scheme and host that the first proxy was asked for. A comma precedes the next."""
+    """Return the scheme and host that the first proxy was asked for, before a comma."""
     hops = (req.forwarded_scheme, req.forwarded_host)
     scheme, host = (each.partition(",")[0].strip() for each in hops)
     return scheme, host
@@ -1459,7 +1458,7 @@ def token_of(payload: Any) -> str | None:
 
 _MAX_COUNTS = 100  # names in the counts of a hub: an application may make error codes up as it goes
 _CANCEL_AGAIN = 5.0  # seconds that cancelled code may clean up before it is cancelled once more
-# Whether the count is right: before 3.13 a `TaskGroup` leaves a cancellation in it that it caught.
+# Whether `Task.cancelling` is right: before 3.13 a `TaskGroup` leaves in it what it has caught.
 _COUNTS_CANCELLATIONS: bool = sys.version_info >= (3, 13)
 current_task: Callable[[], asyncio.Task[Any]] = cast(Any, asyncio.current_task)  # not None here
 
@@ -2065,8 +2064,8 @@ def write_batches(ready: list[Outgoing | None], left: Iterator[Outgoing], event:
 
 # ── incoming ──────────────────────────────────────────────────────────────────────────────────
 #
-# The reading half of a connection. The connection's own task reads and runs the handlers. While one
-# of these is suspended, a second task reads a few frames ahead, so that a disconnect is noticed.
+# `Incoming` is the reading half of a connection, whose own task reads and runs the handlers. While
+# one of these is suspended, a second task reads a few frames ahead, to notice a disconnect.
 
 _READ_AHEAD = 8  # frames: enough to notice a disconnect behind some messages, and bounded
 
@@ -2122,10 +2121,7 @@ class Incoming:
         return self._inbox.pop(0)
 
     async def first_token(self) -> Frame:
-        """Return the first ``authenticate`` message; hold what comes before it, within bounds.
-
-        Raises `Close`, and `falcon.WebSocketDisconnected`.
-        """
+        """Return the first ``authenticate`` message. Raises `Close` and `WebSocketDisconnected`."""
         size = 0
         while True:
             event = await self.receive()
@@ -2139,7 +2135,7 @@ class Incoming:
             if isinstance(frame, Frame) and frame.type == "authenticate":
                 self.received += 1
                 return frame
-            self._inbox.append(event)
+            self._inbox.append(event)  # It is handled once the client is in.
             self.is_direct = False
             if len(self._inbox) > _READ_AHEAD:
                 raise Close(UNAUTHENTICATED, "authenticate first")
@@ -2352,8 +2348,7 @@ class Backplane(typing.Protocol):
     async def subscribe(self, subject: str) -> None:
         """Return once what is published to *subject* will be delivered.
 
-        Raises `PachinkoError` when the broker does not permit this one; whatever else it raises
-        ends the connection.
+        Raises `PachinkoError` if the broker does not permit it. Another error ends the connection.
         """
 
     async def unsubscribe(self, subject: str) -> None:
@@ -2765,7 +2760,7 @@ class Hub:
         converter: cattrs.Converter | UnsetType | None = UNSET,
         namespace: str | UnsetType | None = UNSET,
     ) -> None:  # fmt: skip
-        """Set up the hub before an app starts. A call changes what it names; None is the default.
+        """Set up the hub before an app starts. An option left out stays; None resets one.
 
         *url*: the broker between the processes, ``nats://host:4222``, ``tls://…``,
         ``redis://host:6379``, ``rediss://…``, or a `Backplane`. By default it is that of the
@@ -2802,9 +2797,8 @@ class Hub:
     async def open(self, url: Given = None) -> AsyncGenerator[Hub, None]:
         """Use the hub in a program without an app: ``async with hub.open("redis://…"):``.
 
-        By default the *url* is that of `configure` or ``PACHINKO_BACKPLANE``. Raises
-        `PachinkoError` when none is given, when the broker cannot be reached, and when the hub
-        already runs on another one.
+        By default, *url* is that of `configure` or ``PACHINKO_BACKPLANE``. Raises `PachinkoError`
+        if there is none, if it cannot be reached, and if the hub runs on another one.
         """
         is_running = self.state.loop is not None and self.state.loop.is_running()
         if not is_running and self.state.choose(url) is None:
@@ -2823,10 +2817,7 @@ class Hub:
             await self.state.stop(program)
 
     def _check(self, name: object = "", what: str = "") -> None:
-        """Raise for a *name* that is no text, a call in another loop, or one that reaches nobody.
-
-        Without a broker, a hub that does not run may be the test of a handler: the log warns once.
-        """
+        """Raise for a *name* that is no text, a call in another loop, or one that reaches nobody."""
         if not isinstance(name, str):
             raise TypeError(f"a {what} is named by a str, got {name!r}")
         loop = self.state.loop
@@ -2840,7 +2831,7 @@ class Hub:
                 "the hub is not connected: it starts with the app; a program without one writes "
                 "`async with hub.open():` around its calls"
             )
-        if loop is None and not self._has_warned:
+        if loop is None and not self._has_warned:  # It may be the test of a handler.
             self._has_warned = True
             logger.warning(
                 "the hub does not run and reaches nobody: it starts with the app; a program of its "
@@ -2858,12 +2849,11 @@ class Hub:
         """Add *conn* to *group*. A group exists from its first member on.
 
         When it returns, messages of all processes to the group arrive. If the broker does not
-        answer within 4 seconds, it returns all the same, and a ``gap`` comes once the broker does.
-        Does nothing if the connection has ended.
+        answer in 4 seconds, it returns, and a ``gap`` comes later. Does nothing if *conn* has ended.
 
-        Raises `PachinkoError` for a connection of an endpoint with another hub, and when the broker
-        does not permit the subscription. Raises `MessageError` (``too_many_groups``) for a
-        connection that is in `max_groups` others; a message handler may let it pass to the client.
+        Raises `PachinkoError` for a connection of an endpoint with another hub, and if the broker
+        does not permit the subscription. Raises `MessageError` (``too_many_groups``), which a
+        handler may let pass to the client, for a connection that is in `max_groups` others.
         """
         self._check(group, "group")
         self._check_own(conn, "use conn.join(group)")
@@ -3006,8 +2996,7 @@ class Hub:
     ) -> concurrent.futures.Future[Any]:
         """Call a method of the hub from any thread: ``hub.call_threadsafe(hub.send, "room:1", …)``.
 
-        The future gives what the method returns or raises. Raises `PachinkoError` when no app
-        is running.
+        The future gives what the method returns or raises. Raises `PachinkoError` if no app runs.
         """
         if not callable(function):
             raise TypeError(f'write hub.call_threadsafe(hub.send, "room:1", ...), got {function!r}')
@@ -3053,8 +3042,7 @@ hub: Hub = Hub()
 
 # ── outcomes ──────────────────────────────────────────────────────────────────────────────────
 #
-# Code of the application may raise anything. Most exceptions become an answer or a close. A
-# cancellation, and what ends the process, is raised again.
+# An exception of the application's code becomes an answer or a close, or is raised again.
 
 
 def outcome_of(exc: BaseException) -> MessageError | Close | None:
@@ -3129,6 +3117,8 @@ def log_failure(what: str, exc: BaseException, id: str | None, type: str | None 
 
 
 # ── stream ────────────────────────────────────────────────────────────────────────────────────
+#
+# A handler that yields is a stream. It runs in a task of its own, and the client may stop it.
 
 
 @attrs.define(eq=False)
@@ -3260,7 +3250,7 @@ class Session:
         # PERF: reading is inlined. A coroutine or a call of its own would add 3 % to a message.
         incoming, receive, routes = self.incoming, self.incoming.receive, self.routes
         is_cancelled, rate, self.is_handling = current_task().cancelling, self._rate, False
-        # A text that is no longer is neither too deep nor too large: a character has up to 4 bytes.
+        # No text of at most this length is too deep or too large: a character has up to 4 bytes.
         max_size = self._limits.max_size
         short = min(2 * _MAX_DEPTH, max_size // 4)
         while True:
@@ -3584,8 +3574,7 @@ async def user_of(
 ) -> str | None:
     """Return whom *token* belongs to, as the application's *function* says.
 
-    Raises `falcon.HTTPError`, `Close` or `MessageError` as *function* does, and
-    ``internal_error`` for any other exception, which is logged.
+    Raises the `HTTPError`, `Close` or `MessageError` of *function*, or ``internal_error`` for a bug.
     """
     try:
         user = await function(conn, token)
@@ -3685,7 +3674,7 @@ async def _authenticate(
 # ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
 
 _NO_FUNCTION: Any = None  # what ws.connect() decorates, so that its parentheses can be refused
-# By the id of the app and the path. A Pachinko holds its app, so an id is not used again meanwhile.
+# A key is the id of an app, and a path. A Pachinko holds its app, so that no id is used again.
 _attached: weakref.WeakValueDictionary[tuple[int, str], Pachinko] = weakref.WeakValueDictionary()
 _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start
 
@@ -3728,8 +3717,7 @@ class Pachinko:
         )  # fmt: skip
         if not isinstance(hub, Hub):
             raise PachinkoError(f"write hub=Hub() for a hub of its own, got {hub!r}")
-        self._hub = hub
-        self._app, self._path = app, path
+        self._hub, self._app, self._path = hub, app, path
         self._origins = read_origins(origins, trust_forwarded)
         self._subprotocols = texts(subprotocols, "subprotocols")
         self._routes = Routes()
