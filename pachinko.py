@@ -263,8 +263,8 @@ def invalid_payload(type: str, errors: Iterable[dict[str, str]]) -> MessageError
 #
 # msgspec can decode a frame straight into the payload, in one pass and several times as fast as
 # cattrs builds it from JSON values. It sets the fields of an object: it calls no constructor and no
-# converter, and knows no alias. `is_read_in_one_pass` tells for which types the result does not
-# differ. Every other type is left to cattrs (next section).
+# converter, and knows no alias. `is_read_in_one_pass` accepts the types with the same result. Every
+# other type is left to cattrs (next section).
 
 _MAX_DEPTH = 128  # levels of arrays and objects in a frame; recursive code can go far deeper
 _NOT_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[^][{}"]+', re.DOTALL)  # linear in any text
@@ -585,7 +585,7 @@ def is_text_enum(cls: Any) -> bool:
 
 
 def _types_of_keys(cls: Any) -> list[Any] | None:
-    """Return the types in a typed dict, or None if the libraries may differ about a key."""
+    """Return the types in a typed dict, or None if msgspec and cattrs may differ about a key."""
     # msgspec goes by a Required in a text annotation. cattrs asks the class, which has not read it.
     keys = {typing.Required: cls.__required_keys__, typing.NotRequired: cls.__optional_keys__}
     hints = cls.__annotations__
@@ -595,7 +595,7 @@ def _types_of_keys(cls: Any) -> list[Any] | None:
 
 
 def _types_of_fields(cls: Any) -> list[Any] | None:
-    """Return the types of the fields of *cls*, or None if its constructor has more to do."""
+    """Return the types of the fields, or None if the constructor of *cls* has more to do."""
     fields, is_attrs = fields_of(cls), attrs.has(cls)
     functions = {vars(cls).get("__init__"), cls.__setattr__} - {object.__setattr__}
     codes = [getattr(function, "__code__", None) for function in functions]
@@ -608,7 +608,7 @@ def _types_of_fields(cls: Any) -> list[Any] | None:
     ):  # fmt: skip
         return None
     made: Any = attrs.inspect(cls) if is_attrs else None
-    if made and made.hashability is made.Hashability.HASHABLE_CACHED:  # The constructor sets it.
+    if made and made.hashability is made.Hashability.HASHABLE_CACHED:  # It sets a hash too.
         return None
     hints = typing.get_type_hints(cls, include_extras=True)  # msgspec goes by these
     is_plain = all(
@@ -947,7 +947,7 @@ class Codec:
     def __init__(self, converter: cattrs.Converter | None = None) -> None:
         self.converter: cattrs.Converter = strict_converter() if converter is None else converter
         self._hasty = self.converter
-        if converter is None:  # PERF: most payloads are valid; this one stops early
+        if converter is None:  # PERF: most payloads are valid. `_hasty` stops at an error
             self._hasty = self.converter.copy(detailed_validation=False)
 
     def frame_class(self, type: str, annotation: Any, handler: Any = None) -> FrameClass:
@@ -959,7 +959,7 @@ class Codec:
         return frame_class(type, Any, handler=handler)
 
     def check(self, annotation: Any, namespaces: Namespaces, seen: list[Any]) -> None:
-        """Resolve *annotation* and the types in it. Raises what keeps one from being structured."""
+        """Resolve *annotation* and the types in it. Raises for a type that cannot be structured."""
         for t in types_in(annotation, namespaces, seen):
             is_generic = bool(getattr(t, "__parameters__", ()))
             if is_generic and t is class_of(t):
@@ -990,7 +990,7 @@ class Codec:
         raise refused
 
     def writer_of(self, value: object, type: str, declared: Any = None) -> Writer:
-        """Return the writer for the class of *value*. *declared* is an annotation."""
+        """Return the writer for the class of *value*. *declared* is the annotated type, if any."""
         if value is None:
             return type, lambda _: UNSET
         shape = declared_member(value, members_of(declared))
@@ -1087,7 +1087,7 @@ def place_of(function: Callable[..., Any]) -> str:
 
 
 def check_function(function: Any, example: str, takes: int | None, streams: bool = False) -> None:
-    """Raise `PachinkoError`, with *example*, unless *function* is async and takes that many."""
+    """Raise `PachinkoError` with *example* unless *function* is async and takes *takes* values."""
     refused = None
     if not callable(function):
         raise PachinkoError(f"expected a function, got {function!r}; write\n{example}")
@@ -1209,7 +1209,7 @@ def path_parameters(path: str) -> list[str]:
 
 
 def read_connect(function: Callable[..., Any], path: str | None) -> Callable[..., Awaitable[None]]:
-    """Check a connect handler against *path*; return a call of it with the path's parameters."""
+    """Check a connect handler against *path*; return a function that passes it the parameters."""
     known = path_parameters(path or "")
     example = f"@ws.connect\nasync def arrive({', '.join(['conn', *known])}): ..."
     check_function(function, example, None)
@@ -1706,7 +1706,7 @@ _OPEN = Phase.OPEN  # PERF: it is read for each message; the attribute costs as 
 # The only transitions between phases, with the method of `Outgoing` that makes each.
 TRANSITIONS: dict[tuple[Phase, Phase], str] = {
     (Phase.CONNECTING, Phase.OPEN): "open",  # The handshake has been answered.
-    (Phase.CONNECTING, Phase.CLOSING): "open",  # It has, and `close` was called before.
+    (Phase.CONNECTING, Phase.CLOSING): "open",  # The handshake was answered after a `close`.
     (Phase.CONNECTING, Phase.GONE): "lost",  # The client left, or the handshake failed.
     (Phase.OPEN, Phase.CLOSING): "close",  # Code, a limit, a shutdown or an eviction closes.
     (Phase.OPEN, Phase.GONE): "lost",  # The client left, or a write failed.
@@ -1752,7 +1752,7 @@ def server_calls(ws: Any) -> tuple[Callable[[], Awaitable[Event]], Callable[[Eve
     if queue._pump_task is None:
         queue._max_queue = 0
         ws._asgi_receive = queue._asgi_receive
-    if not inspect.iscoroutinefunction(send):  # The result of granian's has no steps.
+    if not inspect.iscoroutinefunction(send):  # granian's `send` cannot be stepped.
         send = functools.partial(_await, send)
     return ws._asgi_receive, send
 
@@ -1768,7 +1768,7 @@ def mark_closed(ws: Any, code: int | None) -> None:
 
 
 class _Nobody:
-    """A stand-in for the session of a connection that is over: the session would be a cycle."""
+    """A stand-in for the session of a closed connection, where the session would make a cycle."""
 
     is_handling = False
 
@@ -2191,7 +2191,7 @@ class Incoming:
 # A handler gets a `Connection`: it says who the client is, and sends to it.
 
 _BURST = 32  # messages that code may send in a row before others get a turn
-_PROCESS_BYTES = _OWN_BYTES = 6  # of a connection's id, for each
+_PROCESS_BYTES = _OWN_BYTES = 6  # of the process, and of each of its connections, in an id
 _END_OF_TIME = 1e15  # UNIX seconds; beyond, floats and timers give up
 _LOOK_AT_CLOCK = 600.0  # seconds between two looks at the time of day, which may be set anew
 
@@ -2295,7 +2295,7 @@ class Connection:
             await asyncio.sleep(0)  # Nothing above lets the loop run while a client keeps up.
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
-        """Begin to close, after what was sent before, unless it has. Raises what `Close` does."""
+        """Begin to close, once, after what was sent before. Raises what `Close` does."""
         self.outgoing.close(Close(code, reason))
 
     async def join(self, group: str) -> None:
@@ -2760,7 +2760,7 @@ class Hub:
         converter: cattrs.Converter | UnsetType | None = UNSET,
         namespace: str | UnsetType | None = UNSET,
     ) -> None:  # fmt: skip
-        """Set up the hub before an app starts. An option left out stays; None resets one.
+        """Set up the hub before an app starts. Options left out are kept; None resets one.
 
         *url*: the broker between the processes, ``nats://host:4222``, ``tls://…``,
         ``redis://host:6379``, ``rediss://…``, or a `Backplane`. By default it is that of the
@@ -2798,7 +2798,7 @@ class Hub:
         """Use the hub in a program without an app: ``async with hub.open("redis://…"):``.
 
         By default, *url* is that of `configure` or ``PACHINKO_BACKPLANE``. Raises `PachinkoError`
-        if there is none, if it cannot be reached, and if the hub runs on another one.
+        if none is given, if the broker cannot be reached, and if the hub runs on another one.
         """
         is_running = self.state.loop is not None and self.state.loop.is_running()
         if not is_running and self.state.choose(url) is None:
@@ -2817,7 +2817,7 @@ class Hub:
             await self.state.stop(program)
 
     def _check(self, name: object = "", what: str = "") -> None:
-        """Raise for a *name* that is no text, a call in another loop, or one that reaches nobody."""
+        """Refuse a *name* that is no text, a call in another loop, and one that reaches nobody."""
         if not isinstance(name, str):
             raise TypeError(f"a {what} is named by a str, got {name!r}")
         loop = self.state.loop
@@ -2831,7 +2831,7 @@ class Hub:
                 "the hub is not connected: it starts with the app; a program without one writes "
                 "`async with hub.open():` around its calls"
             )
-        if loop is None and not self._has_warned:  # It may be the test of a handler.
+        if loop is None and not self._has_warned:  # A test of a handler may do this.
             self._has_warned = True
             logger.warning(
                 "the hub does not run and reaches nobody: it starts with the app; a program of its "
@@ -2849,7 +2849,7 @@ class Hub:
         """Add *conn* to *group*. A group exists from its first member on.
 
         When it returns, messages of all processes to the group arrive. If the broker does not
-        answer in 4 seconds, it returns, and a ``gap`` comes later. Does nothing if *conn* has ended.
+        answer in 4 seconds, it returns; a ``gap`` comes later. Does nothing if *conn* has ended.
 
         Raises `PachinkoError` for a connection of an endpoint with another hub, and if the broker
         does not permit the subscription. Raises `MessageError` (``too_many_groups``), which a
@@ -3574,7 +3574,7 @@ async def user_of(
 ) -> str | None:
     """Return whom *token* belongs to, as the application's *function* says.
 
-    Raises the `HTTPError`, `Close` or `MessageError` of *function*, or ``internal_error`` for a bug.
+    Raises the `HTTPError`, `Close` or `MessageError` of *function*, or ``internal_error`` for bugs.
     """
     try:
         user = await function(conn, token)
@@ -3620,7 +3620,7 @@ async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
     try:
         if conn.user is not None:
             await conn.hub.state.reachable(conn)
-        if conn.ws.unaccepted:  # A middleware or `_authenticate` may have.
+        if conn.ws.unaccepted:  # It may have been accepted before.
             await conn.ws.accept(chosen)
     except BaseException as exc:  # A client that was let in gets its disconnect handlers.
         outgoing.lost()
@@ -3647,7 +3647,7 @@ async def _authenticate(
         with session.limit(deadline):
             user = await user_of(function, conn, token)
         if user is None and token is None and not conn.closed:
-            if conn.ws.unaccepted:  # This has no time limit, because half an accept is none.
+            if conn.ws.unaccepted:  # The time limit must not cut it short.
                 await conn.ws.accept(chosen)
             with session.limit(deadline):
                 frame = await session.incoming.first_token()
@@ -3750,7 +3750,7 @@ class Pachinko:
 
         It is asked before connect handlers, with the token from ``Authorization: Bearer``, or from
         the subprotocols ``bearer`` and the token behind it; or with None, and may then look at
-        ``conn.req``, at a cookie say. If it returns None for None, the handshake is accepted, the
+        ``conn.req``, at a cookie say. If it then returns None, the handshake is accepted, the
         client has to send ``{"type":"authenticate","payload":{"token":…}}`` within *auth_timeout*
         seconds, and *f* is asked again. Until then at most 8 messages are held, and none handled.
 
