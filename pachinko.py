@@ -1476,8 +1476,8 @@ class TimeLimit:
     expired: bool = False
     _task: asyncio.Task[Any] | None = None
     _timer: asyncio.Handle | None = None
-    _own: int = 0  # cancellations of the task by this limit, as the task counts them
-    _others: int = 0  # cancellations by other code, as far as they are known
+    _own: int = 0  # how often this limit has cancelled the task
+    _others: int = 0  # cancellations that the task counted before these
 
     def __enter__(self) -> TimeLimit:
         self._task = current_task()
@@ -1948,7 +1948,7 @@ class Outgoing:
                         self.sent += 1
                     waiting.end(True)
                 finally:
-                    waiting.end(False)
+                    waiting.end(False)  # This does nothing after `end(True)`.
             self.outbox = None
         except Exception as exc:  # The server, or an ASGI middleware, may raise anything.
             self.write_failed(exc)

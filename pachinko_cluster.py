@@ -541,7 +541,7 @@ class Link:
         self._late: set[str] = set()  # a caller of `subscribed` has given up waiting
         self._changes: dict[str, asyncio.Task[None]] = {}  # tasks that subscribe or unsubscribe
         self._copies: dict[bytes, tuple[str, asyncio.Future[None]]] = {}  # our own, to come back
-        self._waits: set[asyncio.Timeout] = set()  # of callers whose message is with the broker
+        self._waits: set[asyncio.Timeout] = set()  # of messages that are not confirmed yet
         self._beat = b""
         self._has_heard = False  # a message of our own has come since the last beat
         self._is_receiving = False
@@ -595,6 +595,7 @@ class Link:
             raise pachinko.BrokerAway(text) from None
 
     async def _publish(self, subject: str, data: bytes) -> int | None:
+        """Publish *data*. If this process is subscribed, wait until the message has come back."""
         copy: asyncio.Future[None] | None = None
         if subject in self._subscribed and subject in self._subjects:
             copy = asyncio.get_running_loop().create_future()
@@ -689,7 +690,7 @@ class Link:
                     await self._backplane.unsubscribe(subject)
         except Exception as exc:  # of the library
             if self._changes.get(subject) is not me:
-                pass
+                pass  # the session has ended
             elif isinstance(exc, PachinkoError):
                 self._note_denied(subject, exc)
             else:
@@ -699,6 +700,7 @@ class Link:
                 del self._changes[subject]
 
     def _note_subscribed(self, subject: str) -> None:
+        """Note that the broker has confirmed *subject*, perhaps too late for a caller."""
         self._subscribed.add(subject)
         if subject in self._late and subject in self._subjects:
             if self.is_connected:
@@ -822,6 +824,7 @@ class Link:
         return self._broker is None and not isinstance(exc, (OSError, PachinkoError))
 
     async def _close(self) -> None:
+        """Disconnect the backplane, so that it can start again."""
         with contextlib.suppress(Exception):  # the session has ended, whatever the library raises
             async with asyncio.timeout(_CONNECT):
                 await self._backplane.stop()
@@ -1272,10 +1275,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command ``pachinko``.
-
-    Returns its exit status: 0, 1 if the broker has failed, 2 for a mistake in the call.
-    """
+    """Run the command. Returns its exit status: 1 if the broker has failed, 2 for a mistake."""
     given = _parser().parse_args(arguments)
     level = logging.WARNING if given.command == "listen" else logging.CRITICAL
     logging.basicConfig(format="%(message)s", level=level)
