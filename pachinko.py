@@ -153,7 +153,7 @@ Event = dict[str, Any]  # an ASGI event: {"type": "websocket.send", "text": "…
 #   │   └── BadFrame    a text frame that is no message
 #   └── Close           nobody's mistake: a handler ends the connection
 
-_MAX_ERRORS = 100  # in one reply: a frame of max_size has room for hundreds of thousands
+_MAX_ERRORS = 100  # errors in one reply; a frame of max_size has room for 100,000s
 _MISSING = "required, but missing"
 _OTHER = "invalid value"  # the text for an exception whose own text is not meant for clients
 _KEY_SHOWN = 64  # characters of a client's own key in a path
@@ -283,7 +283,7 @@ class Envelope:
     """A message as middleware sees it."""
 
     type: str
-    payload: Any  # as the handler gets it; a dict by name for keyword-only parameters
+    payload: Any  # the handler gets this; a dict by name for keyword-only parameters
     id: Id | None = None
 
 
@@ -483,7 +483,7 @@ def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -
     if (fields := fields_of(cls)) is not None:  # ClassVar and InitVar annotate no field
         hints = {field.name: hints.get(field.name, field.type) for field in fields}
     hints = {name: hashable(t) for name, t in hints.items()}
-    for field in fields or ():  # those of attrs are frozen; attrs itself changes them like this
+    for field in fields or ():  # attrs freezes its own, and changes them like this itself
         object.__setattr__(field, "type", hints[field.name])
     own = cls.__annotations__  # msgspec looks there
     own.update({name: hints[name] for name in own if name in hints})
@@ -1022,9 +1022,9 @@ class Handler:
     type: str
     function: Callable[..., Any]
     call: Callable[[Connection, Any], Any]  # returns a coroutine, or an async generator
-    annotation: Any  # of the payload; for fields, a typed dict made of the parameters
+    annotation: Any  # the payload's type; for fields, a typed dict of the parameters
     parameter: inspect.Parameter | None  # takes the whole payload
-    defaults: dict[str, Any] | None  # of the parameters for the payload's fields, if there are any
+    defaults: dict[str, Any] | None  # the fields' defaults, if the function takes fields
     returns: Any  # the declared type of a reply or of a stream's item, or None
     streams: bool
     is_concurrent: bool  # runs in a task of its own, as all streams do
@@ -2015,7 +2015,7 @@ class Outgoing:
     async def settle(self) -> None:
         """Wait until the close frame is written, or until that takes too long."""
         if self._goodbye is not None:
-            is_urgent = self.close_code in (1012, 1013)  # of a shutdown, or a slow client
+            is_urgent = self.close_code in (1012, 1013)  # a shutdown, or a slow client
             patience = _GOODBYE if is_urgent else self.limits.send_timeout
             _, late = await asyncio.wait([self._goodbye], timeout=patience)
             if late:  # If the server has refused the frame, Falcon closes after the responder.
@@ -2093,7 +2093,7 @@ class Incoming:
     received: int = 0  # frames
     _has_left: bool = False  # the client has gone; the frames before that are still handled
     _is_stopped: bool = False  # the server closes, and no frame is handled any more
-    _inbox: list[Event] = attrs.Factory(list)  # what was read ahead
+    _inbox: list[Event] = attrs.Factory(list)  # frames that were read ahead
     _ahead: asyncio.Task[None] | None = None
 
     def accept(self, event: Event | None) -> typing.TypeGuard[Event]:
@@ -2191,7 +2191,7 @@ class Incoming:
 # A handler gets a `Connection`: it says who the client is, and sends to it.
 
 _BURST = 32  # messages that code may send in a row before others get a turn
-_PROCESS_BYTES = _OWN_BYTES = 6  # of the process, and of each of its connections, in an id
+_PROCESS_BYTES = _OWN_BYTES = 6  # bytes of a process's id, and of a connection's own
 _END_OF_TIME = 1e15  # UNIX seconds; beyond, floats and timers give up
 _LOOK_AT_CLOCK = 600.0  # seconds between two looks at the time of day, which may be set anew
 
@@ -2200,7 +2200,7 @@ _LOOK_AT_CLOCK = 600.0  # seconds between two looks at the time of day, which ma
 class Connection:
     """One client. Handlers get it; the hub's methods take it."""
 
-    hub: Hub  # of its endpoint
+    hub: Hub  # the hub of its endpoint
     req: falcon.asgi.Request  # the request of the handshake: headers, cookies, query string
     ws: falcon.asgi.WebSocket  # Falcon's own; what it sends may overtake other messages
     params: dict[str, Any]  # the path parameters, converted as the path says
@@ -2319,7 +2319,7 @@ _MEMORY = re.compile(r"memory://(?:\?([^#@&=]+=[^#@]*)?)?")  # the URL of an app
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 Deliver = Callable[[str, bytes], Awaitable[None]]
 Lost = Callable[["BaseException | None"], None]
-Given = Union[str, "Backplane", None]  # what names a broker: a URL, or what carries the messages
+Given = Union[str, "Backplane", None]  # a broker's URL, or what carries the messages
 
 
 class Backplane(typing.Protocol):
@@ -2478,8 +2478,8 @@ class Registry:
     """
 
     def __init__(self, relay: Relay, process: str) -> None:
-        self.connections: dict[str, Connection] = {}  # by id, once they have authenticated
-        self.groups: dict[str, dict[Connection, Outgoing]] = {}  # by name
+        self.connections: dict[str, Connection] = {}  # those that have authenticated, by id
+        self.groups: dict[str, dict[Connection, Outgoing]] = {}  # members, by the group's name
         self.users: dict[str, dict[Connection, Outgoing]] = {}
         self._tables = {Kind.GROUP: self.groups, Kind.USER: self.users}
         self._joined: dict[Connection, set[str]] = {}
@@ -2579,8 +2579,8 @@ class HubState:
     calls: set[concurrent.futures.Future[Any]] = attrs.Factory(set)  # calls of threads, until done
     serving: dict[asyncio.Task[Any], Session] = attrs.Factory(dict)  # since the handshake, by task
     drains: list[asyncio.Task[None]] = attrs.Factory(list)  # one for each call of `Hub.drain`
-    loop: asyncio.AbstractEventLoop | None = None  # that of the apps, while one runs
-    broker: Given = None  # what the first app was started with
+    loop: asyncio.AbstractEventLoop | None = None  # the loop of the apps, while one runs
+    broker: Given = None  # the broker that the first app was started with
     relay: Relay = attrs.Factory(LocalRelay)
     registry: Registry = attrs.Factory(lambda self: Registry(self.relay, self.process), True)
     _apps: set[object] = attrs.Factory(set)
@@ -3673,7 +3673,7 @@ async def _authenticate(
 
 # ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
 
-_NO_FUNCTION: Any = None  # what ws.connect() decorates, so that its parentheses can be refused
+_NO_FUNCTION: Any = None  # `ws.connect()` decorates it, and is refused for its parentheses
 # A key is the id of an app, and a path. A Pachinko holds its app, so that no id is used again.
 _attached: weakref.WeakValueDictionary[tuple[int, str], Pachinko] = weakref.WeakValueDictionary()
 _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start

@@ -57,7 +57,7 @@ _encode = msgspec.json.Encoder().encode
 
 _CONNECT = 3.0  # seconds for a connection to the broker
 _DISCONNECT = 1.0  # seconds for the end of one
-SCHEMES = ("memory", "nats", "tls", "redis", "rediss")  # of URLs; all but the first have a broker
+SCHEMES = ("memory", "nats", "tls", "redis", "rediss")  # all but the first have a broker
 _WRONG_URL = (
     'a backplane is a URL such as "nats://localhost:4222" or "redis://:secret@host:6379"; known '
     f'are {", ".join(f"{scheme}://" for scheme in SCHEMES)}. "/", "@", "?", "#" and "%" in a '
@@ -76,7 +76,7 @@ class Broker:
 
     scheme: str
     hosts: str  # as in the URL, without the credentials
-    credentials: tuple[str, str | None] | None = attrs.field(repr=False)  # or a token and None
+    credentials: tuple[str, str | None] | None = attrs.field(repr=False)  # or a token, None
     options: dict[str, str] = attrs.field(repr=False)  # all but the namespace
     namespace: str | None
     url: str = attrs.field(repr=False)  # without the options
@@ -386,7 +386,7 @@ class RedisConnection:
     async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
             await work()
-        except Exception as exc:  # of the library or the socket
+        except Exception as exc:  # the library or the socket has failed
             self._failure = exc
             self.failed.set()
             self._lost(exc)
@@ -535,13 +535,13 @@ class Link:
         self.session: int = 0
         self.outages: int = 0
         self.is_connected: bool = False
-        self._subjects: dict[str, None] = dict.fromkeys(essential)  # what to subscribe to, in order
+        self._subjects: dict[str, None] = dict.fromkeys(essential)  # to be subscribed, in order
         self._subscribed: set[str] = set()  # confirmed by the broker
         self._denied: dict[str, str] = {}  # not permitted, with the reason
         self._late: set[str] = set()  # a caller of `subscribed` has given up waiting
         self._changes: dict[str, asyncio.Task[None]] = {}  # tasks that subscribe or unsubscribe
         self._copies: dict[bytes, tuple[str, asyncio.Future[None]]] = {}  # our own, to come back
-        self._waits: set[asyncio.Timeout] = set()  # of messages that are not confirmed yet
+        self._waits: set[asyncio.Timeout] = set()  # messages that are not confirmed yet
         self._beat = b""
         self._has_heard = False  # a message of our own has come since the last beat
         self._is_receiving = False
@@ -588,7 +588,7 @@ class Link:
         except TimeoutError:
             why = self._why or f"no answer within {_BROKER_WAIT:g} s"
             raise pachinko.BrokerAway(f"{self._name} has not taken a message: {why}") from None
-        except Exception as exc:  # of the library
+        except Exception as exc:  # the library has failed
             text = f"{self._name}: {without_secrets(exc, self._broker)}"
             if self._is_bug(exc):
                 raise PachinkoError(text) from exc
@@ -688,7 +688,7 @@ class Link:
                 else:
                     self._subscribed.discard(subject)
                     await self._backplane.unsubscribe(subject)
-        except Exception as exc:  # of the library
+        except Exception as exc:  # the library has failed
             if self._changes.get(subject) is not me:
                 pass  # the session has ended
             elif isinstance(exc, PachinkoError):
@@ -728,7 +728,7 @@ class Link:
                     self._begin()
                     begun = loop.time()
                     await self._listen_for_beats()
-                except (Exception, asyncio.CancelledError) as exc:  # of any library
+                except (Exception, asyncio.CancelledError) as exc:  # any library has failed
                     if cast("asyncio.Task[None]", asyncio.current_task()).cancelling():
                         raise
                     self._end(exc)
@@ -841,9 +841,9 @@ def resolve(future: asyncio.Future[Any], result: Any = None) -> None:
 # A peer message is its head, a line of JSON, and after that the text frame for the clients. A
 # subject, such as "pachinko.g.room%3A1", is the namespace, the letter of a `Kind`, and a name.
 
-_FORMAT = 1  # of peer messages; older processes cannot read another one
+_FORMAT = 1  # the number of their format; older processes read no other
 _LONGEST_NAME = 120  # characters in a subject, which is part of a line of at most 4 KiB in NATS
-Address = tuple[Kind, str]  # of a subject. A connection has the name of its process
+Address = tuple[Kind, str]  # what a subject is for; a connection has its process as a name
 
 
 class PeerMessage(msgspec.Struct, omit_defaults=True):
@@ -941,7 +941,7 @@ def check_carried(frame: bytes, group: str | None) -> None:
 # clients, who is in a group, and gaps for members that have missed something.
 
 _PRESENCE = 0.4  # seconds for the other processes to say who is there
-_ANSWER_BYTES = 200_000  # of members in one part of an answer
+_ANSWER_BYTES = 200_000  # bytes of members in one part of an answer
 _MAX_SUSPECTS = 100  # kinds of refused messages that are logged, once each
 _MAX_PROCESSES = 10_000  # processes whose sessions are remembered
 _GAPS_A_TURN = 256  # groups that get their gap in one turn of the loop
@@ -969,7 +969,7 @@ class Cluster(pachinko.Relay):
             )
         self._backplane: Backplane = given
         self._namespace = "pachinko" if namespace is None else namespace
-        self._addresses: dict[str, Address] = {}  # by subject
+        self._addresses: dict[str, Address] = {}  # the address of each subject
         self._sent = 0
         self._sessions: dict[str, int] = {}  # the latest of each process that has sent a message
         self._refused = 0
@@ -1042,7 +1042,7 @@ class Cluster(pachinko.Relay):
         number = next(_questions)
         answers = self._asks[number] = asyncio.Queue[PeerMessage]()
         found: dict[str, pachinko.Presence] = {}
-        unfinished: dict[str, bool] = {}  # by process
+        unfinished: dict[str, bool] = {}  # whether more of a process's answer follows
         try:
             reached = await self._publish(Kind.GROUP, group, "who", ask=number)
             loop = asyncio.get_running_loop()
