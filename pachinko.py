@@ -1246,7 +1246,7 @@ def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[...
         write = f"class {cls.__name__}:\n    async def on_send(self, conn, *, text: str): ..."
         refused = f"{cls.__name__} has no method to route; write\n{write}"
     for name in () if refused else names:
-        if name in _ROUTED_BY_FALCON and name != "on_connect":
+        if name in _ROUTED_BY_FALCON and name != "on_connect":  # No app routes HTTP CONNECT.
             refused = f"Falcon routes {cls.__name__}.{name} itself; call it {name}_message, say"
         elif isinstance(inspect.getattr_static(resource, name), property):
             refused = f"{cls.__name__}.{name} is a property; write async def {name}(self, conn)"

@@ -76,7 +76,7 @@ class Broker:
 
     scheme: str
     hosts: str  # as in the URL, without the credentials
-    credentials: tuple[str, str | None] | None = attrs.field(repr=False)  # or a token, None
+    credentials: tuple[str, str | None] | None = attrs.field(repr=False)  # or a token and None
     options: dict[str, str] = attrs.field(repr=False)  # all but the namespace
     namespace: str | None
     url: str = attrs.field(repr=False)  # without the options
