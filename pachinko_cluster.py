@@ -1,20 +1,20 @@
 """The companion of Pachinko for apps of several processes, and the shell command ``pachinko``.
 
-Nobody imports it: `pachinko` loads it for a URL such as ``nats://host:4222``, for a `Backplane`,
-and the installed command starts `main`. An app that runs as one process needs no such file.
+No program imports it: `pachinko` loads it for a URL such as ``nats://host:4222`` or a `Backplane`,
+and the installed command starts `main`. An app that runs as one process does not need this file.
 
 `Cluster` gives a message to a group a head and a subject, `Link` hands both to the broker as soon
-as that is connected, and `Nats` or `Redis` carries them. In each process that has subscribed to
+as it is connected, and `Nats` or `Redis` carries them. In each process that has subscribed to
 the subject, the message passes the same layers upwards, to the registry of `pachinko`.
 
 Map: what each section does, and which of those above it each one uses.
 
-    broker URLs — reads a URL, and says nothing of its password (uses: pachinko)
+    broker URLs — reads a URL, and keeps its password out of errors (uses: pachinko)
     NATS — a backplane by nats-py (uses: broker URLs, pachinko)
     Redis — a backplane by redis-py (uses: broker URLs, pachinko)
     link — keeps a process connected and subscribed, whatever the broker does
         (uses: broker URLs, pachinko)
-    peer messages — what processes say to one another, as bytes (uses: pachinko)
+    peer messages — what processes send to one another, as bytes (uses: pachinko)
     cluster relay — the `Relay` of an app with a broker
         (uses: broker URLs, NATS, Redis, link, peer messages, pachinko)
     shell command — ``pachinko send``, ``listen`` and ``presence`` (uses: cluster relay, pachinko)
@@ -56,8 +56,8 @@ _encode = msgspec.json.Encoder().encode
 # ── broker URLs ───────────────────────────────────────────────────────────────────────────────
 
 _CONNECT = 3.0  # seconds for a connection to the broker
-_DISCONNECT = 1.0  # seconds
-SCHEMES = ("memory", "nats", "tls", "redis", "rediss")  # of URLs; all but the first have a broker
+_DISCONNECT = 1.0  # seconds for the end of one
+SCHEMES = ("memory", "nats", "tls", "redis", "rediss")  # all but the first have a broker
 _WRONG_URL = (
     'a backplane is a URL such as "nats://localhost:4222" or "redis://:secret@host:6379"; known '
     f'are {", ".join(f"{scheme}://" for scheme in SCHEMES)}. "/", "@", "?", "#" and "%" in a '
@@ -65,17 +65,17 @@ _WRONG_URL = (
     "may hold a password"
 )
 _URL = re.compile(rf"({'|'.join(SCHEMES[1:])})://([^?#]+)(?:\?([^#@]*))?")
-_REASON_SHOWN = 200  # characters: another protocol's server may say anything
+_REASON_SHOWN = 200  # characters of an error: a server of another protocol may say anything
 _ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
 _LOGIN = re.compile(r"[!-.0-?A-~]*")  # ASCII without blanks, "/" and "@"
 
 
 @attrs.frozen
 class Broker:
-    """What a URL says of a broker."""
+    """The parts of a broker's URL."""
 
     scheme: str
-    hosts: str  # as in the URL, without credentials
+    hosts: str  # as in the URL, without the credentials
     credentials: tuple[str, str | None] | None = attrs.field(repr=False)  # or a token and None
     options: dict[str, str] = attrs.field(repr=False)  # all but the namespace
     namespace: str | None
@@ -102,7 +102,7 @@ def read_broker(url: str) -> Broker:
     logins = {part.rpartition("@")[0] for part in parts if "@" in part}
     login = logins.pop() if logins else ""
     hosts = [part.rpartition("@")[2] for part in parts]
-    # A login of plain characters is quoted by no library in a form that `without_secrets` misses.
+    # No library can quote a login of such characters in a form that `without_secrets` misses.
     is_right = not logins and _LOGIN.fullmatch(login) is not None and "@" not in path
     if not (is_right and all(map(_is_address, hosts))):
         raise PachinkoError(_WRONG_URL)
@@ -117,7 +117,7 @@ def _is_address(text: str) -> bool:
 
 
 def without_secrets(exc: BaseException, broker: Broker | None) -> str:
-    """Return the text of *exc* without credentials: libraries may quote a URL."""
+    """Return the text of *exc* without the credentials of a URL that a library may quote."""
     text = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
     if type(exc) is TimeoutError:
         text = str(exc) or f"no answer within {_CONNECT:g} s"
@@ -129,15 +129,15 @@ def without_secrets(exc: BaseException, broker: Broker | None) -> str:
 
 
 def look_at_result(task: asyncio.Task[Any]) -> None:
-    """Retrieve the exception of *task*: asyncio logs one that no caller is left to retrieve."""
+    """Retrieve the exception of *task*, because asyncio logs an exception that nobody retrieves."""
     if not task.cancelled():
         task.exception()
 
 
 # ── NATS ──────────────────────────────────────────────────────────────────────────────────────
 #
-# An object is one connection at a time; the link makes the next one. A test holds the names of
-# nats-py that begin with an underscore against the version installed.
+# A `Nats` has one connection at a time; the link asks for the next one. `tests/test_nats_names.py`
+# pins the private names of nats-py.
 
 
 def _client_class() -> Any:
@@ -147,9 +147,9 @@ def _client_class() -> Any:
     class OrderedClient(nats.aio.client.Client):
         """A client that awaits `deliver` for one message after the other.
 
-        nats-py without this subclass fails 3 of 24 fault tests. Its task and queue for each
+        Without this subclass, nats-py fails 3 of 24 fault tests. Its task and queue for each
         subscription cost 3 KiB, mix up the order between groups, and drop messages when a queue is
-        full. A wait here makes the broker wait, which gives up on us as on any slow client.
+        full. Here a slow `deliver` makes the broker wait, and it disconnects a client that is slow.
         """
 
         def __init__(self, deliver: Deliver, lost: Lost) -> None:
@@ -162,7 +162,7 @@ def _client_class() -> Any:
             await self.deliver(subject.decode(), bytes(data))
 
         async def _process_op_err(self, e: Exception) -> None:
-            self.lost(e)  # nats-py's own callbacks come only if it can close without an error
+            self.lost(e)  # nats-py calls its callbacks only if it closes without an error
             await super()._process_op_err(e)
 
         async def _close(self, status: int, do_cbs: bool = True) -> None:
@@ -194,9 +194,9 @@ class Nats:
         self._settings: dict[str, Any] = {
             "name": "pachinko",
             "allow_reconnect": False,  # the link reconnects
-            "max_reconnect_attempts": 1,  # else a server that refuses us is tried for ever
+            "max_reconnect_attempts": 1,  # with more, a server that refuses us is tried for ever
             "reconnect_time_wait": 0,
-            "connect_timeout": _CONNECT / (len(self._servers) + 1),  # one may swallow packets
+            "connect_timeout": _CONNECT / (len(self._servers) + 1),  # one may be unreachable
             # A publish never waits for the socket: nats-py would swallow the caller's cancellation.
             # Memory is bounded all the same, since each caller waits for a round trip.
             "pending_size": sys.maxsize,
@@ -205,23 +205,24 @@ class Nats:
         self._settings.update(_nats_settings(broker))
         self._client: Any = None
         self._subscriptions: dict[str, Any] = {}
-        self._refusals: list[str] = []  # permission errors, one a message
-        self._round_trip: asyncio.Task[None] | None = None  # has not begun: new calls may join it
+        self._refusals: list[str] = []  # permission errors, each for one message
+        self._round_trip: asyncio.Task[None] | None = None  # the next one, shared by new calls
         self._round_trips: set[asyncio.Task[None]] = set()
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         *others, last = random.sample(self._servers, len(self._servers))
         for server in others:
-            with contextlib.suppress(Exception):  # whatever it is, the next server may do
+            with contextlib.suppress(Exception):  # the next server may work, whatever failed
                 return await self._connect(server, deliver, lost)
             await self.stop()
         await self._connect(last, deliver, lost)
 
     async def _connect(self, server: str, deliver: Deliver, lost: Lost) -> None:
+        """Connect to *server*, or raise the last error that nats-py has reported."""
         errors: list[BaseException | None] = [None]
 
         def tell(exc: BaseException | None) -> None:
-            if client is self._client:  # it is neither stopped, nor that of a server tried before
+            if client is self._client:  # this client is neither stopped nor replaced
                 lost(exc)
 
         async def failed(exc: Exception) -> None:
@@ -242,7 +243,7 @@ class Nats:
         try:
             await client.connect(server, error_cb=failed, closed_cb=closed, **self._settings)
         except Exception as exc:  # whatever nats-py raises
-            raise errors[-1] or exc  # noqa: B904 - "no servers available" hides why
+            raise errors[-1] or exc  # noqa: B904 - its "no servers available" hides why
 
     async def publish(self, subject: str, data: bytes) -> None:
         client = self._connected()
@@ -282,7 +283,7 @@ class Nats:
                 task.cancel()
 
     def _check_permitted(self, what: str, subject: str) -> None:
-        """Raise `PachinkoError` if the server has refused: it does so before the round trip."""
+        """Raise `PachinkoError` if the server has refused; its refusal precedes the round trip."""
         refusal = f'nats: permissions violation for {what} to "{subject.lower()}"'
         if refusal in self._refusals:
             self._refusals.remove(refusal)
@@ -294,7 +295,7 @@ class Nats:
         return self._client
 
     async def _processed(self) -> None:
-        """Wait until the server has processed all that was handed over before.
+        """Wait until the server has processed everything that was sent before.
 
         One round trip serves all calls that were made before it begins.
         """
@@ -307,12 +308,12 @@ class Nats:
 
     async def _make_round_trip(self) -> None:
         client, pause = self._connected(), 0.0
-        # nats-py's PING would overtake what nats-py has not written yet.
+        # The PING of nats-py would overtake what nats-py has not written yet.
         while client.is_connected and client.pending_data_size:
             await asyncio.sleep(pause)
             pause = min(pause + 0.001, 0.02)
         self._round_trip = None
-        await client.flush(timeout=60)  # the callers have less patience
+        await client.flush(timeout=60)  # the callers give up earlier
 
 
 def _nats_settings(broker: Broker) -> dict[str, Any]:
@@ -344,12 +345,12 @@ def _nats_settings(broker: Broker) -> dict[str, Any]:
 
 # ── Redis ─────────────────────────────────────────────────────────────────────────────────────
 #
-# An object has two sockets: it publishes on one, and subscribes on the other. redis-py's public
-# API, `PubSub` and pipelines, costs 1.4 to 2 times the CPU a publish.
+# A `Redis` has two connections: it publishes on one, and subscribes on the other. The public API of
+# redis-py, `PubSub` and pipelines, takes 1.4 to 2 times the CPU time for a message.
 
 
 class RedisConnection:
-    """A connection to Redis whose commands do not wait for the replies to those before."""
+    """A connection to Redis. A command does not wait for the replies to earlier commands."""
 
     def __init__(self, connection: Any, deliver: Deliver, lost: Lost) -> None:
         self._connection = connection
@@ -385,7 +386,7 @@ class RedisConnection:
     async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
             await work()
-        except Exception as exc:  # of the library or the socket
+        except Exception as exc:  # the library or the socket has failed
             self._failure = exc
             self.failed.set()
             self._lost(exc)
@@ -438,7 +439,7 @@ class Redis:
                 retry=never, protocol=2, client_name="pachinko",
             )  # fmt: skip
             pool.make_connection()
-        except Exception as exc:  # redis-py has several for a URL, and Python for a keyword
+        except Exception as exc:  # redis-py raises several for a URL, Python one for a keyword
             raise PachinkoError(
                 f"redis-py takes another option in a {broker.scheme}:// URL: "
                 f"{without_secrets(exc, broker)}"
@@ -458,7 +459,7 @@ class Redis:
         self._connections = [self._publishing, self._subscribed]
         opens = (connection.open() for connection in self._connections)
         for failure in await asyncio.gather(*opens, return_exceptions=True):
-            if failure is not None:  # raised only now: the other one is not left half open
+            if failure is not None:  # it is raised now, when neither is still being opened
                 raise failure
         mode = b""
         with contextlib.suppress(ResponseError):  # a server before 6.0 has no HELLO
@@ -469,7 +470,7 @@ class Redis:
         self._counts_all = mode != b"cluster"  # a node of a cluster counts its own subscribers
 
     def _end_later(self, lost: Lost, why: BaseException | None) -> None:
-        """Report that the connection to publish on has failed, once the other one is read out."""
+        """Report that `_publishing` has failed, once all has been read from `_subscribed`."""
 
         async def end() -> None:
             with contextlib.suppress(TimeoutError):
@@ -503,14 +504,14 @@ class Redis:
 
 # ── link ──────────────────────────────────────────────────────────────────────────────────────
 #
-# The link knows subjects and bytes, and nothing of what they mean.
+# The link keeps the process connected. It knows subjects and bytes, but not what they mean.
 
 _BROKER_WAIT = 4.0  # seconds that the broker may take for a message; callers are promised 5
 _BEAT = 0.5  # seconds between two signs of life
 _RESTORE = 10.0  # seconds for 500 subscriptions at once, when all processes come back together
-_MISSED = 5  # signs of life in a row that fail to come, and the broker is taken for lost
+_MISSED = 5  # signs of life in a row that fail to come before the broker counts as lost
 _RECONNECT = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts; then always the last
-Pack = Callable[[int], bytes]  # makes a message for the session with this number
+Pack = Callable[[int], bytes]  # makes a message, given the number of the session
 
 
 class Link:
@@ -518,8 +519,8 @@ class Link:
 
     A *session* is one connection to the broker; sessions are numbered from 1. *restored* is called
     when messages of a subject, or of all (None), may have been missed. *essential* are the subjects
-    without which a session is of no use. On the first of them the link hears its own signs of
-    life, which *beat* makes. *process* stands in the log.
+    without which a session is of no use. The link sends itself signs of life, which *beat* makes,
+    on the first of them. *process* is for the log.
     """
 
     def __init__(
@@ -538,17 +539,17 @@ class Link:
         self._subscribed: set[str] = set()  # confirmed by the broker
         self._denied: dict[str, str] = {}  # not permitted, with the reason
         self._late: set[str] = set()  # a caller of `subscribed` has given up waiting
-        self._changes: dict[str, asyncio.Task[None]] = {}  # that subscribe or unsubscribe
-        self._copies: dict[bytes, tuple[str, asyncio.Future[None]]] = {}  # to come back to us
-        self._waits: set[asyncio.Timeout] = set()  # of callers whose message is with the broker
+        self._changes: dict[str, asyncio.Task[None]] = {}  # tasks that subscribe or unsubscribe
+        self._copies: dict[bytes, tuple[str, asyncio.Future[None]]] = {}  # our own, to come back
+        self._waits: set[asyncio.Timeout] = set()  # messages that are not confirmed yet
         self._beat = b""
-        self._has_heard = False  # a message of our own, since the last beat
+        self._has_heard = False  # a message of our own has come since the last beat
         self._is_receiving = False
         self._why = "not connected yet"
-        self._has_missed = False  # messages, or may have
+        self._has_missed = False  # messages may have been missed
         self._lost: asyncio.Future[BaseException | None]
         self._attempted = asyncio.Event()  # not set while callers wait for an attempt to connect
-        self._turn = asyncio.Lock()  # callers of `connected` take turns; a Lock is fair
+        self._turn = asyncio.Lock()  # keeps the callers of `connected` in order
         self._task: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
@@ -570,9 +571,9 @@ class Link:
     async def publish(self, subject: str, pack: Pack) -> int | None:
         """Publish what *pack* makes; no two messages are equal.
 
-        Returns once the broker has the message, and once this process has received it too, if it
-        is subscribed. The result is how many processes it went to, or None if the broker does not
-        say. Raises `PachinkoError` within 5 seconds; the message may have arrived all the same.
+        Returns once the broker has the message and, if this process is subscribed, once the message
+        has come back. The result is the number of processes that it went to, or None if the broker
+        does not say. Raises `PachinkoError` within 5 seconds; the message may have arrived anyway.
         """
         try:
             async with asyncio.timeout(_BROKER_WAIT) as patience:
@@ -587,13 +588,14 @@ class Link:
         except TimeoutError:
             why = self._why or f"no answer within {_BROKER_WAIT:g} s"
             raise pachinko.BrokerAway(f"{self._name} has not taken a message: {why}") from None
-        except Exception as exc:  # of the library
+        except Exception as exc:  # the library has failed
             text = f"{self._name}: {without_secrets(exc, self._broker)}"
             if self._is_bug(exc):
                 raise PachinkoError(text) from exc
             raise pachinko.BrokerAway(text) from None
 
     async def _publish(self, subject: str, data: bytes) -> int | None:
+        """Publish *data*. If this process is subscribed, wait until the message has come back."""
         copy: asyncio.Future[None] | None = None
         if subject in self._subscribed and subject in self._subjects:
             copy = asyncio.get_running_loop().create_future()
@@ -607,7 +609,7 @@ class Link:
             self._copies.pop(data, None)
 
     async def _receive(self, session: int, subject: str, data: bytes) -> None:
-        """Hand on a message that has come in *session*. Called by the backplane."""
+        """Deliver a message that has come in *session*. Called by the backplane."""
         is_ours = subject in self._subscribed and subject in self._subjects
         if session != self.session or not is_ours:
             return
@@ -617,10 +619,10 @@ class Link:
         try:
             self._is_receiving = True
             await self._deliver(subject, data)
-        except Exception:  # a bug of ours; nats-py would stop to read
+        except Exception:  # a bug in this library; nats-py would stop reading
             logger.exception("a message from %s was not handled", self._name)
         else:
-            _, copy = self._copies.get(data, (None, None))
+            _, copy = self._copies.get(bytes(data), (None, None))
             if copy is not None:
                 self._has_heard = True
                 resolve(copy)
@@ -639,11 +641,11 @@ class Link:
         self._late.discard(subject)
         for about, copy in self._copies.values():
             if about == subject:
-                resolve(copy)  # nobody is left here for whom it matters
+                resolve(copy)  # no member is left that has to get it first
         self._start_change(subject)
 
     async def subscribed(self, subject: str) -> None:
-        """Wait until the broker has subscribed us to *subject*, as `Relay.subscribed` says."""
+        """Wait until the broker has confirmed *subject*, as `Relay.subscribed` says."""
         try:
             with contextlib.suppress(PachinkoError, TimeoutError):
                 async with asyncio.timeout(_BROKER_WAIT):
@@ -659,7 +661,7 @@ class Link:
             raise PachinkoError(self._denied[subject])
 
     def _is_pending(self, subject: str) -> bool:
-        """Whether the broker has yet to subscribe us to *subject*, or to unsubscribe us."""
+        """Return whether the broker has yet to subscribe us to *subject*, or to unsubscribe us."""
         is_settled = subject in self._subscribed or subject in self._denied
         return (subject in self._subjects) != is_settled
 
@@ -671,9 +673,9 @@ class Link:
     async def _change(self, subject: str) -> None:
         """Subscribe and unsubscribe until the broker agrees with `_subjects`.
 
-        Members come and go meanwhile, so one call to the broker may not be the last. The end of
-        the session cancels the task; the next session takes over. A backplane may catch that
-        cancellation and go on, and the task then has no say: it is not in `_changes` any more.
+        Members come and go meanwhile, so that one call to the broker may not be enough. The end of
+        the session cancels the task, and the next session takes over. A backplane may catch that
+        cancellation; the task is then no longer in `_changes`, and its result does not count.
         """
         me = asyncio.current_task()
         try:
@@ -686,9 +688,9 @@ class Link:
                 else:
                     self._subscribed.discard(subject)
                     await self._backplane.unsubscribe(subject)
-        except Exception as exc:  # of the library
+        except Exception as exc:  # the library has failed
             if self._changes.get(subject) is not me:
-                pass
+                pass  # the session has ended
             elif isinstance(exc, PachinkoError):
                 self._note_denied(subject, exc)
             else:
@@ -698,15 +700,17 @@ class Link:
                 del self._changes[subject]
 
     def _note_subscribed(self, subject: str) -> None:
+        """Note that the broker has confirmed *subject*, perhaps too late for a caller."""
         self._subscribed.add(subject)
         if subject in self._late and subject in self._subjects:
             if self.is_connected:
                 self._restored(subject)
-            else:  # the first session has taken its time: all subjects are restored with it
+            else:  # the session has not begun; `_begin` then restores all subjects
                 self._has_missed = True
         self._late.discard(subject)
 
     def _note_denied(self, subject: str, exc: PachinkoError) -> None:
+        """Log that the broker does not permit *subject*; `subscribed` raises the reason."""
         logger.error("%s: %s", self._name, exc)
         if subject in self._subjects:
             self._denied[subject] = str(exc)
@@ -724,7 +728,7 @@ class Link:
                     self._begin()
                     begun = loop.time()
                     await self._listen_for_beats()
-                except (Exception, asyncio.CancelledError) as exc:  # of the library, whatever it is
+                except (Exception, asyncio.CancelledError) as exc:  # any library has failed
                     if cast("asyncio.Task[None]", asyncio.current_task()).cancelling():
                         raise
                     self._end(exc)
@@ -755,13 +759,13 @@ class Link:
                     self._note_subscribed(subject)
 
     def _begin(self) -> None:
-        """Let everything go on that has waited for a session."""
+        """Let everybody go on who has waited for a session."""
         level = logging.WARNING if self._has_missed else logging.INFO
         text = "%s: connected, with %d subscriptions (process %s)"
         logger.log(level, text, self._name, len(self._subscribed), self._process)
         self.is_connected, self._why = True, ""
         self._attempted.set()
-        for subject in self._subscribed - self._subjects.keys():  # left in the meantime
+        for subject in self._subscribed - self._subjects.keys():  # all members have left meanwhile
             self._start_change(subject)
         if self._has_missed:
             self._has_missed = False
@@ -774,12 +778,12 @@ class Link:
         while missed < _MISSED:
             self._has_heard = False
             task = asyncio.ensure_future(self._backplane.publish(self._essential[0], self._beat))
-            task.add_done_callback(look_at_result)  # a beat that fails is noticed: none comes
+            task.add_done_callback(look_at_result)  # a beat that fails is missed anyway
             try:
-                # Turns of the loop count, not seconds: a loop that was blocked has not read either.
+                # Beats are counted, not seconds: a loop that was blocked has not read either.
                 await asyncio.wait([self._lost], timeout=_BEAT)
-                # The loop gets a turn to read before the next write: a write to a broker that has
-                # gone would throw away what it has sent.
+                # The loop reads before the next write: a write to a broker that has gone would
+                # throw away what that has sent.
                 await asyncio.wait([self._lost], timeout=_BEAT / 10)
             finally:
                 task.cancel()
@@ -792,7 +796,7 @@ class Link:
         raise TimeoutError(f"no sign of life for {_BEAT * _MISSED:g} s, or too much to do here")
 
     def _end(self, exc: BaseException | None) -> None:
-        """Forget the session, and fail the messages in progress. None: the link stops."""
+        """Forget the session, and fail the messages in progress. *exc* is None for a stop."""
         why = without_secrets(exc, self._broker) if exc is not None else "disconnected"
         if exc is not None and why != self._why:
             what = "is lost" if self.is_connected else "cannot be reached"
@@ -803,7 +807,7 @@ class Link:
         was_connected, self.is_connected = self.is_connected, False
         if was_connected and exc is not None:
             self.outages += 1
-            self._attempted.clear()  # mostly the broker comes back at once
+            self._attempted.clear()  # callers wait, since a broker mostly comes back at once
         else:
             self._attempted.set()
         self._subscribed.clear()
@@ -816,11 +820,12 @@ class Link:
                 patience.reschedule(asyncio.get_running_loop().time())
 
     def _is_bug(self, exc: BaseException) -> bool:
-        """Whether *exc* is a bug in a backplane of the program's own, to be traced."""
+        """Return whether *exc* is a bug in the program's own backplane. The log gets its trace."""
         return self._broker is None and not isinstance(exc, (OSError, PachinkoError))
 
     async def _close(self) -> None:
-        with contextlib.suppress(Exception):  # of the library: the session has ended in any case
+        """Disconnect the backplane, so that it can start again."""
+        with contextlib.suppress(Exception):  # the session has ended, whatever the library raises
             async with asyncio.timeout(_CONNECT):
                 await self._backplane.stop()
 
@@ -833,16 +838,16 @@ def resolve(future: asyncio.Future[Any], result: Any = None) -> None:
 
 # ── peer messages ─────────────────────────────────────────────────────────────────────────────
 #
-# A message between processes is a line of JSON, its head, and behind it the text frame for the
-# clients. Subjects are "pachinko.g.room%3A1": the namespace, a letter, a name.
+# A peer message is its head, a line of JSON, and after that the text frame for the clients. A
+# subject, such as "pachinko.g.room%3A1", is the namespace, the letter of a `Kind`, and a name.
 
-_FORMAT = 1  # of peer messages; older processes cannot read another one
+_FORMAT = 1  # the number of their format; older processes read no other
 _LONGEST_NAME = 120  # characters in a subject, which is part of a line of at most 4 KiB in NATS
-Address = tuple[Kind, str]  # what a subject stands for; a connection is reached by its process
+Address = tuple[Kind, str]  # what a subject is for; a connection has its process as a name
 
 
 class PeerMessage(msgspec.Struct, omit_defaults=True):
-    """The head of a message between processes."""
+    """The head of a peer message."""
 
     v: int  # the format
     op: str
@@ -861,7 +866,7 @@ class PeerMessage(msgspec.Struct, omit_defaults=True):
 
 
 class Carried(msgspec.Struct):
-    """The text frame in a peer message, as far as it is looked at."""
+    """The parts of the text frame in a peer message that are checked."""
 
     type: str
     payload: msgspec.Raw | UnsetType = UNSET
@@ -869,7 +874,7 @@ class Carried(msgspec.Struct):
 
 
 class Refused(Exception):
-    """What came is no peer message of ours, but one of another version if *format* is set."""
+    """The message is no peer message that we know. *format* is its format, if that is another."""
 
     def __init__(self, why: str, format: int | None = None) -> None:
         super().__init__(why)
@@ -888,7 +893,7 @@ _decode_carried = msgspec.json.Decoder(Carried).decode
 
 
 def subject_of(namespace: str, kind: Kind, name: str) -> str:
-    """Return the subject for *name*, any text; nothing in it means anything to a broker."""
+    """Return the subject for *name*, any text. The subject has no wildcards of a broker."""
     token = urllib.parse.quote(name, safe="", errors="surrogatepass").replace(".", "%2E")
     if not 0 < len(token) <= _LONGEST_NAME:
         # No quoted name has an equals sign, so no digest is the token of another name.
@@ -932,20 +937,20 @@ def check_carried(frame: bytes, group: str | None) -> None:
 
 # ── cluster relay ─────────────────────────────────────────────────────────────────────────────
 #
-# What this process and the others say to one another by the link: messages to clients, who is in
-# a group, and the gaps of members that have missed something.
+# The relay sends peer messages by the link, and takes those of other processes: messages to
+# clients, who is in a group, and gaps for members that have missed something.
 
 _PRESENCE = 0.4  # seconds for the other processes to say who is there
-_ANSWER_BYTES = 200_000  # of members in one part of such an answer
+_ANSWER_BYTES = 200_000  # bytes of members in one part of an answer
 _MAX_SUSPECTS = 100  # kinds of refused messages that are logged, once each
-_MAX_PROCESSES = 10_000  # whose sessions are known
-_GAPS_A_TURN = 256  # groups told of a gap at a stretch
-_CONNECTION_ID = re.compile(r"[0-9a-f]{24}")  # `Hub.process`, and as many digits more
+_MAX_PROCESSES = 10_000  # processes whose sessions are remembered
+_GAPS_A_TURN = 256  # groups that get their gap in one turn of the loop
+_CONNECTION_ID = re.compile(r"[0-9a-f]{24}")  # `Hub.process`, and 12 more digits
 _questions = itertools.count(1)
 
 
 class Cluster(pachinko.Relay):
-    """The `Relay` of an app with a broker: its processes, as this one sees them."""
+    """The `Relay` of an app with a broker."""
 
     def __init__(self, given: str | Backplane, namespace: str | None) -> None:
         """Take what `Hub.configure` was given. Raises `PachinkoError` and `TypeError`."""
@@ -964,15 +969,15 @@ class Cluster(pachinko.Relay):
             )
         self._backplane: Backplane = given
         self._namespace = "pachinko" if namespace is None else namespace
-        self._addresses: dict[str, Address] = {}  # by subject
+        self._addresses: dict[str, Address] = {}  # the address of each subject
         self._sent = 0
-        self._sessions: dict[str, int] = {}  # the latest of each process that has sent something
+        self._sessions: dict[str, int] = {}  # the latest of each process that has sent a message
         self._refused = 0
         self._suspects: set[object] = set()  # the kinds of refused messages that have been logged
         self._work: set[asyncio.Task[None]] = set()  # sends that no caller waits for
         self._asks: dict[int, asyncio.Queue[PeerMessage]] = {}  # answers, by question
-        self._gaps: dict[str, dict[pachinko.Connection, pachinko.Outgoing]] = {}  # to be told
-        self._unread: dict[Address, frozenset[str]] = {}  # ids told of a message of another format
+        self._gaps: dict[str, dict[pachinko.Connection, pachinko.Outgoing]] = {}  # to get one
+        self._unread: dict[Address, frozenset[str]] = {}  # ids that got a gap for unread messages
 
     def start(self, registry: Registry, process: str) -> None:
         self._registry, self.process = registry, process
@@ -1037,7 +1042,7 @@ class Cluster(pachinko.Relay):
         number = next(_questions)
         answers = self._asks[number] = asyncio.Queue[PeerMessage]()
         found: dict[str, pachinko.Presence] = {}
-        unfinished: dict[str, bool] = {}  # by process
+        unfinished: dict[str, bool] = {}  # whether more of a process's answer follows
         try:
             reached = await self._publish(Kind.GROUP, group, "who", ask=number)
             loop = asyncio.get_running_loop()
@@ -1054,7 +1059,7 @@ class Cluster(pachinko.Relay):
         return list(found.values())
 
     async def receive(self, subject: str, data: bytes) -> None:
-        """Take a message from the link."""
+        """Read a message from the link, and refuse it or do what it says."""
         address = self._addresses[subject]
         try:
             message, frame = unpack(data)
@@ -1077,7 +1082,7 @@ class Cluster(pachinko.Relay):
         """Do what *message* says. Raises `Refused`."""
         self._unread.pop((kind, name), None)
         if kind is Kind.GROUP and name in self._gaps:
-            await self._announce(name)
+            await self._announce(name)  # the gap is older than this message
         if message.op == "send":
             receiver = message.to or "" if kind is Kind.CONNECTION else name
             await self._registry.deliver(kind, receiver, frame, message.exclude)
@@ -1095,9 +1100,9 @@ class Cluster(pachinko.Relay):
             raise Refused(f"{message.op!r} makes no sense here")
 
     async def _answer(self, group: str, question: PeerMessage) -> None:
-        """Tell the process that asks who of *group* is here, in parts of a bounded size."""
+        """Answer who of *group* is in this process, in parts of a bounded size."""
         found = self._registry.accepted(Kind.GROUP, group)
-        # Halves of surrogate pairs become question marks: no JSON may have them.
+        # JSON must not have halves of surrogate pairs: they become question marks.
         users = {c.id: c.user and c.user.encode(errors="replace").decode() for c in found}
         members = list(users.items())
         is_last = False
@@ -1112,7 +1117,7 @@ class Cluster(pachinko.Relay):
             if question.source == self.process:
                 self._note_answer(PeerMessage(_FORMAT, "here", self.process, **answer))
             else:
-                with contextlib.suppress(PachinkoError):  # the question's process hears nothing
+                with contextlib.suppress(PachinkoError):  # the asking process then goes without
                     await self._publish(Kind.CONNECTION, question.source, "here", **answer)
 
     def _note_answer(self, answer: PeerMessage) -> None:
@@ -1125,7 +1130,7 @@ class Cluster(pachinko.Relay):
         task.add_done_callback(self._work.discard)
 
     async def _refuse(self, address: Address, why: Refused) -> None:
-        """Count a message that is not understood. One of another format is a gap."""
+        """Count a message that is refused. The receivers get a gap if it has another format."""
         self._refused += 1
         suspect = type(why), why.format
         if suspect not in self._suspects and len(self._suspects) < _MAX_SUSPECTS:
@@ -1137,7 +1142,7 @@ class Cluster(pachinko.Relay):
             await self._miss(*address)
 
     async def _miss(self, kind: Kind, name: str) -> None:
-        """Tell the receivers of a gap, once for a run of messages that cannot be read."""
+        """Send the receivers a gap, once for several messages in a row that cannot be read."""
         told = self._unread.get((kind, name), frozenset())
         receivers = self._registry.receivers(kind, name)
         self._unread[kind, name] = frozenset(conn.id for conn in receivers)
@@ -1145,9 +1150,9 @@ class Cluster(pachinko.Relay):
         await self._registry.deliver(kind, name, gap, told)
 
     def restored(self, subject: str | None) -> None:
-        """Begin to tell each member of a gap, once a group. Called by the link after an outage."""
+        """Begin to send each member a gap for each group. Called by the link after an outage."""
         registry = self._registry
-        alone: list[pachinko.Outgoing] = []  # those who are in no group
+        alone: list[pachinko.Outgoing] = []  # connections in no group
         if subject is None:
             self._gaps = {group: dict(members) for group, members in registry.groups.items()}
             conns = registry.connections.values()
@@ -1167,11 +1172,11 @@ class Cluster(pachinko.Relay):
         while self._gaps:
             await self._announce(next(iter(self._gaps)))
             announced += 1
-            if announced % _GAPS_A_TURN == 0:  # nothing else lets the loop run if nobody is behind
+            if announced % _GAPS_A_TURN == 0:  # nothing else may let the loop run
                 await asyncio.sleep(0)
 
     async def _announce(self, group: str) -> None:
-        """Tell those who have been in *group* since the outage of the gap."""
+        """Send a gap to those who have been in *group* since the outage."""
         members = self._gaps.pop(group).items()
         groups_of = self._registry.groups_of
         present = [outgoing for conn, outgoing in members if group in groups_of(conn)]
@@ -1192,7 +1197,7 @@ def backplane_of(broker: Broker) -> Backplane:
 
 # ── shell command ─────────────────────────────────────────────────────────────────────────────
 #
-# For a shell, a cron job or a look at what happens, without an app.
+# The command sends to groups and looks into them, from a shell or a cron job, without an app.
 
 
 class Eavesdropper(Cluster):
@@ -1270,10 +1275,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command ``pachinko``.
-
-    Returns its exit status: 0, 1 if the broker has failed, 2 for a mistake in the call.
-    """
+    """Run the command. Returns its exit status: 1 if the broker has failed, 2 for a mistake."""
     given = _parser().parse_args(arguments)
     level = logging.WARNING if given.command == "listen" else logging.CRITICAL
     logging.basicConfig(format="%(message)s", level=level)
@@ -1284,7 +1286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if isinstance(exc, PachinkoError) else 2
     except OSError as exc:
         _silence_stdout()
-        if not isinstance(exc, BrokenPipeError):  # `head`, for one, stops to read
+        if not isinstance(exc, BrokenPipeError):  # `head` closes the pipe, for example
             _tell(f"pachinko: cannot print: {exc}")
             return 1
     except KeyboardInterrupt:
@@ -1301,7 +1303,7 @@ def _tell(text: str) -> None:
 
 
 def _silence_stdout() -> None:
-    """Send to nowhere what Python flushes when it ends."""
+    """Discard what Python flushes to stdout at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
