@@ -509,6 +509,9 @@ def inner_type(t: Any) -> Any:
     """Return the type inside of `Annotated`, a `NewType` or a ``type`` statement, or *t* itself."""
     if origin_of(t) is typing.Annotated:
         return t.__origin__  # cattrs takes Annotated[dict, "x"] for a dict of "x"
+    if (value := getattr(origin_of(t), "__value__", None)) is not None:  # type Many[X] = list[X]
+        given = dict(zip(cast(Any, t.__origin__).__type_params__, get_args(t), strict=True))
+        return hashable(value[tuple(given[each] for each in value.__parameters__)])
     return hashable(getattr(t, "__supertype__", None) or getattr(t, "__value__", t))
 
 
@@ -599,10 +602,12 @@ def _types_of_fields(cls: Any) -> list[Any] | None:
     fields, is_attrs = fields_of(cls), attrs.has(cls)
     functions = {vars(cls).get("__init__"), cls.__setattr__} - {object.__setattr__}
     codes = [getattr(function, "__code__", None) for function in functions]
+    made_in = ("<attrs generated ", _ATTRS_FILE) if is_attrs else ("<string>",)
     if (
         fields is None or type(cls) is not type or (is_attrs and dataclasses.is_dataclass(cls))
-        # A method that attrs or dataclasses made has no file, or is in a file of attrs.
-        or not all(code and code.co_filename.startswith(("<", _ATTRS_FILE)) for code in codes)
+        # What dataclasses make is in no file, and so is all the code of a console.
+        or not all(code and code.co_filename.startswith(made_in) for code in codes)
+        or not (is_attrs or hasattr(sys.modules.get(cls.__module__), "__file__"))
         # A method of the class itself runs when an object is made or read.
         or any(getattr(cls, name, None) is not getattr(object, name, None) for name in _MAKING)
     ):  # fmt: skip
@@ -694,7 +699,8 @@ def _kind_of(t: Any) -> type | None:
     cls = class_of(t)
     if cls is None:
         is_union = origin_of(t) in _UNIONS
-        return dict if is_union and None not in map(fields_of, get_args(t)) else None
+        members = map(bare_type, get_args(t))
+        return dict if is_union and None not in map(fields_of, members) else None
     if fields_of(t) is not None or typing.is_typeddict(cls) or issubclass(cls, Mapping):
         return dict
     is_array = issubclass(cls, (Sequence, Set)) and not issubclass(cls, (str, bytes))
@@ -813,11 +819,14 @@ def _array_hook(t: Any, converter: cattrs.Converter) -> Hook:
 def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
     cls = class_of(t)
     if cls is None:  # a union of classes: cattrs finds the one whose fields are there
-        find = create_default_dis_func(converter, *get_args(t))
+        find = create_default_dis_func(converter, *map(bare_type, get_args(t)))
         return lambda value, _: converter.structure(value, cast(Any, find(value)))
     if (fields := fields_of(t)) is not None:
         validated = [f for f in fields if getattr(f, "validator", None)]
         checks: dict[str, Any] = {f.name: _checked(f, converter) for f in validated}
+        if not converter.detailed_validation and any(f.kw_only for f in fields):
+            # cattrs' other code fails if a keyword-only field comes before another one.
+            return make_dict_structure_fn(t, converter, _cattrs_detailed_validation=True)
         if not checks or not converter.detailed_validation:
             return converter.gen_structure_attrs_fromdict(t)
         return make_dict_structure_fn(t, converter, **checks)
@@ -876,13 +885,11 @@ def _written_class(t: Any) -> Any:
 
 
 def _union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
-    """Make the hook of a union: a subclass goes out with the fields of the declared member only.
-
-    Raises `PachinkoError` if a value's class does not tell as which member of *t* it goes out.
-    """
+    """Make the hook of a union. Raises `PachinkoError` if values do not tell their member."""
     members = members_of(t)
     for (one, cls), (other, _) in itertools.combinations(members, 2):
-        if _share_values(one, other) and not _are_written_alike(one, other, converter):
+        is_ambiguous = _share_values(one, other) and not _are_written_alike(one, other, converter)
+        if is_ambiguous and (_has_fields(one) or _has_fields(other)):
             raise PachinkoError(
                 f"{_shown(one)} | {_shown(other)} may lose fields: a {cls.__name__} does not tell "
                 f"as which of the two it goes out; write {_advice_for(one, other)}"
@@ -905,6 +912,12 @@ def _shown(t: Any) -> str:
     return re.sub(r"[\w.<>]+\.(?=\w)", "", repr(cast(Any, list)[t]).removeprefix("list[")[:-1])
 
 
+def _has_fields(t: Any, outer: tuple[Any, ...] = ()) -> bool:
+    """Tell whether a type with fields is in *t*. A ``type`` statement may contain itself."""
+    t, inner = bare_type(t), (*outer, t)
+    return declares_fields(t) or any(_has_fields(a, inner) for a in get_args(t) if a not in outer)
+
+
 def _share_values(one: Any, other: Any) -> bool:
     """Tell whether a value may be of either type: a list, of ``Sequence[A]`` and ``list[B]``."""
     first, second = _written_class(one), _written_class(other)
@@ -920,6 +933,8 @@ def _are_written_alike(one: Any, other: Any, converter: cattrs.Converter) -> boo
     """Tell whether a value becomes the same JSON by either of the two types."""
     one, other = bare_type(one), bare_type(other)
     args, others = get_args(one), get_args(other)
+    if args and args == others:
+        return True
     if args and len(args) == len(others) and class_of(one) is class_of(other):
         pairs = zip(args, others, strict=True)
         return all(_are_written_alike(a, b, converter) for a, b in pairs)
@@ -2396,10 +2411,7 @@ class Relay(typing.Protocol):
         """Disconnect, for good."""
 
     async def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> None:
-        """Send the frame *data* to the receivers, but to no connection with an *excluded* id.
-
-        Returns when the writes to the receivers in this process have begun.
-        """
+        """Send the frame *data* to the receivers without an *excluded* id; begin the writes here."""
 
     async def close(self, kind: Kind, name: str, close: Close) -> None:
         """Close the receivers, behind what was sent to them before."""
@@ -3577,10 +3589,7 @@ class Session:
 async def user_of(
     function: Callable[..., Awaitable[str | None]], conn: Connection, token: str | None
 ) -> str | None:
-    """Return whom *token* belongs to, as the application's *function* says.
-
-    Raises the `HTTPError`, `Close` or `MessageError` of *function*, or ``internal_error`` for bugs.
-    """
+    """Return whom *token* belongs to, as *function* says; a bug in it is ``internal_error``."""
     try:
         user = await function(conn, token)
         if user is not None and not (isinstance(user, str) and user):

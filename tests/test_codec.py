@@ -1583,7 +1583,6 @@ EITHER = list[Summary] | list[Full]
         (list[Summary] | list, "@attrs.frozen"),
         (Summaries | list[Full], "@attrs.frozen"),
         (Annotated[list[Summary], "x"] | list[Full], "@attrs.frozen"),
-        (list[Color] | list[str], "list[Color | str]"),
     ],
     ids=str,
 )
@@ -1760,3 +1759,96 @@ def test_another_value_of_a_member_is_its_value_too() -> None:
     assert errors("vert", Nicknamed) == [("", 'expected one of "red", "blue"')]
     decode = pachinko.decoder_of([STRICT.frame_class("t", Nicknamed)])
     assert decode('{"type":"t","payload":"rouge"}').payload is Nicknamed.RED
+
+
+# What is read and written as before
+
+
+@attrs.define(init=False)
+class OwnInit:
+    amount: int
+
+    def __init__(self, amount: int) -> None:
+        if amount <= 0:
+            raise ValueError("amount is positive")
+        self.amount = amount
+
+
+def test_a_constructor_from_a_console_runs() -> None:
+    """Code without a file is not taken for what dataclasses have generated."""
+    source = """
+import attrs, dataclasses
+@dataclasses.dataclass(init=False)
+class Data:
+    amount: int
+    def __init__(self, amount: int) -> None:
+        if amount <= 0:
+            raise ValueError("amount is positive")
+        self.amount = amount
+@attrs.define(init=False)
+class Attrs:
+    amount: int
+    def __init__(self, amount: int) -> None:
+        if amount <= 0:
+            raise ValueError("amount is positive")
+        self.amount = amount
+"""
+    for name in ("<string>", "<stdin>", "<ipython-input-1-0123456789ab>"):
+        names: dict[str, Any] = {"__name__": "__console__"}
+        exec(compile(source, name, "exec"), names)
+        for cls in (names["Data"], names["Attrs"], OwnInit):
+            assert not pachinko.is_read_in_one_pass(cls)
+            assert errors({"amount": -5}, cls) == [("", "amount is positive")]
+
+
+@attrs.define
+class Bounded:
+    high: int = attrs.field(kw_only=True)
+    low: Decimal
+
+    @high.validator
+    def check(self, field: Any, value: int) -> None:
+        if value > {Bounded: 10}[type(self)]:
+            raise ValueError("too high")
+
+
+def test_a_validator_may_need_the_instance_whatever_the_order_of_the_fields() -> None:
+    """It decides about the whole object, and is asked without one only to explain."""
+    assert read({"high": 5, "low": 1}, Bounded) == Bounded(Decimal(1), high=5)
+    assert errors({"high": 11, "low": 1}, Bounded)
+
+
+@pytest.mark.parametrize(
+    "annotation",
+    [
+        Sequence[Summary] | list[Summary],
+        list[float] | list[int | None],
+        list[int] | list[Any],
+        list | list[int],
+        tuple[int, str] | tuple[int, str, int],
+        list[Color] | list[str],
+    ],
+    ids=str,
+)
+def test_unions_that_lose_nothing_going_out_are_not_refused(annotation: Any) -> None:
+    """Only fields can be cut off, and only by a type that has others."""
+    STRICT.check_reply(annotation, HERE)
+
+
+def test_a_member_of_a_union_may_have_metadata() -> None:
+    """It is a class like the others."""
+    annotation = Text | Annotated[Point, "metadata"]
+    assert read({"x": 1}, annotation) == Point(1)
+    assert read({"text": "a"}, annotation) == Text("a")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="generic aliases came with Python 3.12")
+def test_a_generic_alias_stands_for_its_type() -> None:
+    """Its arguments go where its parameters stand, in whatever order."""
+    one, other = TypeVar("one"), TypeVar("other")
+    alias: Any = getattr(typing, "TypeAliasType")  # noqa: B009 - 3.11 has none
+    many = alias("many", list[one], type_params=(one,))
+    pairs = alias("pairs", dict[other, list[one]], type_params=(one, other))
+    assert read([1], many[int]) == [1] and errors(["1"], many[int])
+    assert read({"a": [1]}, pairs[int, str]) == {"a": [1]}
+    assert errors({"a": ["1"]}, pairs[int, str])

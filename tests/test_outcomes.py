@@ -533,3 +533,57 @@ def test_what_closes_a_coroutine_goes_on_up_without_a_task() -> None:
         return coroutine
 
     asyncio.run(close_later()).close()
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_a_task_that_the_application_cancels_is_answered(streams: bool) -> None:
+    """A concurrent handler or a stream may say what has become of it; the connection goes on."""
+    ws, tasks = endpoint(), list[asyncio.Task[Any]]()
+
+    async def work() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.append(task)
+        try:
+            await forever()
+        except asyncio.CancelledError:
+            raise MessageError("aborted") from None
+
+    @ws.on("job", concurrent=True)
+    async def job(conn: Connection) -> None:
+        await work()
+
+    @ws.on("stream")
+    async def stream(conn: Connection) -> Any:
+        await work()
+        yield 1
+
+    @ws.on("abort")
+    async def abort(conn: Connection) -> None:
+        for task in tasks:
+            task.cancel()
+
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        await client.send("stream" if streams else "job", id=7)
+        await until(lambda: tasks)
+        await client.send("abort")
+        answer = await client.receive()
+        assert (answer["id"], answer["payload"]["code"]) == (7, "aborted")
+        assert (await client.ask("abort"))["type"] == "abort.reply"
+
+
+async def test_a_worker_that_cancels_itself_ends(caplog: pytest.LogCaptureFixture) -> None:
+    """It has asked for that, and is not started again."""
+    ws, began = endpoint(), list[str]()
+
+    @ws.worker
+    async def work() -> None:
+        began.append("work")
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await forever()
+
+    async with serving(ws._app):
+        await until(lambda: began and not ws._workers)
+    assert began == ["work"] and not errors(caplog)

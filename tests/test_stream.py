@@ -10,7 +10,7 @@ import pytest
 from support import PATIENCE, session_of, until
 from test_session import Session, clean, endpoint, recording
 
-from pachinko import Close, Connection, MessageError
+from pachinko import Close, Connection, MessageError, Stream
 
 
 async def test_a_stream_sends_items_and_completes() -> None:
@@ -379,3 +379,32 @@ async def test_a_generator_that_catches_its_cancellation_is_closed_all_the_same(
             assert (await client.ask("count", id=7))["payload"] == 1
             assert await client.ask("complete", id=7) == {"type": "complete", "id": 7}
     assert ended == ["ended"] * 2
+
+
+async def test_a_stream_that_has_not_begun_does_not_begin_when_a_timer_closes() -> None:
+    """A timer has no task, like a stream that has not begun; the two are not the same."""
+    ws, began, left = endpoint(), list[str](), list[int | None]()
+
+    @ws.on("count")
+    async def count(conn: Connection) -> AsyncIterator[int]:
+        began.append("began")
+        yield 1
+
+    @ws.on("expire")
+    async def expire(conn: Connection) -> None:
+        stream = Stream()
+        session = session_of(conn)
+        session.tasks, session._streams = {asyncio.ensure_future(asyncio.sleep(0))}, {7: stream}
+        asyncio.get_running_loop().call_soon(conn.outgoing.close, Close(4000))
+        await asyncio.sleep(0.01)
+        began.extend([] if stream.is_stopped else ["not stopped"])
+
+    @ws.disconnect
+    async def leave(conn: Connection) -> None:
+        left.append(conn.close_code)
+
+    async with Session(ws) as client:
+        await client.send("expire")
+        assert (await client.closed())[0] == 4000
+        await until(lambda: left)
+    assert began == [] and left == [4000]
