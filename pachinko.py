@@ -2411,7 +2411,7 @@ class Relay(typing.Protocol):
         """Disconnect, for good."""
 
     async def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> None:
-        """Send the frame *data* to the receivers without an *excluded* id; begin the writes here."""
+        """Begin to send the frame *data* to the receivers, but to no *excluded* id."""
 
     async def close(self, kind: Kind, name: str, close: Close) -> None:
         """Close the receivers, behind what was sent to them before."""
