@@ -510,7 +510,7 @@ def inner_type(t: Any) -> Any:
     if origin_of(t) is typing.Annotated:
         return t.__origin__  # cattrs takes Annotated[dict, "x"] for a dict of "x"
     if (value := getattr(origin_of(t), "__value__", None)) is not None:  # type Many[X] = list[X]
-        given = dict(zip(cast(Any, t.__origin__).__type_params__, get_args(t), strict=True))
+        given = dict(zip(t.__origin__.__type_params__, get_args(t), strict=True))
         return hashable(value[tuple(given[each] for each in value.__parameters__)])
     return hashable(getattr(t, "__supertype__", None) or getattr(t, "__value__", t))
 
@@ -2410,8 +2410,9 @@ class Relay(typing.Protocol):
     async def stop(self) -> None:
         """Disconnect, for good."""
 
-    async def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> None:
+    def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
         """Begin to send the frame *data* to the receivers, but to no *excluded* id."""
+        ...
 
     async def close(self, kind: Kind, name: str, close: Close) -> None:
         """Close the receivers, behind what was sent to them before."""
@@ -2429,8 +2430,7 @@ class Relay(typing.Protocol):
     async def subscribed(self, kind: Kind, name: str) -> None:
         """Wait until messages of other processes to that name arrive.
 
-        Gives up after 4 seconds: the receivers get a gap when messages do arrive. Raises
-        `PachinkoError` when the broker does not permit the subscription.
+        Gives up after 4 seconds: receivers get a gap later. Raises `PachinkoError` when denied.
         """
 
     def stats(self) -> dict[str, int]:
@@ -3216,7 +3216,7 @@ class Session:
 
     def on_end(self) -> None:
         """Stop the streams; wake the reader, or give the handler in progress `linger` seconds."""
-        task, self._ended = current_task(), asyncio.get_running_loop().time()
+        task, self._ended = asyncio.current_task(), asyncio.get_running_loop().time()
         for stream in tuple(self._streams.values()):
             if task is None or stream.task is not task:  # A timer has no task.
                 stream.stop()

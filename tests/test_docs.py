@@ -102,6 +102,7 @@ def is_client(code: str) -> bool:
 def load(page: Path) -> Any:
     """Run a page's Python, one block after the other, as one module."""
     module = types.ModuleType(f"page_{page.stem}")
+    module.__file__ = str(page)
     sys.modules[module.__name__] = module  # where annotations are looked up
     for code in blocks(page, "python"):
         if not is_client(code):

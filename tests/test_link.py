@@ -169,6 +169,18 @@ async def test_a_process_is_subscribed_to_itself_and_to_all() -> None:
     assert scene.fake.calls[-1] == "stop"
 
 
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+async def test_a_message_may_come_in_any_bytes(kind: type[bytes | bytearray]) -> None:
+    """A driver may hand over its own buffer. The copy of what was sent is known all the same."""
+    async with linked() as scene:
+        await scene.join("room")
+        deliver = scene.fake.deliver
+        scene.fake.deliver = lambda subject, data: deliver(subject, kind(data))
+        async with asyncio.timeout(PATIENCE):
+            assert await scene.send("room", "hello") == 1
+        assert scene.texts == ["hello"]
+
+
 async def test_what_is_wanted_is_subscribed_and_what_is_not_is_not() -> None:
     """Before and after the connection is made."""
     async with linked() as scene:
