@@ -113,6 +113,12 @@ async def after_a_failed_group() -> None:
     await plain()
 
 
+async def some_turns() -> None:
+    """Let a group fail. Before Python 3.13 it forgets a cancellation that comes meanwhile."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
 async def swallowed() -> None:
     with contextlib.suppress(asyncio.CancelledError):
         await forever()
@@ -144,7 +150,7 @@ async def test_a_worker_that_fails_while_it_is_stopped_is_not_started_again(
 
     async with serving(ws._app):
         await until(lambda: began)
-        await asyncio.sleep(0)
+        await some_turns()
     assert began == ["work"] and not ws._workers
     (record,) = errors(caplog)
     assert record.exc_info is not None and "work()" in record.getMessage()
@@ -165,7 +171,7 @@ def test_a_loop_that_ends_is_not_held_up_by_such_a_worker(
     async def main() -> None:
         await ws.process_startup({}, {})
         await until(lambda: began)
-        await asyncio.sleep(0)
+        await some_turns()
 
     thread = threading.Thread(target=asyncio.run, args=[main()], daemon=True)
     thread.start()
@@ -187,7 +193,7 @@ async def test_a_worker_that_ends_with_its_cancellation_is_not_logged(
             await forever()
 
     async with serving(ws._app):
-        await asyncio.sleep(0)
+        await some_turns()
     assert not ws._workers and not errors(caplog)
 
 
@@ -320,7 +326,7 @@ async def test_a_cancellation_ends_the_connection_although_its_handler_fails(
     after, left = watched(ws)
     served = Served(ws, '{"type":"wait","id":1,"payload":{}}')
     await asyncio.wait_for(begun.wait(), PATIENCE)
-    await asyncio.sleep(0)
+    await some_turns()
     assert await served.cancelled()
     assert (after, left) == ([], [1006])
     assert [event["type"] for event in served.sent] == ["websocket.accept"]
@@ -377,7 +383,7 @@ async def test_a_cancellation_outlives_the_clean_up_of_other_handlers(
     if kind == "disconnect":
         served.events.put_nowait({"type": "websocket.disconnect", "code": 1000})
     await asyncio.wait_for(begun.wait(), PATIENCE)
-    await asyncio.sleep(0)
+    await some_turns()
     assert await served.cancelled()
     assert left == (["left"] if kind == "disconnect" else [])
     assert len(errors(caplog)) == 1 and not ws._hub.state.serving
