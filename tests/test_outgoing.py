@@ -8,6 +8,7 @@ import contextvars
 import itertools
 import json
 import logging
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -252,6 +253,33 @@ async def test_senders_at_once_do_not_evict_a_healthy_client() -> None:
         for n in range(400):
             assert (await client.receive())["payload"] == n
     assert codes == [1000]
+
+
+async def test_what_an_eager_task_has_written_needs_no_further_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From Python 3.12 on tasks can be eager; before, this test runs their first step by hand."""
+    begin, turns = pachinko.write_batches, list[int]()
+
+    def step(coroutine: Coroutine[Any, Any, None]) -> None:
+        with pytest.raises(StopIteration):
+            coroutine.send(None)
+
+    def counted(receivers: list[Any], event: Any, left: list[Any]) -> None:
+        turns.append(len(receivers))
+        begin(receivers, event, left)
+
+    if sys.version_info < (3, 12):
+        monkeypatch.setattr(pachinko, "start_task", step)
+    monkeypatch.setattr(pachinko, "write_batches", counted)
+    ws, _ = endpoint()
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        await until(lambda: ws._hub.connections)
+        await ws._hub.send("all", "n", 1)
+        assert (await client.receive())["payload"] == 1
+        await ws._hub.send("all", "n", 2)
+        assert (await client.receive())["payload"] == 2
+    assert turns == [1, 1]
 
 
 async def test_a_close_announces_the_gaps_before_it() -> None:
