@@ -44,14 +44,18 @@ class Process:
         self.is_alive = is_alive
         self.log = folder / "log"
         self.output = folder / "output"
-        self.log.touch()
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again with an empty log."""
+        self.log.write_text("")
         for _ in range(3):  # another process may have taken the free port
             self.port = free_port()
             self.popen = self._spawn()
             if self._is_ready():
                 break
         else:
-            raise AssertionError(f"{observed} did not start:\n{self.output.read_text()}")
+            raise AssertionError(f"{self.observed} did not start:\n{self.output.read_text()}")
 
     @property
     def url(self) -> str:
