@@ -177,7 +177,9 @@ class MessageError(Exception):
 
     def __init__(self, code: str, message: str = "", **details: Any) -> None:
         super().__init__(f"{code}: {message}")
-        self.code, self.message, self.details = code, message, details
+        self.code: str = code
+        self.message: str = message
+        self.details: dict[str, Any] = details
 
 
 class Close(Exception):
@@ -195,7 +197,8 @@ class Close(Exception):
             raise ValueError(f"{code} is no close code to send; use 1000, or 4000 to 4999")
         if len(reason.encode()) > _REASON_BYTES:
             raise ValueError(f"a close reason has at most {_REASON_BYTES} bytes, got {reason!r}")
-        self.code, self.reason = code, reason
+        self.code: int = code
+        self.reason: str = reason
 
 
 def bare(error: E) -> E:
@@ -258,8 +261,7 @@ def invalid_payload(type: str, errors: Iterable[dict[str, str]]) -> MessageError
 
 # ── envelope and message ──────────────────────────────────────────────────────────────────────
 #
-# An envelope is what a text frame holds: a type, an id and a payload. A message class gives a
-# payload its type and its fields.
+# An envelope is a text frame's type, id and payload. A message class is a payload with a type.
 #
 # msgspec can decode a frame straight into the payload, in one pass and several times as fast as
 # cattrs builds it from JSON values. It sets the fields of an object: it calls no constructor and no
@@ -608,12 +610,10 @@ def _types_of_fields(cls: Any) -> list[Any] | None:
         # What dataclasses make is in no file, and so is all the code of a console.
         or not all(code and code.co_filename.startswith(made_in) for code in codes)
         or not (is_attrs or hasattr(sys.modules.get(cls.__module__), "__file__"))
-        # A method of the class itself runs when an object is made or read.
+        # A constructor sets such a hash; a method of the class itself runs when an object is made.
+        or (is_attrs and attrs.inspect(cls).hashability.name == "HASHABLE_CACHED")
         or any(getattr(cls, name, None) is not getattr(object, name, None) for name in _MAKING)
     ):  # fmt: skip
-        return None
-    made: Any = attrs.inspect(cls) if is_attrs else None
-    if made and made.hashability is made.Hashability.HASHABLE_CACHED:  # It sets a hash too.
         return None
     hints = typing.get_type_hints(cls, include_extras=True)  # msgspec goes by these
     is_plain = all(

@@ -980,7 +980,8 @@ class Cluster(pachinko.Relay):
         self._unread: dict[Address, frozenset[str]] = {}  # ids that got a gap for unread messages
 
     def start(self, registry: Registry, process: str) -> None:
-        self._registry, self.process = registry, process
+        self.process: str = process
+        self._registry = registry
         own = (Kind.CONNECTION, process), (Kind.EVERYBODY, "all")
         self._link = Link(
             self._backplane, self._broker, self.receive, self.restored,

@@ -44,7 +44,8 @@ def unknown(text: str) -> list[str]:
     """The names in backticks that do not exist; a path or a command is no name."""
     names = {span for span in spans(text) if re.fullmatch(r"[A-Za-z_][\w.]*", span)}
     files = {name for name in names if name.endswith(".py")}
-    missing = {name for name in files if not (ROOT / name).is_file()}
+    modules = {f"{module.__name__}.py" for module in (pachinko, pachinko_cluster)}
+    missing = {name for name in files - modules if not (ROOT / name).is_file()}
     return sorted(missing | {n for n in names - files - WORDS if not is_known(n)})
 
 
