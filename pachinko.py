@@ -3481,7 +3481,7 @@ class Session:
         try:
             if not (is_beside and isinstance(exc, Exception)):
                 pass_on(exc, what, self.conn.id, type)
-        except BaseException:
+        except BaseException:  # It is raised again.
             del exc  # It refers to this frame, and that would keep the connection in a cycle.
             raise
         # A handler that sends by Falcon's own socket learns of the end before `Outgoing` does.
@@ -3623,7 +3623,7 @@ async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
                 await handler(conn)
                 forget_cancellations()
             is_in = True
-    except BaseException as exc:
+    except BaseException as exc:  # A handler may raise anything.
         pass_on(exc, "a connect handler", conn.id)
         if not isinstance(exc, Exception):  # Falcon's error handlers take `Exception` only.
             raise RuntimeError(f"a connect handler has raised {exc!r}") from exc

@@ -617,7 +617,7 @@ async def test_an_accept_that_takes_its_time_is_not_cancelled() -> None:
             if event["type"] == "websocket.accept":
                 await asyncio.sleep(0.1)
 
-        await ws._app(scope, receive, slowly if scope["type"] == "websocket" else send)  # type: ignore[misc]
+        await ws._app(scope, receive, slowly if scope["type"] == "websocket" else send)  # type: ignore[misc]  # Falcon's types differ
 
     async with serving(slow) as server:
         assert await closed(f"{server.url}/ws") == (3401, "not authenticated within 0.02 s")

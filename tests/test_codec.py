@@ -1447,7 +1447,7 @@ ARRAYS = [
     collections.deque[int], typing.List[int], Pair,  # noqa: UP006 - as it may be written
 ]  # fmt: skip
 OBJECTS = [
-    dict, Mapping, dict[str, Any], dict[Any, Any], dict[str, int], dict[int, int], typing.Dict,  # noqa: UP006
+    dict, Mapping, dict[str, Any], dict[Any, Any], dict[str, int], dict[int, int], typing.Dict,  # noqa: UP006 - as it may be written
     Mapping[str, int], typing.MutableMapping[str, int], collections.OrderedDict,
     collections.OrderedDict[str, int], collections.defaultdict, collections.defaultdict[str, int],
     collections.Counter, collections.Counter[str], collections.ChainMap, Point, Data, Options,
@@ -1559,7 +1559,7 @@ EITHER = list[Summary] | list[Full]
         (list[EITHER], "list[Summary | Full]"),
         (dict[str, EITHER], "list[Summary | Full]"),
         (tuple[int, EITHER], "list[Summary | Full]"),
-        (Optional[list[list[EITHER]]], "list[Summary | Full]"),  # noqa: UP045
+        (Optional[list[list[EITHER]]], "list[Summary | Full]"),  # noqa: UP045 - as it may be written
         (Box[EITHER], "list[Summary | Full]"),
         (InField, "list[Summary | Full]"),
         (InField | None, "list[Summary | Full]"),
@@ -1653,7 +1653,7 @@ def test_a_name_of_a_later_class_does_not_keep_a_reply_from_being_declared() -> 
 
 
 Bare = Annotated[int, {"a": 1}]
-BareName = NewType("BareName", Annotated[int, []])  # type: ignore[valid-newtype]
+BareName = NewType("BareName", Annotated[int, []])  # type: ignore[valid-newtype]  # it works at run time
 
 
 @attrs.define
@@ -1707,7 +1707,7 @@ BARE: list[tuple[Any, Any, Any]] = [
     (list[BareField] | None, [{"x": 1, "more": []}], [BareField(1)]),
 ]
 if sys.version_info >= (3, 13):  # before, such a union is a TypeError
-    BARE += [(Bare | None, 5, 5), (Bare | str, "a", "a"), (Optional[list[Bare]], [1], [1])]  # noqa: UP045
+    BARE += [(Bare | None, 5, 5), (Bare | str, "a", "a"), (Optional[list[Bare]], [1], [1])]  # noqa: UP045 - as it may be written
 
 
 @pytest.mark.parametrize(("annotation", "payload", "value"), BARE, ids=str)

@@ -1216,7 +1216,7 @@ async def too_many(self: Any, conn: Any, *parts: Any) -> None: ...
 async def unknown(self: Any, conn: Any, payload: complex) -> None: ...
 
 
-async def ambiguous(self: Any, conn: Any) -> list[Say] | list[Point]: ...  # type: ignore[empty-body]
+async def ambiguous(self: Any, conn: Any) -> list[Say] | list[Point]: ...  # type: ignore[empty-body]  # is not called
 
 
 async def no_connection(self: Any) -> None: ...
@@ -1335,9 +1335,9 @@ class Wrapped:
 def test_a_reply_that_may_lose_fields_is_refused(returns: Any, streams: bool) -> None:
     """What was refused, why, and what to write; for the items of a stream as well."""
 
-    async def get(conn: Any): ...  # type: ignore[no-untyped-def]
+    async def get(conn: Any): ...  # type: ignore[no-untyped-def]  # no annotation is the case
 
-    async def each(conn: Any):  # type: ignore[no-untyped-def]
+    async def each(conn: Any):  # type: ignore[no-untyped-def]  # no annotation is the case
         yield 1
 
     function: Any = each if streams else get

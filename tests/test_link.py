@@ -273,7 +273,7 @@ async def test_a_copy_that_comes_while_nobody_wants_it_is_not_waited_for() -> No
             held.append(data)
             return 1
 
-        scene.fake.exchange.publish = hold  # type: ignore[method-assign]
+        scene.fake.exchange.publish = hold  # type: ignore[method-assign]  # a fault on demand
         sending = asyncio.create_task(scene.send())
         await until(lambda: any(data.endswith(b" x") for data in held))
         (copy,) = (data for data in held if data.endswith(b" x"))
@@ -512,7 +512,7 @@ async def test_a_broker_is_not_lost_because_we_are_busy() -> None:
         async def receive(*_: object) -> None:
             await free.wait()
 
-        scene.receiver.receive = receive  # type: ignore[assignment]
+        scene.receiver.receive = receive  # type: ignore[assignment]  # a fault on demand
         data = b"p 1 1 odd"
         busy = asyncio.create_task(scene.fake.deliver("ns.g.room", data))
         scene.fake.exchange.links.clear()  # so that no beat comes back

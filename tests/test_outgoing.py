@@ -71,7 +71,7 @@ async def test_a_stalled_client_is_evicted_over_its_bound(
     assert (stats["evicted"], stats["dropped"], stats["connections"]) == (1, 0, 0)
     assert stats["outbox_high_water"] in (4, 5)
     records = [r for r in caplog.records if r.name == "pachinko" and r.levelno >= logging.WARNING]
-    assert len(records) == 1 and records[0].connection_id == conn.id  # type: ignore[attr-defined]
+    assert len(records) == 1 and records[0].connection_id == conn.id  # type: ignore[attr-defined]  # from `extra`
 
 
 async def test_an_evicted_client_that_reads_again_sees_1013() -> None:
@@ -548,7 +548,7 @@ def writing_half() -> tuple[pachinko.Outgoing, Quiet]:
     ws, session = Silent(), Quiet()
     limits = Pachinko(hub=Hub())._limits
     counters = Hub().state.counts
-    return pachinko.Outgoing("id", ws, ws.send, limits, counters, session), session  # type: ignore[arg-type]
+    return pachinko.Outgoing("id", ws, ws.send, limits, counters, session), session  # type: ignore[arg-type]  # both are fakes
 
 
 STEPS = {
