@@ -39,9 +39,11 @@ Glossary
 Map: each section, what it is for, and those above it that it uses.
 
     errors — whose fault something is, and what a client is told
-    envelope and message — frames and their JSON, `message`, the types in annotations (uses: errors)
-    codec — JSON to what a handler takes, and back (uses: errors, envelope and message)
-    handlers — what a registered function takes, and finding it (uses: errors, envelope and message)
+    types — the types in annotations
+    envelope and message — frames and their JSON, `message` (uses: errors, types)
+    codec — JSON to what a handler takes, and back (uses: errors, types, envelope and message)
+    handlers — what a registered function takes, and finding it (uses: errors, types, envelope and
+        message)
     handshake — who may connect: origins and tokens (uses: errors)
     limits — time, rate and the options that bound a connection (uses: errors)
     outbox — what waits to be written to one client (uses: envelope and message)
@@ -259,25 +261,183 @@ def invalid_payload(type: str, errors: Iterable[dict[str, str]]) -> MessageError
     return MessageError("invalid_payload", f"{type}: {first}", errors=shown)
 
 
-# ── envelope and message ──────────────────────────────────────────────────────────────────────
+# ── types ─────────────────────────────────────────────────────────────────────────────────────
 #
-# An envelope is a text frame's type, id and payload. A message class is a payload with a type.
+# A payload is described by the types in annotations. Here they are resolved and looked into.
 #
 # msgspec can decode a frame straight into the payload, in one pass and several times as fast as
 # cattrs builds it from JSON values. It sets the fields of an object: it calls no constructor and no
 # converter, and knows no alias. `is_read_in_one_pass` accepts the types with the same result. Every
-# other type is left to cattrs (next section).
+# other type is left to cattrs ("codec", below).
 
-_MAX_DEPTH = 128  # levels of arrays and objects in a frame; recursive code can go far deeper
-_NOT_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[^][{}"]+', re.DOTALL)  # linear in any text
-_RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
-_JSON_NAMES: dict[Any, str] = {dict: "object", list: "array", types.NoneType: "null"}
 _TIMES: set[Any] = {datetime, date, time_of_day, timedelta}
 _LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal, *_TIMES}
 _UNIONS: tuple[Any, ...] = (Union, types.UnionType)
 _OPTIONAL: tuple[Any, ...] = (typing.Required, typing.NotRequired)  # around a typed dict's item
 _MAKING = ("__new__", "__getattribute__", "__getattr__", "__attrs_pre_init__")
 _ATTRS_FILE = inspect.getfile(attrs.make_class)
+
+
+def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -> dict[str, Any]:
+    """Turn the text annotations of *cls* into types, in place, and return them by field name."""
+    globals_ = {**globals_, **vars(sys.modules.get(cls.__module__, types))}
+    hints: dict[str, Any] = {}
+    if attrs.has(cls):
+        attrs.resolve_types(cls, globals_, locals_, include_extras=True)
+    else:
+        hints = typing.get_type_hints(cls, globals_, locals_, include_extras=True)
+    if (fields := fields_of(cls)) is not None:  # ClassVar and InitVar annotate no field
+        hints = {field.name: hints.get(field.name, field.type) for field in fields}
+    hints = {name: hashable(t) for name, t in hints.items()}
+    for field in fields or ():  # attrs freezes its own, and changes them like this itself
+        object.__setattr__(field, "type", hints[field.name])
+    own = cls.__annotations__  # msgspec looks there
+    own.update({name: hints[name] for name in own if name in hints})
+    return hints
+
+
+def hashable(t: Any) -> Any:
+    """Return *t* without `Annotated` if its metadata has no hash. cattrs looks types up by hash."""
+    try:
+        hash(t)
+    except TypeError:
+        return typing.get_type_hints(types.SimpleNamespace(__annotations__={"t": t}))["t"]
+    return t
+
+
+def class_of(t: Any) -> Any:
+    """Return the class behind *t*, such as `list` for ``list[int]``, or None."""
+    cls = origin_of(t) or t
+    return cls if inspect.isclass(cls) and cls not in (Any, *_UNIONS) else None
+
+
+def inner_type(t: Any) -> Any:
+    """Return the type inside of `Annotated`, a `NewType` or a ``type`` statement, or *t* itself."""
+    if origin_of(t) is typing.Annotated:
+        return t.__origin__  # cattrs takes Annotated[dict, "x"] for a dict of "x"
+    if (value := getattr(origin_of(t), "__value__", None)) is not None:  # type Many[X] = list[X]
+        given = dict(zip(t.__origin__.__type_params__, get_args(t), strict=True))
+        return hashable(value[tuple(given[each] for each in value.__parameters__)])
+    return hashable(getattr(t, "__supertype__", None) or getattr(t, "__value__", t))
+
+
+def bare_type(t: Any) -> Any:
+    """Return *t* without names and without `Annotated`."""
+    inner = inner_type(t)
+    return t if inner is t else bare_type(inner)
+
+
+def is_leaf(t: Any) -> bool:
+    """Tell whether *t* is written as one JSON scalar."""
+    if origin_of(t) in _UNIONS:
+        return all(map(is_leaf, get_args(t)))
+    is_enum = inspect.isclass(t) and issubclass(t, enum.Enum)
+    return is_enum or origin_of(t) is Literal or t in _LEAVES
+
+
+def fields_of(t: Any) -> Any:
+    """Return the fields of an attrs class or a dataclass, or None for any other type."""
+    cls = class_of(t)
+    if attrs.has(cls):
+        return attrs.fields(cls)
+    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else None
+
+
+def declares_fields(t: Any) -> bool:
+    """Tell whether *t* has named items: an attrs class, dataclass, typed dict or named tuple."""
+    cls = class_of(t)
+    return fields_of(t) is not None or typing.is_typeddict(cls) or cols.is_namedtuple(cls)
+
+
+def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
+    """Yield all types that *t* contains, *t* last, and resolve the annotations of classes."""
+    if t in seen or isinstance(t, TypeVar) or origin_of(t) is Literal:
+        return
+    seen.append(t)
+    args = () if origin_of(t) is typing.Annotated else get_args(t)
+    fields = resolve_class(class_of(t), *namespaces).values() if declares_fields(t) else ()
+    for member in (inner_type(t), *args, *fields):
+        yield from types_in(member, namespaces, seen)
+    yield t
+
+
+def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
+    """Tell whether msgspec reads *t* as cattrs does. *seen* has the classes looked at before."""
+    seen = [] if seen is None else seen
+    origin, args = origin_of(t) or t, get_args(t)
+    if t is Any or t in seen:
+        return True
+    if t in _LEAVES:
+        return t is not Decimal  # msgspec reads all its digits, but cattrs is given a float
+    if origin is Literal:
+        return all(type(choice) is str for choice in args)  # 1, 1.0 and true would be equal
+    if origin is dict and args[:1] not in ((), (str,)):
+        return False  # msgspec reads keys by rules of its own
+    if origin in (dict, list, set, frozenset, tuple, *_UNIONS):
+        return all(arg is Ellipsis or is_read_in_one_pass(arg, seen) for arg in args)
+    if not inspect.isclass(t):
+        return False
+    if is_text_enum(t):
+        return True
+    seen.append(t)
+    inner = _types_of_keys(t) if typing.is_typeddict(t) else _types_of_fields(t)
+    return inner is not None and all(is_read_in_one_pass(u, seen) for u in inner)
+
+
+def is_text_enum(cls: Any) -> bool:
+    """Tell whether *cls* is an enum of texts without code of its own to find a member."""
+    if not issubclass(cls, enum.Enum):
+        return False
+    get = inspect.getattr_static  # msgspec calls _missing_, and cattrs does not
+    is_plain = all(get(cls, name) == get(enum.Enum, name) for name in ("_missing_", "__init__"))
+    return is_plain and all(type(member.value) is str for member in cls)
+
+
+def _types_of_keys(cls: Any) -> list[Any] | None:
+    """Return the types in a typed dict, or None if msgspec and cattrs may differ about a key."""
+    # msgspec goes by a Required in a text annotation. cattrs asks the class, which has not read it.
+    keys = {typing.Required: cls.__required_keys__, typing.NotRequired: cls.__optional_keys__}
+    hints = cls.__annotations__
+    if any(key not in keys.get(origin_of(t), hints) for key, t in hints.items()):
+        return None
+    return [get_args(t)[0] if origin_of(t) in keys else t for t in hints.values()]
+
+
+def _types_of_fields(cls: Any) -> list[Any] | None:
+    """Return the types of the fields, or None if the constructor of *cls* has more to do."""
+    fields, is_attrs = fields_of(cls), attrs.has(cls)
+    functions = {vars(cls).get("__init__"), cls.__setattr__} - {object.__setattr__}
+    codes = [getattr(function, "__code__", None) for function in functions]
+    made_in = ("<attrs generated ", _ATTRS_FILE) if is_attrs else ("<string>",)
+    if (
+        fields is None or type(cls) is not type or (is_attrs and dataclasses.is_dataclass(cls))
+        # What dataclasses make is in no file, and so is all the code of a console.
+        or not all(code and code.co_filename.startswith(made_in) for code in codes)
+        or not (is_attrs or hasattr(sys.modules.get(cls.__module__), "__file__"))
+        # A constructor sets such a hash; a method of the class itself runs when an object is made.
+        or (is_attrs and attrs.inspect(cls).hashability.name == "HASHABLE_CACHED")
+        or any(getattr(cls, name, None) is not getattr(object, name, None) for name in _MAKING)
+    ):  # fmt: skip
+        return None
+    hints = typing.get_type_hints(cls, include_extras=True)  # msgspec goes by these
+    is_plain = all(
+        f.init and f.type == hints.get(f.name) and getattr(f, "alias", f.name) == f.name
+        and not (getattr(f, "converter", None) or getattr(f.default, "takes_self", False))
+        # msgspec takes an attribute of the class for a value that is set, and sets no default.
+        and (not hasattr(cls, f.name) or inspect.ismemberdescriptor(getattr(cls, f.name)))
+        for f in fields
+    )  # fmt: skip
+    return [f.type for f in fields] if is_plain else None
+
+
+# ── envelope and message ──────────────────────────────────────────────────────────────────────
+#
+# An envelope is a text frame's type, id and payload. A message class is a payload with a type.
+
+_MAX_DEPTH = 128  # levels of arrays and objects in a frame; recursive code can go far deeper
+_NOT_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[^][{}"]+', re.DOTALL)  # linear in any text
+_RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
+_JSON_NAMES: dict[Any, str] = {dict: "object", list: "array", types.NoneType: "null"}
 
 
 @attrs.frozen
@@ -472,158 +632,6 @@ def caller_namespaces() -> Namespaces:
     """Return where to look up names in annotations: what the caller's caller sees."""
     frame = cast(Any, inspect.currentframe()).f_back.f_back
     return frame.f_globals, dict(frame.f_locals)
-
-
-def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -> dict[str, Any]:
-    """Turn the text annotations of *cls* into types, in place, and return them by field name."""
-    globals_ = {**globals_, **vars(sys.modules.get(cls.__module__, types))}
-    hints: dict[str, Any] = {}
-    if attrs.has(cls):
-        attrs.resolve_types(cls, globals_, locals_, include_extras=True)
-    else:
-        hints = typing.get_type_hints(cls, globals_, locals_, include_extras=True)
-    if (fields := fields_of(cls)) is not None:  # ClassVar and InitVar annotate no field
-        hints = {field.name: hints.get(field.name, field.type) for field in fields}
-    hints = {name: hashable(t) for name, t in hints.items()}
-    for field in fields or ():  # attrs freezes its own, and changes them like this itself
-        object.__setattr__(field, "type", hints[field.name])
-    own = cls.__annotations__  # msgspec looks there
-    own.update({name: hints[name] for name in own if name in hints})
-    return hints
-
-
-def hashable(t: Any) -> Any:
-    """Return *t* without `Annotated` if its metadata has no hash. cattrs looks types up by hash."""
-    try:
-        hash(t)
-    except TypeError:
-        return typing.get_type_hints(types.SimpleNamespace(__annotations__={"t": t}))["t"]
-    return t
-
-
-def class_of(t: Any) -> Any:
-    """Return the class behind *t*, such as `list` for ``list[int]``, or None."""
-    cls = origin_of(t) or t
-    return cls if inspect.isclass(cls) and cls not in (Any, *_UNIONS) else None
-
-
-def inner_type(t: Any) -> Any:
-    """Return the type inside of `Annotated`, a `NewType` or a ``type`` statement, or *t* itself."""
-    if origin_of(t) is typing.Annotated:
-        return t.__origin__  # cattrs takes Annotated[dict, "x"] for a dict of "x"
-    if (value := getattr(origin_of(t), "__value__", None)) is not None:  # type Many[X] = list[X]
-        given = dict(zip(t.__origin__.__type_params__, get_args(t), strict=True))
-        return hashable(value[tuple(given[each] for each in value.__parameters__)])
-    return hashable(getattr(t, "__supertype__", None) or getattr(t, "__value__", t))
-
-
-def bare_type(t: Any) -> Any:
-    """Return *t* without names and without `Annotated`."""
-    inner = inner_type(t)
-    return t if inner is t else bare_type(inner)
-
-
-def is_leaf(t: Any) -> bool:
-    """Tell whether *t* is written as one JSON scalar."""
-    if origin_of(t) in _UNIONS:
-        return all(map(is_leaf, get_args(t)))
-    is_enum = inspect.isclass(t) and issubclass(t, enum.Enum)
-    return is_enum or origin_of(t) is Literal or t in _LEAVES
-
-
-def fields_of(t: Any) -> Any:
-    """Return the fields of an attrs class or a dataclass, or None for any other type."""
-    cls = class_of(t)
-    if attrs.has(cls):
-        return attrs.fields(cls)
-    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else None
-
-
-def declares_fields(t: Any) -> bool:
-    """Tell whether *t* has named items: an attrs class, dataclass, typed dict or named tuple."""
-    cls = class_of(t)
-    return fields_of(t) is not None or typing.is_typeddict(cls) or cols.is_namedtuple(cls)
-
-
-def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
-    """Yield all types that *t* contains, *t* last, and resolve the annotations of classes."""
-    if t in seen or isinstance(t, TypeVar) or origin_of(t) is Literal:
-        return
-    seen.append(t)
-    args = () if origin_of(t) is typing.Annotated else get_args(t)
-    fields = resolve_class(class_of(t), *namespaces).values() if declares_fields(t) else ()
-    for member in (inner_type(t), *args, *fields):
-        yield from types_in(member, namespaces, seen)
-    yield t
-
-
-def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
-    """Tell whether msgspec reads *t* as cattrs does. *seen* has the classes looked at before."""
-    seen = [] if seen is None else seen
-    origin, args = origin_of(t) or t, get_args(t)
-    if t is Any or t in seen:
-        return True
-    if t in _LEAVES:
-        return t is not Decimal  # msgspec reads all its digits, but cattrs is given a float
-    if origin is Literal:
-        return all(type(choice) is str for choice in args)  # 1, 1.0 and true would be equal
-    if origin is dict and args[:1] not in ((), (str,)):
-        return False  # msgspec reads keys by rules of its own
-    if origin in (dict, list, set, frozenset, tuple, *_UNIONS):
-        return all(arg is Ellipsis or is_read_in_one_pass(arg, seen) for arg in args)
-    if not inspect.isclass(t):
-        return False
-    if is_text_enum(t):
-        return True
-    seen.append(t)
-    inner = _types_of_keys(t) if typing.is_typeddict(t) else _types_of_fields(t)
-    return inner is not None and all(is_read_in_one_pass(u, seen) for u in inner)
-
-
-def is_text_enum(cls: Any) -> bool:
-    """Tell whether *cls* is an enum of texts without code of its own to find a member."""
-    if not issubclass(cls, enum.Enum):
-        return False
-    get = inspect.getattr_static  # msgspec calls _missing_, and cattrs does not
-    is_plain = all(get(cls, name) == get(enum.Enum, name) for name in ("_missing_", "__init__"))
-    return is_plain and all(type(member.value) is str for member in cls)
-
-
-def _types_of_keys(cls: Any) -> list[Any] | None:
-    """Return the types in a typed dict, or None if msgspec and cattrs may differ about a key."""
-    # msgspec goes by a Required in a text annotation. cattrs asks the class, which has not read it.
-    keys = {typing.Required: cls.__required_keys__, typing.NotRequired: cls.__optional_keys__}
-    hints = cls.__annotations__
-    if any(key not in keys.get(origin_of(t), hints) for key, t in hints.items()):
-        return None
-    return [get_args(t)[0] if origin_of(t) in keys else t for t in hints.values()]
-
-
-def _types_of_fields(cls: Any) -> list[Any] | None:
-    """Return the types of the fields, or None if the constructor of *cls* has more to do."""
-    fields, is_attrs = fields_of(cls), attrs.has(cls)
-    functions = {vars(cls).get("__init__"), cls.__setattr__} - {object.__setattr__}
-    codes = [getattr(function, "__code__", None) for function in functions]
-    made_in = ("<attrs generated ", _ATTRS_FILE) if is_attrs else ("<string>",)
-    if (
-        fields is None or type(cls) is not type or (is_attrs and dataclasses.is_dataclass(cls))
-        # What dataclasses make is in no file, and so is all the code of a console.
-        or not all(code and code.co_filename.startswith(made_in) for code in codes)
-        or not (is_attrs or hasattr(sys.modules.get(cls.__module__), "__file__"))
-        # A constructor sets such a hash; a method of the class itself runs when an object is made.
-        or (is_attrs and attrs.inspect(cls).hashability.name == "HASHABLE_CACHED")
-        or any(getattr(cls, name, None) is not getattr(object, name, None) for name in _MAKING)
-    ):  # fmt: skip
-        return None
-    hints = typing.get_type_hints(cls, include_extras=True)  # msgspec goes by these
-    is_plain = all(
-        f.init and f.type == hints.get(f.name) and getattr(f, "alias", f.name) == f.name
-        and not (getattr(f, "converter", None) or getattr(f.default, "takes_self", False))
-        # msgspec takes an attribute of the class for a value that is set, and sets no default.
-        and (not hasattr(cls, f.name) or inspect.ismemberdescriptor(getattr(cls, f.name)))
-        for f in fields
-    )  # fmt: skip
-    return [f.type for f in fields] if is_plain else None
 
 
 # ── codec ─────────────────────────────────────────────────────────────────────────────────────
