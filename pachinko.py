@@ -82,6 +82,7 @@ import random
 import re
 import secrets
 import sys
+import threading
 import time
 import traceback
 import types
@@ -1756,15 +1757,24 @@ def rest_of(steps: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, A
         return end.value
 
 
+def create_task(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Create a task whose code runs after the caller has stored it.
+
+    The task factory of the loop is not asked: with `asyncio.eager_task_factory`, a task may have
+    ended before its creator knows it.
+    """
+    return asyncio.Task(coroutine, loop=asyncio.get_running_loop())
+
+
 def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """Start a task and run it up to where it first waits; before Python 3.12, start it plainly."""
     if sys.version_info >= (3, 12):
         return asyncio.Task(coroutine, loop=asyncio.get_running_loop(), eager_start=True)
     else:
-        return asyncio.get_running_loop().create_task(coroutine)
+        return create_task(coroutine)
 
 
-# Only these two functions have Falcon's private names, which `tests/test_falcon_names.py` pins.
+# Only these three functions have Falcon's private names, pinned by `tests/test_falcon_names.py`.
 
 
 def server_calls(ws: Any) -> tuple[Callable[[], Awaitable[Event]], Callable[[Event], Any]]:
@@ -1785,6 +1795,16 @@ def mark_closed(ws: Any, code: int | None) -> None:
     """Tell Falcon's socket that the connection is over: its own close may wait for ever."""
     ws._state = type(ws._state).CLOSED
     ws._close_code = code
+
+
+def put_last(app: Any, middleware: object) -> None:
+    """Move *middleware* behind all other of *app*: it starts last, and stops first.
+
+    `add_middleware` appends to the list that Falcon goes through, also while it does so.
+    """
+    if middleware in app._unprepared_middleware:  # The app has been started before.
+        app._unprepared_middleware.remove(middleware)
+    app.add_middleware(middleware)
 
 
 class _Nobody:
@@ -2177,7 +2197,7 @@ class Incoming:
         is_reading = self._ahead is not None and not self._ahead.done()
         if self._session.is_handling and not (is_reading or self._has_left or self._is_stopped):
             self.is_direct = False
-            self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
+            self._ahead = create_task(self._read_ahead())
 
     async def _read_ahead(self) -> None:
         inbox, size = self._inbox, sum(map(size_of_event, self._inbox))
@@ -2221,9 +2241,21 @@ _END_OF_TIME = 1e15  # UNIX seconds; beyond, floats and timers give up
 _LOOK_AT_CLOCK = 600.0  # seconds between two looks at the time of day, which may be set anew
 
 
+def is_elsewhere(loop: asyncio.AbstractEventLoop | None) -> bool:
+    """Return whether *loop* runs in another thread, or another loop runs in this one."""
+    try:
+        return loop is not None and loop is not asyncio.get_running_loop()
+    except RuntimeError:  # No loop runs in this thread.
+        return loop is not None and loop.is_running()
+
+
 @attrs.define(eq=False, repr=False)
 class Connection:
-    """One client. Handlers get it; the hub's methods take it."""
+    """One client. Handlers get it; the hub's methods take it.
+
+    Any thread may read its properties. Its methods, and what sets a property, raise `PachinkoError`
+    in another thread or event loop than the app's: use `Hub.call_threadsafe` there.
+    """
 
     hub: Hub  # the hub of its endpoint
     req: falcon.asgi.Request  # the request of the handshake: headers, cookies, query string
@@ -2238,6 +2270,14 @@ class Connection:
 
     def __repr__(self) -> str:
         return f"<Connection {self.id} {self.outgoing.phase}>"
+
+    def _check(self, call: str) -> None:
+        """Refuse a *call* from another thread or event loop, as the hub's methods do."""
+        if is_elsewhere(self.hub.state.loop):
+            raise PachinkoError(
+                "a connection was used from another thread or event loop than its app's; "
+                f"use conn.hub.call_threadsafe({call})"
+            )
 
     @property
     def context(self) -> Any:
@@ -2266,6 +2306,7 @@ class Connection:
 
     @user.setter
     def user(self, user: str | None) -> None:
+        self._check('setattr, conn, "user", ...')
         if user is not None and not isinstance(user, str):
             raise TypeError(f"a user is a str or None, got {user!r}; write conn.user = str(...)")
         if self.outgoing.is_answered:
@@ -2284,6 +2325,7 @@ class Connection:
 
     @expires_at.setter
     def expires_at(self, at: float | None) -> None:
+        self._check('setattr, conn, "expires_at", ...')
         if at is not None and not (type(at) in (int, float) and abs(at) < _END_OF_TIME):
             raise TypeError(f"expires_at is UNIX seconds, such as time.time() + 3600; got {at!r}")
         self._expires_at = at
@@ -2313,6 +2355,8 @@ class Connection:
         gone, or stays behind for `send_timeout` seconds (and is then evicted with 1013). In a
         connect handler it returns at once, and the message goes out after the handshake.
         """
+        if asyncio.get_running_loop() is not self.hub.state.loop:  # PERF: it mostly is.
+            self._check("conn.send, ...")
         type, payload = split_message(message, payload)
         await self.outgoing.send(text_event(self.hub.state.codec.encode(type, payload)))
         self._sends += 1
@@ -2321,14 +2365,17 @@ class Connection:
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Begin to close, once, after what was sent before. Raises what `Close` does."""
+        self._check("conn.close, ...")
         self.outgoing.close(Close(code, reason))
 
     async def join(self, group: str) -> None:
         """Add the connection to *group*, as `Hub.join` does."""
+        self._check("conn.join, ...")
         await self.hub.join(group, self)
 
     async def leave(self, group: str) -> None:
         """Remove the connection from *group*, as `Hub.leave` does."""
+        self._check("conn.leave, ...")
         await self.hub.leave(group, self)
 
 
@@ -2567,12 +2614,12 @@ class Registry:
             conn = self.connections.get(name)
             return {conn: conn.outgoing} if conn is not None else {}
         if kind is Kind.EVERYBODY:
-            return {conn: conn.outgoing for conn in self.connections.values()}
+            return {conn: conn.outgoing for conn in tuple(self.connections.values())}
         return self._tables[kind].get(name, {})
 
     def accepted(self, kind: Kind, name: str) -> frozenset[Connection]:
-        """Return the receivers whose handshake has been answered."""
-        found = self.receivers(kind, name).items()
+        """Return the receivers whose handshake has been answered. Any thread may call it."""
+        found = tuple(self.receivers(kind, name).items())  # A loop over it could see a change.
         return frozenset(conn for conn, outgoing in found if outgoing.is_answered)
 
     def deliver(self, kind: Kind, name: str, data: bytes, excluded: Collection[str]) -> Sending:
@@ -2587,6 +2634,10 @@ class Registry:
         """Close the receivers, behind what was sent to them before."""
         for outgoing in tuple(self.receivers(kind, name).values()):
             outgoing.close(close)
+
+
+_turn = threading.RLock()  # Only one thread at a time starts or ends a hub.
+_OWN_HUB = 'give this app one of its own: Pachinko(app, "/ws", hub=Hub())'
 
 
 @attrs.define(eq=False)
@@ -2607,34 +2658,38 @@ class HubState:
     relay: Relay = attrs.Factory(LocalRelay)
     registry: Registry = attrs.Factory(lambda self: Registry(self.relay, self.process), True)
     _apps: set[object] = attrs.Factory(set)
+    _next: HubState | None = None  # the state of the hub after the end of this one
 
     def choose(self, url: Given = None) -> Given:
         """Return the broker to use: *url*, else the configured one, else the environment's."""
         return url if url is not None else self.url or os.environ.get(ENVIRONMENT) or None
 
-    def start(self, app: object, url: Given = None) -> None:
-        """Serve *app* in the running loop. Raises `PachinkoError` in a second loop."""
+    def start(self, app: object, url: Given = None, own: str = _OWN_HUB) -> None:
+        """Serve *app* in the running loop. In a second loop, raise `PachinkoError` with *own*."""
         loop = asyncio.get_running_loop()
-        if self.loop is None:
-            broker = self.choose(url)
-            self.relay = open_relay(broker, self.namespace)
-            self.registry = Registry(self.relay, self.process)
-            self.loop, self.broker = loop, broker
-            self.drains.clear()  # A call before the start has drained nobody.
-        elif self.loop is not loop and self.loop.is_running():
-            raise PachinkoError(
-                "this hub serves an app in another event loop; give this app one of its own: "
-                'Pachinko(app, "/ws", hub=Hub())'
-            )
-        elif self.loop is not loop:  # The earlier loop has ended without a shutdown.
-            return self._end().start(app, url)
-        self._apps.add(app)
+        with _turn:
+            if self._next is not None:  # Another thread has stopped the hub just now.
+                return self._next.start(app, url, own)
+            if self.loop is None:
+                broker = self.choose(url)
+                self.relay = open_relay(broker, self.namespace)
+                self.registry = Registry(self.relay, self.process)
+                self.loop, self.broker = loop, broker
+                self.drains.clear()  # A call before the start has drained nobody.
+            elif self.loop is not loop and self.loop.is_running():
+                raise PachinkoError(f"this hub runs in another thread or event loop; {own}")
+            elif self.loop is not loop:  # The earlier loop has ended without a shutdown.
+                return self._end().start(app, url, own)
+            self._apps.add(app)
 
     async def stop(self, app: object) -> None:
         """Stop serving *app*; with the last one the hub gets a new state."""
-        self._apps.discard(app)
-        if not self._apps:
-            self._end()
+        with _turn:
+            self._apps.discard(app)
+            is_over = not self._apps
+            if is_over:
+                self._end()
+        if is_over:
             await self.relay.stop()
 
     def _end(self) -> HubState:
@@ -2643,7 +2698,8 @@ class HubState:
         for call in tuple(self.calls):
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 call.set_exception(PachinkoError("the hub has stopped before it was done"))
-        return self.replace()
+        self._next = self.replace()
+        return self._next
 
     def submit(self, work: Callable[[], Any]) -> concurrent.futures.Future[Any]:
         """Call *work* in the loop, and await its result. Raises `PachinkoError` without a loop.
@@ -2821,7 +2877,8 @@ class Hub:
         """Use the hub in a program without an app: ``async with hub.open("redis://…"):``.
 
         By default, *url* is that of `configure` or ``PACHINKO_BACKPLANE``. Raises `PachinkoError`
-        if none is given, if the broker cannot be reached, and if the hub runs on another one.
+        if none is given, if the broker cannot be reached, and if the hub runs on another one or in
+        another event loop: there ``Hub().open(…)`` opens a hub of its own.
         """
         is_running = self.state.loop is not None and self.state.loop.is_running()
         if not is_running and self.state.choose(url) is None:
@@ -2832,7 +2889,11 @@ class Hub:
         if is_running and url not in (None, self.state.broker):
             raise PachinkoError("this hub runs on another broker; write hub.open() to use that one")
         program = object()
-        self.state.start(program, url)
+        own = (
+            "call it there, hub.call_threadsafe(hub.send, ...), or open one of this thread's own, "
+            "which connects to the broker once more: async with Hub().open(...) as hub:"
+        )
+        self.state.start(program, url, own)
         try:
             await self.state.relay.connected()
             yield self
@@ -2844,7 +2905,7 @@ class Hub:
         if not isinstance(name, str):
             raise TypeError(f"a {what} is named by a str, got {name!r}")
         loop = self.state.loop
-        if loop is not None and loop is not asyncio.get_running_loop():
+        if is_elsewhere(loop):
             raise PachinkoError(
                 "the hub was called from another thread or event loop than its app's; "
                 'use hub.call_threadsafe(hub.send, "room:1", ...)'
@@ -2905,19 +2966,19 @@ class Hub:
         self.state.registry.leave(group, conn)
 
     def members(self, group: str) -> frozenset[Connection]:
-        """Return the accepted connections of this process in *group*."""
+        """Return the accepted connections of this process in *group*. Any thread may ask."""
         if not isinstance(group, str):
             raise TypeError(f"a group is named by a str, got {group!r}")
         return self.state.registry.accepted(Kind.GROUP, group)
 
     @property
     def connections(self) -> frozenset[Connection]:
-        """The accepted connections of this process."""
+        """The accepted connections of this process. Any thread may ask."""
         return self.state.registry.accepted(Kind.EVERYBODY, "all")
 
     @property
     def groups(self) -> frozenset[str]:
-        """The groups that have a member in this process."""
+        """The groups that have a member in this process. Any thread may ask."""
         return frozenset(self.state.registry.groups)
 
     async def send(
@@ -3003,7 +3064,7 @@ class Hub:
         self._check()
         # A task of its own does it: the caller may be a handler, and cancelled with its client.
         work = self.state.close_all(seconds, asyncio.current_task())
-        self.state.drains.append(task := asyncio.get_running_loop().create_task(work))
+        self.state.drains.append(task := create_task(work))
         await asyncio.shield(task)
 
     @typing.overload
@@ -3026,7 +3087,7 @@ class Hub:
         return self.state.submit(functools.partial(function, *args, **kwargs))
 
     def stats(self) -> dict[str, int]:
-        """Return counts since the start, of this process.
+        """Return counts since the start, of this process. Any thread may ask.
 
         ``connections``, ``groups`` (now); ``received``, ``sent`` (frames); ``dropped`` (messages),
         ``evicted`` (connections); ``outbox_high_water`` (messages); ``refused`` (messages from the
@@ -3034,7 +3095,7 @@ class Hub:
         ``errors`` in all, and ``errors.<code>`` for each code that was answered.
         """
         state = self.state
-        counts, sessions = state.counts, state.serving.values()
+        counts, sessions = state.counts.copy(), tuple(state.serving.values())
         errors = {name: count for name, count in counts.items() if name.startswith("errors.")}
         return {
             "connections": len(self.connections),
@@ -3056,8 +3117,11 @@ def _forget_parent() -> None:
         each.state.replace()
 
 
-# Without fork (on Windows) `os` has no such function.
-getattr(os, "register_at_fork", lambda **_: None)(after_in_child=_forget_parent)
+# Without fork (on Windows) `os` has no such function. A lock that another thread holds would stay
+# locked in the child for ever.
+_at_fork = getattr(os, "register_at_fork", lambda **_: None)
+_at_fork(before=_turn.acquire, after_in_parent=_turn.release, after_in_child=_turn.release)
+_at_fork(after_in_child=_forget_parent)
 
 hub: Hub = Hub()
 """The hub of the process. It holds no event loop and no connection before an app starts."""
@@ -3437,7 +3501,7 @@ class Session:
             work = self._stream(handler, message, stream)
         else:
             work = self._perform(handler, message)
-        task = asyncio.get_running_loop().create_task(work)
+        task = create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
@@ -3744,7 +3808,11 @@ class Pachinko:
         self._subprotocols = texts(subprotocols, "subprotocols")
         self._routes = Routes()
         self._loop: asyncio.AbstractEventLoop | None = None  # once started
+        self._runs = 0  # lifespans and `running` blocks in progress
+        self._is_working = False  # workers have been started
         self._workers: set[asyncio.Task[None]] = set()
+        # Middleware of the app that comes last at its start, and first at its shutdown.
+        self._last = types.SimpleNamespace(process_startup=self._work, process_shutdown=self._rest)
         if app is not None or path is not None:
             self._attach(app, path)
 
@@ -3887,7 +3955,7 @@ class Pachinko:
         """
         check_function(function, "@ws.worker\nasync def clock(): ...", 0)
         self._routes.workers.append(function)
-        if self._loop is not None:
+        if self._is_working:
             self._start_worker(function)
         return function
 
@@ -3919,6 +3987,8 @@ class Pachinko:
         if ws.closed:
             return  # A middleware has refused it.
         self._start()
+        if not self._is_working:  # The server has no lifespan.
+            self._start_workers()
         if self._hub.draining:
             await ws.close(3503)  # Before accept this is HTTP 403, like all of Falcon's refusals.
             return
@@ -3936,10 +4006,45 @@ class Pachinko:
             session.release()
             state.leave(session)
 
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncGenerator[None, None]:
+        """Run hub and workers where the app's lifespan does not run: ``async with ws.running():``.
+
+        An app that is mounted in another one gets no lifespan; the block goes into that of the
+        other. It is for all endpoints of the app. Inside another block, or beside the lifespan,
+        nothing is started twice, and the last of them to end stops: clients are closed with 1012,
+        and their handlers have `linger`. Raises `PachinkoError` if the hub runs in another loop.
+        """
+        attached = [each for (id_, _), each in tuple(_attached.items()) if id_ == id(self._app)]
+        async with contextlib.AsyncExitStack() as stack:
+            for each in attached or [self]:
+                each._start()
+                each._runs += 1
+                stack.push_async_callback(each.process_shutdown, None, None)
+            for each in attached or [self]:
+                await each._hub.state.connected()
+                each._start_workers()
+            yield
+
     async def process_startup(self, scope: Any, event: Any) -> None:
-        """Start with the app (Falcon's middleware for the ASGI lifespan)."""
+        """Start the hub with the app (Falcon's middleware for the ASGI lifespan)."""
         self._start()
+        if self._app is not None:
+            put_last(self._app, self._last)
         await self._hub.state.connected()
+        if self._app is None:  # Whoever has added it chose its place among the middleware.
+            await self._work(scope, event)
+
+    async def _work(self, scope: Any, event: Any) -> None:
+        """Start the workers, when all middleware of the app has started."""
+        self._start()
+        self._runs += 1
+        self._start_workers()
+
+    async def _rest(self, scope: Any, event: Any) -> None:
+        """End workers and connections before other middleware closes what they use."""
+        if self._runs == 1:
+            await self._close_all()
 
     async def process_resource_ws(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, resource: Any, params: Any
@@ -3950,6 +4055,15 @@ class Pachinko:
 
     async def process_shutdown(self, scope: Any, event: Any) -> None:
         """Stop with the app: close what is still open with 1012, and wait for its handlers."""
+        self._runs = max(0, self._runs - 1)
+        if not self._runs:
+            try:
+                await self._close_all()
+            finally:
+                self._loop = None
+                await self._hub.state.stop(self)
+
+    async def _close_all(self) -> None:
         for worker in self._workers:
             worker.cancel()
         serving = self._hub.state.serving.values()
@@ -3957,22 +4071,25 @@ class Pachinko:
         for session in sessions:
             session.outgoing.close(Close(1012, "the server shuts down"))
         await self._hub.state.wait_for(sessions, *self._workers)
-        self._loop = None
-        await self._hub.state.stop(self)
+        self._workers.clear()  # One that does not end is not waited for again.
 
     def _start(self) -> None:
         """Start once in each loop: with the lifespan, or else with the first connection."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._hub.state.start(self)
-            self._loop = loop
+            self._loop, self._runs, self._is_working = loop, 0, False
             self._routes.start(self._hub.state.codec)
             self._workers.clear()
+
+    def _start_workers(self) -> None:
+        if not self._is_working:
+            self._is_working = True
             for function in self._routes.workers:
                 self._start_worker(function)
 
     def _start_worker(self, function: Callable[[], Awaitable[None]]) -> None:
-        task = cast(asyncio.AbstractEventLoop, self._loop).create_task(_keep_working(function))
+        task = create_task(_keep_working(function))
         self._workers.add(task)
         task.add_done_callback(self._workers.discard)
 
