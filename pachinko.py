@@ -52,7 +52,7 @@ Map: each section, what it is for, and those above it that it uses.
     connection — what a handler gets (uses: errors, envelope and message, handshake, outbox)
     registry and relay — this process and all others (uses: errors, limits, outgoing, connection)
     hub — reaches clients from any code (uses: errors, envelope and message, codec, limits,
-        connection, registry and relay)
+        outgoing, connection, registry and relay)
     outcomes — what an exception means (uses: errors, limits)
     stream — a generator in progress (uses: limits)
     session — decode a message, call its handler, answer (uses: errors, envelope and message,
@@ -60,7 +60,7 @@ Map: each section, what it is for, and those above it that it uses.
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         handlers, handshake, outbox, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        handlers, handshake, limits, hub, outcomes, session, admission)
+        handlers, handshake, limits, outgoing, hub, outcomes, session, admission)
 """
 
 from __future__ import annotations
@@ -1774,7 +1774,7 @@ def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return create_task(coroutine)
 
 
-# Only these three functions have Falcon's private names, pinned by `tests/test_falcon_names.py`.
+# Only these two functions have Falcon's private names, which `tests/test_falcon_names.py` pins.
 
 
 def server_calls(ws: Any) -> tuple[Callable[[], Awaitable[Event]], Callable[[Event], Any]]:
@@ -1795,16 +1795,6 @@ def mark_closed(ws: Any, code: int | None) -> None:
     """Tell Falcon's socket that the connection is over: its own close may wait for ever."""
     ws._state = type(ws._state).CLOSED
     ws._close_code = code
-
-
-def put_last(app: Any, middleware: object) -> None:
-    """Move *middleware* behind all other of *app*: it starts last, and stops first.
-
-    `add_middleware` appends to the list that Falcon goes through, also while it does so.
-    """
-    if middleware in app._unprepared_middleware:  # The app has been started before.
-        app._unprepared_middleware.remove(middleware)
-    app.add_middleware(middleware)
 
 
 class _Nobody:
@@ -3811,8 +3801,7 @@ class Pachinko:
         self._runs = 0  # lifespans and `running` blocks in progress
         self._is_working = False  # workers have been started
         self._workers: set[asyncio.Task[None]] = set()
-        # Middleware of the app that comes last at its start, and first at its shutdown.
-        self._last = types.SimpleNamespace(process_startup=self._work, process_shutdown=self._rest)
+        self._starts = 0  # lifespans that have begun
         if app is not None or path is not None:
             self._attach(app, path)
 
@@ -4007,39 +3996,45 @@ class Pachinko:
             state.leave(session)
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncGenerator[None, None]:
+    async def running(self, *, alone: bool = False) -> AsyncGenerator[None, None]:
         """Run hub and workers where the app's lifespan does not run: ``async with ws.running():``.
 
         An app that is mounted in another one gets no lifespan; the block goes into that of the
-        other. It is for all endpoints of the app. Inside another block, or beside the lifespan,
-        nothing is started twice, and the last of them to end stops: clients are closed with 1012,
-        and their handlers have `linger`. Raises `PachinkoError` if the hub runs in another loop.
+        other. It is for all endpoints of the app, or for this one *alone*. Inside another block, or
+        beside the lifespan, nothing is started twice, and the last of them to end stops: clients
+        are closed with 1012, and their handlers have `linger`. Raises `PachinkoError` if the hub
+        runs in another thread or event loop.
         """
-        attached = [each for (id_, _), each in tuple(_attached.items()) if id_ == id(self._app)]
         async with contextlib.AsyncExitStack() as stack:
-            for each in attached or [self]:
-                each._start()
-                each._runs += 1
-                stack.push_async_callback(each.process_shutdown, None, None)
-            for each in attached or [self]:
-                await each._hub.state.connected()
-                each._start_workers()
+            for key, each in tuple(_attached.items()):
+                if not alone and key[0] == id(self._app) and each is not self:
+                    await stack.enter_async_context(each.running(alone=True))
+            self._start()
+            self._runs += 1
+            stack.push_async_callback(self.process_shutdown, None, None)
+            await self._hub.state.connected()
+            self._start_workers()
             yield
 
     async def process_startup(self, scope: Any, event: Any) -> None:
         """Start the hub with the app (Falcon's middleware for the ASGI lifespan)."""
         self._start()
+        self._starts += 1
+        work = functools.partial(self._work, self._starts)
         if self._app is not None:
-            put_last(self._app, self._last)
+            # Falcon comes to middleware added meanwhile last, and at the shutdown to it first.
+            last = types.SimpleNamespace(process_startup=work, process_shutdown=self._rest)
+            self._app.add_middleware(cast(Any, last))
         await self._hub.state.connected()
         if self._app is None:  # Whoever has added it chose its place among the middleware.
-            await self._work(scope, event)
+            await work(scope, event)
 
-    async def _work(self, scope: Any, event: Any) -> None:
+    async def _work(self, starts: int, scope: Any, event: Any) -> None:
         """Start the workers, when all middleware of the app has started."""
-        self._start()
-        self._runs += 1
-        self._start_workers()
+        if starts == self._starts:  # Falcon still has the middleware of earlier starts, too.
+            self._start()
+            self._runs += 1
+            self._start_workers()
 
     async def _rest(self, scope: Any, event: Any) -> None:
         """End workers and connections before other middleware closes what they use."""

@@ -63,7 +63,6 @@ FALCON = {
     "_pump_task": "tells a connection whose queue runs already from one where it is still to start",
     "_state": "has to say CLOSED after an end that Falcon has not seen, else its close raises",
     "_close_code": "has to be known to Falcon after an end that only the module has read",
-    "_unprepared_middleware": "the order in which Falcon starts: what starts last is moved there",
 }
 NATS = {
     "_process_msg": "hands messages on in their order: nats-py has a task a subscription",

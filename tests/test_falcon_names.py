@@ -13,7 +13,6 @@ from typing import Any
 
 import falcon
 import falcon.asgi
-import falcon.testing
 import house
 import pytest
 from support import PATIENCE
@@ -174,32 +173,6 @@ async def test__close_code() -> None:
         with pytest.raises(falcon.WebSocketDisconnected) as caught:
             await ws.send_text("x")
         assert caught.value.code == 4002
-
-
-async def test__unprepared_middleware() -> None:
-    """Falcon goes through this list, to its end as it is then; backwards at the shutdown."""
-    app, seen = falcon.asgi.App(), list[str]()
-
-    class Noting:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        async def process_startup(self, scope: Any, event: Any) -> None:
-            seen.append(f"start {self.name}")
-            if self.name == "first":
-                app._unprepared_middleware.remove(moved)
-                app.add_middleware(moved)
-
-        async def process_shutdown(self, scope: Any, event: Any) -> None:
-            seen.append(f"stop {self.name}")
-
-    moved = Noting("moved")
-    app.add_middleware([Noting("first"), moved])
-    app.add_middleware(Noting("other"))
-    async with falcon.testing.ASGIConductor(app):
-        assert seen == ["start first", "start other", "start moved"]
-        seen.clear()
-    assert seen == ["stop moved", "stop other", "stop first"]
 
 
 def test_each_listed_name_is_pinned() -> None:
