@@ -2870,13 +2870,14 @@ class Hub:
         if none is given, if the broker cannot be reached, and if the hub runs on another one or in
         another event loop: there ``Hub().open(…)`` opens a hub of its own.
         """
-        is_running = self.state.loop is not None and self.state.loop.is_running()
+        loop = self.state.loop
+        is_running = loop is not None and loop.is_running()
         if not is_running and self.state.choose(url) is None:
             raise PachinkoError(
                 'hub.open() takes the broker that the app uses, hub.open("nats://localhost:4222"), '
                 f"or finds it in {ENVIRONMENT}"
             )
-        if is_running and url not in (None, self.state.broker):
+        if is_running and url not in (None, self.state.broker) and not is_elsewhere(loop):
             raise PachinkoError("this hub runs on another broker; write hub.open() to use that one")
         program = object()
         own = (
