@@ -205,7 +205,7 @@ async def test_a_worker_that_does_not_end_is_waited_for_once(
 
 
 async def test_it_runs_without_a_lifespan() -> None:
-    """The hub reaches nobody but runs, and workers do, before the first client and until the end."""
+    """Hub and workers run before the first client, and until the end of the block."""
     app, events, hub = new_app(), list[str](), Hub()
     ws = Pachinko(app, "/ws", hub=hub)
     working(ws, events)
@@ -310,10 +310,14 @@ async def test_an_error_in_the_block_ends_it(error: BaseException) -> None:
     events, hub = list[str](), Hub()
     ws = Pachinko(new_app(), "/ws", hub=hub)
     working(ws, events)
-    with pytest.raises(type(error)) as caught:
+
+    async def run() -> None:
         async with ws.running():
             await until(lambda: events)
             raise error
+
+    with pytest.raises(type(error)) as caught:
+        await run()
     assert caught.value is error
     assert events == ["worker starts", "worker ends"] and hub.state.loop is None
 
@@ -347,7 +351,7 @@ async def test_a_second_cancellation_still_stops_the_hub() -> None:
 
 
 async def test_a_block_that_cannot_start_starts_nothing() -> None:
-    """What its other endpoints had begun is stopped again, and the hub in the other loop goes on."""
+    """What other endpoints had begun is stopped; the hub in the other loop goes on."""
     app, free, taken = new_app(), Hub(), Hub()
     events: list[str] = []
     working(Pachinko(app, "/a", hub=free), events)
@@ -367,3 +371,28 @@ async def test_a_block_that_cannot_start_starts_nothing() -> None:
     async with ws.running():
         await until(lambda: len(events) == 2)
     assert free.state.loop is taken.state.loop is None
+
+
+async def test_two_servers_of_one_app_are_counted() -> None:
+    """Each has a lifespan; the first that ends stops nothing."""
+    events, hub = list[str](), Hub()
+    app = with_pool_behind(events, hub)
+    async with serving(app) as first:
+        async with serving(app):
+            await until(lambda: "worker starts" in events)
+            await first.stop()
+            assert "worker ends" not in events and hub.state.loop is not None
+        assert events.count("worker starts") == events.count("worker ends") == 1
+        assert hub.state.loop is None
+
+
+async def test_one_endpoint_alone() -> None:
+    """The others of its app start with a block of their own, or with their first client."""
+    events, app = list[str](), new_app()
+    first, second = (Pachinko(app, f"/{name}", hub=Hub()) for name in ("first", "second"))
+    for ws, name in ((first, "first"), (second, "second")):
+        working(ws, events, name)
+    async with second.running(alone=True):
+        await until(lambda: events)
+        assert first._hub.state.loop is None
+    assert events == ["second starts", "second ends"]
