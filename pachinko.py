@@ -4021,23 +4021,23 @@ class Pachinko:
         """Start the hub with the app (Falcon's middleware for the ASGI lifespan)."""
         self._start()
         self._starts += 1
-        work = functools.partial(self._work, self._starts)
-        if self._app is not None:
-            # Falcon comes to middleware added meanwhile last, and at the shutdown to it first.
-            last = types.SimpleNamespace(process_startup=work, process_shutdown=self._rest)
-            self._app.add_middleware(cast(Any, last))
+        begin = functools.partial(self._start_last, self._starts)
+        app = self._app if event.get("type") == "lifespan.startup" else None
+        if app is not None:  # Falcon starts middleware that is added now last, and stops it first.
+            last = types.SimpleNamespace(process_startup=begin, process_shutdown=self._stop_first)
+            app.add_middleware(cast(Any, last))
         await self._hub.state.connected()
-        if self._app is None:  # Whoever has added it chose its place among the middleware.
-            await work(scope, event)
+        if app is None:  # Whoever has added it, or calls this by hand, has chosen the moment.
+            await begin(scope, event)
 
-    async def _work(self, starts: int, scope: Any, event: Any) -> None:
+    async def _start_last(self, starts: int, scope: Any, event: Any) -> None:
         """Start the workers, when all middleware of the app has started."""
         if starts == self._starts:  # Falcon still has the middleware of earlier starts, too.
             self._start()
             self._runs += 1
             self._start_workers()
 
-    async def _rest(self, scope: Any, event: Any) -> None:
+    async def _stop_first(self, scope: Any, event: Any) -> None:
         """End workers and connections before other middleware closes what they use."""
         if self._runs == 1:
             await self._close_all()
@@ -4052,22 +4052,24 @@ class Pachinko:
     async def process_shutdown(self, scope: Any, event: Any) -> None:
         """Stop with the app: close what is still open with 1012, and wait for its handlers."""
         self._runs = max(0, self._runs - 1)
-        if not self._runs:
-            try:
+        try:
+            if not self._runs:
                 await self._close_all()
-            finally:
+        finally:
+            if not self._runs:  # No `running` block has begun meanwhile.
                 self._loop = None
                 await self._hub.state.stop(self)
 
     async def _close_all(self) -> None:
-        for worker in self._workers:
+        workers, self._is_working = tuple(self._workers), False
+        self._workers.clear()
+        for worker in workers:
             worker.cancel()
         serving = self._hub.state.serving.values()
         sessions = [each for each in serving if each.outgoing.limits is self._limits]
         for session in sessions:
             session.outgoing.close(Close(1012, "the server shuts down"))
-        await self._hub.state.wait_for(sessions, *self._workers)
-        self._workers.clear()  # One that does not end is not waited for again.
+        await self._hub.state.wait_for(sessions, *workers)
 
     def _start(self) -> None:
         """Start once in each loop: with the lifespan, or else with the first connection."""

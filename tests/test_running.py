@@ -113,6 +113,17 @@ async def test_an_app_may_get_more_middleware_between_two_starts() -> None:
     ]  # fmt: skip
 
 
+async def test_a_start_by_hand_starts_the_workers() -> None:
+    """A test, or a wrapper, may call what Falcon calls; nothing of the app is changed."""
+    events, hub, app = list[str](), Hub(), new_app()
+    ws = Pachinko(app, "/ws", hub=hub)
+    working(ws, events)
+    await ws.process_startup({}, {})
+    await until(lambda: events)
+    await ws.process_shutdown({}, {})
+    assert events == ["worker starts", "worker ends"] and hub.state.loop is None
+
+
 async def test_several_endpoints_and_several_pools() -> None:
     """All workers start behind the last pool, and end before the first one is closed."""
     events, hub, app = list[str](), Hub(), new_app()
@@ -195,7 +206,7 @@ async def test_a_worker_that_does_not_end_is_waited_for_once(
     async with ASGIConductor(app):
         await until(lambda: ws._workers)
         (worker,) = ws._workers
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # It begins.
     assert [record.message[:25] for record in caplog.records] == ["not waiting any longer fo"]
     may_end.set()
     await asyncio.wait([worker], timeout=PATIENCE)
@@ -291,6 +302,25 @@ async def test_blocks_may_end_in_any_order() -> None:
     assert events[2:] == ["worker starts", "worker ends"]
 
 
+async def test_a_block_may_begin_while_another_ends() -> None:
+    """The hub goes on, and the workers start anew."""
+    events, hub = list[str](), Hub()
+    ws = Pachinko(new_app(), "/ws", hub=hub)
+    working(ws, events)
+    first, second = ws.running(), ws.running()
+    await first.__aenter__()
+    await until(lambda: events)
+    ending = asyncio.create_task(first.__aexit__(None, None, None))
+    await asyncio.sleep(0)
+    await second.__aenter__()
+    assert not ending.done()
+    await ending
+    assert hub.state.loop is not None and ws._workers
+    await second.__aexit__(None, None, None)
+    assert events.count("worker starts") == events.count("worker ends") == 2
+    assert hub.state.loop is None
+
+
 async def test_a_client_that_came_first_changes_nothing() -> None:
     """Its handshake has started the hub and the workers; the end of the block stops them."""
     events, app = list[str](), new_app()
@@ -325,10 +355,11 @@ async def test_an_error_in_the_block_ends_it(error: BaseException) -> None:
 async def test_a_second_cancellation_still_stops_the_hub() -> None:
     """One that comes while a worker ends cuts the wait for it short."""
     hub, is_stuck, may_end = Hub(), asyncio.Event(), asyncio.Event()
-    ws = Pachinko(new_app(), "/ws", hub=hub)
+    ws, workers = Pachinko(new_app(), "/ws", hub=hub), list[Any]()
 
     @ws.worker
     async def work() -> None:
+        workers.append(asyncio.current_task())
         try:
             await asyncio.Event().wait()
         finally:
@@ -342,12 +373,11 @@ async def test_a_second_cancellation_still_stops_the_hub() -> None:
 
     task = asyncio.create_task(main())
     await asyncio.wait_for(is_stuck.wait(), PATIENCE)
-    (worker,) = ws._workers
     task.cancel()
     await asyncio.wait([task], timeout=PATIENCE)
     assert task.cancelled() and hub.state.loop is None
     may_end.set()
-    await asyncio.wait([worker], timeout=PATIENCE)
+    await asyncio.wait(workers, timeout=PATIENCE)
 
 
 async def test_a_block_that_cannot_start_starts_nothing() -> None:
