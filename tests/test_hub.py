@@ -870,6 +870,17 @@ def test_threads_that_open_one_hub_never_share_it_by_mistake() -> None:
     assert hub.state.loop is None
 
 
+async def test_a_start_just_after_the_end_is_one_of_what_comes_next() -> None:
+    """A thread may have looked the state up before another one has ended it."""
+    hub, program = Hub(), object()
+    found = hub.state
+    await found.stop(object())
+    found.start(program, "memory://")
+    assert found.loop is None and hub.state.loop is asyncio.get_running_loop()
+    await hub.state.stop(program)
+    assert hub.state.loop is None
+
+
 async def test_any_thread_may_read() -> None:
     """While connections, groups and counts change in the loop's thread."""
     ws, is_over, results = endpoint(), threading.Event(), list[Any]()
