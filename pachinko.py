@@ -60,7 +60,7 @@ Map: each section, what it is for, and those above it that it uses.
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         handlers, handshake, outbox, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        handlers, handshake, limits, outgoing, hub, outcomes, session, admission)
+        handlers, handshake, limits, outgoing, connection, hub, outcomes, session, admission)
 """
 
 from __future__ import annotations
@@ -3944,8 +3944,14 @@ class Pachinko:
         A worker that fails is logged and started again, after 1 second, then 2, up to 60.
         """
         check_function(function, "@ws.worker\nasync def clock(): ...", 0)
+        is_late = self._is_working and self._loop is not None and self._loop.is_running()
+        if is_late and is_elsewhere(self._loop):
+            raise PachinkoError(
+                "a worker was added from another thread or event loop than its app's; use "
+                "hub.call_threadsafe(ws.worker, ...)"
+            )
         self._routes.workers.append(function)
-        if self._is_working:
+        if is_late:
             self._start_worker(function)
         return function
 

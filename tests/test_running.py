@@ -212,6 +212,28 @@ async def test_a_worker_that_does_not_end_is_waited_for_once(
     await asyncio.wait([worker], timeout=PATIENCE)
 
 
+async def test_a_worker_is_added_late_in_the_apps_thread_only() -> None:
+    """Another thread is told how, and nothing is added; after the end it may be added anywhere."""
+    ws, runs = Pachinko(new_app(), "/ws", hub=Hub()), list[Any]()
+
+    async def late() -> None:
+        runs.append(asyncio.get_running_loop())
+
+    async def add() -> None:
+        ws.worker(late)
+
+    async with ASGIConductor(ws._app):
+        for elsewhere in (lambda: ws.worker(late), lambda: asyncio.run(add())):
+            with pytest.raises(PachinkoError, match=r"hub\.call_threadsafe\(ws\.worker, \.\.\."):
+                await asyncio.to_thread(elsewhere)
+        await asyncio.to_thread(lambda: ws._hub.call_threadsafe(ws.worker, late).result(PATIENCE))
+        await until(lambda: runs)
+        assert runs == [asyncio.get_running_loop()]
+    await asyncio.to_thread(lambda: asyncio.run(add()))
+    async with ASGIConductor(ws._app):
+        await until(lambda: len(runs) == 3)
+
+
 # Without a lifespan of its own
 
 
