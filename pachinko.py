@@ -3939,7 +3939,7 @@ class Pachinko:
         return register
 
     def worker(self, function: F = _NO_FUNCTION) -> F:
-        """Run ``async def f()`` in the background from the app's start to its shutdown.
+        """Run ``async def f()`` in the background, once the app has started, until its shutdown.
 
         A worker that fails is logged and started again, after 1 second, then 2, up to 60.
         """

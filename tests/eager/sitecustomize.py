@@ -15,4 +15,4 @@ def _eager(self: asyncio.BaseEventLoop, *args: Any, **kwargs: Any) -> None:
     self.set_task_factory(asyncio.eager_task_factory)
 
 
-asyncio.BaseEventLoop.__init__ = _eager  # type: ignore[method-assign]  # loops of any maker
+asyncio.BaseEventLoop.__init__ = _eager
