@@ -2187,7 +2187,7 @@ class Incoming:
         is_reading = self._ahead is not None and not self._ahead.done()
         if self._session.is_handling and not (is_reading or self._has_left or self._is_stopped):
             self.is_direct = False
-            self._ahead = create_task(self._read_ahead())
+            self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
 
     async def _read_ahead(self) -> None:
         inbox, size = self._inbox, sum(map(size_of_event, self._inbox))
