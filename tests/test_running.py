@@ -194,19 +194,19 @@ async def test_a_worker_that_does_not_end_is_waited_for_once(
 ) -> None:
     """The shutdown then goes on, and the log names the worker."""
     monkeypatch.setattr("pachinko._FAREWELL", 0.05)
-    app, may_end = new_app(), asyncio.Event()
+    app, may_end, began = new_app(), asyncio.Event(), asyncio.Event()
     ws = Pachinko(app, "/ws", hub=Hub())
 
     @ws.worker
     async def stubborn() -> None:
+        began.set()
         while not may_end.is_set():
             with contextlib.suppress(asyncio.CancelledError):
                 await may_end.wait()
 
     async with ASGIConductor(app):
-        await until(lambda: ws._workers)
+        await asyncio.wait_for(began.wait(), PATIENCE)
         (worker,) = ws._workers
-        await asyncio.sleep(0)  # It begins.
     assert [record.message[:25] for record in caplog.records] == ["not waiting any longer fo"]
     may_end.set()
     await asyncio.wait([worker], timeout=PATIENCE)
