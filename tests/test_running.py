@@ -80,7 +80,7 @@ def without_path(events: list[str], hub: Hub) -> falcon.asgi.App[Any, Any]:
     return app
 
 
-Make = Callable[[list[str], Hub], falcon.asgi.App[Any, Any]]
+Make = Callable[[list[str], Hub], Any]
 each_order = pytest.mark.parametrize(
     "make", [with_pool_before, with_pool_behind, with_middleware_added_twice, without_path]
 )
