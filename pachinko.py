@@ -52,7 +52,7 @@ Map: each section, what it is for, and those above it that it uses.
     connection — what a handler gets (uses: errors, envelope and message, handshake, outbox)
     registry and relay — this process and all others (uses: errors, limits, outgoing, connection)
     hub — reaches clients from any code (uses: errors, envelope and message, codec, limits,
-        connection, registry and relay)
+        outgoing, connection, registry and relay)
     outcomes — what an exception means (uses: errors, limits)
     stream — a generator in progress (uses: limits)
     session — decode a message, call its handler, answer (uses: errors, envelope and message,
@@ -60,7 +60,7 @@ Map: each section, what it is for, and those above it that it uses.
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         handlers, handshake, outbox, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        handlers, handshake, limits, hub, outcomes, session, admission)
+        handlers, handshake, limits, outgoing, connection, hub, outcomes, session, admission)
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ import random
 import re
 import secrets
 import sys
+import threading
 import time
 import traceback
 import types
@@ -1761,12 +1762,21 @@ def rest_of(steps: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, A
         return end.value
 
 
+def create_task(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Create a task whose code runs after the caller has stored it.
+
+    The task factory of the loop is not asked: with `asyncio.eager_task_factory`, a task may have
+    ended before its creator knows it.
+    """
+    return asyncio.Task(coroutine, loop=asyncio.get_running_loop())
+
+
 def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """Start a task and run it up to where it first waits; before Python 3.12, start it plainly."""
     if sys.version_info >= (3, 12):
         return asyncio.Task(coroutine, loop=asyncio.get_running_loop(), eager_start=True)
     else:
-        return asyncio.get_running_loop().create_task(coroutine)
+        return create_task(coroutine)
 
 
 # Only these two functions have Falcon's private names, which `tests/test_falcon_names.py` pins.
@@ -2239,9 +2249,21 @@ _END_OF_TIME = 1e15  # UNIX seconds; beyond, floats and timers give up
 _LOOK_AT_CLOCK = 600.0  # seconds between two looks at the time of day, which may be set anew
 
 
+def is_elsewhere(loop: asyncio.AbstractEventLoop | None) -> bool:
+    """Return whether *loop* runs in another thread, or another loop runs in this one."""
+    try:
+        return loop is not None and loop is not asyncio.get_running_loop()
+    except RuntimeError:  # No loop runs in this thread.
+        return loop is not None and loop.is_running()
+
+
 @attrs.define(eq=False, repr=False)
 class Connection:
-    """One client. Handlers get it; the hub's methods take it."""
+    """One client. Handlers get it; the hub's methods take it.
+
+    Any thread may read its properties. Its methods, and what sets a property, raise `PachinkoError`
+    in another thread or event loop than the app's: use `Hub.call_threadsafe` there.
+    """
 
     hub: Hub  # the hub of its endpoint
     req: falcon.asgi.Request  # the request of the handshake: headers, cookies, query string
@@ -2256,6 +2278,14 @@ class Connection:
 
     def __repr__(self) -> str:
         return f"<Connection {self.id} {self.outgoing.phase}>"
+
+    def _check(self, call: str) -> None:
+        """Refuse a *call* from another thread or event loop, as the hub's methods do."""
+        if is_elsewhere(self.hub.state.loop):
+            raise PachinkoError(
+                "a connection was used from another thread or event loop than its app's; "
+                f"use conn.hub.call_threadsafe({call})"
+            )
 
     @property
     def context(self) -> Any:
@@ -2284,6 +2314,7 @@ class Connection:
 
     @user.setter
     def user(self, user: str | None) -> None:
+        self._check('setattr, conn, "user", ...')
         if user is not None and not isinstance(user, str):
             raise TypeError(f"a user is a str or None, got {user!r}; write conn.user = str(...)")
         if self.outgoing.is_answered:
@@ -2302,6 +2333,7 @@ class Connection:
 
     @expires_at.setter
     def expires_at(self, at: float | None) -> None:
+        self._check('setattr, conn, "expires_at", ...')
         if at is not None and not (type(at) in (int, float) and abs(at) < _END_OF_TIME):
             raise TypeError(f"expires_at is UNIX seconds, such as time.time() + 3600; got {at!r}")
         self._expires_at = at
@@ -2331,6 +2363,8 @@ class Connection:
         gone, or stays behind for `send_timeout` seconds (and is then evicted with 1013). In a
         connect handler it returns at once, and the message goes out after the handshake.
         """
+        if asyncio.get_running_loop() is not self.hub.state.loop:  # PERF: it mostly is.
+            self._check("conn.send, ...")
         type, payload = split_message(message, payload)
         await self.outgoing.send(text_event(self.hub.state.codec.encode(type, payload)))
         self._sends += 1
@@ -2339,14 +2373,17 @@ class Connection:
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Begin to close, once, after what was sent before. Raises what `Close` does."""
+        self._check("conn.close, ...")
         self.outgoing.close(Close(code, reason))
 
     async def join(self, group: str) -> None:
         """Add the connection to *group*, as `Hub.join` does."""
+        self._check("conn.join, ...")
         await self.hub.join(group, self)
 
     async def leave(self, group: str) -> None:
         """Remove the connection from *group*, as `Hub.leave` does."""
+        self._check("conn.leave, ...")
         await self.hub.leave(group, self)
 
 
@@ -2585,12 +2622,12 @@ class Registry:
             conn = self.connections.get(name)
             return {conn: conn.outgoing} if conn is not None else {}
         if kind is Kind.EVERYBODY:
-            return {conn: conn.outgoing for conn in self.connections.values()}
+            return {conn: conn.outgoing for conn in tuple(self.connections.values())}
         return self._tables[kind].get(name, {})
 
     def accepted(self, kind: Kind, name: str) -> frozenset[Connection]:
-        """Return the receivers whose handshake has been answered."""
-        found = self.receivers(kind, name).items()
+        """Return the receivers whose handshake has been answered. Any thread may call it."""
+        found = tuple(self.receivers(kind, name).items())  # A loop over it could see a change.
         return frozenset(conn for conn, outgoing in found if outgoing.is_answered)
 
     def deliver(self, kind: Kind, name: str, data: bytes, excluded: Collection[str]) -> Sending:
@@ -2605,6 +2642,10 @@ class Registry:
         """Close the receivers, behind what was sent to them before."""
         for outgoing in tuple(self.receivers(kind, name).values()):
             outgoing.close(close)
+
+
+_turn = threading.RLock()  # Only one thread at a time starts or ends a hub.
+_OWN_HUB = 'give this app one of its own: Pachinko(app, "/ws", hub=Hub())'
 
 
 @attrs.define(eq=False)
@@ -2625,34 +2666,38 @@ class HubState:
     relay: Relay = attrs.Factory(LocalRelay)
     registry: Registry = attrs.Factory(lambda self: Registry(self.relay, self.process), True)
     _apps: set[object] = attrs.Factory(set)
+    _next: HubState | None = None  # the state of the hub after the end of this one
 
     def choose(self, url: Given = None) -> Given:
         """Return the broker to use: *url*, else the configured one, else the environment's."""
         return url if url is not None else self.url or os.environ.get(ENVIRONMENT) or None
 
-    def start(self, app: object, url: Given = None) -> None:
-        """Serve *app* in the running loop. Raises `PachinkoError` in a second loop."""
+    def start(self, app: object, url: Given = None, own: str = _OWN_HUB) -> None:
+        """Serve *app* in the running loop. In a second loop, raise `PachinkoError` with *own*."""
         loop = asyncio.get_running_loop()
-        if self.loop is None:
-            broker = self.choose(url)
-            self.relay = open_relay(broker, self.namespace)
-            self.registry = Registry(self.relay, self.process)
-            self.loop, self.broker = loop, broker
-            self.drains.clear()  # A call before the start has drained nobody.
-        elif self.loop is not loop and self.loop.is_running():
-            raise PachinkoError(
-                "this hub serves an app in another event loop; give this app one of its own: "
-                'Pachinko(app, "/ws", hub=Hub())'
-            )
-        elif self.loop is not loop:  # The earlier loop has ended without a shutdown.
-            return self._end().start(app, url)
-        self._apps.add(app)
+        with _turn:
+            if self._next is not None:  # Another thread has stopped the hub just now.
+                return self._next.start(app, url, own)
+            if self.loop is None:
+                broker = self.choose(url)
+                self.relay = open_relay(broker, self.namespace)
+                self.registry = Registry(self.relay, self.process)
+                self.loop, self.broker = loop, broker
+                self.drains.clear()  # A call before the start has drained nobody.
+            elif self.loop is not loop and self.loop.is_running():
+                raise PachinkoError(f"this hub runs in another thread or event loop; {own}")
+            elif self.loop is not loop:  # The earlier loop has ended without a shutdown.
+                return self._end().start(app, url, own)
+            self._apps.add(app)
 
     async def stop(self, app: object) -> None:
         """Stop serving *app*; with the last one the hub gets a new state."""
-        self._apps.discard(app)
-        if not self._apps:
-            self._end()
+        with _turn:
+            self._apps.discard(app)
+            is_over = not self._apps
+            if is_over:
+                self._end()
+        if is_over:
             await self.relay.stop()
 
     def _end(self) -> HubState:
@@ -2661,7 +2706,8 @@ class HubState:
         for call in tuple(self.calls):
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 call.set_exception(PachinkoError("the hub has stopped before it was done"))
-        return self.replace()
+        self._next = self.replace()
+        return self._next
 
     def submit(self, work: Callable[[], Any]) -> concurrent.futures.Future[Any]:
         """Call *work* in the loop, and await its result. Raises `PachinkoError` without a loop.
@@ -2839,18 +2885,24 @@ class Hub:
         """Use the hub in a program without an app: ``async with hub.open("redis://…"):``.
 
         By default, *url* is that of `configure` or ``PACHINKO_BACKPLANE``. Raises `PachinkoError`
-        if none is given, if the broker cannot be reached, and if the hub runs on another one.
+        if none is given, if the broker cannot be reached, and if the hub runs on another one or in
+        another event loop: there ``Hub().open(…)`` opens a hub of its own.
         """
-        is_running = self.state.loop is not None and self.state.loop.is_running()
+        loop = self.state.loop
+        is_running = loop is not None and loop.is_running()
         if not is_running and self.state.choose(url) is None:
             raise PachinkoError(
                 'hub.open() takes the broker that the app uses, hub.open("nats://localhost:4222"), '
                 f"or finds it in {ENVIRONMENT}"
             )
-        if is_running and url not in (None, self.state.broker):
+        if is_running and url not in (None, self.state.broker) and not is_elsewhere(loop):
             raise PachinkoError("this hub runs on another broker; write hub.open() to use that one")
         program = object()
-        self.state.start(program, url)
+        own = (
+            "call it there, hub.call_threadsafe(hub.send, ...), or open one of this thread's own, "
+            "which connects to the broker once more: async with Hub().open(...) as hub:"
+        )
+        self.state.start(program, url, own)
         try:
             await self.state.relay.connected()
             yield self
@@ -2862,7 +2914,7 @@ class Hub:
         if not isinstance(name, str):
             raise TypeError(f"a {what} is named by a str, got {name!r}")
         loop = self.state.loop
-        if loop is not None and loop is not asyncio.get_running_loop():
+        if is_elsewhere(loop):
             raise PachinkoError(
                 "the hub was called from another thread or event loop than its app's; "
                 'use hub.call_threadsafe(hub.send, "room:1", ...)'
@@ -2923,19 +2975,19 @@ class Hub:
         self.state.registry.leave(group, conn)
 
     def members(self, group: str) -> frozenset[Connection]:
-        """Return the accepted connections of this process in *group*."""
+        """Return the accepted connections of this process in *group*. Any thread may ask."""
         if not isinstance(group, str):
             raise TypeError(f"a group is named by a str, got {group!r}")
         return self.state.registry.accepted(Kind.GROUP, group)
 
     @property
     def connections(self) -> frozenset[Connection]:
-        """The accepted connections of this process."""
+        """The accepted connections of this process. Any thread may ask."""
         return self.state.registry.accepted(Kind.EVERYBODY, "all")
 
     @property
     def groups(self) -> frozenset[str]:
-        """The groups that have a member in this process."""
+        """The groups that have a member in this process. Any thread may ask."""
         return frozenset(self.state.registry.groups)
 
     async def send(
@@ -3021,7 +3073,7 @@ class Hub:
         self._check()
         # A task of its own does it: the caller may be a handler, and cancelled with its client.
         work = self.state.close_all(seconds, asyncio.current_task())
-        self.state.drains.append(task := asyncio.get_running_loop().create_task(work))
+        self.state.drains.append(task := create_task(work))
         await asyncio.shield(task)
 
     @typing.overload
@@ -3044,7 +3096,7 @@ class Hub:
         return self.state.submit(functools.partial(function, *args, **kwargs))
 
     def stats(self) -> dict[str, int]:
-        """Return counts since the start, of this process.
+        """Return counts since the start, of this process. Any thread may ask.
 
         ``connections``, ``groups`` (now); ``received``, ``sent`` (frames); ``dropped`` (messages),
         ``evicted`` (connections); ``outbox_high_water`` (messages); ``late`` (answers
@@ -3053,7 +3105,7 @@ class Hub:
         ``errors`` in all, and ``errors.<code>`` for each code that was answered.
         """
         state = self.state
-        counts, sessions = state.counts, state.serving.values()
+        counts, sessions = state.counts.copy(), tuple(state.serving.values())
         errors = {name: count for name, count in counts.items() if name.startswith("errors.")}
         return {
             "connections": len(self.connections),
@@ -3076,8 +3128,11 @@ def _forget_parent() -> None:
         each.state.replace()
 
 
-# Without fork (on Windows) `os` has no such function.
-getattr(os, "register_at_fork", lambda **_: None)(after_in_child=_forget_parent)
+# Without fork (on Windows) `os` has no such function. A lock that another thread holds would stay
+# locked in the child for ever.
+_at_fork = getattr(os, "register_at_fork", lambda **_: None)
+_at_fork(before=_turn.acquire, after_in_parent=_turn.release, after_in_child=_turn.release)
+_at_fork(after_in_child=_forget_parent)
 
 hub: Hub = Hub()
 """The hub of the process. It holds no event loop and no connection before an app starts."""
@@ -3501,7 +3556,7 @@ class Session:
             work = self._stream(handler, message, stream)
         else:
             work = self._perform(handler, message)
-        task = asyncio.get_running_loop().create_task(work)
+        task = create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
@@ -3808,7 +3863,10 @@ class Pachinko:
         self._subprotocols = texts(subprotocols, "subprotocols")
         self._routes = Routes()
         self._loop: asyncio.AbstractEventLoop | None = None  # once started
+        self._runs = 0  # lifespans and `running` blocks in progress
+        self._is_working = False  # workers have been started
         self._workers: set[asyncio.Task[None]] = set()
+        self._starts = 0  # lifespans that have begun
         if app is not None or path is not None:
             self._attach(app, path)
 
@@ -3945,13 +4003,19 @@ class Pachinko:
         return register
 
     def worker(self, function: F = _NO_FUNCTION) -> F:
-        """Run ``async def f()`` in the background from the app's start to its shutdown.
+        """Run ``async def f()`` in the background, once the app has started, until its shutdown.
 
         A worker that fails is logged and started again, after 1 second, then 2, up to 60.
         """
         check_function(function, "@ws.worker\nasync def clock(): ...", 0)
+        is_late = self._is_working and self._loop is not None and self._loop.is_running()
+        if is_late and is_elsewhere(self._loop):
+            raise PachinkoError(
+                "a worker was added from another thread or event loop than its app's; use "
+                "hub.call_threadsafe(ws.worker, ...)"
+            )
         self._routes.workers.append(function)
-        if self._loop is not None:
+        if is_late:
             self._start_worker(function)
         return function
 
@@ -3983,6 +4047,8 @@ class Pachinko:
         if ws.closed:
             return  # A middleware has refused it.
         self._start()
+        if not self._is_working:  # The server has no lifespan.
+            self._start_workers()
         if self._hub.draining:
             await ws.close(3503)  # Before accept this is HTTP 403, like all of Falcon's refusals.
             return
@@ -4000,10 +4066,51 @@ class Pachinko:
             session.release()
             state.leave(session)
 
+    @contextlib.asynccontextmanager
+    async def running(self, *, alone: bool = False) -> AsyncGenerator[None, None]:
+        """Run hub and workers where the app's lifespan does not run: ``async with ws.running():``.
+
+        An app that is mounted in another one gets no lifespan; the block goes into that of the
+        other. It is for all endpoints of the app, or for this one *alone*. Inside another block, or
+        beside the lifespan, nothing is started twice, and the last of them to end stops: clients
+        are closed with 1012, and their handlers have `linger`. Raises `PachinkoError` if the hub
+        runs in another thread or event loop.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            for key, each in tuple(_attached.items()):
+                if not alone and key[0] == id(self._app) and each is not self:
+                    await stack.enter_async_context(each.running(alone=True))
+            self._start()
+            self._runs += 1
+            stack.push_async_callback(self.process_shutdown, None, None)
+            await self._hub.state.connected()
+            self._start_workers()
+            yield
+
     async def process_startup(self, scope: Any, event: Any) -> None:
-        """Start with the app (Falcon's middleware for the ASGI lifespan)."""
+        """Start the hub with the app (Falcon's middleware for the ASGI lifespan)."""
         self._start()
+        self._starts += 1
+        begin = functools.partial(self._start_last, self._starts)
+        app = self._app if event.get("type") == "lifespan.startup" else None
+        if app is not None:  # Falcon starts middleware that is added now last, and stops it first.
+            last = types.SimpleNamespace(process_startup=begin, process_shutdown=self._stop_first)
+            app.add_middleware(cast(Any, last))
         await self._hub.state.connected()
+        if app is None:  # Whoever has added it, or calls this by hand, has chosen the moment.
+            await begin(scope, event)
+
+    async def _start_last(self, starts: int, scope: Any, event: Any) -> None:
+        """Start the workers, when all middleware of the app has started."""
+        if starts == self._starts:  # Falcon still has the middleware of earlier starts, too.
+            self._start()
+            self._runs += 1
+            self._start_workers()
+
+    async def _stop_first(self, scope: Any, event: Any) -> None:
+        """End workers and connections before other middleware closes what they use."""
+        if self._runs == 1:
+            await self._close_all()
 
     async def process_resource_ws(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, resource: Any, params: Any
@@ -4014,29 +4121,43 @@ class Pachinko:
 
     async def process_shutdown(self, scope: Any, event: Any) -> None:
         """Stop with the app: close what is still open with 1012, and wait for its handlers."""
-        for worker in self._workers:
+        self._runs = max(0, self._runs - 1)
+        try:
+            if not self._runs:
+                await self._close_all()
+        finally:
+            if not self._runs:  # No `running` block has begun meanwhile.
+                self._loop = None
+                await self._hub.state.stop(self)
+
+    async def _close_all(self) -> None:
+        workers, self._is_working = tuple(self._workers), False
+        self._workers.clear()
+        for worker in workers:
             worker.cancel()
         serving = self._hub.state.serving.values()
         sessions = [each for each in serving if each.outgoing.limits is self._limits]
         for session in sessions:
             session.outgoing.close(Close(1012, "the server shuts down"))
-        await self._hub.state.wait_for(sessions, *self._workers)
-        self._loop = None
-        await self._hub.state.stop(self)
+        await self._hub.state.wait_for(sessions, *workers)
 
     def _start(self) -> None:
         """Start once in each loop: with the lifespan, or else with the first connection."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._hub.state.start(self)
-            self._loop = loop
+            self._loop, self._runs, self._is_working = loop, 0, False
             self._routes.start(self._hub.state.codec)
             self._workers.clear()
+
+    def _start_workers(self) -> None:
+        if not self._is_working:
+            self._is_working = True
             for function in self._routes.workers:
                 self._start_worker(function)
 
     def _start_worker(self, function: Callable[[], Awaitable[None]]) -> None:
-        task = cast(asyncio.AbstractEventLoop, self._loop).create_task(_keep_working(function))
+        task = create_task(_keep_working(function))
         self._workers.add(task)
         task.add_done_callback(self._workers.discard)
 

@@ -623,6 +623,26 @@ async def test_the_test_that_is_shown(falcon_page: Any) -> None:
     await falcon_page.test_where()
 
 
+async def test_what_workers_use_is_open(
+    falcon_page: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The page's worker starts behind the pool, which was added after its endpoint."""
+    states: list[bool] = []
+    startup = falcon_page.Pool.process_startup
+
+    async def slow(self: Any, scope: object, event: object) -> None:
+        states.append(bool(falcon_page.board._workers))
+        await asyncio.sleep(0.02)
+        await startup(self, scope, event)
+
+    monkeypatch.setattr(falcon_page.Pool, "process_startup", slow)
+    async with serving(falcon_page.app):
+        assert falcon_page.pool.is_open
+        await until(lambda: not falcon_page.board._workers)
+    assert states == [False] and not falcon_page.pool.is_open
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 @pytest.mark.parametrize("queue", [0, 4])
 async def test_attached_by_hand(falcon_page: Any, queue: int) -> None:
     """The app made without app and path works, whatever the size of the app's receive queue."""

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -757,6 +758,10 @@ def test_a_flask_app_reaches_users(room: str, enter: Enter) -> None:
             ada.frames.clear()
             until(lambda: post("second") == 200)
             assert ada.next("notice") == {"text": "second"}
+            texts = [f"at once {n}" for n in range(10)]
+            with ThreadPoolExecutor(len(texts)) as threads:
+                assert list(threads.map(post, texts)) == [200] * len(texts)
+            assert sorted(ada.next("notice")["text"] for _ in texts) == texts
     assert "Traceback" not in flask.text
 
 
