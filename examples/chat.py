@@ -125,7 +125,5 @@ app.add_route("/", Page())
 if __name__ == "__main__":
     host, port = os.environ.get("HOST", "127.0.0.1"), int(os.environ.get("PORT", "8000"))
     with contextlib.suppress(OSError), socket.create_connection((host, port), 1):
-        sys.exit(
-            f"port {port} is already in use; choose another: PORT={port + 1} python {sys.argv[0]}"
-        )
+        sys.exit(f"port {port} is already in use; write PORT={port + 1} in front of the command")
     uvicorn.run(app, host=host, port=port)
