@@ -457,6 +457,12 @@ class Frame(msgspec.Struct):
     payload: Any = UNSET
 
 
+class Head(msgspec.Struct):
+    """The type of a text frame, read without its payload."""
+
+    type: str
+
+
 class Received(msgspec.Struct, gc=False):
     """A frame of a known type. Each type has a class of its own, made by `frame_class`."""
 
@@ -502,6 +508,7 @@ class BadFrame(MessageError):
 
 _no_frame = frame_class("$none", Any)
 _decode_frame = msgspec.json.Decoder(Frame).decode
+_decode_head = msgspec.json.Decoder(Head).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -541,6 +548,18 @@ def decode_or_error(text: str) -> Frame | BadFrame:
     else:  # msgspec has refused an earlier "type" or "id"; the last one is right
         text = '"type" or "id" is there twice'
     return BadFrame("invalid_envelope", text, None if is_wrong else id)
+
+
+def type_in(text: str) -> str | None:
+    """Return the type of a text frame, or None if it is no message. Its payload is not built."""
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+        return _decode_head(text).type
+    return None
+
+
+def is_answer(type: str) -> bool:
+    """Tell whether a message of *type* from a client answers the server and gets no answer."""
+    return type == "error" or type.endswith(".reply")
 
 
 def json_name(value: object) -> str:
@@ -2091,9 +2110,11 @@ def write_batches(receivers: list[Outgoing], event: Event, left: list[Outgoing])
 # ── incoming ──────────────────────────────────────────────────────────────────────────────────
 #
 # `Incoming` is the reading half of a connection, whose own task reads and runs the handlers. While
-# one of these is suspended, a second task reads a few frames ahead, to notice a disconnect.
+# one of these is suspended, a second task reads ahead. It notices a disconnect, and lets some
+# messages overtake those that wait for the handler.
 
-_READ_AHEAD = 8  # frames: enough to notice a disconnect behind some messages, and bounded
+_HELD = 256  # frames that wait for a handler; the client's TCP connection holds the rest back
+_HELD_BEFORE_TOKEN = 8  # frames of a client that is not known yet
 
 
 def size_of(frame: str | bytes) -> int:
@@ -2119,7 +2140,8 @@ class Incoming:
     received: int = 0  # frames
     _has_left: bool = False  # the client has gone; the frames before that are still handled
     _is_stopped: bool = False  # the server closes, and no frame is handled any more
-    _inbox: list[Event] = attrs.Factory(list)  # frames that were read ahead
+    _inbox: list[Event] = attrs.Factory(list)  # frames that were read ahead, and wait
+    _size: int = 0  # bytes in the inbox
     _ahead: asyncio.Task[None] | None = None
 
     def accept(self, event: Event | None) -> typing.TypeGuard[Event]:
@@ -2144,26 +2166,26 @@ class Incoming:
                 return await self.receive()
             await self._ahead
             self._ahead = None
-        return self._inbox.pop(0)
+        event = self._inbox.pop(0)
+        self._size -= size_of_event(event)
+        return event
 
     async def first_token(self) -> Frame:
         """Return the first ``authenticate`` message. Raises `Close` and `WebSocketDisconnected`."""
-        size = 0
         while True:
             event = await self.receive()
             if event["type"] != "websocket.receive":
                 raise falcon.WebSocketDisconnected(self._disconnected(event))
             text = event.get("text")
-            size += size_of_event(event)
-            if size > self._max_size:
+            if self._size + size_of_event(event) > self._max_size:
                 raise Close(1009, f"more than {self._max_size} bytes")
             frame = decode_or_error(text) if text is not None else None
             if isinstance(frame, Frame) and frame.type == "authenticate":
                 self.received += 1
                 return frame
-            self._inbox.append(event)  # It is handled once the client is in.
+            self._hold(event)  # It is handled once the client is in.
             self.is_direct = False
-            if len(self._inbox) > _READ_AHEAD:
+            if len(self._inbox) > _HELD_BEFORE_TOKEN:
                 raise Close(UNAUTHENTICATED, "authenticate first")
 
     def watch(self) -> None:
@@ -2180,15 +2202,24 @@ class Incoming:
             self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
 
     async def _read_ahead(self) -> None:
-        inbox, size = self._inbox, sum(map(size_of_event, self._inbox))
-        while self._session.is_handling and len(inbox) < _READ_AHEAD and size <= self._max_size:
+        while (
+            self._session.is_handling and len(self._inbox) < _HELD and self._size <= self._max_size
+        ):
             event = await self.receive()
             if event["type"] != "websocket.receive":
                 self._disconnected(event)
                 return
-            if not self._session.takes(event):
-                inbox.append(event)
-                size += size_of_event(event)
+            work = self._session.overtakes(event) if self._session.is_handling else None
+            if work is None:
+                self._hold(event)
+            else:
+                self.received += 1
+                await work  # A client that does not read its answers is read no further either.
+
+    def _hold(self, event: Event) -> None:
+        """Let the frame wait for its turn."""
+        self._inbox.append(event)
+        self._size += size_of_event(event)
 
     def _disconnected(self, event: Event) -> int:
         """Take the server's report that the client has gone; return the close code."""
@@ -2201,6 +2232,7 @@ class Incoming:
         """Handle no more frames, not even those that were read ahead."""
         self._is_stopped, self.is_direct = True, False
         self._inbox.clear()
+        self._size = 0
         if self._session.is_handling and self._ahead is not None:
             self._ahead.cancel()  # granian's send(close) waits while a receive is pending.
 
@@ -3029,7 +3061,8 @@ class Hub:
         """Return counts since the start, of this process.
 
         ``connections``, ``groups`` (now); ``received``, ``sent`` (frames); ``dropped`` (messages),
-        ``evicted`` (connections); ``outbox_high_water`` (messages); ``refused`` (messages from the
+        ``evicted`` (connections); ``outbox_high_water`` (messages); ``late`` (answers
+        of clients that nobody waited for); ``refused`` (messages from the
         broker that are not ours), ``outages`` (of it), ``broker_down`` (1 while it is away, or 0);
         ``errors`` in all, and ``errors.<code>`` for each code that was answered.
         """
@@ -3044,6 +3077,7 @@ class Hub:
             "dropped": counts["dropped"],
             "evicted": counts["evicted"],
             "outbox_high_water": counts["outbox_high_water"],
+            "late": counts["late"],
             **state.relay.stats(),
             "errors": sum(errors.values()),
             **errors,
@@ -3192,8 +3226,8 @@ class Session:
     """What one connection does: the handler in progress, its streams, tasks and limits."""
 
     __slots__ = (
-        "_ended", "_hub_state", "_life", "_limits", "_rate", "_streams", "conn", "incoming",
-        "is_handling", "outgoing", "routes", "tasks",
+        "_ended", "_hub_state", "_is_serving", "_life", "_limits", "_rate", "_streams", "conn",
+        "incoming", "is_handling", "outgoing", "routes", "tasks",
     )  # fmt: skip
 
     def __init__(
@@ -3209,6 +3243,7 @@ class Session:
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
         self.conn: Connection = Connection(hub, req, ws, params, id, self.outgoing)
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
+        self._is_serving = False  # messages are handled
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
         self._streams: dict[Id, Stream] = _NONE
         self._rate = Rate(*limits.rate) if limits.rate is not None else None
@@ -3239,13 +3274,30 @@ class Session:
         mark_closed(self.conn.ws, code)
         self.outgoing.lost(code)
 
-    def takes(self, event: Event) -> bool:
-        """Stop a stream if *event* is a ``complete`` with its id; return whether it was one."""
+    def overtakes(self, event: Event) -> Awaitable[None] | None:
+        """Return what handles the frame at once, while a handler waits, or None if it is held.
+
+        A concurrent handler, a stream, its end, a ``$ping`` and an answer wait for nobody. A frame
+        counts for the rate when it has come: its handler may be called much later, with many.
+        """
+        if not self._is_serving:
+            return None
         text = event.get("text")
-        if not self._streams or text is None or '"complete"' not in text:
-            return False
-        frame = decode_or_error(text) if size_of(text) <= self._limits.max_size else None
-        return isinstance(frame, Frame) and frame.type == "complete" and self._complete(frame.id)
+        type = type_in(text) if text is not None and len(text) <= self._limits.max_size else None
+        if text is not None and type is not None:
+            if type in ("complete", "$ping") or is_answer(type):
+                return self._refuse(event)
+            handler = self.routes.handlers.get(type)
+            if handler is not None and handler.is_concurrent and not is_too_deep(text):
+                with contextlib.suppress(
+                    Exception, SystemExit
+                ):  # It is refused when its turn comes.
+                    message = self.routes.decode(text)
+                    if message.handler is handler:
+                        return self._handle(event, handler, message)
+        if (wait := self._wait_for_rate(event)) > 0:
+            return self._refuse_rate(wait, None if text is None else decode_or_error(text).id)
+        return None
 
     def _complete(self, id: Id | None) -> bool:
         """Stop the stream *id*; return whether there is one."""
@@ -3273,6 +3325,7 @@ class Session:
         # PERF: reading is inlined. A coroutine or a call of its own would add 3 % to a message.
         incoming, receive, routes = self.incoming, self.incoming.receive, self.routes
         is_cancelled, rate, self.is_handling = current_task().cancelling, self._rate, False
+        self._is_serving = True
         # No text of at most this length is too deep or too large: a character has up to 4 bytes.
         max_size = self._limits.max_size
         short = min(2 * _MAX_DEPTH, max_size // 4)
@@ -3293,20 +3346,27 @@ class Session:
                 try:
                     message = routes.decode(text)
                 except (Exception, SystemExit) as exc:  # A validator may raise anything.
-                    await self._refuse(text, exc)
+                    await self._refuse(event, exc)
                 else:
                     handler = message.handler
                     if handler is None:
-                        await self._refuse(text)
-                    elif rate is not None and await self._is_limited(rate, message.id):
-                        pass
-                    elif handler.is_concurrent:
-                        await self._start_task(handler, message)
+                        await self._refuse(event)
+                    elif rate is not None or handler.is_concurrent:
+                        await self._handle(event, handler, message)
                     else:
                         await self._perform(handler, message)
             self.is_handling = False
             if is_cancelled():
                 forget_cancellations()
+
+    async def _handle(self, event: Event, handler: Handler, message: Received) -> None:
+        """Call the handler, or start it in a task, unless the rate does not allow that."""
+        if (wait := self._wait_for_rate(event)) > 0:
+            await self._refuse_rate(wait, message.id)
+        elif handler.is_concurrent:
+            await self._start_task(handler, message)
+        else:
+            await self._perform(handler, message)
 
     async def _handle_odd(self, event: Event) -> None:
         """Handle a frame that is too large, too deep, or binary."""
@@ -3314,10 +3374,12 @@ class Session:
         if size_of_event(event) > self._limits.max_size:
             self.outgoing.close(Close(1009, f"more than {self._limits.max_size} bytes"))
         elif text is not None:
-            await self._refuse(text)
+            await self._refuse(event)
         elif binary is None:
             self.outgoing.close(Close(1003, "binary frames are not handled"))
-        elif self._rate is None or not await self._is_limited(self._rate, None):
+        elif (wait := self._wait_for_rate(event)) > 0:
+            await self._refuse_rate(wait, None)
+        else:
             await self._handle_raw(binary, event["bytes"])
 
     async def _perform(self, handler: Handler, message: Received) -> None:
@@ -3384,16 +3446,27 @@ class Session:
         except BaseException as exc:  # A bug is answered, not passed on.
             await self._fail(exc, None, None)
 
-    async def _refuse(self, text: str, exc: Any = None) -> None:
-        """Find out why *text* is no message for a handler, and answer that."""
+    async def _refuse(self, event: Event, exc: Any = None) -> None:
+        """Find out why the text is no message for a handler, and answer that."""
+        text = event["text"]
         frame = decode_or_error(text)  # PERF: decoding anew costs only those who send such text.
-        is_complete = isinstance(frame, Frame) and frame.type == "complete"
-        if is_complete and self._complete(frame.id):
+        type, id = (frame.type if isinstance(frame, Frame) else ""), frame.id
+        if type == "complete" and self._complete(id):
             return  # The rate limit never refuses this, because it lessens the load.
-        id = None if is_complete else frame.id  # The stream has had its final answer.
-        is_refused = self._rate is not None and await self._is_limited(self._rate, id)
-        if is_refused or is_complete:
+        if is_answer(type):  # It has come too late, or nobody has asked.
+            self._hub_state.counts["late"] += 1
             return
+        if (wait := self._wait_for_rate(event)) > 0:
+            # The stream that a "complete" meant has had its final answer.
+            await self._refuse_rate(wait, None if type == "complete" else id)
+        elif type == "$ping":
+            await self._send(_encode(Sent("$pong", id)))
+        elif type != "complete":
+            await self._explain(text, frame, exc)
+
+    async def _explain(self, text: str, frame: Frame | BadFrame, exc: Any) -> None:
+        """Give the text to the fallback, or tell the client what is wrong with it."""
+        id = frame.id
         handler = self.routes.handlers.get(frame.type) if isinstance(frame, Frame) else None
         if isinstance(frame, Frame) and handler is not None:
             error = handler.refusal(frame.payload, self._hub_state.codec, exc)
@@ -3406,16 +3479,22 @@ class Session:
             error = MessageError("unknown_type", f"no handler for {frame.type[:80]!r}")
             await self._send_error(error, id)
 
-    async def _is_limited(self, rate: Rate, id: Id | None) -> bool:
-        """Apply the rate limit. If it refuses the message *id*, tell the client and return True."""
-        retry_after = rate.take(time.monotonic())
+    def _wait_for_rate(self, event: Event) -> float:
+        """Count the frame, once; return 0.0, or the seconds until the rate admits it."""
+        if self._rate is None or event.get("is_counted"):
+            return 0.0
+        event["is_counted"] = True
+        return self._rate.take(time.monotonic())
+
+    async def _refuse_rate(self, wait: float, id: Id | None) -> None:
+        """Tell the client to wait for some seconds; close if it has sent far too much."""
+        rate = cast(Rate, self._rate)
         if rate.is_abused:
             self.outgoing.close(Close(1008, "too many messages"))
-        elif retry_after:
+        else:
             text = f"at most {rate.count} messages in {rate.seconds} s"
-            error = MessageError("rate_limited", text, retry_after=round(retry_after, 3))
+            error = MessageError("rate_limited", text, retry_after=round(wait, 3))
             await self._send_error(error, id)
-        return retry_after > 0
 
     async def _start_task(self, handler: Handler, message: Received) -> None:
         """Start a concurrent handler or a stream in a task of its own."""
