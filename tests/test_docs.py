@@ -1035,7 +1035,7 @@ def test_a_command_can_be_typed(command: str, page: str) -> None:
             or (ROOT / "benchmarks" / f"{module}.py").is_file()
         )
     elif program == "python3" and rest[0] not in ("-c", "serve.py", "pachinko_cluster.py"):
-        # The second is shown on its page; the companion is not in the tree when the wheel is tested.
+        # The second is shown on its page. The wheel is tested in a tree without the companion.
         assert (ROOT / rest[0]).is_file(), command
     if "tox run -e" in command:
         tox = configparser.ConfigParser(interpolation=None)
