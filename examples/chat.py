@@ -1,5 +1,6 @@
 """A chat: rooms by path, nicknames, who is here, who is typing, a sum, and the server's clock.
 
+    python3 -m pip install ".[server]"      # in the checkout, once
     python3 examples/chat.py                # at http://127.0.0.1:8000/
     PORT=8001 python3 examples/chat.py      # at another port; HOST=0.0.0.0 lets in other machines
     uvicorn --app-dir examples chat:app     # the same app, with uvicorn's own options

@@ -1,5 +1,6 @@
 """A cron job that sends a notice to a group of the Falcon app's clients.
 
+    python3 -m pip install ".[nats]"
     PACHINKO_BACKPLANE=nats://localhost:4222 python3 examples/notify_cron.py room:lobby "Saved"
 
 The exit status is 0 when the broker has taken the message, and 2 for a wrong command line. It is 1,

