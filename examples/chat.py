@@ -5,8 +5,7 @@
     PORT=8001 python3 examples/chat.py      # at another port; HOST=0.0.0.0 lets in other machines
     uvicorn --app-dir examples chat:app     # the same app, with uvicorn's own options
 
-A client sends ``enter`` first. The answer is ``welcome``, with the client's own id and everybody
-who is here. It is the first message that the client gets.
+A client sends ``enter`` first, and gets ``welcome`` with its own id and everybody who is here.
 """
 
 import asyncio
