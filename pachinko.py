@@ -457,12 +457,6 @@ class Frame(msgspec.Struct):
     payload: Any = UNSET
 
 
-class Head(msgspec.Struct):
-    """The type of a text frame, read without its payload."""
-
-    type: str
-
-
 class Received(msgspec.Struct, gc=False):
     """A frame of a known type. Each type has a class of its own, made by `frame_class`."""
 
@@ -508,7 +502,6 @@ class BadFrame(MessageError):
 
 _no_frame = frame_class("$none", Any)
 _decode_frame = msgspec.json.Decoder(Frame).decode
-_decode_head = msgspec.json.Decoder(Head).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -548,13 +541,6 @@ def decode_or_error(text: str) -> Frame | BadFrame:
     else:  # msgspec has refused an earlier "type" or "id"; the last one is right
         text = '"type" or "id" is there twice'
     return BadFrame("invalid_envelope", text, None if is_wrong else id)
-
-
-def type_in(text: str) -> str | None:
-    """Return the type of a text frame, or None if it is no message. Its payload is not built."""
-    with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
-        return _decode_head(text).type
-    return None
 
 
 def is_answer(type: str) -> bool:
@@ -3282,21 +3268,20 @@ class Session:
         """
         if not self._is_serving:
             return None
-        text = event.get("text")
-        type = type_in(text) if text is not None and len(text) <= self._limits.max_size else None
-        if text is not None and type is not None:
-            if type in ("complete", "$ping") or is_answer(type):
+        text, frame = event.get("text"), None
+        if text is not None and size_of(text) <= self._limits.max_size:
+            frame = decode_or_error(text)
+        if isinstance(frame, Frame):
+            if frame.type in ("complete", "$ping") or is_answer(frame.type):
                 return self._refuse(event)
-            handler = self.routes.handlers.get(type)
-            if handler is not None and handler.is_concurrent and not is_too_deep(text):
-                with contextlib.suppress(
-                    Exception, SystemExit
-                ):  # It is refused when its turn comes.
-                    message = self.routes.decode(text)
+            handler = self.routes.handlers.get(frame.type)
+            if handler is not None and handler.is_concurrent:
+                with contextlib.suppress(Exception, SystemExit):  # It is refused in its turn.
+                    message = self.routes.decode(event["text"])
                     if message.handler is handler:
                         return self._handle(event, handler, message)
         if (wait := self._wait_for_rate(event)) > 0:
-            return self._refuse_rate(wait, None if text is None else decode_or_error(text).id)
+            return self._refuse_rate(wait, None if frame is None else frame.id)
         return None
 
     def _complete(self, id: Id | None) -> bool:
