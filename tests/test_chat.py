@@ -433,6 +433,8 @@ def test_typing_sum_and_clock(open_page: Open) -> None:
     box(bob).press("Enter")
     expect(bubble(ada, "Hm")).to_be_visible()
     expect(ada.locator(".typing")).to_have_text("")
+    box(bob).press_sequentially("An")
+    expect(ada.locator(".typing")).to_have_text("Bob is typing…")
     say(ada, "/sum 2 3")
     expect(ada.get_by_text("2 + 3 = 5", exact=True)).to_be_visible()
     before = ada.locator("#clock").text_content()
