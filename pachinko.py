@@ -2537,7 +2537,7 @@ def open_relay(given: Given, namespace: str | None) -> Relay:
     except ImportError as exc:
         raise PachinkoError(
             "a broker needs pachinko_cluster.py of the same version: copy it to where pachinko.py "
-            f'is, or install both with: pip install "falcon-pachinko" ({exc})'
+            f"is, or install both, in a checkout: python3 -m pip install . ({exc})"
         ) from exc
     return cast(Relay, companion.Cluster(given, namespace))
 

@@ -335,7 +335,7 @@ def _nats_settings(broker: Broker) -> dict[str, Any]:
         settings = {"token": user} if password is None else {"user": user, "password": password}
     if (file := options.pop("credentials", None)) is not None:
         if importlib.util.find_spec("nkeys") is None:
-            raise PachinkoError('?credentials= needs: pip install "nats-py[nkeys]"')
+            raise PachinkoError('?credentials= needs: python3 -m pip install "nats-py[nkeys]"')
         if not os.access(file, os.R_OK):
             raise PachinkoError("?credentials= names no file that can be read")
         settings["user_credentials"] = file
@@ -1195,13 +1195,13 @@ class Cluster(pachinko.Relay):
 
 def backplane_of(broker: Broker) -> Backplane:
     """Return a backplane, not yet started. Raises `PachinkoError`."""
-    extra = "nats" if broker.scheme in ("nats", "tls") else "redis"
+    library = "nats-py" if broker.scheme in ("nats", "tls") else "redis"
     try:
-        return Nats(broker) if extra == "nats" else Redis(broker)
+        return Nats(broker) if library == "nats-py" else Redis(broker)
     except ImportError:
         raise PachinkoError(
             f"{broker.scheme}:// needs a library that is not installed: "
-            f'pip install "falcon-pachinko[{extra}]"'
+            f"python3 -m pip install {library}"
         ) from None
 
 
@@ -1355,3 +1355,7 @@ async def _run(given: argparse.Namespace) -> None:
         else:
             for each in sorted(await hub.presence(given.group), key=lambda each: each.id):
                 _print(_encode(attrs.asdict(each)).decode())
+
+
+if __name__ == "__main__":  # A file that was copied has no installed command.
+    sys.exit(main())

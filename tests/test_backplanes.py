@@ -162,22 +162,22 @@ def test_wrong_options_are_named(url: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "module", "extra"),
+    ("scheme", "module", "library"),
     [
-        ("nats", "nats", "nats"),
-        ("tls", "nats", "nats"),
+        ("nats", "nats", "nats-py"),
+        ("tls", "nats", "nats-py"),
         ("redis", "redis", "redis"),
         ("rediss", "redis", "redis"),
     ],
 )
 def test_a_missing_library_is_told_with_the_command(
-    monkeypatch: pytest.MonkeyPatch, scheme: str, module: str, extra: str
+    monkeypatch: pytest.MonkeyPatch, scheme: str, module: str, library: str
 ) -> None:
     """What to install, in a form to be copied."""
     for name in [name for name in sys.modules if name.split(".")[0] == module]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(PachinkoError, match=rf'pip install "falcon-pachinko\[{extra}\]"'):
+    with pytest.raises(PachinkoError, match=f"installed: python3 -m pip install {library}$"):
         Hub().configure(f"{scheme}://host")
 
 

@@ -631,6 +631,19 @@ def test_the_page_works_with_one_process(open_page: Open) -> None:
             page.context.close()
 
 
+def test_the_page_stays_away_when_it_has_to(open_page: Open) -> None:
+    """After a close that may pass it comes back by itself; after one that says no it does not."""
+    app = OneProcess()
+    with running(app, UVICORN_READY):
+        ada = open_page(app, 0, "Ada")
+        ada.evaluate("links[0].socket.onclose({ code: 1013 })")
+        expect(log(ada).filter(has_text="connected again")).to_have_count(1)
+        ada.evaluate("links[0].socket.onclose({ code: 4403 })")
+        expect(state(ada, app.ports[0])).to_have_text("closed (4403); reload the page")
+        assert ada.evaluate("links[0].retryAt") <= ada.evaluate("links[0].heardAt")
+        ada.context.close()
+
+
 @pytest.mark.parametrize("width", [375, 1100])
 def test_the_page_fits_its_window(cluster: Cluster, open_page: Open, width: int) -> None:
     """Nothing has to be scrolled sideways, and every control has a name."""
