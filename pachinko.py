@@ -1099,11 +1099,17 @@ class Handler:
             )  # fmt: skip
 
 
-def place_of(function: Callable[..., Any]) -> str:
-    """Return where *function* is, such as ``say() at chat.py:12``, for messages about it."""
+def innermost(function: Callable[..., Any]) -> Any:
+    """Return what *function* wraps, by `functools.wraps` or `functools.partial`, or itself."""
     inner: Any = inspect.unwrap(function)
     while isinstance(inner, functools.partial):
         inner = inner.func
+    return inner
+
+
+def place_of(function: Callable[..., Any]) -> str:
+    """Return where *function* is, such as ``say() at chat.py:12``, for messages about it."""
+    inner = innermost(function)
     code = getattr(inner, "__code__", None)
     where = f" at {code.co_filename}:{code.co_firstlineno}" if code else ""
     return f"{getattr(inner, '__qualname__', inner)}(){where}"
@@ -1291,6 +1297,7 @@ class Routes:
     middleware: list[Callable[..., Awaitable[Any]]] = attrs.Factory(list)
     errors: dict[type[Exception], Callable[..., Awaitable[Any]]] = attrs.Factory(dict)
     workers: list[Callable[[], Awaitable[None]]] = attrs.Factory(list)
+    leases: dict[str, Callable[[], Awaitable[None]]] = attrs.Factory(dict)  # workers, by lease
     frames: list[FrameClass] = attrs.Factory(list)  # the classes of what `decode` returns
     # `decode` reads a text frame of a known type. A validator in a payload may raise anything.
     decode: Callable[[str], Received] = attrs.Factory(lambda: decoder_of(()))
@@ -2342,6 +2349,8 @@ _FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, after `linger`
 ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the broker
 _MEMORY = re.compile(r"memory://(?:\?([^#@&=]+=[^#@]*)?)?")  # the URL of an app with one process
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_SERVER = re.compile(r"\b(gunicorn|granian)\b")
+_WORKERS = re.compile(r"(?:^| )(?:--workers[ =]|-w[ =]?)(\d+)")
 Deliver = Callable[[str, bytes], Awaitable[None]]
 Lost = Callable[["BaseException | None"], None]
 Sending = Coroutine[Any, Any, None]  # PERF: it is passed on, not awaited by each function
@@ -2441,6 +2450,16 @@ class Relay(typing.Protocol):
         Gives up after 4 seconds: receivers get a gap later. Raises `PachinkoError` when denied.
         """
 
+    async def check_leases(self) -> None:
+        """Raise `PachinkoError` if `lease` cannot work. A broker that is away is no reason."""
+
+    async def lease(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Run *work* once no other process of the app runs its own under this *name*.
+
+        Returns or raises as *work* does. If the broker may give the lease to another process,
+        *work* is cancelled, and runs again when the lease is back.
+        """
+
     def stats(self) -> dict[str, int]:
         """Return the counts of messages that were refused, and of what the broker does."""
         return {"refused": 0, "outages": 0, "broker_down": 0}
@@ -2454,6 +2473,7 @@ class LocalRelay(Relay):
     def subscribe(self, kind: Kind, name: str) -> None: ...
     def unsubscribe(self, kind: Kind, name: str) -> None: ...
     async def subscribed(self, kind: Kind, name: str) -> None: ...
+    async def check_leases(self) -> None: ...
 
     def start(self, registry: Registry, process: str) -> None:
         self._registry, self._process = registry, process
@@ -2467,6 +2487,9 @@ class LocalRelay(Relay):
     async def ask(self, group: str) -> list[Presence]:
         members = self._registry.accepted(Kind.GROUP, group)
         return [Presence(conn.id, conn.user, self._process) for conn in members]
+
+    async def lease(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        await work()
 
 
 def open_relay(given: Given, namespace: str | None) -> Relay:
@@ -2485,6 +2508,25 @@ def open_relay(given: Given, namespace: str | None) -> Relay:
             f'is, or install both with: pip install "falcon-pachinko" ({exc})'
         ) from exc
     return cast(Relay, companion.Cluster(given, namespace))
+
+
+def count_workers() -> int:
+    """Return how many worker processes the server has, as far as it tells the first of them; or 1.
+
+    uvicorn and hypercorn hand their configuration to each process that they start, whatever the
+    number comes from. For gunicorn and granian, the command line and a variable are read.
+    """
+    multiprocessing = sys.modules.get("multiprocessing.process")  # PERF: an import takes 26 ms.
+    process: Any = multiprocessing.current_process() if multiprocessing is not None else None
+    if (config := getattr(process, "_kwargs", {}).get("config")) is not None:
+        workers = getattr(config, "workers", None) if process.name.endswith("-1") else None
+        return workers if isinstance(workers, int) else 1
+    if (server := _SERVER.search(sys.argv[0])) is None:
+        return 1
+    found = _WORKERS.search(" ".join(sys.argv[1:]))
+    variable = "WEB_CONCURRENCY" if server[1] == "gunicorn" else "GRANIAN_WORKERS"
+    text = found[1] if found else os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else 1
 
 
 def check_namespace(name: object) -> None:
@@ -2617,6 +2659,13 @@ class HubState:
         loop = asyncio.get_running_loop()
         if self.loop is None:
             broker = self.choose(url)
+            if broker is None and (workers := count_workers()) > 1:
+                text = (
+                    "%d worker processes without a broker: each group is split, and a message "
+                    "reaches the clients of one process only. Set %s to nats://localhost:4222 or "
+                    "redis://localhost:6379, or to memory:// if that is meant"
+                )
+                logger.warning(text, workers, ENVIRONMENT)
             self.relay = open_relay(broker, self.namespace)
             self.registry = Registry(self.relay, self.process)
             self.loop, self.broker = loop, broker
@@ -3880,16 +3929,47 @@ class Pachinko:
 
         return register
 
-    def worker(self, function: F = _NO_FUNCTION) -> F:
+    @typing.overload
+    def worker(self, function: F, *, once: bool = ...) -> F: ...
+    @typing.overload
+    def worker(self, *, once: bool) -> Callable[[F], F]: ...
+    def worker(self, function: Any = _NO_FUNCTION, *, once: bool | None = None) -> Any:
         """Run ``async def f()`` in the background from the app's start to its shutdown.
 
         A worker that fails is logged and started again, after 1 second, then 2, up to 60.
+
+        Each process of the app runs it. With ``@ws.worker(once=True)`` one process does at a time,
+        and when that ends another takes over, within a second, or 8 if it was killed or hangs. The
+        lease for it needs NATS with JetStream, or Redis; without a broker it is a worker as others.
+        Raises `PachinkoError` for a second one of the same module and ``__qualname__``.
         """
-        check_function(function, "@ws.worker\nasync def clock(): ...", 0)
-        self._routes.workers.append(function)
+        if function is _NO_FUNCTION and once is not None:
+            return functools.partial(self.worker, once=once)
+        decorator = "@ws.worker(once=True)" if once else "@ws.worker"
+        check_function(function, f"{decorator}\nasync def clock(): ...", 0)
+        run = self._leased(function) if once else function
+        self._routes.workers.append(run)
         if self._loop is not None:
-            self._start_worker(function)
+            self._start_worker(run)
         return function
+
+    def _leased(self, function: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+        """Return a worker that runs *function* while this process has the lease for it."""
+        inner = innermost(function)
+        qualname = getattr(inner, "__qualname__", type(inner).__qualname__)
+        name = f"{self._path or ''} {inner.__module__}.{qualname}"
+        if (first := self._routes.leases.setdefault(name, function)) is not function:
+            raise PachinkoError(
+                f"{name.strip()} is the name of two workers with once=True, and of their lease: "
+                f"{place_of(first)} and {place_of(function)}; write\n@ws.worker(once=True)\n"
+                "async def another_name(): ..."
+            )
+
+        @functools.wraps(function)
+        async def run() -> None:
+            await self._hub.state.relay.lease(name, function)
+
+        return run
 
     def add_resource(self, prefix: str, resource: object) -> None:
         """Route by class: ``on_send`` handles ``"<prefix>.send"``.
@@ -3940,6 +4020,12 @@ class Pachinko:
         """Start with the app (Falcon's middleware for the ASGI lifespan)."""
         self._start()
         await self._hub.state.connected()
+        if self._routes.leases:
+            try:
+                await self._hub.state.relay.check_leases()
+            except PachinkoError:
+                await self.process_shutdown(scope, event)
+                raise
 
     async def process_resource_ws(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, resource: Any, params: Any
