@@ -60,7 +60,7 @@ Map: each section, what it is for, and those above it that it uses.
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         handlers, handshake, outbox, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        handlers, handshake, limits, hub, outcomes, session, admission)
+        handlers, handshake, limits, registry and relay, hub, outcomes, session, admission)
 """
 
 from __future__ import annotations
@@ -2349,8 +2349,6 @@ _FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, after `linger`
 ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the broker
 _MEMORY = re.compile(r"memory://(?:\?([^#@&=]+=[^#@]*)?)?")  # the URL of an app with one process
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_SERVER = re.compile(r"\b(gunicorn|granian)\b")
-_WORKERS = re.compile(r"(?:^| )(?:--workers[ =]|-w[ =]?)(\d+)")
 Deliver = Callable[[str, bytes], Awaitable[None]]
 Lost = Callable[["BaseException | None"], None]
 Sending = Coroutine[Any, Any, None]  # PERF: it is passed on, not awaited by each function
@@ -2510,25 +2508,6 @@ def open_relay(given: Given, namespace: str | None) -> Relay:
     return cast(Relay, companion.Cluster(given, namespace))
 
 
-def count_workers() -> int:
-    """Return how many worker processes the server has, as far as it tells the first of them; or 1.
-
-    uvicorn and hypercorn hand their configuration to each process that they start, whatever the
-    number comes from. For gunicorn and granian, the command line and a variable are read.
-    """
-    multiprocessing = sys.modules.get("multiprocessing.process")  # PERF: an import takes 26 ms.
-    process: Any = multiprocessing.current_process() if multiprocessing is not None else None
-    if (config := getattr(process, "_kwargs", {}).get("config")) is not None:
-        workers = getattr(config, "workers", None) if process.name.endswith("-1") else None
-        return workers if isinstance(workers, int) else 1
-    if (server := _SERVER.search(sys.argv[0])) is None:
-        return 1
-    found = _WORKERS.search(" ".join(sys.argv[1:]))
-    variable = "WEB_CONCURRENCY" if server[1] == "gunicorn" else "GRANIAN_WORKERS"
-    text = found[1] if found else os.environ.get(variable, "")
-    return int(text) if text.isdecimal() else 1
-
-
 def check_namespace(name: object) -> None:
     """Raise `PachinkoError` for the *name* of a namespace that no subject can hold."""
     if name is not None and not (isinstance(name, str) and _NAMESPACE.fullmatch(name)):
@@ -2659,13 +2638,6 @@ class HubState:
         loop = asyncio.get_running_loop()
         if self.loop is None:
             broker = self.choose(url)
-            if broker is None and (workers := count_workers()) > 1:
-                text = (
-                    "%d worker processes without a broker: each group is split, and a message "
-                    "reaches the clients of one process only. Set %s to nats://localhost:4222 or "
-                    "redis://localhost:6379, or to memory:// if that is meant"
-                )
-                logger.warning(text, workers, ENVIRONMENT)
             self.relay = open_relay(broker, self.namespace)
             self.registry = Registry(self.relay, self.process)
             self.loop, self.broker = loop, broker
@@ -3747,6 +3719,8 @@ async def _authenticate(
 _NO_FUNCTION: Any = None  # `ws.connect()` decorates it, and is refused for its parentheses
 # A key is the id of an app, and a path. A Pachinko holds its app, so that no id is used again.
 _attached: weakref.WeakValueDictionary[tuple[int, str], Pachinko] = weakref.WeakValueDictionary()
+_SERVER = re.compile(r"\b(gunicorn|granian)\b")
+_WORKERS = re.compile(r"(?:^| )(?:--workers[ =]|-w[ =]?)(\d+)")
 _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start
 
 
@@ -3943,6 +3917,8 @@ class Pachinko:
         lease for it needs NATS with JetStream, or Redis; without a broker it is a worker as others.
         Raises `PachinkoError` for a second one of the same module and ``__qualname__``.
         """
+        if once is not None and not isinstance(once, bool):
+            raise PachinkoError(f"write @ws.worker(once=True), got once={once!r}")
         if function is _NO_FUNCTION and once is not None:
             return functools.partial(self.worker, once=once)
         decorator = "@ws.worker(once=True)" if once else "@ws.worker"
@@ -3958,12 +3934,14 @@ class Pachinko:
         inner = innermost(function)
         qualname = getattr(inner, "__qualname__", type(inner).__qualname__)
         name = f"{self._path or ''} {inner.__module__}.{qualname}"
-        if (first := self._routes.leases.setdefault(name, function)) is not function:
+        if (first := self._routes.leases.get(name)) is not None:
             raise PachinkoError(
                 f"{name.strip()} is the name of two workers with once=True, and of their lease: "
                 f"{place_of(first)} and {place_of(function)}; write\n@ws.worker(once=True)\n"
                 "async def another_name(): ..."
             )
+
+        self._routes.leases[name] = function
 
         @functools.wraps(function)
         async def run() -> None:
@@ -4051,6 +4029,8 @@ class Pachinko:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._hub.state.start(self)
+            if self._hub.state.broker is None:
+                _warn_of_workers()
             self._loop = loop
             self._routes.start(self._hub.state.codec)
             self._workers.clear()
@@ -4061,6 +4041,38 @@ class Pachinko:
         task = cast(asyncio.AbstractEventLoop, self._loop).create_task(_keep_working(function))
         self._workers.add(task)
         task.add_done_callback(self._workers.discard)
+
+
+def count_workers() -> int:
+    """Return how many worker processes the server has, as far as it tells the first of them; or 1.
+
+    uvicorn and hypercorn hand their configuration to each process that they start, whatever the
+    number comes from. For gunicorn and granian, the command line and a variable are read.
+    """
+    multiprocessing = sys.modules.get("multiprocessing.process")  # PERF: an import takes 26 ms.
+    process: Any = multiprocessing.current_process() if multiprocessing is not None else None
+    if (config := getattr(process, "_kwargs", {}).get("config")) is not None:
+        workers = getattr(config, "workers", None)
+        is_first = process.name.endswith("-1") and not getattr(config, "reload", False)
+        return workers if is_first and isinstance(workers, int) else 1
+    if (server := _SERVER.search(sys.argv[0])) is None:
+        return 1
+    found = _WORKERS.search(" ".join(sys.argv[1:]))
+    variable = "WEB_CONCURRENCY" if server[1] == "gunicorn" else "GRANIAN_WORKERS"
+    text = found[1] if found else os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else 1
+
+
+@functools.cache  # once in a process
+def _warn_of_workers() -> None:
+    """Log a warning if the server has several worker processes, which have no broker."""
+    if (workers := count_workers()) > 1:
+        text = (
+            "%d worker processes without a broker: each group is split, and a message reaches the "
+            "clients of one process only. Set %s to nats://localhost:4222 or "
+            "redis://localhost:6379, or to memory:// if that is meant"
+        )
+        logger.warning(text, workers, ENVIRONMENT)
 
 
 async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:

@@ -14,10 +14,10 @@ Map: what each section does, and which of those above it each one uses.
     Redis — a backplane by redis-py (uses: broker URLs, pachinko)
     link — keeps a process connected and subscribed, whatever the broker does
         (uses: broker URLs, pachinko)
-    leases — run a worker in one process at a time (uses: broker URLs, NATS, Redis, link, pachinko)
+    leases — run a worker in one process at a time (uses: broker URLs, pachinko)
     peer messages — what processes send to one another, as bytes (uses: pachinko)
     cluster relay — the `Relay` of an app with a broker
-        (uses: broker URLs, NATS, Redis, link, peer messages, pachinko)
+        (uses: broker URLs, NATS, Redis, link, leases, peer messages, pachinko)
     shell command — ``pachinko send``, ``listen`` and ``presence`` (uses: cluster relay, pachinko)
 """
 
@@ -167,10 +167,9 @@ def _client_class() -> Any:
         async def _process_msg(
             self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
         ) -> None:
-            if subject.startswith(b"_INBOX."):  # the reply to a request of nats-py's JetStream
-                await super()._process_msg(sid, subject, reply, data, headers)
-            else:
-                await self.deliver(subject.decode(), bytes(data))
+            if subject.startswith(b"_INBOX."):  # It answers a request of nats-py, for a lease.
+                return await super()._process_msg(sid, subject, reply, data, headers)
+            await self.deliver(subject.decode(), bytes(data))
 
         async def _process_op_err(self, e: Exception) -> None:
             self.lost(e)  # nats-py calls its callbacks only if it closes without an error
@@ -289,7 +288,7 @@ class Nats:
         try:
             return await self._replace(await self._open_bucket(), key, token.encode(), seconds)
         except errors.KeyWrongLastSequenceError:
-            return False  # Another process was faster.
+            return False  # Another process has been faster.
         except Unanswered:
             if any(map(_NO_RIGHTS.search, self._refusals)):
                 raise PachinkoError(
@@ -580,16 +579,16 @@ class Redis:
 
     async def lease(self, key: str, token: str, seconds: float) -> bool:
         """Take or renew the lease *key* for *token*, or give it up, as `Lease.request` says."""
-        from redis.exceptions import MovedError, NoPermissionError, ResponseError
+        from redis.exceptions import NoPermissionError, ResponseError
 
+        if not self._counts_all:
+            raise PachinkoError(
+                "a worker with once=True needs a single Redis server, or NATS: this is a Redis "
+                "Cluster, whose nodes do not share their keys"
+            )
         milliseconds = str(max(1, int(seconds * 1000)))
         try:
             held = await self._publishing.call("EVAL", _TAKE, "1", key, token, milliseconds)
-        except MovedError:
-            raise PachinkoError(
-                "a worker with once=True needs one Redis server or NATS: the nodes of a Redis "
-                "Cluster do not share their keys"
-            ) from None
         except ResponseError as exc:
             if isinstance(exc, NoPermissionError) or _NO_RIGHT.search(str(exc)):
                 raise PachinkoError(
