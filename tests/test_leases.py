@@ -595,6 +595,22 @@ async def test_two_processes_that_take_a_lease_at_once() -> None:
         await asyncio.gather(*(each.stop() for each in made))
 
 
+# The page
+
+
+def test_the_page_has_the_seconds_and_the_rights() -> None:
+    """What a reader can plan with is what the module does."""
+    page = (ROOT / "docs/cluster.md").read_text()
+    worker = page.partition("\n## Workers\n")[2].partition("\n## ")[0]
+    hold, lease, pause = pachinko_cluster._HOLD, pachinko_cluster.LEASE, pachinko_cluster._TRY
+    assert f"renews every {pachinko_cluster._RENEW:g} seconds" in worker
+    assert f"for more than {hold:g} seconds" in worker
+    assert f"{lease - hold:g} seconds before another process" in worker
+    assert f"in another process within {lease + pause + 1:g} seconds" in worker  # NATS takes one
+    assert "`~pachinko.lease.* +eval +get +set`" in page
+    assert "`$JS.API.>`" in page and "`$KV.pachinko-leases.>`" in page and "`_INBOX.>`" in page
+
+
 # Several processes without a broker
 
 
@@ -704,7 +720,11 @@ if __name__ == "__main__":
 
     uvicorn.run("app:app", port=0, workers=2)
 """
-LOGGING = "import logging\n\nlogging.basicConfig(level=logging.INFO)\n"
+(LOGGING,) = re.findall(
+    r"^## Logging\n.*?^```python\n(.*?)^```",
+    (ROOT / "docs/deployment.md").read_text(),
+    re.MULTILINE | re.DOTALL,
+)
 
 
 class Uvicorn:
