@@ -3719,7 +3719,7 @@ async def _authenticate(
 _NO_FUNCTION: Any = None  # `ws.connect()` decorates it, and is refused for its parentheses
 # A key is the id of an app, and a path. A Pachinko holds its app, so that no id is used again.
 _attached: weakref.WeakValueDictionary[tuple[int, str], Pachinko] = weakref.WeakValueDictionary()
-_SERVER = re.compile(r"\b(gunicorn|granian)\b")
+_SERVER = re.compile(r"(?:^|[\\/])(gunicorn|granian)(?:[\\/]__main__\.py|\.exe)?$")
 _WORKERS = re.compile(r"(?:^| )(?:--workers[ =]|-w[ =]?)(\d+)")
 _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start
 

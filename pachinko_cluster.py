@@ -304,13 +304,14 @@ class Nats:
         entry: Any = None
         with contextlib.suppress(KeyNotFoundError):  # It was never there, or deleted or forgotten.
             entry = await bucket.get(key, validate_keys=False)
-        if entry is not None and entry.value != value:
+        if entry is None:
+            if seconds:
+                await bucket.create(key, value, validate_keys=False)
+        elif entry.value != value:
             return False
-        if entry is None and seconds:
-            await bucket.create(key, value, validate_keys=False)
         elif seconds:
             await bucket.update(key, value, entry.revision, validate_keys=False)
-        elif entry is not None:
+        else:
             await bucket.delete(key, entry.revision, validate_keys=False)
         return bool(seconds)
 
@@ -961,10 +962,14 @@ class Lease:
 
     def __init__(self, broker: Nats | Redis, link: Link, key: str, process: str) -> None:
         self._broker, self._link, self._key, self._process = broker, link, key, process
-        self._token = ""
+        self._token = self._new_token()
         self._session, self._answered = 0, -math.inf  # of the broker's latest answer
         self._failures = 0  # requests in a row that have failed with a connection
         self._is_lost = False
+        self._turn = asyncio.Lock()  # for workers of one name on endpoints without a path
+
+    def _new_token(self) -> str:
+        return f"{self._process}.{next(_tokens)}"
 
     async def request(self, seconds: float, waits: bool = False) -> bool | None:
         """Take or renew the lease, or give it up if *seconds* is 0. Returns whether it is ours.
@@ -985,9 +990,10 @@ class Lease:
 
     async def run(self, work: Callable[[], Awaitable[None]]) -> None:
         """Run *work* as `Relay.lease` says."""
-        self._place = pachinko.place_of(work)
-        while not await self._run_once(work):
-            pass
+        async with self._turn:
+            self._place = pachinko.place_of(work)
+            while not await self._run_once(work):
+                pass
 
     async def _run_once(self, work: Callable[[], Awaitable[None]]) -> bool:
         """Wait for the lease, and run *work*. Returns whether *work* has ended by itself."""
@@ -1012,14 +1018,14 @@ class Lease:
         finally:
             self._timer.cancel()
             self._renewals.cancel()
-            if self._link.is_connected:
+            if self._link.is_connected:  # Else the lease is ours again if the broker is back soon.
                 await self._try(0)
+                self._token = self._new_token()  # A late request must not end the next lease.
         return not self._is_lost
 
     async def _acquire(self) -> float:
         """Wait for the lease. Returns when to stop if no renewal succeeds, in the loop's time."""
         now = asyncio.get_running_loop().time
-        self._token = f"{self._process}.{next(_tokens)}"
         while True:
             deadline = now() + _HOLD
             if await self._try(LEASE, waits=True) and now() < deadline:
@@ -1214,6 +1220,7 @@ class Cluster(pachinko.Relay):
         self._work: set[asyncio.Task[None]] = set()  # sends that no caller waits for
         self._asks: dict[int, asyncio.Queue[PeerMessage]] = {}  # answers, by question
         self._gaps: dict[str, dict[pachinko.Connection, pachinko.Outgoing]] = {}  # to get one
+        self._leases: dict[str, Lease] = {}  # by the names of workers
         self._unread: dict[Address, frozenset[str]] = {}  # ids that got a gap for unread messages
 
     def start(self, registry: Registry, process: str) -> None:
@@ -1264,7 +1271,9 @@ class Cluster(pachinko.Relay):
             logger.warning("leases were not checked: %s", self._link.reason(exc))
 
     async def lease(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        await self._new_lease(name).run(work)
+        if name not in self._leases:
+            self._leases[name] = self._new_lease(name)
+        await self._leases[name].run(work)
 
     def _new_lease(self, name: str) -> Lease:
         """Return the lease for the worker *name*. Raises `PachinkoError` if there are no leases."""

@@ -301,6 +301,56 @@ async def test_a_restart_of_the_broker_interrupts_nothing(
     assert scene.began == ["a"] and "is stopped here" not in caplog.text
 
 
+async def test_a_worker_that_fails_with_its_broker_goes_on_where_it_was(
+    kind: BrokerKind, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not given its lease up, and takes it again without a wait for its end."""
+    monkeypatch.setattr(pachinko, "_BACKOFFS", (0.1,))
+    is_away = asyncio.Event()
+
+    async def work() -> None:
+        await is_away.wait()
+        if len(scene.began) == 1:
+            raise pachinko.BrokerAway("no message was taken")
+        await forever()
+
+    async with with_leases(kind) as broker:
+        scene = Scene(broker.url, work)
+        async with scene.process("a"):
+            await until(lambda: scene.here == ["a"])
+            async with scene.process("b"):
+                broker.kill()
+                await until(lambda: caplog.text.count("is lost: ") == 2)
+                is_away.set()
+                await until(lambda: not scene.here)
+                begun = asyncio.get_running_loop().time()
+                await broker.start()
+                await until(lambda: scene.here)
+                assert asyncio.get_running_loop().time() - begun < pachinko_cluster.LEASE
+    assert scene.began == ["a", "a"]
+
+
+async def test_two_of_one_name_without_a_path_take_turns() -> None:
+    """Their lease is the same, within a process too."""
+    hub, apps, ran = Hub(), [new_app(), new_app()], list[str]()
+
+    async def work() -> None:
+        ran.append("began")
+        await asyncio.sleep(0.01)  # which lets the other one begin
+        ran.append("ended")
+
+    async with with_leases("redis") as broker, contextlib.AsyncExitStack() as stack:
+        hub.configure(broker.url)
+        for app in apps:
+            ws = Pachinko(hub=hub)
+            app.add_route("/ws", ws)
+            app.add_middleware(ws)
+            ws.worker(work, once=True)
+            await stack.enter_async_context(serving(app))
+        await until(lambda: len(ran) == 4)
+    assert ran == ["began", "ended"] * 2
+
+
 async def test_a_broker_that_stays_away_stops_the_worker_in_time(
     kind: BrokerKind, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -591,7 +641,8 @@ async def test_two_processes_that_take_a_lease_at_once() -> None:
             held = await asyncio.gather(*calls)
             assert held.count(True) == 1
             winner = held.index(True)
-            assert not await made[winner].lease("key", str(winner), 0.0)
+            for _ in range(2):  # The second time there is nothing to give up.
+                assert not await made[winner].lease("key", str(winner), 0.0)
         await asyncio.gather(*(each.stop() for each in made))
 
 
@@ -657,6 +708,8 @@ def test_the_configuration_of_a_server_has_the_number(
         ("granian --workers-max-rss 200 --workers 2 app:app", {}, 2),
         ("uvicorn app:app --workers 2", {}, 1),  # the parent, which serves nobody
         ("pytest -w 2", {"WEB_CONCURRENCY": "2"}, 1),
+        ("/srv/granian-app/run.py -w 2", {}, 1),
+        ("C:\\venv\\granian.exe --workers 2 app:app", {}, 2),
     ],
 )
 def test_the_command_line_of_a_server_has_the_number(
