@@ -965,7 +965,7 @@ class Lease:
         self._token = self._new_token()
         self._session, self._answered = 0, -math.inf  # of the broker's latest answer
         self._failures = 0  # requests in a row that have failed with a connection
-        self._is_lost = False
+        self._is_lost, self._is_kept = False, False
         self._turn = asyncio.Lock()  # for workers of one name on endpoints without a path
 
     def _new_token(self) -> str:
@@ -1018,7 +1018,8 @@ class Lease:
         finally:
             self._timer.cancel()
             self._renewals.cancel()
-            if self._link.is_connected:  # Else the lease is ours again if the broker is back soon.
+            self._is_kept = not self._link.is_connected  # It is ours again if that is back soon.
+            if not self._is_kept:
                 await self._try(0)
                 self._token = self._new_token()  # A late request must not end the next lease.
         return not self._is_lost
@@ -1028,7 +1029,7 @@ class Lease:
         now = asyncio.get_running_loop().time
         while True:
             deadline = now() + _HOLD
-            if await self._try(LEASE, waits=True) and now() < deadline:
+            if await self._try(LEASE, waits=not self._is_kept) and now() < deadline:
                 return deadline
             await asyncio.sleep(_TRY)
 
@@ -1061,8 +1062,8 @@ class Lease:
             return None
 
     def _set_deadline(self, deadline: float) -> None:
-        # In a process that was paused, timers that are due run before any task that wakes, so that
-        # the worker is cancelled first.
+        # In a process that was paused, the loop calls the timers that are due before it runs the
+        # tasks that wake. So the worker is cancelled first.
         loop, why = asyncio.get_running_loop(), f"it was not renewed for {_HOLD:g} s"
         self._timer = loop.call_at(deadline, self._lose, why)
 

@@ -319,6 +319,7 @@ async def test_a_worker_that_fails_with_its_broker_goes_on_where_it_was(
         async with scene.process("a"):
             await until(lambda: scene.here == ["a"])
             async with scene.process("b"):
+                await asyncio.sleep(0.1)  # It asks for the lease at once.
                 broker.kill()
                 await until(lambda: caplog.text.count("is lost: ") == 2)
                 is_away.set()
