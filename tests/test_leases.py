@@ -509,6 +509,18 @@ async def test_a_backplane_of_ones_own_has_no_leases() -> None:
     assert "needs leases, and Own has none: use nats:// (with JetStream) or redis://" in text
 
 
+async def test_without_a_lifespan_the_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """There no start can fail: clients are served, and the worker is tried again."""
+    scene = Scene(Own())
+    async with (
+        serving(scene.app("a"), lifespan="off") as server,
+        connect(f"{server.url}/ws") as client,
+    ):
+        assert (await client.ask("nothing"))["payload"]["code"] == "unknown_type"
+        await until(lambda: "failed; again in 1 s" in caplog.text)
+    assert "needs leases, and Own has none" in caplog.text and not scene.began
+
+
 async def test_nats_without_jetstream_has_no_leases() -> None:
     """The start fails, and says how the server is started; afterwards the hub may start again."""
     async with running("nats") as broker:
@@ -845,6 +857,19 @@ async def test_workers_of_uvicorn_without_a_broker(
         output = await uvicorn.stop()
     assert output.count("worker processes without a broker") == warnings
     assert output.count("PACHINKO_BACKPLANE") == warnings
+
+
+async def test_uvicorn_does_not_start_without_leases(tmp_path: Path) -> None:
+    """Its output ends with the reason, and its exit status says so."""
+    once = "@ws.worker(once=True)\nasync def clock() -> None: ...\n\n\nif __name__"
+    (tmp_path / "app.py").write_text(APP.replace("if __name__", once))
+    async with (
+        running("nats") as broker,
+        Uvicorn(tmp_path, *COMMAND, PACHINKO_BACKPLANE=broker.url) as uvicorn,
+    ):
+        assert await asyncio.wait_for(uvicorn.process.wait(), PATIENCE) == 3
+        await uvicorn.reading
+    assert "PachinkoError: a worker with once=True needs JetStream" in uvicorn.output
 
 
 @pytest.mark.parametrize("with_logging", [False, True])
