@@ -3940,7 +3940,6 @@ class Pachinko:
                 f"{place_of(first)} and {place_of(function)}; write\n@ws.worker(once=True)\n"
                 "async def another_name(): ..."
             )
-
         self._routes.leases[name] = function
 
         @functools.wraps(function)
@@ -4055,7 +4054,7 @@ def count_workers() -> int:
         workers = getattr(config, "workers", None)
         is_first = process.name.endswith("-1") and not getattr(config, "reload", False)
         return workers if is_first and isinstance(workers, int) else 1
-    if (server := _SERVER.search(sys.argv[0])) is None:
+    if (server := _SERVER.search("".join(sys.argv[:1]))) is None:
         return 1
     found = _WORKERS.search(" ".join(sys.argv[1:]))
     variable = "WEB_CONCURRENCY" if server[1] == "gunicorn" else "GRANIAN_WORKERS"

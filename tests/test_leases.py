@@ -722,6 +722,7 @@ def test_the_configuration_of_a_server_has_the_number(
         ("uvicorn app:app --workers 2", {}, 1),  # the parent, which serves nobody
         ("pytest -w 2", {"WEB_CONCURRENCY": "2"}, 1),
         ("/srv/granian-app/run.py -w 2", {}, 1),
+        ("", {"WEB_CONCURRENCY": "2"}, 1),  # Python in another program
         ("C:\\venv\\granian.exe --workers 2 app:app", {}, 2),
     ],
 )
