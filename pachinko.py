@@ -60,7 +60,8 @@ Map: each section, what it is for, and those above it that it uses.
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         handlers, handshake, outbox, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        handlers, handshake, limits, outgoing, connection, hub, outcomes, session, admission)
+        handlers, handshake, limits, outgoing, connection, registry and relay, hub, outcomes,
+        session, admission)
 """
 
 from __future__ import annotations
@@ -1105,11 +1106,17 @@ class Handler:
             )  # fmt: skip
 
 
-def place_of(function: Callable[..., Any]) -> str:
-    """Return where *function* is, such as ``say() at chat.py:12``, for messages about it."""
+def innermost(function: Callable[..., Any]) -> Any:
+    """Return what *function* wraps, by `functools.wraps` or `functools.partial`, or itself."""
     inner: Any = inspect.unwrap(function)
     while isinstance(inner, functools.partial):
         inner = inner.func
+    return inner
+
+
+def place_of(function: Callable[..., Any]) -> str:
+    """Return where *function* is, such as ``say() at chat.py:12``, for messages about it."""
+    inner = innermost(function)
     code = getattr(inner, "__code__", None)
     where = f" at {code.co_filename}:{code.co_firstlineno}" if code else ""
     return f"{getattr(inner, '__qualname__', inner)}(){where}"
@@ -1297,6 +1304,7 @@ class Routes:
     middleware: list[Callable[..., Awaitable[Any]]] = attrs.Factory(list)
     errors: dict[type[Exception], Callable[..., Awaitable[Any]]] = attrs.Factory(dict)
     workers: list[Callable[[], Awaitable[None]]] = attrs.Factory(list)
+    leases: dict[str, Callable[[], Awaitable[None]]] = attrs.Factory(dict)  # workers, by lease
     frames: list[FrameClass] = attrs.Factory(list)  # the classes of what `decode` returns
     # `decode` reads a text frame of a known type. A validator in a payload may raise anything.
     decode: Callable[[str], Received] = attrs.Factory(lambda: decoder_of(()))
@@ -2496,6 +2504,16 @@ class Relay(typing.Protocol):
         Gives up after 4 seconds: receivers get a gap later. Raises `PachinkoError` when denied.
         """
 
+    async def check_leases(self) -> None:
+        """Raise `PachinkoError` if `lease` cannot work. A broker that is away is no reason."""
+
+    async def lease(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Run *work* once no other process of the app runs its own under this *name*.
+
+        Returns or raises as *work* does. If the broker may give the lease to another process,
+        *work* is cancelled, and runs again when the lease is back.
+        """
+
     def stats(self) -> dict[str, int]:
         """Return the counts of messages that were refused, and of what the broker does."""
         return {"refused": 0, "outages": 0, "broker_down": 0}
@@ -2509,6 +2527,7 @@ class LocalRelay(Relay):
     def subscribe(self, kind: Kind, name: str) -> None: ...
     def unsubscribe(self, kind: Kind, name: str) -> None: ...
     async def subscribed(self, kind: Kind, name: str) -> None: ...
+    async def check_leases(self) -> None: ...
 
     def start(self, registry: Registry, process: str) -> None:
         self._registry, self._process = registry, process
@@ -2522,6 +2541,9 @@ class LocalRelay(Relay):
     async def ask(self, group: str) -> list[Presence]:
         members = self._registry.accepted(Kind.GROUP, group)
         return [Presence(conn.id, conn.user, self._process) for conn in members]
+
+    async def lease(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        await work()
 
 
 def open_relay(given: Given, namespace: str | None) -> Relay:
@@ -3817,6 +3839,8 @@ async def _authenticate(
 _NO_FUNCTION: Any = None  # `ws.connect()` decorates it, and is refused for its parentheses
 # A key is the id of an app, and a path. A Pachinko holds its app, so that no id is used again.
 _attached: weakref.WeakValueDictionary[tuple[int, str], Pachinko] = weakref.WeakValueDictionary()
+_SERVER = re.compile(r"(?:^|[\\/])(gunicorn|granian)(?:[\\/]__main__\.py|\.exe)?$")
+_WORKERS = re.compile(r"(?:^| )(?:--workers[ =]|-w[ =]?)(\d+)")
 _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start
 
 
@@ -4002,22 +4026,56 @@ class Pachinko:
 
         return register
 
-    def worker(self, function: F = _NO_FUNCTION) -> F:
+    @typing.overload
+    def worker(self, function: F, *, once: bool = ...) -> F: ...
+    @typing.overload
+    def worker(self, *, once: bool) -> Callable[[F], F]: ...
+    def worker(self, function: Any = _NO_FUNCTION, *, once: bool | None = None) -> Any:
         """Run ``async def f()`` in the background, once the app has started, until its shutdown.
 
         A worker that fails is logged and started again, after 1 second, then 2, up to 60.
+
+        Each process of the app runs it. With ``@ws.worker(once=True)`` one process does at a time,
+        and when that ends another takes over, within a second, or 8 if it was killed or hangs. The
+        lease for it needs NATS with JetStream, or Redis; without a broker it is a worker as others.
+        Raises `PachinkoError` for a second one of the same module and ``__qualname__``.
         """
-        check_function(function, "@ws.worker\nasync def clock(): ...", 0)
+        if once is not None and not isinstance(once, bool):
+            raise PachinkoError(f"write @ws.worker(once=True), got once={once!r}")
+        if function is _NO_FUNCTION and once is not None:
+            return functools.partial(self.worker, once=once)
+        decorator = "@ws.worker(once=True)" if once else "@ws.worker"
+        check_function(function, f"{decorator}\nasync def clock(): ...", 0)
         is_late = self._is_working and self._loop is not None and self._loop.is_running()
         if is_late and is_elsewhere(self._loop):
             raise PachinkoError(
                 "a worker was added from another thread or event loop than its app's; use "
                 "hub.call_threadsafe(ws.worker, ...)"
             )
-        self._routes.workers.append(function)
+        run = self._leased(function) if once else function
+        self._routes.workers.append(run)
         if is_late:
-            self._start_worker(function)
+            self._start_worker(run)
         return function
+
+    def _leased(self, function: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+        """Return a worker that runs *function* while this process has the lease for it."""
+        inner = innermost(function)
+        qualname = getattr(inner, "__qualname__", type(inner).__qualname__)
+        name = f"{self._path or ''} {inner.__module__}.{qualname}"
+        if (first := self._routes.leases.get(name)) is not None:
+            raise PachinkoError(
+                f"{name.strip()} is the name of two workers with once=True, and of their lease: "
+                f"{place_of(first)} and {place_of(function)}; write\n@ws.worker(once=True)\n"
+                "async def another_name(): ..."
+            )
+        self._routes.leases[name] = function
+
+        @functools.wraps(function)
+        async def run() -> None:
+            await self._hub.state.relay.lease(name, function)
+
+        return run
 
     def add_resource(self, prefix: str, resource: object) -> None:
         """Route by class: ``on_send`` handles ``"<prefix>.send"``.
@@ -4083,7 +4141,7 @@ class Pachinko:
             self._start()
             self._runs += 1
             stack.push_async_callback(self.process_shutdown, None, None)
-            await self._hub.state.connected()
+            await self._connected()
             self._start_workers()
             yield
 
@@ -4096,9 +4154,20 @@ class Pachinko:
         if app is not None:  # Falcon starts middleware that is added now last, and stops it first.
             last = types.SimpleNamespace(process_startup=begin, process_shutdown=self._stop_first)
             app.add_middleware(cast(Any, last))
-        await self._hub.state.connected()
+        try:
+            await self._connected()
+        except PachinkoError:
+            self._runs += 1  # `process_shutdown` takes it off.
+            await self.process_shutdown(scope, event)
+            raise
         if app is None:  # Whoever has added it, or calls this by hand, has chosen the moment.
             await begin(scope, event)
+
+    async def _connected(self) -> None:
+        """Wait for the hub. Raises `PachinkoError` if a worker needs what its broker has not."""
+        await self._hub.state.connected()
+        if self._routes.leases:
+            await self._hub.state.relay.check_leases()
 
     async def _start_last(self, starts: int, scope: Any, event: Any) -> None:
         """Start the workers, when all middleware of the app has started."""
@@ -4146,6 +4215,8 @@ class Pachinko:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._hub.state.start(self)
+            if self._hub.state.broker is None:
+                _warn_of_workers()
             self._loop, self._runs, self._is_working = loop, 0, False
             self._routes.start(self._hub.state.codec)
             self._workers.clear()
@@ -4160,6 +4231,38 @@ class Pachinko:
         task = create_task(_keep_working(function))
         self._workers.add(task)
         task.add_done_callback(self._workers.discard)
+
+
+def count_workers() -> int:
+    """Return how many worker processes the server has, as far as it tells the first of them; or 1.
+
+    uvicorn and hypercorn hand their configuration to each process that they start, whatever the
+    number comes from. For gunicorn and granian, the command line and a variable are read.
+    """
+    multiprocessing = sys.modules.get("multiprocessing.process")  # PERF: an import takes 26 ms.
+    process: Any = multiprocessing.current_process() if multiprocessing is not None else None
+    if (config := getattr(process, "_kwargs", {}).get("config")) is not None:
+        workers = getattr(config, "workers", None)
+        is_first = process.name.endswith("-1") and not getattr(config, "reload", False)
+        return workers if is_first and isinstance(workers, int) else 1
+    if (server := _SERVER.search("".join(sys.argv[:1]))) is None:
+        return 1
+    found = _WORKERS.search(" ".join(sys.argv[1:]))
+    variable = "WEB_CONCURRENCY" if server[1] == "gunicorn" else "GRANIAN_WORKERS"
+    text = found[1] if found else os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else 1
+
+
+@functools.cache  # once in a process
+def _warn_of_workers() -> None:
+    """Log a warning if the server has several worker processes, which have no broker."""
+    if (workers := count_workers()) > 1:
+        text = (
+            "%d worker processes without a broker: each group is split, and a message reaches the "
+            "clients of one process only. Set %s to nats://localhost:4222 or "
+            "redis://localhost:6379, or to memory:// if that is meant"
+        )
+        logger.warning(text, workers, ENVIRONMENT)
 
 
 async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:

@@ -14,9 +14,10 @@ Map: what each section does, and which of those above it each one uses.
     Redis — a backplane by redis-py (uses: broker URLs, pachinko)
     link — keeps a process connected and subscribed, whatever the broker does
         (uses: broker URLs, pachinko)
+    leases — run a worker in one process at a time (uses: broker URLs, pachinko)
     peer messages — what processes send to one another, as bytes (uses: pachinko)
     cluster relay — the `Relay` of an app with a broker
-        (uses: broker URLs, NATS, Redis, link, peer messages, pachinko)
+        (uses: broker URLs, NATS, Redis, link, leases, peer messages, pachinko)
     shell command — ``pachinko send``, ``listen`` and ``presence`` (uses: cluster relay, pachinko)
 """
 
@@ -67,6 +68,7 @@ _encode = msgspec.json.Encoder().encode
 
 _CONNECT = 3.0  # seconds for a connection to the broker
 _DISCONNECT = 1.0  # seconds for the end of one
+LEASE = 6.0  # seconds until the broker forgets a lease that is not renewed
 SCHEMES = ("memory", "nats", "tls", "redis", "rediss")  # all but the first have a broker
 _WRONG_URL = (
     'a backplane is a URL such as "nats://localhost:4222" or "redis://:secret@host:6379"; known '
@@ -150,6 +152,12 @@ def look_at_result(task: asyncio.Task[Any]) -> None:
 # pins the private names of nats-py.
 
 
+_BUCKET = "pachinko-leases"
+_REQUEST = 1.2  # seconds for the answer of JetStream, less than the caller waits
+_NO_JETSTREAM = (None, 10039, 10076)  # codes: nobody answers, or it is off for this account
+_NO_RIGHTS = re.compile(r'"(\$js\.api|\$kv|_inbox)\.')
+
+
 def _client_class() -> Any:
     """Return the client's class. Only a program that uses NATS imports nats-py."""
     import nats.aio.client
@@ -169,6 +177,8 @@ def _client_class() -> Any:
         async def _process_msg(
             self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
         ) -> None:
+            if subject.startswith(b"_INBOX."):  # It answers a request of nats-py, for a lease.
+                return await super()._process_msg(sid, subject, reply, data, headers)
             await self.deliver(subject.decode(), bytes(data))
 
         async def _process_op_err(self, e: Exception) -> None:
@@ -215,6 +225,7 @@ class Nats:
         self._settings.update(_nats_settings(broker))
         self._client: Any = None
         self._subscriptions: dict[str, Any] = {}
+        self._bucket: Any = None  # of the leases, once it was opened
         self._refusals: list[str] = []  # permission errors, each for one message
         self._round_trip: asyncio.Task[None] | None = None  # the next one, shared by new calls
         self._round_trips: set[asyncio.Task[None]] = set()
@@ -247,7 +258,7 @@ class Nats:
         async def closed() -> None:
             tell(errors[-1] or client.last_error)
 
-        self._subscriptions, self._round_trip = {}, None
+        self._subscriptions, self._round_trip, self._bucket = {}, None, None
         self._refusals.clear()
         self._client = client = self._class(deliver, tell)
         try:
@@ -278,6 +289,68 @@ class Nats:
 
     async def unsubscribe(self, subject: str) -> None:
         await self._subscriptions.pop(subject).unsubscribe()
+
+    async def lease(self, key: str, token: str, seconds: float) -> bool:
+        """Take or renew the lease *key* for *token*, or give it up, as `Lease.request` says."""
+        from nats.errors import TimeoutError as Unanswered
+        from nats.js import errors
+
+        try:
+            return await self._replace(await self._open_bucket(), key, token.encode(), seconds)
+        except errors.KeyWrongLastSequenceError:
+            return False  # Another process has been faster.
+        except Unanswered:
+            if any(map(_NO_RIGHTS.search, self._refusals)):
+                raise PachinkoError(
+                    "a worker with once=True needs further rights in NATS: to publish to $JS.API.> "
+                    f"and $KV.{_BUCKET}.>, and to subscribe to _INBOX.> ({self._refusals[-1]})"
+                ) from None
+            raise
+
+    async def _replace(self, bucket: Any, key: str, value: bytes, seconds: float) -> bool:
+        """Write *value*, or delete it, naming the revision that it has to replace."""
+        from nats.js.errors import KeyNotFoundError
+
+        entry: Any = None
+        with contextlib.suppress(KeyNotFoundError):  # It was never there, or deleted or forgotten.
+            entry = await bucket.get(key, validate_keys=False)
+        if entry is None:
+            if seconds:
+                await bucket.create(key, value, validate_keys=False)
+        elif entry.value != value:
+            return False
+        elif seconds:
+            await bucket.update(key, value, entry.revision, validate_keys=False)
+        else:
+            await bucket.delete(key, entry.revision, validate_keys=False)
+        return bool(seconds)
+
+    async def _open_bucket(self) -> Any:
+        """Return the bucket of the leases. Raises `PachinkoError` if the server cannot have it."""
+        from nats.js import errors
+
+        if self._bucket is None:
+            stream = self._connected().jetstream(timeout=_REQUEST)
+            try:
+                try:
+                    bucket = await stream.key_value(_BUCKET)
+                except errors.BucketNotFoundError:
+                    bucket = await stream.create_key_value(bucket=_BUCKET, ttl=LEASE)
+                ttl = (await bucket.status()).ttl
+            except errors.ServiceUnavailableError as exc:
+                if exc.err_code not in _NO_JETSTREAM:
+                    raise
+                raise PachinkoError(
+                    "a worker with once=True needs JetStream, which this NATS server does not "
+                    "have: start it as nats-server -js -sd /var/lib/nats"
+                ) from None
+            if ttl != LEASE:
+                raise PachinkoError(
+                    f"the bucket {_BUCKET} of NATS keeps its values for {ttl or 0:g} s, and leases "
+                    f"need {LEASE:g} s: nats kv del {_BUCKET}"
+                )
+            self._bucket = bucket
+        return self._bucket
 
     async def stop(self) -> None:
         client, self._client = self._client, None
@@ -357,6 +430,16 @@ def _nats_settings(broker: Broker) -> dict[str, Any]:
 #
 # A `Redis` has two connections: it publishes on one, and subscribes on the other. The public API of
 # redis-py, `PubSub` and pipelines, takes 1.4 to 2 times the CPU time for a message.
+
+
+# A lease has its holder's token as value. To give it up is to keep it for a millisecond.
+_TAKE = """
+local owner = redis.call('GET', KEYS[1])
+if owner and owner ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+_NO_RIGHT = re.compile(r"ACL failure|can't run this command|can't access")
 
 
 class RedisConnection:
@@ -503,6 +586,27 @@ class Redis:
 
     async def unsubscribe(self, subject: str) -> None:
         await self._subscribed.call("UNSUBSCRIBE", subject)
+
+    async def lease(self, key: str, token: str, seconds: float) -> bool:
+        """Take or renew the lease *key* for *token*, or give it up, as `Lease.request` says."""
+        from redis.exceptions import NoPermissionError, ResponseError
+
+        if not self._counts_all:
+            raise PachinkoError(
+                "a worker with once=True needs a single Redis server, or NATS: this is a Redis "
+                "Cluster, whose nodes do not share their keys"
+            )
+        milliseconds = str(max(1, int(seconds * 1000)))
+        try:
+            held = await self._publishing.call("EVAL", _TAKE, "1", key, token, milliseconds)
+        except ResponseError as exc:
+            if isinstance(exc, NoPermissionError) or _NO_RIGHT.search(str(exc)):
+                raise PachinkoError(
+                    f"a worker with once=True needs further rights in Redis: ACL SETUSER app "
+                    f"~{key.rpartition('.')[0]}.* +eval +get +set ({exc})"
+                ) from None
+            raise
+        return bool(held and seconds)
 
     async def stop(self) -> None:
         if self._ending is not None:
@@ -828,6 +932,10 @@ class Link:
             if not patience.expired():
                 patience.reschedule(asyncio.get_running_loop().time())
 
+    def reason(self, exc: BaseException) -> str:
+        """Return the text of *exc*, without the credentials of the broker."""
+        return without_secrets(exc, self._broker)
+
     def _is_bug(self, exc: BaseException) -> bool:
         """Return whether *exc* is a bug in the program's own backplane. The log gets its trace."""
         return self._broker is None and not isinstance(exc, (OSError, PachinkoError))
@@ -843,6 +951,142 @@ def resolve(future: asyncio.Future[Any], result: Any = None) -> None:
     """Give *future* its result, if it has none."""
     if not future.done():
         future.set_result(result)
+
+
+# ── leases ────────────────────────────────────────────────────────────────────────────────────
+#
+# The broker gives a lease to one process at a time, and forgets it when it is not renewed. Its
+# holder goes by its own clock: it stops the worker before the broker may forget the lease, and the
+# time between is for the worker's clean-up.
+
+_HOLD = 4.5  # seconds from a renewal to when the holder stops its worker
+_RENEW = 1.5  # seconds between two renewals, and for one of them
+_TRY = 1.0  # seconds between the attempts of a process that waits
+_FAILURES = 3  # in a row, until one is logged: the first may only tell that the broker is lost
+_tokens = itertools.count(1)
+
+
+class Lease:
+    """The right to run one worker, which *process* wants by the name *key*."""
+
+    def __init__(self, broker: Nats | Redis, link: Link, key: str, process: str) -> None:
+        self._broker, self._link, self._key, self._process = broker, link, key, process
+        self._token = self._new_token()
+        self._session, self._answered = 0, -math.inf  # of the broker's latest answer
+        self._failures = 0  # requests in a row that have failed with a connection
+        self._is_lost, self._is_kept = False, False
+        self._turn = asyncio.Lock()  # for workers of one name on endpoints without a path
+
+    def _new_token(self) -> str:
+        return f"{self._process}.{next(_tokens)}"
+
+    async def request(self, seconds: float, waits: bool = False) -> bool | None:
+        """Take or renew the lease, or give it up if *seconds* is 0. Returns whether it is ours.
+
+        With *waits*, it returns None, without asking, while a broker that was lost and found may
+        have forgotten a lease whose holder goes on. Raises `TimeoutError`, and what the broker's
+        `lease` raises.
+        """
+        now = asyncio.get_running_loop().time
+        async with asyncio.timeout(_RENEW):
+            await self._link.connected()
+            session, begun = self._link.session, now()
+            if waits and session != self._session and begun < self._answered + LEASE:
+                return None
+            is_ours = await self._broker.lease(self._key, self._token, seconds)
+        self._session, self._answered, self._failures = session, begun, 0
+        return is_ours
+
+    async def run(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Run *work* as `Relay.lease` says."""
+        async with self._turn:
+            self._place = pachinko.place_of(work)
+            while not await self._run_once(work):
+                pass
+
+    async def _run_once(self, work: Callable[[], Awaitable[None]]) -> bool:
+        """Wait for the lease, and run *work*. Returns whether *work* has ended by itself."""
+
+        async def call() -> None:
+            try:
+                await work()
+            except SystemExit as exc:  # In a task of its own it would end the event loop.
+                raise RuntimeError(f"sys.exit() in worker {self._place}") from exc
+
+        deadline = await self._acquire()
+        logger.info("worker %s runs here now (process %s)", self._place, self._process)
+        loop = asyncio.get_running_loop()
+        self._task, self._is_lost = loop.create_task(call()), False
+        self._set_deadline(deadline)
+        self._renewals = loop.create_task(self._renew())
+        try:
+            await self._task
+        except asyncio.CancelledError:
+            if not self._is_lost or pachinko.current_task().cancelling():
+                raise
+        finally:
+            self._timer.cancel()
+            self._renewals.cancel()
+            self._is_kept = not self._link.is_connected  # It is ours again if that is back soon.
+            if not self._is_kept:
+                await self._try(0)
+                self._token = self._new_token()  # A late request must not end the next lease.
+        return not self._is_lost
+
+    async def _acquire(self) -> float:
+        """Wait for the lease. Returns when to stop if no renewal succeeds, in the loop's time."""
+        now = asyncio.get_running_loop().time
+        while True:
+            deadline = now() + _HOLD
+            if await self._try(LEASE, waits=not self._is_kept) and now() < deadline:
+                return deadline
+            await asyncio.sleep(_TRY)
+
+    async def _renew(self) -> None:
+        """Renew the lease, until it is given up or lost."""
+        now, pause = asyncio.get_running_loop().time, _RENEW
+        while True:
+            await asyncio.sleep(pause)
+            deadline = now() + _HOLD
+            is_ours = await self._try(LEASE)
+            if is_ours:
+                self._timer.cancel()
+                self._set_deadline(deadline)
+            elif is_ours is not None:
+                self._lose("another process has it")
+            pause = _RENEW if is_ours else _RENEW / 5
+
+    async def _try(self, seconds: float, waits: bool = False) -> bool | None:
+        """Make a `request`, and log if it fails again. Returns None if there is no answer."""
+        try:
+            return await self.request(seconds, waits)
+        except pachinko.BrokerAway:
+            return None  # The link has logged it.
+        except Exception as exc:  # whatever the library raises
+            self._failures += 1
+            if self._failures == _FAILURES:
+                is_late = type(exc) is TimeoutError
+                why = f"no answer within {_RENEW:g} s" if is_late else self._link.reason(exc)
+                logger.error("no lease for worker %s: %s; trying again", self._place, why)
+            return None
+
+    def _set_deadline(self, deadline: float) -> None:
+        # In a process that was paused, the loop calls the timers that are due before it runs the
+        # tasks that wake. So the worker is cancelled first.
+        loop, why = asyncio.get_running_loop(), f"it was not renewed for {_HOLD:g} s"
+        self._timer = loop.call_at(deadline, self._lose, why)
+
+    def _lose(self, why: str) -> None:
+        """Stop the worker, because another process may run it soon."""
+        text = "worker %s is stopped here, its lease is lost: %s (process %s)"
+        logger.warning(text, self._place, why, self._process)
+        self._is_lost = True
+        self._task.cancel()
+        self._renewals.cancel()
+        self._timer.cancel()
+        text = "worker %s goes on without its lease: it ignores its cancellation"
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(LEASE - _HOLD, logger.error, text, self._place)
 
 
 # ── peer messages ─────────────────────────────────────────────────────────────────────────────
@@ -901,7 +1145,7 @@ _decode_head = msgspec.json.Decoder(PeerMessage).decode
 _decode_carried = msgspec.json.Decoder(Carried).decode
 
 
-def subject_of(namespace: str, kind: Kind, name: str) -> str:
+def subject_of(namespace: str, kind: str, name: str) -> str:
     """Return the subject for *name*, any text. The subject has no wildcards of a broker."""
     token = urllib.parse.quote(name, safe="", errors="surrogatepass").replace(".", "%2E")
     if not 0 < len(token) <= _LONGEST_NAME:
@@ -986,6 +1230,7 @@ class Cluster(pachinko.Relay):
         self._work: set[asyncio.Task[None]] = set()  # sends that no caller waits for
         self._asks: dict[int, asyncio.Queue[PeerMessage]] = {}  # answers, by question
         self._gaps: dict[str, dict[pachinko.Connection, pachinko.Outgoing]] = {}  # to get one
+        self._leases: dict[str, Lease] = {}  # by the names of workers
         self._unread: dict[Address, frozenset[str]] = {}  # ids that got a gap for unread messages
 
     def start(self, registry: Registry, process: str) -> None:
@@ -1022,6 +1267,34 @@ class Cluster(pachinko.Relay):
 
     async def subscribed(self, kind: Kind, name: str) -> None:
         await self._link.subscribed(subject_of(self._namespace, kind, name))
+
+    async def check_leases(self) -> None:
+        try:
+            lease = self._new_lease(self.process)
+            await lease.request(LEASE)
+            await lease.request(0)
+        except pachinko.BrokerAway:
+            pass
+        except PachinkoError:
+            raise
+        except Exception as exc:  # whatever the library raises
+            logger.warning("leases were not checked: %s", self._link.reason(exc))
+
+    async def lease(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        if name not in self._leases:
+            self._leases[name] = self._new_lease(name)
+        await self._leases[name].run(work)
+
+    def _new_lease(self, name: str) -> Lease:
+        """Return the lease for the worker *name*. Raises `PachinkoError` if there are no leases."""
+        if not isinstance(self._backplane, (Nats, Redis)):
+            raise PachinkoError(
+                f"a worker with once=True needs leases, and {type(self._backplane).__name__} has "
+                "none: use nats:// (with JetStream) or redis://, or write @ws.worker, which runs "
+                "in each process"
+            )
+        key = subject_of(self._namespace, "lease", name)
+        return Lease(self._backplane, self._link, key, self.process)
 
     def stats(self) -> dict[str, int]:
         down = int(not self._link.is_connected)

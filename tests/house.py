@@ -76,7 +76,9 @@ NATS = {
     "_io_writer": "its socket is aborted where nats-py leaves it open",
     "_pending_queue": "a queue a subscription, which takes 3 KiB and is not used",
 }
-STANDARD_LIBRARY: dict[str, str] = {}
+STANDARD_LIBRARY = {
+    "_kwargs": "a process of multiprocessing has its server's configuration there",
+}
 
 # Attributes of other objects that a module may store, and the reason for each.
 STORED = {

@@ -124,6 +124,16 @@ async def clock() -> None:
     await hub.broadcast("tick")
 
 
+@ws.worker(once=True)
+async def once() -> None:
+    await hub.broadcast("tick")
+
+
+returned: Callable[[], Awaitable[None]] = once
+ws.worker(clock, once=True)
+ws.worker(once=True)(5)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+
+
 @ws.disconnect
 async def leave(conn: Connection) -> None:
     assert_type(conn.close_code, int | None)
