@@ -188,19 +188,27 @@ class Close(Exception):
     """The end of the connection, with *code* and *reason*: raise it in a handler.
 
     An application may send the codes 1000 to 1003, 1007 to 1014 and 3000 to 4999 (RFC 6455, 7.4).
-    Raises `ValueError` for any other *code*, and for a *reason* of more than 123 bytes of UTF-8.
+    Raises `ValueError` for any other *code*. A *reason* is cut to 123 bytes of UTF-8; None is none.
     """
 
-    def __init__(self, code: int = 1000, reason: str = "") -> None:
-        super().__init__(f"{code} {reason}")
-        if not isinstance(code, int) or not isinstance(reason, str):
+    def __init__(self, code: int = 1000, reason: str | None = "") -> None:
+        if not isinstance(code, int) or not (reason is None or isinstance(reason, str)):
             raise TypeError(f'write Close(4000, "a reason"), got Close({code!r}, {reason!r})')
         if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
-            raise ValueError(f"{code} is no close code to send; use 1000, or 4000 to 4999")
-        if len(reason.encode()) > _REASON_BYTES:
-            raise ValueError(f"a close reason has at most {_REASON_BYTES} bytes, got {reason!r}")
-        self.code: int = code
-        self.reason: str = reason
+            raise ValueError(
+                f"{code} is no close code to send; use 1000, or 4000 to 4999 for meanings of your "
+                f"own; 1000 to 1003, 1007 to 1014 and 3000 to 4999 may be sent"
+            )
+        self.code: int = int(code)
+        # A goodbye never fails because of its text: the connection has to end.
+        cut = whole(reason or "").encode()[:_REASON_BYTES]
+        self.reason: str = cut.decode(errors="ignore")
+        super().__init__(f"{self.code} {self.reason}")
+
+
+def whole(text: str) -> str:
+    """Return *text* with U+FFFD for each half of a surrogate pair, which UTF-8 cannot carry."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def bare(error: E) -> E:
@@ -436,7 +444,27 @@ def _types_of_fields(cls: Any) -> list[Any] | None:
 
 _MAX_DEPTH = 128  # levels of arrays and objects in a frame; recursive code can go far deeper
 _NOT_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[^][{}"]+', re.DOTALL)  # linear in any text
+# A frame's brackets and members named "id", with their values if these may be ids. Linear as well.
+_STRING, _ID = r'"(?:[^"\\]++|\\.)*+"', r'"(?:i|\\u0069)(?:d|\\u0064)"'
+_BRACKETS_AND_IDS = re.compile(
+    rf"([\[{{]++|[\]}}]++)|{_ID}\s*+:(?:\s*+({_STRING}|-?[0-9]++)(?=\s*+[,}}]))?()"
+    rf'|(?:(?!{_ID}\s*+:){_STRING}?|[^][{{}}"]++)++',
+    re.DOTALL,
+)
 _RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
+_EXACT: dict[Any, Callable[[Any], Any]] = {  # scalars, and what makes one of a subclass's value
+    str: str.__str__,
+    int: int.__int__,
+    float: float.__float__,
+    bytes: lambda value: bytes(memoryview(value)),
+    bytearray: lambda value: bytes(memoryview(value)),
+    datetime: lambda value: datetime.fromisoformat(datetime.isoformat(value)),
+    date: lambda value: date.fromisoformat(date.isoformat(value)),
+    time_of_day: lambda value: time_of_day.fromisoformat(time_of_day.isoformat(value)),
+    timedelta: lambda value: timedelta(value.days, value.seconds, value.microseconds),
+    UUID: lambda value: UUID(int=value.int),
+    Decimal: Decimal,
+}
 _JSON_NAMES: dict[Any, str] = {dict: "object", list: "array", types.NoneType: "null"}
 
 
@@ -502,12 +530,45 @@ class BadFrame(MessageError):
 
 _no_frame = frame_class("$none", Any)
 _decode_frame = msgspec.json.Decoder(Frame).decode
-_encode = msgspec.json.Encoder().encode
+
+
+def exact(value: Any) -> Any:
+    """Return what to encode for a *value* that msgspec does not know. Raises `TypeError`.
+
+    msgspec wants exact types. A subclass of a scalar, such as `markupsafe.Markup` or
+    `numpy.float64`, goes out as the scalar that it is. Of `None` and `bool` it knows no keys.
+    """
+    if value is None or isinstance(value, bool):
+        return _encode(value).decode()
+    for scalar, make in _EXACT.items():
+        if isinstance(value, scalar):
+            return make(value)
+    raise TypeError(f"Encoding objects of type {type(value).__name__} is unsupported")
+
+
+_encode = msgspec.json.Encoder(enc_hook=exact).encode
+
+
+def encode(value: Any) -> bytes:
+    """Return *value* as JSON, with U+FFFD for each half of a surrogate pair in its texts."""
+    try:
+        return _encode(value)
+    except UnicodeEncodeError:
+        return _encode(_whole_in(msgspec.to_builtins(value, str_keys=True, enc_hook=exact)))
+
+
+def _whole_in(value: Any) -> Any:
+    """Return the JSON value *value* with `whole` texts."""
+    if isinstance(value, dict):
+        return {whole(key): _whole_in(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_whole_in(item) for item in value]
+    return whole(value) if isinstance(value, str) else value
 
 
 def gap_of(group: str | None) -> bytes:
     """Return the ``gap`` frame: messages to *group*, or to no group if it is None, were lost."""
-    return _encode(Sent("gap", payload={"group": group}))
+    return encode(Sent("gap", payload={"group": group}))
 
 
 def is_too_deep(text: str) -> bool:
@@ -518,18 +579,34 @@ def is_too_deep(text: str) -> bool:
     return max(itertools.accumulate(steps), default=0) > _MAX_DEPTH
 
 
+def id_in(text: str) -> Id | None:
+    """Return the id in *text*, an object that is not read as JSON; None if there is none."""
+    depth, found = 0, None
+    for match in _BRACKETS_AND_IDS.finditer(text):
+        if match[1]:
+            depth += len(match[1]) * (1 if match[1][0] in "[{" else -1)
+            if depth <= 0:
+                break
+        elif depth == 1 and match[3] is not None:
+            found = match[2]  # Of several members, the last one counts.
+    with contextlib.suppress(ValueError, msgspec.MsgspecError):
+        if found is not None and text.lstrip().startswith("{"):
+            return cast(Id, msgspec.json.decode(found, type=Id))
+    return None
+
+
 def decode_or_error(text: str) -> Frame | BadFrame:
     """Decode one text frame, or return the error. Raised, it would be the context of later ones."""
     if is_too_deep(text):
-        return BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels")
+        return BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels", id_in(text))
     with contextlib.suppress(msgspec.MsgspecError, UnicodeError):
         return _decode_frame(text)
     try:
         value = msgspec.json.decode(text)
     except UnicodeError:
-        return BadFrame("invalid_json", "not valid UTF-8")
+        return BadFrame("invalid_json", "half of a surrogate pair is no text", id_in(text))
     except msgspec.MsgspecError as exc:
-        return BadFrame("invalid_json", str(exc))
+        return BadFrame("invalid_json", str(exc), id_in(text))
     id = value.get("id") if type(value) is dict else None
     is_wrong = id is not None and type(id) not in (str, int)
     if type(value) is not dict:
@@ -664,8 +741,10 @@ def strict_converter() -> cattrs.Converter:
     structure(lambda t: inner_type(t) is not t, _allow_recursion(_inner_hook))
     structure(lambda t: _TEXT_KEY in getattr(t, "__metadata__", ()), _key_hook)
     unstructure = converter.register_unstructure_hook_factory
+    # CPython 3.13.0 overlooks the recursion limit if cattrs calls `unstructure` for `Any` itself.
     converter.register_unstructure_hook_func(
-        lambda t: t is object, lambda v: v if type(v) is object else converter.unstructure(v)
+        lambda t: t is object or t is Any,
+        lambda v: v if type(v) is object else converter.unstructure(v),
     )
     unstructure(lambda t: origin_of(t) in _UNIONS, _union_unstructure_hook)
     unstructure(declares_fields, _allow_recursion(_fields_unstructure_hook))
@@ -1020,10 +1099,78 @@ class Codec:
         own_type = message_type(class_of(shape))
         return own_type or type, self.converter.get_unstructure_hook(shape)
 
-    def encode(self, type: str, payload: Any, group: str | None = None) -> bytes:
-        """Return the frame for *payload*."""
-        payload = UNSET if payload is None else self.converter.unstructure(payload)
-        return _encode(Sent(type, group=group, payload=payload))
+    def encode(
+        self, type: str, payload: Any, group: str | None = None, id: Id | None = None
+    ) -> bytes:
+        """Return the frame for *payload*. Raises `TypeError` with the path of what has no JSON."""
+        sent = Sent(type, id, group=group)
+        try:
+            sent.payload = UNSET if payload is None else self.converter.unstructure(payload)
+            return _encode(sent)
+        except Exception:  # A hook may raise anything.
+            return self.encode_again(sent, payload)
+
+    def encode_again(self, sent: Sent, payload: Any, declared: Any = None) -> bytes:
+        """Encode *sent* after a failure: replace half pairs, or raise what `encode` does."""
+        try:
+            sent.payload = UNSET if payload is None else self._unstructured(payload, declared)
+            return encode(sent)
+        except RecursionError:
+            raise TypeError("$.payload: nested too deeply, or a part of itself") from None
+        except Exception as exc:  # as above
+            path, what, reason = self._unsendable(payload, declared, "$.payload", exc)
+        raise TypeError(f"{path}: cannot send a {what}") from reason
+
+    def _unstructured(self, value: Any, declared: Any) -> Any:
+        shape = declared_member(value, members_of(declared))
+        return self.converter.get_unstructure_hook(shape)(value)
+
+    def _unsendable(
+        self, value: Any, declared: Any, path: str, reason: Exception
+    ) -> tuple[str, str, Exception]:
+        """Return the path, the class and the error of the innermost part that cannot be sent."""
+        parts, keys = _parts_of(value, declared)
+        for key in keys:
+            try:
+                encode(self.converter.unstructure({key: None}))
+            except Exception as exc:  # as above
+                return path, f"{type(key).__name__} as a key", exc
+        for step, part, inner in parts:
+            try:
+                encode(self._unstructured(part, inner))
+            except Exception as exc:  # as above
+                return self._unsendable(part, inner, path + step, exc)
+        return path, type(value).__name__, reason
+
+
+def _parts_of(value: Any, t: Any) -> tuple[list[tuple[str, Any, Any]], Iterable[Any]]:
+    """Return steps, values and declared types of the parts of *value*, a *t*; and its keys."""
+    t = bare_type(
+        type(value) if t in (None, Any, object) else declared_member(value, members_of(t))
+    )
+    args = [None if isinstance(arg, TypeVar) else arg for arg in get_args(t)]
+    if isinstance(value, Mapping):
+        hints = typing.get_type_hints(t) if typing.is_typeddict(t) else {}
+        item = args[1] if len(args) == 2 else None
+        items = cast("Mapping[Any, Any]", value).items()
+        return [(_step(key), part, hints.get(key, item)) for key, part in items], [*value]
+    if (fields := fields_of(type(value))) is not None:
+        hints = {f.name: f.type for f in fields_of(t) or ()}
+        return [
+            (_step(getattr(f, "alias", f.name)), getattr(value, f.name, None), hints.get(f.name))
+            for f in fields
+        ], ()
+    if not isinstance(value, (Sequence, Set)) or isinstance(value, (str, bytes)):
+        return [], ()
+    types_ = args if class_of(t) is tuple and Ellipsis not in args else args[:1] * len(value)
+    pairs = itertools.zip_longest(value, types_)
+    return [(f"[{index}]", part, inner) for index, (part, inner) in enumerate(pairs)], ()
+
+
+def _step(key: Any) -> str:
+    """Return the step to *key* in a path."""
+    name = str(key)[:_KEY_SHOWN]
+    return f".{name}" if name.isidentifier() else f'["{name}"]'
 
 
 # ── handlers ──────────────────────────────────────────────────────────────────────────────────
@@ -1332,6 +1479,10 @@ class Routes:
             if cls in built_in:
                 break
         return None
+
+    def is_handled(self, exc: BaseException) -> bool:
+        """Tell whether an error handler is for *exc* in particular, and not for any `Exception`."""
+        return self.error_handler(exc) not in (None, self.errors.get(Exception))
 
 
 def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> None:
@@ -2319,7 +2470,7 @@ class Connection:
         if self._sends % _BURST == 0:
             await asyncio.sleep(0)  # Nothing above lets the loop run while a client keeps up.
 
-    async def close(self, code: int = 1000, reason: str = "") -> None:
+    async def close(self, code: int = 1000, reason: str | None = "") -> None:
         """Begin to close, once, after what was sent before. Raises what `Close` does."""
         self.outgoing.close(Close(code, reason))
 
@@ -2972,7 +3123,7 @@ class Hub:
         self._check_own(item, "use its id, or the hub that it was given")
         return item.id
 
-    async def close_group(self, group: str, code: int = 1000, reason: str = "") -> None:
+    async def close_group(self, group: str, code: int = 1000, reason: str | None = "") -> None:
         """Close every connection in *group*, behind what was sent to it before."""
         self._check(group, "group")
         await self.state.relay.close(Kind.GROUP, group, Close(code, reason))
@@ -3066,6 +3217,40 @@ hub: Hub = Hub()
 # ── outcomes ──────────────────────────────────────────────────────────────────────────────────
 #
 # An exception of the application's code becomes an answer or a close, or is raised again.
+
+# What a stop or a departure raises. A `TaskGroup` groups the `GeneratorExit` of its generator.
+_QUIET = (asyncio.CancelledError, GeneratorExit, falcon.WebSocketDisconnected)
+
+
+def single(
+    exc: BaseException, is_handled: Callable[[BaseException], bool] = lambda _: False
+) -> BaseException:
+    """Return what *exc*, from code of the application, means if it is a group; else *exc* itself.
+
+    Errors that a stop or a departure causes count only if there are no others. Of the others, the
+    first one counts if each means an outcome, or *is_handled* by an error handler for its class.
+    Otherwise the whole group is a bug. *is_handled* may also take the group as it is.
+    """
+    if not isinstance(exc, BaseExceptionGroup):
+        return exc
+    errors = sorted(
+        _errors_in(exc), key=lambda each: isinstance(each, falcon.WebSocketDisconnected)
+    )
+    left = [each for each in errors if not isinstance(each, _QUIET)]
+    if not left:  # A `GeneratorExit` has to end its own generator only.
+        return asyncio.CancelledError() if isinstance(errors[0], GeneratorExit) else errors[0]
+    ends = [each for each in left if isinstance(each, KeyboardInterrupt)]
+    is_meant = all(outcome_of(each) is not None or is_handled(each) for each in left)
+    return ends[0] if ends else left[0] if is_meant and not is_handled(exc) else exc
+
+
+def _errors_in(exc: BaseException) -> Iterator[BaseException]:
+    """Yield the errors in *exc*, which may be a group of groups."""
+    if isinstance(exc, BaseExceptionGroup):
+        for each in cast("BaseExceptionGroup[BaseException]", exc).exceptions:
+            yield from _errors_in(each)
+    else:
+        yield exc
 
 
 def outcome_of(exc: BaseException) -> MessageError | Close | None:
@@ -3168,7 +3353,7 @@ class Stream:
         try:
             items = await call()
             if isinstance(items, AsyncIterator):
-                async with contextlib.aclosing(cast("AsyncGenerator[Any]", items)):
+                async with _closing(cast("AsyncGenerator[Any]", items)):
                     try:
                         async for item in items:
                             if self.is_stopped:  # The generator has caught its cancellation.
@@ -3182,10 +3367,27 @@ class Stream:
             self.task = None  # A task keeps its error, and with it stack frames.
 
 
+@contextlib.asynccontextmanager
+async def _closing(items: AsyncGenerator[Any]) -> AsyncIterator[None]:
+    """Close *items* at the end of the block, whose own error counts."""
+    try:
+        yield
+    finally:
+        try:
+            await items.aclose()
+        except BaseExceptionGroup as group:
+            # A `TaskGroup` around a `yield` takes the end of its generator for one of its errors.
+            rest = cast("BaseExceptionGroup[BaseException]", group).split(GeneratorExit)[1]
+            if rest is not None:
+                raise rest from None
+
+
 # ── session ───────────────────────────────────────────────────────────────────────────────────
 #
 # A message is decoded, its handler is called, and what that returns or raises is answered. Whatever
 # goes wrong on the way becomes one outcome for the client, and the connection goes on.
+
+_TYPE_SHOWN = 80  # characters of a type in an answer or a log: a client may send one of max_size
 
 
 class Session:
@@ -3403,8 +3605,8 @@ class Session:
         elif isinstance(frame, BadFrame):
             await self._send_error(frame, id)
         else:
-            error = MessageError("unknown_type", f"no handler for {frame.type[:80]!r}")
-            await self._send_error(error, id)
+            error = MessageError("unknown_type", f"no handler for {frame.type[:_TYPE_SHOWN]!r}")
+            await self._send_error(error, id, frame.type)
 
     async def _is_limited(self, rate: Rate, id: Id | None) -> bool:
         """Apply the rate limit. If it refuses the message *id*, tell the client and return True."""
@@ -3427,7 +3629,7 @@ class Session:
         elif len(self.tasks) >= self._limits.max_concurrent:
             error = MessageError("too_busy", f"at most {self._limits.max_concurrent} at a time")
         if error is not None:
-            await self._send_error(error, id)
+            await self._send_error(error, id, handler.type)
             return
         if not self.tasks:
             self.tasks, self._streams = set(), {}
@@ -3459,7 +3661,7 @@ class Session:
             was_stopped = stream.is_stopped and not self.outgoing.closed
             if was_stopped:
                 forget_cancellations()
-            if not (was_stopped and isinstance(exc, asyncio.CancelledError)):
+            if not (was_stopped and isinstance(single(exc), asyncio.CancelledError)):
                 await self._fail(exc, handler.type, id)
                 return
         await self._send(_encode(Sent("complete", id)))
@@ -3472,17 +3674,23 @@ class Session:
             codec, name = self._hub_state.codec, f"{handler.type}.reply"
             writer = codec.writer_of(value, name, handler.returns)
             name, unstructure = handler.writers[type(value)] = writer
-        data = _encode(Sent(name, id, unstructure(value), None, more))
+        try:
+            data = _encode(Sent(name, id, unstructure(value), None, more))
+        except Exception:  # A hook may raise anything.
+            sent = Sent(name, id, UNSET, None, more)
+            data = self._hub_state.codec.encode_again(sent, value, handler.returns)
         return {"type": "websocket.send", "text": data.decode()}
 
     async def _answer(self, type: str, id: Id | None, result: object) -> None:
         """Answer with *result*, which a middleware or an error handler has returned."""
         if result is not None or id is not None:
-            type, unstructure = self._hub_state.codec.writer_of(result, f"{type}.reply")
-            await self._send(_encode(Sent(type, id, unstructure(result))))
+            codec = self._hub_state.codec
+            type, _ = codec.writer_of(result, f"{type}.reply")
+            await self._send(codec.encode(type, result, id=id))
 
-    async def _fail(self, exc: BaseException, type: str | None, id: Id | None) -> None:
-        """Answer *id* with what *exc* means; *type* is None for the fallback and binary frames."""
+    async def _fail(self, raised: BaseException, type: str | None, id: Id | None) -> None:
+        """Answer *id* with what *raised* means; *type* is None for fallback and binary frames."""
+        exc = single(raised, self.routes.is_handled)
         what = f"the handler of {type!r}" if type else "the fallback or the binary handler"
         # If code of the application has cancelled a task beside the reader, its error is answered.
         is_beside = current_task() in self.tasks and not self.outgoing.closed
@@ -3490,23 +3698,26 @@ class Session:
             if not (is_beside and isinstance(exc, Exception)):
                 pass_on(exc, what, self.conn.id, type)
         except BaseException:  # It is raised again.
-            del exc  # It refers to this frame, and that would keep the connection in a cycle.
+            del exc, raised  # They refer to this frame; a cycle would keep the connection.
             raise
         # A handler that sends by Falcon's own socket learns of the end before `Outgoing` does.
         is_over = self.conn.closed or self.conn.ws.closed
-        if is_over and isinstance(exc, falcon.WebSocketDisconnected):
+        is_quiet = isinstance(exc, falcon.WebSocketDisconnected) or exc is not raised
+        if is_over and is_quiet and isinstance(exc, _QUIET):
             return  # A handler may end like this when its client has gone.
+        if isinstance(exc, asyncio.CancelledError):
+            exc = raised  # Nobody has asked for it: a bug, and the log gets all of a group.
         try:
             outcome = await self._outcome(exc, what, type)
             if isinstance(outcome, Close):
                 self.outgoing.close(outcome)
             elif isinstance(outcome, MessageError):
-                await self._send_error(outcome, id)
+                await self._send_error(outcome, id, type)
             elif type is not None:
                 await self._answer(type, id, outcome)
         except Exception as second:  # The outcome cannot be encoded.
             log_failure("the answer to an error", second, self.conn.id, type)
-            await self._send_error(internal_error(), id)
+            await self._send_error(internal_error(), id, type)
 
     async def _outcome(self, exc: BaseException, what: str, type: str | None) -> Any:
         """Return what *exc* means to an error handler of the application, or to the library."""
@@ -3514,17 +3725,24 @@ class Session:
             try:
                 return await handler(self.conn, exc)
             except BaseException as second:  # The error handler has a bug.
-                pass_on(second, place_of(handler), self.conn.id, type)
-                exc = second
+                exc = single(second)
+                pass_on(exc, place_of(handler), self.conn.id, type)
         outcome = outcome_of(exc)
         if outcome is None:
             log_failure(what, exc, self.conn.id, type)
         return outcome or internal_error()
 
-    async def _send_error(self, error: MessageError, id: Id | None) -> None:
+    async def _send_error(
+        self, error: MessageError, id: Id | None, type: str | None = None
+    ) -> None:
+        """Answer the message *id*, of *type* if that is known, with *error*."""
         payload = {"code": error.code, "message": error.message, **error.details}
-        data = _encode(Sent("error", id, payload))
+        data = self._hub_state.codec.encode("error", payload, id=id)
         count_error(self._hub_state.counts, error.code)
+        if logger.isEnabledFor(logging.DEBUG):
+            type = type and type[:_TYPE_SHOWN]
+            extra = {"connection_id": self.conn.id, "message_type": type, "code": error.code}
+            logger.debug("answered %r with the error %r", type, error.code, extra=extra)
         await self._send(data)
 
     async def _send(self, data: bytes) -> None:
@@ -3543,16 +3761,18 @@ class Session:
         for step in steps:
             try:
                 await step()
-            except falcon.WebSocketDisconnected:
-                text = "%s was left when it sent to the client, which has gone"
-                logger.debug(text, place_of(step), extra=extra)
             except BaseException as exc:  # A bug ends its own handler only.
+                exc = single(exc)
                 try:
                     pass_on(exc, place_of(step), self.conn.id)
                 except asyncio.CancelledError:
                     is_ending = True
                 else:
-                    log_failure(place_of(step), exc, self.conn.id)
+                    if isinstance(exc, falcon.WebSocketDisconnected):
+                        text = "%s was left when it sent to the client, which has gone"
+                        logger.debug(text, place_of(step), extra=extra)
+                    else:
+                        log_failure(place_of(step), exc, self.conn.id)
             if not is_ending:
                 forget_cancellations()
         self.forget()
@@ -3604,13 +3824,14 @@ async def user_of(
             got = "an empty one" if user == "" else type(user).__name__
             raise PachinkoError(f"the user is a str, or None to refuse; got {got}")
         return user
-    except (falcon.HTTPError, Close, MessageError) as exc:
-        exc.__cause__ = exc.__context__ = None
-        raise
     except BaseException as exc:  # A bug is answered, whatever it is.
+        exc = single(exc)
         pass_on(exc, place_of(function), conn.id, "authenticate")
-        log_failure(place_of(function), exc, conn.id, "authenticate")
-        raise internal_error() from None
+        if outcome_of(exc) is None:
+            log_failure(place_of(function), exc, conn.id, "authenticate")
+            exc = internal_error()
+        exc.__context__ = None
+        raise exc from None
 
 
 async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
@@ -3632,11 +3853,12 @@ async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
                 forget_cancellations()
             is_in = True
     except BaseException as exc:  # A handler may raise anything.
+        exc = single(exc)
         pass_on(exc, "a connect handler", conn.id)
         if not isinstance(exc, Exception):  # Falcon's error handlers take `Exception` only.
             raise RuntimeError(f"a connect handler has raised {exc!r}") from exc
         if not isinstance(exc, Close):
-            raise
+            raise exc
         session.forget()
         outgoing.close(exc, drops=True)
     try:

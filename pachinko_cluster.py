@@ -47,11 +47,10 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 import pachinko
-from pachinko import Backplane, Deliver, Kind, Lost, PachinkoError, Registry, gap_of, logger
+from pachinko import Backplane, Deliver, Kind, Lost, PachinkoError, Registry, encode, gap_of, logger
 
 __all__ = ["main"]
 
-_encode = msgspec.json.Encoder().encode
 
 # ── broker URLs ───────────────────────────────────────────────────────────────────────────────
 
@@ -904,7 +903,7 @@ def subject_of(namespace: str, kind: Kind, name: str) -> str:
 
 def pack(message: PeerMessage, frame: bytes = b"") -> bytes:
     """Return the bytes of *message*, with the text *frame* that it carries."""
-    return b"%b\n%b" % (_encode(message), frame)
+    return b"%b\n%b" % (encode(message), frame)
 
 
 def unpack(data: bytes) -> tuple[PeerMessage, bytes]:
@@ -931,7 +930,7 @@ def check_carried(frame: bytes, group: str | None) -> None:
         frame.decode()
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
         raise Refused(f"not a message for clients: {exc}") from None
-    if carried.group != group:
+    if carried.group != (group and pachinko.whole(group)):
         raise Refused("a message for clients that names another group")
 
 
@@ -1103,9 +1102,7 @@ class Cluster(pachinko.Relay):
     async def _answer(self, group: str, question: PeerMessage) -> None:
         """Answer who of *group* is in this process, in parts of a bounded size."""
         found = self._registry.accepted(Kind.GROUP, group)
-        # JSON must not have halves of surrogate pairs: they become question marks.
-        users = {c.id: c.user and c.user.encode(errors="replace").decode() for c in found}
-        members = list(users.items())
+        members = [(conn.id, conn.user) for conn in found]
         is_last = False
         while not is_last:
             part: list[tuple[str, str | None]] = []
@@ -1345,4 +1342,4 @@ async def _run(given: argparse.Namespace) -> None:
             await hub.send(given.group, given.type, payload)
         else:
             for each in sorted(await hub.presence(given.group), key=lambda each: each.id):
-                _print(_encode(attrs.asdict(each)).decode())
+                _print(encode(attrs.asdict(each)).decode())
