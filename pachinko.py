@@ -41,7 +41,9 @@ Map: each section, what it is for, and those above it that it uses.
     errors — whose fault something is, and what a client is told
     types — the types in annotations
     envelope and message — frames and their JSON, `message` (uses: errors, types)
-    codec — JSON to what a handler takes, and back (uses: errors, types, envelope and message)
+    sending — which part of a payload cannot be sent (uses: errors, types, envelope and message)
+    codec — JSON to what a handler takes, and back (uses: errors, types, envelope and message,
+        sending)
     handlers — what a registered function takes, and finding it (uses: errors, types, envelope and
         message)
     handshake — who may connect: origins and tokens (uses: errors)
@@ -536,10 +538,10 @@ def exact(value: Any) -> Any:
     """Return what to encode for a *value* that msgspec does not know. Raises `TypeError`.
 
     msgspec wants exact types. A subclass of a scalar, such as `markupsafe.Markup` or
-    `numpy.float64`, goes out as the scalar that it is. Of `None` and `bool` it knows no keys.
+    `numpy.float64`, goes out as the scalar that it is. A `bool` comes here as a key only.
     """
-    if value is None or isinstance(value, bool):
-        return _encode(value).decode()
+    if isinstance(value, bool):
+        return str(value).lower()
     for scalar, make in _EXACT.items():
         if isinstance(value, scalar):
             return make(value)
@@ -591,7 +593,7 @@ def id_in(text: str) -> Id | None:
             found = match[2]  # Of several members, the last one counts.
     with contextlib.suppress(ValueError, msgspec.MsgspecError):
         if found is not None and text.lstrip().startswith("{"):
-            return cast(Id, msgspec.json.decode(found, type=Id))
+            return msgspec.json.decode(found, type=Id)
     return None
 
 
@@ -709,6 +711,58 @@ def caller_namespaces() -> Namespaces:
     """Return where to look up names in annotations: what the caller's caller sees."""
     frame = cast(Any, inspect.currentframe()).f_back.f_back
     return frame.f_globals, dict(frame.f_locals)
+
+
+# ── sending ───────────────────────────────────────────────────────────────────────────────────
+#
+# A payload that cannot be sent is looked into, to tell a developer which part of it is why.
+
+
+def unsendable(
+    value: Any, t: Any, reason: Exception, unstructure: Callable[[Any, Any], Any],
+    path: str = "$.payload",
+) -> tuple[str, str, Exception]:  # fmt: skip
+    """Return path, class and error of the innermost part of *value*, a *t*, that cannot be sent."""
+    parts = _parts_of(value, t)
+    for key in value if isinstance(value, Mapping) else ():
+        try:
+            encode(unstructure({key: None}, None))
+        except Exception as exc:  # A hook may raise anything.
+            return path, f"{type(key).__name__} as a key", exc
+    for step, part, inner in parts:
+        try:
+            encode(unstructure(part, inner))
+        except Exception as exc:  # as above
+            return unsendable(part, inner, exc, unstructure, path + step)
+    return path, type(value).__name__, reason
+
+
+def _parts_of(value: Any, t: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield step, value and declared type of each part of *value*, which is declared as *t*."""
+    t = bare_type(t)
+    args = [None if isinstance(arg, TypeVar) else arg for arg in get_args(t)]
+    if origin_of(t) in _UNIONS:
+        args = []
+    if isinstance(value, Mapping):
+        hints = typing.get_type_hints(t) if typing.is_typeddict(t) else {}
+        for key, part in value.items():
+            yield _step(key), part, hints.get(key, args[1] if len(args) == 2 else None)
+    elif (fields := fields_of(type(value))) is not None:
+        hints = {field.name: field.type for field in fields_of(t) or fields}
+        for field in fields:
+            step = _step(getattr(field, "alias", field.name))
+            yield step, getattr(value, field.name, None), hints.get(field.name)
+    elif isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
+        is_fixed = class_of(t) is tuple and Ellipsis not in args
+        inner = args if is_fixed else args[:1] * len(value)
+        for index, pair in enumerate(itertools.zip_longest(value, inner)):
+            yield f"[{index}]", *pair
+
+
+def _step(key: Any) -> str:
+    """Return the step to *key* in a path."""
+    name = str(key)[:_KEY_SHOWN]
+    return f".{name}" if name.isidentifier() else f'["{name}"]'
 
 
 # ── codec ─────────────────────────────────────────────────────────────────────────────────────
@@ -1103,74 +1157,28 @@ class Codec:
         self, type: str, payload: Any, group: str | None = None, id: Id | None = None
     ) -> bytes:
         """Return the frame for *payload*. Raises `TypeError` with the path of what has no JSON."""
-        sent = Sent(type, id, group=group)
         try:
-            sent.payload = UNSET if payload is None else self.converter.unstructure(payload)
-            return _encode(sent)
+            value = UNSET if payload is None else self.converter.unstructure(payload)
+            return _encode(Sent(type, id, value, group))
         except Exception:  # A hook may raise anything.
-            return self.encode_again(sent, payload)
+            return self.encode_again(Sent(type, id, group=group), payload)
 
     def encode_again(self, sent: Sent, payload: Any, declared: Any = None) -> bytes:
-        """Encode *sent* after a failure: replace half pairs, or raise what `encode` does."""
+        """Encode *sent* with *payload* after a failure: replace half pairs, or raise."""
         try:
-            sent.payload = UNSET if payload is None else self._unstructured(payload, declared)
-            return encode(sent)
+            value = UNSET if payload is None else self._unstructured(payload, declared)
+            return encode(msgspec.structs.replace(sent, payload=value))
+        except PachinkoError:
+            raise
         except RecursionError:
             raise TypeError("$.payload: nested too deeply, or a part of itself") from None
         except Exception as exc:  # as above
-            path, what, reason = self._unsendable(payload, declared, "$.payload", exc)
+            path, what, reason = unsendable(payload, declared, exc, self._unstructured)
         raise TypeError(f"{path}: cannot send a {what}") from reason
 
     def _unstructured(self, value: Any, declared: Any) -> Any:
         shape = declared_member(value, members_of(declared))
         return self.converter.get_unstructure_hook(shape)(value)
-
-    def _unsendable(
-        self, value: Any, declared: Any, path: str, reason: Exception
-    ) -> tuple[str, str, Exception]:
-        """Return the path, the class and the error of the innermost part that cannot be sent."""
-        parts, keys = _parts_of(value, declared)
-        for key in keys:
-            try:
-                encode(self.converter.unstructure({key: None}))
-            except Exception as exc:  # as above
-                return path, f"{type(key).__name__} as a key", exc
-        for step, part, inner in parts:
-            try:
-                encode(self._unstructured(part, inner))
-            except Exception as exc:  # as above
-                return self._unsendable(part, inner, path + step, exc)
-        return path, type(value).__name__, reason
-
-
-def _parts_of(value: Any, t: Any) -> tuple[list[tuple[str, Any, Any]], Iterable[Any]]:
-    """Return steps, values and declared types of the parts of *value*, a *t*; and its keys."""
-    t = bare_type(
-        type(value) if t in (None, Any, object) else declared_member(value, members_of(t))
-    )
-    args = [None if isinstance(arg, TypeVar) else arg for arg in get_args(t)]
-    if isinstance(value, Mapping):
-        hints = typing.get_type_hints(t) if typing.is_typeddict(t) else {}
-        item = args[1] if len(args) == 2 else None
-        items = cast("Mapping[Any, Any]", value).items()
-        return [(_step(key), part, hints.get(key, item)) for key, part in items], [*value]
-    if (fields := fields_of(type(value))) is not None:
-        hints = {f.name: f.type for f in fields_of(t) or ()}
-        return [
-            (_step(getattr(f, "alias", f.name)), getattr(value, f.name, None), hints.get(f.name))
-            for f in fields
-        ], ()
-    if not isinstance(value, (Sequence, Set)) or isinstance(value, (str, bytes)):
-        return [], ()
-    types_ = args if class_of(t) is tuple and Ellipsis not in args else args[:1] * len(value)
-    pairs = itertools.zip_longest(value, types_)
-    return [(f"[{index}]", part, inner) for index, (part, inner) in enumerate(pairs)], ()
-
-
-def _step(key: Any) -> str:
-    """Return the step to *key* in a path."""
-    name = str(key)[:_KEY_SHOWN]
-    return f".{name}" if name.isidentifier() else f'["{name}"]'
 
 
 # ── handlers ──────────────────────────────────────────────────────────────────────────────────
@@ -3368,7 +3376,7 @@ class Stream:
 
 
 @contextlib.asynccontextmanager
-async def _closing(items: AsyncGenerator[Any]) -> AsyncIterator[None]:
+async def _closing(items: AsyncGenerator[Any]) -> AsyncGenerator[None]:
     """Close *items* at the end of the block, whose own error counts."""
     try:
         yield
@@ -3377,7 +3385,7 @@ async def _closing(items: AsyncGenerator[Any]) -> AsyncIterator[None]:
             await items.aclose()
         except BaseExceptionGroup as group:
             # A `TaskGroup` around a `yield` takes the end of its generator for one of its errors.
-            rest = cast("BaseExceptionGroup[BaseException]", group).split(GeneratorExit)[1]
+            rest = group.split(GeneratorExit)[1]
             if rest is not None:
                 raise rest from None
 
@@ -3736,8 +3744,12 @@ class Session:
         self, error: MessageError, id: Id | None, type: str | None = None
     ) -> None:
         """Answer the message *id*, of *type* if that is known, with *error*."""
-        payload = {"code": error.code, "message": error.message, **error.details}
-        data = self._hub_state.codec.encode("error", payload, id=id)
+        codec, payload = self._hub_state.codec, {"code": error.code, "message": error.message}
+        try:
+            details = error.details and codec.converter.unstructure(error.details)
+            data = _encode(Sent("error", id, {**payload, **details}))
+        except Exception:  # A hook may raise anything.
+            data = codec.encode_again(Sent("error", id), {**payload, **error.details})
         count_error(self._hub_state.counts, error.code)
         if logger.isEnabledFor(logging.DEBUG):
             type = type and type[:_TYPE_SHOWN]
