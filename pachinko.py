@@ -454,7 +454,7 @@ _BRACKETS_AND_IDS = re.compile(
     re.DOTALL,
 )
 _RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
-_EXACT: dict[Any, Callable[[Any], Any]] = {  # scalars, and what makes one of a subclass's value
+_EXACT: dict[Any, Callable[[Any], Any]] = {  # classes, and what makes one of a subclass's value
     str: str.__str__,
     int: int.__int__,
     float: float.__float__,
@@ -466,6 +466,7 @@ _EXACT: dict[Any, Callable[[Any], Any]] = {  # scalars, and what makes one of a 
     timedelta: lambda value: timedelta(value.days, value.seconds, value.microseconds),
     UUID: lambda value: UUID(int=value.int),
     Decimal: Decimal,
+    msgspec.Raw: msgspec.json.decode,  # only `msgspec.to_builtins` asks for this
 }
 _JSON_NAMES: dict[Any, str] = {dict: "object", list: "array", types.NoneType: "null"}
 
@@ -556,13 +557,13 @@ def encode(value: Any) -> bytes:
     try:
         return _encode(value)
     except UnicodeEncodeError:
-        return _encode(_whole_in(msgspec.to_builtins(value, str_keys=True, enc_hook=exact)))
+        return _encode(_whole_in(msgspec.to_builtins(value, enc_hook=exact)))
 
 
 def _whole_in(value: Any) -> Any:
     """Return the JSON value *value* with `whole` texts."""
     if isinstance(value, dict):
-        return {whole(key): _whole_in(item) for key, item in value.items()}
+        return {_whole_in(key): _whole_in(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_whole_in(item) for item in value]
     return whole(value) if isinstance(value, str) else value
@@ -1165,20 +1166,17 @@ class Codec:
 
     def encode_again(self, sent: Sent, payload: Any, declared: Any = None) -> bytes:
         """Encode *sent* with *payload* after a failure: replace half pairs, or raise."""
+        shape = declared_member(payload, members_of(declared))
         try:
-            value = UNSET if payload is None else self._unstructured(payload, declared)
+            value = UNSET if payload is None else self.converter.unstructure(payload, shape)
             return encode(msgspec.structs.replace(sent, payload=value))
         except PachinkoError:
             raise
         except RecursionError:
             raise TypeError("$.payload: nested too deeply, or a part of itself") from None
         except Exception as exc:  # as above
-            path, what, reason = unsendable(payload, declared, exc, self._unstructured)
+            path, what, reason = unsendable(payload, shape, exc, self.converter.unstructure)
         raise TypeError(f"{path}: cannot send a {what}") from reason
-
-    def _unstructured(self, value: Any, declared: Any) -> Any:
-        shape = declared_member(value, members_of(declared))
-        return self.converter.get_unstructure_hook(shape)(value)
 
 
 # ── handlers ──────────────────────────────────────────────────────────────────────────────────
