@@ -3273,7 +3273,7 @@ def internal_error() -> MessageError:
     return MessageError("internal_error", "the server failed to handle this message")
 
 
-def _is_from_cancellation(exc: BaseException | None) -> bool:
+def _is_from_cancellation(exc: BaseException | None, groups: Sequence[object] = ()) -> bool:
     """Return whether *exc* is a `CancelledError`, or was raised while one was handled.
 
     A `TimeoutError` does not count: the cancellation that caused it is over. A group counts if all
@@ -3283,7 +3283,9 @@ def _is_from_cancellation(exc: BaseException | None) -> bool:
         if isinstance(exc, asyncio.CancelledError):
             return True
         if isinstance(exc, BaseExceptionGroup):
-            return all(map(_is_from_cancellation, exc.exceptions))
+            inner = (*groups, exc)  # An error in a group may have been raised again because of it.
+            is_new = all(exc is not each for each in groups)
+            return is_new and all(_is_from_cancellation(each, inner) for each in exc.exceptions)
         exc = exc.__context__
     return False
 
@@ -3319,9 +3321,10 @@ def log_failure(what: str, exc: BaseException, id: str | None, type: str | None 
     """Log a bug in the application with its traceback; *id* is that of the connection."""
     extra = {"connection_id": id, "message_type": type}
     if type == "authenticate":  # The text may hold a token. The log gets the class and the place.
-        reason = f": {exc}" if isinstance(exc, PachinkoError) else ""
-        reason += "\n" + "".join(traceback.format_tb(exc.__traceback__))
-        logger.error("%s failed: %s%s", what, exc.__class__.__qualname__, reason, extra=extra)
+        for each in _errors_in(exc):
+            reason = f": {each}" if isinstance(each, PachinkoError) else ""
+            reason += "\n" + "".join(traceback.format_tb(each.__traceback__))
+            logger.error("%s failed: %s%s", what, each.__class__.__qualname__, reason, extra=extra)
     elif isinstance(exc, BrokerAway):  # It hits every handler at once, and its reason is logged.
         logger.error("%s failed: %s", what, exc, extra=extra)
     else:
@@ -3834,14 +3837,17 @@ async def user_of(
             got = "an empty one" if user == "" else type(user).__name__
             raise PachinkoError(f"the user is a str, or None to refuse; got {got}")
         return user
-    except BaseException as exc:  # A bug is answered, whatever it is.
-        exc = single(exc)
+    except BaseException as raised:  # A bug is answered, whatever it is.
+        exc = single(raised)
         pass_on(exc, place_of(function), conn.id, "authenticate")
         if outcome_of(exc) is None:
             log_failure(place_of(function), exc, conn.id, "authenticate")
             exc = internal_error()
-        exc.__context__ = None
-        raise exc from None
+    exc.__cause__ = exc.__context__ = None
+    try:
+        raise exc  # Above, it would get the group that it comes from as its context, a cycle.
+    finally:
+        del exc
 
 
 async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
