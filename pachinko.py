@@ -3837,17 +3837,17 @@ async def user_of(
             got = "an empty one" if user == "" else type(user).__name__
             raise PachinkoError(f"the user is a str, or None to refuse; got {got}")
         return user
-    except BaseException as raised:  # A bug is answered, whatever it is.
-        exc = single(raised)
+    except BaseException as exc:  # A bug is answered, whatever it is.
+        exc = single(exc)
         pass_on(exc, place_of(function), conn.id, "authenticate")
-        if outcome_of(exc) is None:
+        if (outcome := outcome_of(exc) and exc) is None:
             log_failure(place_of(function), exc, conn.id, "authenticate")
-            exc = internal_error()
-    exc.__cause__ = exc.__context__ = None
+            outcome = internal_error()
+    outcome.__cause__ = outcome.__context__ = None
     try:
-        raise exc  # Above, it would get the group that it comes from as its context, a cycle.
+        raise outcome  # Above, the group that it is from would become its context, in a cycle.
     finally:
-        del exc
+        del outcome
 
 
 async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
