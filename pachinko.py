@@ -3509,7 +3509,9 @@ class Session:
                     handler = message.handler
                     if handler is None:
                         await self._refuse(text)
-                    elif rate is not None and await self._is_limited(rate, message.id):
+                    elif rate is not None and await self._is_limited(
+                        rate, message.id, handler.type
+                    ):
                         pass
                     elif handler.is_concurrent:
                         await self._start_task(handler, message)
@@ -3617,7 +3619,7 @@ class Session:
             error = MessageError("unknown_type", f"no handler for {frame.type[:_TYPE_SHOWN]!r}")
             await self._send_error(error, id, frame.type)
 
-    async def _is_limited(self, rate: Rate, id: Id | None) -> bool:
+    async def _is_limited(self, rate: Rate, id: Id | None, type: str | None = None) -> bool:
         """Apply the rate limit. If it refuses the message *id*, tell the client and return True."""
         retry_after = rate.take(time.monotonic())
         if rate.is_abused:
@@ -3625,7 +3627,7 @@ class Session:
         elif retry_after:
             text = f"at most {rate.count} messages in {rate.seconds} s"
             error = MessageError("rate_limited", text, retry_after=round(retry_after, 3))
-            await self._send_error(error, id)
+            await self._send_error(error, id, type)
         return retry_after > 0
 
     async def _start_task(self, handler: Handler, message: Received) -> None:

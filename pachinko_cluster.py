@@ -1091,6 +1091,8 @@ class Cluster(pachinko.Relay):
                 close = pachinko.Close(message.code, message.reason)
             except ValueError as exc:
                 raise Refused(str(exc)) from None
+            if close.reason != message.reason:  # Our processes send what `Close` has cut.
+                raise Refused("a close reason that no close frame can have")
             self._registry.close(kind, name, close)
         elif message.op == "who" and kind is Kind.GROUP:
             self._start_work(self._answer(name, message))
@@ -1102,7 +1104,9 @@ class Cluster(pachinko.Relay):
     async def _answer(self, group: str, question: PeerMessage) -> None:
         """Answer who of *group* is in this process, in parts of a bounded size."""
         found = self._registry.accepted(Kind.GROUP, group)
-        members = [(conn.id, conn.user) for conn in found]
+        # JSON must not have halves of surrogate pairs: they become question marks.
+        users = {c.id: c.user and c.user.encode(errors="replace").decode() for c in found}
+        members = list(users.items())
         is_last = False
         while not is_last:
             part: list[tuple[str, str | None]] = []
