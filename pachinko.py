@@ -68,6 +68,7 @@ Map: each section, what it is for, and those above it that it uses.
 from __future__ import annotations
 
 import asyncio
+import builtins
 import collections
 import concurrent.futures
 import contextlib
@@ -729,13 +730,20 @@ def unsendable(
         try:
             encode(unstructure({key: None}, None))
         except Exception as exc:  # A hook may raise anything.
-            return path, f"{type(key).__name__} as a key", exc
+            return path, f"{_class_name(key)} as a key", exc
     for step, part, inner in parts:
         try:
             encode(unstructure(part, inner))
         except Exception as exc:  # as above
             return unsendable(part, inner, exc, unstructure, path + step)
-    return path, type(value).__name__, reason
+    return path, _class_name(value), reason
+
+
+def _class_name(value: object) -> str:
+    """Return the name of the class of *value*, such as ``numpy.bool`` where Python has another."""
+    cls = type(value)
+    is_known = getattr(builtins, cls.__name__, cls) is cls
+    return cls.__name__ if is_known else f"{cls.__module__}.{cls.__name__}"
 
 
 def _parts_of(value: Any, t: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -1477,18 +1485,20 @@ class Routes:
 
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
         """Return the handler for the class of *exc* or its nearest base class, or None."""
-        # Pachinko knows what these mean: a handler of a base class does not get them.
-        built_in = (MessageError, Close, falcon.HTTPError, falcon.WebSocketDisconnected)
-        for cls in type(exc).__mro__:
-            if cls in self.errors:
-                return self.errors[cls]
-            if cls in built_in:
-                break
-        return None
+        cls = self._class_handled(exc)
+        return None if cls is None else self.errors[cls]
 
     def is_handled(self, exc: BaseException) -> bool:
         """Tell whether an error handler is for *exc* in particular, and not for any `Exception`."""
-        return self.error_handler(exc) not in (None, self.errors.get(Exception))
+        return self._class_handled(exc) not in (None, Exception)
+
+    def _class_handled(self, exc: BaseException) -> Any:
+        # Pachinko knows what these mean: a handler of a base class does not get them.
+        built_in = (MessageError, Close, falcon.HTTPError, falcon.WebSocketDisconnected)
+        for cls in type(exc).__mro__:
+            if cls in self.errors or cls in built_in:
+                return cls if cls in self.errors else None
+        return None
 
 
 def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> None:

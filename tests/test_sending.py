@@ -1284,6 +1284,7 @@ class Odd:
 
 
 UNSENDABLE: list[tuple[Any, str]] = [
+    ([type("bool", (), {"__module__": "numpy"})()], "$.payload[0]: cannot send a numpy.bool"),
     (Odd(), "$.payload: cannot send a Odd"),
     ({"items": [1, 2, 3, {"when": Odd()}]}, "$.payload.items[3].when: cannot send a Odd"),
     ({"a b": (1, {"": Odd()})}, '$.payload["a b"][1][""]: cannot send a Odd'),
