@@ -55,7 +55,7 @@ Map: each section, what it is for, and those above it that it uses.
     registry and relay — this process and all others (uses: errors, limits, outgoing, connection)
     hub — reaches clients from any code (uses: errors, envelope and message, codec, limits,
         connection, registry and relay)
-    outcomes — what an exception means (uses: errors, limits)
+    outcomes — what an exception means (uses: errors, envelope and message, handlers, limits)
     stream — a generator in progress (uses: limits)
     session — decode a message, call its handler, answer (uses: errors, envelope and message,
         handlers, limits, outbox, outgoing, incoming, connection, outcomes, stream)
@@ -622,6 +622,11 @@ def decode_or_error(text: str) -> Frame | BadFrame:
     else:  # msgspec has refused an earlier "type" or "id"; the last one is right
         text = '"type" or "id" is there twice'
     return BadFrame("invalid_envelope", text, None if is_wrong else id)
+
+
+def is_answer(type: str) -> bool:
+    """Tell whether a message of *type* from a client answers the server and gets no answer."""
+    return type == "error" or type.endswith(".reply")
 
 
 def json_name(value: object) -> str:
@@ -2258,9 +2263,11 @@ def write_batches(receivers: list[Outgoing], event: Event, left: list[Outgoing])
 # ── incoming ──────────────────────────────────────────────────────────────────────────────────
 #
 # `Incoming` is the reading half of a connection, whose own task reads and runs the handlers. While
-# one of these is suspended, a second task reads a few frames ahead, to notice a disconnect.
+# one of these is suspended, a second task reads ahead. It notices a disconnect, and lets some
+# messages overtake those that wait for the handler.
 
-_READ_AHEAD = 8  # frames: enough to notice a disconnect behind some messages, and bounded
+_HELD = 256  # frames that wait for a handler; the client's TCP connection holds the rest back
+_HELD_BEFORE_TOKEN = 8  # frames of a client that is not known yet
 
 
 def size_of(frame: str | bytes) -> int:
@@ -2286,7 +2293,8 @@ class Incoming:
     received: int = 0  # frames
     _has_left: bool = False  # the client has gone; the frames before that are still handled
     _is_stopped: bool = False  # the server closes, and no frame is handled any more
-    _inbox: list[Event] = attrs.Factory(list)  # frames that were read ahead
+    _inbox: list[Event] = attrs.Factory(list)  # frames that were read ahead, and wait
+    _size: int = 0  # bytes in the inbox
     _ahead: asyncio.Task[None] | None = None
 
     def accept(self, event: Event | None) -> typing.TypeGuard[Event]:
@@ -2311,26 +2319,26 @@ class Incoming:
                 return await self.receive()
             await self._ahead
             self._ahead = None
-        return self._inbox.pop(0)
+        event = self._inbox.pop(0)
+        self._size -= size_of_event(event)
+        return event
 
     async def first_token(self) -> Frame:
         """Return the first ``authenticate`` message. Raises `Close` and `WebSocketDisconnected`."""
-        size = 0
         while True:
             event = await self.receive()
             if event["type"] != "websocket.receive":
                 raise falcon.WebSocketDisconnected(self._disconnected(event))
             text = event.get("text")
-            size += size_of_event(event)
-            if size > self._max_size:
+            if self._size + size_of_event(event) > self._max_size:
                 raise Close(1009, f"more than {self._max_size} bytes")
             frame = decode_or_error(text) if text is not None else None
             if isinstance(frame, Frame) and frame.type == "authenticate":
                 self.received += 1
                 return frame
-            self._inbox.append(event)  # It is handled once the client is in.
+            self._hold(event)  # It is handled once the client is in.
             self.is_direct = False
-            if len(self._inbox) > _READ_AHEAD:
+            if len(self._inbox) > _HELD_BEFORE_TOKEN:
                 raise Close(UNAUTHENTICATED, "authenticate first")
 
     def watch(self) -> None:
@@ -2347,15 +2355,24 @@ class Incoming:
             self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
 
     async def _read_ahead(self) -> None:
-        inbox, size = self._inbox, sum(map(size_of_event, self._inbox))
-        while self._session.is_handling and len(inbox) < _READ_AHEAD and size <= self._max_size:
+        while (
+            self._session.is_handling and len(self._inbox) < _HELD and self._size <= self._max_size
+        ):
             event = await self.receive()
             if event["type"] != "websocket.receive":
                 self._disconnected(event)
                 return
-            if not self._session.takes(event):
-                inbox.append(event)
-                size += size_of_event(event)
+            work = self._session.overtakes(event) if self._session.is_handling else None
+            if work is None:
+                self._hold(event)
+            else:
+                self.received += 1
+                await work  # A client that does not read its answers is read no further either.
+
+    def _hold(self, event: Event) -> None:
+        """Let the frame wait for its turn."""
+        self._inbox.append(event)
+        self._size += size_of_event(event)
 
     def _disconnected(self, event: Event) -> int:
         """Take the server's report that the client has gone; return the close code."""
@@ -2368,6 +2385,7 @@ class Incoming:
         """Handle no more frames, not even those that were read ahead."""
         self._is_stopped, self.is_direct = True, False
         self._inbox.clear()
+        self._size = 0
         if self._session.is_handling and self._ahead is not None:
             self._ahead.cancel()  # granian's send(close) waits while a receive is pending.
 
@@ -3196,7 +3214,8 @@ class Hub:
         """Return counts since the start, of this process.
 
         ``connections``, ``groups`` (now); ``received``, ``sent`` (frames); ``dropped`` (messages),
-        ``evicted`` (connections); ``outbox_high_water`` (messages); ``refused`` (messages from the
+        ``evicted`` (connections); ``outbox_high_water`` (messages); ``late`` (answers
+        of clients that nobody waited for); ``refused`` (messages from the
         broker that are not ours), ``outages`` (of it), ``broker_down`` (1 while it is away, or 0);
         ``errors`` in all, and ``errors.<code>`` for each code that was answered.
         """
@@ -3211,6 +3230,7 @@ class Hub:
             "dropped": counts["dropped"],
             "evicted": counts["evicted"],
             "outbox_high_water": counts["outbox_high_water"],
+            "late": counts["late"],
             **state.relay.stats(),
             "errors": sum(errors.values()),
             **errors,
@@ -3234,6 +3254,7 @@ hub: Hub = Hub()
 #
 # An exception of the application's code becomes an answer or a close, or is raised again.
 
+TYPE_SHOWN = 80  # characters of a type in an answer or a log: a client may send one of max_size
 # What a stop or a departure raises. A `TaskGroup` groups the `GeneratorExit` of its generator.
 _QUIET = (asyncio.CancelledError, GeneratorExit, falcon.WebSocketDisconnected)
 
@@ -3269,6 +3290,13 @@ def _errors_in(exc: BaseException) -> Iterator[BaseException]:
         yield exc
 
 
+def is_departure(exc: BaseException) -> bool:
+    """Tell whether *exc* may come of the client's departure alone."""
+    is_group = isinstance(exc, BaseExceptionGroup)
+    quiet = _QUIET if is_group else falcon.WebSocketDisconnected
+    return all(isinstance(each, quiet) for each in _errors_in(exc))
+
+
 def outcome_of(exc: BaseException) -> MessageError | Close | None:
     """Return what *exc*, from a handler, means for the client; None for a bug."""
     if isinstance(exc, falcon.HTTPError):
@@ -3276,6 +3304,25 @@ def outcome_of(exc: BaseException) -> MessageError | Close | None:
         details = {"status": status, "title": title, "description": exc.description}
         return MessageError(f"http_{status}", exc.description or title, **details)
     return exc if isinstance(exc, (MessageError, Close)) else None
+
+
+def error_frame(error: MessageError, id: Id | None, codec: Codec) -> bytes:
+    """Return the frame that answers the message *id* with *error*."""
+    payload = {"code": error.code, "message": error.message}
+    try:
+        if error.details:
+            payload |= codec.converter.unstructure(error.details)
+        return _encode(Sent("error", id, payload))
+    except Exception:  # A hook may raise anything.
+        return codec.encode_again(Sent("error", id), {**payload, **error.details})
+
+
+def log_refusal(error: MessageError, id: str, type: str | None) -> None:
+    """Log at DEBUG that a message of *type* was answered with *error*. The payload is not shown."""
+    if logger.isEnabledFor(logging.DEBUG):
+        type = type[:TYPE_SHOWN] if type else None
+        extra = {"connection_id": id, "message_type": type, "code": error.code}
+        logger.debug("answered %r with the error %r", type, error.code, extra=extra)
 
 
 def internal_error() -> MessageError:
@@ -3318,6 +3365,27 @@ def pass_on(exc: BaseException, what: str, id: str | None, type: str | None = No
             raise (exc if isinstance(exc, quiet[0]) else asyncio.CancelledError()) from None
     finally:
         del exc  # It refers to this frame; a cycle would keep the connection until a collection.
+
+
+async def end_by(step: Callable[[], Awaitable[None]], id: str) -> bool:
+    """Run *step* of the connection's end, such as a disconnect handler. A bug ends it only.
+
+    Returns whether it has ended because the task was cancelled.
+    """
+    try:
+        await step()
+    except BaseException as exc:  # A handler may raise anything.
+        exc = single(exc)
+        try:
+            pass_on(exc, place_of(step), id)
+        except asyncio.CancelledError:
+            return True
+        if isinstance(exc, falcon.WebSocketDisconnected):
+            text = "%s was left when it sent to the client, which has gone"
+            logger.debug(text, place_of(step), extra={"connection_id": id})
+        else:
+            log_failure(place_of(step), exc, id)
+    return False
 
 
 def forget_cancellations() -> None:
@@ -3406,15 +3474,13 @@ async def _closing(items: AsyncGenerator[Any]) -> AsyncGenerator[None]:
 # A message is decoded, its handler is called, and what that returns or raises is answered. Whatever
 # goes wrong on the way becomes one outcome for the client, and the connection goes on.
 
-_TYPE_SHOWN = 80  # characters of a type in an answer or a log: a client may send one of max_size
-
 
 class Session:
     """What one connection does: the handler in progress, its streams, tasks and limits."""
 
     __slots__ = (
-        "_ended", "_hub_state", "_life", "_limits", "_rate", "_streams", "conn", "incoming",
-        "is_handling", "outgoing", "routes", "tasks",
+        "_ended", "_hub_state", "_is_serving", "_life", "_limits", "_rate", "_streams", "conn",
+        "incoming", "is_handling", "outgoing", "routes", "tasks",
     )  # fmt: skip
 
     def __init__(
@@ -3430,6 +3496,7 @@ class Session:
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
         self.conn: Connection = Connection(hub, req, ws, params, id, self.outgoing)
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
+        self._is_serving = False  # messages are handled
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
         self._streams: dict[Id, Stream] = _NONE
         self._rate = Rate(*limits.rate) if limits.rate is not None else None
@@ -3460,13 +3527,29 @@ class Session:
         mark_closed(self.conn.ws, code)
         self.outgoing.lost(code)
 
-    def takes(self, event: Event) -> bool:
-        """Stop a stream if *event* is a ``complete`` with its id; return whether it was one."""
-        text = event.get("text")
-        if not self._streams or text is None or '"complete"' not in text:
-            return False
-        frame = decode_or_error(text) if size_of(text) <= self._limits.max_size else None
-        return isinstance(frame, Frame) and frame.type == "complete" and self._complete(frame.id)
+    def overtakes(self, event: Event) -> Awaitable[None] | None:
+        """Return what handles the frame at once, while a handler waits, or None if it is held.
+
+        A concurrent handler, a stream, its end, a ``$ping`` and an answer wait for nobody. A frame
+        counts for the rate when it has come: its handler may be called much later, with many.
+        """
+        if not self._is_serving:
+            return None
+        text, frame = event.get("text"), None
+        if text is not None and size_of(text) <= self._limits.max_size:
+            frame = decode_or_error(text)
+        if isinstance(frame, Frame):
+            if frame.type in ("complete", "$ping") or is_answer(frame.type):
+                return self._refuse(event)
+            handler = self.routes.handlers.get(frame.type)
+            if handler is not None and handler.is_concurrent:
+                with contextlib.suppress(Exception, SystemExit):  # It is refused in its turn.
+                    message = self.routes.decode(event["text"])
+                    if message.handler is handler:
+                        return self._handle(event, handler, message)
+        if (wait := self._wait_for_rate(event)) > 0:
+            return self._refuse_rate(wait, None if frame is None else frame.id)
+        return None
 
     def _complete(self, id: Id | None) -> bool:
         """Stop the stream *id*; return whether there is one."""
@@ -3494,6 +3577,7 @@ class Session:
         # PERF: reading is inlined. A coroutine or a call of its own would add 3 % to a message.
         incoming, receive, routes = self.incoming, self.incoming.receive, self.routes
         is_cancelled, rate, self.is_handling = current_task().cancelling, self._rate, False
+        self._is_serving = True
         # No text of at most this length is too deep or too large: a character has up to 4 bytes.
         max_size = self._limits.max_size
         short = min(2 * _MAX_DEPTH, max_size // 4)
@@ -3514,22 +3598,27 @@ class Session:
                 try:
                     message = routes.decode(text)
                 except (Exception, SystemExit) as exc:  # A validator may raise anything.
-                    await self._refuse(text, exc)
+                    await self._refuse(event, exc)
                 else:
                     handler = message.handler
                     if handler is None:
-                        await self._refuse(text)
-                    elif rate is not None and await self._is_limited(
-                        rate, message.id, handler.type
-                    ):
-                        pass
-                    elif handler.is_concurrent:
-                        await self._start_task(handler, message)
+                        await self._refuse(event)
+                    elif rate is not None or handler.is_concurrent:
+                        await self._handle(event, handler, message)
                     else:
                         await self._perform(handler, message)
             self.is_handling = False
             if is_cancelled():
                 forget_cancellations()
+
+    async def _handle(self, event: Event, handler: Handler, message: Received) -> None:
+        """Call the handler, or start it in a task, unless the rate does not allow that."""
+        if (wait := self._wait_for_rate(event)) > 0:
+            await self._refuse_rate(wait, message.id, handler.type)
+        elif handler.is_concurrent:
+            await self._start_task(handler, message)
+        else:
+            await self._perform(handler, message)
 
     async def _handle_odd(self, event: Event) -> None:
         """Handle a frame that is too large, too deep, or binary."""
@@ -3537,10 +3626,12 @@ class Session:
         if size_of_event(event) > self._limits.max_size:
             self.outgoing.close(Close(1009, f"more than {self._limits.max_size} bytes"))
         elif text is not None:
-            await self._refuse(text)
+            await self._refuse(event)
         elif binary is None:
             self.outgoing.close(Close(1003, "binary frames are not handled"))
-        elif self._rate is None or not await self._is_limited(self._rate, None):
+        elif (wait := self._wait_for_rate(event)) > 0:
+            await self._refuse_rate(wait, None)
+        else:
             await self._handle_raw(binary, event["bytes"])
 
     async def _perform(self, handler: Handler, message: Received) -> None:
@@ -3607,16 +3698,27 @@ class Session:
         except BaseException as exc:  # A bug is answered, not passed on.
             await self._fail(exc, None, None)
 
-    async def _refuse(self, text: str, exc: Any = None) -> None:
-        """Find out why *text* is no message for a handler, and answer that."""
+    async def _refuse(self, event: Event, exc: Any = None) -> None:
+        """Find out why the text is no message for a handler, and answer that."""
+        text = event["text"]
         frame = decode_or_error(text)  # PERF: decoding anew costs only those who send such text.
-        is_complete = isinstance(frame, Frame) and frame.type == "complete"
-        if is_complete and self._complete(frame.id):
+        type, id = (frame.type if isinstance(frame, Frame) else ""), frame.id
+        if type == "complete" and self._complete(id):
             return  # The rate limit never refuses this, because it lessens the load.
-        id = None if is_complete else frame.id  # The stream has had its final answer.
-        is_refused = self._rate is not None and await self._is_limited(self._rate, id)
-        if is_refused or is_complete:
+        if is_answer(type):  # It has come too late, or nobody has asked.
+            self._hub_state.counts["late"] += 1
             return
+        if (wait := self._wait_for_rate(event)) > 0:
+            # The stream that a "complete" meant has had its final answer.
+            await self._refuse_rate(wait, None if type == "complete" else id, type)
+        elif type == "$ping":
+            await self._send(_encode(Sent("$pong", id)))
+        elif type != "complete":
+            await self._explain(text, frame, exc)
+
+    async def _explain(self, text: str, frame: Frame | BadFrame, exc: Any) -> None:
+        """Give the text to the fallback, or tell the client what is wrong with it."""
+        id = frame.id
         handler = self.routes.handlers.get(frame.type) if isinstance(frame, Frame) else None
         if isinstance(frame, Frame) and handler is not None:
             error = handler.refusal(frame.payload, self._hub_state.codec, exc)
@@ -3626,19 +3728,25 @@ class Session:
         elif isinstance(frame, BadFrame):
             await self._send_error(frame, id)
         else:
-            error = MessageError("unknown_type", f"no handler for {frame.type[:_TYPE_SHOWN]!r}")
+            error = MessageError("unknown_type", f"no handler for {frame.type[:TYPE_SHOWN]!r}")
             await self._send_error(error, id, frame.type)
 
-    async def _is_limited(self, rate: Rate, id: Id | None, type: str | None = None) -> bool:
-        """Apply the rate limit. If it refuses the message *id*, tell the client and return True."""
-        retry_after = rate.take(time.monotonic())
+    def _wait_for_rate(self, event: Event) -> float:
+        """Count the frame, once; return 0.0, or the seconds until the rate admits it."""
+        if self._rate is None or event.get("is_counted"):
+            return 0.0
+        event["is_counted"] = True
+        return self._rate.take(time.monotonic())
+
+    async def _refuse_rate(self, wait: float, id: Id | None, type: str | None = None) -> None:
+        """Tell the client to wait for some seconds; close if it has sent far too much."""
+        rate = cast(Rate, self._rate)
         if rate.is_abused:
             self.outgoing.close(Close(1008, "too many messages"))
-        elif retry_after:
+        else:
             text = f"at most {rate.count} messages in {rate.seconds} s"
-            error = MessageError("rate_limited", text, retry_after=round(retry_after, 3))
+            error = MessageError("rate_limited", text, retry_after=round(wait, 3))
             await self._send_error(error, id, type)
-        return retry_after > 0
 
     async def _start_task(self, handler: Handler, message: Received) -> None:
         """Start a concurrent handler or a stream in a task of its own."""
@@ -3723,8 +3831,7 @@ class Session:
             raise
         # A handler that sends by Falcon's own socket learns of the end before `Outgoing` does.
         is_over = self.conn.closed or self.conn.ws.closed
-        is_quiet = isinstance(exc, falcon.WebSocketDisconnected) or exc is not raised
-        if is_over and is_quiet and isinstance(exc, _QUIET):
+        if is_over and is_departure(raised):
             return  # A handler may end like this when its client has gone.
         if isinstance(exc, asyncio.CancelledError):
             exc = raised  # Nobody has asked for it: a bug, and the log gets all of a group.
@@ -3748,26 +3855,15 @@ class Session:
             except BaseException as second:  # The error handler has a bug.
                 exc = single(second)
                 pass_on(exc, place_of(handler), self.conn.id, type)
-        outcome = outcome_of(exc)
-        if outcome is None:
+        if (outcome := outcome_of(exc)) is None:
             log_failure(what, exc, self.conn.id, type)
         return outcome or internal_error()
 
-    async def _send_error(
-        self, error: MessageError, id: Id | None, type: str | None = None
-    ) -> None:
+    async def _send_error(self, error: MessageError, id: Id | None, type: Any = None) -> None:
         """Answer the message *id*, of *type* if that is known, with *error*."""
-        codec, payload = self._hub_state.codec, {"code": error.code, "message": error.message}
-        try:
-            details = error.details and codec.converter.unstructure(error.details)
-            data = _encode(Sent("error", id, {**payload, **details}))
-        except Exception:  # A hook may raise anything.
-            data = codec.encode_again(Sent("error", id), {**payload, **error.details})
+        data = error_frame(error, id, self._hub_state.codec)
         count_error(self._hub_state.counts, error.code)
-        if logger.isEnabledFor(logging.DEBUG):
-            type = type and type[:_TYPE_SHOWN]
-            extra = {"connection_id": self.conn.id, "message_type": type, "code": error.code}
-            logger.debug("answered %r with the error %r", type, error.code, extra=extra)
+        log_refusal(error, self.conn.id, type)
         await self._send(data)
 
     async def _send(self, data: bytes) -> None:
@@ -3782,25 +3878,12 @@ class Session:
         is_ending = bool(current_task().cancelling())
         steps: list[Callable[[], Awaitable[None]]] = [self._end_tasks] if self.tasks else []
         steps += [functools.partial(handler, self.conn) for handler in self.routes.disconnect]
-        extra = {"connection_id": self.conn.id}
         for step in steps:
-            try:
-                await step()
-            except BaseException as exc:  # A bug ends its own handler only.
-                exc = single(exc)
-                try:
-                    pass_on(exc, place_of(step), self.conn.id)
-                except asyncio.CancelledError:
-                    is_ending = True
-                else:
-                    if isinstance(exc, falcon.WebSocketDisconnected):
-                        text = "%s was left when it sent to the client, which has gone"
-                        logger.debug(text, place_of(step), extra=extra)
-                    else:
-                        log_failure(place_of(step), exc, self.conn.id)
+            is_ending |= await end_by(step, self.conn.id)
             if not is_ending:
                 forget_cancellations()
         self.forget()
+        extra = {"connection_id": self.conn.id}
         logger.debug("disconnected: %s", self.outgoing.close_code, extra=extra)
         await self.outgoing.settle()
         if is_ending:

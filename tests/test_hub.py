@@ -263,6 +263,7 @@ async def test_stats_count_what_happened() -> None:
             "dropped": 0,
             "evicted": 0,
             "outbox_high_water": 0,
+            "late": 0,
             "refused": 0,
             "outages": 0,
             "broker_down": 0,
