@@ -41,7 +41,9 @@ Map: each section, what it is for, and those above it that it uses.
     errors — whose fault something is, and what a client is told
     types — the types in annotations
     envelope and message — frames and their JSON, `message` (uses: errors, types)
-    codec — JSON to what a handler takes, and back (uses: errors, types, envelope and message)
+    sending — which part of a payload cannot be sent (uses: errors, types, envelope and message)
+    codec — JSON to what a handler takes, and back (uses: errors, types, envelope and message,
+        sending)
     handlers — what a registered function takes, and finding it (uses: errors, types, envelope and
         message)
     handshake — who may connect: origins and tokens (uses: errors)
@@ -53,7 +55,7 @@ Map: each section, what it is for, and those above it that it uses.
     registry and relay — this process and all others (uses: errors, limits, outgoing, connection)
     hub — reaches clients from any code (uses: errors, envelope and message, codec, limits,
         outgoing, connection, registry and relay)
-    outcomes — what an exception means (uses: errors, limits)
+    outcomes — what an exception means (uses: errors, envelope and message, handlers, limits)
     stream — a generator in progress (uses: limits)
     session — decode a message, call its handler, answer (uses: errors, envelope and message,
         handlers, limits, outbox, outgoing, incoming, connection, outcomes, stream)
@@ -67,6 +69,7 @@ Map: each section, what it is for, and those above it that it uses.
 from __future__ import annotations
 
 import asyncio
+import builtins
 import collections
 import concurrent.futures
 import contextlib
@@ -190,19 +193,27 @@ class Close(Exception):
     """The end of the connection, with *code* and *reason*: raise it in a handler.
 
     An application may send the codes 1000 to 1003, 1007 to 1014 and 3000 to 4999 (RFC 6455, 7.4).
-    Raises `ValueError` for any other *code*, and for a *reason* of more than 123 bytes of UTF-8.
+    Raises `ValueError` for any other *code*. A *reason* is cut to 123 bytes of UTF-8; None is none.
     """
 
-    def __init__(self, code: int = 1000, reason: str = "") -> None:
-        super().__init__(f"{code} {reason}")
-        if not isinstance(code, int) or not isinstance(reason, str):
+    def __init__(self, code: int = 1000, reason: str | None = "") -> None:
+        if not isinstance(code, int) or not (reason is None or isinstance(reason, str)):
             raise TypeError(f'write Close(4000, "a reason"), got Close({code!r}, {reason!r})')
         if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
-            raise ValueError(f"{code} is no close code to send; use 1000, or 4000 to 4999")
-        if len(reason.encode()) > _REASON_BYTES:
-            raise ValueError(f"a close reason has at most {_REASON_BYTES} bytes, got {reason!r}")
-        self.code: int = code
-        self.reason: str = reason
+            raise ValueError(
+                f"{code} is no close code to send; use 1000, or 4000 to 4999 for meanings of your "
+                f"own; 1000 to 1003, 1007 to 1014 and 3000 to 4999 may be sent"
+            )
+        self.code: int = int(code)
+        # A goodbye never fails because of its text: the connection has to end.
+        cut = whole(reason or "").encode()[:_REASON_BYTES]
+        self.reason: str = cut.decode(errors="ignore")
+        super().__init__(f"{self.code} {self.reason}")
+
+
+def whole(text: str) -> str:
+    """Return *text* with U+FFFD for each half of a surrogate pair, which UTF-8 cannot carry."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def bare(error: E) -> E:
@@ -438,7 +449,28 @@ def _types_of_fields(cls: Any) -> list[Any] | None:
 
 _MAX_DEPTH = 128  # levels of arrays and objects in a frame; recursive code can go far deeper
 _NOT_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[^][{}"]+', re.DOTALL)  # linear in any text
+# A frame's brackets and members named "id", with their values if these may be ids. Linear as well.
+_STRING, _ID = r'"(?:[^"\\]++|\\.)*+"', r'"(?:i|\\u0069)(?:d|\\u0064)"'
+_BRACKETS_AND_IDS = re.compile(
+    rf"([\[{{]++|[\]}}]++)|{_ID}\s*+:(?:\s*+({_STRING}|-?[0-9]++)(?=\s*+[,}}]))?()"
+    rf'|(?:(?!{_ID}\s*+:){_STRING}?|[^][{{}}"]++)++',
+    re.DOTALL,
+)
 _RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
+_EXACT: dict[Any, Callable[[Any], Any]] = {  # classes, and what makes one of a subclass's value
+    str: str.__str__,
+    int: int.__int__,
+    float: float.__float__,
+    bytes: lambda value: bytes(memoryview(value)),
+    bytearray: lambda value: bytes(memoryview(value)),
+    datetime: lambda value: datetime.fromisoformat(datetime.isoformat(value)),
+    date: lambda value: date.fromisoformat(date.isoformat(value)),
+    time_of_day: lambda value: time_of_day.fromisoformat(time_of_day.isoformat(value)),
+    timedelta: lambda value: timedelta(value.days, value.seconds, value.microseconds),
+    UUID: lambda value: UUID(int=value.int),
+    Decimal: Decimal,
+    msgspec.Raw: msgspec.json.decode,  # only `msgspec.to_builtins` asks for this
+}
 _JSON_NAMES: dict[Any, str] = {dict: "object", list: "array", types.NoneType: "null"}
 
 
@@ -504,12 +536,45 @@ class BadFrame(MessageError):
 
 _no_frame = frame_class("$none", Any)
 _decode_frame = msgspec.json.Decoder(Frame).decode
-_encode = msgspec.json.Encoder().encode
+
+
+def exact(value: Any) -> Any:
+    """Return what to encode for a *value* that msgspec does not know. Raises `TypeError`.
+
+    msgspec wants exact types. A subclass of a scalar, such as `markupsafe.Markup` or
+    `numpy.float64`, goes out as the scalar that it is. A `bool` comes here as a key only.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    for scalar, make in _EXACT.items():
+        if isinstance(value, scalar):
+            return make(value)
+    raise TypeError(f"Encoding objects of type {type(value).__name__} is unsupported")
+
+
+_encode = msgspec.json.Encoder(enc_hook=exact).encode
+
+
+def encode(value: Any) -> bytes:
+    """Return *value* as JSON, with U+FFFD for each half of a surrogate pair in its texts."""
+    try:
+        return _encode(value)
+    except UnicodeEncodeError:
+        return _encode(_whole_in(msgspec.to_builtins(value, enc_hook=exact)))
+
+
+def _whole_in(value: Any) -> Any:
+    """Return the JSON value *value* with `whole` texts."""
+    if isinstance(value, dict):
+        return {_whole_in(key): _whole_in(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_whole_in(item) for item in value]
+    return whole(value) if isinstance(value, str) else value
 
 
 def gap_of(group: str | None) -> bytes:
     """Return the ``gap`` frame: messages to *group*, or to no group if it is None, were lost."""
-    return _encode(Sent("gap", payload={"group": group}))
+    return encode(Sent("gap", payload={"group": group}))
 
 
 def is_too_deep(text: str) -> bool:
@@ -520,18 +585,34 @@ def is_too_deep(text: str) -> bool:
     return max(itertools.accumulate(steps), default=0) > _MAX_DEPTH
 
 
+def id_in(text: str) -> Id | None:
+    """Return the id in *text*, an object that is not read as JSON; None if there is none."""
+    depth, found = 0, None
+    for match in _BRACKETS_AND_IDS.finditer(text):
+        if match[1]:
+            depth += len(match[1]) * (1 if match[1][0] in "[{" else -1)
+            if depth <= 0:
+                break
+        elif depth == 1 and match[3] is not None:
+            found = match[2]  # Of several members, the last one counts.
+    with contextlib.suppress(ValueError, msgspec.MsgspecError):
+        if found is not None and text.lstrip().startswith("{"):
+            return msgspec.json.decode(found, type=Id)
+    return None
+
+
 def decode_or_error(text: str) -> Frame | BadFrame:
     """Decode one text frame, or return the error. Raised, it would be the context of later ones."""
     if is_too_deep(text):
-        return BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels")
+        return BadFrame("invalid_json", f"nested deeper than {_MAX_DEPTH} levels", id_in(text))
     with contextlib.suppress(msgspec.MsgspecError, UnicodeError):
         return _decode_frame(text)
     try:
         value = msgspec.json.decode(text)
     except UnicodeError:
-        return BadFrame("invalid_json", "not valid UTF-8")
+        return BadFrame("invalid_json", "half of a surrogate pair is no text", id_in(text))
     except msgspec.MsgspecError as exc:
-        return BadFrame("invalid_json", str(exc))
+        return BadFrame("invalid_json", str(exc), id_in(text))
     id = value.get("id") if type(value) is dict else None
     is_wrong = id is not None and type(id) not in (str, int)
     if type(value) is not dict:
@@ -641,6 +722,65 @@ def caller_namespaces() -> Namespaces:
     return frame.f_globals, dict(frame.f_locals)
 
 
+# ── sending ───────────────────────────────────────────────────────────────────────────────────
+#
+# A payload that cannot be sent is looked into, to tell a developer which part of it is why.
+
+
+def unsendable(
+    value: Any, t: Any, reason: Exception, unstructure: Callable[[Any, Any], Any],
+    path: str = "$.payload",
+) -> tuple[str, str, Exception]:  # fmt: skip
+    """Return path, class and error of the innermost part of *value*, a *t*, that cannot be sent."""
+    parts = _parts_of(value, t)
+    for key in value if isinstance(value, Mapping) else ():
+        try:
+            encode(unstructure({key: None}, None))
+        except Exception as exc:  # A hook may raise anything.
+            return path, f"{_class_name(key)} as a key", exc
+    for step, part, inner in parts:
+        try:
+            encode(unstructure(part, inner))
+        except Exception as exc:  # as above
+            return unsendable(part, inner, exc, unstructure, path + step)
+    return path, _class_name(value), reason
+
+
+def _class_name(value: object) -> str:
+    """Return the name of the class of *value*, such as ``numpy.bool`` where Python has another."""
+    cls = type(value)
+    is_known = getattr(builtins, cls.__name__, cls) is cls
+    return cls.__name__ if is_known else f"{cls.__module__}.{cls.__name__}"
+
+
+def _parts_of(value: Any, t: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield step, value and declared type of each part of *value*, which is declared as *t*."""
+    t = bare_type(t)
+    args = [None if isinstance(arg, TypeVar) else arg for arg in get_args(t)]
+    if origin_of(t) in _UNIONS:
+        args = []
+    if isinstance(value, Mapping):
+        hints = typing.get_type_hints(t) if typing.is_typeddict(t) else {}
+        for key, part in value.items():
+            yield _step(key), part, hints.get(key, args[1] if len(args) == 2 else None)
+    elif (fields := fields_of(type(value))) is not None:
+        hints = {field.name: field.type for field in fields_of(t) or fields}
+        for field in fields:
+            step = _step(getattr(field, "alias", field.name))
+            yield step, getattr(value, field.name, None), hints.get(field.name)
+    elif isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
+        is_fixed = class_of(t) is tuple and Ellipsis not in args
+        inner = args if is_fixed else args[:1] * len(value)
+        for index, pair in enumerate(itertools.zip_longest(value, inner)):
+            yield f"[{index}]", *pair
+
+
+def _step(key: Any) -> str:
+    """Return the step to *key* in a path."""
+    name = str(key)[:_KEY_SHOWN]
+    return f".{name}" if name.isidentifier() else f'["{name}"]'
+
+
 # ── codec ─────────────────────────────────────────────────────────────────────────────────────
 #
 # The codec turns JSON values into what handlers take, and what handlers return into JSON.
@@ -671,8 +811,10 @@ def strict_converter() -> cattrs.Converter:
     structure(lambda t: inner_type(t) is not t, _allow_recursion(_inner_hook))
     structure(lambda t: _TEXT_KEY in getattr(t, "__metadata__", ()), _key_hook)
     unstructure = converter.register_unstructure_hook_factory
+    # CPython 3.13.0 overlooks the recursion limit if cattrs calls `unstructure` for `Any` itself.
     converter.register_unstructure_hook_func(
-        lambda t: t is object, lambda v: v if type(v) is object else converter.unstructure(v)
+        lambda t: t is object or t is Any,
+        lambda v: v if type(v) is object else converter.unstructure(v),
     )
     unstructure(lambda t: origin_of(t) in _UNIONS, _union_unstructure_hook)
     unstructure(declares_fields, _allow_recursion(_fields_unstructure_hook))
@@ -1027,10 +1169,29 @@ class Codec:
         own_type = message_type(class_of(shape))
         return own_type or type, self.converter.get_unstructure_hook(shape)
 
-    def encode(self, type: str, payload: Any, group: str | None = None) -> bytes:
-        """Return the frame for *payload*."""
-        payload = UNSET if payload is None else self.converter.unstructure(payload)
-        return _encode(Sent(type, group=group, payload=payload))
+    def encode(
+        self, type: str, payload: Any, group: str | None = None, id: Id | None = None
+    ) -> bytes:
+        """Return the frame for *payload*. Raises `TypeError` with the path of what has no JSON."""
+        try:
+            value = UNSET if payload is None else self.converter.unstructure(payload)
+            return _encode(Sent(type, id, value, group))
+        except Exception:  # A hook may raise anything.
+            return self.encode_again(Sent(type, id, group=group), payload)
+
+    def encode_again(self, sent: Sent, payload: Any, declared: Any = None) -> bytes:
+        """Encode *sent* with *payload* after a failure: replace half pairs, or raise."""
+        shape = declared_member(payload, members_of(declared))
+        try:
+            value = UNSET if payload is None else self.converter.unstructure(payload, shape)
+            return encode(msgspec.structs.replace(sent, payload=value))
+        except PachinkoError:
+            raise
+        except RecursionError:
+            raise TypeError("$.payload: nested too deeply, or a part of itself") from None
+        except Exception as exc:  # as above
+            path, what, reason = unsendable(payload, shape, exc, self.converter.unstructure)
+        raise TypeError(f"{path}: cannot send a {what}") from reason
 
 
 # ── handlers ──────────────────────────────────────────────────────────────────────────────────
@@ -1338,13 +1499,19 @@ class Routes:
 
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
         """Return the handler for the class of *exc* or its nearest base class, or None."""
+        cls = self._class_handled(exc)
+        return None if cls is None else self.errors[cls]
+
+    def is_handled(self, exc: BaseException) -> bool:
+        """Tell whether an error handler is for *exc* in particular, and not for any `Exception`."""
+        return self._class_handled(exc) not in (None, Exception)
+
+    def _class_handled(self, exc: BaseException) -> Any:
         # Pachinko knows what these mean: a handler of a base class does not get them.
         built_in = (MessageError, Close, falcon.HTTPError, falcon.WebSocketDisconnected)
         for cls in type(exc).__mro__:
-            if cls in self.errors:
-                return self.errors[cls]
-            if cls in built_in:
-                break
+            if cls in self.errors or cls in built_in:
+                return cls if cls in self.errors else None
         return None
 
 
@@ -2379,7 +2546,7 @@ class Connection:
         if self._sends % _BURST == 0:
             await asyncio.sleep(0)  # Nothing above lets the loop run while a client keeps up.
 
-    async def close(self, code: int = 1000, reason: str = "") -> None:
+    async def close(self, code: int = 1000, reason: str | None = "") -> None:
         """Begin to close, once, after what was sent before. Raises what `Close` does."""
         self._check("conn.close, ...")
         self.outgoing.close(Close(code, reason))
@@ -3064,7 +3231,7 @@ class Hub:
         self._check_own(item, "use its id, or the hub that it was given")
         return item.id
 
-    async def close_group(self, group: str, code: int = 1000, reason: str = "") -> None:
+    async def close_group(self, group: str, code: int = 1000, reason: str | None = "") -> None:
         """Close every connection in *group*, behind what was sent to it before."""
         self._check(group, "group")
         await self.state.relay.close(Kind.GROUP, group, Close(code, reason))
@@ -3164,6 +3331,48 @@ hub: Hub = Hub()
 #
 # An exception of the application's code becomes an answer or a close, or is raised again.
 
+TYPE_SHOWN = 80  # characters of a type in an answer or a log: a client may send one of max_size
+# What a stop or a departure raises. A `TaskGroup` groups the `GeneratorExit` of its generator.
+_QUIET = (asyncio.CancelledError, GeneratorExit, falcon.WebSocketDisconnected)
+
+
+def single(
+    exc: BaseException, is_handled: Callable[[BaseException], bool] = lambda _: False
+) -> BaseException:
+    """Return what *exc*, from code of the application, means if it is a group; else *exc* itself.
+
+    Errors that a stop or a departure causes count only if there are no others. Of the others, the
+    first one counts if each means an outcome, or *is_handled* by an error handler for its class.
+    Otherwise the whole group is a bug. *is_handled* may also take the group as it is.
+    """
+    if not isinstance(exc, BaseExceptionGroup):
+        return exc
+    errors = sorted(
+        _errors_in(exc), key=lambda each: isinstance(each, falcon.WebSocketDisconnected)
+    )
+    left = [each for each in errors if not isinstance(each, _QUIET)]
+    if not left:  # A `GeneratorExit` has to end its own generator only.
+        return asyncio.CancelledError() if isinstance(errors[0], GeneratorExit) else errors[0]
+    ends = [each for each in left if isinstance(each, KeyboardInterrupt)]
+    is_meant = all(outcome_of(each) is not None or is_handled(each) for each in left)
+    return ends[0] if ends else left[0] if is_meant and not is_handled(exc) else exc
+
+
+def _errors_in(exc: BaseException) -> Iterator[BaseException]:
+    """Yield the errors in *exc*, which may be a group of groups."""
+    if isinstance(exc, BaseExceptionGroup):
+        for each in cast("BaseExceptionGroup[BaseException]", exc).exceptions:
+            yield from _errors_in(each)
+    else:
+        yield exc
+
+
+def is_departure(exc: BaseException) -> bool:
+    """Tell whether *exc* may come of the client's departure alone."""
+    is_group = isinstance(exc, BaseExceptionGroup)
+    quiet = _QUIET if is_group else falcon.WebSocketDisconnected
+    return all(isinstance(each, quiet) for each in _errors_in(exc))
+
 
 def outcome_of(exc: BaseException) -> MessageError | Close | None:
     """Return what *exc*, from a handler, means for the client; None for a bug."""
@@ -3174,12 +3383,31 @@ def outcome_of(exc: BaseException) -> MessageError | Close | None:
     return exc if isinstance(exc, (MessageError, Close)) else None
 
 
+def error_frame(error: MessageError, id: Id | None, codec: Codec) -> bytes:
+    """Return the frame that answers the message *id* with *error*."""
+    payload = {"code": error.code, "message": error.message}
+    try:
+        if error.details:
+            payload |= codec.converter.unstructure(error.details)
+        return _encode(Sent("error", id, payload))
+    except Exception:  # A hook may raise anything.
+        return codec.encode_again(Sent("error", id), {**payload, **error.details})
+
+
+def log_refusal(error: MessageError, id: str, type: str | None) -> None:
+    """Log at DEBUG that a message of *type* was answered with *error*. The payload is not shown."""
+    if logger.isEnabledFor(logging.DEBUG):
+        type = type[:TYPE_SHOWN] if type else None
+        extra = {"connection_id": id, "message_type": type, "code": error.code}
+        logger.debug("answered %r with the error %r", type, error.code, extra=extra)
+
+
 def internal_error() -> MessageError:
     """Return the answer to a message whose handler has a bug."""
     return MessageError("internal_error", "the server failed to handle this message")
 
 
-def _is_from_cancellation(exc: BaseException | None) -> bool:
+def _is_from_cancellation(exc: BaseException | None, groups: Sequence[object] = ()) -> bool:
     """Return whether *exc* is a `CancelledError`, or was raised while one was handled.
 
     A `TimeoutError` does not count: the cancellation that caused it is over. A group counts if all
@@ -3189,7 +3417,9 @@ def _is_from_cancellation(exc: BaseException | None) -> bool:
         if isinstance(exc, asyncio.CancelledError):
             return True
         if isinstance(exc, BaseExceptionGroup):
-            return all(map(_is_from_cancellation, exc.exceptions))
+            inner = (*groups, exc)  # An error in a group may have been raised again because of it.
+            is_new = all(exc is not each for each in groups)
+            return is_new and all(_is_from_cancellation(each, inner) for each in exc.exceptions)
         exc = exc.__context__
     return False
 
@@ -3214,6 +3444,27 @@ def pass_on(exc: BaseException, what: str, id: str | None, type: str | None = No
         del exc  # It refers to this frame; a cycle would keep the connection until a collection.
 
 
+async def end_by(step: Callable[[], Awaitable[None]], id: str) -> bool:
+    """Run *step* of the connection's end, such as a disconnect handler. A bug ends it only.
+
+    Returns whether it has ended because the task was cancelled.
+    """
+    try:
+        await step()
+    except BaseException as exc:  # A handler may raise anything.
+        exc = single(exc)
+        try:
+            pass_on(exc, place_of(step), id)
+        except asyncio.CancelledError:
+            return True
+        if isinstance(exc, falcon.WebSocketDisconnected):
+            text = "%s was left when it sent to the client, which has gone"
+            logger.debug(text, place_of(step), extra={"connection_id": id})
+        else:
+            log_failure(place_of(step), exc, id)
+    return False
+
+
 def forget_cancellations() -> None:
     """Reset the count of cancellations: Python 3.11 and 3.12 count some that were caught."""
     task = current_task()
@@ -3225,9 +3476,10 @@ def log_failure(what: str, exc: BaseException, id: str | None, type: str | None 
     """Log a bug in the application with its traceback; *id* is that of the connection."""
     extra = {"connection_id": id, "message_type": type}
     if type == "authenticate":  # The text may hold a token. The log gets the class and the place.
-        reason = f": {exc}" if isinstance(exc, PachinkoError) else ""
-        reason += "\n" + "".join(traceback.format_tb(exc.__traceback__))
-        logger.error("%s failed: %s%s", what, exc.__class__.__qualname__, reason, extra=extra)
+        for each in _errors_in(exc):
+            reason = f": {each}" if isinstance(each, PachinkoError) else ""
+            reason += "\n" + "".join(traceback.format_tb(each.__traceback__))
+            logger.error("%s failed: %s%s", what, each.__class__.__qualname__, reason, extra=extra)
     elif isinstance(exc, BrokerAway):  # It hits every handler at once, and its reason is logged.
         logger.error("%s failed: %s", what, exc, extra=extra)
     else:
@@ -3265,7 +3517,7 @@ class Stream:
         try:
             items = await call()
             if isinstance(items, AsyncIterator):
-                async with contextlib.aclosing(cast("AsyncGenerator[Any]", items)):
+                async with _closing(cast("AsyncGenerator[Any]", items)):
                     try:
                         async for item in items:
                             if self.is_stopped:  # The generator has caught its cancellation.
@@ -3277,6 +3529,21 @@ class Stream:
             return items
         finally:
             self.task = None  # A task keeps its error, and with it stack frames.
+
+
+@contextlib.asynccontextmanager
+async def _closing(items: AsyncGenerator[Any]) -> AsyncGenerator[None]:
+    """Close *items* at the end of the block, whose own error counts."""
+    try:
+        yield
+    finally:
+        try:
+            await items.aclose()
+        except BaseExceptionGroup as group:
+            # A `TaskGroup` around a `yield` takes the end of its generator for one of its errors.
+            rest = group.split(GeneratorExit)[1]
+            if rest is not None:
+                raise rest from None
 
 
 # ── session ───────────────────────────────────────────────────────────────────────────────────
@@ -3424,7 +3691,7 @@ class Session:
     async def _handle(self, event: Event, handler: Handler, message: Received) -> None:
         """Call the handler, or start it in a task, unless the rate does not allow that."""
         if (wait := self._wait_for_rate(event)) > 0:
-            await self._refuse_rate(wait, message.id)
+            await self._refuse_rate(wait, message.id, handler.type)
         elif handler.is_concurrent:
             await self._start_task(handler, message)
         else:
@@ -3520,7 +3787,7 @@ class Session:
             return
         if (wait := self._wait_for_rate(event)) > 0:
             # The stream that a "complete" meant has had its final answer.
-            await self._refuse_rate(wait, None if type == "complete" else id)
+            await self._refuse_rate(wait, None if type == "complete" else id, type)
         elif type == "$ping":
             await self._send(_encode(Sent("$pong", id)))
         elif type != "complete":
@@ -3538,8 +3805,8 @@ class Session:
         elif isinstance(frame, BadFrame):
             await self._send_error(frame, id)
         else:
-            error = MessageError("unknown_type", f"no handler for {frame.type[:80]!r}")
-            await self._send_error(error, id)
+            error = MessageError("unknown_type", f"no handler for {frame.type[:TYPE_SHOWN]!r}")
+            await self._send_error(error, id, frame.type)
 
     def _wait_for_rate(self, event: Event) -> float:
         """Count the frame, once; return 0.0, or the seconds until the rate admits it."""
@@ -3548,7 +3815,7 @@ class Session:
         event["is_counted"] = True
         return self._rate.take(time.monotonic())
 
-    async def _refuse_rate(self, wait: float, id: Id | None) -> None:
+    async def _refuse_rate(self, wait: float, id: Id | None, type: str | None = None) -> None:
         """Tell the client to wait for some seconds; close if it has sent far too much."""
         rate = cast(Rate, self._rate)
         if rate.is_abused:
@@ -3556,7 +3823,7 @@ class Session:
         else:
             text = f"at most {rate.count} messages in {rate.seconds} s"
             error = MessageError("rate_limited", text, retry_after=round(wait, 3))
-            await self._send_error(error, id)
+            await self._send_error(error, id, type)
 
     async def _start_task(self, handler: Handler, message: Received) -> None:
         """Start a concurrent handler or a stream in a task of its own."""
@@ -3568,7 +3835,7 @@ class Session:
         elif len(self.tasks) >= self._limits.max_concurrent:
             error = MessageError("too_busy", f"at most {self._limits.max_concurrent} at a time")
         if error is not None:
-            await self._send_error(error, id)
+            await self._send_error(error, id, handler.type)
             return
         if not self.tasks:
             self.tasks, self._streams = set(), {}
@@ -3600,7 +3867,7 @@ class Session:
             was_stopped = stream.is_stopped and not self.outgoing.closed
             if was_stopped:
                 forget_cancellations()
-            if not (was_stopped and isinstance(exc, asyncio.CancelledError)):
+            if not (was_stopped and isinstance(single(exc), asyncio.CancelledError)):
                 await self._fail(exc, handler.type, id)
                 return
         await self._send(_encode(Sent("complete", id)))
@@ -3613,17 +3880,23 @@ class Session:
             codec, name = self._hub_state.codec, f"{handler.type}.reply"
             writer = codec.writer_of(value, name, handler.returns)
             name, unstructure = handler.writers[type(value)] = writer
-        data = _encode(Sent(name, id, unstructure(value), None, more))
+        try:
+            data = _encode(Sent(name, id, unstructure(value), None, more))
+        except Exception:  # A hook may raise anything.
+            sent = Sent(name, id, UNSET, None, more)
+            data = self._hub_state.codec.encode_again(sent, value, handler.returns)
         return {"type": "websocket.send", "text": data.decode()}
 
     async def _answer(self, type: str, id: Id | None, result: object) -> None:
         """Answer with *result*, which a middleware or an error handler has returned."""
         if result is not None or id is not None:
-            type, unstructure = self._hub_state.codec.writer_of(result, f"{type}.reply")
-            await self._send(_encode(Sent(type, id, unstructure(result))))
+            codec = self._hub_state.codec
+            type, _ = codec.writer_of(result, f"{type}.reply")
+            await self._send(codec.encode(type, result, id=id))
 
-    async def _fail(self, exc: BaseException, type: str | None, id: Id | None) -> None:
-        """Answer *id* with what *exc* means; *type* is None for the fallback and binary frames."""
+    async def _fail(self, raised: BaseException, type: str | None, id: Id | None) -> None:
+        """Answer *id* with what *raised* means; *type* is None for fallback and binary frames."""
+        exc = single(raised, self.routes.is_handled)
         what = f"the handler of {type!r}" if type else "the fallback or the binary handler"
         # If code of the application has cancelled a task beside the reader, its error is answered.
         is_beside = current_task() in self.tasks and not self.outgoing.closed
@@ -3631,23 +3904,25 @@ class Session:
             if not (is_beside and isinstance(exc, Exception)):
                 pass_on(exc, what, self.conn.id, type)
         except BaseException:  # It is raised again.
-            del exc  # It refers to this frame, and that would keep the connection in a cycle.
+            del exc, raised  # They refer to this frame; a cycle would keep the connection.
             raise
         # A handler that sends by Falcon's own socket learns of the end before `Outgoing` does.
         is_over = self.conn.closed or self.conn.ws.closed
-        if is_over and isinstance(exc, falcon.WebSocketDisconnected):
+        if is_over and is_departure(raised):
             return  # A handler may end like this when its client has gone.
+        if isinstance(exc, asyncio.CancelledError):
+            exc = raised  # Nobody has asked for it: a bug, and the log gets all of a group.
         try:
             outcome = await self._outcome(exc, what, type)
             if isinstance(outcome, Close):
                 self.outgoing.close(outcome)
             elif isinstance(outcome, MessageError):
-                await self._send_error(outcome, id)
+                await self._send_error(outcome, id, type)
             elif type is not None:
                 await self._answer(type, id, outcome)
         except Exception as second:  # The outcome cannot be encoded.
             log_failure("the answer to an error", second, self.conn.id, type)
-            await self._send_error(internal_error(), id)
+            await self._send_error(internal_error(), id, type)
 
     async def _outcome(self, exc: BaseException, what: str, type: str | None) -> Any:
         """Return what *exc* means to an error handler of the application, or to the library."""
@@ -3655,17 +3930,17 @@ class Session:
             try:
                 return await handler(self.conn, exc)
             except BaseException as second:  # The error handler has a bug.
-                pass_on(second, place_of(handler), self.conn.id, type)
-                exc = second
-        outcome = outcome_of(exc)
-        if outcome is None:
+                exc = single(second)
+                pass_on(exc, place_of(handler), self.conn.id, type)
+        if (outcome := outcome_of(exc)) is None:
             log_failure(what, exc, self.conn.id, type)
         return outcome or internal_error()
 
-    async def _send_error(self, error: MessageError, id: Id | None) -> None:
-        payload = {"code": error.code, "message": error.message, **error.details}
-        data = _encode(Sent("error", id, payload))
+    async def _send_error(self, error: MessageError, id: Id | None, type: Any = None) -> None:
+        """Answer the message *id*, of *type* if that is known, with *error*."""
+        data = error_frame(error, id, self._hub_state.codec)
         count_error(self._hub_state.counts, error.code)
+        log_refusal(error, self.conn.id, type)
         await self._send(data)
 
     async def _send(self, data: bytes) -> None:
@@ -3680,23 +3955,12 @@ class Session:
         is_ending = bool(current_task().cancelling())
         steps: list[Callable[[], Awaitable[None]]] = [self._end_tasks] if self.tasks else []
         steps += [functools.partial(handler, self.conn) for handler in self.routes.disconnect]
-        extra = {"connection_id": self.conn.id}
         for step in steps:
-            try:
-                await step()
-            except falcon.WebSocketDisconnected:
-                text = "%s was left when it sent to the client, which has gone"
-                logger.debug(text, place_of(step), extra=extra)
-            except BaseException as exc:  # A bug ends its own handler only.
-                try:
-                    pass_on(exc, place_of(step), self.conn.id)
-                except asyncio.CancelledError:
-                    is_ending = True
-                else:
-                    log_failure(place_of(step), exc, self.conn.id)
+            is_ending |= await end_by(step, self.conn.id)
             if not is_ending:
                 forget_cancellations()
         self.forget()
+        extra = {"connection_id": self.conn.id}
         logger.debug("disconnected: %s", self.outgoing.close_code, extra=extra)
         await self.outgoing.settle()
         if is_ending:
@@ -3745,13 +4009,17 @@ async def user_of(
             got = "an empty one" if user == "" else type(user).__name__
             raise PachinkoError(f"the user is a str, or None to refuse; got {got}")
         return user
-    except (falcon.HTTPError, Close, MessageError) as exc:
-        exc.__cause__ = exc.__context__ = None
-        raise
     except BaseException as exc:  # A bug is answered, whatever it is.
+        exc = single(exc)
         pass_on(exc, place_of(function), conn.id, "authenticate")
-        log_failure(place_of(function), exc, conn.id, "authenticate")
-        raise internal_error() from None
+        if (outcome := outcome_of(exc) and exc) is None:
+            log_failure(place_of(function), exc, conn.id, "authenticate")
+            outcome = internal_error()
+    outcome.__cause__ = outcome.__context__ = None
+    try:
+        raise outcome  # Above, the group that it is from would become its context, in a cycle.
+    finally:
+        del outcome
 
 
 async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
@@ -3773,11 +4041,12 @@ async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
                 forget_cancellations()
             is_in = True
     except BaseException as exc:  # A handler may raise anything.
+        exc = single(exc)
         pass_on(exc, "a connect handler", conn.id)
         if not isinstance(exc, Exception):  # Falcon's error handlers take `Exception` only.
             raise RuntimeError(f"a connect handler has raised {exc!r}") from exc
         if not isinstance(exc, Close):
-            raise
+            raise exc
         session.forget()
         outgoing.close(exc, drops=True)
     try:

@@ -56,13 +56,13 @@ from pachinko import (
     PachinkoError,
     Registry,
     create_task,
+    encode,
     gap_of,
     logger,
 )
 
 __all__ = ["main"]
 
-_encode = msgspec.json.Encoder().encode
 
 # ── broker URLs ───────────────────────────────────────────────────────────────────────────────
 
@@ -1157,7 +1157,7 @@ def subject_of(namespace: str, kind: str, name: str) -> str:
 
 def pack(message: PeerMessage, frame: bytes = b"") -> bytes:
     """Return the bytes of *message*, with the text *frame* that it carries."""
-    return b"%b\n%b" % (_encode(message), frame)
+    return b"%b\n%b" % (encode(message), frame)
 
 
 def unpack(data: bytes) -> tuple[PeerMessage, bytes]:
@@ -1184,7 +1184,7 @@ def check_carried(frame: bytes, group: str | None) -> None:
         frame.decode()
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
         raise Refused(f"not a message for clients: {exc}") from None
-    if carried.group != group:
+    if carried.group != (group and pachinko.whole(group)):
         raise Refused("a message for clients that names another group")
 
 
@@ -1374,6 +1374,8 @@ class Cluster(pachinko.Relay):
                 close = pachinko.Close(message.code, message.reason)
             except ValueError as exc:
                 raise Refused(str(exc)) from None
+            if close.reason != message.reason:  # Our processes send what `Close` has cut.
+                raise Refused("a close reason that no close frame can have")
             self._registry.close(kind, name, close)
         elif message.op == "who" and kind is Kind.GROUP:
             self._start_work(self._answer(name, message))
@@ -1627,7 +1629,7 @@ async def _run(given: argparse.Namespace) -> None:
             await hub.send(given.group, given.type, payload)
         else:
             for each in sorted(await hub.presence(given.group), key=lambda each: each.id):
-                _print(_encode(attrs.asdict(each)).decode())
+                _print(encode(attrs.asdict(each)).decode())
 
 
 if __name__ == "__main__":  # A file that was copied has no installed command.

@@ -205,6 +205,16 @@ async def test_names_are_any_text(broker: BrokerProcess, name: str) -> None:
         assert (await a.receive())["type"] == (await b.receive())["type"] == "end"
 
 
+async def test_what_is_no_utf8_reaches_other_processes(broker: BrokerProcess) -> None:
+    """Half a surrogate pair in the name of a group, an id, a type or a payload is replaced."""
+    async with processes(broker.url) as (one, two), one.client() as client:
+        (conn,) = one.hub.connections
+        await one.hub.join("\ud83d", conn)
+        await two.hub.send("\ud83d", "n\ud83d", {"\ud83d": "\ude00"}, exclude="\ud83d")
+        frame = {"type": "n\ufffd", "group": "\ufffd", "payload": {"\ufffd": "\ufffd"}}
+        assert await client.receive() == frame
+
+
 async def test_exclude(broker: BrokerProcess) -> None:
     """A connection, an id or several, of any process; also of a broadcast."""
     async with (
@@ -326,10 +336,10 @@ async def test_close_group(broker: BrokerProcess) -> None:
         two.client(group="other") as c,
     ):
         await one.hub.send("room", "last")
-        await one.hub.close_group("room", 4001, "done")
+        await one.hub.close_group("room", 4001, "\ud83d" + "x" * 200)  # cut, as everywhere
         for client in (a, b):
             assert (await client.receive())["type"] == "last"
-            assert await client.closed() == (4001, "done")
+            assert await client.closed() == (4001, "\ufffd" + "x" * 120)
         await one.hub.send("other", "still-here")
         assert (await c.receive())["type"] == "still-here"
         with pytest.raises(ValueError, match="no close code"):

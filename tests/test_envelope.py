@@ -22,6 +22,7 @@ from pachinko import (
     PachinkoError,
     check_type,
     decode_or_error,
+    id_in,
     message,
     message_type,
     split_message,
@@ -205,6 +206,77 @@ def test_with_a_bad_type_and_a_bad_id_neither_is_used() -> None:
     """Both wrong: the type is reported, the id is not echoed."""
     bad = refused('{"type": 1, "id": [1]}')
     assert (bad.code, bad.id) == ("invalid_envelope", None)
+
+
+# decode: the id of a frame that is no JSON
+
+
+DEEP = "[" * 5_000 + "]" * 5_000
+
+
+@pytest.mark.parametrize("id", [1, 0, -5, 2**70, "a", "", "é", '"]}{[,\\', "\U0001f600", "a\nb"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        r'{"text":"\ud83d"}', r'["\ude00\ud83d"]', r'{"\ud83d":1}', r'"\ud83dx"', "1e400",
+        "-1e400", "NaN",
+        "[1,Infinity]", '"' + "\ud83d" + '"', '"' + "x" * 20_000 + r'\ud83d"',
+        "[" * 128 + "]" * 128,
+        DEEP, '{"a":' * 5_000 + "1" + "}" * 5_000, "9" * 5_000, r'"\x"', "01", "undefined",
+        "{'a':1}",
+        '{"id":"inner","a":1e400}', '[{"id":5}, 1e400]', '"\\"id\\":5," x', '"\n"', "1 2",
+    ],
+)  # fmt: skip
+def test_the_error_has_the_id_although_the_payload_is_wrong(id: Any, wrong: str) -> None:
+    """Whatever is wrong in the payload, a client's request is answered, before or behind it."""
+    for ascii in (True, False):
+        member = f'"id": {json.dumps(id, ensure_ascii=ascii)}'
+        for text in (
+            f'{{"type":"say",{member} ,"payload":{wrong}}}', f'{{"payload":{wrong},{member}}}',
+            f' {{\n{member}\t,"payload":{wrong}}}',
+        ):  # fmt: skip
+            bad = refused(text)
+            assert (bad.code, bad.id, type(bad.id)) == ("invalid_json", id, type(id)), text
+
+
+@pytest.mark.parametrize(
+    ("text", "id"),
+    [
+        ('{"id":1} x', 1), ('{"id":1}{"id":2}', 1), ('{"type":"t"}{"id":2}', None),
+        ('{"id":7,"payload":"cut', 7), ('{"id":12,"payl', 12), ('{"id":12', None),
+        ('{"id":"1', None),
+        ('{"id":1,"id":"b","x":NaN}', "b"), ('{"id":1,"id":[2],"x":NaN}', None),
+        ('{"id":[1],"id":2,"x":NaN}', 2), (r'{"\u0069d":1,"x":NaN}', 1),
+        (r'{"i\u0064":1,"x":NaN}', 1),
+        ('{"id":null,"x":NaN}', None), ('{"id":1.5,"x":NaN}', None), ('{"id":1e3,"x":NaN}', None),
+        ('{"id":true,"x":NaN}', None), ('{"id":[],"x":NaN}', None), ('{"id":{},"x":NaN}', None),
+        (r'{"id":"\ud83d","x":NaN}', None), ('{"id":"\ud83d","x":NaN}', None),
+        ('{"id":01,"x":1}', None),
+        (f'{{"id":{"9" * 5_000},"x":NaN}}', None), ('{"a":{"id":1},"x":NaN}', None),
+        ('{"a":[{"id":1,"b":2}],"x":NaN}', None), ('{"a":"id","b":1,"x":NaN}', None),
+        (r'{"a":"\"id\":1,","x":NaN}', None), ('["id":1,]', None), ('[{"id":1,"x":NaN}]', None),
+        ('x{"id":1,}', None), ('"id":1,', None), ("{'id':1,}", None), ('{"ID":1,"x":NaN}', None),
+        ('{"a":{},"id":1,"b":[],"x":NaN}', 1), ('{"a":[]],"id":1,}', None), ("[" * 9_999, None),
+        ("", None),
+    ],
+)  # fmt: skip
+def test_the_id_is_the_frames_own_and_a_legal_one(text: str, id: Any) -> None:
+    """An id inside of the payload, one that is cut off, and what is no id are not answered."""
+    bad = refused(text)
+    assert (bad.code, bad.id) == ("invalid_json", id)
+
+
+@given(st.text('[]{}",:\\id 1', max_size=40))
+def test_reading_an_id_never_fails(text: str) -> None:
+    """Any text has an id or none; that of an envelope which is JSON is found as well."""
+    assert type(id_in(text)) in (str, int, type(None))
+
+
+@given(st.integers() | st.text(), st.dictionaries(st.text("id", max_size=3), st.text(), max_size=3))
+def test_the_id_of_json_is_read_alike(id: Any, rest: dict[str, Any]) -> None:
+    """Where a frame is JSON, both ways find one id."""
+    text = json.dumps({**rest, "id": id, "payload": rest})
+    assert id_in(text) == decode(json.dumps({**json.loads(text), "type": "t"})).id
 
 
 # decode: depth

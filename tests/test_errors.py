@@ -1,5 +1,6 @@
 """The section "errors": what the program, the client and nobody is to blame for."""
 
+import enum
 from typing import Any
 
 import pytest
@@ -39,8 +40,19 @@ def test_close_takes_the_codes_of_rfc_6455(code: int) -> None:
 )
 def test_close_refuses_the_codes_that_no_endpoint_sends(code: int) -> None:
     """Reserved and unassigned codes are refused where `Close` is made, with those to use."""
-    with pytest.raises(ValueError, match=rf"^{code} is no close code .* use 1000, or 4000 to 4999"):
+    advice = "use 1000, or 4000 to 4999 .* 1000 to 1003, 1007 to 1014 and 3000 to 4999 may be sent"
+    with pytest.raises(ValueError, match=rf"^{code} is no close code .* {advice}"):
         Close(code)
+
+
+def test_a_code_may_be_a_member_of_an_enum() -> None:
+    """It is kept as the integer that it is."""
+
+    class Code(enum.IntEnum):
+        BANNED = 4403
+
+    close = Close(Code.BANNED)
+    assert (close.code, type(close.code), str(close)) == (4403, int, "4403 ")
 
 
 def test_close_is_normal_by_default() -> None:
@@ -54,11 +66,37 @@ def test_close_takes_a_reason_that_fits_its_frame(reason: str) -> None:
     assert Close(4000, reason).reason == reason
 
 
-@pytest.mark.parametrize("reason", ["x" * 124, "é" * 62, "🂡" * 31])
-def test_close_refuses_a_reason_that_does_not_fit(reason: str) -> None:
-    """A reason of more than 123 bytes, not characters, is refused."""
-    with pytest.raises(ValueError, match="at most 123 bytes"):
-        Close(4000, reason)
+@pytest.mark.parametrize(
+    ("reason", "sent"),
+    [
+        ("x" * 124, "x" * 123), ("é" * 62, "é" * 61), ("🂡" * 31, "🂡" * 30), ("xé" * 99, "xé" * 41),
+        ("x" * 1_000_000, "x" * 123), ("x" * 121 + "é" * 9, "x" * 121 + "é"),
+    ],
+)  # fmt: skip
+def test_close_cuts_a_reason_that_does_not_fit(reason: str, sent: str) -> None:
+    """A reason of more than 123 bytes, not characters, is cut between two of its characters."""
+    assert Close(4000, reason).reason == sent
+
+
+@pytest.mark.parametrize(
+    ("reason", "sent"),
+    [
+        ("\ud83d", "\ufffd"), ("a\ud83dz", "a\ufffdz"), ("\ude00\ud83d", "\ufffd\ufffd"),
+        ("\ud83d\ude00", "😀"), ("\udcff!", "\ufffd!"), ("\ud83d" * 50, "\ufffd" * 41), (None, ""),
+    ],
+)  # fmt: skip
+def test_close_takes_a_reason_that_is_no_utf8(reason: str | None, sent: str) -> None:
+    """Half of a surrogate pair is replaced, and None is no reason: a goodbye does not fail."""
+    assert Close(4000, reason).reason == sent
+
+
+def test_a_reason_is_an_exact_text() -> None:
+    """A server may want no subclass of `str`."""
+
+    class Text(str):
+        pass
+
+    assert type(Close(4000, Text("bye")).reason) is str
 
 
 def test_close_reads_as_code_and_reason() -> None:

@@ -10,14 +10,17 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import anyio
 import falcon
 import pytest
-from support import PATIENCE, connect, new_app, serving, until
+import websockets.exceptions
+from support import PATIENCE, Client, connect, new_app, serving, until
 
 import pachinko
 from pachinko import Close, Connection, Hub, MessageError, Pachinko
 
 Event = dict[str, Any]
+LogCapture = pytest.LogCaptureFixture
 Way = Callable[[], Awaitable[Any]]
 
 
@@ -482,7 +485,16 @@ async def by_a_helper(conn: Connection) -> None:
     await asyncio.create_task(by_send(conn))
 
 
-@pytest.mark.parametrize("by", [by_send, by_falcon, by_falcons_media, by_a_helper])
+async def by_a_group(conn: Connection) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(by_send(conn))
+        group.create_task(by_send(conn))
+
+
+SENDS = [by_send, by_falcon, by_falcons_media, by_a_helper, by_a_group]
+
+
+@pytest.mark.parametrize("by", SENDS)
 @pytest.mark.parametrize("end", ["client", "lost", "server"])
 async def test_sending_in_a_disconnect_handler_is_no_bug(
     by: Callable[[Connection], Awaitable[None]], end: str, caplog: pytest.LogCaptureFixture
@@ -512,7 +524,7 @@ async def test_sending_in_a_disconnect_handler_is_no_bug(
         else:
             await client.send("close")
         await until(lambda: left and not ws._hub.state.serving)
-    if not (end == "server" and by is not by_send and by is not by_a_helper):
+    if end != "server" or by not in (by_falcon, by_falcons_media):
         assert "first()" in caplog.text
     assert not errors(caplog)
 
@@ -593,3 +605,330 @@ async def test_a_worker_that_cancels_itself_ends(caplog: pytest.LogCaptureFixtur
     async with serving(ws._app):
         await until(lambda: began and not ws._workers)
     assert began == ["work"] and not errors(caplog)
+
+
+# Groups of exceptions
+
+
+async def fail(exc: BaseException) -> None:
+    raise exc
+
+
+async def by_raise(*errors: Exception) -> None:
+    raise ExceptionGroup("several", errors)
+
+
+async def by_nesting(*errors: Exception) -> None:
+    inner = [ExceptionGroup("inner", [each]) for each in errors]
+    raise BaseExceptionGroup("outer", [BaseExceptionGroup("middle", inner)])
+
+
+async def by_a_task_group(*errors: Exception) -> None:
+    async with asyncio.TaskGroup() as group:
+        for each in errors:
+            group.create_task(fail(each))
+        await forever()
+
+
+async def by_a_task_group_in_another(*errors: Exception) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(by_a_task_group(*errors))
+
+
+async def by_an_anyio_group(*errors: Exception) -> None:
+    async with anyio.create_task_group() as group:
+        for each in errors:
+            group.start_soon(fail, each)
+        await anyio.sleep_forever()
+
+
+async def by_a_body(*errors: Exception) -> None:
+    """The body of the group fails, and with it the group."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(forever())
+        await asyncio.sleep(0)
+        raise errors[0] if len(errors) == 1 else ExceptionGroup("several", errors)
+
+
+GROUPS = [
+    by_raise, by_nesting, by_a_task_group, by_a_task_group_in_another, by_an_anyio_group, by_a_body,
+]  # fmt: skip
+groups = pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
+PLACES = ["handler", "concurrent", "stream", "late", "middleware", "mended", "fallback", "binary"]
+
+
+def failing(group: Callable[..., Awaitable[None]], *errors: Exception) -> Pachinko:
+    """An endpoint that fails with *errors* in all `PLACES`."""
+    ws = endpoint()
+
+    @ws.on("handler")
+    async def handler(conn: Connection) -> None:
+        await group(*errors)
+
+    @ws.on("concurrent", concurrent=True)
+    async def concurrent(conn: Connection) -> None:
+        await group(*errors)
+
+    @ws.on("stream")
+    async def stream(conn: Connection) -> Any:
+        await group(*errors)
+        yield 1
+
+    @ws.on("late")
+    async def late(conn: Connection) -> Any:
+        yield 1
+        await group(*errors)
+
+    @ws.on("middleware")
+    async def never(conn: Connection) -> None: ...
+
+    @ws.middleware
+    async def around(conn: Connection, envelope: Any, call_next: Any) -> Any:
+        if envelope.type == "middleware":
+            await group(*errors)
+        return await call_next()
+
+    @ws.on("mended")
+    async def mended(conn: Connection) -> None:
+        raise RuntimeError
+
+    @ws.error(RuntimeError)
+    async def mend(conn: Connection, exc: RuntimeError) -> None:
+        await group(*errors)
+
+    @ws.fallback
+    async def other(conn: Connection, frame: str) -> None:
+        await group(*errors)
+
+    @ws.binary
+    async def odd(conn: Connection, data: bytes) -> None:
+        await group(*errors)
+
+    return ws
+
+
+async def failed(client: Client, place: str) -> dict[str, Any]:
+    """The answer to what fails in *place*."""
+    if place == "binary":
+        await client.raw(b"x")
+    else:
+        await client.send(place, id=7)
+    answer = await client.receive()
+    if place == "late":
+        assert answer.pop("more") and answer["payload"] == 1
+        answer = await client.receive()
+    assert answer.get("id") == (None if place in ("fallback", "binary") else 7)
+    payload: dict[str, Any] = answer["payload"]
+    return payload
+
+
+@groups
+async def test_a_group_of_one_outcome_is_that_one(group: Any, caplog: LogCapture) -> None:
+    """Whatever has made the group, and wherever it is raised, the client gets the outcome."""
+    ws = failing(group, MessageError("off_board", "no", x=1))
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        for place in PLACES:
+            assert await failed(client, place) == {"code": "off_board", "message": "no", "x": 1}
+    assert not errors(caplog)
+
+
+@groups
+@pytest.mark.parametrize("place", PLACES)
+async def test_a_close_in_a_group_closes(place: str, group: Any, caplog: LogCapture) -> None:
+    """It is no bug, and the client learns code and reason."""
+    ws = failing(group, Close(4003, "bye"))
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        await (client.raw(b"x") if place == "binary" else client.send(place, id=7))
+        assert await client.closed() == (4003, "bye")
+    assert not errors(caplog)
+
+
+@groups
+async def test_an_http_error_in_a_group_has_its_status(group: Any) -> None:
+    """Code that is shared with HTTP may run in a group too."""
+    ws = failing(group, falcon.HTTPNotFound(title="gone"))
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        for place in PLACES:
+            answer = await failed(client, place)
+            assert (answer["code"], answer["title"]) == ("http_404", "gone")
+
+
+@pytest.mark.parametrize("group", [by_raise, by_nesting, by_a_task_group, by_a_body])
+async def test_of_several_outcomes_the_first_counts(group: Any, caplog: LogCapture) -> None:
+    """The order is that of the group."""
+    outcomes = [MessageError("first"), falcon.HTTPNotFound(), Close(4000), MessageError("last")]
+    ws = failing(group, *outcomes)
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        for place in PLACES:
+            assert (await failed(client, place))["code"] == "first"
+    assert not errors(caplog)
+
+
+@pytest.mark.parametrize("group", [by_raise, by_nesting, by_a_task_group, by_an_anyio_group])
+async def test_a_bug_in_a_group_makes_it_a_bug(group: Any, caplog: LogCapture) -> None:
+    """The client gets `internal_error`, and the log the whole group."""
+    ws = failing(group, MessageError("off_board"), KeyError("a bug"), Close(4000))
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        for place in PLACES:
+            caplog.clear()
+            assert (await failed(client, place))["code"] == "internal_error"
+            (record,) = errors(caplog)
+            assert record.exc_info and isinstance(record.exc_info[1], BaseExceptionGroup)
+            assert "off_board" in caplog.text and "KeyError: 'a bug'" in caplog.text
+
+
+@groups
+async def test_an_error_handler_finds_its_error_in_a_group(group: Any, caplog: LogCapture) -> None:
+    """The handler for its class, or for a base class, gets the error itself."""
+    ws = failing(group, KeyError("a"), KeyError("b"))
+
+    @ws.error(LookupError)
+    async def found(conn: Connection, exc: LookupError) -> MessageError:
+        return MessageError("missing", repr(exc))
+
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        for place in PLACES:
+            if place != "mended":  # An error handler's own error has no handler.
+                answer = await failed(client, place)
+                assert answer == {"code": "missing", "message": "KeyError('a')"}
+    assert not errors(caplog)
+
+
+@pytest.mark.parametrize("kinds", [[ExceptionGroup], [ExceptionGroup, KeyError], [Exception]])
+async def test_an_error_handler_for_groups_gets_them_whole(kinds: list[type[Exception]]) -> None:
+    """So does one for any `Exception`, unless the group means an outcome or has a handler."""
+    ws = failing(by_nesting, KeyError("a"), ValueError("b"))
+    seen: list[Exception] = []
+
+    async def found(conn: Connection, exc: Exception) -> MessageError:
+        seen.append(exc)
+        return MessageError("seen")
+
+    for kind in kinds:
+
+        @ws.error(kind)
+        async def handle(conn: Connection, exc: Exception) -> MessageError:
+            return await found(conn, exc)
+
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        assert (await failed(client, "handler"))["code"] == "seen"
+    assert [type(each) for each in seen] == [ExceptionGroup]
+
+
+@groups
+async def test_a_group_in_a_connect_handler_refuses(group: Any, caplog: LogCapture) -> None:
+    """An `HTTPError` refuses the handshake, and a `Close` closes, as without a group."""
+    ws, exc = endpoint(), list[Exception]([falcon.HTTPForbidden(), Close(4003, "bye")])
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        await group(exc.pop(0))
+
+    async with serving(ws._app) as server:
+        with pytest.raises(websockets.exceptions.InvalidStatus):
+            async with connect(server.url + "/ws"):
+                pass
+        async with connect(server.url + "/ws") as client:
+            assert await client.closed() == (4003, "bye")
+    assert not errors(caplog)
+
+
+@groups
+async def test_a_group_in_authenticate_refuses(group: Any, caplog: LogCapture) -> None:
+    """The same holds for who authenticates clients."""
+    ws, exc = endpoint(), list[Exception]([falcon.HTTPForbidden(), Close(4003, "bye")])
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        await group(exc.pop(0))
+        return None
+
+    async with serving(ws._app) as server:
+        with pytest.raises(websockets.exceptions.InvalidStatus):
+            async with connect(server.url + "/ws"):
+                pass
+        async with connect(server.url + "/ws") as client:
+            assert await client.closed() == (4003, "bye")
+    assert not errors(caplog)
+
+
+@groups
+async def test_a_bug_in_a_group_of_authenticate_hides_its_text(
+    group: Any, caplog: LogCapture
+) -> None:
+    """The log has the class and the place, and no token."""
+    ws = endpoint()
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        await group(
+            MessageError("x"), KeyError("".join(["s3", "cret"]))
+        )  # a traceback shows this line
+        return None
+
+    async with serving(ws._app) as server:
+        with pytest.raises(websockets.exceptions.InvalidStatus):
+            async with connect(server.url + "/ws"):
+                pass
+    assert "s3cret" not in caplog.text and "failed: KeyError" in caplog.text
+
+
+async def test_a_group_that_sends_to_a_client_that_has_gone_is_quiet(caplog: LogCapture) -> None:
+    """A departure is no bug, also in a group beside a cancellation."""
+    ws, gone = endpoint(linger=0.05), asyncio.Event()
+    ended: list[BaseException] = []
+
+    @ws.on("talk", concurrent=True)
+    async def talk(conn: Connection, *, waits: bool) -> None:
+        async def send() -> None:
+            await gone.wait()
+            await conn.send("n", 1)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(send())
+                group.create_task(send())
+                if waits:
+                    group.create_task(forever())
+        except BaseException as exc:
+            ended.append(exc)
+            raise
+
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        for waits in (False, True):
+            await client.send("talk", {"waits": waits})
+        await until(lambda: any(session.tasks for session in ws._hub.state.serving.values()))
+        client.cut()
+        await until(lambda: all(conn.closed for conn in ws._hub.connections))
+        gone.set()
+        await until(lambda: len(ended) == 2 and not ws._hub.state.serving)
+    assert all(isinstance(exc, BaseExceptionGroup) for exc in ended)
+    assert not errors(caplog)
+
+
+DISCONNECTED = falcon.WebSocketDisconnected(1001)
+WHAT_COUNTS: list[tuple[list[BaseException], type[BaseException] | None]] = [
+    ([asyncio.CancelledError()], asyncio.CancelledError),
+    ([GeneratorExit()], asyncio.CancelledError),
+    ([DISCONNECTED], falcon.WebSocketDisconnected),
+    ([DISCONNECTED, asyncio.CancelledError()], asyncio.CancelledError),
+    ([GeneratorExit(), DISCONNECTED], asyncio.CancelledError),
+    ([DISCONNECTED, asyncio.CancelledError(), MessageError("x")], MessageError),
+    ([DISCONNECTED, KeyError()], None),
+    ([GeneratorExit(), Close(4000)], Close),
+    ([KeyError(), KeyboardInterrupt()], KeyboardInterrupt),
+    ([MessageError("x"), SystemExit()], None),
+]
+
+
+@pytest.mark.parametrize(("several", "kind"), WHAT_COUNTS)
+def test_what_a_group_means(several: list[BaseException], kind: type[BaseException] | None) -> None:
+    """What a stop or a departure causes counts only alone; a bug makes the group a bug."""
+    for group in (
+        BaseExceptionGroup("flat", several),
+        BaseExceptionGroup("outer", [BaseExceptionGroup("inner", several)]),
+    ):
+        found = pachinko.single(group)
+        assert found is group if kind is None else type(found) is kind
+    (first, *_) = several
+    assert pachinko.single(first) is first

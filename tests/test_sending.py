@@ -5,23 +5,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import dataclasses
+import datetime
+import enum
 import itertools
 import json
+import math
 import random
 import secrets
 import socket
 import struct
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from decimal import Decimal
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
+from uuid import UUID
 
+import attrs
 import falcon
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import PATIENCE, Client, Server, Stalled, connect, new_app, serving, session_of, until
 
 import pachinko
-from pachinko import Connection, Hub, Outgoing, Pachinko
+from pachinko import Connection, Hub, MessageError, Outgoing, Pachinko
 
 BIG = "x" * 300_000  # more than the buffers on the way to a client of `served` hold
 LONG = 60.0  # seconds that no test waits for
@@ -1066,3 +1075,358 @@ async def test_a_sender_behind_the_librarys_own_writer_waits_at_most_send_timeou
             await conn.send("late", {})
         await until(lambda: left)
         assert left == [("slow", 1013)] and ws._hub.stats()["evicted"] == 1
+
+
+# What goes out, by every way
+
+
+class Text(str):
+    """A text of another library, such as `markupsafe.Markup`."""
+
+    def __str__(self) -> str:
+        return "not what it is"
+
+
+class Count(int):
+    """An integer of another library, such as `bson.Int64`."""
+
+    def __repr__(self) -> str:
+        return "not what it is"
+
+
+class Mean(float):
+    """A number of another library, such as `numpy.float64`."""
+
+    def __repr__(self) -> str:
+        return "not what it is"
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+
+
+class Colour(enum.StrEnum):
+    RED = "red"
+
+
+class Size(str, enum.Enum):  # noqa: UP042 - it is not the same
+    BIG = "big"
+
+
+class Right(enum.IntFlag):
+    READ = 1
+    WRITE = 2
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+class Rows(list[Any]):
+    pass
+
+
+class Row(dict[str, Any]):
+    pass
+
+
+class Columns(tuple[Any, ...]):
+    pass
+
+
+class Moment(datetime.datetime):
+    """A time of another library, such as `pandas.Timestamp`."""
+
+
+class Day(datetime.date):
+    pass
+
+
+class Clock(datetime.time):
+    pass
+
+
+class Span(datetime.timedelta):
+    pass
+
+
+class Amount(Decimal):
+    pass
+
+
+class Key(UUID):
+    pass
+
+
+class Blob(bytes):
+    pass
+
+
+class Buffer(bytearray):
+    pass
+
+
+@attrs.frozen
+class Item:
+    name: str
+    price: Any = attrs.field(default=0.0, alias="unitPrice")
+    _note: str = ""
+
+
+@dataclasses.dataclass
+class Box:
+    items: list[Item]
+    tags: Any = None
+
+
+class Movie(TypedDict):
+    name: str
+    stars: NotRequired[Any]
+
+
+LIKE_JSON: list[Any] = [  # json.dumps takes these
+    Text("<b>"), Count(7), Count(2**70), Mean(1.5), Level.LOW, Colour.RED, Size.BIG,
+    Right.READ | Right.WRITE, Pair(Count(1), Text("a")), Rows([Mean(2.5)]), Columns((Text("x"),)),
+    Row(a=Text("b")), OrderedDict(a=Count(1)), defaultdict(list, {"a": [Text("b")]}),
+    Counter("aab"), {Text("k"): Count(1)}, {Count(1): "a"}, {Mean(1.5): "a"}, {1: "a", "b": 2},
+    {1.5: 1}, {True: 1, False: 2}, {Level.LOW: Level.LOW}, {Colour.RED: Colour.RED},
+    {Size.BIG: 1}, {"a": [{"b": (Text("c"), {Text("d"): [Mean(0.1)]})}]}, 2**80, [], {}, "",
+    "\ud83d\ude00", ["é", "😀", "\x00", "\u2028"],
+]  # fmt: skip
+OTHERS: list[tuple[Any, Any]] = [
+    ("\ud83d", "\ufffd"), ("a\ud83db", "a\ufffdb"), ({"\ud83d": "\ude00"}, {"\ufffd": "\ufffd"}),
+    ([{"a": ("\udcff", Count(1), {"b": Text("\ud83d!")})}],
+     [{"a": ["\ufffd", 1, {"b": "\ufffd!"}]}]),
+    ({"\ud83d": Text("a"), "n": [1.5, None]}, {"\ufffd": "a", "n": [1.5, None]}),
+    ({"a": msgspec.Raw(b"[1]"), "b": "\ud83d", Level.LOW: True},
+     {"a": [1], "b": "\ufffd", "1": True}),
+    (Item("\ud83d", Text("x")), {"name": "\ufffd", "unitPrice": "x", "note": ""}),
+    (["\ud83d", b"hi", UUID(int=1), {1, }], ["\ufffd", "aGk=", str(UUID(int=1)), [1]]),
+    (["\ud83d", math.nan], ["\ufffd", None]), (Mean("nan"), None), ([Mean("-inf")], [None]),
+    (Item("a", Mean(2.5), Text("n")), {"name": "a", "unitPrice": 2.5, "note": "n"}),
+    (Box([Item(Text("a"))], {Count(1): Text("x")}),
+     {"items": [{"name": "a", "unitPrice": 0.0, "note": ""}], "tags": {"1": "x"}}),
+    (Moment(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC), "2026-01-02T03:04:05Z"),
+    (Moment(2026, 1, 2, 3, 4, 5, 6), "2026-01-02T03:04:05.000006"), (Day(2026, 1, 2), "2026-01-02"),
+    (Clock(3, 4, 5), "03:04:05"), (Span(seconds=90), "PT90S"), (Amount("1.10"), "1.10"),
+    (Key(int=1), str(UUID(int=1))), (Blob(b"hi"), "aGk="), (Buffer(b"hi"), "aGk="),
+    ({Key(int=1): 1, Day(2026, 1, 2): 2}, {str(UUID(int=1)): 1, "2026-01-02": 2}),
+    (msgspec.Raw(b'{"a":[1]}'), {"a": [1]}), ({"a": [msgspec.Raw(b"1")]}, {"a": [1]}),
+]  # fmt: skip
+SENT = [*((value, json.loads(json.dumps(value))) for value in LIKE_JSON), *OTHERS]
+
+
+WAYS = ["reply", "item", "push", "group", "one", "everybody", "refused", "mended"]
+
+
+@contextlib.asynccontextmanager
+async def sending(value: Any) -> AsyncIterator[tuple[Client, list[str]]]:
+    """A client of an endpoint with a message type for each way to send *value*, and the types."""
+    ws, _ = endpoint()
+    hub = ws._hub
+
+    @ws.on("reply")
+    async def reply(conn: Connection) -> Any:
+        return value
+
+    @ws.on("item")
+    async def item(conn: Connection) -> AsyncIterator[Any]:
+        yield value
+
+    @ws.on("push")
+    async def push(conn: Connection) -> None:
+        await conn.send("got", value)
+
+    @ws.on("group")
+    async def group(conn: Connection) -> None:
+        await hub.send("all", "got", value)
+
+    @ws.on("one")
+    async def one(conn: Connection) -> None:
+        await hub.send_to(conn.id, "got", value)
+
+    @ws.on("everybody")
+    async def everybody(conn: Connection) -> None:
+        await hub.broadcast("got", value)
+
+    @ws.on("refused")
+    async def refused(conn: Connection) -> None:
+        raise MessageError("refused", "no", value=value)
+
+    @ws.on("mended")
+    async def mended(conn: Connection) -> None:
+        raise KeyError
+
+    @ws.error(KeyError)
+    async def mend(conn: Connection, exc: KeyError) -> Any:
+        return value
+
+    async with served(ws) as server, connect(f"{server.url}/ada") as client:
+        yield client, WAYS
+
+
+@pytest.mark.parametrize(("value", "sent"), SENT)
+async def test_what_json_can_say_goes_out_by_every_way(value: Any, sent: Any) -> None:
+    """Replies, items, messages, group messages and errors go out alike, as `json.dumps` has it."""
+    async with sending(value) as (client, ways):
+        for way in ways:
+            answer = await client.ask(way, id=7)
+            payload = answer.get("payload")
+            assert (payload["value"] if way == "refused" else payload) == sent, answer
+            rest = {"push": 1, "group": 1, "one": 1, "everybody": 1, "item": 1}.get(way, 0)
+            for _ in range(rest):
+                assert (await client.receive())["id"] == 7
+
+
+class Odd:
+    """What cannot be sent."""
+
+
+UNSENDABLE: list[tuple[Any, str]] = [
+    ([type("bool", (), {"__module__": "numpy"})()], "$.payload[0]: cannot send a numpy.bool"),
+    (Odd(), "$.payload: cannot send a Odd"),
+    ({"items": [1, 2, 3, {"when": Odd()}]}, "$.payload.items[3].when: cannot send a Odd"),
+    ({"a b": (1, {"": Odd()})}, '$.payload["a b"][1][""]: cannot send a Odd'),
+    ({1: Odd()}, '$.payload["1"]: cannot send a Odd'),
+    ({"x" * 100: Odd()}, f"$.payload.{'x' * 64}: cannot send a Odd"),
+    ({"a": {(1, 2): 3}}, "$.payload.a: cannot send a tuple as a key"),
+    ({"a": {None: 3}}, "$.payload.a: cannot send a NoneType as a key"),
+    ({Odd(): 3}, "$.payload: cannot send a Odd as a key"),
+    (Item("a", Odd()), "$.payload.unitPrice: cannot send a Odd"),
+    (Box([Item("a"), Item("b", {"c": 1j})]),
+     "$.payload.items[1].unitPrice.c: cannot send a complex"),
+    (Box([cast(Any, 5)]), "$.payload.items[0]: cannot send a int"),
+    (Box(cast(Any, 5)), "$.payload.items: cannot send a int"),
+    (deque([[Odd()]]), "$.payload[0][0]: cannot send a Odd"),
+    ([Pair(1, Odd())], "$.payload[0][1]: cannot send a Odd"),
+    ({"a": {Odd}}, "$.payload.a[0]: cannot send a type"),
+    (["\ud83d", 1j], "$.payload[1]: cannot send a complex"),
+    ((x for x in ()), "$.payload: cannot send a generator"),
+    ({"a": [b"", ValueError("x")]}, "$.payload.a[1]: cannot send a ValueError"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "text"), UNSENDABLE)
+async def test_what_cannot_go_out_is_named_with_its_path(
+    value: Any, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever sends gets it as an exception. In a handler it is a bug, and the log has it."""
+    async with sending(value) as (client, ways):
+        for way in ways:
+            answer = await client.ask(way, id=7)
+            assert (answer["payload"]["code"], answer["id"]) == ("internal_error", 7)
+            path = text.replace("$.payload", "$.payload.value") if way == "refused" else text
+            assert f"TypeError: {path}\n" in caplog.text
+            caplog.clear()
+
+
+Node = dict[str, Any]
+
+
+def loops() -> list[Any]:
+    """Values that contain themselves, and one that is too deep for any encoder."""
+    items: list[Any] = []
+    items.append(items)
+    pairs: Node = {}
+    pairs["again"] = {"a": pairs}
+    box = Box([])
+    box.tags = box
+    boxes = Box([])
+    boxes.tags = [boxes]
+    deep: list[Any] = []
+    for _ in range(20_000):
+        deep = [deep]
+    return [items, pairs, box, boxes, deep]
+
+
+@pytest.mark.parametrize("value", loops(), ids=["list", "dict", "object", "in a list", "deep"])
+async def test_what_contains_itself_is_an_error(
+    value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A circle, or an abyss, ends in a clear error, and the connection goes on."""
+    text = "TypeError: $.payload: nested too deeply, or a part of itself\n"
+    async with sending(value) as (client, ways):
+        for way in ways:
+            assert (await client.ask(way, id=7))["payload"]["code"] == "internal_error"
+            assert text in caplog.text
+            caplog.clear()
+
+
+DECLARED: list[tuple[Any, Any, str]] = [
+    (list[Item], [Item("a"), {"name": "b"}], "$.payload[1]: cannot send a dict"),
+    (Movie, {"name": "a", "stars": [Odd()]}, "$.payload.stars[0]: cannot send a Odd"),
+    (dict[str, Item], {"a": Item("a", Odd())}, "$.payload.a.unitPrice: cannot send a Odd"),
+    (tuple[int, Item], (1, Item("a", [Odd()])), "$.payload[1].unitPrice[0]: cannot send a Odd"),
+    (tuple[Item, ...], (Item("a"), Item("b", Odd())), "$.payload[1].unitPrice: cannot send a Odd"),
+    (Item | Movie, Item("a", Odd()), "$.payload.unitPrice: cannot send a Odd"),
+    (list[Item] | None, [Item("a", Odd())], "$.payload[0].unitPrice: cannot send a Odd"),
+    (int, Odd(), "$.payload: cannot send a Odd"),
+]
+
+
+@pytest.mark.parametrize(("declared", "value", "text"), DECLARED)
+async def test_a_declared_reply_is_looked_into_by_its_declaration(
+    declared: Any, value: Any, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The path leads to the part that its declared type does not send."""
+    ws, _ = endpoint()
+
+    async def reply(conn: Connection) -> Any:
+        return value
+
+    reply.__annotations__["return"] = declared
+    ws.on("reply")(reply)
+    async with served(ws) as server, connect(f"{server.url}/ada") as client:
+        for id in (1, 2):
+            answer = await client.ask("reply", id=id)
+            assert (answer["payload"]["code"], answer["id"]) == ("internal_error", id)
+    assert f"TypeError: {text}\n" in caplog.text
+
+
+async def test_the_error_of_a_hook_is_the_cause() -> None:
+    """A hook of the application that fails is seen beside the path of the value."""
+
+    hub = Hub()
+    converter = hub.converter.copy()
+
+    @converter.register_unstructure_hook
+    def write(value: Odd) -> str:
+        raise KeyError("no such point")
+
+    hub.configure(converter=converter)
+    async with hub.open("memory://"):
+        with pytest.raises(TypeError, match=r"^\$\.payload\.at: cannot send a Odd$") as raised:
+            await hub.send("all", "n", {"at": Odd()})
+    assert repr(raised.value.__cause__) == "KeyError('no such point')"
+
+
+async def test_a_group_whose_name_is_no_utf8_is_sent_to() -> None:
+    """Its messages and gaps go out, with U+FFFD for what is wrong in the name."""
+    ws, _ = endpoint()
+
+    @ws.on("join")
+    async def join(conn: Connection) -> None:
+        await conn.join("\ud83d")
+
+    async with served(ws) as server, connect(f"{server.url}/ada") as client:
+        await client.ask("join")
+        await ws._hub.send("\ud83d", "n\ud83d", "\ud83d")
+        assert await client.receive() == {"type": "n\ufffd", "group": "\ufffd", "payload": "\ufffd"}
+    assert json.loads(pachinko.gap_of("\ud83d"))["payload"] == {"group": "\ufffd"}
+
+
+async def test_a_worker_sends_half_a_surrogate_pair() -> None:
+    """It does not fail, and so needs no further start."""
+    ws, _ = endpoint()
+    begun = list[int]()
+
+    @ws.worker
+    async def clock() -> None:
+        begun.append(1)
+        await until(lambda: ws._hub.members("all"))
+        await ws._hub.send("all", "n", {"text": "\ud83d"})
+
+    async with served(ws) as server, connect(f"{server.url}/ada") as client:
+        assert (await client.receive())["payload"] == {"text": "\ufffd"}
+    assert begun == [1]

@@ -1579,3 +1579,117 @@ async def test_a_refusal_is_freed_at_once() -> None:
             await client.raw(frame)
             assert (await client.receive())["type"] == "error"
         assert errors() == before
+
+
+# What is refused is seen
+
+
+REFUSED = [
+    ("{", "invalid_json", None), ("[]", "invalid_envelope", None),
+    ('{"type":"s3cret","id":1}', "unknown_type", "s3cret"),
+    ('{"type":"' + "x" * 200 + '"}', "unknown_type", "x" * 80),
+    ('{"type":"sum","payload":{"a":"s3cret"}}', "invalid_payload", "sum"),
+    ('{"type":"no","id":1}', "no_way", "no"), ('{"type":"http","id":1}', "http_404", "http"),
+    ('{"type":"count"}', "id_required", "count"), ('{"type":"busy"}', "too_busy", "busy"),
+    ('{"type":"authenticate","payload":{"token":5}}', "invalid_payload", "authenticate"),
+]  # fmt: skip
+
+
+def refusing() -> Pachinko:
+    """An endpoint that refuses in many ways."""
+    ws = endpoint(max_concurrent=1)
+
+    @ws.on("sum")
+    async def add(conn: Connection, *, a: int) -> int:
+        return a
+
+    @ws.on("no")
+    async def no(conn: Connection) -> None:
+        raise MessageError("no_way", "s3cret", why="s3cret")
+
+    @ws.on("http")
+    async def http(conn: Connection) -> None:
+        raise falcon.HTTPNotFound(title="s3cret")
+
+    @ws.on("count")
+    async def count(conn: Connection) -> AsyncIterator[int]:
+        yield 1
+
+    @ws.on("wait", concurrent=True)
+    async def wait(conn: Connection) -> None:
+        await asyncio.Event().wait()
+
+    @ws.on("busy", concurrent=True)
+    async def busy(conn: Connection) -> None: ...
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str:
+        return "ada"
+
+    return ws
+
+
+async def test_a_refused_message_is_logged_for_who_looks(caplog: pytest.LogCaptureFixture) -> None:
+    """At DEBUG, with connection, type and code; nothing of the payload, and no token."""
+    caplog.set_level(logging.DEBUG, "pachinko")
+    ws = refusing()
+    async with Session(ws) as client:
+        await client.send("wait")
+        (conn,) = ws._hub.connections
+        for frame, code, type in REFUSED:
+            caplog.clear()
+            assert (await client.error(frame))[0] == code
+            (record,) = [r for r in caplog.records if hasattr(r, "code")]
+            found = {key: vars(record)[key] for key in ("connection_id", "message_type", "code")}
+            assert found == {"connection_id": conn.id, "message_type": type, "code": code}
+            assert record.levelno == logging.DEBUG
+            assert record.getMessage() == f"answered {type!r} with the error {code!r}"
+            assert type == "s3cret" or "s3cret" not in caplog.text
+
+
+async def test_a_rate_that_refuses_is_logged_for_who_looks(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A message that is one too many is seen as well."""
+    caplog.set_level(logging.DEBUG, "pachinko")
+    ws = endpoint(rate=(1, 60.0))
+    async with Session(ws) as client:
+        assert (await client.ask("x", id=1))["payload"]["code"] == "unknown_type"
+        assert (await client.ask("x", id=2))["payload"]["code"] == "rate_limited"
+    codes = [vars(record)["code"] for record in caplog.records if hasattr(record, "code")]
+    assert codes == ["unknown_type", "rate_limited"]
+
+
+async def test_a_refused_message_is_not_logged_by_default(caplog: pytest.LogCaptureFixture) -> None:
+    """A client's mistakes fill no log."""
+    caplog.set_level(logging.INFO, "pachinko")
+    async with Session(refusing()) as client:
+        await client.send("wait")
+        for frame, code, _ in REFUSED:
+            assert (await client.error(frame))[0] == code
+    assert not [record for record in caplog.records if record.name == "pachinko"]
+
+
+# Ids of frames that are no JSON
+
+
+async def test_a_request_that_is_no_json_is_answered_under_its_id() -> None:
+    """Half an emoji, as `JSON.stringify` writes it, lets no promise wait for ever."""
+    ws = endpoint()
+
+    @ws.on("say")
+    async def say(conn: Connection, *, text: str) -> str:
+        return text
+
+    wrong = [
+        r'"\ud83d"',
+        '"' + "x" * 20_000 + r'\ud83d"',
+        "1e400",
+        "[" * 5_000 + "]" * 5_000,
+        "NaN",
+    ]
+    async with Session(ws) as client:
+        for id, text in enumerate(wrong):
+            frame = f'{{"type":"say","id":{id},"payload":{{"text":{text}}}}}'
+            assert await client.error(frame) == ("invalid_json", id)
+        assert (await client.ask("say", {"text": "ok"}, id=9))["payload"] == "ok"

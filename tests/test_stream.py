@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
+import anyio
 import pytest
 from support import PATIENCE, session_of, until
 from test_session import Session, clean, endpoint, recording
 
-from pachinko import Close, Connection, MessageError, Stream
+from pachinko import Close, Connection, MessageError, Pachinko, Stream
 
 
 async def test_a_stream_sends_items_and_completes() -> None:
@@ -409,3 +410,170 @@ async def test_a_stream_that_has_not_begun_does_not_begin_when_a_timer_closes() 
         assert (await client.closed())[0] == 4000
         await until(lambda: left)
     assert began == [] and left == [4000]
+
+
+# Generators that need a group of tasks
+
+
+async def merged(*queues: asyncio.Queue[str]) -> AsyncGenerator[str]:
+    """Yield what comes from several queues, as the README of many a library has it."""
+    both = asyncio.Queue[str]()
+
+    async def pump(queue: asyncio.Queue[str]) -> None:
+        while True:
+            await both.put(await queue.get())
+
+    async with asyncio.TaskGroup() as group:
+        for queue in queues:
+            group.create_task(pump(queue))
+        while True:
+            yield await both.get()
+
+
+async def merged_by_anyio(*queues: asyncio.Queue[str]) -> AsyncGenerator[str]:
+    """The same with anyio's group and stream."""
+    send, receive = anyio.create_memory_object_stream[str](10)
+
+    async def pump(queue: asyncio.Queue[str]) -> None:
+        while True:
+            await send.send(await queue.get())
+
+    async with send, receive, anyio.create_task_group() as group:
+        for queue in queues:
+            group.start_soon(pump, queue)
+        async for item in receive:
+            yield item
+
+
+async def merged_in_another(*queues: asyncio.Queue[str]) -> AsyncGenerator[str]:
+    """A generator around one, which waits as well."""
+    async with contextlib.aclosing(merged(*queues)) as items:
+        async for item in items:
+            await asyncio.sleep(0)
+            yield item
+
+
+async def merged_with_clean_up(*queues: asyncio.Queue[str]) -> AsyncGenerator[str]:
+    """One whose tasks wait once more when they are stopped."""
+
+    async def linger() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(linger())
+        async with asyncio.TaskGroup() as inner:
+            inner.create_task(linger())
+            while True:
+                for queue in queues:
+                    yield await queue.get()
+
+
+MERGES = [merged, merged_by_anyio, merged_in_another, merged_with_clean_up]
+merges = pytest.mark.parametrize("merge", MERGES, ids=lambda merge: merge.__name__)
+Queues = list[asyncio.Queue[str]]
+
+
+def merging(merge: Callable[..., AsyncGenerator[str]]) -> tuple[Pachinko, Queues, list[str]]:
+    """An endpoint with a stream of two queues; the queues; a list of what has ended."""
+    ws, queues, ended = endpoint(), [asyncio.Queue[str](), asyncio.Queue[str]()], list[str]()
+
+    @ws.on("both")
+    async def both(conn: Connection) -> AsyncGenerator[str]:
+        try:
+            async with contextlib.aclosing(merge(*queues)) as items:
+                async for item in items:
+                    yield item
+        finally:
+            ended.append("both")
+
+    return ws, queues, ended
+
+
+@merges
+@pytest.mark.parametrize("when", ["waiting", "flowing", "stalled"])
+async def test_a_stream_with_a_group_of_tasks_is_stopped_quietly(
+    merge: Callable[..., AsyncGenerator[str]], when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client's ``complete`` is answered with one, wherever the generator is."""
+    ws, queues, ended = merging(merge)
+    async with Session(ws) as client:
+        for id in (1, 2):
+            await client.send("both", id=id)
+            for n in range(4):
+                queues[n % 2].put_nowait("x" * (300_000 if when == "stalled" else 1))
+            for _ in range(4 if when == "waiting" else 1):
+                assert (await client.receive())["id"] == id
+            await client.send("complete", id=id)
+            answer = await client.receive()
+            while "more" in answer:
+                answer = await client.receive()
+            assert answer == {"type": "complete", "id": id}
+            await until(lambda id=id: len(ended) == id)
+            for queue in queues:
+                while not queue.empty():
+                    queue.get_nowait()
+    assert not [record for record in caplog.records if record.name == "pachinko"]
+
+
+@merges
+@pytest.mark.parametrize("flowing", [True, False])
+async def test_a_client_may_leave_a_stream_with_a_group_of_tasks(
+    merge: Callable[..., AsyncGenerator[str]], flowing: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A departure is no bug: nothing is logged, and the generator has ended."""
+    ws, queues, ended = merging(merge)
+    async with Session(ws) as client:
+        await client.send("both", id=1)
+        queues[0].put_nowait("first")
+        assert (await client.receive())["payload"] == "first"
+        for _ in range(100 if flowing else 0):
+            queues[0].put_nowait("x")
+            queues[1].put_nowait("x")
+        client.cut()
+        await until(lambda: ended and not ws._hub.state.serving)
+    assert not [record for record in caplog.records if record.name == "pachinko"]
+
+
+@merges
+async def test_an_item_that_cannot_be_sent_is_the_error_of_its_stream(
+    merge: Callable[..., AsyncGenerator[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Closing the generator does not hide what was wrong."""
+    ws, queues, ended = merging(merge)
+    async with Session(ws) as client:
+        queues[0].put_nowait(object())  # type: ignore[arg-type]  # it is wrong
+        answer = await client.ask("both", id=1)
+        assert (answer["id"], answer["payload"]["code"]) == (1, "internal_error")
+    assert "TypeError: $.payload: cannot send a object" in caplog.text and ended
+
+
+async def test_what_fails_while_a_stream_is_closed_counts(caplog: pytest.LogCaptureFixture) -> None:
+    """The end of the generator is no error of its group, but an error of its clean-up is one."""
+    ws = endpoint()
+
+    async def clean_up(exc: Exception) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise exc
+
+    @ws.on("fails")
+    async def fails(conn: Connection, *, bug: bool) -> AsyncIterator[int]:
+        exc = KeyError("clean-up") if bug else MessageError("unsaved")
+        async with asyncio.TaskGroup() as group:
+            group.create_task(clean_up(exc))
+            while True:
+                yield 1
+
+    async with Session(ws) as client:
+        for bug, code in ((False, "unsaved"), (True, "internal_error")):
+            assert (await client.ask("fails", {"bug": bug}, id=1))["payload"] == 1
+            await client.send("complete", id=1)
+            answer = await client.receive()
+            while "more" in answer:
+                answer = await client.receive()
+            assert (answer["id"], answer["payload"]["code"]) == (1, code)
+            assert ("KeyError: 'clean-up'" in caplog.text) is bug

@@ -913,7 +913,7 @@ def read(text: str) -> Reading:
             parse_constant=refuse,
         )  # fmt: skip
     except ValueError:
-        return Reading("invalid_json")
+        return Reading("invalid_json", id=id_in(text))
     if not isinstance(value, dict):
         reading.code = "invalid_envelope"
         return reading
@@ -926,6 +926,46 @@ def read(text: str) -> Reading:
     if type(reading.type) is not str or not (is_usable or id_ is None):
         reading.code = "invalid_envelope"
     return reading
+
+
+def id_in(text: str) -> str:
+    """The id of an object that is no JSON, character by character, as JSON; "" for none."""
+    depth = at = 0
+    found = ""
+    while at < len(text) and text.lstrip().startswith("{"):
+        end = at + 1
+        if text[at] == '"':
+            end = end_of_string(text, at)
+            colon = re.match(r"\s*:\s*", text[end:])
+            if depth == 1 and colon and text[at:end].replace(r"\u0069", "i") in ID_KEYS:
+                start = stop = end + colon.end()
+                if text[start : start + 1] == '"':
+                    stop = end_of_string(text, start)
+                elif number := re.match(r"-?[0-9]+", text[start:]):
+                    stop = start + number.end()
+                is_whole = stop > start and re.match(r"\s*[,}]", text[stop:])
+                found, end = (text[start:stop], stop) if is_whole else ("", end)
+        depth += (text[at] in "[{") - (text[at] in "]}")
+        if depth <= 0 and text[at] in "]}":
+            break
+        at = end
+    try:
+        found.encode()
+        value = json.loads(found)
+        return json.dumps(value) if LONE.search(found.replace(r"\\", "--")) is None else ""
+    except ValueError:
+        return ""
+
+
+ID_KEYS = {'"id"', r'"i\u0064"'}
+
+
+def end_of_string(text: str, at: int) -> int:
+    """The place behind the string that begins at *at*, or behind the text."""
+    end = at + 1
+    while text[end : end + 1] not in ('"', ""):
+        end += 2 if text[end] == "\\" else 1
+    return end + 1
 
 
 def depth_of(text: str) -> int:
@@ -1173,7 +1213,8 @@ class Model:
             self.is_exact &= not expected.is_spawned and reading.type != "complete"
             expected.is_uncertain = True
             if reading.is_beyond:
-                expected.finals |= self.unhandled(text, error("", "invalid_json")).finals
+                bad = error(reading.id, "invalid_json")
+                expected.finals |= self.unhandled(text, bad).finals
             if reading.is_doubled:
                 bad = error(reading.id, "invalid_envelope")
                 expected.finals |= {bad} | self.unhandled(text, bad).finals
