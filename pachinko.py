@@ -280,12 +280,16 @@ _ATTRS_FILE = inspect.getfile(attrs.make_class)
 
 def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -> dict[str, Any]:
     """Turn the text annotations of *cls* into types, in place, and return them by field name."""
-    globals_ = {**globals_, **vars(sys.modules.get(cls.__module__, types))}
-    hints: dict[str, Any] = {}
-    if attrs.has(cls):
-        attrs.resolve_types(cls, globals_, locals_, include_extras=True)
-    else:
-        hints = typing.get_type_hints(cls, globals_, locals_, include_extras=True)
+    scope, hints = {**globals_, **locals_}, dict[str, Any]()
+    for base in reversed(cls.__mro__):  # Each names its types as its own module does.
+        scope |= vars(sys.modules.get(base.__module__, types))
+        inner = {**(locals_ if "<locals>" in base.__qualname__ else {}), **types_named_in(base)}
+        try:
+            found = typing.get_type_hints(base, scope, inner, include_extras=True)
+        except Exception as exc:
+            exc.add_note(f"in an annotation of {base.__qualname__}")
+            raise
+        hints |= {name: found[name] for name in inspect.get_annotations(base) if name in found}
     if (fields := fields_of(cls)) is not None:  # ClassVar and InitVar annotate no field
         hints = {field.name: hints.get(field.name, field.type) for field in fields}
     hints = {name: hashable(t) for name, t in hints.items()}
@@ -294,6 +298,12 @@ def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -
     own = cls.__annotations__  # msgspec looks there
     own.update({name: hints[name] for name in own if name in hints})
     return hints
+
+
+def types_named_in(cls: type) -> dict[str, Any]:
+    """Return the types that the body of *cls* has given a name, by name."""
+    names = vars(cls).items()
+    return {k: t for k, t in names if inspect.isclass(t) or origin_of(t) or hasattr(t, "__value__")}
 
 
 def hashable(t: Any) -> Any:
@@ -566,7 +576,7 @@ def message(type: str) -> Callable[[type[T]], type[T]]:
         if "__attrs_attrs__" not in vars(cls) and "__dataclass_fields__" not in vars(cls):
             cls = _make_frozen(cls)
         setattr(cls, "__message_type__", type)  # noqa: B010 - it is declared on no class
-        with contextlib.suppress(NameError):  # registration resolves the name of a later class
+        with contextlib.suppress(Exception):  # registration resolves it again, and says what fails
             resolve_class(cls, *namespaces)
         return cls
 
