@@ -42,8 +42,9 @@ Map: each section, what it is for, and those above it that it uses.
     types — the types in annotations
     envelope and message — frames and their JSON, `message` (uses: errors, types)
     codec — JSON to what a handler takes, and back (uses: errors, types, envelope and message)
+    signatures — what a function takes, and of which types (uses: types)
     handlers — what a registered function takes, and finding it (uses: errors, types, envelope and
-        message)
+        message, signatures)
     handshake — who may connect: origins and tokens (uses: errors)
     limits — time, rate and the options that bound a connection (uses: errors)
     outbox — what waits to be written to one client (uses: envelope and message)
@@ -66,6 +67,7 @@ Map: each section, what it is for, and those above it that it uses.
 from __future__ import annotations
 
 import asyncio
+import builtins
 import collections
 import concurrent.futures
 import contextlib
@@ -82,6 +84,7 @@ import random
 import re
 import secrets
 import sys
+import textwrap
 import time
 import traceback
 import types
@@ -1036,15 +1039,232 @@ class Codec:
         return _encode(Sent(type, group=group, payload=payload))
 
 
+# ── signatures ────────────────────────────────────────────────────────────────────────────────
+#
+# A function is read as it will be called: as partials, decorators and methods have left it. Its
+# annotations are resolved one by one, because those that do not matter here may have names that
+# only a type checker imports.
+
+_KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
+_MAX_LAYERS = 100  # of decorators around a function; a chain that is longer is a circle
+# From Python 3.14 on an annotation is evaluated when it is asked for. `_LAZILY` leaves names alone
+# that are not defined; `_AS_TEXT` is for an annotation that raises another error.
+_FORMAT: Any = getattr(inspect, "Format", None)  # annotationlib's
+_LAZILY: dict[str, Any] = {"annotation_format": _FORMAT.FORWARDREF} if _FORMAT else {}
+_AS_TEXT: dict[str, Any] = {"annotation_format": _FORMAT.STRING} if _FORMAT else {}
+# Often imported for type checkers only. Around an item they tell nothing that is not known.
+_STREAMS: dict[str, Any] = {"AsyncIterator": AsyncIterator, "AsyncGenerator": AsyncGenerator}
+_CONVERTED: dict[str, Any] = {  # by Falcon's converters in a path
+    "": str, "int": int, "float": float, "uuid": UUID, "dt": datetime, "path": str, "re": str,
+}  # fmt: skip
+_CONSTRAINING = {"msgspec", "annotated_types"}  # what they put into `Annotated` bounds a value
+_INJECTING = {  # packages with defaults or metadata that a decorator of theirs replaces
+    "aioinject", "anydi", "dependency_injector", "dishka", "fast_depends", "fastapi", "faststream",
+    "injector", "kink", "lagom", "litestar", "magic_di", "modern_di", "picobox", "punq", "rodi",
+    "starlite", "svcs", "taskiq", "taskiq_dependencies", "that_depends", "wireup",
+}  # fmt: skip
+
+
+def layers(function: Any) -> list[Any]:
+    """Return *function*, and what is called inside of its partials, decorators and methods."""
+    found: list[Any] = []
+    while function is not None and len(found) < _MAX_LAYERS:
+        found.append(function)
+        if isinstance(function, functools.partial):
+            function = function.func
+        else:
+            inner = getattr(function, "__wrapped__", None) or getattr(function, "__func__", None)
+            function = _call_method(function) if inner is None else inner
+    return found
+
+
+def _call_method(function: Any) -> Any:
+    """Return the method `__call__` of an object, or None for a function or a class."""
+    method = getattr(type(function), "__call__", None)
+    return method if inspect.isfunction(method) else None
+
+
+def is_called_as(function: Any, test: Callable[[Any], bool]) -> bool:
+    """Tell whether *test* holds for what is called, which may be an object with `__call__`."""
+    outer = function
+    while isinstance(outer, functools.partial):
+        outer = outer.func
+    return test(function) or test(_call_method(outer))
+
+
+def bound_names(function: Any) -> set[str]:
+    """Return the parameters to which a partial has given a value by name."""
+    partials = [layer for layer in layers(function) if isinstance(layer, functools.partial)]
+    return {name for partial in partials for name in partial.keywords}
+
+
+def signature_of(function: Any) -> inspect.Signature:
+    """Return the signature of *function*, whatever its annotations name."""
+    try:
+        return inspect.signature(function, **_LAZILY)
+    except Exception:
+        return inspect.signature(function, **_AS_TEXT)
+
+
+class _Code(str):
+    """A text that stands for itself in the text of a signature."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def shown(parameter: inspect.Parameter) -> inspect.Parameter:
+    """Return *parameter* such that its text is code: any default but a literal becomes ``...``."""
+    annotation, default = parameter.annotation, parameter.default
+    if annotation is not parameter.empty and not isinstance(annotation, str):
+        text = getattr(annotation, "__forward_arg__", None) or inspect.formatannotation(annotation)
+        text = re.sub(r"[\w.<>]+\.(?=\w)", "", text)
+        annotation = re.sub(r"<[^<>]*>", "...", text)
+    if default is not parameter.empty and type(default) not in (str, int, float, bool, type(None)):
+        default = _Code("...")
+    annotation = annotation if annotation is parameter.empty else _Code(annotation)
+    return parameter.replace(annotation=annotation, default=default)
+
+
+def code_of(function: Any) -> str:
+    """Return the parameters and the return type of *function* as code."""
+    signature, bound = signature_of(function), bound_names(function)
+    parameters = [shown(p) for p in signature.parameters.values() if p.name not in bound]
+    returned = inspect.Parameter("_", _KEYWORD_ONLY, annotation=signature.return_annotation)
+    return str(inspect.Signature(parameters, return_annotation=shown(returned).annotation))
+
+
+def scope_of(function: Any, namespaces: Namespaces) -> Namespaces:
+    """Return the globals and locals for the annotations of *function*.
+
+    *namespaces* are those of the code that registers it. They count first if it is defined there,
+    and last if it is not.
+    """
+    found = layers(function)
+    inner, given = found[-1], {**namespaces[0], **namespaces[1]}
+    own, name = getattr(inner, "__globals__", {}), getattr(inner, "__qualname__", "")
+    locals_ = dict(namespaces[1]) if own is namespaces[0] and "<locals>" in name else {}
+    names = getattr(getattr(inner, "__code__", None), "co_freevars", ())
+    for variable, cell in zip(names, getattr(inner, "__closure__", None) or (), strict=False):
+        with contextlib.suppress(ValueError):  # it has no value yet
+            locals_[variable] = cell.cell_contents
+    for layer in found:
+        owner = getattr(layer, "__self__", layer)
+        for cls in (owner if inspect.isclass(owner) else type(owner)).__mro__:
+            if cls.__qualname__ == name.rpartition(".")[0]:
+                locals_ |= types_named_in(cls)
+    locals_ |= {each.__name__: each for each in getattr(inner, "__type_params__", ())}
+    return {**_STREAMS, **given, **vars(builtins), **own}, locals_
+
+
+def resolve(annotation: Any, scope: Namespaces) -> Any:
+    """Return the type that *annotation* stands for. May raise anything."""
+    holder = types.SimpleNamespace(__annotations__={"t": annotation})
+    return hashable(typing.get_type_hints(holder, *scope, include_extras=True)["t"])
+
+
+def why(exc: BaseException) -> str:
+    """Return what *exc* says of a type, and what to do."""
+    place = "".join(f" {note}" for note in getattr(exc, "__notes__", ()))
+    if isinstance(exc, NameError) and exc.name:
+        cure = "import it outside of `if TYPE_CHECKING:`, or define it above"
+        return f"name {exc.name!r}{place} is not defined when this is registered; {cure}"
+    if isinstance(exc, RecursionError):
+        return f"a type{place} contains itself without an end; give the inner one a class"
+    return f"{exc}{place}" if str(exc) else f"{type(exc).__name__}{place}"
+
+
+def admits(annotation: Any, cls: Any) -> bool:
+    """Tell whether *annotation* allows every object of the class *cls*."""
+    metadata = getattr(annotation, "__metadata__", ())
+    if any(packages_of(each) & _CONSTRAINING for each in metadata):
+        return False
+    t = bare_type(annotation)
+    if origin_of(t) in _UNIONS:
+        return any(admits(member, cls) for member in get_args(t))
+    if cls is Any or t in (Any, object) or (cls, t) == (int, float):
+        return True
+    try:
+        return issubclass(cls, class_of(t))
+    except TypeError:  # a typed dict, a literal or a protocol
+        return False
+
+
+def packages_of(value: Any) -> set[str]:
+    """Return the packages of *value*, or of its class, and of all base classes."""
+    mro = (value if inspect.isclass(value) else type(value)).__mro__
+    return {str(cls.__module__).partition(".")[0] for cls in mro}
+
+
+def _metadata_in(t: Any) -> Iterator[Any]:
+    """Yield what `Annotated` says about *t* and about the members of a union."""
+    yield from getattr(t, "__metadata__", ())
+    for member in get_args(t) if origin_of(t) in _UNIONS else ():
+        yield from _metadata_in(member)
+
+
+def default_refusal(parameter: inspect.Parameter, annotation: Any) -> str | None:
+    """Return why no client may set *parameter*, or None: another library injects its value."""
+    name, default = parameter.name, parameter.default
+    if default is parameter.empty:
+        default = None
+    for each in (default, *_metadata_in(annotation)):
+        if package := packages_of(each) & _INJECTING:
+            return (
+                f"takes {name!r} from {package.pop()}, but a client that sends {name!r} would "
+                f"replace it; write `@ws.provide` for what the server makes"
+            )
+    cls = type(default)
+    is_plain = str(cls.__module__).partition(".")[0] in sys.stdlib_module_names
+    if is_plain or default is UNSET or isinstance(default, enum.Enum) or admits(annotation, cls):
+        return None
+    return (
+        f"takes `{shown(parameter)}`, whose default is a {cls.__name__}; write a default of the "
+        f"annotated type, or `@ws.provide` for what the server makes"
+    )
+
+
+def path_types(path: str, app: Any) -> dict[str, Any]:
+    """Return by name what Falcon makes of the parameters of *path*: a type, or `Any` if unknown."""
+    found = dict[str, Any]()
+    converters = getattr(getattr(app, "router_options", None), "converters", {})
+    for name, converter in re.findall(r"\{([a-zA-Z_]\w*)(?::(\w+))?", path):
+        found[name] = _CONVERTED.get(converter, Any)
+        if converter not in _CONVERTED and converter in converters:
+            with contextlib.suppress(Exception):  # a converter need not have annotations
+                found[name] = typing.get_type_hints(converters[converter].convert)["return"]
+    return found
+
+
+def path_refusal(name: str, annotation: Any, made: Any, path: str | None) -> str | None:
+    """Return why *annotation* is wrong for the parameter *name* of *path*, or None.
+
+    *made* is the type of its values: a converter's, which may be None for no match, or `Any`.
+    """
+    classes = [made] if origin_of(made) not in _UNIONS else get_args(made)
+    if all(cls is types.NoneType or admits(annotation, cls) for cls in classes):
+        return None
+    field = shown(inspect.Parameter(name, _KEYWORD_ONLY, annotation=annotation))
+    made = shown(field.replace(annotation=made))
+    converters = {t: key for key, t in _CONVERTED.items() if t is not str}
+    write = f"`{made}`, and check or convert it in the handler"
+    if (converter := converters.get(bare_type(annotation))) is not None:
+        write = f"`{{{name}:{converter}}}` in the path, or {write}"
+    where = f"{path} gives" if path else "the path gives"
+    return f"takes `{field}`, but {where} `{made}`; write {write}"
+
+
 # ── handlers ──────────────────────────────────────────────────────────────────────────────────
 #
 # Everything about a function is settled when it is registered: what it takes, how its payload is
 # structured, whether it streams. A message in flight only looks its handler up and calls it.
 
-_ROUTED_BY_FALCON = {f"on_{verb.lower()}" for verb in falcon.constants.COMBINED_METHODS}
+_VERBS = "|".join(map(re.escape, falcon.constants.COMBINED_METHODS))
+_RESPONDER = re.compile(rf"on_({_VERBS})(_.+)?", re.IGNORECASE)  # with a suffix of `add_route`, too
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _EMPTY = inspect.Parameter.empty
+_NOWHERE: Namespaces = ({}, {})
 DISCONNECT = "@ws.disconnect\nasync def leave(conn): ..."  # shown in errors
 
 
@@ -1111,33 +1331,71 @@ class Handler:
 
 def place_of(function: Callable[..., Any]) -> str:
     """Return where *function* is, such as ``say() at chat.py:12``, for messages about it."""
-    inner: Any = inspect.unwrap(function)
-    while isinstance(inner, functools.partial):
-        inner = inner.func
+    inner = layers(function)[-1]
     code = getattr(inner, "__code__", None)
     where = f" at {code.co_filename}:{code.co_firstlineno}" if code else ""
-    return f"{getattr(inner, '__qualname__', inner)}(){where}"
+    return f"{getattr(inner, '__qualname__', type(inner).__name__)}(){where}"
 
 
 def check_function(function: Any, example: str, takes: int | None, streams: bool = False) -> None:
     """Raise `PachinkoError` with *example* unless *function* is async and takes *takes* values."""
-    refused = None
-    if not callable(function):
-        raise PachinkoError(f"expected a function, got {function!r}; write\n{example}")
-    if inspect.isasyncgenfunction(function):
+    if not callable(function) or isinstance(function, (type, staticmethod)):
+        what, write = _other_than_a_function(function, example)
+        raise PachinkoError(f"expected a function, got {what}; write\n{write}")
+    refused, inner = None, layers(function)[-1]
+    first, name = example.partition("\n")[0], getattr(function, "__name__", "handler")
+    name = name if name.isidentifier() else "handler"
+    if is_called_as(function, inspect.isasyncgenfunction):
         refused = None if streams else "has a `yield`, but only message handlers stream"
-    elif not inspect.iscoroutinefunction(function):
+    elif is_called_as(function, inspect.iscoroutinefunction):
+        pass
+    elif is_called_as(inner, inspect.iscoroutinefunction):
+        refused = "is called by a decorator that returns a plain function"
+        example = "async def wrapper(*args, **kwargs):\n    return await function(*args, **kwargs)"
+    else:
         refused = "is not async"
         with contextlib.suppress(ValueError, TypeError):  # some callables have no signature
-            name, first = getattr(function, "__name__", "handler"), example.partition("\n")[0]
-            example = f"{first}\nasync def {name}{inspect.signature(function)}: ..."
+            example = f"{first}\nasync def {name}{code_of(function)}: ..."
     if refused is None and takes is not None:
         try:
-            inspect.signature(function).bind(*range(takes))
-        except TypeError as exc:
+            signature_of(function).bind(*range(takes))
+        except (ValueError, TypeError) as exc:
             refused = f"takes the wrong parameters: {exc}"
     if refused is not None:
+        if inspect.ismethod(function) and example.startswith("@"):
+            example = _in_class(function, example)
         raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
+
+
+def _other_than_a_function(given: Any, example: str) -> tuple[str, str]:
+    """Return what *given* is, which is registered as a function, and the corrected code."""
+    name, decorator = getattr(given, "__qualname__", ""), example.partition("\n")[0]
+    kind = type(given).__name__
+    if inspect.iscoroutine(given) or inspect.isasyncgen(given):
+        if inspect.iscoroutine(given):
+            given.close()  # It would warn that nobody awaits it.
+        return f"{name}(), which is called already", f"{decorator[1:]}({given.__name__})"
+    if isinstance(given, staticmethod):
+        return "a staticmethod", f"@staticmethod\n{example}"
+    if isinstance(given, classmethod):
+        name = ".".join(given.__func__.__qualname__.split(".")[-2:])
+        return "a classmethod", f"{decorator[1:]}({name})  # below the class"
+    cls = given if inspect.isclass(given) else type(given)
+    if any(name.startswith("on_") for name in dir(cls)):
+        example = f'ws.add_resource("{cls.__name__.lower()}", {cls.__name__}())'
+    if inspect.isclass(given):
+        return f"the class {name}", example
+    is_shown = given is None or type(given) in (str, int, float, bool)
+    return repr(given) if is_shown else f"an object of the class {kind}", example
+
+
+def _in_class(method: Any, example: str) -> str:
+    """Return the function in *example* as a method of the class that *method* is of."""
+    owner = method.__self__
+    name = (owner if inspect.isclass(owner) else type(owner)).__name__
+    code = example.partition("\n")[2]
+    code = re.sub(r"async def \w+\(", f"async def {method.__name__}(self, ", code)
+    return f"class {name}:\n{textwrap.indent(code.replace('self, )', 'self)'), '    ')}"
 
 
 def read_handler(
@@ -1149,27 +1407,23 @@ def read_handler(
     check_function(function, f'@ws.on("{type}")\nasync def {name}(conn): ...', None, streams=True)
     parameter, fields = _split_parameters(function, name, path_params)
     defaults = {p.name: p.default for p in fields if p.default is not _EMPTY}
+    hints = _hints_of(function, name, namespaces)
+    for each in filter(None, (parameter, *fields)):
+        if (refused := default_refusal(each, hints.get(each.name, Any))) is not None:
+            raise PachinkoError(f"{place} {refused}")
     try:
-        hints = _hints_of(function, name, namespaces)
         annotation: Any = hints.get(parameter.name, message_class or Any) if parameter else Any
         if fields:
             items = {p.name: hints.get(p.name, Any) for p in fields}
             items |= {key: cast(Any, typing.NotRequired)[items[key]] for key in defaults}
             annotation = cast(Any, typing.TypedDict)(name, items)
         codec.check(annotation, namespaces, [])
-    except (NameError, TypeError, ValueError, cattrs.StructureHandlerNotFoundError) as exc:
-        why: Any = exc
-        if isinstance(exc, cattrs.StructureHandlerNotFoundError):
-            why = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
-        raise PachinkoError(
-            f"the payload of {place} cannot be structured: {why}. Define or import names above the "
-            f"handler; use attrs classes, dataclasses, TypedDict and the standard library's types, "
-            f"or give hub.configure(converter=...) a hook before this handler"
-        ) from exc
+    except Exception as exc:  # A class, a hook or a converter of the application's may raise any.
+        raise _payload_error(place, exc) from exc
     if parameter and message_class and annotation is not message_class:
         write = f"async def {name}(conn, {parameter.name}: {message_class.__name__})"
         raise PachinkoError(f"{place} handles {message_class.__name__}; write {write}")
-    returns, streams = hints.get("return"), inspect.isasyncgenfunction(function)
+    returns, streams = hints.get("return"), is_called_as(function, inspect.isasyncgenfunction)
     if streams and get_args(returns):  # AsyncIterator[Item], AsyncGenerator[Item, None]
         returns = get_args(returns)[0]
     returns = None if returns in (types.NoneType, Any, object) else returns
@@ -1186,20 +1440,43 @@ def read_handler(
     )  # fmt: skip
 
 
+def _payload_error(place: str, exc: Exception) -> PachinkoError:
+    """Return the error for a payload whose type raises *exc*."""
+    reason = why(exc)
+    if isinstance(exc, cattrs.StructureHandlerNotFoundError):
+        reason = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
+    return PachinkoError(
+        f"the payload of {place} cannot be structured: {reason}. Define or import names above the "
+        f"handler; use attrs classes, dataclasses, TypedDict and the standard library's types, "
+        f"or give hub.configure(converter=...) a hook before this handler"
+    )
+
+
 def _hints_of(function: Any, name: str, namespaces: Namespaces) -> dict[str, Any]:
-    """Return the annotations of *function*, or raise `PachinkoError` if a payload comes first."""
-    inner: Any = inspect.unwrap(function)
-    globals_ = {**namespaces[0], **getattr(inner, "__globals__", {})}
-    inner = getattr(inner, "func", inner)
-    hints = typing.get_type_hints(inner, globals_, namespaces[1], include_extras=True)
-    hints = {name: hashable(t) for name, t in hints.items()}
-    first = next(iter(inspect.signature(function).parameters.values()))
-    t = hints.get(first.name)
-    if t in _LEAVES - {types.NoneType} or t in (dict, list) or message_type(t) is not None:
-        raise PachinkoError(
-            f"{place_of(function)} takes `{first}` first, where the connection comes; write "
-            f"`async def {name}(conn, {first})`"
-        )
+    """Return the annotations of *function*, but of its first parameter and a return if they can be.
+
+    Raises `PachinkoError` if another cannot be resolved, or if a payload comes first.
+    """
+    signature, scope = signature_of(function), scope_of(function, namespaces)
+    bound = bound_names(function)
+    parameters = [p for p in signature.parameters.values() if p.name not in bound]
+    annotations = {p.name: p.annotation for p in parameters}
+    optional, hints = {"return", *[*annotations][:1]}, dict[str, Any]()
+    for key, annotation in (annotations | {"return": signature.return_annotation}).items():
+        try:
+            if annotation is not _EMPTY:
+                hints[key] = resolve(annotation, scope)
+        except Exception as exc:
+            if key not in optional:
+                exc.add_note(f"in the annotation of {key!r}")
+                raise _payload_error(place_of(function), exc) from exc
+    for first in parameters[:1]:
+        t = hints.get(first.name)
+        if t in _LEAVES - {types.NoneType} or t in (dict, list) or message_type(t) is not None:
+            raise PachinkoError(
+                f"{place_of(function)} takes `{shown(first)}` first, where the connection comes; "
+                f"write `async def {name}(conn, {shown(first)})`"
+            )
     return hints
 
 
@@ -1207,12 +1484,13 @@ def _split_parameters(
     function: Callable[..., Any], name: str, path_params: Collection[str]
 ) -> tuple[inspect.Parameter | None, list[inspect.Parameter]]:
     """Return the parameter for the whole payload, or None, and those for its fields."""
-    parameters = list(inspect.signature(function).parameters.values())
+    bound = bound_names(function)
+    parameters = [p for p in signature_of(function).parameters.values() if p.name not in bound]
     positional = [p for p in parameters if p.kind in _POSITIONAL]
     fields = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
     variadic = [p for p in parameters if p.kind in _VARIADIC]
     from_path = [p.name for p in parameters[1:] if p.name in path_params]
-    names = ", ".join(map(str, positional[1:]))
+    names = ", ".join(str(shown(p)) for p in positional[1:])
     refused = None
     if not positional:
         own = "self, " if inspect.ismethod(function) else ""
@@ -1223,13 +1501,14 @@ def _split_parameters(
             f"use `conn.params['{from_path[0]}']`"
         )
     elif variadic:
-        refused = f"takes {variadic[0]}; name it: `(conn, *, text: str)` or `(conn, payload: dict)`"
+        first = shown(variadic[0])
+        refused = f"takes {first}; name it: `(conn, *, text: str)` or `(conn, payload: dict)`"
     elif len(positional) > 2:
         refused = f"takes more than one payload; for its fields write `(conn, *, {names})`"
     elif len(positional) == 2 and fields:
         refused = (
             f"takes the payload whole and by fields; write `(conn, {names})` or "
-            f"`(conn, *, {', '.join(map(str, fields))})`"
+            f"`(conn, *, {', '.join(str(shown(p)) for p in fields)})`"
         )
     if refused is not None:
         raise PachinkoError(f"{place_of(function)} {refused}")
@@ -1241,34 +1520,70 @@ def path_parameters(path: str) -> list[str]:
     return re.findall(r"\{([a-zA-Z_]\w*)", path)
 
 
-def read_connect(function: Callable[..., Any], path: str | None) -> Callable[..., Awaitable[None]]:
+def read_connect(
+    function: Callable[..., Any], path: str | None, namespaces: Namespaces = _NOWHERE,
+    app: Any = None,
+) -> Callable[..., Awaitable[None]]:  # fmt: skip
     """Check a connect handler against *path*; return a function that passes it the parameters."""
     known = path_parameters(path or "")
     example = f"@ws.connect\nasync def arrive({', '.join(['conn', *known])}): ..."
     check_function(function, example, None)
-    parameters = list(inspect.signature(function).parameters.values())
+    parameters = list(signature_of(function).parameters.values())
     takes_all = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
     first, named = parameters[:1], parameters[1 : -1 if takes_all else None]
     unknown = [p for p in named if path and p.name not in known and p.default is _EMPTY]
     bad = [p for p in named if p.kind in (p.POSITIONAL_ONLY, *_VARIADIC)] or unknown
     if not first or first[0].kind not in _POSITIONAL or bad:
-        what = f"takes {', '.join(map(str, bad))}" if bad else "takes no connection"
+        what = f"takes {', '.join(str(shown(p)) for p in bad)}" if bad else "takes no connection"
         has = f"{path} has {', '.join(known) or 'no parameters'}; " if path else ""
         raise PachinkoError(f"{place_of(function)} {what}; {has}write\n{example}")
     names, own = {p.name for p in named}, first[0].name
+    # What an `app.add_route` or some converters give is known when a client connects.
+    made = path_types(path or "", app)
+    open_questions = check_path_types(function, parameters[1:], made, path, namespaces)
 
     def call(conn: Connection) -> Awaitable[None]:
         params = conn.params.items()
+        if open_questions:
+            came = {name: type(value) for name, value in params}
+            check_path_types(function, open_questions, came, None, namespaces)
+            open_questions.clear()
         wanted = {k: v for k, v in params if k in names or (takes_all and k != own)}
         return cast(Awaitable[None], function(conn, **wanted))
 
     return call
 
 
+def check_path_types(
+    function: Any, parameters: Sequence[inspect.Parameter], made: Mapping[str, Any],
+    path: str | None, namespaces: Namespaces,
+) -> list[inspect.Parameter]:  # fmt: skip
+    """Raise `PachinkoError` if the annotation of a path parameter is not that of its values.
+
+    *made* has the types of the values. Returns the *parameters* for which it lacks one.
+    """
+    left, others = list[inspect.Parameter](), made.keys() - {p.name for p in parameters}
+    for each in parameters:
+        names = others if each.kind is each.VAR_KEYWORD else {each.name} & made.keys()
+        if each.annotation is _EMPTY:
+            continue
+        try:
+            annotation = resolve(each.annotation, scope_of(function, namespaces)) if names else Any
+        except Exception as exc:
+            raise PachinkoError(f"{place_of(function)} takes `{shown(each)}`: {why(exc)}") from exc
+        for name in sorted(names):
+            if (refused := path_refusal(name, annotation, made[name], path)) is not None:
+                raise PachinkoError(f"{place_of(function)} {refused}")
+        if path is None or any(made[name] is Any for name in names):
+            left.append(each)
+    return left
+
+
 def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[..., Any]]]:
     """Return ``(name, method)`` for each ``on_<name>`` of *resource*, or raise `PachinkoError`."""
     cls = type(resource)
     names = [name for name in dir(resource) if name.startswith("on_")]
+    names = [name for name in names if not _is_responder(resource, name)]
     refused = None
     if not isinstance(prefix, str) or not prefix:
         refused = f'a prefix is a text, got {prefix!r}; write ws.add_resource("chat", resource)'
@@ -1279,13 +1594,58 @@ def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[...
         write = f"class {cls.__name__}:\n    async def on_send(self, conn, *, text: str): ..."
         refused = f"{cls.__name__} has no method to route; write\n{write}"
     for name in () if refused else names:
-        if name in _ROUTED_BY_FALCON and name != "on_connect":  # No app routes HTTP CONNECT.
+        if name == "on_websocket":
             refused = f"Falcon routes {cls.__name__}.{name} itself; call it {name}_message, say"
         elif isinstance(inspect.getattr_static(resource, name), property):
             refused = f"{cls.__name__}.{name} is a property; write async def {name}(self, conn)"
     if refused is not None:
         raise PachinkoError(refused)
     return [(name.removeprefix("on_"), getattr(resource, name)) for name in names]
+
+
+def _is_responder(resource: object, name: str) -> bool:
+    """Tell whether a method is Falcon's: it has the name of an HTTP method and takes a request."""
+    is_named_so = _RESPONDER.fullmatch(name) is not None and name != "on_connect"
+    if not is_named_so or isinstance(inspect.getattr_static(resource, name), property):
+        return False  # No app routes HTTP CONNECT.
+    with contextlib.suppress(Exception):  # What has no signature is refused later.
+        first, *_ = signature_of(method := getattr(resource, name)).parameters.values()
+        if first.name in ("req", "request"):
+            return True
+        t = class_of(resolve(first.annotation, scope_of(method, _NOWHERE)))
+        return issubclass(t, falcon.Request)
+    return False
+
+
+def check_taken(
+    function: Any, cls: type, namespaces: Namespaces, example: str, *, replies: bool = True
+) -> None:
+    """Raise `PachinkoError` if *function* takes no *cls* second, or may not return what it says.
+
+    With *replies* it may return anything, else a ``@message`` object or None.
+    """
+    scope, refused = scope_of(function, namespaces), None
+    signature = signature_of(function)
+    for second in [*signature.parameters.values()][1:2]:
+        with contextlib.suppress(Exception):  # A name that only a type checker imports.
+            if second.annotation is not _EMPTY:
+                if not admits(resolve(second.annotation, scope), cls):
+                    refused = f"takes `{shown(second)}`, but gets a {cls.__name__}"
+    if not replies and signature.return_annotation is not _EMPTY:
+        with contextlib.suppress(Exception):
+            t = bare_type(resolve(signature.return_annotation, scope))
+            members = get_args(t) if origin_of(t) in _UNIONS else (t,)
+            if not all(_is_sent_whole(bare_type(member)) for member in members):
+                refused = "may return an object of a class with @message, or None"
+    if refused is not None:
+        raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
+
+
+def _is_sent_whole(t: Any) -> bool:
+    """Tell whether *t* is None or a class with ``@message``, or leaves open what it is."""
+    if t is types.NoneType or message_type(class_of(t)) is not None:
+        return True
+    return t is object or (class_of(t) is None and not is_leaf(t))
 
 
 @attrs.define(eq=False)
@@ -3774,7 +4134,9 @@ class Pachinko:
 
         `falcon.HTTPError` refuses the handshake, `Close` accepts and closes. Several run in order.
         """
-        self._routes.connect.append(read_connect(function, self._path))
+        self._routes.connect.append(
+            read_connect(function, self._path, caller_namespaces(), self._app)
+        )
         return function
 
     def authenticate(self, function: F = _NO_FUNCTION) -> F:
@@ -3855,11 +4217,15 @@ class Pachinko:
     def fallback(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, frame: str)`` the text that no handler takes."""
         example = "@ws.fallback\nasync def other(conn, frame: str): ..."
+        check_function(function, example, 2)
+        check_taken(function, str, caller_namespaces(), example, replies=False)
         return self._routes.set("fallback", function, example, "the fallback")
 
     def binary(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, data: bytes)`` the binary frames."""
         example = "@ws.binary\nasync def upload(conn, data: bytes): ..."
+        check_function(function, example, 2)
+        check_taken(function, bytes, caller_namespaces(), example, replies=False)
         return self._routes.set("binary", function, example, "binary")
 
     def middleware(self, function: F = _NO_FUNCTION) -> F:
@@ -3883,7 +4249,9 @@ class Pachinko:
 
         def register(function: F) -> F:
             name = exception.__name__
-            check_function(function, f"@ws.error({name})\nasync def failed(conn, exc): ...", 2)
+            example = f"@ws.error({name})\nasync def failed(conn, exc): ..."
+            check_function(function, example, 2)
+            check_taken(function, exception, caller_namespaces(), example)
             refuse_second(self._routes.errors.get(exception), function, name)
             self._routes.errors[exception] = function
             return function
@@ -3911,7 +4279,7 @@ class Pachinko:
         handlers, connect, disconnect = list[Handler](), list[Any](), list[Any]()
         for name, method in read_resource(prefix, resource):
             if name == "connect":
-                connect.append(read_connect(method, self._path))
+                connect.append(read_connect(method, self._path, namespaces, self._app))
             elif name == "disconnect":
                 check_function(method, DISCONNECT, 1)
                 disconnect.append(method)
