@@ -42,7 +42,8 @@ Map: each section, what it is for, and those above it that it uses.
     types — the types in annotations
     envelope and message — frames and their JSON, `message` (uses: errors, types)
     codec — JSON to what a handler takes, and back (uses: errors, types, envelope and message)
-    signatures — what a function takes, and of which types (uses: types)
+    signatures — what a function takes, and of which types (uses: errors, types, envelope and
+        message)
     handlers — what a registered function takes, and finding it (uses: errors, types, envelope and
         message, signatures)
     handshake — who may connect: origins and tokens (uses: errors)
@@ -57,11 +58,11 @@ Map: each section, what it is for, and those above it that it uses.
     outcomes — what an exception means (uses: errors, limits)
     stream — a generator in progress (uses: limits)
     session — decode a message, call its handler, answer (uses: errors, envelope and message,
-        handlers, limits, outbox, outgoing, incoming, connection, outcomes, stream)
+        signatures, limits, outbox, outgoing, incoming, connection, outcomes, stream)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
-        handlers, handshake, outbox, outcomes)
+        signatures, handshake, outbox, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        handlers, handshake, limits, hub, outcomes, session, admission)
+        signatures, handlers, handshake, limits, hub, outcomes, session, admission)
 """
 
 from __future__ import annotations
@@ -1045,7 +1046,10 @@ class Codec:
 # annotations are resolved one by one, because those that do not matter here may have names that
 # only a type checker imports.
 
+_EMPTY = inspect.Parameter.empty
 _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
+_LITERALS = (str, int, float, bool, types.NoneType)
+_NOWHERE: Namespaces = ({}, {})
 _MAX_LAYERS = 100  # of decorators around a function; a chain that is longer is a circle
 # From Python 3.14 on an annotation is evaluated when it is asked for. `_LAZILY` leaves names alone
 # that are not defined; `_AS_TEXT` is for an annotation that raises another error.
@@ -1057,6 +1061,11 @@ _STREAMS: dict[str, Any] = {"AsyncIterator": AsyncIterator, "AsyncGenerator": As
 _CONVERTED: dict[str, Any] = {  # by Falcon's converters in a path
     "": str, "int": int, "float": float, "uuid": UUID, "dt": datetime, "path": str, "re": str,
 }  # fmt: skip
+# What the text of a type has that its code has not: a name that is not known yet, the place of a
+# definition, and objects.
+_IN_A_TYPE = ((r"ForwardRef\('(.*?)'.*?\)", r"\1"), (r"[\w.<>]+\.(?=\w)", ""), (r"<[^<>]*>", "..."))
+_ASYNC = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+_EACH_ITEM = "async for item in function(*args, **kwargs):\n        yield item"
 _CONSTRAINING = {"msgspec", "annotated_types"}  # what they put into `Annotated` bounds a value
 _INJECTING = {  # packages with defaults or metadata that a decorator of theirs replaces
     "aioinject", "anydi", "dependency_injector", "dishka", "fast_depends", "fastapi", "faststream",
@@ -1068,19 +1077,21 @@ _INJECTING = {  # packages with defaults or metadata that a decorator of theirs 
 def layers(function: Any) -> list[Any]:
     """Return *function*, and what is called inside of its partials, decorators and methods."""
     found: list[Any] = []
-    while function is not None and len(found) < _MAX_LAYERS:
+    while len(found) < _MAX_LAYERS:
         found.append(function)
         if isinstance(function, functools.partial):
             function = function.func
         else:
             inner = getattr(function, "__wrapped__", None) or getattr(function, "__func__", None)
             function = _call_method(function) if inner is None else inner
+        if function is None:
+            break
     return found
 
 
 def _call_method(function: Any) -> Any:
     """Return the method `__call__` of an object, or None for a function or a class."""
-    method = getattr(type(function), "__call__", None)
+    method = inspect.getattr_static(type(function), "__call__", None)
     return method if inspect.isfunction(method) else None
 
 
@@ -1116,22 +1127,28 @@ class _Code(str):
 def shown(parameter: inspect.Parameter) -> inspect.Parameter:
     """Return *parameter* such that its text is code: any default but a literal becomes ``...``."""
     annotation, default = parameter.annotation, parameter.default
-    if annotation is not parameter.empty and not isinstance(annotation, str):
-        text = getattr(annotation, "__forward_arg__", None) or inspect.formatannotation(annotation)
-        text = re.sub(r"[\w.<>]+\.(?=\w)", "", text)
-        annotation = re.sub(r"<[^<>]*>", "...", text)
-    if default is not parameter.empty and type(default) not in (str, int, float, bool, type(None)):
-        default = _Code("...")
-    annotation = annotation if annotation is parameter.empty else _Code(annotation)
-    return parameter.replace(annotation=annotation, default=default)
+    if annotation is not _EMPTY and not isinstance(annotation, str):
+        text = inspect.formatannotation(annotation)
+        for pattern, code in _IN_A_TYPE:
+            text = re.sub(pattern, code, text)
+        annotation = text
+    return parameter.replace(
+        annotation=_EMPTY if annotation is _EMPTY else _Code(annotation),
+        default=default if default is _EMPTY or type(default) in _LITERALS else _Code("..."),
+    )
 
 
 def code_of(function: Any) -> str:
     """Return the parameters and the return type of *function* as code."""
     signature, bound = signature_of(function), bound_names(function)
     parameters = [shown(p) for p in signature.parameters.values() if p.name not in bound]
-    returned = inspect.Parameter("_", _KEYWORD_ONLY, annotation=signature.return_annotation)
-    return str(inspect.Signature(parameters, return_annotation=shown(returned).annotation))
+    returns = shown(_returned(signature)).annotation
+    return str(inspect.Signature(parameters, return_annotation=returns))
+
+
+def _returned(signature: inspect.Signature) -> inspect.Parameter:
+    """Return a parameter with the annotation of what is returned."""
+    return inspect.Parameter("_", _KEYWORD_ONLY, annotation=signature.return_annotation)
 
 
 def scope_of(function: Any, namespaces: Namespaces) -> Namespaces:
@@ -1161,6 +1178,14 @@ def resolve(annotation: Any, scope: Namespaces) -> Any:
     """Return the type that *annotation* stands for. May raise anything."""
     holder = types.SimpleNamespace(__annotations__={"t": annotation})
     return hashable(typing.get_type_hints(holder, *scope, include_extras=True)["t"])
+
+
+def known_type(function: Any, annotation: Any, namespaces: Namespaces) -> Any:
+    """Return the type that *annotation* stands for, or `Any` if there is none to be had."""
+    with contextlib.suppress(Exception):  # A name that only a type checker imports, say.
+        if annotation is not _EMPTY:
+            return resolve(annotation, scope_of(function, namespaces))
+    return Any
 
 
 def why(exc: BaseException) -> str:
@@ -1224,6 +1249,108 @@ def default_refusal(parameter: inspect.Parameter, annotation: Any) -> str | None
     )
 
 
+def place_of(function: Callable[..., Any]) -> str:
+    """Return where *function* is, such as ``say() at chat.py:12``, for messages about it."""
+    inner = layers(function)[-1]
+    code = getattr(inner, "__code__", None)
+    where = f" at {code.co_filename}:{code.co_firstlineno}" if code else ""
+    return f"{getattr(inner, '__qualname__', type(inner).__name__)}(){where}"
+
+
+def check_function(function: Any, example: str, takes: int | None, streams: bool = False) -> None:
+    """Raise `PachinkoError` with *example* unless *function* is async and takes *takes* values."""
+    if not callable(function) or isinstance(function, (type, staticmethod)):
+        what, write = _other_than_a_function(function, example)
+        raise PachinkoError(f"expected a function, got {what}; write\n{write}")
+    refused, inner = None, layers(function)[-1]
+    first, name = example.partition("\n")[0], getattr(function, "__name__", "handler")
+    name = name if name.isidentifier() else "handler"
+    if is_called_as(function, inspect.isasyncgenfunction):
+        refused = None if streams else "has a `yield`, but only message handlers stream"
+    elif is_called_as(function, inspect.iscoroutinefunction):
+        pass
+    elif any(is_called_as(inner, each) for each in _ASYNC):
+        refused = "is called by a decorator that returns a plain function"
+        example = "async def wrapper(*args, **kwargs):\n    return await function(*args, **kwargs)"
+        if inspect.isasyncgenfunction(inner):
+            example = f"async def wrapper(*args, **kwargs):\n    {_EACH_ITEM}"
+    else:
+        refused = "is not async"
+        with contextlib.suppress(ValueError, TypeError):  # some callables have no signature
+            example = f"{first}\nasync def {name}{code_of(function)}: ..."
+    if refused is None:
+        try:
+            signature = signature_of(function)
+            if takes is not None:
+                signature.bind(*range(takes))
+        except ValueError:
+            refused = "has no signature"
+        except TypeError as exc:
+            refused = f"takes the wrong parameters: {exc}"
+    if refused is not None:
+        if inspect.ismethod(function) and example.startswith("@"):
+            example = _in_class(function, example)
+        raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
+
+
+def _other_than_a_function(given: Any, example: str) -> tuple[str, str]:
+    """Return what *given* is, which is registered as a function, and the corrected code."""
+    name, decorator = getattr(given, "__qualname__", ""), example.partition("\n")[0]
+    kind = type(given).__name__
+    if inspect.iscoroutine(given) or inspect.isasyncgen(given):
+        if inspect.iscoroutine(given):
+            given.close()  # It would warn that nobody awaits it.
+        return f"{name}(), which is called already", f"{decorator[1:]}({given.__name__})"
+    if isinstance(given, staticmethod):
+        return "a staticmethod", f"@staticmethod\n{example}"
+    if isinstance(given, classmethod):
+        name = ".".join(given.__func__.__qualname__.split(".")[-2:])
+        return "a classmethod", f"{decorator[1:]}({name})  # below the class"
+    cls = given if inspect.isclass(given) else type(given)
+    if any(name.startswith("on_") for name in dir(cls)):
+        example = f'ws.add_resource("{cls.__name__.lower()}", {cls.__name__}())'
+    if inspect.isclass(given):
+        return f"the class {name}", example
+    is_literal = type(given) in _LITERALS
+    return repr(given) if is_literal else f"an object of the class {kind}", example
+
+
+def _in_class(method: Any, example: str) -> str:
+    """Return the function in *example* as a method of the class that *method* is of."""
+    owner = method.__self__
+    name = (owner if inspect.isclass(owner) else type(owner)).__name__
+    code = example.partition("\n")[2]
+    code = re.sub(r"async def \w+\(", f"async def {method.__name__}(self, ", code)
+    return f"class {name}:\n{textwrap.indent(code.replace('self, )', 'self)'), '    ')}"
+
+
+def check_taken(
+    function: Any, cls: type, namespaces: Namespaces, example: str, *, replies: bool = True
+) -> None:
+    """Raise `PachinkoError` if *function* takes no *cls* second, or may not return what it says.
+
+    With *replies* it may return anything, else a ``@message`` object or None.
+    """
+    signature, refused = signature_of(function), None
+    for second in [*signature.parameters.values()][1:2]:
+        if not admits(known_type(function, second.annotation, namespaces), cls):
+            refused = f"takes `{shown(second)}`, but gets {cls.__name__}"
+    t = bare_type(known_type(function, signature.return_annotation, namespaces))
+    members = get_args(t) if origin_of(t) in _UNIONS else (t,)
+    if not replies and not all(_is_sent_whole(bare_type(member)) for member in members):
+        refused = f"returns {shown(_returned(signature)).annotation}, but may return a @message "
+        refused += "object or None"
+    if refused is not None:
+        raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
+
+
+def _is_sent_whole(t: Any) -> bool:
+    """Tell whether *t* is None or a class with ``@message``, or leaves open what it is."""
+    if t is types.NoneType or message_type(class_of(t)) is not None:
+        return True
+    return t is object or (class_of(t) is None and not is_leaf(t))
+
+
 def path_types(path: str, app: Any) -> dict[str, Any]:
     """Return by name what Falcon makes of the parameters of *path*: a type, or `Any` if unknown."""
     found = dict[str, Any]()
@@ -1254,6 +1381,31 @@ def path_refusal(name: str, annotation: Any, made: Any, path: str | None) -> str
     return f"takes `{field}`, but {where} `{made}`; write {write}"
 
 
+def check_path_types(
+    function: Any, parameters: Sequence[inspect.Parameter], made: Mapping[str, Any],
+    path: str | None, namespaces: Namespaces,
+) -> list[inspect.Parameter]:  # fmt: skip
+    """Raise `PachinkoError` if the annotation of a path parameter is not that of its values.
+
+    *made* has the types of the values. Returns the *parameters* for which it lacks one.
+    """
+    left, others = list[inspect.Parameter](), made.keys() - {p.name for p in parameters}
+    for each in parameters:
+        names = others if each.kind is each.VAR_KEYWORD else {each.name} & made.keys()
+        if each.annotation is _EMPTY:
+            continue
+        try:
+            annotation = resolve(each.annotation, scope_of(function, namespaces)) if names else Any
+        except Exception as exc:
+            raise PachinkoError(f"{place_of(function)} takes `{shown(each)}`: {why(exc)}") from exc
+        for name in sorted(names):
+            if (refused := path_refusal(name, annotation, made[name], path)) is not None:
+                raise PachinkoError(f"{place_of(function)} {refused}")
+        if path is None or any(made[name] is Any for name in names):
+            left.append(each)
+    return left
+
+
 # ── handlers ──────────────────────────────────────────────────────────────────────────────────
 #
 # Everything about a function is settled when it is registered: what it takes, how its payload is
@@ -1263,8 +1415,6 @@ _VERBS = "|".join(map(re.escape, falcon.constants.COMBINED_METHODS))
 _RESPONDER = re.compile(rf"on_({_VERBS})(_.+)?", re.IGNORECASE)  # with a suffix of `add_route`, too
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-_EMPTY = inspect.Parameter.empty
-_NOWHERE: Namespaces = ({}, {})
 DISCONNECT = "@ws.disconnect\nasync def leave(conn): ..."  # shown in errors
 
 
@@ -1327,75 +1477,6 @@ class Handler:
                 "(conn, *, %s) was probably meant", place_of(self.function), name, self.parameter,
                 extra={"message_type": self.type},
             )  # fmt: skip
-
-
-def place_of(function: Callable[..., Any]) -> str:
-    """Return where *function* is, such as ``say() at chat.py:12``, for messages about it."""
-    inner = layers(function)[-1]
-    code = getattr(inner, "__code__", None)
-    where = f" at {code.co_filename}:{code.co_firstlineno}" if code else ""
-    return f"{getattr(inner, '__qualname__', type(inner).__name__)}(){where}"
-
-
-def check_function(function: Any, example: str, takes: int | None, streams: bool = False) -> None:
-    """Raise `PachinkoError` with *example* unless *function* is async and takes *takes* values."""
-    if not callable(function) or isinstance(function, (type, staticmethod)):
-        what, write = _other_than_a_function(function, example)
-        raise PachinkoError(f"expected a function, got {what}; write\n{write}")
-    refused, inner = None, layers(function)[-1]
-    first, name = example.partition("\n")[0], getattr(function, "__name__", "handler")
-    name = name if name.isidentifier() else "handler"
-    if is_called_as(function, inspect.isasyncgenfunction):
-        refused = None if streams else "has a `yield`, but only message handlers stream"
-    elif is_called_as(function, inspect.iscoroutinefunction):
-        pass
-    elif is_called_as(inner, inspect.iscoroutinefunction):
-        refused = "is called by a decorator that returns a plain function"
-        example = "async def wrapper(*args, **kwargs):\n    return await function(*args, **kwargs)"
-    else:
-        refused = "is not async"
-        with contextlib.suppress(ValueError, TypeError):  # some callables have no signature
-            example = f"{first}\nasync def {name}{code_of(function)}: ..."
-    if refused is None and takes is not None:
-        try:
-            signature_of(function).bind(*range(takes))
-        except (ValueError, TypeError) as exc:
-            refused = f"takes the wrong parameters: {exc}"
-    if refused is not None:
-        if inspect.ismethod(function) and example.startswith("@"):
-            example = _in_class(function, example)
-        raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
-
-
-def _other_than_a_function(given: Any, example: str) -> tuple[str, str]:
-    """Return what *given* is, which is registered as a function, and the corrected code."""
-    name, decorator = getattr(given, "__qualname__", ""), example.partition("\n")[0]
-    kind = type(given).__name__
-    if inspect.iscoroutine(given) or inspect.isasyncgen(given):
-        if inspect.iscoroutine(given):
-            given.close()  # It would warn that nobody awaits it.
-        return f"{name}(), which is called already", f"{decorator[1:]}({given.__name__})"
-    if isinstance(given, staticmethod):
-        return "a staticmethod", f"@staticmethod\n{example}"
-    if isinstance(given, classmethod):
-        name = ".".join(given.__func__.__qualname__.split(".")[-2:])
-        return "a classmethod", f"{decorator[1:]}({name})  # below the class"
-    cls = given if inspect.isclass(given) else type(given)
-    if any(name.startswith("on_") for name in dir(cls)):
-        example = f'ws.add_resource("{cls.__name__.lower()}", {cls.__name__}())'
-    if inspect.isclass(given):
-        return f"the class {name}", example
-    is_shown = given is None or type(given) in (str, int, float, bool)
-    return repr(given) if is_shown else f"an object of the class {kind}", example
-
-
-def _in_class(method: Any, example: str) -> str:
-    """Return the function in *example* as a method of the class that *method* is of."""
-    owner = method.__self__
-    name = (owner if inspect.isclass(owner) else type(owner)).__name__
-    code = example.partition("\n")[2]
-    code = re.sub(r"async def \w+\(", f"async def {method.__name__}(self, ", code)
-    return f"class {name}:\n{textwrap.indent(code.replace('self, )', 'self)'), '    ')}"
 
 
 def read_handler(
@@ -1521,7 +1602,7 @@ def path_parameters(path: str) -> list[str]:
 
 
 def read_connect(
-    function: Callable[..., Any], path: str | None, namespaces: Namespaces = _NOWHERE,
+    function: Callable[..., Any], path: str | None, *, namespaces: Namespaces = _NOWHERE,
     app: Any = None,
 ) -> Callable[..., Awaitable[None]]:  # fmt: skip
     """Check a connect handler against *path*; return a function that passes it the parameters."""
@@ -1552,31 +1633,6 @@ def read_connect(
         return cast(Awaitable[None], function(conn, **wanted))
 
     return call
-
-
-def check_path_types(
-    function: Any, parameters: Sequence[inspect.Parameter], made: Mapping[str, Any],
-    path: str | None, namespaces: Namespaces,
-) -> list[inspect.Parameter]:  # fmt: skip
-    """Raise `PachinkoError` if the annotation of a path parameter is not that of its values.
-
-    *made* has the types of the values. Returns the *parameters* for which it lacks one.
-    """
-    left, others = list[inspect.Parameter](), made.keys() - {p.name for p in parameters}
-    for each in parameters:
-        names = others if each.kind is each.VAR_KEYWORD else {each.name} & made.keys()
-        if each.annotation is _EMPTY:
-            continue
-        try:
-            annotation = resolve(each.annotation, scope_of(function, namespaces)) if names else Any
-        except Exception as exc:
-            raise PachinkoError(f"{place_of(function)} takes `{shown(each)}`: {why(exc)}") from exc
-        for name in sorted(names):
-            if (refused := path_refusal(name, annotation, made[name], path)) is not None:
-                raise PachinkoError(f"{place_of(function)} {refused}")
-        if path is None or any(made[name] is Any for name in names):
-            left.append(each)
-    return left
 
 
 def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[..., Any]]]:
@@ -1612,40 +1668,8 @@ def _is_responder(resource: object, name: str) -> bool:
         first, *_ = signature_of(method := getattr(resource, name)).parameters.values()
         if first.name in ("req", "request"):
             return True
-        t = class_of(resolve(first.annotation, scope_of(method, _NOWHERE)))
-        return issubclass(t, falcon.Request)
+        return issubclass(known_type(method, first.annotation, _NOWHERE), falcon.Request)
     return False
-
-
-def check_taken(
-    function: Any, cls: type, namespaces: Namespaces, example: str, *, replies: bool = True
-) -> None:
-    """Raise `PachinkoError` if *function* takes no *cls* second, or may not return what it says.
-
-    With *replies* it may return anything, else a ``@message`` object or None.
-    """
-    scope, refused = scope_of(function, namespaces), None
-    signature = signature_of(function)
-    for second in [*signature.parameters.values()][1:2]:
-        with contextlib.suppress(Exception):  # A name that only a type checker imports.
-            if second.annotation is not _EMPTY:
-                if not admits(resolve(second.annotation, scope), cls):
-                    refused = f"takes `{shown(second)}`, but gets a {cls.__name__}"
-    if not replies and signature.return_annotation is not _EMPTY:
-        with contextlib.suppress(Exception):
-            t = bare_type(resolve(signature.return_annotation, scope))
-            members = get_args(t) if origin_of(t) in _UNIONS else (t,)
-            if not all(_is_sent_whole(bare_type(member)) for member in members):
-                refused = "may return an object of a class with @message, or None"
-    if refused is not None:
-        raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
-
-
-def _is_sent_whole(t: Any) -> bool:
-    """Tell whether *t* is None or a class with ``@message``, or leaves open what it is."""
-    if t is types.NoneType or message_type(class_of(t)) is not None:
-        return True
-    return t is object or (class_of(t) is None and not is_leaf(t))
 
 
 @attrs.define(eq=False)
@@ -4135,7 +4159,7 @@ class Pachinko:
         `falcon.HTTPError` refuses the handshake, `Close` accepts and closes. Several run in order.
         """
         self._routes.connect.append(
-            read_connect(function, self._path, caller_namespaces(), self._app)
+            read_connect(function, self._path, namespaces=caller_namespaces(), app=self._app)
         )
         return function
 
@@ -4279,7 +4303,9 @@ class Pachinko:
         handlers, connect, disconnect = list[Handler](), list[Any](), list[Any]()
         for name, method in read_resource(prefix, resource):
             if name == "connect":
-                connect.append(read_connect(method, self._path, namespaces, self._app))
+                connect.append(
+                    read_connect(method, self._path, namespaces=namespaces, app=self._app)
+                )
             elif name == "disconnect":
                 check_function(method, DISCONNECT, 1)
                 disconnect.append(method)
