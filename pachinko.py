@@ -1051,11 +1051,10 @@ _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _LITERALS = (str, int, float, bool, types.NoneType)
 _NOWHERE: Namespaces = ({}, {})
 _MAX_LAYERS = 100  # of decorators around a function; a chain that is longer is a circle
-# From Python 3.14 on an annotation is evaluated when it is asked for. `_LAZILY` leaves names alone
-# that are not defined; `_AS_TEXT` is for an annotation that raises another error.
+# From Python 3.14 on annotations are evaluated when they are asked for. This leaves a name alone
+# that is not defined.
 _FORMAT: Any = getattr(inspect, "Format", None)  # annotationlib's
 _LAZILY: dict[str, Any] = {"annotation_format": _FORMAT.FORWARDREF} if _FORMAT else {}
-_AS_TEXT: dict[str, Any] = {"annotation_format": _FORMAT.STRING} if _FORMAT else {}
 # Often imported for type checkers only. Around an item they tell nothing that is not known.
 _STREAMS: dict[str, Any] = {"AsyncIterator": AsyncIterator, "AsyncGenerator": AsyncGenerator}
 _CONVERTED: dict[str, Any] = {  # by Falcon's converters in a path
@@ -1110,11 +1109,8 @@ def bound_names(function: Any) -> set[str]:
 
 
 def signature_of(function: Any) -> inspect.Signature:
-    """Return the signature of *function*, whatever its annotations name."""
-    try:
-        return inspect.signature(function, **_LAZILY)
-    except Exception:
-        return inspect.signature(function, **_AS_TEXT)
+    """Return the signature of *function*, whatever its annotations name. May raise anything."""
+    return inspect.signature(function, **_LAZILY)
 
 
 class _Code(str):
@@ -1136,6 +1132,11 @@ def shown(parameter: inspect.Parameter) -> inspect.Parameter:
         annotation=_EMPTY if annotation is _EMPTY else _Code(annotation),
         default=default if default is _EMPTY or type(default) in _LITERALS else _Code("..."),
     )
+
+
+def listed(parameters: Iterable[inspect.Parameter]) -> str:
+    """Return *parameters* as code."""
+    return ", ".join(str(shown(parameter)) for parameter in parameters)
 
 
 def code_of(function: Any) -> str:
@@ -1276,21 +1277,29 @@ def check_function(function: Any, example: str, takes: int | None, streams: bool
             example = f"async def wrapper(*args, **kwargs):\n    {_EACH_ITEM}"
     else:
         refused = "is not async"
-        with contextlib.suppress(ValueError, TypeError):  # some callables have no signature
+        with contextlib.suppress(Exception):  # some callables have no signature
             example = f"{first}\nasync def {name}{code_of(function)}: ..."
     if refused is None:
         try:
             signature = signature_of(function)
-            if takes is not None:
-                signature.bind(*range(takes))
-        except ValueError:
-            refused = "has no signature"
-        except TypeError as exc:
-            refused = f"takes the wrong parameters: {exc}"
+        except Exception as exc:  # A circle of decorators, or from Python 3.14 on an annotation.
+            refused = f"has no signature: {re.sub('<.*>', '...', str(exc))}"
+        else:
+            refused = _wrong_number(signature, takes)
     if refused is not None:
         if inspect.ismethod(function) and example.startswith("@"):
             example = _in_class(function, example)
         raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
+
+
+def _wrong_number(signature: inspect.Signature, takes: int | None) -> str | None:
+    """Return why a function with *signature* cannot be called with *takes* values, or None."""
+    try:
+        if takes is not None:
+            signature.bind(*range(takes))
+    except TypeError as exc:
+        return f"takes the wrong parameters: {exc}"
+    return None
 
 
 def _other_than_a_function(given: Any, example: str) -> tuple[str, str]:
@@ -1310,7 +1319,7 @@ def _other_than_a_function(given: Any, example: str) -> tuple[str, str]:
     if any(name.startswith("on_") for name in dir(cls)):
         example = f'ws.add_resource("{cls.__name__.lower()}", {cls.__name__}())'
     if inspect.isclass(given):
-        return f"the class {name}", example
+        return f"the class {given.__name__}", example.replace(f"def {given.__name__}(", "def f(")
     is_literal = type(given) in _LITERALS
     return repr(given) if is_literal else f"an object of the class {kind}", example
 
@@ -1389,7 +1398,8 @@ def check_path_types(
 
     *made* has the types of the values. Returns the *parameters* for which it lacks one.
     """
-    left, others = list[inspect.Parameter](), made.keys() - {p.name for p in parameters}
+    left = list[inspect.Parameter]()
+    others = made.keys() - {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     for each in parameters:
         names = others if each.kind is each.VAR_KEYWORD else {each.name} & made.keys()
         if each.annotation is _EMPTY:
@@ -1571,7 +1581,6 @@ def _split_parameters(
     fields = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
     variadic = [p for p in parameters if p.kind in _VARIADIC]
     from_path = [p.name for p in parameters[1:] if p.name in path_params]
-    names = ", ".join(str(shown(p)) for p in positional[1:])
     refused = None
     if not positional:
         own = "self, " if inspect.ismethod(function) else ""
@@ -1582,14 +1591,15 @@ def _split_parameters(
             f"use `conn.params['{from_path[0]}']`"
         )
     elif variadic:
-        first = shown(variadic[0])
+        first = listed(variadic[:1])
         refused = f"takes {first}; name it: `(conn, *, text: str)` or `(conn, payload: dict)`"
     elif len(positional) > 2:
+        names = listed(positional[1:])
         refused = f"takes more than one payload; for its fields write `(conn, *, {names})`"
     elif len(positional) == 2 and fields:
         refused = (
-            f"takes the payload whole and by fields; write `(conn, {names})` or "
-            f"`(conn, *, {', '.join(str(shown(p)) for p in fields)})`"
+            f"takes the payload whole and by fields; write `(conn, {listed(positional[1:])})` or "
+            f"`(conn, *, {listed(fields)})`"
         )
     if refused is not None:
         raise PachinkoError(f"{place_of(function)} {refused}")
@@ -1615,7 +1625,7 @@ def read_connect(
     unknown = [p for p in named if path and p.name not in known and p.default is _EMPTY]
     bad = [p for p in named if p.kind in (p.POSITIONAL_ONLY, *_VARIADIC)] or unknown
     if not first or first[0].kind not in _POSITIONAL or bad:
-        what = f"takes {', '.join(str(shown(p)) for p in bad)}" if bad else "takes no connection"
+        what = f"takes {listed(bad)}" if bad else "takes no connection"
         has = f"{path} has {', '.join(known) or 'no parameters'}; " if path else ""
         raise PachinkoError(f"{place_of(function)} {what}; {has}write\n{example}")
     names, own = {p.name for p in named}, first[0].name
