@@ -562,7 +562,9 @@ def json_name(value: object) -> str:
     return _JSON_NAMES.get(type(value), type(value).__name__)
 
 
-@typing.dataclass_transform(frozen_default=True, field_specifiers=(attrs.field,))
+# For type checkers this comes on top of `attrs.define` and `attrs.frozen`: what it says of freezing
+# and comparing would count for their classes as well, so it says neither.
+@typing.dataclass_transform(eq_default=False, field_specifiers=(attrs.field,))
 def message(type: str) -> Callable[[type[T]], type[T]]:
     """Tag a class as the message *type*, so that it can be received, returned and sent.
 
