@@ -285,7 +285,8 @@ _ATTRS_FILE = inspect.getfile(attrs.make_class)
 def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -> dict[str, Any]:
     """Turn the text annotations of *cls* into types, in place, and return them by field name."""
     scope, hints = {**globals_, **locals_}, dict[str, Any]()
-    for base in reversed(cls.__mro__):  # Each names its types as its own module does.
+    is_resolved = getattr(cls, "__attrs_types_resolved__", None) is cls  # attrs' own sign
+    for base in () if is_resolved else reversed(cls.__mro__):  # each names types as its module does
         scope |= vars(sys.modules.get(base.__module__, types))
         inner = {**(locals_ if "<locals>" in base.__qualname__ else {}), **types_named_in(base)}
         try:
@@ -299,6 +300,8 @@ def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -
     hints = {name: hashable(t) for name, t in hints.items()}
     for field in fields or ():  # attrs freezes its own, and changes them like this itself
         object.__setattr__(field, "type", hints[field.name])
+    if attrs.has(cls):
+        setattr(cls, "__attrs_types_resolved__", cls)  # noqa: B010 - it is declared on no class
     own = cls.__annotations__  # msgspec looks there
     own.update({name: hints[name] for name in own if name in hints})
     return hints
@@ -581,6 +584,7 @@ def message(type: str) -> Callable[[type[T]], type[T]]:
             raise PachinkoError(f'@message("{type}") goes above a class, not above {cls!r}')
         if "__attrs_attrs__" not in vars(cls) and "__dataclass_fields__" not in vars(cls):
             cls = _make_frozen(cls)
+        _check_defaults(cls)
         setattr(cls, "__message_type__", type)  # noqa: B010 - it is declared on no class
         with contextlib.suppress(Exception):  # registration resolves it again, and says what fails
             resolve_class(cls, *namespaces)
@@ -602,14 +606,20 @@ def _make_frozen(cls: Any) -> Any:
             f"metaclass of its own; write a plain class, `class {cls.__name__}: text: str`, an "
             f"attrs class or a dataclass"
         )
-    made = attrs.frozen(cls)
-    for name in attrs.fields_dict(made):
-        if isinstance(default := vars(cls).get(name), (list, dict, set)):
+    return attrs.frozen(cls)
+
+
+def _check_defaults(cls: Any) -> None:
+    """Raise `PachinkoError` for a default that all objects of *cls* share and one may change."""
+    for field in attrs.fields(cls) if attrs.has(cls) else ():  # dataclasses do this themselves
+        default, name = field.default, field.name
+        if type(default).__hash__ is None:  # as dataclasses tell what is mutable
+            kind = type(default).__name__
+            factory = kind if default in ([], {}, set()) else f"lambda: {kind}(...)"
             raise PachinkoError(
                 f"all messages would share the default of {cls.__name__}.{name}; write "
-                f"`{name}: ... = attrs.field(factory={type(default).__name__})`"
+                f"`{name}: ... = attrs.field(factory={factory})`"
             )
-    return made
 
 
 def check_type(type: str) -> None:
