@@ -1357,8 +1357,10 @@ def check_taken(
         if not admits(known_type(function, second.annotation, namespaces), cls):
             refused = f"takes `{shown(second)}`, but gets {cls.__name__}"
     t = bare_type(known_type(function, signature.return_annotation, namespaces))
-    members = get_args(t) if origin_of(t) in _UNIONS else (t,)
-    if not replies and not all(_is_sent_whole(bare_type(member)) for member in members):
+    members = {bare_type(m) for m in (get_args(t) if origin_of(t) in _UNIONS else (t,))}
+    others = {member for member in members if not _is_sent_whole(member)}
+    is_never_sent = members <= {str, bytes, types.NoneType}
+    if not replies and others and (is_never_sent or others - {str, bytes}):
         refused = f"returns {shown(_returned(signature)).annotation}, but may return a @message "
         refused += "object or None"
     if refused is not None:
