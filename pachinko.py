@@ -1316,24 +1316,23 @@ def _wrong_number(signature: inspect.Signature, takes: int | None) -> str | None
 
 def _other_than_a_function(given: Any, example: str) -> tuple[str, str]:
     """Return what *given* is, which is registered as a function, and the corrected code."""
-    name, decorator = getattr(given, "__qualname__", ""), example.partition("\n")[0]
-    kind = type(given).__name__
+    name, decorator = getattr(given, "__name__", ""), example.partition("\n")[0]
     if inspect.iscoroutine(given) or inspect.isasyncgen(given):
         if inspect.iscoroutine(given):
             given.close()  # It would warn that nobody awaits it.
-        return f"{name}(), which is called already", f"{decorator[1:]}({given.__name__})"
+        return f"{name}(), which is called already", f"{decorator[1:]}({name})"
     if isinstance(given, staticmethod):
         return "a staticmethod", f"@staticmethod\n{example}"
     if isinstance(given, classmethod):
         name = ".".join(given.__func__.__qualname__.split(".")[-2:])
         return "a classmethod", f"{decorator[1:]}({name})  # below the class"
     cls = given if inspect.isclass(given) else type(given)
-    if any(name.startswith("on_") for name in dir(cls)):
+    if any(each.startswith("on_") for each in dir(cls)):
         example = f'ws.add_resource("{cls.__name__.lower()}", {cls.__name__}())'
     if inspect.isclass(given):
-        return f"the class {given.__name__}", example.replace(f"def {given.__name__}(", "def f(")
+        return f"the class {name}", example.replace(f"def {name}(", "def f(")
     is_literal = type(given) in _LITERALS
-    return repr(given) if is_literal else f"an object of the class {kind}", example
+    return repr(given) if is_literal else f"an object of the class {cls.__name__}", example
 
 
 def _in_class(method: Any, example: str) -> str:
