@@ -1,6 +1,7 @@
 """What the README, the pages in ``docs`` and the docstrings show and claim is run here."""
 
 from __future__ import annotations
+import __future__
 
 import ast
 import asyncio
@@ -227,6 +228,24 @@ async def test_the_conversation(server: Server) -> None:
             elif direction == "←":
                 answer = await client.receive()
                 assert matches(json.loads(frame), answer), answer
+
+
+FOR_CHECKERS = {"Connection", "Envelope", "AsyncIterator", "Awaitable", "Callable"}
+
+
+async def test_the_app_with_imports_for_type_checkers_only() -> None:
+    """What ``ruff check --select TC --fix`` moves below ``if TYPE_CHECKING:`` is not missed."""
+    code = "\n".join(code for code in blocks(README, "python") if not is_client(code))
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+            alias.asname = "_" if alias.name in FOR_CHECKERS else alias.asname
+    postponed = __future__.annotations.compiler_flag
+    exec(compile(tree, README, "exec", postponed, True), names := {"__name__": "page"})
+    assert names.keys().isdisjoint(FOR_CHECKERS)
+    async with serving(names["app"]) as server, connect(server.url + "/ws/a") as client:
+        assert (await client.ask("sum", {"a": 1, "b": 2}))["payload"] == 3
+        assert (await client.ask("count", {"to": 2}))["payload"] == 0
 
 
 async def test_a_stream_is_stopped(server: Server) -> None:

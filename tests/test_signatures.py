@@ -11,7 +11,6 @@ import textwrap
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import date, datetime
 from decimal import Decimal
-from pathlib import Path
 from typing import Annotated, Any, Literal, NewType, TypedDict
 from uuid import UUID
 
@@ -21,7 +20,7 @@ import falcon.routing
 import falcon.testing
 import msgspec
 import pytest
-from support import connect, new_app, serving
+from support import new_app
 
 import pachinko
 from pachinko import Hub, Pachinko, PachinkoError, message, place_of
@@ -132,26 +131,6 @@ def test_a_return_annotation_counts_if_it_can_be_had(returns: str, expected: Any
     body = "yield 1" if "Async" in returns else "..."
     handler = registered(build(f"async def f(conn) -> {returns!r}: {body}", future=False))
     assert handler.returns is expected
-
-
-README = (Path(__file__).parent / "typing" / "readme.py").read_text()
-
-
-async def test_the_readme_with_imports_for_type_checkers_only() -> None:
-    """What ``ruff check --select TC --fix`` makes of it, with `Connection` moved, serves."""
-    moved = "    from pachinko import Connection\n"
-    source = README.replace("import falcon", "from __future__ import annotations\nimport falcon", 1)
-    source = source.replace("from pachinko import Connection, ", "from pachinko import ")
-    source = source.replace("\napp =", f"\nimport typing\nif typing.TYPE_CHECKING:\n{moved}\napp =")
-    exec(compile(source, "readme.py", "exec"), names := {"__name__": "readme"})
-    async with (
-        serving(names["app"]) as server,
-        connect(server.url + "/ws/a") as one,
-        connect(server.url + "/ws/a") as two,
-    ):
-        assert (await one.ask("sum", {"a": 1, "b": 2}))["payload"] == 3
-        await one.send("say", {"text": "hi"})
-        assert (await two.receive())["payload"]["text"] == "hi"
 
 
 @pytest.mark.parametrize(
