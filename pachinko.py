@@ -1644,14 +1644,15 @@ def read_connect(
     names, own = {p.name for p in named}, first[0].name
     # What an `app.add_route` or some converters give is known when a client connects.
     made = path_types(path or "", app)
-    open_questions = check_path_types(function, parameters[1:], made, path, namespaces)
+    left = check_path_types(function, parameters[1:], made, path, namespaces)
+    later = [(left, namespaces)] if left else []
 
     def call(conn: Connection) -> Awaitable[None]:
         params = conn.params.items()
-        if open_questions:
+        if later:
             came = {name: type(value) for name, value in params}
-            check_path_types(function, open_questions, came, None, namespaces)
-            open_questions.clear()
+            check_path_types(function, later[0][0], came, None, later[0][1])
+            later.clear()
         wanted = {k: v for k, v in params if k in names or (takes_all and k != own)}
         return cast(Awaitable[None], function(conn, **wanted))
 
