@@ -94,6 +94,7 @@ import urllib.parse
 import weakref
 from collections.abc import (
     AsyncGenerator,
+    AsyncIterable,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -1070,7 +1071,7 @@ _LAZILY: dict[str, Any] = {"annotation_format": _FORMAT.FORWARDREF} if _FORMAT e
 # Often imported for type checkers only. Around an item they tell nothing that is not known.
 _STREAMS: dict[str, Any] = {"AsyncIterator": AsyncIterator, "AsyncGenerator": AsyncGenerator}
 _CONVERTED: dict[str, Any] = {  # by Falcon's converters in a path
-    "": str, "int": int, "float": float, "uuid": UUID, "dt": datetime, "path": str, "re": str,
+    "": str, "float": float, "int": int, "uuid": UUID, "dt": datetime, "path": str, "re": str,
 }  # fmt: skip
 # What the text of a type has that its code has not: a name that is not known yet, the place of a
 # definition, and objects.
@@ -1217,14 +1218,13 @@ def admits(annotation: Any, cls: Any) -> bool:
     metadata = getattr(annotation, "__metadata__", ())
     if any(packages_of(each) & _CONSTRAINING for each in metadata):
         return False
-    t = bare_type(annotation)
-    if origin_of(t) in _UNIONS:
-        return any(admits(member, cls) for member in get_args(t))
-    if cls is Any or t in (Any, object) or (cls, t) == (int, float):
-        return True
     try:
-        return issubclass(cls, class_of(t))
-    except TypeError:  # a typed dict, a literal or a protocol
+        t = bare_type(annotation)
+        if origin_of(t) in _UNIONS:
+            return any(admits(member, cls) for member in get_args(t))
+        is_any = cls is Any or t in (Any, object) or (cls, t) == (int, float)
+        return is_any or issubclass(cls, class_of(t))
+    except Exception:  # A typed dict, a literal, a protocol, or a ``type`` that names nothing.
         return False
 
 
@@ -1355,19 +1355,22 @@ def check_taken(
     for second in [*signature.parameters.values()][1:2]:
         if not admits(known_type(function, second.annotation, namespaces), cls):
             refused = f"takes `{shown(second)}`, but gets {cls.__name__}"
-    t = bare_type(known_type(function, signature.return_annotation, namespaces))
-    members = {bare_type(m) for m in (get_args(t) if origin_of(t) in _UNIONS else (t,))}
-    others = {member for member in members if not _is_sent_whole(member)}
-    is_never_sent = members <= {str, bytes, types.NoneType}
-    if not replies and others and (is_never_sent or others - {str, bytes}):
+    if not (replies or _is_sendable(known_type(function, signature.return_annotation, namespaces))):
         refused = f"returns {shown(_returned(signature)).annotation}, but may return a @message "
         refused += "object or None"
     if refused is not None:
         raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
 
 
-def _is_sent_whole(t: Any) -> bool:
-    """Tell whether *t* is None or a class with ``@message``, or leaves open what it is."""
+def _is_sendable(t: Any) -> bool:
+    """Tell whether *t* is None or a class with ``@message``, or may be one."""
+    try:
+        t = bare_type(t)
+    except Exception:  # A ``type`` statement may name what is not there.
+        return True
+    if origin_of(t) in _UNIONS:  # a text or bytes beside a message may be there for a subclass
+        members = [member for member in get_args(t) if bare_type(member) not in (str, bytes)]
+        return members not in ([], [types.NoneType]) and all(map(_is_sendable, members))
     if t is types.NoneType or message_type(class_of(t)) is not None:
         return True
     return t is object or (class_of(t) is None and not is_leaf(t))
@@ -1395,10 +1398,11 @@ def path_refusal(name: str, annotation: Any, made: Any, path: str | None) -> str
         return None
     field = shown(inspect.Parameter(name, _KEYWORD_ONLY, annotation=annotation))
     made = shown(field.replace(annotation=made))
-    converters = {t: key for key, t in _CONVERTED.items() if t is not str}
     write = f"`{made}`, and check or convert it in the handler"
-    if (converter := converters.get(bare_type(annotation))) is not None:
-        write = f"`{{{name}:{converter}}}` in the path, or {write}"
+    for converter, t in _CONVERTED.items():
+        if t is not str and admits(annotation, t):
+            write = f"`{{{name}:{converter}}}` in the path, or {write}"
+            break
     where = f"{path} gives" if path else "the path gives"
     return f"takes `{field}`, but {where} `{made}`; write {write}"
 
@@ -1527,14 +1531,8 @@ def read_handler(
     if parameter and message_class and annotation is not message_class:
         write = f"async def {name}(conn, {parameter.name}: {message_class.__name__})"
         raise PachinkoError(f"{place} handles {message_class.__name__}; write {write}")
-    returns, streams = hints.get("return"), is_called_as(function, inspect.isasyncgenfunction)
-    if streams and get_args(returns):  # AsyncIterator[Item], AsyncGenerator[Item, None]
-        returns = get_args(returns)[0]
-    returns = None if returns in (types.NoneType, Any, object) else returns
-    try:
-        codec.check_reply(returns, namespaces)
-    except PachinkoError as exc:
-        raise PachinkoError(f"the reply of {place} is ambiguous: {exc}") from exc
+    streams = is_called_as(function, inspect.isasyncgenfunction)
+    returns = _reply_type(hints.get("return"), streams, codec, namespaces, place)
     return Handler(
         type, function,
         (lambda conn, value: function(conn, **value)) if fields
@@ -1542,6 +1540,26 @@ def read_handler(
         annotation, parameter, defaults if fields else None, returns, streams,
         is_concurrent=streams or concurrent,
     )  # fmt: skip
+
+
+def _reply_type(
+    declared: Any, streams: bool, codec: Codec, namespaces: Namespaces, place: str
+) -> Any:
+    """Return the type of a reply or of a stream's item, or None if it is not declared."""
+    if not streams and class_of(declared) in (AsyncIterator, AsyncGenerator, AsyncIterable):
+        code = "async for item in items:\n    yield item"
+        raise PachinkoError(f"{place} declares a stream, but has no `yield`; write\n{code}")
+    if streams and get_args(declared):  # AsyncIterator[Item], AsyncGenerator[Item, None]
+        declared = get_args(declared)[0]
+    if declared in (types.NoneType, Any, object):
+        return None
+    try:
+        codec.check_reply(declared, namespaces)
+    except PachinkoError as exc:
+        raise PachinkoError(f"the reply of {place} is ambiguous: {exc}") from exc
+    except Exception:  # It cannot be had, such as a type that contains nothing but itself.
+        return None
+    return declared
 
 
 def _payload_error(place: str, exc: Exception) -> PachinkoError:

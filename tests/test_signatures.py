@@ -8,7 +8,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Sequence
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal, NewType, TypedDict
@@ -873,6 +873,7 @@ def test_a_path_parameter_is_what_its_converter_makes(
         (float, "write `{room:float}` in the path, or `room: str`, and check or convert it in the"),
         (UUID, "write `{room:uuid}` in the path, or `room: str`"),
         (datetime, "write `{room:dt}` in the path, or `room: str`"),
+        (date | None, "write `{room:dt}` in the path, or `room: str`"),
         (Color, "write `room: str`, and check or convert it in the handler"),
         ("Thing", "takes `room: Thing`: name 'Thing' is not defined when this is registered; "),
     ],
@@ -937,3 +938,69 @@ async def test_a_converter_without_annotations_is_known_by_its_values() -> None:
         with pytest.raises(falcon.WebSocketDisconnected):
             async with conductor.simulate_ws("/ws/5"):
                 pass
+
+
+# What a ``type`` statement names
+
+
+def named(value: Any) -> Any:
+    """A ``type`` statement whose value is what *value* returns."""
+    names = {"__value__": property(lambda _: value()), "__repr__": lambda _: "Alias"}
+    return type("Alias", (), names)()
+
+
+def nothing() -> Any:
+    raise NameError("name 'Missing' is not defined", name="Missing")
+
+
+@pytest.mark.parametrize("alias", [named(nothing), named(lambda: LOOP)], ids=["missing", "itself"])
+def test_a_type_statement_without_a_type_is_no_bare_error(alias: Any) -> None:
+    """As a payload it is refused, as a return value it does not count."""
+    payload = build("async def f(conn, x: int): ...")
+    payload.__annotations__["x"] = alias
+    assert " cannot be structured: " in refusal(lambda: registered(payload))
+    reply = build("async def f(conn, x=5) -> int: ...")
+    reply.__annotations__["return"] = alias
+    assert registered(reply).function is reply
+    assert endpoint().binary(reply) is reply
+    path = build("async def f(conn, room: int): ...")
+    path.__annotations__["room"] = alias
+    assert " takes `room: " in refusal(lambda: endpoint().connect(path))
+    default = build("async def f(conn, x: int = D): ...", D=Own())
+    default.__annotations__["x"] = alias
+    refusal(lambda: registered(default))
+
+
+LOOP = named(lambda: LOOP)
+
+
+if sys.version_info >= (3, 12):
+
+    def test_type_statements_of_all_kinds() -> None:
+        """One that contains itself in a list is a type; one that is itself is none."""
+        source = """
+            type Json = dict[str, Json] | list[Json] | str | int | float | bool | None
+            type Tags = list[str]
+            type Itself = Itself
+            type Late = Missing
+            async def f(conn, x: NAME) -> NAME: ...
+            """
+        for name in ("Json", "Tags", "Tags | str"):
+            handler = registered(build(source.replace("NAME", name)))
+            assert str(handler.annotation) == str(handler.returns) == name
+        for name in ("Itself", "Late"):
+            refusal(lambda name=name: registered(build(source.replace("NAME", name))))
+            reply = source.replace("x: NAME", "x: int").replace("NAME", name)
+            assert registered(build(reply)).annotation is int
+
+
+@pytest.mark.parametrize("returns", ["AsyncIterator[int]", "AsyncGenerator[int]", "AsyncIterable"])
+def test_a_stream_without_a_yield_is_refused(returns: str) -> None:
+    """What a handler returns is one reply, and an iterator is none."""
+    names = {"AsyncIterable": AsyncIterable, "AsyncGenerator": AsyncGenerator}
+    function = build("async def f(conn) -> Any: return iter(())", **names)
+    function.__annotations__["return"] = returns.replace(
+        "[int]", "[int, None]" if "Gen" in returns else "[int]"
+    )
+    text = refusal(lambda: registered(function))
+    assert text.startswith(f"{place_of(function)} declares a stream, but has no `yield`; write\n")
