@@ -1223,7 +1223,7 @@ def admits(annotation: Any, cls: Any) -> bool:
         if origin_of(t) in _UNIONS:
             return any(admits(member, cls) for member in get_args(t))
         is_any = cls is Any or t in (Any, object) or (cls, t) == (int, float)
-        return is_any or issubclass(cls, class_of(t))
+        return is_any or issubclass(cast(type, cls), class_of(t))
     except Exception:  # A typed dict, a literal, a protocol, or a ``type`` that names nothing.
         return False
 
@@ -1292,26 +1292,18 @@ def check_function(function: Any, example: str, takes: int | None, streams: bool
         with contextlib.suppress(Exception):  # some callables have no signature
             example = f"{first}\nasync def {name}{code_of(function)}: ..."
     if refused is None:
+        what = "has no signature"  # A circle of decorators, or from Python 3.14 on an annotation.
         try:
             signature = signature_of(function)
-        except Exception as exc:  # A circle of decorators, or from Python 3.14 on an annotation.
-            refused = f"has no signature: {re.sub('<.*>', '...', str(exc))}"
-        else:
-            refused = _wrong_number(signature, takes)
+            what = "takes the wrong parameters"
+            if takes is not None:
+                signature.bind(*range(takes))
+        except Exception as exc:
+            refused = f"{what}: {re.sub('<.*>', '...', str(exc))}"
     if refused is not None:
         if inspect.ismethod(function) and example.startswith("@"):
             example = _in_class(function, example)
         raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
-
-
-def _wrong_number(signature: inspect.Signature, takes: int | None) -> str | None:
-    """Return why a function with *signature* cannot be called with *takes* values, or None."""
-    try:
-        if takes is not None:
-            signature.bind(*range(takes))
-    except TypeError as exc:
-        return f"takes the wrong parameters: {exc}"
-    return None
 
 
 def _other_than_a_function(given: Any, example: str) -> tuple[str, str]:
