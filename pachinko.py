@@ -1608,6 +1608,11 @@ def _split_parameters(
     if not positional:
         own = "self, " if inspect.ismethod(function) else ""
         refused = f"takes no connection; write `async def {name}({own}conn, ...)`"
+    elif positional[0].name == "self":
+        refused = (
+            f"takes `self`, but is of no object yet; write `ws.on(...)(Class().{name})` below the "
+            f"class, or ws.add_resource"
+        )
     elif from_path:
         refused = (
             f"takes {from_path[0]!r}, a path parameter, which only connect handlers get; "

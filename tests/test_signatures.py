@@ -629,6 +629,18 @@ def test_a_class_method_is_shown_in_its_class() -> None:
     assert corrected(text).startswith("class Todo:\n    async def add(self, conn: Any)")
 
 
+def test_a_method_that_is_decorated_in_its_class_is_refused() -> None:
+    """There is no object that it could be called on."""
+    ws = endpoint()
+    with pytest.raises(
+        PachinkoError, match=r"takes `self`.* `ws\.on\(\.\.\.\)\(Class\(\)\.say\)` below"
+    ):
+
+        class Chat:
+            @ws.on("say")
+            async def say(self, conn: Any) -> None: ...
+
+
 # Defaults that another library replaces
 
 
