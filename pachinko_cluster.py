@@ -47,7 +47,17 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 import pachinko
-from pachinko import Backplane, Deliver, Kind, Lost, PachinkoError, Registry, gap_of, logger
+from pachinko import (
+    Backplane,
+    Deliver,
+    Kind,
+    Lost,
+    PachinkoError,
+    Registry,
+    create_task,
+    gap_of,
+    logger,
+)
 
 __all__ = ["main"]
 
@@ -300,7 +310,7 @@ class Nats:
         One round trip serves all calls that were made before it begins.
         """
         if self._round_trip is None:
-            self._round_trip = asyncio.get_running_loop().create_task(self._make_round_trip())
+            self._round_trip = create_task(self._make_round_trip())
             self._round_trips.add(self._round_trip)
             self._round_trip.add_done_callback(self._round_trips.discard)
             self._round_trip.add_done_callback(look_at_result)
@@ -325,7 +335,7 @@ def _nats_settings(broker: Broker) -> dict[str, Any]:
         settings = {"token": user} if password is None else {"user": user, "password": password}
     if (file := options.pop("credentials", None)) is not None:
         if importlib.util.find_spec("nkeys") is None:
-            raise PachinkoError('?credentials= needs: pip install "nats-py[nkeys]"')
+            raise PachinkoError('?credentials= needs: python3 -m pip install "nats-py[nkeys]"')
         if not os.access(file, os.R_OK):
             raise PachinkoError("?credentials= names no file that can be read")
         settings["user_credentials"] = file
@@ -364,8 +374,7 @@ class RedisConnection:
 
     async def open(self) -> None:
         await self._connection.connect()
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._run(work)) for work in (self._read, self._write)]
+        self._tasks = [create_task(self._run(work)) for work in (self._read, self._write)]
 
     async def call(self, *command: str | bytes) -> Any:
         """Return the reply to *command*. Raises the error that Redis answers with."""
@@ -478,7 +487,7 @@ class Redis:
                     await self._subscribed.failed.wait()
             lost(why)
 
-        self._ending = asyncio.get_running_loop().create_task(end())
+        self._ending = create_task(end())
 
     async def publish(self, subject: str, data: bytes) -> int | None:
         reached: int = await self._publishing.call("PUBLISH", subject, data)
@@ -550,7 +559,7 @@ class Link:
         self._lost: asyncio.Future[BaseException | None]
         self._attempted = asyncio.Event()  # not set while callers wait for an attempt to connect
         self._turn = asyncio.Lock()  # keeps the callers of `connected` in order
-        self._task: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._run())
+        self._task: asyncio.Task[None] = create_task(self._run())
 
     async def stop(self) -> None:
         """Disconnect, for good."""
@@ -668,7 +677,7 @@ class Link:
     def _start_change(self, subject: str) -> None:
         """Subscribe or unsubscribe in the background, unless that is in progress."""
         if self.is_connected and subject not in self._changes and self._is_pending(subject):
-            self._changes[subject] = asyncio.get_running_loop().create_task(self._change(subject))
+            self._changes[subject] = create_task(self._change(subject))
 
     async def _change(self, subject: str) -> None:
         """Subscribe and unsubscribe until the broker agrees with `_subjects`.
@@ -1126,7 +1135,7 @@ class Cluster(pachinko.Relay):
             self._asks[answer.ask].put_nowait(answer)
 
     def _start_work(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+        task = create_task(work)
         self._work.add(task)
         task.add_done_callback(self._work.discard)
 
@@ -1186,13 +1195,13 @@ class Cluster(pachinko.Relay):
 
 def backplane_of(broker: Broker) -> Backplane:
     """Return a backplane, not yet started. Raises `PachinkoError`."""
-    extra = "nats" if broker.scheme in ("nats", "tls") else "redis"
+    library = "nats-py" if broker.scheme in ("nats", "tls") else "redis"
     try:
-        return Nats(broker) if extra == "nats" else Redis(broker)
+        return Nats(broker) if library == "nats-py" else Redis(broker)
     except ImportError:
         raise PachinkoError(
             f"{broker.scheme}:// needs a library that is not installed: "
-            f'pip install "falcon-pachinko[{extra}]"'
+            f"python3 -m pip install {library}"
         ) from None
 
 
@@ -1346,3 +1355,7 @@ async def _run(given: argparse.Namespace) -> None:
         else:
             for each in sorted(await hub.presence(given.group), key=lambda each: each.id):
                 _print(_encode(attrs.asdict(each)).decode())
+
+
+if __name__ == "__main__":  # A file that was copied has no installed command.
+    sys.exit(main())
