@@ -312,8 +312,12 @@ def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -
 
 def types_named_in(cls: type) -> dict[str, Any]:
     """Return the types that the body of *cls* has given a name, by name."""
-    names = vars(cls).items()
-    return {k: t for k, t in names if inspect.isclass(t) or origin_of(t) or hasattr(t, "__value__")}
+    found = dict[str, Any]()
+    for name, t in vars(cls).items():
+        with contextlib.suppress(Exception):  # A proxy may raise anything.
+            if inspect.isclass(t) or origin_of(t) or hasattr(t, "__value__"):
+                found[name] = t
+    return found
 
 
 def hashable(t: Any) -> Any:
@@ -623,7 +627,8 @@ def _check_defaults(cls: Any) -> None:
         default, name = field.default, field.name
         if type(default).__hash__ is None:  # as dataclasses tell what is mutable
             kind = type(default).__name__
-            factory = kind if default in ([], {}, set()) else f"lambda: {kind}(...)"
+            is_empty = type(default) in (list, dict, set) and not default
+            factory = kind if is_empty else f"lambda: {kind}(...)"
             raise PachinkoError(
                 f"all messages would share the default of {cls.__name__}.{name}; write "
                 f"`{name}: ... = attrs.field(factory={factory})`"
@@ -1237,7 +1242,7 @@ def admits(annotation: Any, cls: Any) -> bool:
 
 def packages_of(value: Any) -> set[str]:
     """Return the packages of *value*, or of its class, and of all base classes."""
-    mro = (value if inspect.isclass(value) else type(value)).__mro__
+    mro = (value if issubclass(type(value), type) else type(value)).__mro__
     return {str(cls.__module__).partition(".")[0] for cls in mro}
 
 
@@ -1261,7 +1266,7 @@ def default_refusal(parameter: inspect.Parameter, annotation: Any) -> str | None
             )
     cls = type(default)
     is_plain = str(cls.__module__).partition(".")[0] in sys.stdlib_module_names
-    if is_plain or default is UNSET or isinstance(default, enum.Enum) or admits(annotation, cls):
+    if is_plain or default is UNSET or issubclass(cls, enum.Enum) or admits(annotation, cls):
         return None
     return (
         f"takes `{shown(parameter)}`, whose default is a {cls.__name__}; write a default of the "
@@ -1381,9 +1386,11 @@ def path_types(path: str, app: Any) -> dict[str, Any]:
     converters = getattr(getattr(app, "router_options", None), "converters", {})
     for name, converter in re.findall(r"\{([a-zA-Z_]\w*)(?::(\w+))?", path):
         found[name] = _CONVERTED.get(converter, Any)
-        if converter not in _CONVERTED and converter in converters:
+        own = converters.get(converter)
+        if own is not None and not own.__module__.startswith("falcon."):
+            found[name] = Any
             with contextlib.suppress(Exception):  # a converter need not have annotations
-                found[name] = typing.get_type_hints(converters[converter].convert)["return"]
+                found[name] = typing.get_type_hints(own.convert)["return"]
     return found
 
 

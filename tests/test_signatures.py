@@ -294,6 +294,27 @@ class SubRoom(Room):
     pass
 
 
+class Proxy:
+    """Stands for an object that may be used in a request only."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError("outside of a request")
+
+
+async def test_an_object_that_cannot_be_asked_is_left_alone() -> None:
+    """In the class of a method, and as a default."""
+
+    class Shop:
+        cart = Proxy()
+
+        async def on_buy(self, conn: Any, *, n: int, cart: Any = cart) -> Any:
+            return n
+
+    ws = endpoint("/ws")
+    ws.add_resource("shop", Shop())
+    assert await call(ws._routes.handlers["shop.buy"], {"n": 5}) == 5
+
+
 @pytest.mark.parametrize("room", [Room(), SubRoom()])
 async def test_a_class_body(room: Room) -> None:
     """Types in the class of a method, also if it is inherited."""
@@ -939,6 +960,23 @@ async def test_without_a_path_the_first_connection_tells(
     assert caplog.text.count(f"\npachinko.PachinkoError: {place_of(function)} takes `") == (
         0 if fits else 2
     )
+
+
+def test_a_converter_may_replace_one_of_falcons() -> None:
+    """The application's own counts, whatever its name. A subclass inherits the annotations."""
+
+    class Even(falcon.routing.IntConverter):
+        pass
+
+    app = new_app()
+    app.router_options.converters.update({"float": Upper, "even": Even})
+    for converter, annotation in (("float", Decimal), ("even", int)):
+        function = build("async def f(conn, p: int): ...")
+        function.__annotations__["p"] = annotation
+        Pachinko(app, f"/{converter}/{{p:{converter}}}", hub=Hub()).connect(function)
+        function.__annotations__["p"] = str
+        ws = Pachinko(app, f"/not/{converter}/{{p:{converter}}}", hub=Hub())
+        refusal(lambda ws=ws, function=function: ws.connect(function))
 
 
 async def test_a_converter_without_annotations_is_known_by_its_values() -> None:
