@@ -1054,3 +1054,19 @@ def test_a_stream_without_a_yield_is_refused(returns: str) -> None:
     )
     text = refusal(lambda: registered(function))
     assert text.startswith(f"{place_of(function)} declares a stream, but has no `yield`; write\n")
+
+
+def test_a_reply_whose_converter_fails_counts_as_not_declared() -> None:
+    """Its own class decides then, as where nothing is declared."""
+
+    def raising(t: Any) -> Any:
+        raise ZeroDivisionError
+
+    own = Hub()
+    converter = own.converter.copy()
+    converter.register_unstructure_hook_factory(lambda t: t is Own, raising)
+    own.configure(converter=converter)
+    ws = Pachinko(hub=own)
+    function = build("async def f(conn) -> Own: ...", Own=Own)
+    ws.on("t")(function)
+    assert ws._routes.handlers["t"].returns is None
