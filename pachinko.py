@@ -44,8 +44,10 @@ Map: each section, what it is for, and those above it that it uses.
     sending — which part of a payload cannot be sent (uses: errors, types, envelope and message)
     codec — JSON to what a handler takes, and back (uses: errors, types, envelope and message,
         sending)
-    handlers — what a registered function takes, and finding it (uses: errors, types, envelope and
+    signatures — what a function takes, and of which types (uses: errors, types, envelope and
         message)
+    handlers — what a registered function takes, and finding it (uses: errors, types, envelope and
+        message, signatures)
     handshake — who may connect: origins and tokens (uses: errors)
     limits — time, rate and the options that bound a connection (uses: errors)
     outbox — what waits to be written to one client (uses: envelope and message)
@@ -55,15 +57,15 @@ Map: each section, what it is for, and those above it that it uses.
     registry and relay — this process and all others (uses: errors, limits, outgoing, connection)
     hub — reaches clients from any code (uses: errors, envelope and message, codec, limits,
         outgoing, connection, registry and relay)
-    outcomes — what an exception means (uses: errors, envelope and message, handlers, limits)
+    outcomes — what an exception means (uses: errors, envelope and message, signatures, limits)
     stream — a generator in progress (uses: limits)
     session — decode a message, call its handler, answer (uses: errors, envelope and message,
-        handlers, limits, outbox, outgoing, incoming, connection, outcomes, stream)
+        signatures, limits, outbox, outgoing, incoming, connection, outcomes, stream)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
-        handlers, handshake, outbox, outcomes)
+        signatures, handshake, outbox, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        handlers, handshake, limits, outgoing, connection, registry and relay, hub, outcomes,
-        session, admission)
+        signatures, handlers, handshake, limits, outgoing, connection, registry and relay, hub,
+        outcomes, session, admission)
 """
 
 from __future__ import annotations
@@ -86,6 +88,7 @@ import random
 import re
 import secrets
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -95,6 +98,7 @@ import urllib.parse
 import weakref
 from collections.abc import (
     AsyncGenerator,
+    AsyncIterable,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -293,20 +297,37 @@ _ATTRS_FILE = inspect.getfile(attrs.make_class)
 
 def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -> dict[str, Any]:
     """Turn the text annotations of *cls* into types, in place, and return them by field name."""
-    globals_ = {**globals_, **vars(sys.modules.get(cls.__module__, types))}
-    hints: dict[str, Any] = {}
-    if attrs.has(cls):
-        attrs.resolve_types(cls, globals_, locals_, include_extras=True)
-    else:
-        hints = typing.get_type_hints(cls, globals_, locals_, include_extras=True)
+    scope, hints = {**globals_, **locals_}, dict[str, Any]()
+    is_resolved = getattr(cls, "__attrs_types_resolved__", None) is cls  # attrs' own sign
+    for base in () if is_resolved else reversed(cls.__mro__):  # each names types as its module does
+        scope |= vars(sys.modules.get(base.__module__, types))
+        inner = {**(locals_ if "<locals>" in base.__qualname__ else {}), **types_named_in(base)}
+        try:
+            found = typing.get_type_hints(base, scope, inner, include_extras=True)
+        except Exception as exc:
+            exc.add_note(f"in an annotation of {base.__qualname__}")
+            raise
+        hints |= {name: found[name] for name in inspect.get_annotations(base) if name in found}
     if (fields := fields_of(cls)) is not None:  # ClassVar and InitVar annotate no field
         hints = {field.name: hints.get(field.name, field.type) for field in fields}
     hints = {name: hashable(t) for name, t in hints.items()}
     for field in fields or ():  # attrs freezes its own, and changes them like this itself
         object.__setattr__(field, "type", hints[field.name])
+    if attrs.has(cls):
+        setattr(cls, "__attrs_types_resolved__", cls)  # noqa: B010 - it is declared on no class
     own = cls.__annotations__  # msgspec looks there
     own.update({name: hints[name] for name in own if name in hints})
     return hints
+
+
+def types_named_in(cls: type) -> dict[str, Any]:
+    """Return the types that the body of *cls* has given a name, by name."""
+    found = dict[str, Any]()
+    for name, t in vars(cls).items():
+        with contextlib.suppress(Exception):  # A proxy may raise anything.
+            if inspect.isclass(t) or origin_of(t) or hasattr(t, "__value__"):
+                found[name] = t
+    return found
 
 
 def hashable(t: Any) -> Any:
@@ -636,7 +657,9 @@ def json_name(value: object) -> str:
     return _JSON_NAMES.get(type(value), type(value).__name__)
 
 
-@typing.dataclass_transform(frozen_default=True, field_specifiers=(attrs.field,))
+# For type checkers this comes on top of `attrs.define` and `attrs.frozen`: what it says of freezing
+# and comparing would count for their classes as well, so it says neither.
+@typing.dataclass_transform(eq_default=False, field_specifiers=(attrs.field,))
 def message(type: str) -> Callable[[type[T]], type[T]]:
     """Tag a class as the message *type*, so that it can be received, returned and sent.
 
@@ -653,8 +676,9 @@ def message(type: str) -> Callable[[type[T]], type[T]]:
             raise PachinkoError(f'@message("{type}") goes above a class, not above {cls!r}')
         if "__attrs_attrs__" not in vars(cls) and "__dataclass_fields__" not in vars(cls):
             cls = _make_frozen(cls)
+        _check_defaults(cls)
         setattr(cls, "__message_type__", type)  # noqa: B010 - it is declared on no class
-        with contextlib.suppress(NameError):  # registration resolves the name of a later class
+        with contextlib.suppress(Exception):  # registration resolves it again, and says what fails
             resolve_class(cls, *namespaces)
         return cls
 
@@ -674,14 +698,21 @@ def _make_frozen(cls: Any) -> Any:
             f"metaclass of its own; write a plain class, `class {cls.__name__}: text: str`, an "
             f"attrs class or a dataclass"
         )
-    made = attrs.frozen(cls)
-    for name in attrs.fields_dict(made):
-        if isinstance(default := vars(cls).get(name), (list, dict, set)):
+    return attrs.frozen(cls)
+
+
+def _check_defaults(cls: Any) -> None:
+    """Raise `PachinkoError` for a default that all objects of *cls* share and one may change."""
+    for field in attrs.fields(cls) if attrs.has(cls) else ():  # dataclasses do this themselves
+        default, name = field.default, field.name
+        if type(default).__hash__ is None:  # as dataclasses tell what is mutable
+            kind = type(default).__name__
+            is_empty = type(default) in (list, dict, set) and not default
+            factory = kind if is_empty else f"lambda: {kind}(...)"
             raise PachinkoError(
                 f"all messages would share the default of {cls.__name__}.{name}; write "
-                f"`{name}: ... = attrs.field(factory={type(default).__name__})`"
+                f"`{name}: ... = attrs.field(factory={factory})`"
             )
-    return made
 
 
 def check_type(type: str) -> None:
@@ -1194,15 +1225,389 @@ class Codec:
         raise TypeError(f"{path}: cannot send a {what}") from reason
 
 
+# ── signatures ────────────────────────────────────────────────────────────────────────────────
+#
+# A function is read as it will be called: as partials, decorators and methods have left it. Its
+# annotations are resolved one by one, because those that do not matter here may have names that
+# only a type checker imports.
+
+_EMPTY = inspect.Parameter.empty
+_KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
+_LITERALS = (str, int, float, bool, types.NoneType)
+_NOWHERE: Namespaces = ({}, {})
+_MAX_LAYERS = 100  # of decorators around a function; a chain that is longer is a circle
+# From Python 3.14 on annotations are evaluated when they are asked for. This leaves a name alone
+# that is not defined.
+_FORMAT: Any = getattr(inspect, "Format", None)  # annotationlib's
+_LAZILY: dict[str, Any] = {"annotation_format": _FORMAT.FORWARDREF} if _FORMAT else {}
+# Often imported for type checkers only. Around an item they tell nothing that is not known.
+_STREAMS: dict[str, Any] = {"AsyncIterator": AsyncIterator, "AsyncGenerator": AsyncGenerator}
+_CONVERTED: dict[str, Any] = {  # by Falcon's converters in a path
+    "": str, "float": float, "int": int, "uuid": UUID, "dt": datetime, "path": str, "re": str,
+}  # fmt: skip
+# What the text of a type has that its code has not: a name that is not known yet, the place of a
+# definition, and objects.
+_IN_A_TYPE = ((r"ForwardRef\('(.*?)'.*?\)", r"\1"), (r"[\w.<>]+\.(?=\w)", ""), (r"<[^<>]*>", "..."))
+_ASYNC = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+_EACH_ITEM = "async for item in function(*args, **kwargs):\n        yield item"
+_CONSTRAINING = {"msgspec", "annotated_types"}  # what they put into `Annotated` bounds a value
+_INJECTING = {  # packages with defaults or metadata that a decorator of theirs replaces
+    "aioinject", "anydi", "dependency_injector", "dishka", "fast_depends", "fastapi", "faststream",
+    "injector", "kink", "lagom", "litestar", "magic_di", "modern_di", "picobox", "punq", "rodi",
+    "starlite", "svcs", "taskiq", "taskiq_dependencies", "that_depends", "wireup",
+}  # fmt: skip
+
+
+def layers(function: Any) -> list[Any]:
+    """Return *function*, and what is called inside of its partials, decorators and methods."""
+    found: list[Any] = []
+    while len(found) < _MAX_LAYERS:
+        found.append(function)
+        if isinstance(function, functools.partial):
+            function = function.func
+        else:
+            inner = getattr(function, "__wrapped__", None) or getattr(function, "__func__", None)
+            function = _call_method(function) if inner is None else inner
+        if function is None:
+            break
+    return found
+
+
+def _call_method(function: Any) -> Any:
+    """Return the method `__call__` of an object, or None for a function or a class."""
+    method = inspect.getattr_static(type(function), "__call__", None)
+    return method if inspect.isfunction(method) else None
+
+
+def is_called_as(function: Any, test: Callable[[Any], bool]) -> bool:
+    """Tell whether *test* holds for what is called, which may be an object with `__call__`."""
+    outer = function
+    while isinstance(outer, functools.partial):
+        outer = outer.func
+    return test(function) or test(_call_method(outer))
+
+
+def bound_names(function: Any) -> set[str]:
+    """Return the parameters to which a partial has given a value by name."""
+    partials = [layer for layer in layers(function) if isinstance(layer, functools.partial)]
+    return {name for partial in partials for name in partial.keywords}
+
+
+def signature_of(function: Any) -> inspect.Signature:
+    """Return the signature of *function*, whatever its annotations name. May raise anything."""
+    return inspect.signature(function, **_LAZILY)
+
+
+class _Code(str):
+    """A text that stands for itself in the text of a signature."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def shown(parameter: inspect.Parameter) -> inspect.Parameter:
+    """Return *parameter* such that its text is code: any default but a literal becomes ``...``."""
+    annotation, default = parameter.annotation, parameter.default
+    if annotation is not _EMPTY and not isinstance(annotation, str):
+        text = inspect.formatannotation(annotation)
+        for pattern, code in _IN_A_TYPE:
+            text = re.sub(pattern, code, text)
+        annotation = text
+    return parameter.replace(
+        annotation=_EMPTY if annotation is _EMPTY else _Code(annotation),
+        default=default if default is _EMPTY or type(default) in _LITERALS else _Code("..."),
+    )
+
+
+def listed(parameters: Iterable[inspect.Parameter]) -> str:
+    """Return *parameters* as code."""
+    return ", ".join(str(shown(parameter)) for parameter in parameters)
+
+
+def code_of(function: Any) -> str:
+    """Return the parameters and the return type of *function* as code."""
+    signature, bound = signature_of(function), bound_names(function)
+    parameters = [shown(p) for p in signature.parameters.values() if p.name not in bound]
+    returns = shown(_returned(signature)).annotation
+    return str(inspect.Signature(parameters, return_annotation=returns))
+
+
+def _returned(signature: inspect.Signature) -> inspect.Parameter:
+    """Return a parameter with the annotation of what is returned."""
+    return inspect.Parameter("_", _KEYWORD_ONLY, annotation=signature.return_annotation)
+
+
+def scope_of(function: Any, namespaces: Namespaces) -> Namespaces:
+    """Return the globals and locals for the annotations of *function*.
+
+    *namespaces* are those of the code that registers it. They count first if it is defined there,
+    and last if it is not.
+    """
+    found = layers(function)
+    inner, given = found[-1], {**namespaces[0], **namespaces[1]}
+    own, name = getattr(inner, "__globals__", {}), getattr(inner, "__qualname__", "")
+    locals_ = dict(namespaces[1]) if own is namespaces[0] and "<locals>" in name else {}
+    names = getattr(getattr(inner, "__code__", None), "co_freevars", ())
+    for variable, cell in zip(names, getattr(inner, "__closure__", None) or (), strict=False):
+        with contextlib.suppress(ValueError):  # it has no value yet
+            locals_[variable] = cell.cell_contents
+    for layer in found:
+        owner = getattr(layer, "__self__", layer)
+        for cls in (owner if inspect.isclass(owner) else type(owner)).__mro__:
+            if cls.__qualname__ == name.rpartition(".")[0]:
+                locals_ |= types_named_in(cls)
+    locals_ |= {each.__name__: each for each in getattr(inner, "__type_params__", ())}
+    return {**_STREAMS, **given, **vars(builtins), **own}, locals_
+
+
+def resolve(annotation: Any, scope: Namespaces) -> Any:
+    """Return the type that *annotation* stands for. May raise anything."""
+    holder = types.SimpleNamespace(__annotations__={"t": annotation})
+    return hashable(typing.get_type_hints(holder, *scope, include_extras=True)["t"])
+
+
+def known_type(function: Any, annotation: Any, namespaces: Namespaces) -> Any:
+    """Return the type that *annotation* stands for, or `Any` if there is none to be had."""
+    with contextlib.suppress(Exception):  # A name that only a type checker imports, say.
+        if annotation is not _EMPTY:
+            return resolve(annotation, scope_of(function, namespaces))
+    return Any
+
+
+def why(exc: BaseException) -> str:
+    """Return what *exc* says of a type, and what to do."""
+    place = "".join(f" {note}" for note in getattr(exc, "__notes__", ()))
+    if isinstance(exc, NameError) and exc.name:
+        cure = "import it outside of `if TYPE_CHECKING:`, or define it above"
+        return f"name {exc.name!r}{place} is not defined when this is registered; {cure}"
+    if isinstance(exc, RecursionError):
+        return f"a type{place} contains itself without an end; give the inner one a class"
+    return f"{exc}{place}" if str(exc) else f"{type(exc).__name__}{place}"
+
+
+def admits(annotation: Any, cls: Any) -> bool:
+    """Tell whether *annotation* allows every object of the class *cls*."""
+    metadata = getattr(annotation, "__metadata__", ())
+    if any(packages_of(each) & _CONSTRAINING for each in metadata):
+        return False
+    try:
+        t = bare_type(annotation)
+        if origin_of(t) in _UNIONS:
+            return any(admits(member, cls) for member in get_args(t))
+        is_any = cls is Any or t in (Any, object) or (cls, t) == (int, float)
+        return is_any or issubclass(cast(type, cls), class_of(t))
+    except Exception:  # A typed dict, a literal, a protocol, or a ``type`` that names nothing.
+        return False
+
+
+def packages_of(value: Any) -> set[str]:
+    """Return the packages of *value*, or of its class, and of all base classes."""
+    mro = (value if issubclass(type(value), type) else type(value)).__mro__
+    return {str(cls.__module__).partition(".")[0] for cls in mro}
+
+
+def _metadata_in(t: Any) -> Iterator[Any]:
+    """Yield what `Annotated` says about *t* and about the members of a union."""
+    yield from getattr(t, "__metadata__", ())
+    for member in get_args(t) if origin_of(t) in _UNIONS else ():
+        yield from _metadata_in(member)
+
+
+def default_refusal(parameter: inspect.Parameter, annotation: Any) -> str | None:
+    """Return why no client may set *parameter*, or None: another library injects its value."""
+    name, default = parameter.name, parameter.default
+    if default is parameter.empty:
+        default = None
+    for each in (default, *_metadata_in(annotation)):
+        if package := packages_of(each) & _INJECTING:
+            return (
+                f"takes {name!r} from {package.pop()}, but a client that sends {name!r} would "
+                f"replace it; write `@ws.provide` for what the server makes"
+            )
+    cls = type(default)
+    is_plain = str(cls.__module__).partition(".")[0] in sys.stdlib_module_names
+    if is_plain or default is UNSET or issubclass(cls, enum.Enum) or admits(annotation, cls):
+        return None
+    return (
+        f"takes `{shown(parameter)}`, whose default is a {cls.__name__}; write a default of the "
+        f"annotated type, or `@ws.provide` for what the server makes"
+    )
+
+
+def place_of(function: Callable[..., Any]) -> str:
+    """Return where *function* is, such as ``say() at chat.py:12``, for messages about it."""
+    inner = layers(function)[-1]
+    code = getattr(inner, "__code__", None)
+    where = f" at {code.co_filename}:{code.co_firstlineno}" if code else ""
+    return f"{getattr(inner, '__qualname__', type(inner).__name__)}(){where}"
+
+
+def check_function(function: Any, example: str, takes: int | None, streams: bool = False) -> None:
+    """Raise `PachinkoError` with *example* unless *function* is async and takes *takes* values."""
+    if not callable(function) or isinstance(function, (type, staticmethod)):
+        what, write = _other_than_a_function(function, example)
+        raise PachinkoError(f"expected a function, got {what}; write\n{write}")
+    refused, inner = None, layers(function)[-1]
+    first, name = example.partition("\n")[0], getattr(function, "__name__", "handler")
+    name = name if name.isidentifier() else "handler"
+    if is_called_as(function, inspect.isasyncgenfunction):
+        refused = None if streams else "has a `yield`, but only message handlers stream"
+    elif is_called_as(function, inspect.iscoroutinefunction):
+        pass
+    elif any(is_called_as(inner, each) for each in _ASYNC):
+        refused = "is called by a decorator that returns a plain function"
+        example = "async def wrapper(*args, **kwargs):\n    return await function(*args, **kwargs)"
+        if inspect.isasyncgenfunction(inner):
+            example = f"async def wrapper(*args, **kwargs):\n    {_EACH_ITEM}"
+    else:
+        refused = "is not async"
+        with contextlib.suppress(Exception):  # some callables have no signature
+            example = f"{first}\nasync def {name}{code_of(function)}: ..."
+    if refused is None:
+        what = "has no signature"  # A circle of decorators, or from Python 3.14 on an annotation.
+        try:
+            signature = signature_of(function)
+            what = "takes the wrong parameters"
+            if takes is not None:
+                signature.bind(*range(takes))
+        except Exception as exc:
+            refused = f"{what}: {re.sub('<.*>', '...', str(exc))}"
+    if refused is not None:
+        if inspect.ismethod(function) and example.startswith("@"):
+            example = _in_class(function, example)
+        raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
+
+
+def _other_than_a_function(given: Any, example: str) -> tuple[str, str]:
+    """Return what *given* is, which is registered as a function, and the corrected code."""
+    name, decorator = getattr(given, "__name__", ""), example.partition("\n")[0]
+    if inspect.iscoroutine(given) or inspect.isasyncgen(given):
+        if inspect.iscoroutine(given):
+            given.close()  # It would warn that nobody awaits it.
+        return f"{name}(), which is called already", f"{decorator[1:]}({name})"
+    if isinstance(given, staticmethod):
+        return "a staticmethod", f"@staticmethod\n{example}"
+    if isinstance(given, classmethod):
+        name = ".".join(given.__func__.__qualname__.split(".")[-2:])
+        return "a classmethod", f"{decorator[1:]}({name})  # below the class"
+    cls = given if inspect.isclass(given) else type(given)
+    if any(each.startswith("on_") for each in dir(cls)):
+        example = f'ws.add_resource("{cls.__name__.lower()}", {cls.__name__}())'
+    if inspect.isclass(given):
+        return f"the class {name}", example.replace(f"def {name}(", "def f(")
+    is_literal = type(given) in _LITERALS
+    return repr(given) if is_literal else f"an object of the class {cls.__name__}", example
+
+
+def _in_class(method: Any, example: str) -> str:
+    """Return the function in *example* as a method of the class that *method* is of."""
+    owner = method.__self__
+    name = (owner if inspect.isclass(owner) else type(owner)).__name__
+    code = example.partition("\n")[2]
+    code = re.sub(r"async def \w+\(", f"async def {method.__name__}(self, ", code)
+    return f"class {name}:\n{textwrap.indent(code.replace('self, )', 'self)'), '    ')}"
+
+
+def check_taken(
+    function: Any, cls: type, namespaces: Namespaces, example: str, *, replies: bool = True
+) -> None:
+    """Raise `PachinkoError` if *function* takes no *cls* second, or may not return what it says.
+
+    With *replies* it may return anything, else a ``@message`` object or None.
+    """
+    signature, refused = signature_of(function), None
+    for second in [*signature.parameters.values()][1:2]:
+        if not admits(known_type(function, second.annotation, namespaces), cls):
+            refused = f"takes `{shown(second)}`, but gets {cls.__name__}"
+    if not (replies or _is_sendable(known_type(function, signature.return_annotation, namespaces))):
+        refused = f"returns {shown(_returned(signature)).annotation}, but may return a @message "
+        refused += "object or None"
+    if refused is not None:
+        raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
+
+
+def _is_sendable(t: Any) -> bool:
+    """Tell whether *t* is None or a class with ``@message``, or may be one."""
+    try:
+        t = bare_type(t)
+    except Exception:  # A ``type`` statement may name what is not there.
+        return True
+    if origin_of(t) in _UNIONS:  # a text or bytes beside a message may be there for a subclass
+        members = [member for member in get_args(t) if bare_type(member) not in (str, bytes)]
+        return members not in ([], [types.NoneType]) and all(map(_is_sendable, members))
+    if t is types.NoneType or message_type(class_of(t)) is not None:
+        return True
+    return t is object or (class_of(t) is None and not is_leaf(t))
+
+
+def path_types(path: str, app: Any) -> dict[str, Any]:
+    """Return by name what Falcon makes of the parameters of *path*: a type, or `Any` if unknown."""
+    found = dict[str, Any]()
+    converters = getattr(getattr(app, "router_options", None), "converters", {})
+    for name, converter in re.findall(r"\{([a-zA-Z_]\w*)(?::(\w+))?", path):
+        found[name] = _CONVERTED.get(converter, Any)
+        own = converters.get(converter)
+        if own is not None and not own.__module__.startswith("falcon."):
+            found[name] = Any
+            with contextlib.suppress(Exception):  # a converter need not have annotations
+                found[name] = typing.get_type_hints(own.convert)["return"]
+    return found
+
+
+def path_refusal(name: str, annotation: Any, made: Any, path: str | None) -> str | None:
+    """Return why *annotation* is wrong for the parameter *name* of *path*, or None.
+
+    *made* is the type of its values: a converter's, which may be None for no match, or `Any`.
+    """
+    classes = [made] if origin_of(made) not in _UNIONS else get_args(made)
+    if all(cls is types.NoneType or admits(annotation, cls) for cls in classes):
+        return None
+    field = shown(inspect.Parameter(name, _KEYWORD_ONLY, annotation=annotation))
+    made = shown(field.replace(annotation=made))
+    write = f"`{made}`, and check or convert it in the handler"
+    for converter, t in _CONVERTED.items():
+        if t is not str and admits(annotation, t):
+            write = f"`{{{name}:{converter}}}` in the path, or {write}"
+            break
+    where = f"{path} gives" if path else "the path gives"
+    return f"takes `{field}`, but {where} `{made}`; write {write}"
+
+
+def check_path_types(
+    function: Any, parameters: Sequence[inspect.Parameter], made: Mapping[str, Any],
+    path: str | None, namespaces: Namespaces,
+) -> list[inspect.Parameter]:  # fmt: skip
+    """Raise `PachinkoError` if the annotation of a path parameter is not that of its values.
+
+    *made* has the types of the values. Returns the *parameters* for which it lacks one.
+    """
+    left = list[inspect.Parameter]()
+    others = made.keys() - {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    for each in parameters:
+        names = others if each.kind is each.VAR_KEYWORD else {each.name} & made.keys()
+        if each.annotation is _EMPTY:
+            continue
+        try:
+            annotation = resolve(each.annotation, scope_of(function, namespaces)) if names else Any
+        except Exception as exc:
+            raise PachinkoError(f"{place_of(function)} takes `{shown(each)}`: {why(exc)}") from exc
+        for name in sorted(names):
+            if (refused := path_refusal(name, annotation, made[name], path)) is not None:
+                raise PachinkoError(f"{place_of(function)} {refused}")
+        if path is None or any(made[name] is Any for name in names):
+            left.append(each)
+    return left
+
+
 # ── handlers ──────────────────────────────────────────────────────────────────────────────────
 #
 # Everything about a function is settled when it is registered: what it takes, how its payload is
 # structured, whether it streams. A message in flight only looks its handler up and calls it.
 
-_ROUTED_BY_FALCON = {f"on_{verb.lower()}" for verb in falcon.constants.COMBINED_METHODS}
+_VERBS = "|".join(map(re.escape, falcon.constants.COMBINED_METHODS))
+_RESPONDER = re.compile(rf"on_({_VERBS})(_.+)?", re.IGNORECASE)  # with a suffix of `add_route`, too
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-_EMPTY = inspect.Parameter.empty
 DISCONNECT = "@ws.disconnect\nasync def leave(conn): ..."  # shown in errors
 
 
@@ -1267,43 +1672,6 @@ class Handler:
             )  # fmt: skip
 
 
-def innermost(function: Callable[..., Any]) -> Any:
-    """Return what *function* wraps, by `functools.wraps` or `functools.partial`, or itself."""
-    inner: Any = inspect.unwrap(function)
-    while isinstance(inner, functools.partial):
-        inner = inner.func
-    return inner
-
-
-def place_of(function: Callable[..., Any]) -> str:
-    """Return where *function* is, such as ``say() at chat.py:12``, for messages about it."""
-    inner = innermost(function)
-    code = getattr(inner, "__code__", None)
-    where = f" at {code.co_filename}:{code.co_firstlineno}" if code else ""
-    return f"{getattr(inner, '__qualname__', inner)}(){where}"
-
-
-def check_function(function: Any, example: str, takes: int | None, streams: bool = False) -> None:
-    """Raise `PachinkoError` with *example* unless *function* is async and takes *takes* values."""
-    refused = None
-    if not callable(function):
-        raise PachinkoError(f"expected a function, got {function!r}; write\n{example}")
-    if inspect.isasyncgenfunction(function):
-        refused = None if streams else "has a `yield`, but only message handlers stream"
-    elif not inspect.iscoroutinefunction(function):
-        refused = "is not async"
-        with contextlib.suppress(ValueError, TypeError):  # some callables have no signature
-            name, first = getattr(function, "__name__", "handler"), example.partition("\n")[0]
-            example = f"{first}\nasync def {name}{inspect.signature(function)}: ..."
-    if refused is None and takes is not None:
-        try:
-            inspect.signature(function).bind(*range(takes))
-        except TypeError as exc:
-            refused = f"takes the wrong parameters: {exc}"
-    if refused is not None:
-        raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
-
-
 def read_handler(
     type: str, function: Callable[..., Any], codec: Codec, namespaces: Namespaces,
     message_class: Any, path_params: Collection[str], concurrent: bool,
@@ -1313,34 +1681,24 @@ def read_handler(
     check_function(function, f'@ws.on("{type}")\nasync def {name}(conn): ...', None, streams=True)
     parameter, fields = _split_parameters(function, name, path_params)
     defaults = {p.name: p.default for p in fields if p.default is not _EMPTY}
+    hints = _hints_of(function, name, namespaces)
+    for each in filter(None, (parameter, *fields)):
+        if (refused := default_refusal(each, hints.get(each.name, Any))) is not None:
+            raise PachinkoError(f"{place} {refused}")
     try:
-        hints = _hints_of(function, name, namespaces)
         annotation: Any = hints.get(parameter.name, message_class or Any) if parameter else Any
         if fields:
             items = {p.name: hints.get(p.name, Any) for p in fields}
             items |= {key: cast(Any, typing.NotRequired)[items[key]] for key in defaults}
             annotation = cast(Any, typing.TypedDict)(name, items)
         codec.check(annotation, namespaces, [])
-    except (NameError, TypeError, ValueError, cattrs.StructureHandlerNotFoundError) as exc:
-        why: Any = exc
-        if isinstance(exc, cattrs.StructureHandlerNotFoundError):
-            why = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
-        raise PachinkoError(
-            f"the payload of {place} cannot be structured: {why}. Define or import names above the "
-            f"handler; use attrs classes, dataclasses, TypedDict and the standard library's types, "
-            f"or give hub.configure(converter=...) a hook before this handler"
-        ) from exc
+    except Exception as exc:  # A class, a hook or a converter of the application's may raise any.
+        raise _payload_error(place, exc) from exc
     if parameter and message_class and annotation is not message_class:
         write = f"async def {name}(conn, {parameter.name}: {message_class.__name__})"
         raise PachinkoError(f"{place} handles {message_class.__name__}; write {write}")
-    returns, streams = hints.get("return"), inspect.isasyncgenfunction(function)
-    if streams and get_args(returns):  # AsyncIterator[Item], AsyncGenerator[Item, None]
-        returns = get_args(returns)[0]
-    returns = None if returns in (types.NoneType, Any, object) else returns
-    try:
-        codec.check_reply(returns, namespaces)
-    except PachinkoError as exc:
-        raise PachinkoError(f"the reply of {place} is ambiguous: {exc}") from exc
+    streams = is_called_as(function, inspect.isasyncgenfunction)
+    returns = _reply_type(hints.get("return"), streams, codec, namespaces, place)
     return Handler(
         type, function,
         (lambda conn, value: function(conn, **value)) if fields
@@ -1350,20 +1708,63 @@ def read_handler(
     )  # fmt: skip
 
 
+def _reply_type(
+    declared: Any, streams: bool, codec: Codec, namespaces: Namespaces, place: str
+) -> Any:
+    """Return the type of a reply or of a stream's item, or None if it is not declared."""
+    if not streams and class_of(declared) in (AsyncIterator, AsyncGenerator, AsyncIterable):
+        code = "async for item in items:\n    yield item"
+        raise PachinkoError(f"{place} declares a stream, but has no `yield`; write\n{code}")
+    if streams and get_args(declared):  # AsyncIterator[Item], AsyncGenerator[Item, None]
+        declared = get_args(declared)[0]
+    if declared in (types.NoneType, Any, object):
+        return None
+    try:
+        codec.check_reply(declared, namespaces)
+    except PachinkoError as exc:
+        raise PachinkoError(f"the reply of {place} is ambiguous: {exc}") from exc
+    except Exception:  # It cannot be had, such as a type that contains nothing but itself.
+        return None
+    return declared
+
+
+def _payload_error(place: str, exc: Exception) -> PachinkoError:
+    """Return the error for a payload whose type raises *exc*."""
+    reason = why(exc)
+    if isinstance(exc, cattrs.StructureHandlerNotFoundError):
+        reason = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
+    return PachinkoError(
+        f"the payload of {place} cannot be structured: {reason}. Define or import names above the "
+        f"handler; use attrs classes, dataclasses, TypedDict and the standard library's types, "
+        f"or give hub.configure(converter=...) a hook before this handler"
+    )
+
+
 def _hints_of(function: Any, name: str, namespaces: Namespaces) -> dict[str, Any]:
-    """Return the annotations of *function*, or raise `PachinkoError` if a payload comes first."""
-    inner: Any = inspect.unwrap(function)
-    globals_ = {**namespaces[0], **getattr(inner, "__globals__", {})}
-    inner = getattr(inner, "func", inner)
-    hints = typing.get_type_hints(inner, globals_, namespaces[1], include_extras=True)
-    hints = {name: hashable(t) for name, t in hints.items()}
-    first = next(iter(inspect.signature(function).parameters.values()))
-    t = hints.get(first.name)
-    if t in _LEAVES - {types.NoneType} or t in (dict, list) or message_type(t) is not None:
-        raise PachinkoError(
-            f"{place_of(function)} takes `{first}` first, where the connection comes; write "
-            f"`async def {name}(conn, {first})`"
-        )
+    """Return the annotations of *function*, but of its first parameter and a return if they can be.
+
+    Raises `PachinkoError` if another cannot be resolved, or if a payload comes first.
+    """
+    signature, scope = signature_of(function), scope_of(function, namespaces)
+    bound = bound_names(function)
+    parameters = [p for p in signature.parameters.values() if p.name not in bound]
+    annotations = {p.name: p.annotation for p in parameters}
+    optional, hints = {"return", *[*annotations][:1]}, dict[str, Any]()
+    for key, annotation in (annotations | {"return": signature.return_annotation}).items():
+        try:
+            if annotation is not _EMPTY:
+                hints[key] = resolve(annotation, scope)
+        except Exception as exc:
+            if key not in optional:
+                exc.add_note(f"in the annotation of {key!r}")
+                raise _payload_error(place_of(function), exc) from exc
+    for first in parameters[:1]:
+        t = hints.get(first.name)
+        if t in _LEAVES - {types.NoneType} or t in (dict, list) or message_type(t) is not None:
+            raise PachinkoError(
+                f"{place_of(function)} takes `{shown(first)}` first, where the connection comes; "
+                f"write `async def {name}(conn, {shown(first)})`"
+            )
     return hints
 
 
@@ -1371,29 +1772,36 @@ def _split_parameters(
     function: Callable[..., Any], name: str, path_params: Collection[str]
 ) -> tuple[inspect.Parameter | None, list[inspect.Parameter]]:
     """Return the parameter for the whole payload, or None, and those for its fields."""
-    parameters = list(inspect.signature(function).parameters.values())
+    bound = bound_names(function)
+    parameters = [p for p in signature_of(function).parameters.values() if p.name not in bound]
     positional = [p for p in parameters if p.kind in _POSITIONAL]
     fields = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
     variadic = [p for p in parameters if p.kind in _VARIADIC]
     from_path = [p.name for p in parameters[1:] if p.name in path_params]
-    names = ", ".join(map(str, positional[1:]))
     refused = None
     if not positional:
         own = "self, " if inspect.ismethod(function) else ""
         refused = f"takes no connection; write `async def {name}({own}conn, ...)`"
+    elif positional[0].name == "self":
+        refused = (
+            f"takes `self`, but is of no object yet; write `ws.on(...)(Class().{name})` below the "
+            f"class, or ws.add_resource"
+        )
     elif from_path:
         refused = (
             f"takes {from_path[0]!r}, a path parameter, which only connect handlers get; "
             f"use `conn.params['{from_path[0]}']`"
         )
     elif variadic:
-        refused = f"takes {variadic[0]}; name it: `(conn, *, text: str)` or `(conn, payload: dict)`"
+        first = listed(variadic[:1])
+        refused = f"takes {first}; name it: `(conn, *, text: str)` or `(conn, payload: dict)`"
     elif len(positional) > 2:
+        names = listed(positional[1:])
         refused = f"takes more than one payload; for its fields write `(conn, *, {names})`"
     elif len(positional) == 2 and fields:
         refused = (
-            f"takes the payload whole and by fields; write `(conn, {names})` or "
-            f"`(conn, *, {', '.join(map(str, fields))})`"
+            f"takes the payload whole and by fields; write `(conn, {listed(positional[1:])})` or "
+            f"`(conn, *, {listed(fields)})`"
         )
     if refused is not None:
         raise PachinkoError(f"{place_of(function)} {refused}")
@@ -1405,24 +1813,35 @@ def path_parameters(path: str) -> list[str]:
     return re.findall(r"\{([a-zA-Z_]\w*)", path)
 
 
-def read_connect(function: Callable[..., Any], path: str | None) -> Callable[..., Awaitable[None]]:
+def read_connect(
+    function: Callable[..., Any], path: str | None, *, namespaces: Namespaces = _NOWHERE,
+    app: Any = None,
+) -> Callable[..., Awaitable[None]]:  # fmt: skip
     """Check a connect handler against *path*; return a function that passes it the parameters."""
     known = path_parameters(path or "")
     example = f"@ws.connect\nasync def arrive({', '.join(['conn', *known])}): ..."
     check_function(function, example, None)
-    parameters = list(inspect.signature(function).parameters.values())
+    parameters = list(signature_of(function).parameters.values())
     takes_all = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
     first, named = parameters[:1], parameters[1 : -1 if takes_all else None]
     unknown = [p for p in named if path and p.name not in known and p.default is _EMPTY]
     bad = [p for p in named if p.kind in (p.POSITIONAL_ONLY, *_VARIADIC)] or unknown
     if not first or first[0].kind not in _POSITIONAL or bad:
-        what = f"takes {', '.join(map(str, bad))}" if bad else "takes no connection"
+        what = f"takes {listed(bad)}" if bad else "takes no connection"
         has = f"{path} has {', '.join(known) or 'no parameters'}; " if path else ""
         raise PachinkoError(f"{place_of(function)} {what}; {has}write\n{example}")
     names, own = {p.name for p in named}, first[0].name
+    # What an `app.add_route` or some converters give is known when a client connects.
+    made = path_types(path or "", app)
+    left = check_path_types(function, parameters[1:], made, path, namespaces)
+    later = [(left, namespaces)] if left else []
 
     def call(conn: Connection) -> Awaitable[None]:
         params = conn.params.items()
+        if later:
+            came = {name: type(value) for name, value in params}
+            check_path_types(function, later[0][0], came, None, later[0][1])
+            later.clear()
         wanted = {k: v for k, v in params if k in names or (takes_all and k != own)}
         return cast(Awaitable[None], function(conn, **wanted))
 
@@ -1433,6 +1852,7 @@ def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[...
     """Return ``(name, method)`` for each ``on_<name>`` of *resource*, or raise `PachinkoError`."""
     cls = type(resource)
     names = [name for name in dir(resource) if name.startswith("on_")]
+    names = [name for name in names if not _is_responder(resource, name)]
     refused = None
     if not isinstance(prefix, str) or not prefix:
         refused = f'a prefix is a text, got {prefix!r}; write ws.add_resource("chat", resource)'
@@ -1443,13 +1863,26 @@ def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[...
         write = f"class {cls.__name__}:\n    async def on_send(self, conn, *, text: str): ..."
         refused = f"{cls.__name__} has no method to route; write\n{write}"
     for name in () if refused else names:
-        if name in _ROUTED_BY_FALCON and name != "on_connect":  # No app routes HTTP CONNECT.
+        if name == "on_websocket":
             refused = f"Falcon routes {cls.__name__}.{name} itself; call it {name}_message, say"
         elif isinstance(inspect.getattr_static(resource, name), property):
             refused = f"{cls.__name__}.{name} is a property; write async def {name}(self, conn)"
     if refused is not None:
         raise PachinkoError(refused)
     return [(name.removeprefix("on_"), getattr(resource, name)) for name in names]
+
+
+def _is_responder(resource: object, name: str) -> bool:
+    """Tell whether a method is Falcon's: it has the name of an HTTP method and takes a request."""
+    is_named_so = _RESPONDER.fullmatch(name) is not None and name != "on_connect"
+    if not is_named_so or isinstance(inspect.getattr_static(resource, name), property):
+        return False  # No app routes HTTP CONNECT.
+    with contextlib.suppress(Exception):  # What has no signature is refused later.
+        first, *_ = signature_of(method := getattr(resource, name)).parameters.values()
+        if first.name in ("req", "request"):
+            return True
+        return issubclass(known_type(method, first.annotation, _NOWHERE), falcon.Request)
+    return False
 
 
 @attrs.define(eq=False)
@@ -4179,7 +4612,9 @@ class Pachinko:
 
         `falcon.HTTPError` refuses the handshake, `Close` accepts and closes. Several run in order.
         """
-        self._routes.connect.append(read_connect(function, self._path))
+        self._routes.connect.append(
+            read_connect(function, self._path, namespaces=caller_namespaces(), app=self._app)
+        )
         return function
 
     def authenticate(self, function: F = _NO_FUNCTION) -> F:
@@ -4260,11 +4695,15 @@ class Pachinko:
     def fallback(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, frame: str)`` the text that no handler takes."""
         example = "@ws.fallback\nasync def other(conn, frame: str): ..."
+        check_function(function, example, 2)
+        check_taken(function, str, caller_namespaces(), example, replies=False)
         return self._routes.set("fallback", function, example, "the fallback")
 
     def binary(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, data: bytes)`` the binary frames."""
         example = "@ws.binary\nasync def upload(conn, data: bytes): ..."
+        check_function(function, example, 2)
+        check_taken(function, bytes, caller_namespaces(), example, replies=False)
         return self._routes.set("binary", function, example, "binary")
 
     def middleware(self, function: F = _NO_FUNCTION) -> F:
@@ -4288,7 +4727,9 @@ class Pachinko:
 
         def register(function: F) -> F:
             name = exception.__name__
-            check_function(function, f"@ws.error({name})\nasync def failed(conn, exc): ...", 2)
+            example = f"@ws.error({name})\nasync def failed(conn, exc): ..."
+            check_function(function, example, 2)
+            check_taken(function, exception, caller_namespaces(), example)
             refuse_second(self._routes.errors.get(exception), function, name)
             self._routes.errors[exception] = function
             return function
@@ -4329,7 +4770,7 @@ class Pachinko:
 
     def _leased(self, function: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
         """Return a worker that runs *function* while this process has the lease for it."""
-        inner = innermost(function)
+        inner = layers(function)[-1]
         qualname = getattr(inner, "__qualname__", type(inner).__qualname__)
         name = f"{self._path or ''} {inner.__module__}.{qualname}"
         if (first := self._routes.leases.get(name)) is not None:
@@ -4356,7 +4797,9 @@ class Pachinko:
         handlers, connect, disconnect = list[Handler](), list[Any](), list[Any]()
         for name, method in read_resource(prefix, resource):
             if name == "connect":
-                connect.append(read_connect(method, self._path))
+                connect.append(
+                    read_connect(method, self._path, namespaces=namespaces, app=self._app)
+                )
             elif name == "disconnect":
                 check_function(method, DISCONNECT, 1)
                 disconnect.append(method)

@@ -1,6 +1,7 @@
 """What the README, the pages in ``docs`` and the docstrings show and claim is run here."""
 
 from __future__ import annotations
+import __future__
 
 import ast
 import asyncio
@@ -27,7 +28,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cattrs
 import falcon.asgi
@@ -229,6 +230,24 @@ async def test_the_conversation(server: Server) -> None:
             elif direction == "←":
                 answer = await client.receive()
                 assert matches(json.loads(frame), answer), answer
+
+
+FOR_CHECKERS = {"Connection", "Envelope", "AsyncIterator", "Awaitable", "Callable"}
+
+
+async def test_the_app_with_imports_for_type_checkers_only() -> None:
+    """What ``ruff check --select TC --fix`` moves below ``if TYPE_CHECKING:`` is not missed."""
+    code = "\n".join(code for code in blocks(README, "python") if not is_client(code))
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+            alias.asname = "_" if alias.name in FOR_CHECKERS else alias.asname
+    postponed = __future__.annotations.compiler_flag
+    exec(compile(tree, README, "exec", postponed, True), names := {"__name__": "page"})
+    assert names.keys().isdisjoint(FOR_CHECKERS)
+    async with serving(names["app"]) as server, connect(server.url + "/ws/a") as client:
+        assert (await client.ask("sum", {"a": 1, "b": 2}))["payload"] == 3
+        assert (await client.ask("count", {"to": 2}))["payload"] == 0
 
 
 async def test_a_stream_is_stopped(server: Server) -> None:
@@ -599,6 +618,52 @@ async def test_other_claims_about_payloads(names: dict[str, Any]) -> None:
         assert len(large) == 1
 
 
+def of(module: str) -> Any:
+    """An object whose class is of a library."""
+    return type("Marker", (), {"__module__": module})()
+
+
+REGISTERED = tables(PAYLOADS, "You write", "What happens")
+
+
+@pytest.mark.parametrize(("code", "happens"), REGISTERED, ids=[row[0] for row in REGISTERED])
+async def test_what_a_handler_may_look_like(code: str, happens: str, names: dict[str, Any]) -> None:
+    """Each row is registered, or refused with these words."""
+
+    def plain_decorator(function: Any) -> Any:
+        return functools.wraps(function)(lambda conn, text, db: function(conn, text, db=db))
+
+    async def say(conn: Any, text: str, db: Any) -> None: ...
+
+    def make_class(defaults: dict[str, Any]) -> type:
+        return type("Cart", (), {"__annotations__": {"items": list}, **defaults})
+
+    point, said = names["Point"], type("Said", (), {"__annotations__": {"text": str}})
+    known = {
+        "functools": functools, "say": say, "plain_decorator": plain_decorator, "conn": None,
+        "db": None, "Depends": lambda _: of("fastapi.params"), "connect": None,
+        "FromDishka": {point: typing.Annotated[point, of("dishka.markers")]},
+        "Marker": type("Marker", (), {}), "ws": Pachinko(hub=Hub()),
+        "make_class": make_class, "Said": pachinko.message("said")(said),
+    }  # fmt: skip
+    decorator, _, function = spans(code)[0].rpartition(" async def ")
+    source = f"{decorator}\nasync def {function}" if decorator else spans(code)[0]
+
+    def register() -> None:
+        scope = {**names, **known}
+        exec(compile(f"from __future__ import annotations\n{source}", "<console>", "exec"), scope)
+        if not decorator:
+            known["ws"].on("t")(scope["f"])
+
+    if happens == "registered":
+        register()
+    else:
+        with pytest.raises(PachinkoError) as caught:
+            register()
+        assert happens.startswith("refused: ")
+        assert spans(happens)[0] in str(caught.value).replace("`", "")
+
+
 async def test_options_of_the_converter(names: dict[str, Any]) -> None:
     """A copy may refuse unknown keys and leave out defaults."""
     assert "copy(forbid_extra_keys=True)" in PAYLOADS.read_text()
@@ -613,6 +678,46 @@ async def test_options_of_the_converter(names: dict[str, Any]) -> None:
 
 
 FALCON = ROOT / "docs" / "falcon.md"
+PATHS = tables(FALCON, "Path", "Connect handler", "What happens")
+METHODS = tables(FALCON, "Method of `Todo`", '`ws.add_resource("todo", Todo())`')
+
+
+class OwnConverter:
+    def convert(self, value: str) -> decimal.Decimal | None:
+        return decimal.Decimal(value)
+
+
+@pytest.mark.parametrize(("path", "code", "happens"), PATHS, ids=[f"{row}" for row in PATHS])
+def test_path_parameters(path: str, code: str, happens: str) -> None:
+    """Each row is registered, or refused with these words."""
+    app = falcon.asgi.App()
+    app.router_options.converters["own"] = OwnConverter
+    ws = Pachinko(app, spans(path)[0], hub=Hub())
+    scope: dict[str, Any] = {
+        "Literal": Literal, "UUID": uuid.UUID, "date": date, "Decimal": decimal.Decimal,
+    }  # fmt: skip
+    exec(spans(code)[0], scope)
+    if happens == "registered":
+        ws.connect(scope["f"])
+        return
+    with pytest.raises(PachinkoError) as caught:
+        ws.connect(scope["f"])
+    assert spans(happens)[0] in str(caught.value).replace("`", "")
+
+
+@pytest.mark.parametrize(("code", "happens"), METHODS, ids=[f"{row}" for row in METHODS])
+def test_methods_of_a_resource(code: str, happens: str) -> None:
+    """Each is Falcon's or a message handler, by its first parameter."""
+    scope: dict[str, Any] = {"falcon": falcon}
+    exec(f"class Todo:\n    {spans(code)[0]}\n    async def on_other(self, conn): ...", scope)
+    ws = Pachinko(hub=Hub())
+    if happens == "refuses it":
+        with pytest.raises(PachinkoError):
+            ws.add_resource("todo", scope["Todo"]())
+        return
+    ws.add_resource("todo", scope["Todo"]())
+    handled = spans(happens) if happens.startswith("handles ") else []
+    assert sorted(ws._routes.handlers) == sorted(["todo.other", *handled])
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """The section "envelope and message": frames to envelopes, classes to messages."""
 
+import collections
 import dataclasses
 import enum
 import json
+import re
 from typing import Any, NamedTuple, TypedDict
 
 import attrs
@@ -736,12 +738,62 @@ def test_the_module_level_classes_stay_usable_in_an_app() -> None:
     async def said(conn: Any, msg: Said) -> None: ...
 
 
-@pytest.mark.parametrize("default", [[], {}, set()])
-def test_a_shared_default_is_refused(default: Any) -> None:
+class Kind(enum.Enum):
+    ONE = 1
+
+
+@attrs.frozen
+class Whole:
+    text: str
+
+
+SHARED: list[tuple[Any, str]] = [
+    ([], "list"), ({}, "dict"), (set(), "set"), ([1], "lambda: list(...)"),
+    ({"a": 1}, "lambda: dict(...)"), (collections.deque([1]), "lambda: deque(...)"),
+    (bytearray(b"a"), "lambda: bytearray(...)"),
+    (collections.defaultdict(list, a=[]), "lambda: defaultdict(...)"),
+    (Data("hi"), "lambda: Data(...)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("made", [lambda cls: cls, attrs.define, attrs.frozen])
+@pytest.mark.parametrize(
+    "field", [lambda default: default, lambda default: attrs.field(default=default)]
+)
+@pytest.mark.parametrize(("default", "factory"), SHARED, ids=str)
+def test_a_shared_default_is_refused(default: Any, factory: str, field: Any, made: Any) -> None:
     """All messages would change it together; the text shows the factory."""
+
+    class Say:
+        tags: Any = field(default)
+
+    with pytest.raises(PachinkoError, match=re.escape(f" attrs.field(factory={factory})`")):
+        message("say")(made(Say))
+
+
+def test_a_shared_default_of_a_base_class_is_refused() -> None:
+    """Its messages share it as well."""
+
+    @attrs.define
+    class Base:
+        tags: list[str] = []  # noqa: RUF008 - the mistake
+
+    class Say(Base):
+        text: str = ""
+
+    with pytest.raises(PachinkoError, match=r"share the default of Say\.tags"):
+        message("say")(Say)
+
+
+@pytest.mark.parametrize(
+    "default",
+    [None, 5, "x", (), frozenset(), Kind.ONE, msgspec.UNSET, attrs.Factory(list), Whole("hi")],
+    ids=str,
+)  # fmt: skip
+def test_a_default_that_nobody_can_change_is_shared(default: Any) -> None:
+    """So is a factory, which makes a new value each time."""
 
     class Say:
         tags: Any = default
 
-    with pytest.raises(PachinkoError, match=f"factory={type(default).__name__}"):
-        message("say")(Say)
+    assert message("say")(Say) is not None

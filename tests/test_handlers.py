@@ -13,6 +13,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import attrs
 import falcon
 import falcon.asgi
+import falcon.testing
 import msgspec
 import pytest
 from support import connect, new_app, serving
@@ -971,17 +972,116 @@ def resource(**methods: Any) -> Any:
     return type("Chat", (), methods)()
 
 
-@pytest.mark.parametrize(
-    "name", ["get", "post", "put", "delete", "patch", "head", "options", "websocket"]
-)
-def test_names_that_falcon_routes_are_refused(name: str) -> None:
-    """``on_get`` means a request to Falcon, and so to the reader."""
+VERBS = ["get", "post", "put", "delete", "patch", "head", "options", "query", "move", "report"]
+
+
+@pytest.mark.parametrize("name", VERBS)
+async def test_the_name_of_an_http_method_may_be_a_messages(name: str) -> None:
+    """``todo.delete`` is a message like any other."""
+
+    async def method(self: Any, conn: Any, *, id: int) -> int:
+        return id
+
+    ws = endpoint()
+    ws.add_resource("todo", resource(**{f"on_{name}": method}))
+    assert await call(ws._routes.handlers[f"todo.{name}"], {"id": 5}) == 5
+
+
+async def responder_by_name(self: Any, req: Any, resp: Any) -> None: ...
+
+
+async def responder_by_its_name(self: Any, request: Any, response: Any) -> None: ...
+
+
+async def responder_by_type(self: Any, r: falcon.asgi.Request, _: Any) -> None: ...
+
+
+async def responder_by_base(self: Any, r: "falcon.Request", *_: Any) -> None: ...
+
+
+class OwnRequest(falcon.asgi.Request):
+    pass
+
+
+async def responder_by_own(self: Any, r: OwnRequest, _: Any, id: int) -> None: ...
+
+
+RESPONDERS = [
+    responder_by_name, responder_by_its_name, responder_by_type, responder_by_base, responder_by_own
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("responder", RESPONDERS, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("name", [*VERBS, "websocket", "get_all", "delete_one"])
+def test_a_responder_of_falcons_is_no_message_handler(name: str, responder: Any) -> None:
+    """A request comes first. So one class may be both."""
+    ws = endpoint()
+    ws.add_resource("todo", resource(**{f"on_{name}": responder}, on_say=on_say))
+    assert [*ws._routes.handlers] == ["todo.say"]
+
+
+def test_only_responders_are_nothing_to_route() -> None:
+    """A class for HTTP alone has no messages."""
+    text = refusal(lambda: endpoint().add_resource("todo", resource(on_get=responder_by_name)))
+    assert text.startswith("Chat has no method to route; write\n")
+
+
+@pytest.mark.parametrize("name", ["say", "getting", "get2", "connect"])
+def test_other_methods_do_not_go_by_a_name(name: str) -> None:
+    """What takes a parameter called `req` is Falcon's only for the names of HTTP methods."""
+
+    async def method(self: Any, req: Any) -> None: ...
+
+    ws = endpoint()
+    ws.add_resource("todo", resource(**{f"on_{name}": method}))
+    assert len(ws._routes.handlers) + len(ws._routes.connect) == 1
+
+
+async def test_one_class_may_serve_http_and_messages() -> None:
+    """The same instance is a resource of Falcon's and of Pachinko's."""
+
+    class Todo:
+        def __init__(self) -> None:
+            self.items: list[str] = ["a"]
+
+        async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+            resp.media = self.items
+
+        async def on_get_first(self, req: Any, resp: Any) -> None:
+            resp.media = self.items[0]
+
+        async def on_delete(self, conn: Any) -> list[str]:
+            self.items.clear()
+            return self.items
+
+    app, todo = new_app(), Todo()
+    ws = Pachinko(app, "/ws", hub=Hub())
+    ws.add_resource("todo", todo)
+    app.add_route("/todo", todo)
+    app.add_route("/first", todo, suffix="first")
+    assert [*ws._routes.handlers] == ["todo.delete"]
+    async with falcon.testing.ASGIConductor(app) as http:
+        assert (await http.simulate_get("/todo")).json == ["a"]
+        assert (await http.simulate_get("/first")).json == "a"
+    async with serving(app) as server, connect(server.url + "/ws") as client:
+        assert (await client.ask("todo.delete"))["payload"] == []
+
+
+def test_on_websocket_is_never_a_message_handler() -> None:
+    """``on_websocket`` means a handshake to Falcon, and so to the reader."""
 
     async def method(self: Any, conn: Any) -> None: ...
 
-    text = refusal(lambda: endpoint().add_resource("chat", resource(**{f"on_{name}": method})))
-    assert text.startswith(f"Falcon routes Chat.on_{name} itself")
-    assert f"on_{name}_message" in text
+    text = refusal(lambda: endpoint().add_resource("chat", resource(on_websocket=method)))
+    assert text.startswith("Falcon routes Chat.on_websocket itself")
+    assert "on_websocket_message" in text
+
+
+def test_a_property_with_the_name_of_an_http_method_is_refused() -> None:
+    """It is not run to find out what it takes."""
+    on_get = property(lambda self: pytest.fail("the property was run"))
+    text = refusal(lambda: endpoint().add_resource("chat", resource(on_get=on_get)))
+    assert text.startswith("Chat.on_get is a property")
 
 
 def test_a_resource_without_methods_is_refused() -> None:
@@ -1227,7 +1327,8 @@ def not_async(self: Any, conn: Any) -> None: ...
 
 BAD_METHODS: list[dict[str, Any]] = [
     {"on_zoom": too_many}, {"on_zoom": unknown}, {"on_zoom": ambiguous}, {"on_zoom": not_async},
-    {"on_zoom": no_connection}, {"on_zoom": 5}, {"on_reply": on_say}, {"on_get": on_say},
+    {"on_zoom": no_connection}, {"on_zoom": 5}, {"on_reply": on_say},
+    {"on_websocket": on_say}, {"on_delete": not_async}, {"on_get": 5},
     {"on_taken": on_say}, {"on_connect": not_async}, {"on_connect": no_connection},
     {"on_disconnect": on_say}, {"on_disconnect": not_async},
     {"on_disconnect": no_connection},

@@ -4,6 +4,7 @@ The lines with an ignored error must be errors: both checkers complain of a need
 """
 
 import concurrent.futures
+import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, assert_type
 
@@ -50,10 +51,46 @@ class Chosen:
     numbers: list[int] = attrs.field(factory=list[int])
 
 
+@message("order")
+class Order:
+    sku: str = attrs.field(converter=str.strip)
+    ship_to: str = attrs.field(default="", alias="shipTo")
+    _note: str = attrs.field(default="", alias="note")
+    total: int = attrs.field(default=0, init=False)
+
+
+@message("fixed")
+@attrs.frozen
+class Fixed:
+    at: float
+
+
+@message("noted")
+@dataclasses.dataclass
+class Noted:
+    at: float
+
+
+@message("louder")
+class Louder(Say):
+    volume: int = 11
+
+
 assert_type(Say("hello"), Say)
 assert_type(Say(text="hello").text, str)
 assert_type(Said("a", "hello").at, float)
 assert_type(Chosen([1]).numbers, list[int])
+assert_type(Order("ab", shipTo="me", note="n").ship_to, str)
+assert_type(Louder("hello", volume=5), Louder)
+
+
+def messages_as_values() -> None:
+    Chosen([1]).numbers = [2]  # a class that `attrs.define` has made is not frozen
+    Noted(1.0).at = 2.0
+    Fixed(1.0).at = 2.0  # type: ignore[misc]  # pyright goes by the outer of two decorators
+    assert_type({Say("hello"): 1}, dict[Say, int])
+    assert_type({Fixed(1.0)}, set[Fixed])
+    assert_type(Say("hello") == Say("bye"), bool)
 
 
 def wrong_messages() -> None:
@@ -61,7 +98,8 @@ def wrong_messages() -> None:
     Say()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     Say(txt="hello")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     Said("a", "hello", "now")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    Say("hello").text = "bye"  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    Order("ab", ship_to="me")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    Order("ab", total=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     message(Say)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
