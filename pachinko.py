@@ -65,6 +65,7 @@ Map: each section, what it is for, and those above it that it uses.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import collections
 import concurrent.futures
@@ -77,11 +78,13 @@ import inspect
 import itertools
 import logging
 import math
+import operator
 import os
 import random
 import re
 import secrets
 import sys
+import threading
 import time
 import traceback
 import types
@@ -119,8 +122,8 @@ import falcon.asgi
 import falcon.constants
 import msgspec
 from cattrs import cols
-from cattrs.disambiguators import create_default_dis_func
 from cattrs.gen import make_dict_structure_fn, override
+from cattrs.gen.typeddicts import make_dict_structure_fn as make_typeddict_structure_fn
 from msgspec import UNSET, UnsetType
 
 __all__ = [
@@ -138,6 +141,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 Id = str | int
 Hook = Callable[[Any, Any], Any]  # cattrs calls it with a value and the type to make of it
 Members = Sequence[tuple[Any, Any]]  # the types in a union, each with the class of its values
+KeyOf = Callable[[Any, str], str]  # the key on the wire for a class and the name of its field
+Check = tuple[Any, Callable[[Any], bool], str]  # a class, a test of its values, what fails it
 HookFactory = Callable[[Any, cattrs.Converter], Callable[..., Any]]
 Writer = tuple[str, Callable[[Any], Any]]  # a message type, and what makes JSON of a value
 FrameClass = type["Received"]  # the class of the frames of one message type
@@ -212,14 +217,19 @@ def bare(error: E) -> E:
     return error
 
 
-def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, str]]:
-    """Yield each wrong field under *exc* as ``{"path", "message"}``, without server internals."""
+def explain(
+    exc: BaseException, path: str = "$.payload", key_of: KeyOf = lambda _, name: name
+) -> Iterator[dict[str, str]]:
+    """Yield each wrong field under *exc* as ``{"path", "message"}``, without server internals.
+
+    *key_of* returns the key on the wire for a class and the name of a field.
+    """
     if isinstance(exc, cattrs.BaseValidationError):
         for inner in exc.exceptions:
             # cattrs adds a note to its own KeyError for a missing key; any other is a user's bug.
             is_other = isinstance(inner, KeyError) and not hasattr(inner, "__notes__")
-            step = _path_step(inner, exc.cl)
-            yield from explain(ValueError(_OTHER) if is_other else inner, path + step)
+            step = _path_step(inner, exc.cl, key_of)
+            yield from explain(ValueError(_OTHER) if is_other else inner, path + step, key_of)
         return
     text = _OTHER
     if isinstance(exc, msgspec.ValidationError):
@@ -236,7 +246,7 @@ def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, s
     yield {"path": path, "message": text}
 
 
-def _path_step(exc: BaseException, t: Any) -> str:
+def _path_step(exc: BaseException, t: Any, key_of: KeyOf) -> str:
     """Return the place of *exc* in its parent: ``.field``, ``[3]``, ``["key"]``, or ``""``."""
     names = [arg.name for arg in exc.args if isinstance(arg, attrs.Attribute)]
     for note in getattr(exc, "__notes__", ()):
@@ -245,11 +255,7 @@ def _path_step(exc: BaseException, t: Any) -> str:
             return f"[{index}]" if type(index) is int else f'["{str(index)[:_KEY_SHOWN]}"]'
         if isinstance(note, cattrs.AttributeValidationNote):
             names = [note.name]
-    if not names:
-        return ""
-    cls = origin_of(t) or t
-    field = attrs.fields_dict(cls).get(names[0]) if attrs.has(cls) else None
-    return f".{field.alias if field else names[0]}"
+    return f".{key_of(t, names[0])}" if names else ""
 
 
 def invalid_payload(type: str, errors: Iterable[dict[str, str]]) -> MessageError:
@@ -273,7 +279,16 @@ def invalid_payload(type: str, errors: Iterable[dict[str, str]]) -> MessageError
 _TIMES: set[Any] = {datetime, date, time_of_day, timedelta}
 _LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal, *_TIMES}
 _UNIONS: tuple[Any, ...] = (Union, types.UnionType)
-_OPTIONAL: tuple[Any, ...] = (typing.Required, typing.NotRequired)  # around a typed dict's item
+_QUALIFIERS = ("Final", "NotRequired", "ReadOnly", "Required")  # by name: two modules have them
+# The packages with metadata that is meant to be enforced: attrs has validators, for one.
+_ENFORCERS = frozenset({"annotated_types", "attr", "beartype", "msgspec", "pydantic"})
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+_LIMITS = frozenset({
+    *_SIGNS, "multiple_of", "min_length", "max_length", "pattern", "tz", "func",
+})  # fmt: skip
+_DESCRIPTIONS = frozenset({
+    "title", "description", "examples", "extra_json_schema", "extra", "unit", "documentation",
+})  # fmt: skip
 _MAKING = ("__new__", "__getattribute__", "__getattr__", "__attrs_pre_init__")
 _ATTRS_FILE = inspect.getfile(attrs.make_class)
 
@@ -297,12 +312,28 @@ def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -
 
 
 def hashable(t: Any) -> Any:
-    """Return *t* without `Annotated` if its metadata has no hash. cattrs looks types up by hash."""
-    try:
+    """Return *t* with no metadata that has no hash. cattrs looks types up by hash."""
+    with contextlib.suppress(TypeError):
         hash(t)
-    except TypeError:
-        return typing.get_type_hints(types.SimpleNamespace(__annotations__={"t": t}))["t"]
-    return t
+        return t
+    args = tuple(map(hashable, get_args(t)))
+    if origin_of(t) is typing.Annotated:
+        pieces = [piece for each in t.__metadata__ for piece in _hashable_pieces(each)]
+        return typing.Annotated[(args[0], *pieces)] if pieces else args[0]
+    if origin_of(t) in _UNIONS:
+        return Union[args]  # noqa: UP007 - of a tuple
+    if not args:
+        return t
+    return t.copy_with(args) if hasattr(t, "copy_with") else t.__origin__[args]
+
+
+def _hashable_pieces(piece: Any) -> list[Any]:
+    """Return *piece* in a list, or what it limits if it has no hash."""
+    with contextlib.suppress(TypeError):
+        hash(piece)
+        return [piece]
+    limits = dict(_limits_in(piece))  # the examples in Meta(gt=0, examples=[1]) have no hash
+    return [msgspec.Meta(**limits)] if limits else []
 
 
 def class_of(t: Any) -> Any:
@@ -315,10 +346,17 @@ def inner_type(t: Any) -> Any:
     """Return the type inside of `Annotated`, a `NewType` or a ``type`` statement, or *t* itself."""
     if origin_of(t) is typing.Annotated:
         return t.__origin__  # cattrs takes Annotated[dict, "x"] for a dict of "x"
+    if is_qualified(t):
+        return get_args(t)[0]
     if (value := getattr(origin_of(t), "__value__", None)) is not None:  # type Many[X] = list[X]
         given = dict(zip(t.__origin__.__type_params__, get_args(t), strict=True))
         return hashable(value[tuple(given[each] for each in value.__parameters__)])
     return hashable(getattr(t, "__supertype__", None) or getattr(t, "__value__", t))
+
+
+def is_qualified(t: Any) -> bool:
+    """Tell whether *t* is a type with a qualifier around it, such as `Final` or `NotRequired`."""
+    return getattr(origin_of(t), "_name", None) in _QUALIFIERS
 
 
 def bare_type(t: Any) -> Any:
@@ -327,10 +365,26 @@ def bare_type(t: Any) -> Any:
     return t if inner is t else bare_type(inner)
 
 
+def union_members(t: Any, outer: tuple[Any, ...] = ()) -> list[Any]:
+    """Return the members of the union *t*, also of unions with a name in it, or *t* alone."""
+    if t in outer:
+        raise TypeError(f"{t} is a union that contains itself")
+    if origin_of(t) in _UNIONS:
+        return [inner for member in get_args(t) for inner in union_members(member, outer)]
+    inner = inner_type(t)
+    if inner is t or origin_of(bare_type(t)) not in _UNIONS or limits_of(t):
+        return [t]
+    return union_members(inner, (*outer, t))
+
+
 def is_leaf(t: Any) -> bool:
     """Tell whether *t* is written as one JSON scalar."""
     if origin_of(t) in _UNIONS:
-        return all(map(is_leaf, get_args(t)))
+        members = union_members(t)
+        scalars = [member for member in members if member is not types.NoneType]
+        # A converter may have a hook for a type with a name, so it is not looked into if alone.
+        has_name = len(scalars) == 1 and bare_type(scalars[0]) is not scalars[0]
+        return not has_name and all(is_leaf(bare_type(member)) for member in members)
     is_enum = inspect.isclass(t) and issubclass(t, enum.Enum)
     return is_enum or origin_of(t) is Literal or t in _LEAVES
 
@@ -346,7 +400,13 @@ def fields_of(t: Any) -> Any:
 def declares_fields(t: Any) -> bool:
     """Tell whether *t* has named items: an attrs class, dataclass, typed dict or named tuple."""
     cls = class_of(t)
-    return fields_of(t) is not None or typing.is_typeddict(cls) or cols.is_namedtuple(cls)
+    is_dict = typing.is_typeddict(cls) or is_struct(cls)
+    return fields_of(t) is not None or is_dict or cols.is_namedtuple(cls)
+
+
+def is_struct(t: Any) -> bool:
+    """Tell whether *t* is a `msgspec.Struct`."""
+    return isinstance(class_of(t), type(msgspec.Struct))
 
 
 def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
@@ -354,11 +414,164 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
     if t in seen or isinstance(t, TypeVar) or origin_of(t) is Literal:
         return
     seen.append(t)
-    args = () if origin_of(t) is typing.Annotated else get_args(t)
-    fields = resolve_class(class_of(t), *namespaces).values() if declares_fields(t) else ()
-    for member in (inner_type(t), *args, *fields):
+    has_types = origin_of(t) not in (typing.Annotated, Callable, type)
+    members = [inner_type(t), *(get_args(t) if has_types else ())]
+    if declares_fields(t):
+        hints, cls = resolve_class(class_of(t), *namespaces), class_of(t)
+        if is_struct(cls):
+            hints = {name: hints[name] for name in cls.__struct_fields__}
+        members += _checked_fields(cls, hints)
+    else:
+        refuse_unset(get_args(t) if origin_of(t) not in _UNIONS else ())
+    for member in members:
         yield from types_in(member, namespaces, seen)
     yield t
+
+
+def _checked_fields(cls: Any, hints: dict[str, Any]) -> Iterable[Any]:
+    """Return the types of the fields of *cls*. Raises `TypeError` for a type of no value."""
+    known = {p for base in cls.__mro__ for p in getattr(base, "__parameters__", ())}
+    defaults = {f.name: f.default for f in fields_of(cls) or ()}
+    if is_struct(cls):
+        defaults = {f.name: f.default for f in msgspec.structs.fields(cls)}
+    for name, t in hints.items():
+        if free := {*free_variables(t)} - known:
+            raise TypeError(f"{cls.__name__}.{name} has no type for {free.pop()}")
+        if origin_of(t) is not typing.NotRequired and defaults.get(name) is not UNSET:
+            refuse_unset([t], name)
+    return hints.values()
+
+
+def free_variables(t: Any) -> tuple[Any, ...]:
+    """Return the type variables in *t*."""
+    return (t,) if isinstance(t, TypeVar) else getattr(t, "__parameters__", ())
+
+
+def refuse_unset(annotations: Iterable[Any], name: str = "x") -> None:
+    """Raise `TypeError` if `UnsetType` stands where no field can be absent."""
+    for t in annotations:
+        members = get_args(t) if origin_of(t) in _UNIONS else ()
+        if UnsetType in members:
+            shown = " | ".join(getattr(m, "__name__", str(m)) for m in members if m is not UnsetType)
+            raise TypeError(
+                f"UnsetType is for a field that may be absent; write {name}: {shown} | UnsetType "
+                f"= UNSET in a class, NotRequired[{shown}] in a typed dict"
+            )
+
+
+def limits_of(t: Any) -> list[tuple[str, Any]]:
+    """Return the constraints in the metadata of *t*: their names and bounds."""
+    pieces = t.__metadata__ if origin_of(t) is typing.Annotated else ()
+    return [limit for piece in pieces for limit in _limits_in(piece)]
+
+
+def _limits_in(piece: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the constraints in one piece of metadata. Raises `TypeError` if it is not known."""
+    cls = piece if inspect.isclass(piece) else type(piece)
+    limits = [("", None)]
+    if isinstance(piece, msgspec.Meta):
+        limits = [*cast(Any, piece).__rich_repr__()]
+    elif cls is not piece and hasattr(cls, "__is_annotated_types_grouped_metadata__"):
+        for each in piece:
+            yield from _limits_in(each)
+        return
+    elif cls is not piece and dataclasses.is_dataclass(piece):
+        limits = [(f.name, getattr(piece, f.name)) for f in dataclasses.fields(piece)]
+    packages = {base.__module__.partition(".")[0] for base in cls.__mro__}
+    for name, bound in limits if packages & _ENFORCERS else ():
+        if name not in _LIMITS and name not in _DESCRIPTIONS:
+            raise TypeError(
+                f"{piece!r} in Annotated is not enforced; write msgspec.Meta(gt=0), say, or an "
+                f"attrs class with a validator"
+            )
+        if name in _LIMITS:
+            yield name, bound
+
+
+def checks_of(t: Any) -> list[Check]:
+    """Return the checks for the metadata of *t*. Raises `TypeError` for one of another type."""
+    checks: list[Check] = []
+    members = [m for m in union_members(bare_type(t)) if m is not types.NoneType]
+    for name, bound in limits_of(t):
+        found = [_check_of(name, bound, class_of(bare_type(m)), m) for m in members]
+        if not any(found):
+            raise TypeError(f"{name} = {bound!r} does not limit {bare_type(t)}, in {t}")
+        checks += [check for check in found if check]
+    return checks
+
+
+def _check_of(name: str, bound: Any, cls: Any, t: Any) -> Check | None:
+    """Return the check of one constraint for the values of *t*, or None if it is for others."""
+    if name == "func":
+        return (cls if cls in _LEAVES else object), lambda v: v is None or bound(v), _OTHER
+    if cls is None:
+        return None
+    kind = {list: "array", dict: "object", None: "duration" if cls is timedelta else cls.__name__}
+    text, is_number = f"expected {kind[kind_of(t)]}", _is_number(cls)
+    if name in _SIGNS and (
+        (is_number and _is_number(type(bound)))
+        or (isinstance(bound, cls) and kind_of(t) is None and not is_number)
+    ):
+        compare, shown = getattr(operator, name), _SIGNS[name]
+        if cls is int and type(bound) is int and name in ("gt", "lt"):  # the words of msgspec
+            text += f" {shown}= {bound + (1 if name == 'gt' else -1)}"
+        else:
+            text += f" {shown} {float(bound) if cls is float else bound}"
+        return cls, lambda value: type(value) is bool or compare(value, bound), text
+    if name == "multiple_of" and is_number:
+        divisor = Decimal(str(bound)) if issubclass(cls, Decimal) else bound
+        text += f" that's a multiple of {float(bound) if cls is float else bound}"
+        return cls, lambda value: type(value) is bool or value % divisor == 0, text
+    if name == "pattern" and cls is str:
+        return cls, re.compile(bound).search, f"{text} matching regex {bound!r}"
+    if name in ("min_length", "max_length") and hasattr(cls, "__len__") and not declares_fields(t):
+        if name == "min_length":
+            return cls, lambda value: len(value) >= bound, f"{text} of length >= {bound}"
+        return cls, lambda value: bound is None or len(value) <= bound, f"{text} of length <= {bound}"
+    if name == "tz" and cls in (datetime, time_of_day) and not isinstance(bound, str):
+        return cls, *_zone_check(bound, text)
+    return None
+
+
+def _zone_check(zone: Any, text: str) -> tuple[Callable[[Any], bool], str]:
+    """Return the test and the text for a time with a *zone*: of msgspec or of annotated_types."""
+    if zone is None or zone is False:
+        return lambda value: value.tzinfo is None, f"{text} with no timezone component"
+    if zone is ... or zone is True:
+        return lambda value: value.tzinfo is not None, f"{text} with a timezone component"
+    if (offset := zone.utcoffset(None)) is None:
+        raise TypeError(f"a time in JSON has an offset, and no zone such as {zone}")
+    return lambda value: value.utcoffset() == offset, f"{text} with the offset of {zone}"
+
+
+def _is_number(cls: Any) -> bool:
+    """Tell whether *cls* is a class of numbers."""
+    return issubclass(cls, (int, float, Decimal)) and not issubclass(cls, bool)
+
+
+def enforce(value: T, checks: Iterable[Check]) -> T:
+    """Return *value*, or raise `msgspec.ValidationError` for the first check that it fails."""
+    for cls, test, text in checks:
+        try:
+            is_right = not isinstance(value, cls) or test(value)
+        except KeyError:  # It would be explained as a missing key.
+            is_right = False
+        if not is_right:
+            raise msgspec.ValidationError(text)
+    return value
+
+
+def kind_of(t: Any) -> type | None:
+    """Return list if *t* is written as a JSON array, dict for an object, None for anything else."""
+    cls = class_of(t)
+    if cls is None:
+        return None
+    if is_struct(t):
+        return list if cls.__struct_config__.array_like else dict
+    if fields_of(t) is not None or typing.is_typeddict(cls) or issubclass(cls, Mapping):
+        return dict
+    is_array = issubclass(cls, (Sequence, Set)) and not issubclass(cls, (str, bytes))
+    return list if is_array and not is_leaf(cls) else None
 
 
 def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
@@ -371,17 +584,27 @@ def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
         return t is not Decimal  # msgspec reads all its digits, but cattrs is given a float
     if origin is Literal:
         return all(type(choice) is str for choice in args)  # 1, 1.0 and true would be equal
+    if origin_of(t) is typing.Annotated:
+        return _is_limited_alike(t) and is_read_in_one_pass(t.__origin__, seen)
     if origin is dict and args[:1] not in ((), (str,)):
         return False  # msgspec reads keys by rules of its own
     if origin in (dict, list, set, frozenset, tuple, *_UNIONS):
-        return all(arg is Ellipsis or is_read_in_one_pass(arg, seen) for arg in args)
+        args = tuple(arg for arg in args if arg not in (Ellipsis, UnsetType))
+        return all(is_read_in_one_pass(arg, seen) for arg in args)
     if not inspect.isclass(t):
         return False
     if is_text_enum(t):
         return True
     seen.append(t)
     inner = _types_of_keys(t) if typing.is_typeddict(t) else _types_of_fields(t)
+    if is_struct(t):
+        inner = [field.type for field in msgspec.structs.fields(t)]
     return inner is not None and all(is_read_in_one_pass(u, seen) for u in inner)
+
+
+def _is_limited_alike(t: Any) -> bool:
+    """Tell whether msgspec enforces all constraints in the metadata of *t*."""
+    return all(isinstance(each, msgspec.Meta) or not [*_limits_in(each)] for each in t.__metadata__)
 
 
 def is_text_enum(cls: Any) -> bool:
@@ -634,6 +857,261 @@ def caller_namespaces() -> Namespaces:
     return frame.f_globals, dict(frame.f_locals)
 
 
+# ── unions ────────────────────────────────────────────────────────────────────────────────────
+#
+# The classes in a union are told apart by the keys of the JSON object: first by a tag, which is a
+# key with a `Literal` value, then by the keys that are required. Going out, the class of a value
+# names its member; only typed dicts are told apart by their keys again.
+
+
+@attrs.frozen
+class Shape:
+    """The keys of the JSON objects that are made of, or go out as, *type*."""
+
+    type: Any
+    keys: frozenset[str]
+    required: frozenset[str]
+    literals: dict[str, list[Any]]  # the values of the keys with a `Literal`
+    tags: set[str] = attrs.Factory(set)  # those of the keys that tell this type from another
+
+    def takes(self, value: Mapping[str, Any], key: str) -> bool:
+        """Tell whether *value* has one of the right values under *key*."""
+        return key in value and any(_is_same(value[key], each) for each in self.literals[key])
+
+    def is_of(self, value: Mapping[str, Any]) -> bool:
+        """Tell whether *value* has the tags and the required keys of this type."""
+        return self.required <= value.keys() and all(self.takes(value, key) for key in self.tags)
+
+    def known(self, value: Mapping[str, Any]) -> int:
+        """Return how many keys of *value* this type has."""
+        return sum(key in value for key in self.keys)
+
+    def is_told_from(self, other: Shape) -> bool:
+        """Tell whether the keys decide between this type and *other*. Notes the tags that do."""
+        for key in self.literals.keys() & other.literals.keys():
+            mine, its = self.literals[key], other.literals[key]
+            if not any(_is_same(one, two) for one in mine for two in its):
+                self.tags.add(key)
+                other.tags.add(key)
+        is_tagged = bool(self.tags & other.tags)
+        return is_tagged or not (self.required <= other.keys and other.required <= self.keys)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Tell whether two JSON values are one: ``1 == True == 1.0``, but not in JSON."""
+    one = one.value if isinstance(one, enum.Enum) else one
+    return type(one) is type(other) and bool(one == other)
+
+
+def keys_of(t: Any, converter: cattrs.Converter) -> dict[str, str]:
+    """Return the keys on the wire of *t*, a type with fields, by the names of its fields."""
+    if is_struct(t):
+        return {field.name: field.encode_name for field in msgspec.structs.fields(t)}
+    cls = class_of(t)
+    fields = fields_of(t)
+    names = list(cls.__annotations__) if fields is None else [f.name for f in fields if f.init]
+    keys = {name: name for name in names}
+    if attrs.has(cls) and getattr(converter, "use_alias", False):
+        keys = {field.name: field.alias for field in fields if field.init}
+    overrides = getattr(converter.get_structure_hook(t), "overrides", {})
+    for name, override_ in overrides.items():
+        if override_.omit:
+            keys.pop(name, None)
+        elif override_.rename is not None:
+            keys[name] = override_.rename
+    return keys
+
+
+def key_of(t: Any, name: str, converter: cattrs.Converter) -> str:
+    """Return the key on the wire of the field *name* of *t*."""
+    with contextlib.suppress(Exception):  # a class of another kind, or a hook that cannot be made
+        return keys_of(t, converter).get(name, name)
+    return name
+
+
+def shapes_of(members: Iterable[Any], converter: cattrs.Converter) -> list[Shape]:
+    """Return the shapes of *members*. Raises `TypeError` if two of them cannot be told apart."""
+    shapes = [_shape_of(member, converter) for member in members]
+    for one, other in itertools.combinations(shapes, 2):
+        if not one.is_told_from(other):
+            raise TypeError(
+                f"{shown(one.type)} | {shown(other.type)} cannot be told apart: neither has a "
+                f"required key that the other lacks; tag both, such as with the fields `kind: "
+                f'Literal["{_tag_of(one)}"]` and `kind: Literal["{_tag_of(other)}"]`'
+            )
+    return shapes
+
+
+def _tag_of(shape: Shape) -> str:
+    return class_of(bare_type(shape.type)).__name__.lower()
+
+
+def _shape_of(t: Any, converter: cattrs.Converter) -> Shape:
+    """Return the shape of a type with fields; that of a mapping has no keys."""
+    bare = bare_type(t)
+    cls, fields = class_of(bare), fields_of(bare)
+    literals, required = {}, set()
+    if is_struct(bare):
+        infos = msgspec.structs.fields(bare)
+        hints = {f.name: f.type for f in infos}
+        needed = {f.name for f in infos if f.required}
+        config = cls.__struct_config__
+        if config.tag is not None:
+            literals[config.tag_field] = [config.tag]
+    elif fields is not None:
+        hints = {field.name: field.type for field in fields}
+        needed = {f.name for f in fields if f.default in (attrs.NOTHING, dataclasses.MISSING)
+                  and getattr(f, "default_factory", attrs.NOTHING) in _NO_FACTORY}
+    elif typing.is_typeddict(cls):
+        hints = cls.__annotations__
+        needed = {
+            name for name, t in hints.items()
+            if origin_of(t) is typing.Required
+            or (name in cls.__required_keys__ and origin_of(t) is not typing.NotRequired)
+        }  # fmt: skip
+    else:
+        return Shape(t, frozenset(), frozenset(), {})
+    keys = keys_of(bare, converter)
+    for name, key in keys.items():
+        if origin_of(literal := bare_type(hints[name])) is Literal:
+            literals[key] = [msgspec.to_builtins(each) for each in get_args(literal)]
+        if name in needed:
+            required.add(key)
+    return Shape(t, frozenset({*keys.values(), *literals}), frozenset(required), literals)
+
+
+def best_of(value: Mapping[str, Any], shapes: Iterable[Shape]) -> Shape | None:
+    """Return the shape that fits *value*, the one that knows most of its keys, or None."""
+    fits = [shape for shape in shapes if shape.is_of(value)]
+    return max(fits, key=lambda shape: shape.known(value), default=None)
+
+
+def nearest_to(value: Mapping[str, Any], shapes: Sequence[Shape]) -> Shape:
+    """Return the shape that *value* was meant to have. Raises an error for its tag, or for all."""
+    tagged = [shape for shape in shapes if shape.tags]
+    rest = [shape for shape in shapes if all(shape.takes(value, key) for key in shape.tags)]
+    rest = [shape for shape in rest if shape.tags] or rest
+    counts = collections.Counter(key for shape in tagged for key in sorted(shape.tags))
+    for key, _ in counts.most_common():
+        having = [shape for shape in tagged if key in shape.tags]
+        is_meant = key in value or len(having) == len(shapes)
+        if is_meant and not any(shape.takes(value, key) for shape in having):
+            found: list[Any] = [each for shape in having for each in shape.literals[key]]
+            names = ", ".join(dict.fromkeys(_encode(each).decode() for each in found))
+            text = f"expected one of {names}"
+            error: Exception = msgspec.ValidationError(text) if key in value else KeyError(key)
+            error.add_note(cattrs.AttributeValidationNote("", key, Any))
+            raise cattrs.ClassValidationError("no member of a union", [error], dict)
+    rest = sorted(rest or tagged or shapes, key=lambda shape: -shape.known(value))
+    if len(rest) > 1 and rest[0].known(value) == rest[1].known(value):
+        keys = [" and ".join(f'"{key}"' for key in sorted(each.required)) for each in rest]
+        raise msgspec.ValidationError(f"expected an object with {' or '.join(filter(None, keys))}")
+    return rest[0]
+
+
+def declared_member(value: object, members: Members) -> Any:
+    """Return the member whose fields *value* is sent with, or its own class if no member fits."""
+    exact = [m for m, cls in members if cls is type(value)]
+    bases = [m for m, cls in members if isinstance(value, cls)]
+    return (exact or bases or [type(value)])[0]
+
+
+def members_of(t: Any) -> Members:
+    """Return the members of the union *t*, or *t* itself, with the classes of their values."""
+    if origin_of(bare_type(t)) in _UNIONS:
+        pairs = [pair for member in get_args(bare_type(t)) for pair in members_of(member)]
+        dicts = [member for member, _ in pairs if typing.is_typeddict(class_of(bare_type(member)))]
+        # They have one class, and are told apart by their keys.
+        one: Any = Union[tuple(dicts)] if dicts else None  # noqa: UP007 - of a tuple
+        others = [pair for pair in pairs if pair[0] not in dicts]
+        return [*others, (one, dict)] if len(dicts) > 1 and others else pairs
+    cls = _written_class(t)
+    return [] if cls is None else [(t, cls)]
+
+
+def _written_class(t: Any) -> Any:
+    """Return the class of the values that are sent as *t*, or None if it has none."""
+    cls = class_of(bare_type(t))
+    return dict if typing.is_typeddict(cls) else cls
+
+
+def union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
+    """Make the hook of a union. Raises `PachinkoError` if values do not tell their member."""
+    members = members_of(t)
+    if len(members) > 1 and all(typing.is_typeddict(class_of(bare_type(m))) for m, _ in members):
+        return _dicts_unstructure_hook([member for member, _ in members], converter)
+    for (one, cls), (other, _) in itertools.combinations(members, 2):
+        is_ambiguous = _share_values(one, other) and not _are_written_alike(one, other, converter)
+        if is_ambiguous and (_has_fields(one) or _has_fields(other)):
+            raise PachinkoError(
+                f"{shown(one)} | {shown(other)} may lose fields: a {cls.__name__} does not tell "
+                f"as which of the two it goes out; write {advice_for(one, other)}"
+            )
+    return lambda value: converter.unstructure(value, declared_member(value, members))
+
+
+def _dicts_unstructure_hook(
+    members: Iterable[Any], converter: cattrs.Converter
+) -> Callable[[Any], Any]:
+    """Make the hook of a union of typed dicts. Raises `PachinkoError` if it is ambiguous."""
+    try:
+        shapes = shapes_of(members, converter)
+    except TypeError as exc:
+        raise PachinkoError(f"{exc}, or write classes with @attrs.frozen instead") from None
+
+    def unstructure(value: Any) -> Any:
+        shape = best_of(value, shapes) or max(shapes, key=lambda shape: shape.known(value))
+        return converter.unstructure(value, shape.type)
+
+    return unstructure
+
+
+def advice_for(one: Any, other: Any) -> str:
+    """Return what to write instead of the ambiguous ``one | other``, such as ``list[A | B]``."""
+    pairs = [*zip(get_args(one), get_args(other), strict=False)]
+    is_nested = any(a != b and (_share_values(a, b) or Ellipsis in (a, b)) for a, b in pairs)
+    if origin_of(one) is not origin_of(other) or not pairs or is_nested:
+        return "classes with @attrs.frozen instead, which are told apart"
+    items = [shown(a if a is b else a | b) for a, b in pairs]
+    return f"{shown(origin_of(one))}[{', '.join(items)}]"
+
+
+def shown(t: Any) -> str:
+    """Return *t* as it is written in code."""
+    return re.sub(r"[\w.<>]+\.(?=\w)", "", repr(cast(Any, list)[t]).removeprefix("list[")[:-1])
+
+
+def _has_fields(t: Any, outer: tuple[Any, ...] = ()) -> bool:
+    """Tell whether a type with fields is in *t*. A ``type`` statement may contain itself."""
+    t, inner = bare_type(t), (*outer, t)
+    return declares_fields(t) or any(_has_fields(a, inner) for a in get_args(t) if a not in outer)
+
+
+def _share_values(one: Any, other: Any) -> bool:
+    """Tell whether a value may be of either type: a list, of ``Sequence[A]`` and ``list[B]``."""
+    first, second = _written_class(one), _written_class(other)
+    if first is second:
+        return first is not None
+    if any(kind_of(cls) is None or declares_fields(cls) for cls in (first, second)):
+        return False
+    is_below = issubclass(first, second) or issubclass(second, first)
+    return is_below and (inspect.isabstract(first) or inspect.isabstract(second))
+
+
+def _are_written_alike(one: Any, other: Any, converter: cattrs.Converter) -> bool:
+    """Tell whether a value becomes the same JSON by either of the two types."""
+    one, other = bare_type(one), bare_type(other)
+    args, others = get_args(one), get_args(other)
+    if args and args == others:
+        return True
+    if args and len(args) == len(others) and class_of(one) is class_of(other):
+        pairs = zip(args, others, strict=True)
+        return all(_are_written_alike(a, b, converter) for a, b in pairs)
+    if declares_fields(one) or declares_fields(other):
+        return one is other
+    return bool(converter.get_unstructure_hook(one) == converter.get_unstructure_hook(other))
+
+
 # ── codec ─────────────────────────────────────────────────────────────────────────────────────
 #
 # The codec turns JSON values into what handlers take, and what handlers return into JSON.
@@ -641,7 +1119,8 @@ def caller_namespaces() -> Namespaces:
 # which gives one rule and one wording for all of them. The kind of an array or object is checked
 # before cattrs' own hook iterates over it.
 
-_MAX_EXPLAINED = 16_384  # bytes of JSON: finding every error of 1 MiB would block for seconds
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?").fullmatch
+_NO_FACTORY = (attrs.NOTHING, dataclasses.MISSING)
 _TEXT_KEY = object()  # Annotated[int, _TEXT_KEY] is an int that is the key of a JSON object
 _ITEM = object()  # list[_ITEM] has items that come with their own hook and type
 _ARRAYS: dict[Any, Any] = {  # the declared class of an array, and the class that is made of it
@@ -653,21 +1132,22 @@ _ARRAYS: dict[Any, Any] = {  # the declared class of an array, and the class tha
 def strict_converter() -> cattrs.Converter:
     """Make a converter with the rules of the wire: aliases count, and no value changes its type."""
     converter = cattrs.Converter(use_alias=True)
-    for leaf in _LEAVES:  # cattrs uses these hooks for subclasses too: class Color(str, Enum)
-        converter.register_structure_hook(leaf, msgspec.convert)
+    for leaf in _LEAVES:
+        converter.register_structure_hook(leaf, _decimal if leaf is Decimal else msgspec.convert)
+    converter.register_structure_hook(_OfLeaf, _structure_of_leaf)
     structure = converter.register_structure_hook_factory
     structure(lambda t: t is object, lambda _: lambda value, _: value)
     structure(lambda t: t is _ITEM, lambda _: lambda item, _: item[1][0](item[0], item[1][1]))
     structure(is_leaf, _leaf_hook)
-    structure(lambda t: len(_kinds_of(t)) > 1, _union_hook)
-    structure(lambda t: _kind_of(t) is not None, _allow_recursion(_container_hook))
+    structure(lambda t: origin_of(t) in _UNIONS and not is_leaf(t), _allow_recursion(_union_hook))
+    structure(lambda t: kind_of(t) is not None, _allow_recursion(_container_hook))
     structure(lambda t: inner_type(t) is not t, _allow_recursion(_inner_hook))
     structure(lambda t: _TEXT_KEY in getattr(t, "__metadata__", ()), _key_hook)
     unstructure = converter.register_unstructure_hook_factory
     converter.register_unstructure_hook_func(
         lambda t: t is object, lambda v: v if type(v) is object else converter.unstructure(v)
     )
-    unstructure(lambda t: origin_of(t) in _UNIONS, _union_unstructure_hook)
+    unstructure(lambda t: origin_of(t) in _UNIONS, union_unstructure_hook)
     unstructure(declares_fields, _allow_recursion(_fields_unstructure_hook))
     unstructure(
         lambda t: inner_type(t) is not t,
@@ -702,31 +1182,38 @@ def _allow_recursion(make: HookFactory) -> HookFactory:
     return factory
 
 
-def _kind_of(t: Any) -> type | None:
-    """Return list if *t* is written as a JSON array, dict for an object, None for anything else."""
-    cls = class_of(t)
-    if cls is None:
-        is_union = origin_of(t) in _UNIONS
-        members = map(bare_type, get_args(t))
-        return dict if is_union and None not in map(fields_of, members) else None
-    if fields_of(t) is not None or typing.is_typeddict(cls) or issubclass(cls, Mapping):
-        return dict
-    is_array = issubclass(cls, (Sequence, Set)) and not issubclass(cls, (str, bytes))
-    return list if is_array and not is_leaf(cls) else None
+class _OfLeaf(abc.ABC):  # noqa: B024 - it has no methods, because no object is one
+    """A class below one of `_LEAVES`, such as ``Color(str, Enum)``.
+
+    cattrs goes by base classes, and would give such a class the hook of the leaf.
+    """
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return other not in _LEAVES and any(issubclass(other, leaf) for leaf in _LEAVES)
 
 
-def _kinds_of(t: Any) -> dict[Any, Any]:
-    """Return the members of the union *t* by JSON kind: NoneType, list, dict, None for the rest."""
-    kinds: dict[Any, Any] = {}
-    for member in get_args(t) if origin_of(t) in _UNIONS and not is_leaf(t) else ():
-        kind = member if member is types.NoneType else _kind_of(bare_type(member))
-        kinds[kind] = kinds.get(kind, member) | member
-    return kinds
+def _structure_of_leaf(value: Any, t: Any) -> Any:
+    return leaf_hook_of(t)(value, t)
+
+
+@functools.cache
+def leaf_hook_of(t: Any) -> Hook:
+    """Return the hook of a class below a scalar's. Raises for any but an enum."""
+    if not issubclass(t, enum.Enum):
+        raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {t!r}", t)
+    return _leaf_hook(t)
 
 
 def _union_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of a union that goes by the JSON kind of the value."""
-    hooks = {kind: (converter.get_structure_hook(m), m) for kind, m in _kinds_of(t).items()}
+    groups: dict[Any, list[Any]] = {}  # by NoneType, list, dict, or None for any other kind
+    for member in union_members(t):
+        kinds = {u if u is types.NoneType else kind_of(bare_type(u))
+                 for u in union_members(bare_type(member))}  # fmt: skip
+        for kind in kinds if member is not UnsetType else ():
+            groups.setdefault(kind, []).append(member)
+    hooks = {kind: _group_hook(kind, members, t, converter) for kind, members in groups.items()}
     # `other` takes scalars, and refuses a value of a kind that is not in the union.
     other = hooks.get(None) or next(iter(hooks.values()))
 
@@ -737,20 +1224,72 @@ def _union_hook(t: Any, converter: cattrs.Converter) -> Hook:
     return structure
 
 
+def _group_hook(
+    kind: Any, members: list[Any], t: Any, converter: cattrs.Converter
+) -> tuple[Hook, Any]:
+    """Return the hook, and the type that it takes, of the members of *t* with one JSON kind."""
+    if len(members) == 1:
+        return converter.get_structure_hook(members[0]), members[0]
+    union: Any = Union[tuple(members)]  # noqa: UP007 - of a tuple
+    if kind is dict:
+        return _classes_hook(members, converter), union
+    if kind is list:
+        one, other = members[:2]
+        raise TypeError(f"{shown(t)} has two types for an array; write {advice_for(one, other)}")
+    if not is_leaf(union):
+        raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {union}", union)
+    return _leaf_hook(union), union
+
+
+def _classes_hook(members: list[Any], converter: cattrs.Converter) -> Hook:
+    """Make the hook of a union of types with fields, which goes by the keys of the value."""
+    shapes = shapes_of(members, converter)
+    hooks = {id(shape): converter.get_structure_hook(shape.type) for shape in shapes}
+
+    def structure(value: Any, _: Any) -> Any:
+        if type(value) is not dict:
+            raise msgspec.ValidationError(f"expected object, got {json_name(value)}")
+        shape = best_of(value, shapes) or nearest_to(value, shapes)
+        return hooks[id(shape)](value, shape.type)
+
+    return structure
+
+
+def _decimal(value: Any, t: Any) -> Any:
+    """Structure a type that may be a `Decimal`, whose text is written as a JSON number is."""
+    made = msgspec.convert(value, t)
+    if type(made) is Decimal and type(value) is str and not _NUMBER(value):
+        raise msgspec.ValidationError("invalid decimal string")
+    return made
+
+
 def _leaf_hook(t: Any) -> Hook:
     """Make the hook of a scalar. It compares value *and* type, because ``1 == True == 1.0``."""
-    members = get_args(t) if origin_of(t) in _UNIONS else (t,)
+    named = union_members(t)
+    members = tuple(m for each in named for m in union_members(bare_type(each)))
+    hook = _scalar_hook(members, t)
+    checks = [check for each in named for check in checks_of(each)]
+    return (lambda value, t: enforce(hook(value, t), checks)) if checks else hook
+
+
+def _scalar_hook(members: tuple[Any, ...], t: Any) -> Hook:
+    """Make the hook of the scalar types *members*, which *t* stands for."""
     leaves = tuple(member for member in members if member in _LEAVES)
     leaf: Any = Union[leaves] if leaves else None  # noqa: UP007 - of a tuple
     msgspec.json.Decoder(leaf)  # It raises TypeError if JSON is ambiguous: UUID | datetime
+    convert: Hook = _decimal if Decimal in leaves else msgspec.convert
     if leaves == members:
-        return msgspec.convert
+        return convert if leaf == t else lambda value, _: convert(value, leaf)
     named = [c for m in members if m not in leaves for c in get_args(m) or m]  # Literal or Enum
-    values = [getattr(choice, "value", choice) for choice in named]
+    values = [msgspec.to_builtins(getattr(choice, "value", choice)) for choice in named]
+    if odd := [c for c, v in zip(named, values, strict=True) if kind_of(type(v)) or type(v) is set]:
+        raise TypeError(f"{odd[0]!r} is no JSON scalar; give it a text or a number as its value")
     choices = {(type(value), value): c for value, c in zip(values, named, strict=True)}
     text_enums: list[Any] = [m for m in members if inspect.isclass(m) and is_text_enum(m)]
+    flags: list[Any] = [m for m in members if inspect.isclass(m) and issubclass(m, enum.Flag)]
     names = [_encode(value).decode() for value in values]
     names += [_JSON_NAMES.get(leaf) or str(leaf.__name__) for leaf in leaves]
+    text = f"expected one of {', '.join(names)}{', or a sum of them' if flags else ''}"
 
     def structure(value: Any, _: Any) -> Any:
         with contextlib.suppress(KeyError, TypeError):  # TypeError: *value* cannot be hashed
@@ -758,19 +1297,25 @@ def _leaf_hook(t: Any) -> Hook:
         for cls in text_enums if type(value) is str else ():
             with contextlib.suppress(ValueError):  # an enum may have further values for a member
                 return cls(value)
+        for cls in flags if type(value) is int else ():
+            mask = functools.reduce(operator.or_, (member.value for member in cls), 0)
+            if value >= 0 and value | mask == mask:
+                return cls(value)
         with contextlib.suppress(msgspec.ValidationError):
             if leaves:
-                return msgspec.convert(value, leaf)
-        raise msgspec.ValidationError(f"expected one of {', '.join(names)}")
+                return convert(value, leaf)
+        raise msgspec.ValidationError(text)
 
     return structure
 
 
 def _inner_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of a type that has a name or metadata."""
-    inner = inner_type(t)
+    inner, checks = inner_type(t), checks_of(t)
     hook = converter.get_structure_hook(inner)
-    return lambda value, _: hook(value, inner)
+    if not checks:
+        return lambda value, _: hook(value, inner)
+    return lambda value, _: enforce(hook(value, inner), checks)
 
 
 def _key_hook(t: Any, converter: cattrs.Converter) -> Hook:
@@ -782,22 +1327,102 @@ def _key_hook(t: Any, converter: cattrs.Converter) -> Hook:
             return hook(key, t)
         except msgspec.ValidationError:
             with contextlib.suppress(msgspec.DecodeError):
-                return hook(msgspec.json.decode(key), t)
+                if key == key.strip():  # JSON may have blanks around it, a key may not
+                    return hook(msgspec.json.decode(key), t)
             raise
 
     return structure
 
 
+class _Budget(threading.local):
+    """How many errors are still to be found: finding all in 1 MiB would block for seconds."""
+
+    left: float = math.inf
+
+
+_budget = _Budget()
+
+
+def _count(exc: BaseException) -> bool:
+    """Count an error of a field, and tell whether there may be more."""
+    _budget.left -= not isinstance(exc, cattrs.BaseValidationError)
+    return _budget.left > 0
+
+
 def _container_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of an array or object, which checks the kind of the value first."""
-    kind: Any = _kind_of(t)
+    kind: Any = kind_of(t)
     inner = (_array_hook if kind is list else _object_hook)(t, converter)
+    is_counting = declares_fields(t) and converter.detailed_validation
 
     def structure(value: Any, _: Any) -> Any:
         if type(value) is not kind:
             text = f"expected {_JSON_NAMES[kind]}, got {json_name(value)}"
             raise msgspec.ValidationError(text)
-        return inner(value, t)
+        if not is_counting:
+            return inner(value, t)
+        if _budget.left <= 0:
+            raise msgspec.ValidationError("not looked at, after so many errors")
+        try:
+            return inner(value, t)
+        except cattrs.BaseValidationError as exc:
+            if kind is dict:
+                collections.deque(map(_count, exc.exceptions), 0)
+            raise
+
+    cast(Any, structure).overrides = getattr(inner, "overrides", {})
+    return structure
+
+
+def _items_hook(item: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of a list, which stops when enough errors were found."""
+    if item is Any or not converter.detailed_validation:
+        return cols.list_structure_factory(cast(Any, list)[item], converter)
+    hook = converter.get_structure_hook(item)
+
+    def structure(value: Any, t: Any) -> list[Any]:
+        made: list[Any] = []
+        errors: list[Exception] = []
+        for index, each in enumerate(value):
+            try:
+                made.append(hook(each, item))
+            except Exception as exc:  # noqa: BLE001 - a user's hook may raise anything
+                errors.append(_noted(exc, index, item))
+                if not _count(exc):
+                    break
+        if errors:
+            raise cattrs.IterableValidationError("in an array", errors, t)
+        return made
+
+    return structure
+
+
+def _noted(exc: Exception, index: Any, t: Any) -> Exception:
+    """Return *exc* with the place in its parent."""
+    note = cattrs.IterableValidationNote("", index, t)
+    exc.__notes__ = [*getattr(exc, "__notes__", ()), note]
+    return exc
+
+
+def _mapping_hook(key: Any, item: Any, converter: cattrs.Converter, make: Any) -> Hook:
+    """Make the hook of a mapping, which stops when enough errors were found."""
+    if not converter.detailed_validation:
+        return cols.mapping_structure_factory(cast(Any, dict)[key, item], converter, make)
+    key_hook, hook = converter.get_structure_hook(key), converter.get_structure_hook(item)
+
+    def structure(value: Any, t: Any) -> Any:
+        made: list[Any] = []
+        errors: list[Exception] = []
+        for name, each in value.items():
+            try:
+                made.append((key_hook(name, key), hook(each, item)))
+            except Exception as exc:  # noqa: BLE001 - a user's hook may raise anything
+                errors.append(_noted(exc, name, item))
+                if not _count(exc):
+                    break
+        if errors:
+            raise cattrs.IterableValidationError("in an object", errors, t)
+        return make(made)
 
     return structure
 
@@ -805,13 +1430,15 @@ def _container_hook(t: Any, converter: cattrs.Converter) -> Hook:
 def _array_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of *t* for JSON arrays, which builds a list of the items first."""
     cls, args = class_of(t), get_args(t)
+    if is_struct(t):
+        return _array_struct_hook(t, converter)
     if cols.is_namedtuple(cls):
         return cols.namedtuple_structure_factory(cls, converter)
     if cls not in _ARRAYS:
         raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {t!r}", t)
     if origin_of(t) is tuple and Ellipsis not in args:  # cattrs has no public factory for these
         hooks = [(converter.get_structure_hook(arg), arg) for arg in args]
-        inner = cols.list_structure_factory(cast(Any, list)[_ITEM], converter)
+        inner = _items_hook(_ITEM, converter)
 
         def structure(value: Any, t: Any) -> Any:
             if len(value) != len(hooks):
@@ -820,16 +1447,16 @@ def _array_hook(t: Any, converter: cattrs.Converter) -> Hook:
 
         return structure
     make = _ARRAYS[cls]
-    inner = cols.list_structure_factory(cast(Any, list)[args[0] if args else Any], converter)
+    inner = _items_hook(args[0] if args else Any, converter)
     return inner if make is list else lambda value, t: make(inner(value, t))
 
 
 def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
     cls = class_of(t)
-    if cls is None:  # a union of classes: cattrs finds the one whose fields are there
-        find = create_default_dis_func(converter, *map(bare_type, get_args(t)))
-        return lambda value, _: converter.structure(value, cast(Any, find(value)))
+    if is_struct(t):
+        return _struct_hook(t, converter)
     if (fields := fields_of(t)) is not None:
+        _check_constructor(cls, fields)
         validated = [f for f in fields if getattr(f, "validator", None)]
         checks: dict[str, Any] = {f.name: _checked(f, converter) for f in validated}
         if not converter.detailed_validation and any(f.kw_only for f in fields):
@@ -840,16 +1467,88 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
         return make_dict_structure_fn(t, converter, **checks)
     if typing.is_typeddict(cls):
         inner, declared = converter.gen_structure_typeddict(t), cls.__annotations__
-        return lambda value, t: {k: v for k, v in inner(value, t).items() if k in declared}
+        typed = lambda value, t: {k: v for k, v in inner(value, t).items() if k in declared}  # noqa: E731 - it gets an attribute
+        typed.overrides = getattr(inner, "overrides", {})
+        return typed
     key, item = (*get_args(t), Any, Any)[:2]
     make: Any = dict if cls in (Mapping, MutableMapping) else cls
     if cls is collections.Counter:
-        item = int
+        make, item = (lambda pairs: collections.Counter(dict(pairs))), int
     elif cls is collections.defaultdict:
         make = functools.partial(make, item if get_args(t) else None)
     if key not in (str, Any):
         key = typing.Annotated[key, _TEXT_KEY]
-    return cols.mapping_structure_factory(cast(Any, dict)[key, item], converter, make)
+    return _mapping_hook(key, item, converter, make)
+
+
+def _check_constructor(cls: Any, fields: Iterable[Any]) -> None:
+    """Raise unless *cls* can be made of its fields."""
+    if any(base.__module__.partition(".")[0] == "pydantic" for base in cls.__mro__):
+        # With @attrs.frozen above it, a model would no longer validate.
+        raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {cls!r}", cls)
+    needed = [
+        getattr(f, "alias", f.name) for f in fields
+        if f.init and f.default in _NO_FACTORY and getattr(f, "default_factory", None) in (None, *_NO_FACTORY)
+    ]
+    with contextlib.suppress(ValueError):  # some callables have no signature
+        try:
+            inspect.signature(cls).bind(**dict.fromkeys(needed))
+        except TypeError as exc:
+            raise TypeError(
+                f"{cls.__name__} cannot be made of its fields: {exc}; give such a parameter (an "
+                f"InitVar, say) a default"
+            ) from None
+
+
+def _struct_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of a `msgspec.Struct`. Its fields are structured as a typed dict's items."""
+    cls, config, fields = class_of(t), class_of(t).__struct_config__, msgspec.structs.fields(t)
+    not_required = cast(Any, typing.NotRequired)
+    items = {f.encode_name: f.type if f.required else not_required[f.type] for f in fields}
+    if config.tag is not None:
+        items[config.tag_field] = not_required[cast(Any, Literal)[config.tag]]
+    is_strict = config.forbid_unknown_fields or converter.forbid_extra_keys
+    inner = make_typeddict_structure_fn(
+        cast(Any, typing.TypedDict)(cls.__name__, items), converter,
+        _cattrs_forbid_extra_keys=is_strict,
+    )  # fmt: skip
+    names = {field.encode_name: field.name for field in fields}
+
+    def structure(value: Any, t: Any) -> Any:
+        made = inner(value, t)
+        return _make(cls, {name: made[key] for key, name in names.items() if key in made})
+
+    return structure
+
+
+def _array_struct_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of a `msgspec.Struct` that is written as an array, after its tag if any."""
+    cls, config, fields = class_of(t), class_of(t).__struct_config__, msgspec.structs.fields(t)
+    items = [(f.name, f.type) for f in fields]
+    if config.tag is not None:
+        items.insert(0, ("", cast(Any, Literal)[config.tag]))
+    hooks = [(converter.get_structure_hook(item), item) for _, item in items]
+    least = len(items) - sum(not field.required for field in fields)
+    inner = _items_hook(_ITEM, converter)
+
+    def structure(value: Any, t: Any) -> Any:
+        if len(value) < least:
+            text = f"expected array of at least length {least}, got {len(value)}"
+            raise msgspec.ValidationError(text)
+        if config.forbid_unknown_fields and len(value) > len(items):
+            raise msgspec.ValidationError(f"expected {len(items)} items, got {len(value)}")
+        pairs = zip(items, inner(zip(value, hooks, strict=False), t), strict=False)
+        return _make(cls, {name: item for (name, _), item in pairs if name})
+
+    return structure
+
+
+def _make(cls: Any, values: dict[str, Any]) -> Any:
+    """Make an object of *cls*; what its constructor raises is told of the object as a whole."""
+    try:
+        return cls(**values)
+    except Exception as exc:
+        raise cattrs.ClassValidationError("in a constructor", [exc], cls) from None
 
 
 def _checked(field: Any, converter: cattrs.Converter) -> Any:
@@ -871,97 +1570,47 @@ def _checked(field: Any, converter: cattrs.Converter) -> Any:
     return override(struct_hook=structure)
 
 
-def declared_member(value: object, members: Members) -> Any:
-    """Return the member whose fields *value* is sent with, or its own class if no member fits."""
-    exact = [m for m, cls in members if cls is type(value)]
-    bases = [m for m, cls in members if isinstance(value, cls)]
-    return (exact or bases or [type(value)])[0]
-
-
-def members_of(t: Any) -> Members:
-    """Return the members of the union *t*, or *t* itself, with the classes of their values."""
-    if origin_of(bare_type(t)) in _UNIONS:
-        return [pair for member in get_args(bare_type(t)) for pair in members_of(member)]
-    cls = _written_class(t)
-    return [] if cls is None else [(t, cls)]
-
-
-def _written_class(t: Any) -> Any:
-    """Return the class of the values that are sent as *t*, or None if it has none."""
-    cls = class_of(bare_type(t))
-    return dict if typing.is_typeddict(cls) else cls
-
-
-def _union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
-    """Make the hook of a union. Raises `PachinkoError` if values do not tell their member."""
-    members = members_of(t)
-    for (one, cls), (other, _) in itertools.combinations(members, 2):
-        is_ambiguous = _share_values(one, other) and not _are_written_alike(one, other, converter)
-        if is_ambiguous and (_has_fields(one) or _has_fields(other)):
-            raise PachinkoError(
-                f"{_shown(one)} | {_shown(other)} may lose fields: a {cls.__name__} does not tell "
-                f"as which of the two it goes out; write {_advice_for(one, other)}"
-            )
-    return lambda value: converter.unstructure(value, declared_member(value, members))
-
-
-def _advice_for(one: Any, other: Any) -> str:
-    """Return what to write instead of the ambiguous ``one | other``, such as ``list[A | B]``."""
-    pairs = [*zip(get_args(one), get_args(other), strict=False)]
-    is_nested = any(a != b and (_share_values(a, b) or Ellipsis in (a, b)) for a, b in pairs)
-    if origin_of(one) is not origin_of(other) or not pairs or is_nested:
-        return "classes with @attrs.frozen instead, which are told apart"
-    items = [_shown(a if a is b else a | b) for a, b in pairs]
-    return f"{_shown(origin_of(one))}[{', '.join(items)}]"
-
-
-def _shown(t: Any) -> str:
-    """Return *t* as it is written in code."""
-    return re.sub(r"[\w.<>]+\.(?=\w)", "", repr(cast(Any, list)[t]).removeprefix("list[")[:-1])
-
-
-def _has_fields(t: Any, outer: tuple[Any, ...] = ()) -> bool:
-    """Tell whether a type with fields is in *t*. A ``type`` statement may contain itself."""
-    t, inner = bare_type(t), (*outer, t)
-    return declares_fields(t) or any(_has_fields(a, inner) for a in get_args(t) if a not in outer)
-
-
-def _share_values(one: Any, other: Any) -> bool:
-    """Tell whether a value may be of either type: a list, of ``Sequence[A]`` and ``list[B]``."""
-    first, second = _written_class(one), _written_class(other)
-    if first is second:
-        return first is not None
-    if any(_kind_of(cls) is None or declares_fields(cls) for cls in (first, second)):
-        return False
-    is_below = issubclass(first, second) or issubclass(second, first)
-    return is_below and (inspect.isabstract(first) or inspect.isabstract(second))
-
-
-def _are_written_alike(one: Any, other: Any, converter: cattrs.Converter) -> bool:
-    """Tell whether a value becomes the same JSON by either of the two types."""
-    one, other = bare_type(one), bare_type(other)
-    args, others = get_args(one), get_args(other)
-    if args and args == others:
-        return True
-    if args and len(args) == len(others) and class_of(one) is class_of(other):
-        pairs = zip(args, others, strict=True)
-        return all(_are_written_alike(a, b, converter) for a, b in pairs)
-    if declares_fields(one) or declares_fields(other):
-        return one is other
-    return bool(converter.get_unstructure_hook(one) == converter.get_unstructure_hook(other))
-
-
 def _fields_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
     """Make the hook of a type that declares fields. It sends these fields only."""
     cls = class_of(t)
     with contextlib.suppress(NameError, TypeError, AttributeError):  # cattrs may still manage
         resolve_class(cls, {}, {})
-    if fields_of(t) is not None:
-        return converter.gen_unstructure_attrs_fromdict(t)
+    if is_struct(t):
+        return _struct_unstructure_hook(t, converter)
+    if (fields := fields_of(t)) is not None:
+        write = converter.gen_unstructure_attrs_fromdict(t)
+        if all(UnsetType not in get_args(field.type) for field in fields):
+            return write
+        return lambda value: {k: item for k, item in write(value).items() if item is not UNSET}
     if cols.is_namedtuple(cls):
         return cols.namedtuple_unstructure_factory(cls, converter)
     inner, declared = converter.gen_unstructure_typeddict(t), cls.__annotations__
     return lambda value: inner({key: value[key] for key in value if key in declared})
+
+
+def _struct_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
+    """Make the hook of a `msgspec.Struct`. msgspec itself would write the fields of a subclass."""
+    config, fields = class_of(t).__struct_config__, msgspec.structs.fields(t)
+    writers = {
+        f.name: converter.unstructure if free_variables(f.type)
+        else converter.get_unstructure_hook(f.type)
+        for f in fields
+    }  # fmt: skip
+    first = {} if config.tag is None else {config.tag_field: config.tag}
+
+    def is_sent(field: Any, item: Any) -> bool:
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        is_default = config.omit_defaults and type(item) is type(default) and item == default
+        return item is not UNSET and not is_default
+
+    def unstructure(value: Any) -> Any:
+        items = [(field, getattr(value, field.name)) for field in fields]
+        if config.array_like:
+            return [*first.values(), *(writers[field.name](item) for field, item in items)]
+        sent = [(field, item) for field, item in items if is_sent(field, item)]
+        return {**first, **{f.encode_name: writers[f.name](item) for f, item in sent}}
+
+    return unstructure
 
 
 class Codec:
@@ -983,33 +1632,47 @@ class Codec:
 
     def check(self, annotation: Any, namespaces: Namespaces, seen: list[Any]) -> None:
         """Resolve *annotation* and the types in it. Raises for a type that cannot be structured."""
+        try:
+            self._check(annotation, namespaces, seen)
+        except RecursionError:
+            raise TypeError(f"{annotation} contains ever more types") from None
+
+    def _check(self, annotation: Any, namespaces: Namespaces, seen: list[Any]) -> None:
+        if free := free_variables(annotation):
+            is_bare = annotation is class_of(annotation)  # it has no [] behind it
+            write = f"{annotation.__name__}[int]" if is_bare else "a type in its place"
+            raise TypeError(f"{annotation} has no type for {free[0]}; write {write}, say")
         for t in types_in(annotation, namespaces, seen):
             is_generic = bool(getattr(t, "__parameters__", ()))
             if is_generic and t is class_of(t):
                 raise TypeError(f"{t.__name__} is generic; write {t.__name__}[int], say")
-            if t not in (Any, Ellipsis) and origin_of(t) not in _OPTIONAL and not is_generic:
-                self.converter.get_structure_hook(t)
+            if t in (Any, Ellipsis, UnsetType) or is_qualified(t) or is_generic:
+                continue
+            if self.converter.get_structure_hook(t) is _structure_of_leaf:
+                leaf_hook_of(t)
 
     def check_reply(self, annotation: Any, namespaces: Namespaces) -> None:
         """Raise `PachinkoError` if *annotation*, or a type in it, leaves open what is sent."""
         # A name that is not known yet may be known by the time of the first reply.
         with contextlib.suppress(NameError, TypeError, AttributeError):
-            _union_unstructure_hook(annotation, self.converter)
+            union_unstructure_hook(annotation, self.converter)
             for t in types_in(annotation, namespaces, []):
                 self.converter.get_unstructure_hook(t)
 
     def structure(self, payload: Any, annotation: Any, type: str) -> Any:
         """Build what a handler takes, or raise `MessageError` (``invalid_payload``)."""
+        if self._hasty is not self.converter:
+            # cattrs' hasty hooks fail if a keyword-only field comes first, and tell no path.
+            with contextlib.suppress(Exception, SystemExit):  # a validator may raise anything
+                return self._hasty.structure(payload, annotation)
+        before, _budget.left = _budget.left, _MAX_ERRORS + 1
         try:
-            return self._hasty.structure(payload, annotation)
-        except (Exception, SystemExit) as exc:  # a user's hook or validator may raise anything
-            refused = invalid_payload(type, explain(bare(exc)))
-        try:
-            if self._hasty is not self.converter and len(_encode(payload)) <= _MAX_EXPLAINED:
-                # This may succeed: cattrs' hasty hook fails if a keyword-only field comes first.
-                return self.converter.structure(payload, annotation)
-        except (Exception, SystemExit) as exc:  # the same failure, with every wrong field
-            refused = invalid_payload(type, explain(bare(exc)))
+            return self.converter.structure(payload, annotation)
+        except (Exception, SystemExit) as exc:  # as above
+            key = functools.partial(key_of, converter=self.converter)
+            refused = invalid_payload(type, explain(bare(exc), key_of=key))
+        finally:
+            _budget.left = before
         raise refused
 
     def writer_of(self, value: object, type: str, declared: Any = None) -> Writer:
