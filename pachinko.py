@@ -333,6 +333,8 @@ def _hashable_pieces(piece: Any) -> list[Any]:
         hash(piece)
         return [piece]
     limits = dict(_limits_in(piece))  # the examples in Meta(gt=0, examples=[1]) have no hash
+    if "func" in limits:
+        return [dataclasses.replace(piece, func=functools.partial(limits["func"]))]
     return [msgspec.Meta(**limits)] if limits else []
 
 
@@ -436,7 +438,8 @@ def _checked_fields(cls: Any, hints: dict[str, Any]) -> Iterable[Any]:
         defaults = {f.name: f.default for f in msgspec.structs.fields(cls)}
     for name, t in hints.items():
         if free := {*free_variables(t)} - known:
-            raise TypeError(f"{cls.__name__}.{name} has no type for {free.pop()}")
+            write = f"write a type, or class {cls.__name__}(Generic[T])"
+            raise TypeError(f"{cls.__name__}.{name} has no type for {free.pop()}; {write}")
         if origin_of(t) is not typing.NotRequired and defaults.get(name) is not UNSET:
             refuse_unset([t], name)
     return hints.values()
@@ -450,9 +453,10 @@ def free_variables(t: Any) -> tuple[Any, ...]:
 def refuse_unset(annotations: Iterable[Any], name: str = "x") -> None:
     """Raise `TypeError` if `UnsetType` stands where no field can be absent."""
     for t in annotations:
-        members = get_args(t) if origin_of(t) in _UNIONS else ()
+        members = get_args(t) if origin_of(t) in _UNIONS else (t,)
         if UnsetType in members:
-            shown = " | ".join(getattr(m, "__name__", str(m)) for m in members if m is not UnsetType)
+            others = [getattr(m, "__name__", str(m)) for m in members if m is not UnsetType]
+            shown = " | ".join(others) or "int"
             raise TypeError(
                 f"UnsetType is for a field that may be absent; write {name}: {shown} | UnsetType "
                 f"= UNSET in a class, NotRequired[{shown}] in a typed dict"
@@ -775,8 +779,9 @@ def json_name(value: object) -> str:
 def message(type: str) -> Callable[[type[T]], type[T]]:
     """Tag a class as the message *type*, so that it can be received, returned and sent.
 
-    A plain annotated class becomes `attrs.frozen`; an attrs class or a dataclass is only tagged.
-    Raises `PachinkoError` for anything else.
+    A plain annotated class becomes `attrs.frozen`; an attrs class, a dataclass or a
+    `msgspec.Struct` is only tagged. Raises `PachinkoError` for anything else, and for a default
+    that all messages would share.
     """
     if not isinstance(type, str):
         raise PachinkoError(f'@message takes a type; write @message("say") above {type!r}')
@@ -786,8 +791,10 @@ def message(type: str) -> Callable[[type[T]], type[T]]:
     def tag(cls: Any) -> Any:
         if not inspect.isclass(cls):
             raise PachinkoError(f'@message("{type}") goes above a class, not above {cls!r}')
-        if "__attrs_attrs__" not in vars(cls) and "__dataclass_fields__" not in vars(cls):
+        own = vars(cls)
+        if not is_struct(cls) and not {"__attrs_attrs__", "__dataclass_fields__"} & own.keys():
             cls = _make_frozen(cls)
+        _refuse_shared_defaults(cls)
         setattr(cls, "__message_type__", type)  # noqa: B010 - it is declared on no class
         with contextlib.suppress(NameError):  # registration resolves the name of a later class
             resolve_class(cls, *namespaces)
@@ -809,14 +816,18 @@ def _make_frozen(cls: Any) -> Any:
             f"metaclass of its own; write a plain class, `class {cls.__name__}: text: str`, an "
             f"attrs class or a dataclass"
         )
-    made = attrs.frozen(cls)
-    for name in attrs.fields_dict(made):
-        if isinstance(default := vars(cls).get(name), (list, dict, set)):
+    return attrs.frozen(cls)
+
+
+def _refuse_shared_defaults(cls: Any) -> None:
+    """Raise `PachinkoError` for a default of *cls* that can be changed, such as a list."""
+    for field in attrs.fields(cls) if attrs.has(cls) else ():
+        if (kind := type(field.default)).__hash__ is None:
+            make = f"lambda: {field.default!r}" if field.default else kind.__name__
             raise PachinkoError(
-                f"all messages would share the default of {cls.__name__}.{name}; write "
-                f"`{name}: ... = attrs.field(factory={type(default).__name__})`"
+                f"all messages would share the default of {cls.__name__}.{field.name}; write "
+                f"`{field.name}: ... = attrs.field(factory={make})`"
             )
-    return made
 
 
 def check_type(type: str) -> None:
@@ -933,6 +944,11 @@ def shapes_of(members: Iterable[Any], converter: cattrs.Converter) -> list[Shape
     """Return the shapes of *members*. Raises `TypeError` if two of them cannot be told apart."""
     shapes = [_shape_of(member, converter) for member in members]
     for one, other in itertools.combinations(shapes, 2):
+        if not declares_fields(bare_type(one.type)) or not declares_fields(bare_type(other.type)):
+            raise TypeError(
+                f"{shown(one.type)} | {shown(other.type)} cannot be told apart, because each is an "
+                f"object; write a class with fields instead of the dict"
+            )
         if not one.is_told_from(other):
             raise TypeError(
                 f"{shown(one.type)} | {shown(other.type)} cannot be told apart: neither has a "
@@ -1123,6 +1139,16 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?").fullmatc
 _NO_FACTORY = (attrs.NOTHING, dataclasses.MISSING)
 _TEXT_KEY = object()  # Annotated[int, _TEXT_KEY] is an int that is the key of a JSON object
 _ITEM = object()  # list[_ITEM] has items that come with their own hook and type
+_FORMS = {  # by name: typing_extensions has them too
+    "Callable": "take a name, and look the function up",
+    "Collection": "write list[int], say", "Iterable": "write list[int], say",
+    "Iterator": "write list[int], say", "LiteralString": "write str",
+    "Never": "leave the parameter out", "NoReturn": "leave the parameter out",
+    "Self": "write the name of the class", "Type": "take a name, and look the class up",
+    "UnsetType": "write `x: int | UnsetType = UNSET`", "bytearray": "write bytes",
+    "complex": "write float, or tuple[float, float]", "memoryview": "write bytes",
+    "type": "take a name, and look the class up",
+}  # fmt: skip
 _ARRAYS: dict[Any, Any] = {  # the declared class of an array, and the class that is made of it
     list: list, MutableSequence: list, tuple: tuple, Sequence: tuple, set: set, MutableSet: set,
     frozenset: frozenset, Set: frozenset, collections.deque: collections.deque,
@@ -1320,16 +1346,20 @@ def _inner_hook(t: Any, converter: cattrs.Converter) -> Hook:
 
 def _key_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of an object's key that is no text. It reads the text, or the JSON in it."""
-    hook = _inner_hook(t, converter)
+    inner, checks = inner_type(t), checks_of(t)
+    hook = converter.get_structure_hook(inner)
 
-    def structure(key: Any, t: Any) -> Any:
+    def structure(key: Any, _: Any) -> Any:
         try:
-            return hook(key, t)
+            return enforce(hook(key, inner), checks)
         except msgspec.ValidationError:
-            with contextlib.suppress(msgspec.DecodeError):
+            value: Any = UNSET
+            with contextlib.suppress(msgspec.MsgspecError):
                 if key == key.strip():  # JSON may have blanks around it, a key may not
-                    return hook(msgspec.json.decode(key), t)
-            raise
+                    value = hook(msgspec.json.decode(key), inner)
+            if value is UNSET:
+                raise
+        return enforce(value, checks)
 
     return structure
 
@@ -1613,6 +1643,33 @@ def _struct_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[A
     return unstructure
 
 
+def advise(t: Any) -> str:
+    """Return what to do about *t*, a type without a hook."""
+    cls, name = class_of(t), shown(t)
+    bases = cls.__mro__ if cls else ()
+    form = getattr(t, "_name", None) or getattr(cls or t, "__name__", "")
+    annotations: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # a name in them may not be known yet
+        annotations = inspect.get_annotations(cls)
+    if form in _FORMS and (cls or t).__module__ != "__main__":
+        return f"{name} stands for no JSON value; {_FORMS[form]}"
+    if Any in get_args(t) or object in get_args(t):
+        return f"{name} is the same as Any; write Any"
+    if any(base.__module__.partition(".")[0] == "pydantic" for base in bases):
+        return f"{name} is a pydantic model; register the hook for models in docs/payloads.md"
+    if getattr(cls, "_is_protocol", False):
+        return f"{name} is a protocol, of which no object is made; write a class for its fields"
+    if cls and (base := next((leaf for leaf in bases if leaf in _LEAVES), None)):
+        return f"{name} is a class below {base.__name__}; write NewType({name!r}, {base.__name__})"
+    is_plain = cls and type(cls) is type and cls.__init__ is object.__init__
+    if is_plain and annotations and cls.__new__ is object.__new__:
+        return f"put @attrs.frozen above {name}"
+    return (
+        f"{name} has no JSON of its own; give hub.configure(converter=...) a hook that makes one, "
+        f"as docs/payloads.md shows, or write a class with @attrs.frozen that has its fields"
+    )
+
+
 class Codec:
     """Turn JSON values into what handlers take, and what they return into the text of a frame."""
 
@@ -1638,14 +1695,19 @@ class Codec:
             raise TypeError(f"{annotation} contains ever more types") from None
 
     def _check(self, annotation: Any, namespaces: Namespaces, seen: list[Any]) -> None:
+        if annotation is UnsetType:
+            refuse_unset([annotation])
         if free := free_variables(annotation):
             is_bare = annotation is class_of(annotation)  # it has no [] behind it
-            write = f"{annotation.__name__}[int]" if is_bare else "a type in its place"
+            write = f"{annotation.__name__}[int]" if is_bare else "int in its place"
             raise TypeError(f"{annotation} has no type for {free[0]}; write {write}, say")
         for t in types_in(annotation, namespaces, seen):
             is_generic = bool(getattr(t, "__parameters__", ()))
             if is_generic and t is class_of(t):
                 raise TypeError(f"{t.__name__} is generic; write {t.__name__}[int], say")
+            if t is typing.Final:
+                raise TypeError("Final alone has no type; write Final[int], say")
+            union_members(t)  # It raises TypeError for one that contains itself.
             if t in (Any, Ellipsis, UnsetType) or is_qualified(t) or is_generic:
                 continue
             if self.converter.get_structure_hook(t) is _structure_of_leaf:
@@ -1813,7 +1875,7 @@ def read_handler(
     except (NameError, TypeError, ValueError, cattrs.StructureHandlerNotFoundError) as exc:
         why: Any = exc
         if isinstance(exc, cattrs.StructureHandlerNotFoundError):
-            why = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
+            why = advise(exc.type_)
         raise PachinkoError(
             f"the payload of {place} cannot be structured: {why}. Define or import names above the "
             f"handler; use attrs classes, dataclasses, TypedDict and the standard library's types, "
