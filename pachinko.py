@@ -39,11 +39,16 @@ Glossary
 Map: each section, what it is for, and those above it that it uses.
 
     errors — whose fault something is, and what a client is told
-    types — the types in annotations
+    types — the types in annotations (uses: errors)
     envelope and message — frames and their JSON, `message` (uses: errors, types)
-    codec — JSON to what a handler takes, and back (uses: errors, types, envelope and message)
-    handlers — what a registered function takes, and finding it (uses: errors, types, envelope and
+    unions — the classes in a union, and what tells them apart (uses: errors, types, envelope and
         message)
+    structuring — the hooks that make what handlers take of JSON (uses: errors, types, envelope and
+        message, unions)
+    codec — JSON to what a handler takes, and back (uses: errors, types, envelope and message,
+        unions, structuring)
+    handlers — what a registered function takes, and finding it (uses: errors, types, envelope and
+        message, codec)
     handshake — who may connect: origins and tokens (uses: errors)
     limits — time, rate and the options that bound a connection (uses: errors)
     outbox — what waits to be written to one client (uses: envelope and message)
@@ -143,6 +148,7 @@ Hook = Callable[[Any, Any], Any]  # cattrs calls it with a value and the type to
 Members = Sequence[tuple[Any, Any]]  # the types in a union, each with the class of its values
 KeyOf = Callable[[Any, str], str]  # the key on the wire for a class and the name of its field
 Check = tuple[Any, Callable[[Any], bool], str]  # a class, a test of its values, what fails it
+Item = tuple[str, str, Any, bool]  # a field: name, key on the wire, type, is it required?
 HookFactory = Callable[[Any, cattrs.Converter], Callable[..., Any]]
 Writer = tuple[str, Callable[[Any], Any]]  # a message type, and what makes JSON of a value
 FrameClass = type["Received"]  # the class of the frames of one message type
@@ -283,9 +289,8 @@ _QUALIFIERS = ("Final", "NotRequired", "ReadOnly", "Required")  # by name: two m
 # The packages with metadata that is meant to be enforced: attrs has validators, for one.
 _ENFORCERS = frozenset({"annotated_types", "attr", "beartype", "msgspec", "pydantic"})
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-_LIMITS = frozenset({
-    *_SIGNS, "multiple_of", "min_length", "max_length", "pattern", "tz", "func",
-})  # fmt: skip
+_LENGTHS = {"min_length": operator.ge, "max_length": operator.le}
+_LIMITS = frozenset({*_SIGNS, *_LENGTHS, "multiple_of", "pattern", "tz", "func"})
 _DESCRIPTIONS = frozenset({
     "title", "description", "examples", "extra_json_schema", "extra", "unit", "documentation",
 })  # fmt: skip
@@ -312,9 +317,8 @@ def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -
 
 
 def hashable(t: Any) -> Any:
-    """Return *t* with no metadata that has no hash. cattrs looks types up by hash."""
-    with contextlib.suppress(TypeError):
-        hash(t)
+    """Return *t* without metadata that has no hash. cattrs looks types up by hash."""
+    if _has_hash(t):
         return t
     args = tuple(map(hashable, get_args(t)))
     if origin_of(t) is typing.Annotated:
@@ -327,15 +331,20 @@ def hashable(t: Any) -> Any:
     return t.copy_with(args) if hasattr(t, "copy_with") else t.__origin__[args]
 
 
-def _hashable_pieces(piece: Any) -> list[Any]:
-    """Return *piece* in a list, or what it limits if it has no hash."""
+def _has_hash(value: object) -> bool:
+    """Tell whether *value* has a hash."""
     with contextlib.suppress(TypeError):
-        hash(piece)
-        return [piece]
-    limits = dict(_limits_in(piece))  # the examples in Meta(gt=0, examples=[1]) have no hash
+        hash(value)
+        return True
+    return False
+
+
+def _hashable_pieces(piece: Any) -> list[Any]:
+    """Return *piece* in a list, or what it limits if it has no hash: Meta(gt=0, examples=[1])."""
+    limits = {} if _has_hash(piece) else dict(_limits_in(piece))
     if "func" in limits:
         return [dataclasses.replace(piece, func=functools.partial(limits["func"]))]
-    return [msgspec.Meta(**limits)] if limits else []
+    return [msgspec.Meta(**limits)] if limits else [piece] if _has_hash(piece) else []
 
 
 def class_of(t: Any) -> Any:
@@ -358,7 +367,7 @@ def inner_type(t: Any) -> Any:
 
 def is_qualified(t: Any) -> bool:
     """Tell whether *t* is a type with a qualifier around it, such as `Final` or `NotRequired`."""
-    return getattr(origin_of(t), "_name", None) in _QUALIFIERS
+    return str(origin_of(t)).rpartition(".")[2] in _QUALIFIERS
 
 
 def bare_type(t: Any) -> Any:
@@ -433,14 +442,13 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
 def _checked_fields(cls: Any, hints: dict[str, Any]) -> Iterable[Any]:
     """Return the types of the fields of *cls*. Raises `TypeError` for a type of no value."""
     known = {p for base in cls.__mro__ for p in getattr(base, "__parameters__", ())}
-    defaults = {f.name: f.default for f in fields_of(cls) or ()}
-    if is_struct(cls):
-        defaults = {f.name: f.default for f in msgspec.structs.fields(cls)}
+    fields = msgspec.structs.fields(cls) if is_struct(cls) else fields_of(cls) or ()
+    may_be_absent = {field.name for field in fields if field.default is UNSET}
     for name, t in hints.items():
         if free := {*free_variables(t)} - known:
             write = f"write a type, or class {cls.__name__}(Generic[T])"
             raise TypeError(f"{cls.__name__}.{name} has no type for {free.pop()}; {write}")
-        if origin_of(t) is not typing.NotRequired and defaults.get(name) is not UNSET:
+        if origin_of(t) is not typing.NotRequired and name not in may_be_absent:
             refuse_unset([t], name)
     return hints.values()
 
@@ -451,15 +459,15 @@ def free_variables(t: Any) -> tuple[Any, ...]:
 
 
 def refuse_unset(annotations: Iterable[Any], name: str = "x") -> None:
-    """Raise `TypeError` if `UnsetType` stands where no field can be absent."""
+    """Raise `TypeError` if `UnsetType` stands where nothing can be absent."""
     for t in annotations:
         members = get_args(t) if origin_of(t) in _UNIONS else (t,)
         if UnsetType in members:
             others = [getattr(m, "__name__", str(m)) for m in members if m is not UnsetType]
-            shown = " | ".join(others) or "int"
+            write = " | ".join(others) or "int"
             raise TypeError(
-                f"UnsetType is for a field that may be absent; write {name}: {shown} | UnsetType "
-                f"= UNSET in a class, NotRequired[{shown}] in a typed dict"
+                f"UnsetType is for a field that may be absent; write {name}: {write} | UnsetType "
+                f"= UNSET in a class, NotRequired[{write}] in a typed dict"
             )
 
 
@@ -493,14 +501,14 @@ def _limits_in(piece: Any) -> Iterator[tuple[str, Any]]:
 
 
 def checks_of(t: Any) -> list[Check]:
-    """Return the checks for the metadata of *t*. Raises `TypeError` for one of another type."""
+    """Return the checks for the metadata of *t*. Raises `TypeError` for those of other types."""
     checks: list[Check] = []
     members = [m for m in union_members(bare_type(t)) if m is not types.NoneType]
     for name, bound in limits_of(t):
         found = [_check_of(name, bound, class_of(bare_type(m)), m) for m in members]
         if not any(found):
             raise TypeError(f"{name} = {bound!r} does not limit {bare_type(t)}, in {t}")
-        checks += [check for check in found if check]
+        checks += filter(None, found)
     return checks
 
 
@@ -510,35 +518,34 @@ def _check_of(name: str, bound: Any, cls: Any, t: Any) -> Check | None:
         return (cls if cls in _LEAVES else object), lambda v: v is None or bound(v), _OTHER
     if cls is None:
         return None
-    kind = {list: "array", dict: "object", None: "duration" if cls is timedelta else cls.__name__}
-    text, is_number = f"expected {kind[kind_of(t)]}", _is_number(cls)
-    if name in _SIGNS and (
-        (is_number and _is_number(type(bound)))
-        or (isinstance(bound, cls) and kind_of(t) is None and not is_number)
-    ):
-        compare, shown = getattr(operator, name), _SIGNS[name]
-        if cls is int and type(bound) is int and name in ("gt", "lt"):  # the words of msgspec
-            text += f" {shown}= {bound + (1 if name == 'gt' else -1)}"
-        else:
-            text += f" {shown} {float(bound) if cls is float else bound}"
-        return cls, lambda value: type(value) is bool or compare(value, bound), text
-    if name == "multiple_of" and is_number:
-        divisor = Decimal(str(bound)) if issubclass(cls, Decimal) else bound
-        text += f" that's a multiple of {float(bound) if cls is float else bound}"
-        return cls, lambda value: type(value) is bool or value % divisor == 0, text
+    own = "duration" if cls is timedelta else cls.__name__
+    what = {list: "array", dict: "object"}.get(cast(Any, kind_of(t)), own)
+    text, is_number = f"expected {what}", _is_number(cls)
+    is_pair = is_number and _is_number(type(bound))  # 1 is below 1.5
+    shown = float(bound) if cls is float and is_pair else bound
+    if name in _SIGNS and (is_pair or (isinstance(bound, cls) and kind_of(t) is None)):
+        compare, sign = getattr(operator, name), _SIGNS[name]
+        if cls is int and type(bound) is int and name in ("gt", "lt"):  # msgspec says it like this
+            sign, shown = f"{sign}=", bound + (1 if name == "gt" else -1)
+        return cls, lambda v: type(v) is bool or compare(v, bound), f"{text} {sign} {shown}"
+    if name == "multiple_of" and is_pair:
+        by = Decimal(str(bound)) if issubclass(cls, Decimal) else bound
+        text = f"{text} that's a multiple of {shown}"
+        return cls, lambda v: type(v) is bool or v % by == 0, text
     if name == "pattern" and cls is str:
-        return cls, re.compile(bound).search, f"{text} matching regex {bound!r}"
-    if name in ("min_length", "max_length") and hasattr(cls, "__len__") and not declares_fields(t):
-        if name == "min_length":
-            return cls, lambda value: len(value) >= bound, f"{text} of length >= {bound}"
-        return cls, lambda value: bound is None or len(value) <= bound, f"{text} of length <= {bound}"
+        search = re.compile(bound).search
+        return cls, lambda v: search(v) is not None, f"{text} matching regex {bound!r}"
+    if name in _LENGTHS and hasattr(cls, "__len__") and not declares_fields(t):
+        compare = _LENGTHS[name]
+        text = f"{text} of length {_SIGNS[compare.__name__]} {bound}"
+        return cls, lambda v: bound is None or compare(len(v), bound), text
     if name == "tz" and cls in (datetime, time_of_day) and not isinstance(bound, str):
         return cls, *_zone_check(bound, text)
     return None
 
 
 def _zone_check(zone: Any, text: str) -> tuple[Callable[[Any], bool], str]:
-    """Return the test and the text for a time with a *zone*: of msgspec or of annotated_types."""
+    """Return the test and the text for a time with *zone*, of msgspec or of annotated_types."""
     if zone is None or zone is False:
         return lambda value: value.tzinfo is None, f"{text} with no timezone component"
     if zone is ... or zone is True:
@@ -556,10 +563,9 @@ def _is_number(cls: Any) -> bool:
 def enforce(value: T, checks: Iterable[Check]) -> T:
     """Return *value*, or raise `msgspec.ValidationError` for the first check that it fails."""
     for cls, test, text in checks:
-        try:
-            is_right = not isinstance(value, cls) or test(value)
-        except KeyError:  # It would be explained as a missing key.
-            is_right = False
+        is_right = False
+        with contextlib.suppress(KeyError):  # It would be explained as a missing key.
+            is_right = not isinstance(value, cls) or bool(test(value))
         if not is_right:
             raise msgspec.ValidationError(text)
     return value
@@ -880,8 +886,8 @@ class Shape:
     """The keys of the JSON objects that are made of, or go out as, *type*."""
 
     type: Any
-    keys: frozenset[str]
-    required: frozenset[str]
+    keys: set[str]
+    required: set[str]
     literals: dict[str, list[Any]]  # the values of the keys with a `Literal`
     tags: set[str] = attrs.Factory(set)  # those of the keys that tell this type from another
 
@@ -898,14 +904,14 @@ class Shape:
         return sum(key in value for key in self.keys)
 
     def is_told_from(self, other: Shape) -> bool:
-        """Tell whether the keys decide between this type and *other*. Notes the tags that do."""
+        """Tell whether the keys decide between this type and *other*. Note the tags that do."""
         for key in self.literals.keys() & other.literals.keys():
-            mine, its = self.literals[key], other.literals[key]
-            if not any(_is_same(one, two) for one in mine for two in its):
+            pairs = itertools.product(self.literals[key], other.literals[key])
+            if not any(itertools.starmap(_is_same, pairs)):
                 self.tags.add(key)
                 other.tags.add(key)
-        is_tagged = bool(self.tags & other.tags)
-        return is_tagged or not (self.required <= other.keys and other.required <= self.keys)
+        has_own = not (self.required <= other.keys and other.required <= self.keys)
+        return has_own or bool(self.tags & other.tags)
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -914,115 +920,104 @@ def _is_same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-def keys_of(t: Any, converter: cattrs.Converter) -> dict[str, str]:
-    """Return the keys on the wire of *t*, a type with fields, by the names of its fields."""
+def items_of(t: Any, converter: cattrs.Converter) -> list[Item]:
+    """Return the fields of a class or a typed dict, as *converter* reads them."""
     if is_struct(t):
-        return {field.name: field.encode_name for field in msgspec.structs.fields(t)}
-    cls = class_of(t)
-    fields = fields_of(t)
-    names = list(cls.__annotations__) if fields is None else [f.name for f in fields if f.init]
-    keys = {name: name for name in names}
-    if attrs.has(cls) and getattr(converter, "use_alias", False):
-        keys = {field.name: field.alias for field in fields if field.init}
-    overrides = getattr(converter.get_structure_hook(t), "overrides", {})
-    for name, override_ in overrides.items():
-        if override_.omit:
-            keys.pop(name, None)
-        elif override_.rename is not None:
-            keys[name] = override_.rename
-    return keys
+        return [(f.name, f.encode_name, f.type, f.required) for f in msgspec.structs.fields(t)]
+    if (fields := fields_of(t)) is not None:
+        use_alias = getattr(converter, "use_alias", False)
+        found: list[Item] = [
+            (f.name, getattr(f, "alias", f.name) if use_alias else f.name, f.type, is_required(f))
+            for f in fields if f.init
+        ]  # fmt: skip
+    else:  # Python takes a NotRequired in a text annotation for a type, and the key for required.
+        cls, optional = class_of(t), typing.NotRequired
+        found = [
+            (key, key, hint, key in cls.__required_keys__ and origin_of(hint) is not optional)
+            for key, hint in cls.__annotations__.items()
+        ]
+    overrides: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # what only goes out may have no hook to come in
+        overrides = getattr(converter.get_structure_hook(t), "overrides", {})
+    keys = {name: each.rename for name, each in overrides.items()}
+    omitted = {name for name, each in overrides.items() if each.omit}
+    return [(item[0], keys.get(item[0]) or item[1], *item[2:])
+            for item in found if item[0] not in omitted]  # fmt: skip
+
+
+def is_required(field: Any) -> bool:
+    """Tell whether a field of an attrs class or a dataclass has no default."""
+    missing = (attrs.NOTHING, dataclasses.MISSING)
+    return field.default in missing and getattr(field, "default_factory", missing[1]) in missing
 
 
 def key_of(t: Any, name: str, converter: cattrs.Converter) -> str:
     """Return the key on the wire of the field *name* of *t*."""
-    with contextlib.suppress(Exception):  # a class of another kind, or a hook that cannot be made
-        return keys_of(t, converter).get(name, name)
+    with contextlib.suppress(Exception):  # *t* may be of any kind, and a user's hook may raise
+        return next(key for each, key, *_ in items_of(t, converter) if each == name)
     return name
 
 
 def shapes_of(members: Iterable[Any], converter: cattrs.Converter) -> list[Shape]:
     """Return the shapes of *members*. Raises `TypeError` if two of them cannot be told apart."""
     shapes = [_shape_of(member, converter) for member in members]
-    for one, other in itertools.combinations(shapes, 2):
-        if not declares_fields(bare_type(one.type)) or not declares_fields(bare_type(other.type)):
-            raise TypeError(
-                f"{shown(one.type)} | {shown(other.type)} cannot be told apart, because each is an "
-                f"object; write a class with fields instead of the dict"
-            )
-        if not one.is_told_from(other):
-            raise TypeError(
-                f"{shown(one.type)} | {shown(other.type)} cannot be told apart: neither has a "
-                f"required key that the other lacks; tag both, such as with the fields `kind: "
-                f'Literal["{_tag_of(one)}"]` and `kind: Literal["{_tag_of(other)}"]`'
-            )
+    for pair in itertools.combinations(shapes, 2):
+        one, other = pair
+        if one.is_told_from(other):
+            continue
+        why = "each is an object; write a class with fields instead of the dict"
+        if all(declares_fields(bare_type(shape.type)) for shape in pair):
+            tags = [f'`kind: Literal["{class_of(bare_type(s.type)).__name__}"]`' for s in pair]
+            why = f"neither has a required key that the other lacks; tag them: {' and '.join(tags)}"
+        names = " | ".join(shown(shape.type) for shape in pair)
+        raise TypeError(f"{names} cannot be told apart: {why}")
     return shapes
-
-
-def _tag_of(shape: Shape) -> str:
-    return class_of(bare_type(shape.type)).__name__.lower()
 
 
 def _shape_of(t: Any, converter: cattrs.Converter) -> Shape:
     """Return the shape of a type with fields; that of a mapping has no keys."""
     bare = bare_type(t)
-    cls, fields = class_of(bare), fields_of(bare)
-    literals, required = {}, set()
-    if is_struct(bare):
-        infos = msgspec.structs.fields(bare)
-        hints = {f.name: f.type for f in infos}
-        needed = {f.name for f in infos if f.required}
-        config = cls.__struct_config__
-        if config.tag is not None:
-            literals[config.tag_field] = [config.tag]
-    elif fields is not None:
-        hints = {field.name: field.type for field in fields}
-        needed = {f.name for f in fields if f.default in (attrs.NOTHING, dataclasses.MISSING)
-                  and getattr(f, "default_factory", attrs.NOTHING) in _NO_FACTORY}
-    elif typing.is_typeddict(cls):
-        hints = cls.__annotations__
-        needed = {
-            name for name, t in hints.items()
-            if origin_of(t) is typing.Required
-            or (name in cls.__required_keys__ and origin_of(t) is not typing.NotRequired)
-        }  # fmt: skip
-    else:
-        return Shape(t, frozenset(), frozenset(), {})
-    keys = keys_of(bare, converter)
-    for name, key in keys.items():
-        if origin_of(literal := bare_type(hints[name])) is Literal:
-            literals[key] = [msgspec.to_builtins(each) for each in get_args(literal)]
-        if name in needed:
-            required.add(key)
-    return Shape(t, frozenset({*keys.values(), *literals}), frozenset(required), literals)
+    items = items_of(bare, converter) if declares_fields(bare) else []
+    literals = {
+        key: [msgspec.to_builtins(each) for each in get_args(bare_type(u))]
+        for _, key, u, _ in items if origin_of(bare_type(u)) is Literal
+    }  # fmt: skip
+    if is_struct(bare) and (config := class_of(bare).__struct_config__).tag is not None:
+        literals[config.tag_field] = [config.tag]
+    required = {key for _, key, _, is_needed in items if is_needed}
+    return Shape(t, {key for _, key, *_ in items} | literals.keys(), required, literals)
 
 
 def best_of(value: Mapping[str, Any], shapes: Iterable[Shape]) -> Shape | None:
-    """Return the shape that fits *value*, the one that knows most of its keys, or None."""
+    """Return the shape that fits *value* and knows most of its keys, or None."""
     fits = [shape for shape in shapes if shape.is_of(value)]
     return max(fits, key=lambda shape: shape.known(value), default=None)
 
 
 def nearest_to(value: Mapping[str, Any], shapes: Sequence[Shape]) -> Shape:
-    """Return the shape that *value* was meant to have. Raises an error for its tag, or for all."""
-    tagged = [shape for shape in shapes if shape.tags]
-    rest = [shape for shape in shapes if all(shape.takes(value, key) for key in shape.tags)]
-    rest = [shape for shape in rest if shape.tags] or rest
-    counts = collections.Counter(key for shape in tagged for key in sorted(shape.tags))
-    for key, _ in counts.most_common():
-        having = [shape for shape in tagged if key in shape.tags]
-        is_meant = key in value or len(having) == len(shapes)
-        if is_meant and not any(shape.takes(value, key) for shape in having):
-            found: list[Any] = [each for shape in having for each in shape.literals[key]]
-            names = ", ".join(dict.fromkeys(_encode(each).decode() for each in found))
-            text = f"expected one of {names}"
-            error: Exception = msgspec.ValidationError(text) if key in value else KeyError(key)
-            error.add_note(cattrs.AttributeValidationNote("", key, Any))
-            raise cattrs.ClassValidationError("no member of a union", [error], dict)
-    rest = sorted(rest or tagged or shapes, key=lambda shape: -shape.known(value))
+    """Return the shape that *value* was meant for. Raises an error for its tag, or for all."""
+    right = [s for s in shapes if s.tags and all(s.takes(value, key) for key in s.tags)]
+    counts = collections.Counter(key for shape in shapes for key in sorted(shape.tags))
+    for key, count in counts.most_common() if not right else ():
+        if key not in value and count == len(shapes):
+            raise _error_at(key, KeyError(key))
+        tagged = [shape for shape in shapes if key in shape.tags]
+        if key in value and not any(shape.takes(value, key) for shape in tagged):
+            found = [_encode(each).decode() for shape in tagged for each in shape.literals[key]]
+            text = f"expected one of {', '.join(dict.fromkeys(found))}"
+            raise _error_at(key, msgspec.ValidationError(text))
+    rest = right or [shape for shape in shapes if not shape.tags] or shapes
+    rest = sorted(rest, key=lambda shape: shape.known(value), reverse=True)
     if len(rest) > 1 and rest[0].known(value) == rest[1].known(value):
         keys = [" and ".join(f'"{key}"' for key in sorted(each.required)) for each in rest]
         raise msgspec.ValidationError(f"expected an object with {' or '.join(filter(None, keys))}")
     return rest[0]
+
+
+def _error_at(key: str, error: Exception) -> Exception:
+    """Return *error* as that of one field of an object."""
+    error.add_note(cattrs.AttributeValidationNote("", key, Any))
+    return cattrs.ClassValidationError("no member of a union", [error], dict)
 
 
 def declared_member(value: object, members: Members) -> Any:
@@ -1040,7 +1035,7 @@ def members_of(t: Any) -> Members:
         # They have one class, and are told apart by their keys.
         one: Any = Union[tuple(dicts)] if dicts else None  # noqa: UP007 - of a tuple
         others = [pair for pair in pairs if pair[0] not in dicts]
-        return [*others, (one, dict)] if len(dicts) > 1 and others else pairs
+        return [*others, (one, dict)] if len(dicts) > 1 else pairs
     cls = _written_class(t)
     return [] if cls is None else [(t, cls)]
 
@@ -1053,9 +1048,9 @@ def _written_class(t: Any) -> Any:
 
 def union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
     """Make the hook of a union. Raises `PachinkoError` if values do not tell their member."""
-    members = members_of(t)
-    if len(members) > 1 and all(typing.is_typeddict(class_of(bare_type(m))) for m, _ in members):
-        return _dicts_unstructure_hook([member for member, _ in members], converter)
+    members, own = members_of(t), union_members(t)
+    if len(own) > 1 and all(typing.is_typeddict(class_of(bare_type(member))) for member in own):
+        return _dicts_unstructure_hook(own, converter)
     for (one, cls), (other, _) in itertools.combinations(members, 2):
         is_ambiguous = _share_values(one, other) and not _are_written_alike(one, other, converter)
         if is_ambiguous and (_has_fields(one) or _has_fields(other)):
@@ -1128,58 +1123,19 @@ def _are_written_alike(one: Any, other: Any, converter: cattrs.Converter) -> boo
     return bool(converter.get_unstructure_hook(one) == converter.get_unstructure_hook(other))
 
 
-# ── codec ─────────────────────────────────────────────────────────────────────────────────────
+# ── structuring ───────────────────────────────────────────────────────────────────────────────
 #
-# The codec turns JSON values into what handlers take, and what handlers return into JSON.
-# Each JSON kind stands for itself, and nothing is coerced. A scalar goes through `msgspec.convert`,
-# which gives one rule and one wording for all of them. The kind of an array or object is checked
-# before cattrs' own hook iterates over it.
+# The hooks by which cattrs makes what handlers take of JSON values. Each JSON kind stands for
+# itself, and nothing is coerced. A scalar goes through `msgspec.convert`, which gives one rule and
+# one wording for all of them. The kind of an array or object is checked before its items are read.
 
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?").fullmatch
-_NO_FACTORY = (attrs.NOTHING, dataclasses.MISSING)
 _TEXT_KEY = object()  # Annotated[int, _TEXT_KEY] is an int that is the key of a JSON object
 _ITEM = object()  # list[_ITEM] has items that come with their own hook and type
-_FORMS = {  # by name: typing_extensions has them too
-    "Callable": "take a name, and look the function up",
-    "Collection": "write list[int], say", "Iterable": "write list[int], say",
-    "Iterator": "write list[int], say", "LiteralString": "write str",
-    "Never": "leave the parameter out", "NoReturn": "leave the parameter out",
-    "Self": "write the name of the class", "Type": "take a name, and look the class up",
-    "UnsetType": "write `x: int | UnsetType = UNSET`", "bytearray": "write bytes",
-    "complex": "write float, or tuple[float, float]", "memoryview": "write bytes",
-    "type": "take a name, and look the class up",
-}  # fmt: skip
 _ARRAYS: dict[Any, Any] = {  # the declared class of an array, and the class that is made of it
     list: list, MutableSequence: list, tuple: tuple, Sequence: tuple, set: set, MutableSet: set,
     frozenset: frozenset, Set: frozenset, collections.deque: collections.deque,
 }  # fmt: skip
-
-
-def strict_converter() -> cattrs.Converter:
-    """Make a converter with the rules of the wire: aliases count, and no value changes its type."""
-    converter = cattrs.Converter(use_alias=True)
-    for leaf in _LEAVES:
-        converter.register_structure_hook(leaf, _decimal if leaf is Decimal else msgspec.convert)
-    converter.register_structure_hook(_OfLeaf, _structure_of_leaf)
-    structure = converter.register_structure_hook_factory
-    structure(lambda t: t is object, lambda _: lambda value, _: value)
-    structure(lambda t: t is _ITEM, lambda _: lambda item, _: item[1][0](item[0], item[1][1]))
-    structure(is_leaf, _leaf_hook)
-    structure(lambda t: origin_of(t) in _UNIONS and not is_leaf(t), _allow_recursion(_union_hook))
-    structure(lambda t: kind_of(t) is not None, _allow_recursion(_container_hook))
-    structure(lambda t: inner_type(t) is not t, _allow_recursion(_inner_hook))
-    structure(lambda t: _TEXT_KEY in getattr(t, "__metadata__", ()), _key_hook)
-    unstructure = converter.register_unstructure_hook_factory
-    converter.register_unstructure_hook_func(
-        lambda t: t is object, lambda v: v if type(v) is object else converter.unstructure(v)
-    )
-    unstructure(lambda t: origin_of(t) in _UNIONS, union_unstructure_hook)
-    unstructure(declares_fields, _allow_recursion(_fields_unstructure_hook))
-    unstructure(
-        lambda t: inner_type(t) is not t,
-        _allow_recursion(lambda t, converter: converter.get_unstructure_hook(inner_type(t))),
-    )
-    return converter
 
 
 def _allow_recursion(make: HookFactory) -> HookFactory:
@@ -1364,43 +1320,60 @@ def _key_hook(t: Any, converter: cattrs.Converter) -> Hook:
     return structure
 
 
-class _Budget(threading.local):
+class ErrorBudget(threading.local):
     """How many errors are still to be found: finding all in 1 MiB would block for seconds."""
 
     left: float = math.inf
 
+    @contextlib.contextmanager
+    def limited(self) -> Iterator[None]:
+        """Find hardly more errors than are told."""
+        before, self.left = self.left, _MAX_ERRORS + 1
+        try:
+            yield
+        finally:
+            self.left = before
 
-_budget = _Budget()
+    def take(self, exc: BaseException) -> bool:
+        """Count *exc*, which may be a group that is counted, and tell whether there may be more."""
+        self.left -= not isinstance(exc, cattrs.BaseValidationError)
+        return self.left > 0
 
 
-def _count(exc: BaseException) -> bool:
-    """Count an error of a field, and tell whether there may be more."""
-    _budget.left -= not isinstance(exc, cattrs.BaseValidationError)
-    return _budget.left > 0
+budget = ErrorBudget()
 
 
 def _container_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of an array or object, which checks the kind of the value first."""
     kind: Any = kind_of(t)
     inner = (_array_hook if kind is list else _object_hook)(t, converter)
-    is_counting = declares_fields(t) and converter.detailed_validation
+    if converter.detailed_validation:
+        inner = _counted(inner, kind is dict and declares_fields(t))
 
+    @functools.wraps(inner, assigned=("overrides",), updated=())
     def structure(value: Any, _: Any) -> Any:
         if type(value) is not kind:
             text = f"expected {_JSON_NAMES[kind]}, got {json_name(value)}"
             raise msgspec.ValidationError(text)
-        if not is_counting:
-            return inner(value, t)
-        if _budget.left <= 0:
+        return inner(value, t)
+
+    return structure
+
+
+def _counted(inner: Hook, has_fields: bool) -> Hook:
+    """Wrap the hook of a container, so that it does nothing once enough errors were found."""
+
+    @functools.wraps(inner, assigned=("overrides",), updated=())
+    def structure(value: Any, t: Any) -> Any:
+        if budget.left <= 0:
             raise msgspec.ValidationError("not looked at, after so many errors")
         try:
             return inner(value, t)
         except cattrs.BaseValidationError as exc:
-            if kind is dict:
-                collections.deque(map(_count, exc.exceptions), 0)
+            for each in exc.exceptions if has_fields else ():
+                budget.take(each)
             raise
 
-    cast(Any, structure).overrides = getattr(inner, "overrides", {})
     return structure
 
 
@@ -1409,29 +1382,7 @@ def _items_hook(item: Any, converter: cattrs.Converter) -> Hook:
     if item is Any or not converter.detailed_validation:
         return cols.list_structure_factory(cast(Any, list)[item], converter)
     hook = converter.get_structure_hook(item)
-
-    def structure(value: Any, t: Any) -> list[Any]:
-        made: list[Any] = []
-        errors: list[Exception] = []
-        for index, each in enumerate(value):
-            try:
-                made.append(hook(each, item))
-            except Exception as exc:  # noqa: BLE001 - a user's hook may raise anything
-                errors.append(_noted(exc, index, item))
-                if not _count(exc):
-                    break
-        if errors:
-            raise cattrs.IterableValidationError("in an array", errors, t)
-        return made
-
-    return structure
-
-
-def _noted(exc: Exception, index: Any, t: Any) -> Exception:
-    """Return *exc* with the place in its parent."""
-    note = cattrs.IterableValidationNote("", index, t)
-    exc.__notes__ = [*getattr(exc, "__notes__", ()), note]
-    return exc
+    return lambda value, t: _collect(enumerate(value), lambda each: hook(each, item), t)
 
 
 def _mapping_hook(key: Any, item: Any, converter: cattrs.Converter, make: Any) -> Hook:
@@ -1441,20 +1392,27 @@ def _mapping_hook(key: Any, item: Any, converter: cattrs.Converter, make: Any) -
     key_hook, hook = converter.get_structure_hook(key), converter.get_structure_hook(item)
 
     def structure(value: Any, t: Any) -> Any:
-        made: list[Any] = []
-        errors: list[Exception] = []
-        for name, each in value.items():
-            try:
-                made.append((key_hook(name, key), hook(each, item)))
-            except Exception as exc:  # noqa: BLE001 - a user's hook may raise anything
-                errors.append(_noted(exc, name, item))
-                if not _count(exc):
-                    break
-        if errors:
-            raise cattrs.IterableValidationError("in an object", errors, t)
-        return make(made)
+        pairs = ((pair[0], pair) for pair in value.items())
+        return make(_collect(pairs, lambda p: (key_hook(p[0], key), hook(p[1], item)), t))
 
     return structure
+
+
+def _collect(places: Iterable[tuple[Any, Any]], make: Callable[[Any], Any], t: Any) -> list[Any]:
+    """Return what *make* makes of the values in *places*, or raise all errors in one group."""
+    made: list[Any] = []
+    errors: list[Exception] = []
+    for place, value in places:
+        try:
+            made.append(make(value))
+        except Exception as exc:  # a user's hook may raise anything
+            exc.add_note(cattrs.IterableValidationNote("", place, t))
+            errors.append(exc)
+            if not budget.take(exc):
+                break
+    if errors:
+        raise cattrs.IterableValidationError("in a container", errors, t)
+    return made
 
 
 def _array_hook(t: Any, converter: cattrs.Converter) -> Hook:
@@ -1497,9 +1455,12 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
         return make_dict_structure_fn(t, converter, **checks)
     if typing.is_typeddict(cls):
         inner, declared = converter.gen_structure_typeddict(t), cls.__annotations__
-        typed = lambda value, t: {k: v for k, v in inner(value, t).items() if k in declared}  # noqa: E731 - it gets an attribute
-        typed.overrides = getattr(inner, "overrides", {})
-        return typed
+
+        @functools.wraps(inner, assigned=("overrides",), updated=())
+        def structure(value: Any, t: Any) -> Any:
+            return {k: v for k, v in inner(value, t).items() if k in declared}
+
+        return structure
     key, item = (*get_args(t), Any, Any)[:2]
     make: Any = dict if cls in (Mapping, MutableMapping) else cls
     if cls is collections.Counter:
@@ -1513,62 +1474,58 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
 
 def _check_constructor(cls: Any, fields: Iterable[Any]) -> None:
     """Raise unless *cls* can be made of its fields."""
-    if any(base.__module__.partition(".")[0] == "pydantic" for base in cls.__mro__):
-        # With @attrs.frozen above it, a model would no longer validate.
+    if is_model(cls):  # With @attrs.frozen above it, a model would no longer validate.
         raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {cls!r}", cls)
-    needed = [
-        getattr(f, "alias", f.name) for f in fields
-        if f.init and f.default in _NO_FACTORY and getattr(f, "default_factory", None) in (None, *_NO_FACTORY)
-    ]
-    with contextlib.suppress(ValueError):  # some callables have no signature
-        try:
+    needed = [getattr(f, "alias", f.name) for f in fields if f.init and is_required(f)]
+    try:
+        with contextlib.suppress(ValueError):  # some callables have no signature
             inspect.signature(cls).bind(**dict.fromkeys(needed))
-        except TypeError as exc:
-            raise TypeError(
-                f"{cls.__name__} cannot be made of its fields: {exc}; give such a parameter (an "
-                f"InitVar, say) a default"
-            ) from None
+    except TypeError as exc:
+        why = f"{exc}; give what is no field (an InitVar, say) a default"
+        raise TypeError(f"{cls.__name__} cannot be made of its fields: {why}") from None
+
+
+def is_model(cls: Any) -> bool:
+    """Tell whether *cls* is a class of pydantic's."""
+    return any(base.__module__.partition(".")[0] == "pydantic" for base in cls.__mro__)
 
 
 def _struct_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of a `msgspec.Struct`. Its fields are structured as a typed dict's items."""
-    cls, config, fields = class_of(t), class_of(t).__struct_config__, msgspec.structs.fields(t)
-    not_required = cast(Any, typing.NotRequired)
-    items = {f.encode_name: f.type if f.required else not_required[f.type] for f in fields}
+    cls, config, fields = class_of(t), class_of(t).__struct_config__, items_of(t, converter)
+    optional = cast(Any, typing.NotRequired)
+    items = {key: u if is_needed else optional[u] for _, key, u, is_needed in fields}
     if config.tag is not None:
-        items[config.tag_field] = not_required[cast(Any, Literal)[config.tag]]
-    is_strict = config.forbid_unknown_fields or converter.forbid_extra_keys
+        items[config.tag_field] = optional[cast(Any, Literal)[config.tag]]
     inner = make_typeddict_structure_fn(
         cast(Any, typing.TypedDict)(cls.__name__, items), converter,
-        _cattrs_forbid_extra_keys=is_strict,
+        _cattrs_forbid_extra_keys=config.forbid_unknown_fields or converter.forbid_extra_keys,
     )  # fmt: skip
-    names = {field.encode_name: field.name for field in fields}
 
     def structure(value: Any, t: Any) -> Any:
         made = inner(value, t)
-        return _make(cls, {name: made[key] for key, name in names.items() if key in made})
+        return _make(cls, {name: made[key] for name, key, *_ in fields if key in made})
 
     return structure
 
 
 def _array_struct_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of a `msgspec.Struct` that is written as an array, after its tag if any."""
-    cls, config, fields = class_of(t), class_of(t).__struct_config__, msgspec.structs.fields(t)
-    items = [(f.name, f.type) for f in fields]
+    cls, config, fields = class_of(t), class_of(t).__struct_config__, items_of(t, converter)
     if config.tag is not None:
-        items.insert(0, ("", cast(Any, Literal)[config.tag]))
-    hooks = [(converter.get_structure_hook(item), item) for _, item in items]
-    least = len(items) - sum(not field.required for field in fields)
+        fields.insert(0, ("", "", cast(Any, Literal)[config.tag], True))
+    hooks = [(converter.get_structure_hook(item), item) for _, _, item, _ in fields]
+    least = sum(is_needed for *_, is_needed in fields)
     inner = _items_hook(_ITEM, converter)
 
     def structure(value: Any, t: Any) -> Any:
         if len(value) < least:
             text = f"expected array of at least length {least}, got {len(value)}"
             raise msgspec.ValidationError(text)
-        if config.forbid_unknown_fields and len(value) > len(items):
-            raise msgspec.ValidationError(f"expected {len(items)} items, got {len(value)}")
-        pairs = zip(items, inner(zip(value, hooks, strict=False), t), strict=False)
-        return _make(cls, {name: item for (name, _), item in pairs if name})
+        if config.forbid_unknown_fields and len(value) > len(fields):
+            raise msgspec.ValidationError(f"expected {len(fields)} items, got {len(value)}")
+        pairs = zip(fields, inner(zip(value, hooks, strict=False), t), strict=False)
+        return _make(cls, {name: item for (name, *_), item in pairs if name})
 
     return structure
 
@@ -1598,6 +1555,50 @@ def _checked(field: Any, converter: cattrs.Converter) -> Any:
         return item
 
     return override(struct_hook=structure)
+
+
+# ── codec ─────────────────────────────────────────────────────────────────────────────────────
+#
+# The codec turns JSON values into what handlers take, and what handlers return into JSON.
+
+_FORMS = {  # by name: typing_extensions has them too
+    "Callable": "take a name, and look the function up",
+    "Collection": "write list[int], say", "Iterable": "write list[int], say",
+    "Iterator": "write list[int], say", "LiteralString": "write str",
+    "Never": "leave the parameter out", "NoReturn": "leave the parameter out",
+    "Self": "write the name of the class", "Type": "take a name, and look the class up",
+    "UnsetType": "write `x: int | UnsetType = UNSET`", "bytearray": "write bytes",
+    "complex": "write float, or tuple[float, float]", "memoryview": "write bytes",
+    "type": "take a name, and look the class up",
+}  # fmt: skip
+_FORM_MODULES = ("builtins", "collections.abc", "msgspec", "typing", "typing_extensions")
+
+
+def strict_converter() -> cattrs.Converter:
+    """Make a converter with the rules of the wire: aliases count, and no value changes its type."""
+    converter = cattrs.Converter(use_alias=True)
+    for leaf in _LEAVES:
+        converter.register_structure_hook(leaf, _decimal if leaf is Decimal else msgspec.convert)
+    converter.register_structure_hook(_OfLeaf, _structure_of_leaf)
+    structure = converter.register_structure_hook_factory
+    structure(lambda t: t is object, lambda _: lambda value, _: value)
+    structure(lambda t: t is _ITEM, lambda _: lambda item, _: item[1][0](item[0], item[1][1]))
+    structure(is_leaf, _leaf_hook)
+    structure(lambda t: origin_of(t) in _UNIONS and not is_leaf(t), _allow_recursion(_union_hook))
+    structure(lambda t: kind_of(t) is not None, _allow_recursion(_container_hook))
+    structure(lambda t: inner_type(t) is not t, _allow_recursion(_inner_hook))
+    structure(lambda t: _TEXT_KEY in getattr(t, "__metadata__", ()), _key_hook)
+    unstructure = converter.register_unstructure_hook_factory
+    converter.register_unstructure_hook_func(
+        lambda t: t is object, lambda v: v if type(v) is object else converter.unstructure(v)
+    )
+    unstructure(lambda t: origin_of(t) in _UNIONS, union_unstructure_hook)
+    unstructure(declares_fields, _allow_recursion(_fields_unstructure_hook))
+    unstructure(
+        lambda t: inner_type(t) is not t,
+        _allow_recursion(lambda t, converter: converter.get_unstructure_hook(inner_type(t))),
+    )
+    return converter
 
 
 def _fields_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
@@ -1646,27 +1647,27 @@ def _struct_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[A
 def advise(t: Any) -> str:
     """Return what to do about *t*, a type without a hook."""
     cls, name = class_of(t), shown(t)
-    bases = cls.__mro__ if cls else ()
-    form = getattr(t, "_name", None) or getattr(cls or t, "__name__", "")
+    form = getattr(cls or t, "__name__", "")
     annotations: dict[str, Any] = {}
     with contextlib.suppress(Exception):  # a name in them may not be known yet
         annotations = inspect.get_annotations(cls)
-    if form in _FORMS and (cls or t).__module__ != "__main__":
-        return f"{name} stands for no JSON value; {_FORMS[form]}"
-    if Any in get_args(t) or object in get_args(t):
-        return f"{name} is the same as Any; write Any"
-    if any(base.__module__.partition(".")[0] == "pydantic" for base in bases):
+    below = next((leaf for leaf in _LEAVES if cls and issubclass(cls, leaf)), None)
+    if form in _FORMS and getattr(cls, "__module__", "typing") in _FORM_MODULES:
+        return f"{name} is no JSON value; {_FORMS[form]}"
+    if cls is None and {Any, object} & {*get_args(t)}:
+        return f"{name} takes all that Any does; write Any"
+    if cls and is_model(cls):
         return f"{name} is a pydantic model; register the hook for models in docs/payloads.md"
     if getattr(cls, "_is_protocol", False):
         return f"{name} is a protocol, of which no object is made; write a class for its fields"
-    if cls and (base := next((leaf for leaf in bases if leaf in _LEAVES), None)):
-        return f"{name} is a class below {base.__name__}; write NewType({name!r}, {base.__name__})"
-    is_plain = cls and type(cls) is type and cls.__init__ is object.__init__
-    if is_plain and annotations and cls.__new__ is object.__new__:
+    if below is not None:
+        return f"{name} is below {below.__name__}; write NewType({name!r}, {below.__name__})"
+    if annotations and cls.__init__ is object.__init__ and cls.__new__ is object.__new__:
         return f"put @attrs.frozen above {name}"
     return (
-        f"{name} has no JSON of its own; give hub.configure(converter=...) a hook that makes one, "
-        f"as docs/payloads.md shows, or write a class with @attrs.frozen that has its fields"
+        f"{name} has no JSON of its own; register a hook that makes one, as docs/payloads.md "
+        f"shows; or, if it is a class of yours, declare its fields and put @attrs.frozen above "
+        f"{name}"
     )
 
 
@@ -1699,8 +1700,9 @@ class Codec:
             refuse_unset([annotation])
         if free := free_variables(annotation):
             is_bare = annotation is class_of(annotation)  # it has no [] behind it
-            write = f"{annotation.__name__}[int]" if is_bare else "int in its place"
-            raise TypeError(f"{annotation} has no type for {free[0]}; write {write}, say")
+            name = annotation.__name__ if is_bare else str(annotation)
+            write = f"{name}[int]" if is_bare else f"int in the place of {free[0]}"
+            raise TypeError(f"{name} is generic; write {write}, say")
         for t in types_in(annotation, namespaces, seen):
             is_generic = bool(getattr(t, "__parameters__", ()))
             if is_generic and t is class_of(t):
@@ -1724,17 +1726,16 @@ class Codec:
     def structure(self, payload: Any, annotation: Any, type: str) -> Any:
         """Build what a handler takes, or raise `MessageError` (``invalid_payload``)."""
         if self._hasty is not self.converter:
-            # cattrs' hasty hooks fail if a keyword-only field comes first, and tell no path.
-            with contextlib.suppress(Exception, SystemExit):  # a validator may raise anything
+            try:
                 return self._hasty.structure(payload, annotation)
-        before, _budget.left = _budget.left, _MAX_ERRORS + 1
-        try:
-            return self.converter.structure(payload, annotation)
-        except (Exception, SystemExit) as exc:  # as above
+            except (Exception, SystemExit) as exc:  # a user's hook or validator may raise anything
+                bare(exc)
+        try:  # This may succeed: cattrs' hasty hook fails if a keyword-only field comes first.
+            with budget.limited():
+                return self.converter.structure(payload, annotation)
+        except (Exception, SystemExit) as exc:  # the same failure, with every wrong field
             key = functools.partial(key_of, converter=self.converter)
             refused = invalid_payload(type, explain(bare(exc), key_of=key))
-        finally:
-            _budget.left = before
         raise refused
 
     def writer_of(self, value: object, type: str, declared: Any = None) -> Writer:
