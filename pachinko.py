@@ -431,12 +431,26 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
         hints, cls = resolve_class(class_of(t), *namespaces), class_of(t)
         if is_struct(cls):
             hints = {name: hints[name] for name in cls.__struct_fields__}
+        elif typing.is_typeddict(cls):
+            _correct_keys(cls, hints)
         members += _checked_fields(cls, hints)
-    else:
-        refuse_unset(get_args(t) if origin_of(t) not in _UNIONS else ())
+    elif origin_of(t) not in _UNIONS and not is_qualified(t):
+        refuse_unset(get_args(t))
     for member in members:
         yield from types_in(member, namespaces, seen)
     yield t
+
+
+def _correct_keys(cls: Any, hints: dict[str, Any]) -> None:
+    """Let the typed dict *cls* know of the qualifiers that were text when it was made."""
+    for name, t in hints.items():
+        while is_qualified(t):
+            if origin_of(t) in (typing.Required, typing.NotRequired):
+                is_optional = origin_of(t) is typing.NotRequired
+                required, optional = cls.__required_keys__ - {name}, cls.__optional_keys__ - {name}
+                cls.__required_keys__ = required if is_optional else required | {name}
+                cls.__optional_keys__ = optional | {name} if is_optional else optional
+            t = get_args(t)[0]
 
 
 def _checked_fields(cls: Any, hints: dict[str, Any]) -> Iterable[Any]:
@@ -608,7 +622,7 @@ def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
     seen.append(t)
     inner = _types_of_keys(t) if typing.is_typeddict(t) else _types_of_fields(t)
     if is_struct(t):
-        inner = [field.type for field in msgspec.structs.fields(t)]
+        inner = [field.type for field in msgspec.structs.fields(cast(Any, t))]
     return inner is not None and all(is_read_in_one_pass(u, seen) for u in inner)
 
 
@@ -828,8 +842,10 @@ def _make_frozen(cls: Any) -> Any:
 def _refuse_shared_defaults(cls: Any) -> None:
     """Raise `PachinkoError` for a default of *cls* that can be changed, such as a list."""
     for field in attrs.fields(cls) if attrs.has(cls) else ():
-        if (kind := type(field.default)).__hash__ is None:
-            make = f"lambda: {field.default!r}" if field.default else kind.__name__
+        kind: Any = type(field.default)
+        if kind.__hash__ is None:
+            is_empty = kind in (list, dict, set) and not field.default
+            make = kind.__name__ if is_empty else f"lambda: {field.default!r}"
             raise PachinkoError(
                 f"all messages would share the default of {cls.__name__}.{field.name}; write "
                 f"`{field.name}: ... = attrs.field(factory={make})`"
@@ -930,12 +946,9 @@ def items_of(t: Any, converter: cattrs.Converter) -> list[Item]:
             (f.name, getattr(f, "alias", f.name) if use_alias else f.name, f.type, is_required(f))
             for f in fields if f.init
         ]  # fmt: skip
-    else:  # Python takes a NotRequired in a text annotation for a type, and the key for required.
-        cls, optional = class_of(t), typing.NotRequired
-        found = [
-            (key, key, hint, key in cls.__required_keys__ and origin_of(hint) is not optional)
-            for key, hint in cls.__annotations__.items()
-        ]
+    else:
+        cls = class_of(t)
+        found = [(k, k, hint, k in cls.__required_keys__) for k, hint in cls.__annotations__.items()]
     overrides: dict[str, Any] = {}
     with contextlib.suppress(Exception):  # what only goes out may have no hook to come in
         overrides = getattr(converter.get_structure_hook(t), "overrides", {})
@@ -962,11 +975,11 @@ def shapes_of(members: Iterable[Any], converter: cattrs.Converter) -> list[Shape
     """Return the shapes of *members*. Raises `TypeError` if two of them cannot be told apart."""
     shapes = [_shape_of(member, converter) for member in members]
     for pair in itertools.combinations(shapes, 2):
-        one, other = pair
-        if one.is_told_from(other):
+        have_fields = all(declares_fields(bare_type(shape.type)) for shape in pair)
+        if have_fields and pair[0].is_told_from(pair[1]):
             continue
         why = "each is an object; write a class with fields instead of the dict"
-        if all(declares_fields(bare_type(shape.type)) for shape in pair):
+        if have_fields:
             tags = [f'`kind: Literal["{class_of(bare_type(s.type)).__name__}"]`' for s in pair]
             why = f"neither has a required key that the other lacks; tag them: {' and '.join(tags)}"
         names = " | ".join(shown(shape.type) for shape in pair)
@@ -1210,8 +1223,9 @@ def _group_hook(
     kind: Any, members: list[Any], t: Any, converter: cattrs.Converter
 ) -> tuple[Hook, Any]:
     """Return the hook, and the type that it takes, of the members of *t* with one JSON kind."""
-    if len(members) == 1:
-        return converter.get_structure_hook(members[0]), members[0]
+    if len(members) == 1 or kind is types.NoneType:
+        member = members[0] if len(members) == 1 else kind
+        return converter.get_structure_hook(member), member
     union: Any = Union[tuple(members)]  # noqa: UP007 - of a tuple
     if kind is dict:
         return _classes_hook(members, converter), union
