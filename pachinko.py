@@ -359,10 +359,18 @@ def inner_type(t: Any) -> Any:
         return t.__origin__  # cattrs takes Annotated[dict, "x"] for a dict of "x"
     if is_qualified(t):
         return get_args(t)[0]
-    if (value := getattr(origin_of(t), "__value__", None)) is not None:  # type Many[X] = list[X]
+    if hasattr(origin_of(t), "__value__"):  # type Many[X] = list[X]
+        value = _value_of(t.__origin__)
         given = dict(zip(t.__origin__.__type_params__, get_args(t), strict=True))
         return hashable(value[tuple(given[each] for each in value.__parameters__)])
-    return hashable(getattr(t, "__supertype__", None) or getattr(t, "__value__", t))
+    return hashable(_value_of(t) if hasattr(t, "__value__") else getattr(t, "__supertype__", t))
+
+
+def _value_of(alias: Any) -> Any:
+    """Return the type that *alias* stands for. It may be a text with its own name in it."""
+    names = {**vars(sys.modules.get(alias.__module__, types)), alias.__name__: alias}
+    holder = types.SimpleNamespace(__annotations__={"t": alias.__value__})
+    return typing.get_type_hints(holder, names, include_extras=True)["t"]
 
 
 def is_qualified(t: Any) -> bool:
@@ -443,13 +451,15 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
 
 def _correct_keys(cls: Any, hints: dict[str, Any]) -> None:
     """Let the typed dict *cls* know of the qualifiers that were text when it was made."""
-    for name, t in hints.items():
+    for key, hint in hints.items():
+        t, keys = hint, {key}
         while is_qualified(t):
-            if origin_of(t) in (typing.Required, typing.NotRequired):
-                is_optional = origin_of(t) is typing.NotRequired
-                required, optional = cls.__required_keys__ - {name}, cls.__optional_keys__ - {name}
-                cls.__required_keys__ = required if is_optional else required | {name}
-                cls.__optional_keys__ = optional | {name} if is_optional else optional
+            required, optional = cls.__required_keys__, cls.__optional_keys__
+            if origin_of(t) is typing.Required:
+                required, optional = required | keys, optional - keys
+            elif origin_of(t) is typing.NotRequired:
+                required, optional = required - keys, optional | keys
+            cls.__required_keys__, cls.__optional_keys__ = required, optional
             t = get_args(t)[0]
 
 
@@ -947,8 +957,8 @@ def items_of(t: Any, converter: cattrs.Converter) -> list[Item]:
             for f in fields if f.init
         ]  # fmt: skip
     else:
-        cls = class_of(t)
-        found = [(k, k, hint, k in cls.__required_keys__) for k, hint in cls.__annotations__.items()]
+        hints, required = class_of(t).__annotations__, class_of(t).__required_keys__
+        found = [(key, key, hint, key in required) for key, hint in hints.items()]
     overrides: dict[str, Any] = {}
     with contextlib.suppress(Exception):  # what only goes out may have no hook to come in
         overrides = getattr(converter.get_structure_hook(t), "overrides", {})

@@ -441,6 +441,21 @@ def test_a_name_stands_for_its_type(annotation: Any, payload: Any) -> None:
     assert errors(1.5, annotation)
 
 
+TextJson = alias("TextJson", "dict[str, TextJson] | list[TextJson] | str | None")
+PartJson = alias("PartJson", dict[str, "PartJson"] | list["PartJson"] | int)  # type: ignore[operator]
+TextTree = alias("TextTree", "dict[str, TextTree[One]] | One", type_params=(One,))
+
+
+def test_an_alias_may_be_a_text() -> None:
+    """As it has to be for one that contains itself before Python 3.12."""
+    for tree, leaf in ((TextJson, "x"), (PartJson, 1), (TextTree[int], 1)):
+        value = {"a": {"b": leaf}}
+        assert read(value, tree) == value
+        assert written(value, tree) == value
+        assert errors({"a": {"b": 1.5}}, tree)[0][0] == '["a"]["b"]'
+    assert errors({"a": [{"b": 1}]}, TextTree[int])[0] == ('["a"]', "expected int, got array")
+
+
 RECURSIVE = """
 type Json = dict[str, Json] | list[Json] | str | int | float | bool | None
 type Tree[T] = dict[str, Tree[T]] | T
