@@ -419,8 +419,21 @@ def fields_of(t: Any) -> Any:
 def declares_fields(t: Any) -> bool:
     """Tell whether *t* has named items: an attrs class, dataclass, typed dict or named tuple."""
     cls = class_of(t)
-    is_dict = typing.is_typeddict(cls) or is_struct(cls)
+    is_dict = is_typed_dict(cls) or is_struct(cls)
     return fields_of(t) is not None or is_dict or cols.is_namedtuple(cls)
+
+
+def is_typed_dict(t: Any) -> bool:
+    """Tell whether *t* is a typed dict, of `typing` or of typing_extensions."""
+    return type(t).__name__ == "_TypedDictMeta"
+
+
+def is_closed(cls: Any) -> bool:
+    """Tell whether the typed dict *cls* has no other items (PEP 728), or refuse those it has."""
+    extra = str(getattr(cls, "__extra_items__", None)).rpartition(".")[2]
+    if extra not in ("", "None", "Never", "NoExtraItems"):
+        raise TypeError(f"{cls.__name__} has extra_items, which are not read; write a dict")
+    return bool(getattr(cls, "__closed__", False))
 
 
 def is_struct(t: Any) -> bool:
@@ -439,7 +452,7 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
         hints, cls = resolve_class(class_of(t), *namespaces), class_of(t)
         if is_struct(cls):
             hints = {name: hints[name] for name in cls.__struct_fields__}
-        elif typing.is_typeddict(cls):
+        elif is_typed_dict(cls):
             _correct_keys(cls, hints)
         members += _checked_fields(cls, hints)
     elif origin_of(t) not in _UNIONS and not is_qualified(t):
@@ -503,12 +516,12 @@ def limits_of(t: Any) -> list[tuple[str, Any]]:
 
 def _limits_in(piece: Any) -> Iterator[tuple[str, Any]]:
     """Yield the constraints in one piece of metadata. Raises `TypeError` if it is not known."""
-    cls = piece if inspect.isclass(piece) else type(piece)
+    cls: Any = piece if isinstance(piece, type) else type(piece)
     limits = [("", None)]
     if isinstance(piece, msgspec.Meta):
         limits = [*cast(Any, piece).__rich_repr__()]
     elif cls is not piece and hasattr(cls, "__is_annotated_types_grouped_metadata__"):
-        for each in piece:
+        for each in cast(Any, piece):
             yield from _limits_in(each)
         return
     elif cls is not piece and dataclasses.is_dataclass(piece):
@@ -602,7 +615,7 @@ def kind_of(t: Any) -> type | None:
         return None
     if is_struct(t):
         return list if cls.__struct_config__.array_like else dict
-    if fields_of(t) is not None or typing.is_typeddict(cls) or issubclass(cls, Mapping):
+    if fields_of(t) is not None or is_typed_dict(cls) or issubclass(cls, Mapping):
         return dict
     is_array = issubclass(cls, (Sequence, Set)) and not issubclass(cls, (str, bytes))
     return list if is_array and not is_leaf(cls) else None
@@ -630,9 +643,15 @@ def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
     if is_text_enum(t):
         return True
     seen.append(t)
-    inner = _types_of_keys(t) if typing.is_typeddict(t) else _types_of_fields(t)
-    if is_struct(t):
+    if is_typed_dict(t):
+        if is_closed(t):
+            return False  # msgspec ignores other keys
+        hints = t.__annotations__.values()
+        inner: list[Any] | None = [get_args(u)[0] if is_qualified(u) else u for u in hints]
+    elif is_struct(t):
         inner = [field.type for field in msgspec.structs.fields(cast(Any, t))]
+    else:
+        inner = _types_of_fields(t)
     return inner is not None and all(is_read_in_one_pass(u, seen) for u in inner)
 
 
@@ -648,16 +667,6 @@ def is_text_enum(cls: Any) -> bool:
     get = inspect.getattr_static  # msgspec calls _missing_, and cattrs does not
     is_plain = all(get(cls, name) == get(enum.Enum, name) for name in ("_missing_", "__init__"))
     return is_plain and all(type(member.value) is str for member in cls)
-
-
-def _types_of_keys(cls: Any) -> list[Any] | None:
-    """Return the types in a typed dict, or None if msgspec and cattrs may differ about a key."""
-    # msgspec goes by a Required in a text annotation. cattrs asks the class, which has not read it.
-    keys = {typing.Required: cls.__required_keys__, typing.NotRequired: cls.__optional_keys__}
-    hints = cls.__annotations__
-    if any(key not in keys.get(origin_of(t), hints) for key, t in hints.items()):
-        return None
-    return [get_args(t)[0] if origin_of(t) in keys else t for t in hints.values()]
 
 
 def _types_of_fields(cls: Any) -> list[Any] | None:
@@ -1039,8 +1048,9 @@ def nearest_to(value: Mapping[str, Any], shapes: Sequence[Shape]) -> Shape:
 
 def _error_at(key: str, error: Exception) -> Exception:
     """Return *error* as that of one field of an object."""
-    error.add_note(cattrs.AttributeValidationNote("", key, Any))
-    return cattrs.ClassValidationError("no member of a union", [error], dict)
+    error.add_note(cast(Any, cattrs.AttributeValidationNote)("", key, Any))
+    group: Any = cattrs.ClassValidationError
+    return cast(Exception, group("no member of a union", [error], dict))
 
 
 def declared_member(value: object, members: Members) -> Any:
@@ -1054,7 +1064,7 @@ def members_of(t: Any) -> Members:
     """Return the members of the union *t*, or *t* itself, with the classes of their values."""
     if origin_of(bare_type(t)) in _UNIONS:
         pairs = [pair for member in get_args(bare_type(t)) for pair in members_of(member)]
-        dicts = [member for member, _ in pairs if typing.is_typeddict(class_of(bare_type(member)))]
+        dicts = [member for member, _ in pairs if is_typed_dict(class_of(bare_type(member)))]
         # They have one class, and are told apart by their keys.
         one: Any = Union[tuple(dicts)] if dicts else None  # noqa: UP007 - of a tuple
         others = [pair for pair in pairs if pair[0] not in dicts]
@@ -1066,13 +1076,13 @@ def members_of(t: Any) -> Members:
 def _written_class(t: Any) -> Any:
     """Return the class of the values that are sent as *t*, or None if it has none."""
     cls = class_of(bare_type(t))
-    return dict if typing.is_typeddict(cls) else cls
+    return dict if is_typed_dict(cls) else cls
 
 
 def union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
     """Make the hook of a union. Raises `PachinkoError` if values do not tell their member."""
     members, own = members_of(t), union_members(t)
-    if len(own) > 1 and all(typing.is_typeddict(class_of(bare_type(member))) for member in own):
+    if len(own) > 1 and all(is_typed_dict(class_of(bare_type(member))) for member in own):
         return _dicts_unstructure_hook(own, converter)
     for (one, cls), (other, _) in itertools.combinations(members, 2):
         is_ambiguous = _share_values(one, other) and not _are_written_alike(one, other, converter)
@@ -1305,7 +1315,7 @@ def _scalar_hook(members: tuple[Any, ...], t: Any) -> Hook:
                 return cls(value)
         for cls in flags if type(value) is int else ():
             mask = functools.reduce(operator.or_, (member.value for member in cls), 0)
-            if value >= 0 and value | mask == mask:
+            if cast(int, value) & ~mask == 0:  # a number below 0 has all bits beyond the mask
                 return cls(value)
         with contextlib.suppress(msgspec.ValidationError):
             if leaves:
@@ -1350,7 +1360,7 @@ class ErrorBudget(threading.local):
     left: float = math.inf
 
     @contextlib.contextmanager
-    def limited(self) -> Iterator[None]:
+    def limited(self) -> Generator[None]:
         """Find hardly more errors than are told."""
         before, self.left = self.left, _MAX_ERRORS + 1
         try:
@@ -1430,12 +1440,13 @@ def _collect(places: Iterable[tuple[Any, Any]], make: Callable[[Any], Any], t: A
         try:
             made.append(make(value))
         except Exception as exc:  # a user's hook may raise anything
-            exc.add_note(cattrs.IterableValidationNote("", place, t))
-            errors.append(exc)
+            # A KeyError of a user's hook would be explained as a missing key.
+            errors.append(ValueError(_OTHER) if isinstance(exc, KeyError) else exc)
+            errors[-1].add_note(cast(Any, cattrs.IterableValidationNote)("", place, t))
             if not budget.take(exc):
                 break
     if errors:
-        raise cattrs.IterableValidationError("in a container", errors, t)
+        raise cast(Any, cattrs.IterableValidationError)("in a container", errors, t)
     return made
 
 
@@ -1477,8 +1488,10 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
         if not checks or not converter.detailed_validation:
             return converter.gen_structure_attrs_fromdict(t)
         return make_dict_structure_fn(t, converter, **checks)
-    if typing.is_typeddict(cls):
+    if is_typed_dict(cls):
         inner, declared = converter.gen_structure_typeddict(t), cls.__annotations__
+        if is_closed(cls):
+            inner = make_typeddict_structure_fn(t, converter, _cattrs_forbid_extra_keys=True)
 
         @functools.wraps(inner, assigned=("overrides",), updated=())
         def structure(value: Any, t: Any) -> Any:
@@ -1559,7 +1572,7 @@ def _make(cls: Any, values: dict[str, Any]) -> Any:
     try:
         return cls(**values)
     except Exception as exc:
-        raise cattrs.ClassValidationError("in a constructor", [exc], cls) from None
+        raise cast(Any, cattrs.ClassValidationError)("in a constructor", [exc], cls) from None
 
 
 def _checked(field: Any, converter: cattrs.Converter) -> Any:
@@ -1722,11 +1735,9 @@ class Codec:
     def _check(self, annotation: Any, namespaces: Namespaces, seen: list[Any]) -> None:
         if annotation is UnsetType:
             refuse_unset([annotation])
-        if free := free_variables(annotation):
-            is_bare = annotation is class_of(annotation)  # it has no [] behind it
-            name = annotation.__name__ if is_bare else str(annotation)
-            write = f"{name}[int]" if is_bare else f"int in the place of {free[0]}"
-            raise TypeError(f"{name} is generic; write {write}, say")
+        free = free_variables(annotation)
+        if free and annotation is not class_of(annotation):  # such a class is refused below
+            raise TypeError(f"{annotation} is generic; write int in the place of {free[0]}, say")
         for t in types_in(annotation, namespaces, seen):
             is_generic = bool(getattr(t, "__parameters__", ()))
             if is_generic and t is class_of(t):
@@ -1734,10 +1745,19 @@ class Codec:
             if t is typing.Final:
                 raise TypeError("Final alone has no type; write Final[int], say")
             union_members(t)  # It raises TypeError for one that contains itself.
+            if limits_of(t) and not self._enforces_limits():
+                raise TypeError(f"the converter ignores {t}; start from hub.converter.copy()")
             if t in (Any, Ellipsis, UnsetType) or is_qualified(t) or is_generic:
                 continue
             if self.converter.get_structure_hook(t) is _structure_of_leaf:
                 leaf_hook_of(t)
+
+    def _enforces_limits(self) -> bool:
+        """Tell whether the converter, which may be a user's, enforces constraints."""
+        with contextlib.suppress(msgspec.ValidationError):
+            self.converter.structure(0, cast(Any, typing.Annotated)[int, msgspec.Meta(gt=0)])
+            return False
+        return True
 
     def check_reply(self, annotation: Any, namespaces: Namespaces) -> None:
         """Raise `PachinkoError` if *annotation*, or a type in it, leaves open what is sent."""

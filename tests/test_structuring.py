@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import collections.abc
 import dataclasses
 import enum
@@ -40,6 +41,7 @@ from msgspec import UNSET, UnsetType
 from structured import STRICT, errors, read, refused, written
 from support import connect, new_app, serving
 from typing_extensions import ReadOnly, TypeAliasType
+from typing_extensions import TypedDict as NewerTypedDict
 
 import pachinko
 from pachinko import Connection, Hub, Pachinko, PachinkoError, message
@@ -574,6 +576,7 @@ ADVICE: list[tuple[Any, str]] = [
     (IPv4Address, "register a hook that makes one, as docs/payloads.md shows"),
     (re.Pattern, "register a hook that makes one"),
     (msgspec.Raw, "register a hook that makes one"),
+    (collections.namedtuple("Untyped", "x y"), "Untyped has no JSON of its own"),
     (IPv4Address | int, "IPv4Address has no JSON of its own"),
     (complex, "complex is no JSON value; write float, or tuple[float, float]"),
     (bytearray, "bytearray is no JSON value; write bytes"),
@@ -599,6 +602,8 @@ ADVICE: list[tuple[Any, str]] = [
     (Bound, "is generic"),
     (list[T], "is generic"),
     (dict[str, T] | None, "is generic"),
+    (Wrapper, "Wrapper is generic; write Wrapper[int], say"),
+    (list[Wrapper], "Wrapper is generic; write Wrapper[int], say"),
     (Free, "Free.item has no type for ~T; write a type, or class Free(Generic[T])"),
     (Final, "write Final[int], say"),
     (Any | int, "takes all that Any does; write Any"),
@@ -666,3 +671,29 @@ async def test_a_frame_of_any_size_has_its_path() -> None:
             payload = (await client.ask("note", {"body": "a" * size}))["payload"]
             assert payload["errors"] == [{"path": "$.payload.title", "message": MISSING}]
             assert json.dumps(payload).count("aaaa") == 0
+
+
+def test_a_hook_that_lacks_a_key_is_no_missing_item() -> None:
+    """Its `KeyError` is a bug of the program's."""
+    converter = Hub().converter.copy()
+    converter.register_structure_hook(IPv4Address, lambda value, _: {}[value])
+    codec = pachinko.Codec(converter)
+    assert errors(["1.2.3.4"], list[IPv4Address], codec) == [("[0]", "invalid value")]
+    assert errors({"a": "b"}, dict[str, IPv4Address], codec) == [('["a"]', "invalid value")]
+
+
+newer: Any = NewerTypedDict
+
+
+def test_a_typed_dict_may_be_of_typing_extensions() -> None:
+    """It has what newer Pythons have, and older ones need."""
+    open_, closed = newer("Open", {"x": int}), newer("Closed", {"x": int}, closed=True)
+    assert read({"x": 1, "new": 1}, open_) == {"x": 1}
+    assert written({"x": 1, "new": 1}, open_) == {"x": 1}
+    assert errors({"x": "1", "new": 1}, open_) == [(".x", "expected int, got str")]
+    assert read({"x": 1}, closed) == {"x": 1}
+    assert errors({"x": 1, "new": 1}, closed) == [("", "unknown: new")]
+    assert not pachinko.is_read_in_one_pass(closed)
+    assert "extra_items, which are not read; write a dict" in refused(
+        newer("More", {"x": int}, extra_items=int)
+    )

@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Annotated, Any, Literal, NewType, NotRequired, TypedDict
 
 import attrs
+import cattrs
 import msgspec
 import pytest
 from structured import errors, like_annotated_types, read, refused
@@ -274,3 +275,12 @@ def test_a_constraint_is_enforced_in_one_pass() -> None:
 def test_a_type_without_arguments_may_have_no_hash() -> None:
     """Nothing can be taken out of it."""
     assert pachinko.hashable([]) == []
+
+
+def test_a_converter_that_ignores_constraints_is_no_place_for_them() -> None:
+    """A new converter of cattrs drops metadata; a copy of the hub's does not."""
+    codec = Codec(cattrs.Converter())
+    codec.check(Annotated[int, "text"], ({}, {}), [])
+    with pytest.raises(TypeError, match=r"start from hub\.converter\.copy\(\)"):
+        codec.check(list[Positive], ({}, {}), [])
+    Codec(Hub().converter.copy()).check(list[Positive], ({}, {}), [])
