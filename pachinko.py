@@ -928,11 +928,13 @@ class Shape:
 
     def takes(self, value: Mapping[str, Any], key: str) -> bool:
         """Tell whether *value* has one of the right values under *key*."""
-        return key in value and any(_is_same(value[key], each) for each in self.literals[key])
+        found = value.get(key, UNSET)
+        return any(map(functools.partial(_is_same, found), self.literals[key]))
 
     def is_of(self, value: Mapping[str, Any]) -> bool:
         """Tell whether *value* has the tags and the required keys of this type."""
-        return self.required <= value.keys() and all(self.takes(value, key) for key in self.tags)
+        has_keys = value.keys() >= self.required
+        return has_keys and all(map(functools.partial(self.takes, value), self.tags))
 
     def known(self, value: Mapping[str, Any]) -> int:
         """Return how many keys of *value* this type has."""
@@ -1023,6 +1025,8 @@ def _shape_of(t: Any, converter: cattrs.Converter) -> Shape:
 def best_of(value: Mapping[str, Any], shapes: Iterable[Shape]) -> Shape | None:
     """Return the shape that fits *value* and knows most of its keys, or None."""
     fits = [shape for shape in shapes if shape.is_of(value)]
+    if len(fits) == 1:
+        return fits[0]
     return max(fits, key=lambda shape: shape.known(value), default=None)
 
 
