@@ -500,8 +500,9 @@ def refuse_unset(annotations: Iterable[Any], name: str = "x") -> None:
     for t in annotations:
         members = get_args(t) if origin_of(t) in _UNIONS else (t,)
         if UnsetType in members:
-            others = [getattr(m, "__name__", str(m)) for m in members if m is not UnsetType]
-            write = " | ".join(others) or "int"
+            others = [m for m in members if m is not UnsetType]
+            names = [str(m) if get_args(m) else getattr(m, "__name__", str(m)) for m in others]
+            write = " | ".join(names) or "int"
             raise TypeError(
                 f"UnsetType is for a field that may be absent; write {name}: {write} | UnsetType "
                 f"= UNSET in a class, NotRequired[{write}] in a typed dict"
@@ -981,8 +982,8 @@ def items_of(t: Any, converter: cattrs.Converter) -> list[Item]:
 
 def is_required(field: Any) -> bool:
     """Tell whether a field of an attrs class or a dataclass has no default."""
-    missing = (attrs.NOTHING, dataclasses.MISSING)
-    return field.default in missing and getattr(field, "default_factory", missing[1]) in missing
+    defaults = field.default, getattr(field, "default_factory", attrs.NOTHING)
+    return all(each is attrs.NOTHING or each is dataclasses.MISSING for each in defaults)
 
 
 def key_of(t: Any, name: str, converter: cattrs.Converter) -> str:

@@ -697,3 +697,19 @@ def test_a_typed_dict_may_be_of_typing_extensions() -> None:
     assert "extra_items, which are not read; write a dict" in refused(
         newer("More", {"x": int}, extra_items=int)
     )
+
+
+class Incomparable:
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("ambiguous, as an array of numpy is")
+
+    __hash__ = object.__hash__
+
+
+def test_a_default_need_not_be_comparable() -> None:
+    """Whether a field has one is not asked by comparing it."""
+    odd = Incomparable()
+    fields = {"x": attrs.field(type=int), "y": attrs.field(type=Any, default=odd)}
+    parts: Any = [("x", int), ("y", Any, dataclasses.field(default=odd))]
+    for cls in (attrs.make_class("C", fields), dataclasses.make_dataclass("D", parts)):
+        assert read({"x": 1}, cls | Named).x == 1
