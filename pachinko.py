@@ -1743,7 +1743,8 @@ class Codec:
         free = free_variables(annotation)
         if free and annotation is not class_of(annotation):  # such a class is refused below
             raise TypeError(f"{annotation} is generic; write int in the place of {free[0]}, say")
-        for t in types_in(annotation, namespaces, seen):
+        # All classes are resolved before the first hook is made, which may need any of them.
+        for t in [*types_in(annotation, namespaces, seen)]:
             is_generic = bool(getattr(t, "__parameters__", ()))
             if is_generic and t is class_of(t):
                 raise TypeError(f"{t.__name__} is generic; write {t.__name__}[int], say")

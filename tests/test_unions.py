@@ -193,6 +193,31 @@ def test_the_keys_on_the_wire_choose_the_class(annotation: Any, payload: Any, va
         assert written(found, wrap(annotation)) == hold(payload)
 
 
+@attrs.frozen
+class Group:
+    kind: Literal["group"]
+    items: list["Group | Link"] = attrs.field(factory=list)  # noqa: UP037 - as it is written
+
+
+@attrs.frozen
+class Link:
+    kind: Literal["link"]
+    named: dict[str, "Group | Link | None"] = attrs.field(factory=dict)  # noqa: UP037 - as above
+
+
+def test_the_classes_of_a_union_may_contain_each_other() -> None:
+    """Each is resolved before the hook of the other is made."""
+    inner = {"kind": "link", "named": {"a": {"kind": "group", "items": []}, "b": None}}
+    payload = {"kind": "group", "items": [inner]}
+    value = Group("group", [Link("link", {"a": Group("group"), "b": None})])
+    assert read(payload, Group | Link) == value
+    assert written(value, Group | Link) == payload
+    inner["named"] = {"a": {"kind": "ring"}}
+    assert errors(payload, Group | Link) == [
+        ('.items[0].named["a"].kind', 'expected one of "group", "link"')
+    ]
+
+
 def test_what_a_typed_dict_does_not_declare_stays_here() -> None:
     """Going out, the keys choose as well."""
     assert written({"x": 1, "y": 2, "z": 3}, Short | Long) == {"x": 1, "y": 2}
