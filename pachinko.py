@@ -280,7 +280,7 @@ def invalid_payload(type: str, errors: Iterable[dict[str, str]]) -> MessageError
 # msgspec can decode a frame straight into the payload, in one pass and several times as fast as
 # cattrs builds it from JSON values. It sets the fields of an object: it calls no constructor and no
 # converter, and knows no alias. `is_read_in_one_pass` accepts the types with the same result. Every
-# other type is left to cattrs ("codec", below).
+# other type is left to cattrs ("structuring", below).
 
 _TIMES: set[Any] = {datetime, date, time_of_day, timedelta}
 _LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal, *_TIMES}

@@ -421,6 +421,8 @@ alias: Any = TypeAliasType
 Tags = alias("Tags", list[str])
 Either = alias("Either", int | list[str])
 One, Other = TypeVar("One"), TypeVar("Other")
+BadText = alias("BadText", "BadText | int")
+LoopText = alias("LoopText", "LoopText")
 Endless = alias("Endless", "list[Endless[list[One]]] | One", type_params=(One,))
 
 
@@ -446,6 +448,20 @@ def test_a_name_stands_for_its_type(annotation: Any, payload: Any) -> None:
 TextJson = alias("TextJson", "dict[str, TextJson] | list[TextJson] | str | None")
 PartJson = alias("PartJson", dict[str, "PartJson"] | list["PartJson"] | int)  # type: ignore[operator]
 TextTree = alias("TextTree", "dict[str, TextTree[One]] | One", type_params=(One,))
+
+
+@pytest.mark.parametrize(
+    ("annotation", "why"),
+    [
+        (BadText, "a union that contains itself"),
+        (LoopText, "LoopText has no JSON of its own"),
+        (Endless[int], "contains ever more types"),
+    ],
+    ids=str,
+)
+def test_an_alias_that_is_a_text_may_not_be_endless(annotation: Any, why: str) -> None:
+    """It is refused at registration, and not with a RecursionError."""
+    assert why in refused(annotation)
 
 
 def test_an_alias_may_be_a_text() -> None:
