@@ -39,15 +39,19 @@ Glossary
 Map: each section, what it is for, and those above it that it uses.
 
     errors — whose fault something is, and what a client is told
-    types — the types in annotations
+    types — the types in annotations (uses: errors)
     envelope and message — frames and their JSON, `message` (uses: errors, types)
     sending — which part of a payload cannot be sent (uses: errors, types, envelope and message)
+    unions — the classes in a union, and what tells them apart (uses: errors, types, envelope and
+        message)
+    structuring — the hooks that make what handlers take of JSON (uses: errors, types, envelope and
+        message, unions)
     codec — JSON to what a handler takes, and back (uses: errors, types, envelope and message,
-        sending)
+        sending, unions, structuring)
     signatures — what a function takes, and of which types (uses: errors, types, envelope and
         message)
     handlers — what a registered function takes, and finding it (uses: errors, types, envelope and
-        message, signatures)
+        message, codec, signatures)
     handshake — who may connect: origins and tokens (uses: errors)
     limits — time, rate and the options that bound a connection (uses: errors)
     outbox — what waits to be written to one client (uses: envelope and message)
@@ -70,6 +74,7 @@ Map: each section, what it is for, and those above it that it uses.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import builtins
 import collections
@@ -83,6 +88,7 @@ import inspect
 import itertools
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -128,8 +134,8 @@ import falcon.asgi
 import falcon.constants
 import msgspec
 from cattrs import cols
-from cattrs.disambiguators import create_default_dis_func
 from cattrs.gen import make_dict_structure_fn, override
+from cattrs.gen.typeddicts import make_dict_structure_fn as make_typeddict_structure_fn
 from msgspec import UNSET, UnsetType
 
 __all__ = [
@@ -147,6 +153,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 Id = str | int
 Hook = Callable[[Any, Any], Any]  # cattrs calls it with a value and the type to make of it
 Members = Sequence[tuple[Any, Any]]  # the types in a union, each with the class of its values
+KeyOf = Callable[[Any, str], str]  # the key on the wire for a class and the name of its field
+Check = tuple[Any, Callable[[Any], bool], str]  # a class, a test of its values, what fails it
+Item = tuple[str, str, Any, bool]  # a field: name, key on the wire, type, is it required?
 HookFactory = Callable[[Any, cattrs.Converter], Callable[..., Any]]
 Writer = tuple[str, Callable[[Any], Any]]  # a message type, and what makes JSON of a value
 FrameClass = type["Received"]  # the class of the frames of one message type
@@ -229,14 +238,19 @@ def bare(error: E) -> E:
     return error
 
 
-def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, str]]:
-    """Yield each wrong field under *exc* as ``{"path", "message"}``, without server internals."""
+def explain(
+    exc: BaseException, path: str = "$.payload", key_of: KeyOf = lambda _, name: name
+) -> Iterator[dict[str, str]]:
+    """Yield each wrong field under *exc* as ``{"path", "message"}``, without server internals.
+
+    *key_of* returns the key on the wire for a class and the name of a field.
+    """
     if isinstance(exc, cattrs.BaseValidationError):
         for inner in exc.exceptions:
             # cattrs adds a note to its own KeyError for a missing key; any other is a user's bug.
             is_other = isinstance(inner, KeyError) and not hasattr(inner, "__notes__")
-            step = _path_step(inner, exc.cl)
-            yield from explain(ValueError(_OTHER) if is_other else inner, path + step)
+            step = _path_step(inner, exc.cl, key_of)
+            yield from explain(ValueError(_OTHER) if is_other else inner, path + step, key_of)
         return
     text = _OTHER
     if isinstance(exc, msgspec.ValidationError):
@@ -253,7 +267,7 @@ def explain(exc: BaseException, path: str = "$.payload") -> Iterator[dict[str, s
     yield {"path": path, "message": text}
 
 
-def _path_step(exc: BaseException, t: Any) -> str:
+def _path_step(exc: BaseException, t: Any, key_of: KeyOf) -> str:
     """Return the place of *exc* in its parent: ``.field``, ``[3]``, ``["key"]``, or ``""``."""
     names = [arg.name for arg in exc.args if isinstance(arg, attrs.Attribute)]
     for note in getattr(exc, "__notes__", ()):
@@ -262,11 +276,7 @@ def _path_step(exc: BaseException, t: Any) -> str:
             return f"[{index}]" if type(index) is int else f'["{str(index)[:_KEY_SHOWN]}"]'
         if isinstance(note, cattrs.AttributeValidationNote):
             names = [note.name]
-    if not names:
-        return ""
-    cls = origin_of(t) or t
-    field = attrs.fields_dict(cls).get(names[0]) if attrs.has(cls) else None
-    return f".{field.alias if field else names[0]}"
+    return f".{key_of(t, names[0])}" if names else ""
 
 
 def invalid_payload(type: str, errors: Iterable[dict[str, str]]) -> MessageError:
@@ -285,12 +295,20 @@ def invalid_payload(type: str, errors: Iterable[dict[str, str]]) -> MessageError
 # msgspec can decode a frame straight into the payload, in one pass and several times as fast as
 # cattrs builds it from JSON values. It sets the fields of an object: it calls no constructor and no
 # converter, and knows no alias. `is_read_in_one_pass` accepts the types with the same result. Every
-# other type is left to cattrs ("codec", below).
+# other type is left to cattrs ("structuring", below).
 
 _TIMES: set[Any] = {datetime, date, time_of_day, timedelta}
 _LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal, *_TIMES}
 _UNIONS: tuple[Any, ...] = (Union, types.UnionType)
-_OPTIONAL: tuple[Any, ...] = (typing.Required, typing.NotRequired)  # around a typed dict's item
+_QUALIFIERS = ("Final", "NotRequired", "ReadOnly", "Required")  # by name: two modules have them
+# The packages with metadata that is meant to be enforced: attrs has validators, for one.
+_ENFORCERS = frozenset({"annotated_types", "attr", "beartype", "msgspec", "pydantic"})
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+_LENGTHS = {"min_length": operator.ge, "max_length": operator.le}
+_LIMITS = frozenset({*_SIGNS, *_LENGTHS, "multiple_of", "pattern", "tz", "func"})
+_DESCRIPTIONS = frozenset({
+    "title", "description", "examples", "extra_json_schema", "extra", "unit", "documentation",
+})  # fmt: skip
 _MAKING = ("__new__", "__getattribute__", "__getattr__", "__attrs_pre_init__")
 _ATTRS_FILE = inspect.getfile(attrs.make_class)
 
@@ -331,12 +349,34 @@ def types_named_in(cls: type) -> dict[str, Any]:
 
 
 def hashable(t: Any) -> Any:
-    """Return *t* without `Annotated` if its metadata has no hash. cattrs looks types up by hash."""
-    try:
-        hash(t)
-    except TypeError:
-        return typing.get_type_hints(types.SimpleNamespace(__annotations__={"t": t}))["t"]
-    return t
+    """Return *t* without metadata that has no hash. cattrs looks types up by hash."""
+    if _has_hash(t):
+        return t
+    args = tuple(map(hashable, get_args(t)))
+    if origin_of(t) is typing.Annotated:
+        pieces = [piece for each in t.__metadata__ for piece in _hashable_pieces(each)]
+        return typing.Annotated[(args[0], *pieces)] if pieces else args[0]
+    if origin_of(t) in _UNIONS:
+        return Union[args]  # noqa: UP007 - of a tuple
+    if not args:
+        return t
+    return t.copy_with(args) if hasattr(t, "copy_with") else t.__origin__[args]
+
+
+def _has_hash(value: object) -> bool:
+    """Tell whether *value* has a hash."""
+    with contextlib.suppress(TypeError):
+        hash(value)
+        return True
+    return False
+
+
+def _hashable_pieces(piece: Any) -> list[Any]:
+    """Return *piece* in a list, or what it limits if it has no hash: Meta(gt=0, examples=[1])."""
+    limits = {} if _has_hash(piece) else dict(_limits_in(piece))
+    if "func" in limits:
+        return [dataclasses.replace(piece, func=functools.partial(limits["func"]))]
+    return [msgspec.Meta(**limits)] if limits else [piece] if _has_hash(piece) else []
 
 
 def class_of(t: Any) -> Any:
@@ -349,10 +389,25 @@ def inner_type(t: Any) -> Any:
     """Return the type inside of `Annotated`, a `NewType` or a ``type`` statement, or *t* itself."""
     if origin_of(t) is typing.Annotated:
         return t.__origin__  # cattrs takes Annotated[dict, "x"] for a dict of "x"
-    if (value := getattr(origin_of(t), "__value__", None)) is not None:  # type Many[X] = list[X]
+    if is_qualified(t):
+        return get_args(t)[0]
+    if hasattr(origin_of(t), "__value__"):  # type Many[X] = list[X]
+        value = _value_of(t.__origin__)
         given = dict(zip(t.__origin__.__type_params__, get_args(t), strict=True))
         return hashable(value[tuple(given[each] for each in value.__parameters__)])
-    return hashable(getattr(t, "__supertype__", None) or getattr(t, "__value__", t))
+    return hashable(_value_of(t) if hasattr(t, "__value__") else getattr(t, "__supertype__", t))
+
+
+def _value_of(alias: Any) -> Any:
+    """Return the type that *alias* stands for. It may be a text with its own name in it."""
+    names = {**vars(sys.modules.get(alias.__module__, types)), alias.__name__: alias}
+    holder = types.SimpleNamespace(__annotations__={"t": alias.__value__})
+    return typing.get_type_hints(holder, names, include_extras=True)["t"]
+
+
+def is_qualified(t: Any) -> bool:
+    """Tell whether *t* is a type with a qualifier around it, such as `Final` or `NotRequired`."""
+    return str(origin_of(t)).rpartition(".")[2] in _QUALIFIERS
 
 
 def bare_type(t: Any) -> Any:
@@ -361,10 +416,26 @@ def bare_type(t: Any) -> Any:
     return t if inner is t else bare_type(inner)
 
 
+def union_members(t: Any, outer: tuple[Any, ...] = ()) -> list[Any]:
+    """Return the members of the union *t*, also of unions with a name in it, or *t* alone."""
+    if t in outer:
+        raise TypeError(f"{t} is a union that contains itself")
+    if origin_of(t) in _UNIONS:
+        return [inner for member in get_args(t) for inner in union_members(member, outer)]
+    inner = inner_type(t)
+    if inner is t or origin_of(bare_type(t)) not in _UNIONS or limits_of(t):
+        return [t]
+    return union_members(inner, (*outer, t))
+
+
 def is_leaf(t: Any) -> bool:
     """Tell whether *t* is written as one JSON scalar."""
     if origin_of(t) in _UNIONS:
-        return all(map(is_leaf, get_args(t)))
+        members = union_members(t)
+        scalars = [member for member in members if member is not types.NoneType]
+        # A converter may have a hook for a type with a name, so it is not looked into if alone.
+        has_name = len(scalars) == 1 and bare_type(scalars[0]) is not scalars[0]
+        return not has_name and all(is_leaf(bare_type(member)) for member in members)
     is_enum = inspect.isclass(t) and issubclass(t, enum.Enum)
     return is_enum or origin_of(t) is Literal or t in _LEAVES
 
@@ -380,7 +451,26 @@ def fields_of(t: Any) -> Any:
 def declares_fields(t: Any) -> bool:
     """Tell whether *t* has named items: an attrs class, dataclass, typed dict or named tuple."""
     cls = class_of(t)
-    return fields_of(t) is not None or typing.is_typeddict(cls) or cols.is_namedtuple(cls)
+    is_dict = is_typed_dict(cls) or is_struct(cls)
+    return fields_of(t) is not None or is_dict or cols.is_namedtuple(cls)
+
+
+def is_typed_dict(t: Any) -> bool:
+    """Tell whether *t* is a typed dict, of `typing` or of typing_extensions."""
+    return type(t).__name__ == "_TypedDictMeta"
+
+
+def is_closed(cls: Any) -> bool:
+    """Tell whether the typed dict *cls* has no other items (PEP 728), or refuse those it has."""
+    extra = str(getattr(cls, "__extra_items__", None)).rpartition(".")[2]
+    if extra not in ("", "None", "Never", "NoExtraItems"):
+        raise TypeError(f"{cls.__name__} has extra_items, which are not read; write a dict")
+    return bool(getattr(cls, "__closed__", False))
+
+
+def is_struct(t: Any) -> bool:
+    """Tell whether *t* is a `msgspec.Struct`."""
+    return isinstance(class_of(t), type(msgspec.Struct))
 
 
 def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
@@ -388,11 +478,180 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
     if t in seen or isinstance(t, TypeVar) or origin_of(t) is Literal:
         return
     seen.append(t)
-    args = () if origin_of(t) is typing.Annotated else get_args(t)
-    fields = resolve_class(class_of(t), *namespaces).values() if declares_fields(t) else ()
-    for member in (inner_type(t), *args, *fields):
+    has_types = origin_of(t) not in (typing.Annotated, Callable, type)
+    members = [inner_type(t), *(get_args(t) if has_types else ())]
+    if declares_fields(t):
+        hints, cls = resolve_class(class_of(t), *namespaces), class_of(t)
+        if is_struct(cls):
+            hints = {name: hints[name] for name in cls.__struct_fields__}
+        elif is_typed_dict(cls):
+            _correct_keys(cls, hints)
+        members += _checked_fields(cls, hints)
+    elif origin_of(t) not in _UNIONS and not is_qualified(t):
+        refuse_unset(get_args(t))
+    for member in members:
         yield from types_in(member, namespaces, seen)
     yield t
+
+
+def _correct_keys(cls: Any, hints: dict[str, Any]) -> None:
+    """Let the typed dict *cls* know of the qualifiers that were text when it was made."""
+    for key, hint in hints.items():
+        t, keys = hint, {key}
+        while is_qualified(t):
+            required, optional = cls.__required_keys__, cls.__optional_keys__
+            if origin_of(t) is typing.Required:
+                required, optional = required | keys, optional - keys
+            elif origin_of(t) is typing.NotRequired:
+                required, optional = required - keys, optional | keys
+            cls.__required_keys__, cls.__optional_keys__ = required, optional
+            t = get_args(t)[0]
+
+
+def _checked_fields(cls: Any, hints: dict[str, Any]) -> Iterable[Any]:
+    """Return the types of the fields of *cls*. Raises `TypeError` for a type of no value."""
+    known = {p for base in cls.__mro__ for p in getattr(base, "__parameters__", ())}
+    fields = msgspec.structs.fields(cls) if is_struct(cls) else fields_of(cls) or ()
+    may_be_absent = {field.name for field in fields if field.default is UNSET}
+    for name, t in hints.items():
+        if free := {*free_variables(t)} - known:
+            write = f"write a type, or class {cls.__name__}(Generic[T])"
+            raise TypeError(f"{cls.__name__}.{name} has no type for {free.pop()}; {write}")
+        if origin_of(t) is not typing.NotRequired and name not in may_be_absent:
+            refuse_unset([t], name)
+    return hints.values()
+
+
+def free_variables(t: Any) -> tuple[Any, ...]:
+    """Return the type variables in *t*."""
+    return (t,) if isinstance(t, TypeVar) else getattr(t, "__parameters__", ())
+
+
+def refuse_unset(annotations: Iterable[Any], name: str = "x") -> None:
+    """Raise `TypeError` if `UnsetType` stands where nothing can be absent."""
+    for t in annotations:
+        members = get_args(t) if origin_of(t) in _UNIONS else (t,)
+        if UnsetType in members:
+            others = [m for m in members if m is not UnsetType]
+            names = [str(m) if get_args(m) else getattr(m, "__name__", str(m)) for m in others]
+            write = " | ".join(names) or "int"
+            raise TypeError(
+                f"UnsetType is for a field that may be absent; write {name}: {write} | UnsetType "
+                f"= UNSET in a class, NotRequired[{write}] in a typed dict"
+            )
+
+
+def limits_of(t: Any) -> list[tuple[str, Any]]:
+    """Return the constraints in the metadata of *t*: their names and bounds."""
+    pieces = t.__metadata__ if origin_of(t) is typing.Annotated else ()
+    return [limit for piece in pieces for limit in _limits_in(piece)]
+
+
+def _limits_in(piece: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the constraints in one piece of metadata. Raises `TypeError` if it is not known."""
+    cls: Any = piece if isinstance(piece, type) else type(piece)
+    limits = [("", None)]
+    if isinstance(piece, msgspec.Meta):
+        limits = [*cast(Any, piece).__rich_repr__()]
+    elif cls is not piece and hasattr(cls, "__is_annotated_types_grouped_metadata__"):
+        for each in cast(Any, piece):
+            yield from _limits_in(each)
+        return
+    elif cls is not piece and dataclasses.is_dataclass(piece):
+        limits = [(f.name, getattr(piece, f.name)) for f in dataclasses.fields(piece)]
+    packages = {base.__module__.partition(".")[0] for base in cls.__mro__}
+    for name, bound in limits if packages & _ENFORCERS else ():
+        if name not in _LIMITS and name not in _DESCRIPTIONS:
+            raise TypeError(
+                f"{piece!r} in Annotated is not enforced; write msgspec.Meta(gt=0), say, or an "
+                f"attrs class with a validator"
+            )
+        if name in _LIMITS:
+            yield name, bound
+
+
+def checks_of(t: Any) -> list[Check]:
+    """Return the checks for the metadata of *t*. Raises `TypeError` for those of other types."""
+    checks: list[Check] = []
+    members = [m for m in union_members(bare_type(t)) if m is not types.NoneType]
+    for name, bound in limits_of(t):
+        found = [_check_of(name, bound, class_of(bare_type(m)), m) for m in members]
+        if not any(found):
+            raise TypeError(f"{name} = {bound!r} does not limit {bare_type(t)}, in {t}")
+        checks += filter(None, found)
+    return checks
+
+
+def _check_of(name: str, bound: Any, cls: Any, t: Any) -> Check | None:
+    """Return the check of one constraint for the values of *t*, or None if it is for others."""
+    if name == "func":
+        return (cls if cls in _LEAVES else object), lambda v: v is None or bound(v), _OTHER
+    if cls is None:
+        return None
+    own = "duration" if cls is timedelta else cls.__name__
+    what = {list: "array", dict: "object"}.get(cast(Any, kind_of(t)), own)
+    text, is_number = f"expected {what}", _is_number(cls)
+    is_pair = is_number and _is_number(type(bound))  # 1 is below 1.5
+    shown = float(bound) if cls is float and is_pair else bound
+    if name in _SIGNS and (is_pair or (isinstance(bound, cls) and kind_of(t) is None)):
+        compare, sign = getattr(operator, name), _SIGNS[name]
+        if cls is int and type(bound) is int and name in ("gt", "lt"):  # msgspec says it like this
+            sign, shown = f"{sign}=", bound + (1 if name == "gt" else -1)
+        return cls, lambda v: type(v) is bool or compare(v, bound), f"{text} {sign} {shown}"
+    if name == "multiple_of" and is_pair:
+        by = Decimal(str(bound)) if issubclass(cls, Decimal) else bound
+        text = f"{text} that's a multiple of {shown}"
+        return cls, lambda v: type(v) is bool or v % by == 0, text
+    if name == "pattern" and cls is str:
+        search = re.compile(bound).search
+        return cls, lambda v: search(v) is not None, f"{text} matching regex {bound!r}"
+    if name in _LENGTHS and hasattr(cls, "__len__") and not declares_fields(t):
+        compare = _LENGTHS[name]
+        text = f"{text} of length {_SIGNS[compare.__name__]} {bound}"
+        return cls, lambda v: bound is None or compare(len(v), bound), text
+    if name == "tz" and cls in (datetime, time_of_day) and not isinstance(bound, str):
+        return cls, *_zone_check(bound, text)
+    return None
+
+
+def _zone_check(zone: Any, text: str) -> tuple[Callable[[Any], bool], str]:
+    """Return the test and the text for a time with *zone*, of msgspec or of annotated_types."""
+    if zone is None or zone is False:
+        return lambda value: value.tzinfo is None, f"{text} with no timezone component"
+    if zone is ... or zone is True:
+        return lambda value: value.tzinfo is not None, f"{text} with a timezone component"
+    if (offset := zone.utcoffset(None)) is None:
+        raise TypeError(f"a time in JSON has an offset, and no zone such as {zone}")
+    return lambda value: value.utcoffset() == offset, f"{text} with the offset of {zone}"
+
+
+def _is_number(cls: Any) -> bool:
+    """Tell whether *cls* is a class of numbers."""
+    return issubclass(cls, (int, float, Decimal)) and not issubclass(cls, bool)
+
+
+def enforce(value: T, checks: Iterable[Check]) -> T:
+    """Return *value*, or raise `msgspec.ValidationError` for the first check that it fails."""
+    for cls, test, text in checks:
+        is_right = False
+        with contextlib.suppress(KeyError):  # It would be explained as a missing key.
+            is_right = not isinstance(value, cls) or bool(test(value))
+        if not is_right:
+            raise msgspec.ValidationError(text)
+    return value
+
+
+def kind_of(t: Any) -> type | None:
+    """Return list if *t* is written as a JSON array, dict for an object, None for anything else."""
+    cls = class_of(t)
+    if cls is None:
+        return None
+    if is_struct(t):
+        return list if cls.__struct_config__.array_like else dict
+    if fields_of(t) is not None or is_typed_dict(cls) or issubclass(cls, Mapping):
+        return dict
+    is_array = issubclass(cls, (Sequence, Set)) and not issubclass(cls, (str, bytes))
+    return list if is_array and not is_leaf(cls) else None
 
 
 def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
@@ -405,17 +664,33 @@ def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
         return t is not Decimal  # msgspec reads all its digits, but cattrs is given a float
     if origin is Literal:
         return all(type(choice) is str for choice in args)  # 1, 1.0 and true would be equal
+    if origin_of(t) is typing.Annotated:
+        return _is_limited_alike(t) and is_read_in_one_pass(t.__origin__, seen)
     if origin is dict and args[:1] not in ((), (str,)):
         return False  # msgspec reads keys by rules of its own
     if origin in (dict, list, set, frozenset, tuple, *_UNIONS):
-        return all(arg is Ellipsis or is_read_in_one_pass(arg, seen) for arg in args)
+        args = tuple(arg for arg in args if arg not in (Ellipsis, UnsetType))
+        return all(is_read_in_one_pass(arg, seen) for arg in args)
     if not inspect.isclass(t):
         return False
     if is_text_enum(t):
         return True
     seen.append(t)
-    inner = _types_of_keys(t) if typing.is_typeddict(t) else _types_of_fields(t)
+    if is_typed_dict(t):
+        if is_closed(t):
+            return False  # msgspec ignores other keys
+        hints = t.__annotations__.values()
+        inner: list[Any] | None = [get_args(u)[0] if is_qualified(u) else u for u in hints]
+    elif is_struct(t):
+        inner = [field.type for field in msgspec.structs.fields(cast(Any, t))]
+    else:
+        inner = _types_of_fields(t)
     return inner is not None and all(is_read_in_one_pass(u, seen) for u in inner)
+
+
+def _is_limited_alike(t: Any) -> bool:
+    """Tell whether msgspec enforces all constraints in the metadata of *t*."""
+    return all(isinstance(each, msgspec.Meta) or not [*_limits_in(each)] for each in t.__metadata__)
 
 
 def is_text_enum(cls: Any) -> bool:
@@ -425,16 +700,6 @@ def is_text_enum(cls: Any) -> bool:
     get = inspect.getattr_static  # msgspec calls _missing_, and cattrs does not
     is_plain = all(get(cls, name) == get(enum.Enum, name) for name in ("_missing_", "__init__"))
     return is_plain and all(type(member.value) is str for member in cls)
-
-
-def _types_of_keys(cls: Any) -> list[Any] | None:
-    """Return the types in a typed dict, or None if msgspec and cattrs may differ about a key."""
-    # msgspec goes by a Required in a text annotation. cattrs asks the class, which has not read it.
-    keys = {typing.Required: cls.__required_keys__, typing.NotRequired: cls.__optional_keys__}
-    hints = cls.__annotations__
-    if any(key not in keys.get(origin_of(t), hints) for key, t in hints.items()):
-        return None
-    return [get_args(t)[0] if origin_of(t) in keys else t for t in hints.values()]
 
 
 def _types_of_fields(cls: Any) -> list[Any] | None:
@@ -663,8 +928,9 @@ def json_name(value: object) -> str:
 def message(type: str) -> Callable[[type[T]], type[T]]:
     """Tag a class as the message *type*, so that it can be received, returned and sent.
 
-    A plain annotated class becomes `attrs.frozen`; an attrs class or a dataclass is only tagged.
-    Raises `PachinkoError` for anything else.
+    A plain annotated class becomes `attrs.frozen`; an attrs class, a dataclass or a
+    `msgspec.Struct` is only tagged. Raises `PachinkoError` for anything else, and for a default
+    that all messages would share.
     """
     if not isinstance(type, str):
         raise PachinkoError(f'@message takes a type; write @message("say") above {type!r}')
@@ -674,7 +940,8 @@ def message(type: str) -> Callable[[type[T]], type[T]]:
     def tag(cls: Any) -> Any:
         if not inspect.isclass(cls):
             raise PachinkoError(f'@message("{type}") goes above a class, not above {cls!r}')
-        if "__attrs_attrs__" not in vars(cls) and "__dataclass_fields__" not in vars(cls):
+        own = vars(cls)
+        if not is_struct(cls) and not {"__attrs_attrs__", "__dataclass_fields__"} & own.keys():
             cls = _make_frozen(cls)
         _check_defaults(cls)
         setattr(cls, "__message_type__", type)  # noqa: B010 - it is declared on no class
@@ -707,8 +974,9 @@ def _check_defaults(cls: Any) -> None:
         default, name = field.default, field.name
         if type(default).__hash__ is None:  # as dataclasses tell what is mutable
             kind = type(default).__name__
-            is_empty = type(default) in (list, dict, set) and not default
-            factory = kind if is_empty else f"lambda: {kind}(...)"
+            is_plain = type(default) in (list, dict, set)
+            factory = f"lambda: {default!r}" if is_plain and default else kind
+            factory = factory if is_plain else f"lambda: {kind}(...)"
             raise PachinkoError(
                 f"all messages would share the default of {cls.__name__}.{name}; write "
                 f"`{name}: ... = attrs.field(factory={factory})`"
@@ -812,48 +1080,270 @@ def _step(key: Any) -> str:
     return f".{name}" if name.isidentifier() else f'["{name}"]'
 
 
-# ── codec ─────────────────────────────────────────────────────────────────────────────────────
+# ── unions ────────────────────────────────────────────────────────────────────────────────────
 #
-# The codec turns JSON values into what handlers take, and what handlers return into JSON.
-# Each JSON kind stands for itself, and nothing is coerced. A scalar goes through `msgspec.convert`,
-# which gives one rule and one wording for all of them. The kind of an array or object is checked
-# before cattrs' own hook iterates over it.
+# The classes in a union are told apart by the keys of the JSON object: first by a tag, which is a
+# key with a `Literal` value, then by the keys that are required. Going out, the class of a value
+# names its member; only typed dicts are told apart by their keys again.
 
-_MAX_EXPLAINED = 16_384  # bytes of JSON: finding every error of 1 MiB would block for seconds
+
+@attrs.frozen
+class Shape:
+    """The keys of the JSON objects that are made of, or go out as, *type*."""
+
+    type: Any
+    keys: set[str]
+    required: set[str]
+    literals: dict[str, list[Any]]  # the values of the keys with a `Literal`
+    tags: set[str] = attrs.Factory(set)  # those of the keys that tell this type from another
+
+    def takes(self, value: Mapping[str, Any], key: str) -> bool:
+        """Tell whether *value* has one of the right values under *key*."""
+        found = value.get(key, UNSET)
+        return any(map(functools.partial(_is_same, found), self.literals[key]))
+
+    def is_of(self, value: Mapping[str, Any]) -> bool:
+        """Tell whether *value* has the tags and the required keys of this type."""
+        has_keys = value.keys() >= self.required
+        return has_keys and all(map(functools.partial(self.takes, value), self.tags))
+
+    def known(self, value: Mapping[str, Any]) -> int:
+        """Return how many keys of *value* this type has."""
+        return sum(key in value for key in self.keys)
+
+    def is_told_from(self, other: Shape) -> bool:
+        """Tell whether the keys decide between this type and *other*. Note the tags that do."""
+        for key in self.literals.keys() & other.literals.keys():
+            pairs = itertools.product(self.literals[key], other.literals[key])
+            if not any(itertools.starmap(_is_same, pairs)):
+                self.tags.add(key)
+                other.tags.add(key)
+        has_own = not (self.required <= other.keys and other.required <= self.keys)
+        return has_own or bool(self.tags & other.tags)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Tell whether two JSON values are one: ``1 == True == 1.0``, but not in JSON."""
+    one = one.value if isinstance(one, enum.Enum) else one
+    return type(one) is type(other) and bool(one == other)
+
+
+def items_of(t: Any, converter: cattrs.Converter) -> list[Item]:
+    """Return the fields of a class or a typed dict, as *converter* reads them."""
+    if is_struct(t):
+        return [(f.name, f.encode_name, f.type, f.required) for f in msgspec.structs.fields(t)]
+    if (fields := fields_of(t)) is not None:
+        use_alias = getattr(converter, "use_alias", False)
+        found: list[Item] = [
+            (f.name, getattr(f, "alias", f.name) if use_alias else f.name, f.type, is_required(f))
+            for f in fields if f.init
+        ]  # fmt: skip
+    else:
+        hints, required = class_of(t).__annotations__, class_of(t).__required_keys__
+        found = [(key, key, hint, key in required) for key, hint in hints.items()]
+    overrides: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # what only goes out may have no hook to come in
+        overrides = getattr(converter.get_structure_hook(t), "overrides", {})
+    keys = {name: each.rename for name, each in overrides.items()}
+    omitted = {name for name, each in overrides.items() if each.omit}
+    return [(item[0], keys.get(item[0]) or item[1], *item[2:])
+            for item in found if item[0] not in omitted]  # fmt: skip
+
+
+def is_required(field: Any) -> bool:
+    """Tell whether a field of an attrs class or a dataclass has no default."""
+    defaults = field.default, getattr(field, "default_factory", attrs.NOTHING)
+    return all(each is attrs.NOTHING or each is dataclasses.MISSING for each in defaults)
+
+
+def key_of(t: Any, name: str, converter: cattrs.Converter) -> str:
+    """Return the key on the wire of the field *name* of *t*."""
+    with contextlib.suppress(Exception):  # *t* may be of any kind, and a user's hook may raise
+        return next(key for each, key, *_ in items_of(t, converter) if each == name)
+    return name
+
+
+def shapes_of(members: Iterable[Any], converter: cattrs.Converter) -> list[Shape]:
+    """Return the shapes of *members*. Raises `TypeError` if two of them cannot be told apart."""
+    shapes = [_shape_of(member, converter) for member in members]
+    for pair in itertools.combinations(shapes, 2):
+        have_fields = all(declares_fields(bare_type(shape.type)) for shape in pair)
+        if have_fields and pair[0].is_told_from(pair[1]):
+            continue
+        why = "each is an object; write a class with fields instead of the dict"
+        if have_fields:
+            tags = [f'`kind: Literal["{class_of(bare_type(s.type)).__name__}"]`' for s in pair]
+            why = f"neither has a required key that the other lacks; tag them: {' and '.join(tags)}"
+        names = " | ".join(shown(shape.type) for shape in pair)
+        raise TypeError(f"{names} cannot be told apart: {why}")
+    return shapes
+
+
+def _shape_of(t: Any, converter: cattrs.Converter) -> Shape:
+    """Return the shape of a type with fields; that of a mapping has no keys."""
+    bare = bare_type(t)
+    items = items_of(bare, converter) if declares_fields(bare) else []
+    literals = {
+        key: [msgspec.to_builtins(each) for each in get_args(bare_type(u))]
+        for _, key, u, _ in items if origin_of(bare_type(u)) is Literal
+    }  # fmt: skip
+    if is_struct(bare) and (config := class_of(bare).__struct_config__).tag is not None:
+        literals[config.tag_field] = [config.tag]
+    required = {key for _, key, _, is_needed in items if is_needed}
+    return Shape(t, {key for _, key, *_ in items} | literals.keys(), required, literals)
+
+
+def best_of(value: Mapping[str, Any], shapes: Iterable[Shape]) -> Shape | None:
+    """Return the shape that fits *value* and knows most of its keys, or None."""
+    fits = [shape for shape in shapes if shape.is_of(value)]
+    if len(fits) == 1:
+        return fits[0]
+    return max(fits, key=lambda shape: shape.known(value), default=None)
+
+
+def nearest_to(value: Mapping[str, Any], shapes: Sequence[Shape]) -> Shape:
+    """Return the shape that *value* was meant for. Raises an error for its tag, or for all."""
+    right = [s for s in shapes if s.tags and all(s.takes(value, key) for key in s.tags)]
+    counts = collections.Counter(key for shape in shapes for key in sorted(shape.tags))
+    for key, count in counts.most_common() if not right else ():
+        if key not in value and count == len(shapes):
+            raise _error_at(key, KeyError(key))
+        tagged = [shape for shape in shapes if key in shape.tags]
+        if key in value and not any(shape.takes(value, key) for shape in tagged):
+            found = [_encode(each).decode() for shape in tagged for each in shape.literals[key]]
+            text = f"expected one of {', '.join(dict.fromkeys(found))}"
+            raise _error_at(key, msgspec.ValidationError(text))
+    rest = right or [shape for shape in shapes if not shape.tags] or shapes
+    rest = sorted(rest, key=lambda shape: shape.known(value), reverse=True)
+    if len(rest) > 1 and rest[0].known(value) == rest[1].known(value):
+        keys = [" and ".join(f'"{key}"' for key in sorted(each.required)) for each in rest]
+        raise msgspec.ValidationError(f"expected an object with {' or '.join(filter(None, keys))}")
+    return rest[0]
+
+
+def _error_at(key: str, error: Exception) -> Exception:
+    """Return *error* as that of one field of an object."""
+    error.add_note(cast(Any, cattrs.AttributeValidationNote)("", key, Any))
+    group: Any = cattrs.ClassValidationError
+    return cast(Exception, group("no member of a union", [error], dict))
+
+
+def declared_member(value: object, members: Members) -> Any:
+    """Return the member whose fields *value* is sent with, or its own class if no member fits."""
+    exact = [m for m, cls in members if cls is type(value)]
+    bases = [m for m, cls in members if isinstance(value, cls)]
+    return (exact or bases or [type(value)])[0]
+
+
+def members_of(t: Any) -> Members:
+    """Return the members of the union *t*, or *t* itself, with the classes of their values."""
+    if origin_of(bare_type(t)) in _UNIONS:
+        pairs = [pair for member in get_args(bare_type(t)) for pair in members_of(member)]
+        dicts = [member for member, _ in pairs if is_typed_dict(class_of(bare_type(member)))]
+        # They have one class, and are told apart by their keys.
+        one: Any = Union[tuple(dicts)] if dicts else None  # noqa: UP007 - of a tuple
+        others = [pair for pair in pairs if pair[0] not in dicts]
+        return [*others, (one, dict)] if len(dicts) > 1 else pairs
+    cls = _written_class(t)
+    return [] if cls is None else [(t, cls)]
+
+
+def _written_class(t: Any) -> Any:
+    """Return the class of the values that are sent as *t*, or None if it has none."""
+    cls = class_of(bare_type(t))
+    return dict if is_typed_dict(cls) else cls
+
+
+def union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
+    """Make the hook of a union. Raises `PachinkoError` if values do not tell their member."""
+    members, own = members_of(t), union_members(t)
+    if len(own) > 1 and all(is_typed_dict(class_of(bare_type(member))) for member in own):
+        return _dicts_unstructure_hook(own, converter)
+    for (one, cls), (other, _) in itertools.combinations(members, 2):
+        is_ambiguous = _share_values(one, other) and not _are_written_alike(one, other, converter)
+        if is_ambiguous and (_has_fields(one) or _has_fields(other)):
+            raise PachinkoError(
+                f"{shown(one)} | {shown(other)} may lose fields: a {cls.__name__} does not tell "
+                f"as which of the two it goes out; write {advice_for(one, other)}"
+            )
+    return lambda value: converter.unstructure(value, declared_member(value, members))
+
+
+def _dicts_unstructure_hook(
+    members: Iterable[Any], converter: cattrs.Converter
+) -> Callable[[Any], Any]:
+    """Make the hook of a union of typed dicts. Raises `PachinkoError` if it is ambiguous."""
+    try:
+        shapes = shapes_of(members, converter)
+    except TypeError as exc:
+        raise PachinkoError(f"{exc}, or write classes with @attrs.frozen instead") from None
+
+    def unstructure(value: Any) -> Any:
+        shape = best_of(value, shapes) or max(shapes, key=lambda shape: shape.known(value))
+        return converter.unstructure(value, shape.type)
+
+    return unstructure
+
+
+def advice_for(one: Any, other: Any) -> str:
+    """Return what to write instead of the ambiguous ``one | other``, such as ``list[A | B]``."""
+    pairs = [*zip(get_args(one), get_args(other), strict=False)]
+    is_nested = any(a != b and (_share_values(a, b) or Ellipsis in (a, b)) for a, b in pairs)
+    if origin_of(one) is not origin_of(other) or not pairs or is_nested:
+        return "classes with @attrs.frozen instead, which are told apart"
+    items = [shown(a if a is b else a | b) for a, b in pairs]
+    return f"{shown(origin_of(one))}[{', '.join(items)}]"
+
+
+def shown(t: Any) -> str:
+    """Return *t* as it is written in code."""
+    return re.sub(r"[\w.<>]+\.(?=\w)", "", repr(cast(Any, list)[t]).removeprefix("list[")[:-1])
+
+
+def _has_fields(t: Any, outer: tuple[Any, ...] = ()) -> bool:
+    """Tell whether a type with fields is in *t*. A ``type`` statement may contain itself."""
+    t, inner = bare_type(t), (*outer, t)
+    return declares_fields(t) or any(_has_fields(a, inner) for a in get_args(t) if a not in outer)
+
+
+def _share_values(one: Any, other: Any) -> bool:
+    """Tell whether a value may be of either type: a list, of ``Sequence[A]`` and ``list[B]``."""
+    first, second = _written_class(one), _written_class(other)
+    if first is second:
+        return first is not None
+    if any(kind_of(cls) is None or declares_fields(cls) for cls in (first, second)):
+        return False
+    is_below = issubclass(first, second) or issubclass(second, first)
+    return is_below and (inspect.isabstract(first) or inspect.isabstract(second))
+
+
+def _are_written_alike(one: Any, other: Any, converter: cattrs.Converter) -> bool:
+    """Tell whether a value becomes the same JSON by either of the two types."""
+    one, other = bare_type(one), bare_type(other)
+    args, others = get_args(one), get_args(other)
+    if args and args == others:
+        return True
+    if args and len(args) == len(others) and class_of(one) is class_of(other):
+        pairs = zip(args, others, strict=True)
+        return all(_are_written_alike(a, b, converter) for a, b in pairs)
+    if declares_fields(one) or declares_fields(other):
+        return one is other
+    return bool(converter.get_unstructure_hook(one) == converter.get_unstructure_hook(other))
+
+
+# ── structuring ───────────────────────────────────────────────────────────────────────────────
+#
+# The hooks by which cattrs makes what handlers take of JSON values. Each JSON kind stands for
+# itself, and nothing is coerced. A scalar goes through `msgspec.convert`, which gives one rule and
+# one wording for all of them. The kind of an array or object is checked before its items are read.
+
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?").fullmatch
 _TEXT_KEY = object()  # Annotated[int, _TEXT_KEY] is an int that is the key of a JSON object
 _ITEM = object()  # list[_ITEM] has items that come with their own hook and type
 _ARRAYS: dict[Any, Any] = {  # the declared class of an array, and the class that is made of it
     list: list, MutableSequence: list, tuple: tuple, Sequence: tuple, set: set, MutableSet: set,
     frozenset: frozenset, Set: frozenset, collections.deque: collections.deque,
 }  # fmt: skip
-
-
-def strict_converter() -> cattrs.Converter:
-    """Make a converter with the rules of the wire: aliases count, and no value changes its type."""
-    converter = cattrs.Converter(use_alias=True)
-    for leaf in _LEAVES:  # cattrs uses these hooks for subclasses too: class Color(str, Enum)
-        converter.register_structure_hook(leaf, msgspec.convert)
-    structure = converter.register_structure_hook_factory
-    structure(lambda t: t is object, lambda _: lambda value, _: value)
-    structure(lambda t: t is _ITEM, lambda _: lambda item, _: item[1][0](item[0], item[1][1]))
-    structure(is_leaf, _leaf_hook)
-    structure(lambda t: len(_kinds_of(t)) > 1, _union_hook)
-    structure(lambda t: _kind_of(t) is not None, _allow_recursion(_container_hook))
-    structure(lambda t: inner_type(t) is not t, _allow_recursion(_inner_hook))
-    structure(lambda t: _TEXT_KEY in getattr(t, "__metadata__", ()), _key_hook)
-    unstructure = converter.register_unstructure_hook_factory
-    # CPython 3.13.0 overlooks the recursion limit if cattrs calls `unstructure` for `Any` itself.
-    converter.register_unstructure_hook_func(
-        lambda t: t is object or t is Any,
-        lambda v: v if type(v) is object else converter.unstructure(v),
-    )
-    unstructure(lambda t: origin_of(t) in _UNIONS, _union_unstructure_hook)
-    unstructure(declares_fields, _allow_recursion(_fields_unstructure_hook))
-    unstructure(
-        lambda t: inner_type(t) is not t,
-        _allow_recursion(lambda t, converter: converter.get_unstructure_hook(inner_type(t))),
-    )
-    return converter
 
 
 def _allow_recursion(make: HookFactory) -> HookFactory:
@@ -882,31 +1372,38 @@ def _allow_recursion(make: HookFactory) -> HookFactory:
     return factory
 
 
-def _kind_of(t: Any) -> type | None:
-    """Return list if *t* is written as a JSON array, dict for an object, None for anything else."""
-    cls = class_of(t)
-    if cls is None:
-        is_union = origin_of(t) in _UNIONS
-        members = map(bare_type, get_args(t))
-        return dict if is_union and None not in map(fields_of, members) else None
-    if fields_of(t) is not None or typing.is_typeddict(cls) or issubclass(cls, Mapping):
-        return dict
-    is_array = issubclass(cls, (Sequence, Set)) and not issubclass(cls, (str, bytes))
-    return list if is_array and not is_leaf(cls) else None
+class _OfLeaf(abc.ABC):  # noqa: B024 - it has no methods, because no object is one
+    """A class below one of `_LEAVES`, such as ``Color(str, Enum)``.
+
+    cattrs goes by base classes, and would give such a class the hook of the leaf.
+    """
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return other not in _LEAVES and any(issubclass(other, leaf) for leaf in _LEAVES)
 
 
-def _kinds_of(t: Any) -> dict[Any, Any]:
-    """Return the members of the union *t* by JSON kind: NoneType, list, dict, None for the rest."""
-    kinds: dict[Any, Any] = {}
-    for member in get_args(t) if origin_of(t) in _UNIONS and not is_leaf(t) else ():
-        kind = member if member is types.NoneType else _kind_of(bare_type(member))
-        kinds[kind] = kinds.get(kind, member) | member
-    return kinds
+def _structure_of_leaf(value: Any, t: Any) -> Any:
+    return leaf_hook_of(t)(value, t)
+
+
+@functools.cache
+def leaf_hook_of(t: Any) -> Hook:
+    """Return the hook of a class below a scalar's. Raises for any but an enum."""
+    if not issubclass(t, enum.Enum):
+        raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {t!r}", t)
+    return _leaf_hook(t)
 
 
 def _union_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of a union that goes by the JSON kind of the value."""
-    hooks = {kind: (converter.get_structure_hook(m), m) for kind, m in _kinds_of(t).items()}
+    groups: dict[Any, list[Any]] = {}  # by NoneType, list, dict, or None for any other kind
+    for member in union_members(t):
+        kinds = {u if u is types.NoneType else kind_of(bare_type(u))
+                 for u in union_members(bare_type(member))}  # fmt: skip
+        for kind in kinds if member is not UnsetType else ():
+            groups.setdefault(kind, []).append(member)
+    hooks = {kind: _group_hook(kind, members, t, converter) for kind, members in groups.items()}
     # `other` takes scalars, and refuses a value of a kind that is not in the union.
     other = hooks.get(None) or next(iter(hooks.values()))
 
@@ -917,20 +1414,73 @@ def _union_hook(t: Any, converter: cattrs.Converter) -> Hook:
     return structure
 
 
+def _group_hook(
+    kind: Any, members: list[Any], t: Any, converter: cattrs.Converter
+) -> tuple[Hook, Any]:
+    """Return the hook, and the type that it takes, of the members of *t* with one JSON kind."""
+    if len(members) == 1 or kind is types.NoneType:
+        member = members[0] if len(members) == 1 else kind
+        return converter.get_structure_hook(member), member
+    union: Any = Union[tuple(members)]  # noqa: UP007 - of a tuple
+    if kind is dict:
+        return _classes_hook(members, converter), union
+    if kind is list:
+        one, other = members[:2]
+        raise TypeError(f"{shown(t)} has two types for an array; write {advice_for(one, other)}")
+    if not is_leaf(union):
+        raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {union}", union)
+    return _leaf_hook(union), union
+
+
+def _classes_hook(members: list[Any], converter: cattrs.Converter) -> Hook:
+    """Make the hook of a union of types with fields, which goes by the keys of the value."""
+    shapes = shapes_of(members, converter)
+    hooks = {id(shape): converter.get_structure_hook(shape.type) for shape in shapes}
+
+    def structure(value: Any, _: Any) -> Any:
+        if type(value) is not dict:
+            raise msgspec.ValidationError(f"expected object, got {json_name(value)}")
+        shape = best_of(value, shapes) or nearest_to(value, shapes)
+        return hooks[id(shape)](value, shape.type)
+
+    return structure
+
+
+def _decimal(value: Any, t: Any) -> Any:
+    """Structure a type that may be a `Decimal`, whose text is written as a JSON number is."""
+    made = msgspec.convert(value, t)
+    if type(made) is Decimal and type(value) is str and not _NUMBER(value):
+        raise msgspec.ValidationError("invalid decimal string")
+    return made
+
+
 def _leaf_hook(t: Any) -> Hook:
     """Make the hook of a scalar. It compares value *and* type, because ``1 == True == 1.0``."""
-    members = get_args(t) if origin_of(t) in _UNIONS else (t,)
+    named = union_members(t)
+    members = tuple(m for each in named for m in union_members(bare_type(each)))
+    hook = _scalar_hook(members, t)
+    checks = [check for each in named for check in checks_of(each)]
+    return (lambda value, t: enforce(hook(value, t), checks)) if checks else hook
+
+
+def _scalar_hook(members: tuple[Any, ...], t: Any) -> Hook:
+    """Make the hook of the scalar types *members*, which *t* stands for."""
     leaves = tuple(member for member in members if member in _LEAVES)
     leaf: Any = Union[leaves] if leaves else None  # noqa: UP007 - of a tuple
     msgspec.json.Decoder(leaf)  # It raises TypeError if JSON is ambiguous: UUID | datetime
+    convert: Hook = _decimal if Decimal in leaves else msgspec.convert
     if leaves == members:
-        return msgspec.convert
+        return convert if leaf == t else lambda value, _: convert(value, leaf)
     named = [c for m in members if m not in leaves for c in get_args(m) or m]  # Literal or Enum
-    values = [getattr(choice, "value", choice) for choice in named]
+    values = [msgspec.to_builtins(getattr(choice, "value", choice)) for choice in named]
+    if odd := [c for c, v in zip(named, values, strict=True) if kind_of(type(v)) or type(v) is set]:
+        raise TypeError(f"{odd[0]!r} is no JSON scalar; give it a text or a number as its value")
     choices = {(type(value), value): c for value, c in zip(values, named, strict=True)}
     text_enums: list[Any] = [m for m in members if inspect.isclass(m) and is_text_enum(m)]
+    flags: list[Any] = [m for m in members if inspect.isclass(m) and issubclass(m, enum.Flag)]
     names = [_encode(value).decode() for value in values]
     names += [_JSON_NAMES.get(leaf) or str(leaf.__name__) for leaf in leaves]
+    text = f"expected one of {', '.join(names)}{', or a sum of them' if flags else ''}"
 
     def structure(value: Any, _: Any) -> Any:
         with contextlib.suppress(KeyError, TypeError):  # TypeError: *value* cannot be hashed
@@ -938,41 +1488,78 @@ def _leaf_hook(t: Any) -> Hook:
         for cls in text_enums if type(value) is str else ():
             with contextlib.suppress(ValueError):  # an enum may have further values for a member
                 return cls(value)
+        for cls in flags if type(value) is int else ():
+            mask = functools.reduce(operator.or_, (member.value for member in cls), 0)
+            if cast(int, value) & ~mask == 0:  # a number below 0 has all bits beyond the mask
+                return cls(value)
         with contextlib.suppress(msgspec.ValidationError):
             if leaves:
-                return msgspec.convert(value, leaf)
-        raise msgspec.ValidationError(f"expected one of {', '.join(names)}")
+                return convert(value, leaf)
+        raise msgspec.ValidationError(text)
 
     return structure
 
 
 def _inner_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of a type that has a name or metadata."""
-    inner = inner_type(t)
+    inner, checks = inner_type(t), checks_of(t)
     hook = converter.get_structure_hook(inner)
-    return lambda value, _: hook(value, inner)
+    if not checks:
+        return lambda value, _: hook(value, inner)
+    return lambda value, _: enforce(hook(value, inner), checks)
 
 
 def _key_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of an object's key that is no text. It reads the text, or the JSON in it."""
-    hook = _inner_hook(t, converter)
+    inner, checks = inner_type(t), checks_of(t)
+    hook = converter.get_structure_hook(inner)
 
-    def structure(key: Any, t: Any) -> Any:
+    def structure(key: Any, _: Any) -> Any:
         try:
-            return hook(key, t)
+            return enforce(hook(key, inner), checks)
         except msgspec.ValidationError:
-            with contextlib.suppress(msgspec.DecodeError):
-                return hook(msgspec.json.decode(key), t)
-            raise
+            value: Any = UNSET
+            with contextlib.suppress(msgspec.MsgspecError):
+                if key == key.strip():  # JSON may have blanks around it, a key may not
+                    value = hook(msgspec.json.decode(key), inner)
+            if value is UNSET:
+                raise
+        return enforce(value, checks)
 
     return structure
 
 
+class ErrorBudget(threading.local):
+    """How many errors are still to be found: finding all in 1 MiB would block for seconds."""
+
+    left: float = math.inf
+
+    @contextlib.contextmanager
+    def limited(self) -> Generator[None]:
+        """Find hardly more errors than are told."""
+        before, self.left = self.left, _MAX_ERRORS + 1
+        try:
+            yield
+        finally:
+            self.left = before
+
+    def take(self, exc: BaseException) -> bool:
+        """Count *exc*, which may be a group that is counted, and tell whether there may be more."""
+        self.left -= not isinstance(exc, cattrs.BaseValidationError)
+        return self.left > 0
+
+
+budget = ErrorBudget()
+
+
 def _container_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of an array or object, which checks the kind of the value first."""
-    kind: Any = _kind_of(t)
+    kind: Any = kind_of(t)
     inner = (_array_hook if kind is list else _object_hook)(t, converter)
+    if converter.detailed_validation:
+        inner = _counted(inner, kind is dict and declares_fields(t))
 
+    @functools.wraps(inner, assigned=("overrides",), updated=())
     def structure(value: Any, _: Any) -> Any:
         if type(value) is not kind:
             text = f"expected {_JSON_NAMES[kind]}, got {json_name(value)}"
@@ -982,16 +1569,74 @@ def _container_hook(t: Any, converter: cattrs.Converter) -> Hook:
     return structure
 
 
+def _counted(inner: Hook, has_fields: bool) -> Hook:
+    """Wrap the hook of a container, so that it does nothing once enough errors were found."""
+
+    @functools.wraps(inner, assigned=("overrides",), updated=())
+    def structure(value: Any, t: Any) -> Any:
+        if budget.left <= 0:
+            raise msgspec.ValidationError("not looked at, after so many errors")
+        try:
+            return inner(value, t)
+        except cattrs.BaseValidationError as exc:
+            for each in exc.exceptions if has_fields else ():
+                budget.take(each)
+            raise
+
+    return structure
+
+
+def _items_hook(item: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of a list, which stops when enough errors were found."""
+    if item is Any or not converter.detailed_validation:
+        return cols.list_structure_factory(cast(Any, list)[item], converter)
+    hook = converter.get_structure_hook(item)
+    return lambda value, t: _collect(enumerate(value), lambda each: hook(each, item), t)
+
+
+def _mapping_hook(key: Any, item: Any, converter: cattrs.Converter, make: Any) -> Hook:
+    """Make the hook of a mapping, which stops when enough errors were found."""
+    if not converter.detailed_validation:
+        return cols.mapping_structure_factory(cast(Any, dict)[key, item], converter, make)
+    key_hook, hook = converter.get_structure_hook(key), converter.get_structure_hook(item)
+
+    def structure(value: Any, t: Any) -> Any:
+        pairs = ((pair[0], pair) for pair in value.items())
+        return make(_collect(pairs, lambda p: (key_hook(p[0], key), hook(p[1], item)), t))
+
+    return structure
+
+
+def _collect(places: Iterable[tuple[Any, Any]], make: Callable[[Any], Any], t: Any) -> list[Any]:
+    """Return what *make* makes of the values in *places*, or raise all errors in one group."""
+    made: list[Any] = []
+    errors: list[Exception] = []
+    for place, value in places:
+        try:
+            made.append(make(value))
+        except Exception as exc:  # a user's hook may raise anything
+            # A KeyError of a user's hook would be explained as a missing key.
+            errors.append(ValueError(_OTHER) if isinstance(exc, KeyError) else exc)
+            errors[-1].add_note(cast(Any, cattrs.IterableValidationNote)("", place, t))
+            if not budget.take(exc):
+                break
+    if errors:
+        raise cast(Any, cattrs.IterableValidationError)("in a container", errors, t)
+    return made
+
+
 def _array_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of *t* for JSON arrays, which builds a list of the items first."""
     cls, args = class_of(t), get_args(t)
+    if is_struct(t):
+        return _array_struct_hook(t, converter)
     if cols.is_namedtuple(cls):
         return cols.namedtuple_structure_factory(cls, converter)
     if cls not in _ARRAYS:
         raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {t!r}", t)
     if origin_of(t) is tuple and Ellipsis not in args:  # cattrs has no public factory for these
         hooks = [(converter.get_structure_hook(arg), arg) for arg in args]
-        inner = cols.list_structure_factory(cast(Any, list)[_ITEM], converter)
+        inner = _items_hook(_ITEM, converter)
 
         def structure(value: Any, t: Any) -> Any:
             if len(value) != len(hooks):
@@ -1000,16 +1645,16 @@ def _array_hook(t: Any, converter: cattrs.Converter) -> Hook:
 
         return structure
     make = _ARRAYS[cls]
-    inner = cols.list_structure_factory(cast(Any, list)[args[0] if args else Any], converter)
+    inner = _items_hook(args[0] if args else Any, converter)
     return inner if make is list else lambda value, t: make(inner(value, t))
 
 
 def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
     cls = class_of(t)
-    if cls is None:  # a union of classes: cattrs finds the one whose fields are there
-        find = create_default_dis_func(converter, *map(bare_type, get_args(t)))
-        return lambda value, _: converter.structure(value, cast(Any, find(value)))
+    if is_struct(t):
+        return _struct_hook(t, converter)
     if (fields := fields_of(t)) is not None:
+        _check_constructor(cls, fields)
         validated = [f for f in fields if getattr(f, "validator", None)]
         checks: dict[str, Any] = {f.name: _checked(f, converter) for f in validated}
         if not converter.detailed_validation and any(f.kw_only for f in fields):
@@ -1018,18 +1663,91 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
         if not checks or not converter.detailed_validation:
             return converter.gen_structure_attrs_fromdict(t)
         return make_dict_structure_fn(t, converter, **checks)
-    if typing.is_typeddict(cls):
+    if is_typed_dict(cls):
         inner, declared = converter.gen_structure_typeddict(t), cls.__annotations__
-        return lambda value, t: {k: v for k, v in inner(value, t).items() if k in declared}
+        if is_closed(cls):
+            inner = make_typeddict_structure_fn(t, converter, _cattrs_forbid_extra_keys=True)
+
+        @functools.wraps(inner, assigned=("overrides",), updated=())
+        def structure(value: Any, t: Any) -> Any:
+            return {k: v for k, v in inner(value, t).items() if k in declared}
+
+        return structure
     key, item = (*get_args(t), Any, Any)[:2]
     make: Any = dict if cls in (Mapping, MutableMapping) else cls
     if cls is collections.Counter:
-        item = int
+        make, item = (lambda pairs: collections.Counter(dict(pairs))), int
     elif cls is collections.defaultdict:
         make = functools.partial(make, item if get_args(t) else None)
     if key not in (str, Any):
         key = typing.Annotated[key, _TEXT_KEY]
-    return cols.mapping_structure_factory(cast(Any, dict)[key, item], converter, make)
+    return _mapping_hook(key, item, converter, make)
+
+
+def _check_constructor(cls: Any, fields: Iterable[Any]) -> None:
+    """Raise unless *cls* can be made of its fields."""
+    if is_model(cls):  # With @attrs.frozen above it, a model would no longer validate.
+        raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {cls!r}", cls)
+    needed = [getattr(f, "alias", f.name) for f in fields if f.init and is_required(f)]
+    try:
+        with contextlib.suppress(ValueError):  # some callables have no signature
+            inspect.signature(cls).bind(**dict.fromkeys(needed))
+    except TypeError as exc:
+        why = f"{exc}; give what is no field (an InitVar, say) a default"
+        raise TypeError(f"{cls.__name__} cannot be made of its fields: {why}") from None
+
+
+def is_model(cls: Any) -> bool:
+    """Tell whether *cls* is a class of pydantic's."""
+    return any(base.__module__.partition(".")[0] == "pydantic" for base in cls.__mro__)
+
+
+def _struct_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of a `msgspec.Struct`. Its fields are structured as a typed dict's items."""
+    cls, config, fields = class_of(t), class_of(t).__struct_config__, items_of(t, converter)
+    optional = cast(Any, typing.NotRequired)
+    items = {key: u if is_needed else optional[u] for _, key, u, is_needed in fields}
+    if config.tag is not None:
+        items[config.tag_field] = optional[cast(Any, Literal)[config.tag]]
+    inner = make_typeddict_structure_fn(
+        cast(Any, typing.TypedDict)(cls.__name__, items), converter,
+        _cattrs_forbid_extra_keys=config.forbid_unknown_fields or converter.forbid_extra_keys,
+    )  # fmt: skip
+
+    def structure(value: Any, t: Any) -> Any:
+        made = inner(value, t)
+        return _make(cls, {name: made[key] for name, key, *_ in fields if key in made})
+
+    return structure
+
+
+def _array_struct_hook(t: Any, converter: cattrs.Converter) -> Hook:
+    """Make the hook of a `msgspec.Struct` that is written as an array, after its tag if any."""
+    cls, config, fields = class_of(t), class_of(t).__struct_config__, items_of(t, converter)
+    if config.tag is not None:
+        fields.insert(0, ("", "", cast(Any, Literal)[config.tag], True))
+    hooks = [(converter.get_structure_hook(item), item) for _, _, item, _ in fields]
+    least = sum(is_needed for *_, is_needed in fields)
+    inner = _items_hook(_ITEM, converter)
+
+    def structure(value: Any, t: Any) -> Any:
+        if len(value) < least:
+            text = f"expected array of at least length {least}, got {len(value)}"
+            raise msgspec.ValidationError(text)
+        if config.forbid_unknown_fields and len(value) > len(fields):
+            raise msgspec.ValidationError(f"expected {len(fields)} items, got {len(value)}")
+        pairs = zip(fields, inner(zip(value, hooks, strict=False), t), strict=False)
+        return _make(cls, {name: item for (name, *_), item in pairs if name})
+
+    return structure
+
+
+def _make(cls: Any, values: dict[str, Any]) -> Any:
+    """Make an object of *cls*; what its constructor raises is told of the object as a whole."""
+    try:
+        return cls(**values)
+    except Exception as exc:
+        raise cast(Any, cattrs.ClassValidationError)("in a constructor", [exc], cls) from None
 
 
 def _checked(field: Any, converter: cattrs.Converter) -> Any:
@@ -1051,84 +1769,50 @@ def _checked(field: Any, converter: cattrs.Converter) -> Any:
     return override(struct_hook=structure)
 
 
-def declared_member(value: object, members: Members) -> Any:
-    """Return the member whose fields *value* is sent with, or its own class if no member fits."""
-    exact = [m for m, cls in members if cls is type(value)]
-    bases = [m for m, cls in members if isinstance(value, cls)]
-    return (exact or bases or [type(value)])[0]
+# ── codec ─────────────────────────────────────────────────────────────────────────────────────
+#
+# The codec turns JSON values into what handlers take, and what handlers return into JSON.
+
+_FORMS = {  # by name: typing_extensions has them too
+    "Callable": "take a name, and look the function up",
+    "Collection": "write list[int], say", "Iterable": "write list[int], say",
+    "Iterator": "write list[int], say", "LiteralString": "write str",
+    "Never": "leave the parameter out", "NoReturn": "leave the parameter out",
+    "Self": "write the name of the class", "Type": "take a name, and look the class up",
+    "UnsetType": "write `x: int | UnsetType = UNSET`", "bytearray": "write bytes",
+    "complex": "write float, or tuple[float, float]", "memoryview": "write bytes",
+    "type": "take a name, and look the class up",
+}  # fmt: skip
+_FORM_MODULES = ("builtins", "collections.abc", "msgspec", "typing", "typing_extensions")
 
 
-def members_of(t: Any) -> Members:
-    """Return the members of the union *t*, or *t* itself, with the classes of their values."""
-    if origin_of(bare_type(t)) in _UNIONS:
-        return [pair for member in get_args(bare_type(t)) for pair in members_of(member)]
-    cls = _written_class(t)
-    return [] if cls is None else [(t, cls)]
-
-
-def _written_class(t: Any) -> Any:
-    """Return the class of the values that are sent as *t*, or None if it has none."""
-    cls = class_of(bare_type(t))
-    return dict if typing.is_typeddict(cls) else cls
-
-
-def _union_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
-    """Make the hook of a union. Raises `PachinkoError` if values do not tell their member."""
-    members = members_of(t)
-    for (one, cls), (other, _) in itertools.combinations(members, 2):
-        is_ambiguous = _share_values(one, other) and not _are_written_alike(one, other, converter)
-        if is_ambiguous and (_has_fields(one) or _has_fields(other)):
-            raise PachinkoError(
-                f"{_shown(one)} | {_shown(other)} may lose fields: a {cls.__name__} does not tell "
-                f"as which of the two it goes out; write {_advice_for(one, other)}"
-            )
-    return lambda value: converter.unstructure(value, declared_member(value, members))
-
-
-def _advice_for(one: Any, other: Any) -> str:
-    """Return what to write instead of the ambiguous ``one | other``, such as ``list[A | B]``."""
-    pairs = [*zip(get_args(one), get_args(other), strict=False)]
-    is_nested = any(a != b and (_share_values(a, b) or Ellipsis in (a, b)) for a, b in pairs)
-    if origin_of(one) is not origin_of(other) or not pairs or is_nested:
-        return "classes with @attrs.frozen instead, which are told apart"
-    items = [_shown(a if a is b else a | b) for a, b in pairs]
-    return f"{_shown(origin_of(one))}[{', '.join(items)}]"
-
-
-def _shown(t: Any) -> str:
-    """Return *t* as it is written in code."""
-    return re.sub(r"[\w.<>]+\.(?=\w)", "", repr(cast(Any, list)[t]).removeprefix("list[")[:-1])
-
-
-def _has_fields(t: Any, outer: tuple[Any, ...] = ()) -> bool:
-    """Tell whether a type with fields is in *t*. A ``type`` statement may contain itself."""
-    t, inner = bare_type(t), (*outer, t)
-    return declares_fields(t) or any(_has_fields(a, inner) for a in get_args(t) if a not in outer)
-
-
-def _share_values(one: Any, other: Any) -> bool:
-    """Tell whether a value may be of either type: a list, of ``Sequence[A]`` and ``list[B]``."""
-    first, second = _written_class(one), _written_class(other)
-    if first is second:
-        return first is not None
-    if any(_kind_of(cls) is None or declares_fields(cls) for cls in (first, second)):
-        return False
-    is_below = issubclass(first, second) or issubclass(second, first)
-    return is_below and (inspect.isabstract(first) or inspect.isabstract(second))
-
-
-def _are_written_alike(one: Any, other: Any, converter: cattrs.Converter) -> bool:
-    """Tell whether a value becomes the same JSON by either of the two types."""
-    one, other = bare_type(one), bare_type(other)
-    args, others = get_args(one), get_args(other)
-    if args and args == others:
-        return True
-    if args and len(args) == len(others) and class_of(one) is class_of(other):
-        pairs = zip(args, others, strict=True)
-        return all(_are_written_alike(a, b, converter) for a, b in pairs)
-    if declares_fields(one) or declares_fields(other):
-        return one is other
-    return bool(converter.get_unstructure_hook(one) == converter.get_unstructure_hook(other))
+def strict_converter() -> cattrs.Converter:
+    """Make a converter with the rules of the wire: aliases count, and no value changes its type."""
+    converter = cattrs.Converter(use_alias=True)
+    for leaf in _LEAVES:
+        converter.register_structure_hook(leaf, _decimal if leaf is Decimal else msgspec.convert)
+    converter.register_structure_hook(_OfLeaf, _structure_of_leaf)
+    structure = converter.register_structure_hook_factory
+    structure(lambda t: t is object, lambda _: lambda value, _: value)
+    structure(lambda t: t is _ITEM, lambda _: lambda item, _: item[1][0](item[0], item[1][1]))
+    structure(is_leaf, _leaf_hook)
+    structure(lambda t: origin_of(t) in _UNIONS and not is_leaf(t), _allow_recursion(_union_hook))
+    structure(lambda t: kind_of(t) is not None, _allow_recursion(_container_hook))
+    structure(lambda t: inner_type(t) is not t, _allow_recursion(_inner_hook))
+    structure(lambda t: _TEXT_KEY in getattr(t, "__metadata__", ()), _key_hook)
+    unstructure = converter.register_unstructure_hook_factory
+    # CPython 3.13.0 overlooks the recursion limit if cattrs calls `unstructure` for `Any` itself.
+    converter.register_unstructure_hook_func(
+        lambda t: t is object or t is Any,
+        lambda v: v if type(v) is object else converter.unstructure(v),
+    )
+    unstructure(lambda t: origin_of(t) in _UNIONS, union_unstructure_hook)
+    unstructure(declares_fields, _allow_recursion(_fields_unstructure_hook))
+    unstructure(
+        lambda t: inner_type(t) is not t,
+        _allow_recursion(lambda t, converter: converter.get_unstructure_hook(inner_type(t))),
+    )
+    return converter
 
 
 def _fields_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
@@ -1136,12 +1820,69 @@ def _fields_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[A
     cls = class_of(t)
     with contextlib.suppress(NameError, TypeError, AttributeError):  # cattrs may still manage
         resolve_class(cls, {}, {})
-    if fields_of(t) is not None:
-        return converter.gen_unstructure_attrs_fromdict(t)
+    if is_struct(t):
+        return _struct_unstructure_hook(t, converter)
+    if (fields := fields_of(t)) is not None:
+        write = converter.gen_unstructure_attrs_fromdict(t)
+        if all(UnsetType not in get_args(field.type) for field in fields):
+            return write
+        return lambda value: {k: item for k, item in write(value).items() if item is not UNSET}
     if cols.is_namedtuple(cls):
         return cols.namedtuple_unstructure_factory(cls, converter)
     inner, declared = converter.gen_unstructure_typeddict(t), cls.__annotations__
     return lambda value: inner({key: value[key] for key in value if key in declared})
+
+
+def _struct_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
+    """Make the hook of a `msgspec.Struct`. msgspec itself would write the fields of a subclass."""
+    config, fields = class_of(t).__struct_config__, msgspec.structs.fields(t)
+    writers = {
+        f.name: converter.unstructure if free_variables(f.type)
+        else converter.get_unstructure_hook(f.type)
+        for f in fields
+    }  # fmt: skip
+    first = {} if config.tag is None else {config.tag_field: config.tag}
+
+    def is_sent(field: Any, item: Any) -> bool:
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        is_default = config.omit_defaults and type(item) is type(default) and item == default
+        return item is not UNSET and not is_default
+
+    def unstructure(value: Any) -> Any:
+        items = [(field, getattr(value, field.name)) for field in fields]
+        if config.array_like:
+            return [*first.values(), *(writers[field.name](item) for field, item in items)]
+        sent = [(field, item) for field, item in items if is_sent(field, item)]
+        return {**first, **{f.encode_name: writers[f.name](item) for f, item in sent}}
+
+    return unstructure
+
+
+def advise(t: Any) -> str:
+    """Return what to do about *t*, a type without a hook."""
+    cls, name = class_of(t), shown(t)
+    form = getattr(cls or t, "__name__", "")
+    annotations: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # a name in them may not be known yet
+        annotations = inspect.get_annotations(cls)
+    below = next((leaf for leaf in _LEAVES if cls and issubclass(cls, leaf)), None)
+    if form in _FORMS and getattr(cls, "__module__", "typing") in _FORM_MODULES:
+        return f"{name} is no JSON value; {_FORMS[form]}"
+    if cls is None and {Any, object} & {*get_args(t)}:
+        return f"{name} takes all that Any does; write Any"
+    if cls and is_model(cls):
+        return f"{name} is a pydantic model; register the hook for models in docs/payloads.md"
+    if getattr(cls, "_is_protocol", False):
+        return f"{name} is a protocol, of which no object is made; write a class for its fields"
+    if below is not None:
+        return f"{name} is below {below.__name__}; write NewType({name!r}, {below.__name__})"
+    if annotations and cls.__init__ is object.__init__ and cls.__new__ is object.__new__:
+        return f"put @attrs.frozen above {name}"
+    return (
+        f"{name} has no JSON of its own; register a hook that makes one, as docs/payloads.md "
+        f"shows; or, if it is a class of yours, declare its fields and put @attrs.frozen above "
+        f"{name}"
+    )
 
 
 class Codec:
@@ -1163,33 +1904,60 @@ class Codec:
 
     def check(self, annotation: Any, namespaces: Namespaces, seen: list[Any]) -> None:
         """Resolve *annotation* and the types in it. Raises for a type that cannot be structured."""
-        for t in types_in(annotation, namespaces, seen):
+        try:
+            self._check(annotation, namespaces, seen)
+        except RecursionError:
+            raise TypeError(f"{annotation} contains ever more types") from None
+
+    def _check(self, annotation: Any, namespaces: Namespaces, seen: list[Any]) -> None:
+        if annotation is UnsetType:
+            refuse_unset([annotation])
+        free = free_variables(annotation)
+        if free and annotation is not class_of(annotation):  # such a class is refused below
+            raise TypeError(f"{annotation} is generic; write int in the place of {free[0]}, say")
+        # All classes are resolved before the first hook is made, which may need any of them.
+        for t in [*types_in(annotation, namespaces, seen)]:
             is_generic = bool(getattr(t, "__parameters__", ()))
             if is_generic and t is class_of(t):
                 raise TypeError(f"{t.__name__} is generic; write {t.__name__}[int], say")
-            if t not in (Any, Ellipsis) and origin_of(t) not in _OPTIONAL and not is_generic:
-                self.converter.get_structure_hook(t)
+            if t is typing.Final:
+                raise TypeError("Final alone has no type; write Final[int], say")
+            union_members(t)  # It raises TypeError for one that contains itself.
+            if limits_of(t) and not self._enforces_limits():
+                raise TypeError(f"the converter ignores {t}; start from hub.converter.copy()")
+            if t in (Any, Ellipsis, UnsetType) or is_qualified(t) or is_generic:
+                continue
+            if self.converter.get_structure_hook(t) is _structure_of_leaf:
+                leaf_hook_of(t)
+
+    def _enforces_limits(self) -> bool:
+        """Tell whether the converter, which may be a user's, enforces constraints."""
+        with contextlib.suppress(msgspec.ValidationError):
+            self.converter.structure(0, cast(Any, typing.Annotated)[int, msgspec.Meta(gt=0)])
+            return False
+        return True
 
     def check_reply(self, annotation: Any, namespaces: Namespaces) -> None:
         """Raise `PachinkoError` if *annotation*, or a type in it, leaves open what is sent."""
         # A name that is not known yet may be known by the time of the first reply.
         with contextlib.suppress(NameError, TypeError, AttributeError):
-            _union_unstructure_hook(annotation, self.converter)
+            union_unstructure_hook(annotation, self.converter)
             for t in types_in(annotation, namespaces, []):
                 self.converter.get_unstructure_hook(t)
 
     def structure(self, payload: Any, annotation: Any, type: str) -> Any:
         """Build what a handler takes, or raise `MessageError` (``invalid_payload``)."""
-        try:
-            return self._hasty.structure(payload, annotation)
-        except (Exception, SystemExit) as exc:  # a user's hook or validator may raise anything
-            refused = invalid_payload(type, explain(bare(exc)))
-        try:
-            if self._hasty is not self.converter and len(_encode(payload)) <= _MAX_EXPLAINED:
-                # This may succeed: cattrs' hasty hook fails if a keyword-only field comes first.
+        if self._hasty is not self.converter:
+            try:
+                return self._hasty.structure(payload, annotation)
+            except (Exception, SystemExit) as exc:  # a user's hook or validator may raise anything
+                bare(exc)
+        try:  # This may succeed: cattrs' hasty hook fails if a keyword-only field comes first.
+            with budget.limited():
                 return self.converter.structure(payload, annotation)
         except (Exception, SystemExit) as exc:  # the same failure, with every wrong field
-            refused = invalid_payload(type, explain(bare(exc)))
+            key = functools.partial(key_of, converter=self.converter)
+            refused = invalid_payload(type, explain(bare(exc), key_of=key))
         raise refused
 
     def writer_of(self, value: object, type: str, declared: Any = None) -> Writer:
@@ -1305,7 +2073,7 @@ class _Code(str):
     __repr__ = str.__str__
 
 
-def shown(parameter: inspect.Parameter) -> inspect.Parameter:
+def as_code(parameter: inspect.Parameter) -> inspect.Parameter:
     """Return *parameter* such that its text is code: any default but a literal becomes ``...``."""
     annotation, default = parameter.annotation, parameter.default
     if annotation is not _EMPTY and not isinstance(annotation, str):
@@ -1321,14 +2089,14 @@ def shown(parameter: inspect.Parameter) -> inspect.Parameter:
 
 def listed(parameters: Iterable[inspect.Parameter]) -> str:
     """Return *parameters* as code."""
-    return ", ".join(str(shown(parameter)) for parameter in parameters)
+    return ", ".join(str(as_code(parameter)) for parameter in parameters)
 
 
 def code_of(function: Any) -> str:
     """Return the parameters and the return type of *function* as code."""
     signature, bound = signature_of(function), bound_names(function)
-    parameters = [shown(p) for p in signature.parameters.values() if p.name not in bound]
-    returns = shown(_returned(signature)).annotation
+    parameters = [as_code(p) for p in signature.parameters.values() if p.name not in bound]
+    returns = as_code(_returned(signature)).annotation
     return str(inspect.Signature(parameters, return_annotation=returns))
 
 
@@ -1429,7 +2197,7 @@ def default_refusal(parameter: inspect.Parameter, annotation: Any) -> str | None
     if is_plain or default is UNSET or issubclass(cls, enum.Enum) or admits(annotation, cls):
         return None
     return (
-        f"takes `{shown(parameter)}`, whose default is a {cls.__name__}; write a default of the "
+        f"takes `{as_code(parameter)}`, whose default is a {cls.__name__}; write a default of the "
         f"annotated type, or `@ws.provide` for what the server makes"
     )
 
@@ -1518,9 +2286,9 @@ def check_taken(
     signature, refused = signature_of(function), None
     for second in [*signature.parameters.values()][1:2]:
         if not admits(known_type(function, second.annotation, namespaces), cls):
-            refused = f"takes `{shown(second)}`, but gets {cls.__name__}"
+            refused = f"takes `{as_code(second)}`, but gets {cls.__name__}"
     if not (replies or _is_sendable(known_type(function, signature.return_annotation, namespaces))):
-        refused = f"returns {shown(_returned(signature)).annotation}, but may return a @message "
+        refused = f"returns {as_code(_returned(signature)).annotation}, but may return a @message "
         refused += "object or None"
     if refused is not None:
         raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
@@ -1562,8 +2330,8 @@ def path_refusal(name: str, annotation: Any, made: Any, path: str | None) -> str
     classes = [made] if origin_of(made) not in _UNIONS else get_args(made)
     if all(cls is types.NoneType or admits(annotation, cls) for cls in classes):
         return None
-    field = shown(inspect.Parameter(name, _KEYWORD_ONLY, annotation=annotation))
-    made = shown(field.replace(annotation=made))
+    field = as_code(inspect.Parameter(name, _KEYWORD_ONLY, annotation=annotation))
+    made = as_code(field.replace(annotation=made))
     write = f"`{made}`, and check or convert it in the handler"
     for converter, t in _CONVERTED.items():
         if t is not str and admits(annotation, t):
@@ -1590,7 +2358,9 @@ def check_path_types(
         try:
             annotation = resolve(each.annotation, scope_of(function, namespaces)) if names else Any
         except Exception as exc:
-            raise PachinkoError(f"{place_of(function)} takes `{shown(each)}`: {why(exc)}") from exc
+            raise PachinkoError(
+                f"{place_of(function)} takes `{as_code(each)}`: {why(exc)}"
+            ) from exc
         for name in sorted(names):
             if (refused := path_refusal(name, annotation, made[name], path)) is not None:
                 raise PachinkoError(f"{place_of(function)} {refused}")
@@ -1732,7 +2502,7 @@ def _payload_error(place: str, exc: Exception) -> PachinkoError:
     """Return the error for a payload whose type raises *exc*."""
     reason = why(exc)
     if isinstance(exc, cattrs.StructureHandlerNotFoundError):
-        reason = f"put @attrs.frozen above {getattr(exc.type_, '__qualname__', exc.type_)}"
+        reason = advise(exc.type_)
     return PachinkoError(
         f"the payload of {place} cannot be structured: {reason}. Define or import names above the "
         f"handler; use attrs classes, dataclasses, TypedDict and the standard library's types, "
@@ -1762,8 +2532,8 @@ def _hints_of(function: Any, name: str, namespaces: Namespaces) -> dict[str, Any
         t = hints.get(first.name)
         if t in _LEAVES - {types.NoneType} or t in (dict, list) or message_type(t) is not None:
             raise PachinkoError(
-                f"{place_of(function)} takes `{shown(first)}` first, where the connection comes; "
-                f"write `async def {name}(conn, {shown(first)})`"
+                f"{place_of(function)} takes `{as_code(first)}` first, where the connection comes; "
+                f"write `async def {name}(conn, {as_code(first)})`"
             )
     return hints
 

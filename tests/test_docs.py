@@ -7,6 +7,7 @@ import ast
 import asyncio
 import configparser
 import contextlib
+import dataclasses
 import decimal
 import functools
 import inspect
@@ -615,7 +616,76 @@ async def test_other_claims_about_payloads(names: dict[str, Any]) -> None:
         assert (await ask(client, "base", "1"))["payload"] == {"x": 1, "y": 2}
     async with talking(Hub(), {"t": returning(list[int], numbers)}) as client:
         large = (await ask(client, "t", json.dumps(["x"] * 5000)))["payload"]["errors"]
-        assert len(large) == 1
+        assert len(large) == 101 and large[0]["path"] == "$.payload[0]"
+
+
+REFUSED = tables(PAYLOADS, "You write", "The error says")
+
+
+@dataclasses.dataclass
+class Wrapping:
+    factor: dataclasses.InitVar[int]
+
+
+class Handmade:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class Undecorated:
+    text: str
+
+
+@pytest.mark.parametrize(("annotation", "says"), REFUSED)
+def test_what_is_refused(names: dict[str, Any], annotation: str, says: str) -> None:
+    """Each annotation of the table is refused with these words."""
+    names = {**vars(typing), **names, **globals()}
+    handler = returning(eval(spans(annotation)[0], names), [])
+    with pytest.raises(PachinkoError) as caught:
+        Pachinko(hub=Hub()).on("t")(handler)
+    assert says in str(caught.value)
+
+
+async def test_a_pydantic_model(names: dict[str, Any]) -> None:
+    """With the page's hook, a model validates in its own way, both ways."""
+    pydantic = pytest.importorskip("pydantic", reason="needs pydantic")
+    model = pydantic.create_model("Signup", age=(int, pydantic.Field(gt=17)), name=(str, "x"))
+    with pytest.raises(PachinkoError, match=r"pydantic model; register .* docs/payloads\.md"):
+        Pachinko(hub=Hub()).on("t")(returning(model, []))
+    got: list[Any] = []
+    async with talking(hub, {"t": returning(model, got), "many": returning(list[model], got)}) as c:
+        assert (await ask(c, "t", '{"age":18}'))["payload"] == {"age": 18, "name": "x"}
+        assert got == [model(age=18)]
+        (error,) = (await ask(c, "many", '[{"age":18},{"age":17}]'))["payload"]["errors"]
+    assert error["path"] == "$.payload[1]"
+    assert error["message"] == "age: Input should be greater than 17"
+
+
+class Validating:
+    """It validates as a pydantic model does, which need not be installed."""
+
+    def __init__(self, age: int) -> None:
+        self.age = age
+
+    @classmethod
+    def model_validate(cls, value: Any) -> Validating:
+        if value["age"] < 18:
+            error = ValueError()
+            setattr(error, "errors", lambda: [{"loc": ("age",), "msg": "too young"}])  # noqa: B010 - it is pydantic's
+            raise error
+        return cls(value["age"])
+
+    def model_dump(self, **options: Any) -> Any:
+        assert options == {"mode": "json", "by_alias": True}
+        return vars(self)
+
+
+async def test_what_validates_as_a_pydantic_model_does(names: dict[str, Any]) -> None:
+    """The page's hook needs no more than the methods of a model."""
+    async with talking(hub, {"t": returning(Validating, [])}) as client:
+        assert (await ask(client, "t", '{"age":18}'))["payload"] == {"age": 18}
+        (error,) = (await ask(client, "t", '{"age":17}'))["payload"]["errors"]
+    assert error == {"path": "$.payload", "message": "age: too young"}
 
 
 def of(module: str) -> Any:

@@ -540,7 +540,7 @@ class SubError(Exception):
 @pytest.mark.parametrize(
     "cls",
     [
-        Typed, Pair, Struct, Color, ModelLike, OwnInit, OwnNew, SubData, SubInit, SubList, SubError,
+        Typed, Pair, Color, ModelLike, OwnInit, OwnNew, SubData, SubInit, SubList, SubError,
     ],
 )  # fmt: skip
 def test_other_classes_are_refused(cls: Any) -> None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import enum
+import functools
 import sys
 import textwrap
 import types
-from typing import Annotated, Any, ClassVar, NewType, TypedDict
+from datetime import UTC, date, datetime, timedelta, tzinfo
+from decimal import Decimal
+from typing import Annotated, Any, ClassVar, Literal, NewType, NotRequired, TypedDict
 
 import attrs
+import cattrs
+import msgspec
 import pytest
+from structured import errors, like_annotated_types, read, refused
+from typing_extensions import TypeAliasType
 
 import pachinko
+from pachinko import Codec, Hub
 
 Name = NewType("Name", str)
 
@@ -123,3 +133,247 @@ def test_a_class_body_names_types() -> None:
 
     expected = {"item": Order.Item, "tags": list[str], "name": Name}
     assert pachinko.resolve_class(attrs.define(Order), {}, {}) == expected
+
+
+# Constraints
+
+
+try:
+    import annotated_types as at
+except ImportError:
+    at = like_annotated_types()
+
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+ZONED = "2026-01-02T03:04:05+01:00"
+NAIVE = "2026-01-02T03:04:05"
+
+
+class Rank(enum.IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
+def even(value: int) -> bool:
+    return value % 2 == 0
+
+
+def lookup(value: str) -> bool:
+    return {"known": True}[value]
+
+
+@functools.total_ordering
+class Money:
+    def __init__(self, cents: int) -> None:
+        self.cents = cents
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Money) and self.cents == other.cents
+
+    def __lt__(self, other: Money) -> bool:
+        return self.cents < other.cents
+
+    def __hash__(self) -> int:
+        return self.cents
+
+    def __str__(self) -> str:
+        return f"{self.cents} ct"
+
+
+LIMITED: list[tuple[Any, Any, Any, str]] = [
+    (Positive, 1, 0, "expected int >= 1"),
+    (Annotated[int, msgspec.Meta(ge=2, lt=5)], 2, 5, "expected int <= 4"),
+    (Annotated[int, msgspec.Meta(le=2)], 2, 3, "expected int <= 2"),
+    (Annotated[int, msgspec.Meta(gt=0.5)], 1, 0, "expected int > 0.5"),
+    (Annotated[float, msgspec.Meta(gt=1)], 1.5, 1, "expected float > 1.0"),
+    (Annotated[int, msgspec.Meta(multiple_of=5)], 10, 7, "expected int that's a multiple of 5"),
+    (Annotated[str, msgspec.Meta(min_length=1)], "a", "", "expected str of length >= 1"),
+    (Annotated[str, msgspec.Meta(pattern="^a+$")], "aa", "b", "expected str matching regex '^a+$'"),
+    (Annotated[bytes, msgspec.Meta(max_length=1)], "aA==", "aGk=", "expected bytes of length <= 1"),
+    (Annotated[list[int], msgspec.Meta(min_length=1)], [1], [], "expected array of length >= 1"),
+    (Annotated[dict[str, int], msgspec.Meta(max_length=0)], {}, {"a": 1},
+     "expected object of length <= 0"),
+    (Annotated[set[int], msgspec.Meta(min_length=2)], [1, 2], [1, 1],
+     "expected array of length >= 2"),
+    (Annotated[datetime, msgspec.Meta(tz=True)], ZONED, NAIVE,
+     "expected datetime with a timezone component"),
+    (Annotated[datetime, msgspec.Meta(tz=False)], NAIVE, ZONED,
+     "expected datetime with no timezone component"),
+    (Annotated[Decimal, msgspec.Meta(ge=1)], "1.0", "0.9", "expected Decimal >= 1"),
+    (Annotated[Rank, msgspec.Meta(ge=2)], 2, 1, "expected Rank >= 2"),
+    (Annotated[int, at.Gt(0)], 1, 0, "expected int >= 1"),
+    (Annotated[int, at.Gt(0), at.Lt(9)], 1, 9, "expected int <= 8"),
+    (Annotated[Annotated[int, at.Ge(1)], "x", at.Le(3)], 3, 0, "expected int >= 1"),
+    (Annotated[Decimal, at.MultipleOf(0.5)], "1.5", "1.6",
+     "expected Decimal that's a multiple of 0.5"),
+    (Annotated[float, at.MultipleOf(2)], 4.0, 3, "expected float that's a multiple of 2.0"),
+    (Annotated[list[int], at.Len(1, 2)], [1], [1, 2, 3], "expected array of length <= 2"),
+    (Annotated[str, at.Len(1)], "abc", "", "expected str of length >= 1"),
+    (Annotated[str, at.Gt("m")], "n", "a", "expected str > m"),
+    (Annotated[date, at.Gt(date(2026, 1, 1))], "2026-01-02", "2026-01-01",
+     "expected date > 2026-01-01"),
+    (Annotated[timedelta, at.Le(timedelta(hours=1))], "PT1H", "PT2H",
+     "expected duration <= 1:00:00"),
+    (Annotated[datetime, at.Timezone(...)], ZONED, NAIVE,
+     "expected datetime with a timezone component"),
+    (Annotated[datetime, at.Timezone(None)], NAIVE, ZONED,
+     "expected datetime with no timezone component"),
+    (Annotated[datetime, at.Timezone(UTC)], "2026-01-02T03:04:05Z", ZONED,
+     "expected datetime with the offset of UTC"),
+    (Annotated[int, at.Predicate(even)], 2, 3, "invalid value"),
+    (Annotated[str, at.Predicate(str.islower)], "a", "A", "invalid value"),
+    (Annotated[str, at.Predicate(lookup)], "known", "else", "invalid value"),
+    (Annotated[int | None, at.Predicate(even)], None, 3, "invalid value"),
+    (Annotated[int | None, msgspec.Meta(gt=0)], None, 0, "expected int >= 1"),
+    (Annotated[int | str, msgspec.Meta(min_length=1)], 0, "", "expected str of length >= 1"),
+    (Annotated[int | bool, at.Gt(0)], False, 0, "expected int >= 1"),
+    (Annotated[int | str, at.MultipleOf(2)] | bool, True, 1, "expected int that's a multiple of 2"),
+    (Positive | str, "a", 0, "expected int >= 1"),
+    (Positive | Literal["all"] | None, "all", 0, "expected int >= 1"),
+    (Annotated[list[int] | str, msgspec.Meta(min_length=1)] | None, None, [],
+     "expected array of length >= 1"),
+    (Annotated[NewType("Count", int), msgspec.Meta(gt=0)], 1, 0, "expected int >= 1"),
+    (NewType("Count", Positive), 1, 0, "expected int >= 1"),
+    (TypeAliasType("Count", Positive), 1, 0, "expected int >= 1"),
+    (Annotated[int, msgspec.Meta(gt=0, examples=[1])], 1, 0, "expected int >= 1"),
+    (Annotated[int, [], msgspec.Meta(gt=0)], 1, 0, "expected int >= 1"),
+    (Annotated[int, at.Unit("m"), "text", msgspec.Meta(title="n", description="d")], 1, "a",
+     "expected int, got str"),
+]  # fmt: skip
+
+
+class Unhashable:
+    __hash__ = None  # type: ignore[assignment]  # what annotated_types.Not is
+
+    def __call__(self, value: int) -> bool:
+        return value > 0
+
+
+class Berlin(tzinfo):
+    """A zone without an offset that is always the same."""
+
+    def utcoffset(self, when: datetime | None) -> timedelta | None:
+        return None
+
+
+class Wrapped(TypedDict):
+    item: NotRequired[Positive]
+
+
+class Held(msgspec.Struct):
+    item: Positive
+
+
+@attrs.define
+class Kept:
+    item: Positive
+
+
+def in_item(value: Any) -> Any:
+    return {"item": value}
+
+
+dict_type: Any = TypedDict
+PLACES: list[tuple[Any, Any, str]] = [
+    (lambda t: t, lambda v: v, ""),
+    (lambda t: list[t], lambda v: [v], "[0]"),
+    (lambda t: dict[str, t], lambda v: {"a": v}, '["a"]'),
+    (lambda t: tuple[int, t], lambda v: [1, v], "[1]"),
+    (lambda t: t | None, lambda v: v, ""),
+    (lambda t: list[list[t] | None], lambda v: [None, [v]], "[1][0]"),
+    (lambda t: attrs.make_class("C", {"item": attrs.field(type=t)}), in_item, ".item"),
+    (lambda t: msgspec.defstruct("S", [("item", t)]), in_item, ".item"),
+    (lambda t: dict_type("D", {"item": t}), in_item, ".item"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("annotation", "right", "wrong", "text"), LIMITED, ids=str)
+def test_a_constraint_is_enforced(annotation: Any, right: Any, wrong: Any, text: str) -> None:
+    """At the top and at any depth, with the path of the value, and in the words of msgspec."""
+    for wrap, hold, path in PLACES:
+        with contextlib.suppress(TypeError):  # before 3.13, one without a hash is in no union
+            held = wrap(annotation)
+            read(hold(right), held)
+            assert errors(hold(wrong), held) == [(path, text)]
+
+
+@pytest.mark.parametrize("cls", [Wrapped, Held, Kept])
+def test_a_constraint_of_a_field_is_enforced(cls: Any) -> None:
+    """In a typed dict, a Struct and an attrs class alike."""
+    assert errors({"item": 0}, cls) == [(".item", "expected int >= 1")]
+    assert errors([{"item": 1}, {"item": -1}], list[cls]) == [("[1].item", "expected int >= 1")]
+
+
+def test_a_constraint_of_a_key_is_enforced() -> None:
+    """Whether the key is a text or a number."""
+    assert errors({"1": 1, "0": 1}, dict[Positive, int]) == [('["0"]', "expected int >= 1")]
+    assert errors({"": 1}, dict[Annotated[str, at.MinLen(1)], int]) == [
+        ('[""]', "expected str of length >= 1")
+    ]
+
+
+def test_a_predicate_may_have_no_hash() -> None:
+    """annotated_types.Not has none."""
+    assert errors(0, Annotated[int, at.Predicate(Unhashable())]) == [("", "invalid value")]
+    assert read([1], list[Annotated[int, at.Predicate(Unhashable())]]) == [1]
+
+
+def test_a_bound_may_be_of_a_class_with_a_hook() -> None:
+    """What can be compared can be limited."""
+    converter = Hub().converter.copy()
+    converter.register_structure_hook(Money, lambda value, _: Money(value))
+    codec = Codec(converter)
+    annotation = Annotated[Money, at.Gt(Money(5))]
+    assert read(6, annotation, codec) == Money(6)
+    assert errors(5, annotation, codec) == [("", "expected Money > 5 ct")]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "why"),
+    [
+        (Annotated[int, msgspec.Meta(min_length=1)], "min_length = 1 does not limit <class 'int'>"),
+        (Annotated[str, at.Gt(5)], "gt = 5 does not limit <class 'str'>"),
+        (Annotated[bool, at.Gt(0)], "does not limit <class 'bool'>"),
+        (Annotated[Any, at.Gt(0)], "does not limit typing.Any"),
+        (Annotated[Literal[1], at.Gt(0)], "does not limit"),
+        (Annotated[Kept, at.MinLen(1)], "does not limit"),
+        (Annotated[list[int], at.Gt(())], "does not limit"),
+        (Annotated[int, msgspec.Meta(tz=True)], "does not limit"),
+        (Annotated[int, msgspec.Meta(pattern="a")], "does not limit"),
+        (Annotated[date, at.Timezone(...)], "does not limit"),
+        (Annotated[datetime, at.Timezone("Europe/Berlin")], "does not limit"),
+        (Annotated[datetime, at.Timezone(Berlin())], "has an offset, and no zone"),
+        (Annotated[int, at.Gt], "is not enforced; write msgspec.Meta(gt=0), say"),
+        (list[Annotated[int, attrs.validators.gt(0)]], "is not enforced; write msgspec.Meta(gt=0)"),
+    ],
+    ids=str,
+)
+def test_metadata_that_would_not_be_enforced_is_refused(annotation: Any, why: str) -> None:
+    """No constraint is registered and then ignored."""
+    assert why in refused(annotation)
+
+
+def test_metadata_that_is_not_known_is_refused() -> None:
+    """A piece of a newer annotated_types is no comment."""
+    unheard = like_annotated_types().Unheard(1)
+    assert "Unheard(of=1) in Annotated is not enforced" in refused(Annotated[int, unheard])
+
+
+def test_a_constraint_is_enforced_in_one_pass() -> None:
+    """Constraints of msgspec cost no more than the type, those of annotated_types need cattrs."""
+    assert pachinko.is_read_in_one_pass(Kept) and pachinko.is_read_in_one_pass(Held)
+    assert not pachinko.is_read_in_one_pass(Annotated[int, at.Gt(0)])
+    assert pachinko.is_read_in_one_pass(Annotated[int, "x", at.Unit("m")])
+
+
+def test_a_type_without_arguments_may_have_no_hash() -> None:
+    """Nothing can be taken out of it."""
+    assert pachinko.hashable([]) == []
+
+
+def test_a_converter_that_ignores_constraints_is_no_place_for_them() -> None:
+    """A new converter of cattrs drops metadata; a copy of the hub's does not."""
+    codec = Codec(cattrs.Converter())
+    codec.check(Annotated[int, "text"], ({}, {}), [])
+    with pytest.raises(TypeError, match=r"start from hub\.converter\.copy\(\)"):
+        codec.check(list[Positive], ({}, {}), [])
+    Codec(Hub().converter.copy()).check(list[Positive], ({}, {}), [])
