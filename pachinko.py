@@ -974,9 +974,8 @@ def _check_defaults(cls: Any) -> None:
         default, name = field.default, field.name
         if type(default).__hash__ is None:  # as dataclasses tell what is mutable
             kind = type(default).__name__
-            is_plain = type(default) in (list, dict, set)
-            factory = f"lambda: {default!r}" if is_plain and default else kind
-            factory = factory if is_plain else f"lambda: {kind}(...)"
+            is_empty = type(default) in (list, dict, set) and not default
+            factory = kind if is_empty else f"lambda: {kind}(...)"
             raise PachinkoError(
                 f"all messages would share the default of {cls.__name__}.{name}; write "
                 f"`{name}: ... = attrs.field(factory={factory})`"
