@@ -1362,6 +1362,12 @@ DECLARED: list[tuple[Any, Any, str]] = [
     (Item | Movie, Item("a", Odd()), "$.payload.unitPrice: cannot send a Odd"),
     (list[Item] | None, [Item("a", Odd())], "$.payload[0].unitPrice: cannot send a Odd"),
     (int, Odd(), "$.payload: cannot send a Odd"),
+    (list[Item | None], [None, Item("a", Odd())], "$.payload[1].unitPrice: cannot send a Odd"),
+    (
+        list[list[Item] | str],
+        ["", [Item("a", Odd())]],
+        "$.payload[1][0].unitPrice: cannot send a Odd",
+    ),
 ]
 
 
@@ -1391,14 +1397,14 @@ async def test_the_error_of_a_hook_is_the_cause() -> None:
     converter = hub.converter.copy()
 
     @converter.register_unstructure_hook
-    def write(value: Odd) -> str:
-        raise KeyError("no such point")
+    def write(item: Item) -> str:
+        raise KeyError("no such item")
 
     hub.configure(converter=converter)
     async with hub.open("memory://"):
-        with pytest.raises(TypeError, match=r"^\$\.payload\.at: cannot send a Odd$") as raised:
-            await hub.send("all", "n", {"at": Odd()})
-    assert repr(raised.value.__cause__) == "KeyError('no such point')"
+        with pytest.raises(TypeError, match=r"^\$\.payload\.at: cannot send a Item$") as raised:
+            await hub.send("all", "n", {"at": Item("a")})
+    assert repr(raised.value.__cause__) == "KeyError('no such item')"
 
 
 async def test_a_group_whose_name_is_no_utf8_is_sent_to() -> None:
