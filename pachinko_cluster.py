@@ -851,8 +851,8 @@ class PeerMessage(msgspec.Struct, omit_defaults=True):
 
     v: int  # the format
     op: str
-    """``send`` or ``close``: to the receivers; ``who``: to the processes with members of a group,
-    answered with ``here``; ``beat``: to the sender itself, as a sign of life."""
+    """``send`` or ``close``: to the receivers; ``who``: to the processes with members of a group or
+    connections of a user, answered with ``here``; ``beat``: to the sender, as a sign of life."""
     source: str = msgspec.field(name="from")  # the process that sends
     session: int = 0  # the number of the sender's session with the broker
     n: int = 0  # the message's number in its process
@@ -1039,13 +1039,13 @@ class Cluster(pachinko.Relay):
     async def close(self, kind: Kind, name: str, close: pachinko.Close) -> None:
         await self._publish(kind, name, "close", code=close.code, reason=close.reason)
 
-    async def ask(self, group: str) -> list[pachinko.Presence]:
+    async def ask(self, kind: Kind, name: str) -> list[pachinko.Presence]:
         number = next(_questions)
         answers = self._asks[number] = asyncio.Queue[PeerMessage]()
         found: dict[str, pachinko.Presence] = {}
         unfinished: dict[str, bool] = {}  # whether more of a process's answer follows
         try:
-            reached = await self._publish(Kind.GROUP, group, "who", ask=number)
+            reached = await self._publish(kind, name, "who", ask=number)
             loop = asyncio.get_running_loop()
             end, latest = (loop.time() + seconds for seconds in (_PRESENCE, _BROKER_WAIT))
             with contextlib.suppress(TimeoutError):
@@ -1093,16 +1093,16 @@ class Cluster(pachinko.Relay):
             except ValueError as exc:
                 raise Refused(str(exc)) from None
             self._registry.close(kind, name, close)
-        elif message.op == "who" and kind is Kind.GROUP:
-            self._start_work(self._answer(name, message))
+        elif message.op == "who" and kind in (Kind.GROUP, Kind.USER):
+            self._start_work(self._answer(kind, name, message))
         elif message.op == "here" and kind is Kind.CONNECTION:
             self._note_answer(message)
         else:
             raise Refused(f"{message.op!r} makes no sense here")
 
-    async def _answer(self, group: str, question: PeerMessage) -> None:
-        """Answer who of *group* is in this process, in parts of a bounded size."""
-        found = self._registry.accepted(Kind.GROUP, group)
+    async def _answer(self, kind: Kind, name: str, question: PeerMessage) -> None:
+        """Answer who of a group or a user is in this process, in parts of a bounded size."""
+        found = self._registry.accepted(kind, name)
         # JSON must not have halves of surrogate pairs: they become question marks.
         users = {c.id: c.user and c.user.encode(errors="replace").decode() for c in found}
         members = list(users.items())
