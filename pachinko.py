@@ -1397,11 +1397,12 @@ _AUTHORITY = rf"(?P<host>\[[0-9a-f:.]+\]|{_NAME})(?::(?P<port>[0-9]{{1,5}}))?"
 _HOST = re.compile(_AUTHORITY, re.ASCII)
 _ORIGIN = re.compile(rf"(?P<scheme>[a-z][a-z0-9+.-]*)://{_AUTHORITY}", re.ASCII)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-# A header (RFC 9110, 5.1 and 5.5) in ASCII, but none of those that make the handshake or a body.
-_HEADER = re.compile(
-    r"(?!(?:sec-websocket-.*|connection|upgrade|content-length|transfer-encoding):)"
-    r"[!#$%&'*+.^_`|~0-9a-z-]+:[\t\x20-\x7e]*", re.ASCII | re.IGNORECASE
+# The name of a header (RFC 9110, 5.1), but of none that makes the handshake or a body.
+_HEADER_NAME = re.compile(
+    r"(?!(?:sec-websocket-.*|connection|upgrade|content-length|transfer-encoding)$)"
+    r"[!#$%&'*+.^_`|~0-9a-z-]+", re.ASCII | re.IGNORECASE
 )  # fmt: skip
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e]*")
 Header = tuple[str, str]
 _OPAQUE = frozenset(["null", "file://"])  # origins that many pages have, and name no site
 _SHOWN = 200  # characters of a header in a log line; a header may have thousands
@@ -1524,10 +1525,10 @@ def credentials(req: falcon.asgi.Request, offered: Iterable[str]) -> tuple[str |
     return token, names
 
 
-def is_header(name: object, value: object) -> bool:
+def is_header(name: Any, value: Any) -> bool:
     """Return whether an application may add this header to the answer to a handshake."""
     is_text = isinstance(name, str) and isinstance(value, str)
-    return is_text and bool(_HEADER.fullmatch(f"{name}:{value}"))
+    return is_text and bool(_HEADER_NAME.fullmatch(name) and _HEADER_VALUE.fullmatch(value))
 
 
 def token_of(payload: Any) -> str | None:
@@ -3807,7 +3808,7 @@ async def user_of(
             got = "an empty one" if user == "" else type(user).__name__
             raise PachinkoError(f"the user is a str, or None to refuse; got {got}")
         return user
-    except (falcon.HTTPError, Close, MessageError) as exc:
+    except (falcon.HTTPError, falcon.HTTPStatus, Close, MessageError) as exc:
         exc.__cause__ = exc.__context__ = None
         raise
     except BaseException as exc:  # A bug is answered, whatever it is.

@@ -17,8 +17,8 @@ import pachinko
 from pachinko import Connection, Hub, Pachinko, PachinkoError
 
 
-def endpoint(**options: Any) -> Pachinko:
-    return Pachinko(new_app(), "/ws", hub=Hub(), **options)
+def endpoint(path: str = "/ws", **options: Any) -> Pachinko:
+    return Pachinko(new_app(), path, hub=Hub(), **options)
 
 
 def refusal(origins: Any = None, trust_forwarded: Any = False, **scope: Any) -> str | None:
