@@ -87,6 +87,19 @@ async def arrive(conn: Connection, room: str) -> None:
             raise RuntimeError("a secret")
         case "close":
             raise Close(4403, "not you")
+        case "limit":
+            conn.add_header("X-Added", "1")
+            raise falcon.HTTPTooManyRequests(description="not now", retry_after=7)
+        case "hang":
+            log("hangs", room)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                log("hang ends", room)
+    if conn.req.get_param("cookies"):
+        conn.add_header("Set-Cookie", "a=1")
+        conn.add_header("Set-Cookie", "b=2")
+        conn.add_header("X-Added", "1")
     released.setdefault(room, asyncio.Event())
     await hub.join(f"room:{room}", conn)
     await conn.send("welcome", {"room": room, "id": conn.id})
