@@ -16,6 +16,7 @@ from pachinko import Close, Connection, MessageError, Pachinko, hub, message
 
 MAX_SIZE = 2000
 LINGER = 1.0
+CONNECT_TIMEOUT = 4.0
 
 api = falcon.asgi.App()
 ws = Pachinko(
@@ -24,6 +25,7 @@ ws = Pachinko(
     subprotocols=["chat.v2", "chat.v1"],
     max_size=MAX_SIZE,
     linger=LINGER,
+    connect_timeout=CONNECT_TIMEOUT,
     max_concurrent=2,
 )
 uploads = Pachinko(api, "/uploads", max_size=32 * 2**20)

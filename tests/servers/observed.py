@@ -228,6 +228,7 @@ SERVERS = [
         violation="no code",
         headers="dropped",
         notices=False,
+        hung_ends="after `connect_timeout`",
         compresses=False,
         failures=(POST, NO_HOST, BAD_KEY, VERSION),
     ),

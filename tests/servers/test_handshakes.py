@@ -8,7 +8,7 @@ import json
 import time
 
 import pytest
-from app import LINGER
+from app import CONNECT_TIMEOUT, LINGER
 from observed import Observed
 from process import GRACE, Process
 from support import PATIENCE, connect, until
@@ -72,8 +72,9 @@ async def test_a_client_that_leaves_before_the_accept(
         await until(lambda: "hang ends" in server.events(room))
         assert time.monotonic() - left < PATIENCE / 2
     else:
-        await asyncio.sleep(2 * LINGER)
+        await asyncio.sleep(1.5 * LINGER)
         assert "hang ends" not in server.events(room)
+        await until(lambda: "hang ends" in server.events(room))  # after `connect_timeout`
 
 
 async def test_sigterm_while_a_connect_handler_hangs(
@@ -94,6 +95,9 @@ async def test_sigterm_while_a_connect_handler_hangs(
     match observed.hung_ends:
         case "after `linger`":
             assert LINGER * 0.9 < took < GRACE
+            assert "hang ends" in doomed.events(room)
+        case "after `connect_timeout`":
+            assert CONNECT_TIMEOUT * 0.75 < took < GRACE
             assert "hang ends" in doomed.events(room)
         case "after the whole grace period":
             assert took > GRACE
