@@ -98,6 +98,8 @@ async def arrive(conn: Connection, room: str) -> None:
                 await asyncio.Event().wait()
             finally:
                 log("hang ends", room)
+    if conn.req.get_param("slow"):
+        await asyncio.sleep(0.1)  # reads ahead
     if conn.req.get_param("cookies"):
         conn.add_header("Set-Cookie", "a=1")
         conn.add_header("Set-Cookie", "b=2")

@@ -60,6 +60,19 @@ async def test_headers_of_the_answer(server: Process, observed: Observed, room: 
         assert (text in server.output.read_text()) is (observed.headers == name)
 
 
+async def test_a_connect_handler_that_waits(server: Process, observed: Observed, room: str) -> None:
+    """A read that began before the accept loses no message, and sees the end."""
+    async with connect(f"{server.url}/ws/{room}?slow=1") as client:
+        for id in range(20):
+            await client.send("echo", id, id=id)
+        assert (await client.receive())["type"] == "welcome"
+        assert [(await client.receive())["payload"] for _ in range(20)] == list(range(20))
+        await client.close(4001)
+    await until(lambda: "disconnect" in server.events(room))
+    (line,) = server.lines(room, "disconnect")
+    assert line["code"] == (4001 if observed.client_codes else 1006)
+
+
 async def test_a_client_that_leaves_before_the_accept(
     server: Process, observed: Observed, room: str
 ) -> None:
