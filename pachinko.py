@@ -2134,6 +2134,10 @@ class Outgoing:
             self._drop()
             self._enter(Phase.GONE)
 
+    def leave(self, code: int) -> None:
+        """Note that the client has left before the answer to the handshake, which nobody reads."""
+        self.close_code = code if self.close_code is None else self.close_code
+
     async def settle(self) -> None:
         """Wait until the close frame is written, or until that takes too long."""
         if self._goodbye is not None:
@@ -2246,6 +2250,11 @@ class Incoming:
             await self._ahead
             self._ahead = None
         return self._inbox.pop(0)
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the server has reported that the client has gone."""
+        return self._has_left
 
     @property
     def holds_frames(self) -> bool:
@@ -3406,8 +3415,14 @@ class Session:
 
     def on_disconnect(self, code: int) -> None:
         """Give up writing, because the client has gone, and tell Falcon's socket."""
+        is_answered = not self.conn.ws.unaccepted
         mark_closed(self.conn.ws, code)
-        self.outgoing.lost(code)
+        if is_answered:
+            self.outgoing.lost(code)
+        else:
+            self.outgoing.leave(code)
+            if self._life is not None:
+                self._life.end_at(asyncio.get_running_loop().time() + self._limits.linger)
 
     def takes(self, event: Event) -> bool:
         """Stop a stream if *event* is a ``complete`` with its id; return whether it was one."""
@@ -3931,14 +3946,18 @@ async def _refuse(session: Session, exc: BaseException) -> None:
 
 
 async def _accept(session: Session) -> None:
-    """Accept the handshake, unless that has been done before or the client has gone."""
+    """Accept the handshake, unless that has been done before.
+
+    Raises `falcon.WebSocketDisconnected` if the client has left.
+    """
     ws, outgoing, headers = session.conn.ws, session.outgoing, session.conn.headers
     if ws.unaccepted:
         if headers:
             headers = _headers_for(ws, outgoing.asgi_send, headers)
         await ws.accept(session.conn.subprotocol, headers)
-        if outgoing.phase is Phase.GONE:  # Falcon would try to close it.
-            mark_closed(ws, outgoing.close_code)
+    if session.incoming.has_left and outgoing.phase is Phase.CONNECTING:
+        mark_closed(ws, outgoing.close_code)  # It may have left while the accept took its time.
+        raise falcon.WebSocketDisconnected(outgoing.close_code)
 
 
 def _headers_for(
@@ -3966,6 +3985,10 @@ def unavailable(why: str) -> falcon.HTTPError:
 def is_guest(conn: Connection, routes: Routes) -> bool:
     """Return whether a later ``authenticate`` may say who the client is."""
     return routes.takes_guests and conn.user is None
+
+
+class Bug(falcon.HTTPInternalServerError):
+    """`authenticate` has failed: HTTP 403 as after any bug, or a close with 3500."""
 
 
 async def _authenticate(
@@ -4002,7 +4025,7 @@ async def _authenticate(
         if exc.code != "internal_error":  # That one has been logged.
             text = "%s raised a MessageError, when no message can be answered yet; raise Close"
             logger.error(text, place_of(function), extra={"connection_id": conn.id})
-        raise falcon.HTTPInternalServerError from None
+        raise Bug from None
     forget_cancellations()
     if user is None and (is_asked or not session.routes.takes_guests):
         raise Close(UNAUTHENTICATED, "authentication failed")
@@ -4318,8 +4341,9 @@ class Pachinko:
             finally:
                 session.release()
                 state.leave(session)
-        except Exception:  # Falcon refuses the handshake.
-            refuse_by_status(ws, req.scope, session.conn.headers if session else ())
+        except Exception as exc:  # Falcon refuses the handshake.
+            if not isinstance(exc, Bug):
+                refuse_by_status(ws, req.scope, session.conn.headers if session else ())
             raise
 
     async def process_startup(self, scope: Any, event: Any) -> None:
