@@ -194,7 +194,8 @@ class House(Scene):
         (code,) = (code for code in blocks(CLUSTER, "python") if "async def tell" in code)
         attached = functools.partial(Pachinko, hub=self.hub)
         names = {"hub": self.hub, "Pachinko": attached, "Connection": Connection}
-        exec(code, {**names, "app": self.server.uvicorn.config.app})
+        _, attach, rest = code.partition("people = ")  # behind the imports and the app
+        exec(attach + rest, {**names, "app": self.server.uvicorn.config.app})
 
     def tab(self, user: str) -> Any:
         return connect(f"{self.server.url}/people?user={user}")
