@@ -3420,9 +3420,9 @@ class Session:
         if is_answered:
             self.outgoing.lost(code)
         else:
-            self.outgoing.leave(code)
-            if self._life is not None:
-                self._life.end_at(asyncio.get_running_loop().time() + self._limits.linger)
+            self.outgoing.leave(code)  # Nobody reads as early as this but for code that waits.
+            life = cast(TimeLimit, self._life)
+            life.end_at(asyncio.get_running_loop().time() + self._limits.linger)
 
     def takes(self, event: Event) -> bool:
         """Stop a stream if *event* is a ``complete`` with its id; return whether it was one."""

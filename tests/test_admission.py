@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import logging
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -1055,6 +1056,35 @@ async def test_a_handshake_that_ends_early_is_undone(how: str) -> None:
     ]  # fmt: skip
 
 
+async def test_a_task_that_is_cancelled_while_it_undoes_ends() -> None:
+    """Every end still begins, and the client is not answered."""
+    ws, seen = endpoint(), list[str]()
+
+    @ws.connect
+    async def outer(conn: Connection) -> AsyncIterator[None]:
+        yield
+        seen.append("outer")
+
+    @ws.connect
+    async def inner(conn: Connection) -> AsyncIterator[None]:
+        yield
+        seen.append("inner")
+        await asyncio.Event().wait()
+
+    @ws.connect
+    async def refuse(conn: Connection) -> None:
+        raise falcon.HTTPForbidden
+
+    async with serving(ws._app) as server:
+        visitor = asyncio.create_task(abandoned(f"{server.url}/ws"))
+        await until(lambda: seen)
+        (task,) = ws._hub.state.serving
+        task.cancel()
+        await until(lambda: not ws._hub.state.serving)
+        await asyncio.wait([visitor])
+    assert seen == ["inner", "outer"]
+
+
 async def test_a_failed_accept_runs_everything_behind() -> None:
     """A client that was let in by all handlers has its disconnect handlers, too."""
     ws, seen = lived()
@@ -1107,6 +1137,15 @@ async def test_a_bug_behind_the_yield_is_logged(caplog: pytest.LogCaptureFixture
 
 
 # The time of a handshake
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.inf, math.nan, None, "10", True])
+def test_the_time_of_a_handshake_is_a_number_above_0(seconds: Any) -> None:
+    """Anything else is refused where it is written."""
+    with pytest.raises(
+        PachinkoError, match=r"^connect_timeout is a number of seconds above 0, got"
+    ):
+        Pachinko(connect_timeout=seconds)
 
 
 @pytest.mark.parametrize("where", ["authenticate", "connect", "swallowing", "second"])
@@ -1222,6 +1261,7 @@ async def test_a_handler_after_the_departure_has_linger_as_well() -> None:
     async def first(conn: Connection) -> None:
         seen.append("first")
         await until(lambda: conn.closed)
+        await conn.send("late")  # Nobody reads it.
 
     @ws.connect
     async def second(conn: Connection) -> None:
