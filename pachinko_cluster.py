@@ -841,6 +841,7 @@ def resolve(future: asyncio.Future[Any], result: Any = None) -> None:
 # A peer message is its head, a line of JSON, and after that the text frame for the clients. A
 # subject, such as "pachinko.g.room%3A1", is the namespace, the letter of a `Kind`, and a name.
 
+_QUESTIONS = {Kind.GROUP: "who", Kind.USER: "whose"}  # older processes know the first one only
 _FORMAT = 1  # the number of their format; older processes read no other
 _LONGEST_NAME = 120  # characters in a subject, which is part of a line of at most 4 KiB in NATS
 Address = tuple[Kind, str]  # what a subject is for; a connection has its process as a name
@@ -851,8 +852,9 @@ class PeerMessage(msgspec.Struct, omit_defaults=True):
 
     v: int  # the format
     op: str
-    """``send`` or ``close``: to the receivers; ``who``: to the processes with members of a group or
-    connections of a user, answered with ``here``; ``beat``: to the sender, as a sign of life."""
+    """``send`` or ``close``: to the receivers; ``who``: to the processes with members of a group,
+    ``whose``: to those with connections of a user, both answered with ``here``; ``beat``: to the
+    sender itself, as a sign of life."""
     source: str = msgspec.field(name="from")  # the process that sends
     session: int = 0  # the number of the sender's session with the broker
     n: int = 0  # the message's number in its process
@@ -1045,7 +1047,7 @@ class Cluster(pachinko.Relay):
         found: dict[str, pachinko.Presence] = {}
         unfinished: dict[str, bool] = {}  # whether more of a process's answer follows
         try:
-            reached = await self._publish(kind, name, "who", ask=number)
+            reached = await self._publish(kind, name, _QUESTIONS[kind], ask=number)
             loop = asyncio.get_running_loop()
             end, latest = (loop.time() + seconds for seconds in (_PRESENCE, _BROKER_WAIT))
             with contextlib.suppress(TimeoutError):
@@ -1093,7 +1095,7 @@ class Cluster(pachinko.Relay):
             except ValueError as exc:
                 raise Refused(str(exc)) from None
             self._registry.close(kind, name, close)
-        elif message.op == "who" and kind in (Kind.GROUP, Kind.USER):
+        elif message.op == _QUESTIONS.get(kind):
             self._start_work(self._answer(kind, name, message))
         elif message.op == "here" and kind is Kind.CONNECTION:
             self._note_answer(message)
