@@ -55,7 +55,8 @@ Map: each section, what it is for, and those above it that it uses.
     handshake — who may connect: origins and tokens (uses: errors)
     limits — time, rate and the options that bound a connection (uses: errors)
     outbox — what waits to be written to one client (uses: envelope and message)
-    outgoing — writes to one connection, or one event to many (uses: errors, limits, outbox)
+    outgoing — writes to one connection, or one event to many (uses: errors, handshake, limits,
+        outbox)
     incoming — the reading half (uses: errors, envelope and message, handshake, outgoing)
     connection — what a handler gets (uses: errors, envelope and message, handshake, outbox)
     registry and relay — this process and all others (uses: errors, limits, outgoing, connection)
@@ -66,7 +67,7 @@ Map: each section, what it is for, and those above it that it uses.
     session — decode a message, call its handler, answer (uses: errors, envelope and message,
         signatures, limits, outbox, outgoing, incoming, connection, outcomes, stream)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
-        signatures, handshake, outbox, outcomes)
+        signatures, handshake, limits, outbox, outgoing, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
         signatures, handlers, handshake, limits, outgoing, connection, registry and relay, hub,
         outcomes, session, admission)
@@ -2377,6 +2378,8 @@ _VERBS = "|".join(map(re.escape, falcon.constants.COMBINED_METHODS))
 _RESPONDER = re.compile(rf"on_({_VERBS})(_.+)?", re.IGNORECASE)  # with a suffix of `add_route`, too
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+End = Callable[["Connection"], Awaitable[None]]
+AddEnd = Callable[[End], None]  # takes what has to run when the connection is over
 DISCONNECT = "@ws.disconnect\nasync def leave(conn): ..."  # shown in errors
 
 
@@ -2583,13 +2586,17 @@ def path_parameters(path: str) -> list[str]:
 
 
 def read_connect(
-    function: Callable[..., Any], path: str | None, *, namespaces: Namespaces = _NOWHERE,
-    app: Any = None,
+    function: Callable[..., Any], path: str | None, kind: str = "connect", *,
+    namespaces: Namespaces = _NOWHERE, app: Any = None,
 ) -> Callable[..., Awaitable[None]]:  # fmt: skip
-    """Check a connect handler against *path*; return a function that passes it the parameters."""
+    """Check a connect handler, or one of another *kind* with path parameters, against *path*.
+
+    Returns a function that passes it the parameters. Of a generator it runs the part before the
+    ``yield``, and gives the part behind it to *add_end*, its second argument.
+    """
     known = path_parameters(path or "")
-    example = f"@ws.connect\nasync def arrive({', '.join(['conn', *known])}): ..."
-    check_function(function, example, None)
+    example = f"@ws.{kind}\nasync def arrive({', '.join(['conn', *known])}): ..."
+    check_function(function, example, None, streams=kind == "connect")
     parameters = list(signature_of(function).parameters.values())
     takes_all = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
     first, named = parameters[:1], parameters[1 : -1 if takes_all else None]
@@ -2604,17 +2611,45 @@ def read_connect(
     made = path_types(path or "", app)
     left = check_path_types(function, parameters[1:], made, path, namespaces)
     later = [(left, namespaces)] if left else []
+    yields = is_called_as(function, inspect.isasyncgenfunction)
 
-    def call(conn: Connection) -> Awaitable[None]:
+    def call(conn: Connection, add_end: Any = None) -> Awaitable[None]:
         params = conn.params.items()
         if later:
             came = {name: type(value) for name, value in params}
             check_path_types(function, later[0][0], came, None, later[0][1])
             later.clear()
         wanted = {k: v for k, v in params if k in names or (takes_all and k != own)}
-        return cast(Awaitable[None], function(conn, **wanted))
+        begun: Any = function(conn, **wanted)
+        return _begin(function, begun, add_end) if yields else begun
 
-    return call
+    return functools.update_wrapper(call, function)
+
+
+async def _begin(function: Any, generator: AsyncGenerator[Any], add_end: AddEnd) -> None:
+    """Run *generator*, of a connect handler, up to its ``yield``; give *add_end* the rest."""
+
+    async def end(conn: Connection) -> None:
+        async for _ in generator:
+            await generator.aclose()
+            raise PachinkoError(
+                f"{place_of(function)} yields more than once; a connect handler has one `yield`, "
+                f"and what stands behind it runs when the connection is over"
+            )
+
+    async for _ in generator:
+        add_end(functools.update_wrapper(end, function))
+        break
+
+
+def with_end(call: Callable[..., Awaitable[None]], leave: End) -> Callable[..., Awaitable[None]]:
+    """Return *call*, a resource's connect handler, with its *leave* in case of a refusal."""
+
+    async def both(conn: Connection, add_end: AddEnd) -> None:
+        await call(conn, add_end)
+        add_end(leave)
+
+    return functools.update_wrapper(both, call)
 
 
 def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[..., Any]]]:
@@ -2659,7 +2694,9 @@ class Routes:
     """The functions that are registered for one endpoint."""
 
     authenticate: Callable[..., Awaitable[str | None]] | None = None
+    takes_guests: bool = False  # `authenticate` is optional
     connect: list[Callable[..., Awaitable[None]]] = attrs.Factory(list)
+    accepted: list[Callable[..., Awaitable[None]]] = attrs.Factory(list)
     handlers: dict[str, Handler] = attrs.Factory(dict)
     disconnect: list[Callable[..., Awaitable[None]]] = attrs.Factory(list)
     fallback: Callable[..., Awaitable[Any]] | None = None
@@ -2699,6 +2736,10 @@ class Routes:
         setattr(self, name, function)
         return function
 
+    def set_optional(self, optional: bool) -> None:
+        """Set whether `authenticate` lets guests in."""
+        self.takes_guests = optional
+
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
         """Return the handler for the class of *exc* or its nearest base class, or None."""
         cls = self._class_handled(exc)
@@ -2737,6 +2778,14 @@ _AUTHORITY = rf"(?P<host>\[[0-9a-f:.]+\]|{_NAME})(?::(?P<port>[0-9]{{1,5}}))?"
 _HOST = re.compile(_AUTHORITY, re.ASCII)
 _ORIGIN = re.compile(rf"(?P<scheme>[a-z][a-z0-9+.-]*)://{_AUTHORITY}", re.ASCII)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+# The name of a header (RFC 9110, 5.1), but of none that makes the handshake or a body.
+_HEADER_NAME = re.compile(
+    r"(?!(?:sec-websocket-.*|connection|upgrade|content-length|transfer-encoding)$)"
+    r"[!#$%&'*+.^_`|~0-9a-z-]+", re.ASCII | re.IGNORECASE
+)  # fmt: skip
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e]*")
+Header = tuple[str, str]
+_OPAQUE = frozenset(["null", "file://"])  # origins that many pages have, and name no site
 _SHOWN = 200  # characters of a header in a log line; a header may have thousands
 UNAUTHENTICATED = 3401  # the close code is 3000 and the HTTP status
 
@@ -2747,7 +2796,7 @@ class Origin:
 
     scheme: str
     host: str
-    port: int | None  # the default of the scheme if none was named
+    port: int | str | None  # the default of the scheme if none was named; ``*`` allows all
 
 
 def parse_origin(text: str) -> Origin | None:
@@ -2776,22 +2825,28 @@ class Origins:
     """The origins that one endpoint lets in, beside the request's own host."""
 
     allowed: frozenset[Origin]  # the host ``*.example.com`` stands for all subdomains
+    opaque: frozenset[str]  # those of `_OPAQUE`
     takes_all: bool
     trust_forwarded: bool
 
     def refusal(self, req: falcon.asgi.Request) -> str | None:
         """Return why *req* is refused, with the setting that lets it in, or None if it may come."""
         text = req.get_header("Origin")
-        if self.takes_all or text is None:
+        if self.takes_all or text is None or text.lower() in self.opaque:
             return None
         origin = parse_origin(text)
         shown = f"{text[:_SHOWN]!r} at {req.path[:_SHOWN]!r}"
         if origin is None:
+            if text.lower() in _OPAQUE:
+                return f"{shown}: it names no site; to allow all such pages: origins=[{text!r}]"
             return f'{shown}: it names no site; only origins="*" would let it in'
         own = _forwarded(req) if self.trust_forwarded else (req.scheme, req.netloc)
         labels = origin.host.split(".")
         above = [".".join(["*", *labels[n:]]) for n in range(1, len(labels))]
-        names = {attrs.evolve(origin, host=host) for host in (origin.host, *above)}
+        names = {
+            Origin(origin.scheme, host, port)
+            for host in (origin.host, *above) for port in (origin.port, "*")
+        }  # fmt: skip
         if is_same_host(origin, *own) or names & self.allowed:
             return None
         setting = f"origins=[{text[:_SHOWN]!r}]"
@@ -2814,18 +2869,17 @@ def read_origins(value: Iterable[str] | None, trust_forwarded: object) -> Origin
     names = () if value is None else ("*",) if value == "*" else texts(value, "origins")
     allowed = set[Origin]()
     for name in names:
-        origin = parse_origin(name.replace("://*.", "://", 1))
-        if name == "null":
-            raise PachinkoError('any site can make a page of origin "null"; write origins="*"')
-        if name != "*" and origin is None:
+        origin = parse_origin(name.replace("://*.", "://", 1).removesuffix(":*"))
+        if name != "*" and name not in _OPAQUE and origin is None:
             raise PachinkoError(
                 f'origins are like "https://example.com", "https://*.example.com" (every host '
-                f'below it) or "*", in ASCII as browsers send them; got {name!r}'
+                f'below it) or "*", in ASCII as browsers send them; got {name!r}. '
+                f'"http://localhost:*" takes every port, "null" and "file://" pages of no site'
             )
         if origin is not None:
-            host = f"*.{origin.host}" if "*" in name else origin.host
-            allowed.add(attrs.evolve(origin, host=host))
-    return Origins(frozenset(allowed), "*" in names, trust_forwarded)
+            host = f"*.{origin.host}" if "://*." in name else origin.host
+            allowed.add(Origin(origin.scheme, host, "*" if name.endswith(":*") else origin.port))
+    return Origins(frozenset(allowed), _OPAQUE & {*names}, "*" in names, trust_forwarded)
 
 
 def texts(value: Any, option: str) -> tuple[str, ...]:
@@ -2850,6 +2904,12 @@ def credentials(req: falcon.asgi.Request, offered: Iterable[str]) -> tuple[str |
     if scheme.lower() == "bearer" and value.strip():
         token = value.strip()
     return token, names
+
+
+def is_header(name: Any, value: Any) -> bool:
+    """Return whether an application may add this header to the answer to a handshake."""
+    is_text = isinstance(name, str) and isinstance(value, str)
+    return is_text and bool(_HEADER_NAME.fullmatch(name) and _HEADER_VALUE.fullmatch(value))
 
 
 def token_of(payload: Any) -> str | None:
@@ -2904,12 +2964,17 @@ class TimeLimit:
             raise TimeoutError
 
     def end_at(self, when: float) -> None:
-        """Expire at *when* on the loop's clock. Does nothing after the block or the expiry."""
+        """Expire at *when* on the loop's clock, or before if an earlier call has said so.
+
+        Does nothing after the block or the expiry.
+        """
         if self._task is None or self.expired:
             return
         if self._timer is not None:
+            if cast(float, self._when) <= when:
+                return
             self._timer.cancel()
-        loop = asyncio.get_running_loop()
+        self._when, loop = when, asyncio.get_running_loop()
         is_due = when <= loop.time()  # A timer would let other events of this turn go first.
         self._timer = loop.call_soon(self._expire) if is_due else loop.call_at(when, self._expire)
 
@@ -2999,6 +3064,7 @@ class Limits:
         lambda value: value is None or _is_period(value), "a number of seconds above 0, or None"
     )
     auth_timeout: float = _option(_is_period, "a number of seconds above 0")
+    connect_timeout: float = _option(_is_period, "a number of seconds above 0")
 
 
 def count_error(counts: collections.Counter[str], code: str) -> None:
@@ -3156,7 +3222,7 @@ def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return create_task(coroutine)
 
 
-# Only these two functions have Falcon's private names, which `tests/test_falcon_names.py` pins.
+# Only these three functions have Falcon's private names, which `tests/test_falcon_names.py` pins.
 
 
 def server_calls(ws: Any) -> tuple[Callable[[], Awaitable[Event]], Callable[[Event], Any]]:
@@ -3177,6 +3243,39 @@ def mark_closed(ws: Any, code: int | None) -> None:
     """Tell Falcon's socket that the connection is over: its own close may wait for ever."""
     ws._state = type(ws._state).CLOSED
     ws._close_code = code
+
+
+def refuse_by_status(ws: Any, scope: Mapping[str, Any], headers: Iterable[Header]) -> None:
+    """Let Falcon's refusal of the handshake have an HTTP status, where the server offers that.
+
+    Falcon asks the app's error handlers, and then closes with 3000 and the status. Before accept,
+    servers make HTTP 403 of any close. The extension ``websocket.http.response`` of ASGI has the
+    status, the headers and the body of the error that Falcon handles, and *headers*.
+    """
+    send = ws._asgi_send
+
+    async def refuse(event: Event) -> None:
+        status = event.get("code", 0) - 3000
+        if not (ws.unaccepted and event["type"] == "websocket.close" and 300 <= status < 600):
+            await send(event)
+            return
+        exc = sys.exc_info()[1]  # Falcon closes while it handles the error.
+        if not isinstance(exc, (falcon.HTTPError, falcon.HTTPStatus)) or exc.status_code != status:
+            exc = falcon.HTTPError(status)  # An error handler has closed by itself.
+        given: Any = exc.headers or ()
+        own: list[Header] = [*(given.items() if isinstance(given, Mapping) else given)]
+        if isinstance(exc, falcon.HTTPError):
+            kind, body = "application/json", exc.to_json()
+        else:
+            kind, body = "text/plain; charset=utf-8", (exc.text or "").encode()
+        replaced = {name.lower() for name, _ in own}
+        rest = [h for h in (("Content-Type", kind), *headers) if h[0].lower() not in replaced]
+        sent = [(n.lower().encode(), v.encode()) for n, v in (*rest, *own) if is_header(n, v)]
+        await send({"type": "websocket.http.response.start", "status": status, "headers": sent})
+        await send({"type": "websocket.http.response.body", "body": body})
+
+    if ws.unaccepted and "websocket.http.response" in (scope.get("extensions") or ()):
+        ws._asgi_send = refuse
 
 
 class _Nobody:
@@ -3425,6 +3524,10 @@ class Outgoing:
             self._drop()
             self._enter(Phase.GONE)
 
+    def leave(self, code: int) -> None:
+        """Note that the client has left before the answer to the handshake, which nobody reads."""
+        self.close_code = code if self.close_code is None else self.close_code
+
     async def settle(self) -> None:
         """Wait until the close frame is written, or until that takes too long."""
         if self._goodbye is not None:
@@ -3509,7 +3612,7 @@ class Incoming:
     _max_size: int
     _session: Session
     is_direct: bool = True  # nothing is read ahead and more may come: `receive` has the next event
-    is_due: bool = False  # `_look` has been scheduled
+    is_due: bool = False  # `look` has been scheduled
     received: int = 0  # frames
     _has_left: bool = False  # the client has gone; the frames before that are still handled
     _is_stopped: bool = False  # the server closes, and no frame is handled any more
@@ -3543,30 +3646,43 @@ class Incoming:
         self._size -= size_of_event(event)
         return event
 
+    @property
+    def has_left(self) -> bool:
+        """Whether the server has reported that the client has gone."""
+        return self._has_left
+
+    @property
+    def holds_frames(self) -> bool:
+        """Whether frames that were read ahead are still to be handled."""
+        return bool(self._inbox)
+
     async def first_token(self) -> Frame:
         """Return the first ``authenticate`` message. Raises `Close` and `WebSocketDisconnected`."""
+        held = list[Event]()
         while True:
-            event = await self.receive()
-            if event["type"] != "websocket.receive":
-                raise falcon.WebSocketDisconnected(self._disconnected(event))
+            event = await (self.receive() if self.is_direct else self.next())
+            if event is None or event["type"] != "websocket.receive":
+                raise falcon.WebSocketDisconnected(self._disconnected(event) if event else None)
             text = event.get("text")
             if self._size + size_of_event(event) > self._max_size:
                 raise Close(1009, f"more than {self._max_size} bytes")
             frame = decode_or_error(text) if text is not None else None
             if isinstance(frame, Frame) and frame.type == "authenticate":
                 self.received += 1
+                self._inbox[:0] = held  # They are handled once the client is in.
+                self.is_direct = self.is_direct and not held
                 return frame
-            self._hold(event)  # It is handled once the client is in.
-            self.is_direct = False
-            if len(self._inbox) > _HELD_BEFORE_TOKEN:
+            held.append(event)
+            self._size += size_of_event(event)
+            if len(held) > _HELD_BEFORE_TOKEN:
                 raise Close(UNAUTHENTICATED, "authenticate first")
 
     def watch(self) -> None:
         """Read ahead from the next turn of the loop on, if the handler still runs then."""
         self.is_due = True
-        asyncio.get_running_loop().call_soon(self._look)
+        asyncio.get_running_loop().call_soon(self.look)
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Read ahead while a handler, or its reply, waits for something."""
         self.is_due = False
         is_reading = self._ahead is not None and not self._ahead.done()
@@ -3634,6 +3750,9 @@ def is_elsewhere(loop: asyncio.AbstractEventLoop | None) -> bool:
         return loop is not None and loop.is_running()
 
 
+_NO_HEADERS: Any = ()  # of the handshake's answer, for most connections
+
+
 @attrs.define(eq=False, repr=False)
 class Connection:
     """One client. Handlers get it; the hub's methods take it.
@@ -3648,6 +3767,8 @@ class Connection:
     params: dict[str, Any]  # the path parameters, converted as the path says
     id: str  # unique across processes, and public: never a credential
     outgoing: Outgoing  # the library's own, not for applications
+    subprotocol: str | None = None  # the one that was chosen of those that the client offers
+    _headers: list[Header] = _NO_HEADERS
     _user: str | None = None
     _expires_at: float | None = None
     _expiry: asyncio.TimerHandle | None = None
@@ -3696,8 +3817,40 @@ class Connection:
             raise TypeError(f"a user is a str or None, got {user!r}; write conn.user = str(...)")
         if self.outgoing.is_answered:
             raise PachinkoError("conn.user is set in a connect handler, before the client is in")
+        self.become(user)
+
+    def become(self, user: str | None) -> None:
+        """Let messages to *user* reach the connection; the library does so for a late login."""
         self.hub.state.registry.set_user(self, user)
         self._user = user
+
+    @property
+    def headers(self) -> Sequence[Header]:
+        """What `add_header` has added to the answer to the handshake."""
+        return self._headers
+
+    def add_header(self, name: str, value: str) -> None:
+        """Add a header, such as ``Set-Cookie``, to the answer to the handshake, or to a refusal.
+
+        A name may be added several times. Raises `ValueError` for what is no header in ASCII, and
+        for those that the server writes; `PachinkoError` once the handshake has been answered.
+        """
+        self._check("conn.add_header, ...")
+        if not self.ws.unaccepted:
+            raise PachinkoError(
+                "conn.add_header comes before the answer to the handshake, in a connect handler or "
+                "in @ws.authenticate; a client that has authenticated by its first message has it"
+            )
+        if not is_header(name, value):
+            raise ValueError(
+                "write conn.add_header(name, value) with texts in ASCII, without line breaks; the "
+                f"server itself writes Connection, Upgrade, Sec-WebSocket-*; got {name!r}"
+            )
+        self._headers = [*self._headers, (name, value)]
+
+    def choose(self, subprotocol: str | None) -> None:
+        """Note the subprotocol for the answer to the handshake; the library does so."""
+        self.subprotocol = subprotocol
 
     @property
     def expires_at(self) -> float | None:
@@ -3857,8 +4010,8 @@ class Relay(typing.Protocol):
     async def close(self, kind: Kind, name: str, close: Close) -> None:
         """Close the receivers, behind what was sent to them before."""
 
-    async def ask(self, group: str) -> list[Presence]:
-        """Ask all processes who is in *group*."""
+    async def ask(self, kind: Kind, name: str) -> list[Presence]:
+        """Ask all processes which connections the group or the user of that *name* has."""
         ...
 
     def subscribe(self, kind: Kind, name: str) -> None:
@@ -3907,8 +4060,8 @@ class LocalRelay(Relay):
     async def close(self, kind: Kind, name: str, close: Close) -> None:
         self._registry.close(kind, name, close)
 
-    async def ask(self, group: str) -> list[Presence]:
-        members = self._registry.accepted(Kind.GROUP, group)
+    async def ask(self, kind: Kind, name: str) -> list[Presence]:
+        members = self._registry.accepted(kind, name)
         return [Presence(conn.id, conn.user, self._process) for conn in members]
 
     async def lease(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -3961,12 +4114,16 @@ class Registry:
         if conn.user is not None:
             self._enter(Kind.USER, conn.user, conn)
 
+    def retire(self, conn: Connection) -> None:
+        """Note that *conn* has ended. Only its groups are known from now on."""
+        if self.connections.pop(conn.id, None) is not None and conn.user is not None:
+            self._discard(Kind.USER, conn.user, conn)
+
     def remove(self, conn: Connection) -> None:
         """Remove *conn* from all tables."""
         for group in tuple(self.groups_of(conn)):
             self.leave(group, conn)
-        self.set_user(conn, None)
-        self.connections.pop(conn.id, None)
+        self.retire(conn)
 
     def set_user(self, conn: Connection, user: str | None) -> None:
         """Let messages to *user* reach *conn*. Called before ``conn.user`` changes."""
@@ -4017,9 +4174,11 @@ class Registry:
         return self._tables[kind].get(name, {})
 
     def accepted(self, kind: Kind, name: str) -> frozenset[Connection]:
-        """Return the receivers whose handshake has been answered. Any thread may call it."""
+        """Return the receivers that are in, and have not ended. Any thread may call it."""
         found = tuple(self.receivers(kind, name).items())  # A loop over it could see a change.
-        return frozenset(conn for conn, outgoing in found if outgoing.is_answered)
+        return frozenset(
+            conn for conn, outgoing in found if outgoing.is_answered and conn.id in self.connections
+        )
 
     def deliver(self, kind: Kind, name: str, data: bytes, excluded: Collection[str]) -> Sending:
         """Begin one write of the frame *data* to each receiver whose id is not *excluded*."""
@@ -4377,6 +4536,14 @@ class Hub:
         return self.state.registry.accepted(Kind.EVERYBODY, "all")
 
     @property
+    def count(self) -> int:
+        """How many connections this process has, with handshakes in progress.
+
+        In a connect handler it includes the connection itself. It costs the same at any number.
+        """
+        return len(self.state.serving)
+
+    @property
     def groups(self) -> frozenset[str]:
         """The groups that have a member in this process. Any thread may ask."""
         return frozenset(self.state.registry.groups)
@@ -4438,14 +4605,24 @@ class Hub:
         self._check(group, "group")
         await self.state.relay.close(Kind.GROUP, group, Close(code, reason))
 
-    async def presence(self, group: str) -> list[Presence]:
-        """Ask for the accepted connections in *group*, of all processes.
+    @typing.overload
+    async def presence(self, group: str) -> list[Presence]: ...
+    @typing.overload
+    async def presence(self, *, user: str) -> list[Presence]: ...
+    async def presence(
+        self, group: str | None = None, *, user: str | None = None
+    ) -> list[Presence]:
+        """Ask for the accepted connections in *group*, or of *user*, of all processes.
 
         Each process answers for its own, so that those of a crashed process are gone at once. Waits
         0.4 seconds for answers, and up to 4 seconds for the rest of a long one.
         """
-        self._check(group, "group")
-        return await self.state.relay.ask(group)
+        if group is not None and user is not None:
+            raise TypeError("write hub.presence(group) or hub.presence(user=...), not both")
+        kind = Kind.GROUP if user is None else Kind.USER
+        name: Any = group if user is None else user
+        self._check(name, "group" if user is None else "user")
+        return await self.state.relay.ask(kind, name)
 
     @property
     def draining(self) -> bool:
@@ -4759,7 +4936,7 @@ class Session:
 
     __slots__ = (
         "_ended", "_hub_state", "_is_serving", "_life", "_limits", "_rate", "_streams", "conn",
-        "incoming", "is_handling", "outgoing", "routes", "tasks",
+        "ends", "incoming", "is_handling", "outgoing", "routes", "tasks",
     )  # fmt: skip
 
     def __init__(
@@ -4777,17 +4954,20 @@ class Session:
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
         self._is_serving = False  # messages are handled
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
+        self.ends: tuple[End, ...] = ()  # of the connect handlers, in their order
         self._streams: dict[Id, Stream] = _NONE
         self._rate = Rate(*limits.rate) if limits.rate is not None else None
         self._life: TimeLimit | None = None  # bounds the code in progress
         self._ended: float = 0.0  # when messages ceased to flow, on the loop's clock
 
     def on_close(self) -> None:
-        """Read nothing more. End an authentication in progress: its client is not in yet."""
+        """Read nothing more. End an authentication at once, and connect handlers after `linger`."""
         self.incoming.stop()
         is_connecting = self.outgoing.phase is Phase.CONNECTING
         if is_connecting and self._life and not self._life.is_around(asyncio.current_task()):
-            self._life.end_at(asyncio.get_running_loop().time())
+            may_go_on = self.conn.id in self._hub_state.registry.connections
+            linger = self._limits.linger if may_go_on else 0
+            self._life.end_at(asyncio.get_running_loop().time() + linger)
 
     def on_end(self) -> None:
         """Stop the streams; wake the reader, or give the handler in progress `linger` seconds."""
@@ -4803,8 +4983,14 @@ class Session:
 
     def on_disconnect(self, code: int) -> None:
         """Give up writing, because the client has gone, and tell Falcon's socket."""
+        is_answered = not self.conn.ws.unaccepted
         mark_closed(self.conn.ws, code)
-        self.outgoing.lost(code)
+        if is_answered:
+            self.outgoing.lost(code)
+        else:
+            self.outgoing.leave(code)  # Nobody reads as early as this but for code that waits.
+            life = cast(TimeLimit, self._life)
+            life.end_at(asyncio.get_running_loop().time() + self._limits.linger)
 
     def overtakes(self, event: Event) -> Awaitable[None] | None:
         """Return what handles the frame at once, while a handler waits, or None if it is held.
@@ -4842,10 +5028,30 @@ class Session:
         self._life = TimeLimit(when)
         return self._life
 
-    async def serve(self) -> None:
-        """Handle messages until the connection is over, and `finish`."""
+    async def first_token(self) -> Frame:
+        """Return what `Incoming.first_token` does; no code of the application runs meanwhile."""
+        self.is_handling = False
         try:
-            with self.limit():
+            return await self.incoming.first_token()
+        finally:
+            self.is_handling = True
+
+    def add_end(self, end: End) -> None:
+        """Note what has to run when the connection is over."""
+        self.ends = (*self.ends, end)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the latest `limit` has expired."""
+        return self._life is not None and self._life.expired
+
+    async def serve(self, begin: Callable[[Session], Awaitable[None]] | None = None) -> None:
+        """Await *begin*, handle messages until the connection is over, and `finish`."""
+        try:
+            # A client that has gone during the handshake may have left messages.
+            with self.limit(self._ended + self._limits.linger if self._ended else None):
+                if begin is not None:
+                    await begin(self)
                 await self._handle_messages()
         except TimeoutError:  # The connection is over, and what was in progress has had its time.
             forget_cancellations()
@@ -5154,13 +5360,13 @@ class Session:
         """End the tasks, run the disconnect handlers, forget the connection."""
         if self.outgoing.close_code is None:  # The server has cancelled the task, for example.
             self.outgoing.lost(1006)
-        is_ending = bool(current_task().cancelling())
-        steps: list[Callable[[], Awaitable[None]]] = [self._end_tasks] if self.tasks else []
-        steps += [functools.partial(handler, self.conn) for handler in self.routes.disconnect]
-        for step in steps:
-            is_ending |= await end_by(step, self.conn.id)
-            if not is_ending:
-                forget_cancellations()
+        self._hub_state.registry.retire(self.conn)
+        steps = [*self.routes.disconnect]
+        if self.ends:  # The `on_disconnect` of a resource is also the end of its `on_connect`.
+            steps += [end for end in reversed(self.ends) if end not in steps]
+        if self.tasks:
+            steps.insert(0, self._end_tasks)
+        is_ending = await self.take_leave(steps)
         self.forget()
         extra = {"connection_id": self.conn.id}
         logger.debug("disconnected: %s", self.outgoing.close_code, extra=extra)
@@ -5168,7 +5374,16 @@ class Session:
         if is_ending:
             raise asyncio.CancelledError
 
-    async def _end_tasks(self) -> None:
+    async def take_leave(self, steps: Iterable[End]) -> bool:
+        """Await each of *steps*, and log its error; return whether the task has been cancelled."""
+        is_ending = bool(current_task().cancelling())
+        for step in steps:
+            is_ending |= await end_by(functools.partial(step, self.conn), self.conn.id)
+            if not is_ending:
+                forget_cancellations()
+        return is_ending
+
+    async def _end_tasks(self, conn: Connection) -> None:
         """Give concurrent handlers the rest of `linger`. Streams have been cancelled already."""
         tasks, end = frozenset(self.tasks), self._ended + self._limits.linger
         left = end - asyncio.get_running_loop().time()
@@ -5183,7 +5398,7 @@ class Session:
         patience = _GOODBYE if current_task().cancelling() else max(_GOODBYE, self._limits.linger)
         _, stuck = await asyncio.wait(tasks, timeout=patience)
         for task in stuck:
-            extra = {"connection_id": self.conn.id}
+            extra = {"connection_id": conn.id}
             logger.error("a handler ignores its cancellation: %r", task, extra=extra)
 
     def forget(self) -> None:
@@ -5199,6 +5414,11 @@ class Session:
 
 
 # ── admission ─────────────────────────────────────────────────────────────────────────────────
+#
+# A client is in when `authenticate` knows it, each connect handler has returned, and the handshake
+# has been accepted. Until then it may be refused, may leave, or may be kept waiting for too long.
+
+_RETRY_AFTER = 5  # seconds after which a client that is refused with 503 may try again
 
 
 async def user_of(
@@ -5214,9 +5434,10 @@ async def user_of(
     except BaseException as exc:  # A bug is answered, whatever it is.
         exc = single(exc)
         pass_on(exc, place_of(function), conn.id, "authenticate")
-        if (outcome := outcome_of(exc) and exc) is None:
+        is_outcome = outcome_of(exc) is not None or isinstance(exc, falcon.HTTPStatus)
+        if not is_outcome:
             log_failure(place_of(function), exc, conn.id, "authenticate")
-            outcome = internal_error()
+        outcome = exc if is_outcome else internal_error()
     outcome.__cause__ = outcome.__context__ = None
     try:
         raise outcome  # Above, the group that it is from would become its context, in a cycle.
@@ -5232,30 +5453,19 @@ async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
     if routes.authenticate is not None:
         token, offered = credentials(conn.req, offered)
         subprotocols = [*subprotocols, "bearer"]  # Browsers give up if none is chosen.
-    chosen = next((name for name in subprotocols if name in offered), None)
+    if conn.ws.unaccepted:
+        conn.choose(next((name for name in subprotocols if name in offered), None))
     try:
-        if routes.authenticate is not None:
-            await _authenticate(session, routes.authenticate, token, chosen)
-        if not conn.closed:
-            conn.hub.state.registry.add(conn)
-            for handler in routes.connect:
-                await handler(conn)
-                forget_cancellations()
-            is_in = True
+        is_in = await _run_handlers(session, token)
     except BaseException as exc:  # A handler may raise anything.
         exc = single(exc)
-        pass_on(exc, "a connect handler", conn.id)
-        if not isinstance(exc, Exception):  # Falcon's error handlers take `Exception` only.
-            raise RuntimeError(f"a connect handler has raised {exc!r}") from exc
-        if not isinstance(exc, Close):
-            raise exc
-        session.forget()
-        outgoing.close(exc, drops=True)
+        if isinstance(exc, Close):
+            outgoing.close(exc, drops=True)
+        await _refuse(session, exc)
     try:
         if conn.user is not None:
             await conn.hub.state.reachable(conn)
-        if conn.ws.unaccepted:  # It may have been accepted before.
-            await conn.ws.accept(chosen)
+        await _accept(session)
     except BaseException as exc:  # A client that was let in gets its disconnect handlers.
         outgoing.lost()
         if is_in:
@@ -5271,42 +5481,199 @@ async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
     return is_in
 
 
-async def _authenticate(
-    session: Session, function: Callable[..., Any], token: str | None, chosen: str | None
-) -> None:
-    """Set the user, or raise `Close`; the connection may also be closed in the meantime."""
-    conn, seconds = session.conn, session.outgoing.limits.auth_timeout
+async def _run_handlers(session: Session, token: str | None) -> bool:
+    """Run `authenticate` and the connect handlers; return False if the connection is over.
+
+    Raises what they raise; `Close` or `falcon.HTTPServiceUnavailable` if they take more than
+    `connect_timeout`; `falcon.WebSocketDisconnected` if they were stopped after its end.
+    """
+    conn, routes, seconds = session.conn, session.routes, session.outgoing.limits.connect_timeout
     deadline = asyncio.get_running_loop().time() + seconds
+    running: Any = None
     try:
-        with session.limit(deadline):
-            user = await user_of(function, conn, token)
-        if user is None and token is None and not conn.closed:
-            if conn.ws.unaccepted:  # The time limit must not cut it short.
-                await conn.ws.accept(chosen)
-            with session.limit(deadline):
-                frame = await session.incoming.first_token()
-                session.incoming.watch()  # The client may leave while the application's code runs.
-                token = token_of(frame.payload)
-                user = None if token is None else await user_of(function, conn, token)
-                if user is not None and frame.id is not None:
-                    reply = Sent("authenticate.reply", frame.id)
-                    await session.outgoing.send(text_event(_encode(reply)))
+        if routes.authenticate is not None:
+            running = routes.authenticate
+            deadline = await _authenticate(session, running, token, deadline)
+        if conn.closed:
+            return False
+        conn.hub.state.registry.add(conn)
+        for running in routes.connect:
+            await _attend(session, running(conn, session.add_end), deadline)
+            forget_cancellations()
+        return True
     except TimeoutError:
+        if not session.is_late:  # The error is the handler's own.
+            raise
+        forget_cancellations()
+    if conn.closed:
+        raise falcon.WebSocketDisconnected(conn.close_code)
+    extra = {"connection_id": conn.id}
+    logger.warning("%s was stopped after %g s", place_of(running), seconds, extra=extra)
+    if conn.ws.unaccepted:
+        raise unavailable("the server takes too long")
+    raise Close(1013, "the server takes too long")
+
+
+@types.coroutine
+def _attend(session: Session, work: Awaitable[T], deadline: float) -> Generator[Any, Any, T]:
+    """Await *work*, code of the application; return what it returns.
+
+    It is stopped at *deadline*, or `linger` seconds after the client has left. Then `TimeoutError`
+    is raised. PERF: only code that waits needs a timer, and a reader that notices a departure. The
+    task that runs the first step here goes on, as in `rest_of`.
+    """
+    steps = work.__await__()
+    try:
+        waits_for = next(steps)
+    except StopIteration as end:
+        return cast(T, end.value)
+    session.incoming.watch()
+    with session.limit(deadline) as limit:
+        if session.conn.closed:  # An earlier handler has been overtaken by the end.
+            linger = session.outgoing.limits.linger
+            limit.end_at(asyncio.get_running_loop().time() + linger)
+        result: T = yield from cast(Any, rest_of(steps, waits_for))
+    if limit.expired:  # The code has swallowed its cancellation.
+        raise TimeoutError
+    return result
+
+
+async def _refuse(session: Session, exc: BaseException) -> None:
+    """Undo what connect handlers have done for a client that *exc* keeps out.
+
+    Raises what Falcon has to see. Returns if the connection is over, or is to be closed.
+    """
+    conn, is_cancelled = session.conn, False
+    if session.ends and not isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
+        is_cancelled = await session.take_leave(reversed(session.ends))
+    try:
+        pass_on(exc, "a connect handler", conn.id)
+        if is_cancelled:
+            raise asyncio.CancelledError
+        if not isinstance(exc, Exception):  # Falcon's error handlers take `Exception` only.
+            raise RuntimeError(f"a connect handler has raised {exc!r}") from exc
+        if not (conn.closed and isinstance(exc, (Close, falcon.WebSocketDisconnected))):
+            raise exc
+    finally:
+        del exc  # It refers to this frame; a cycle would keep the connection until a collection.
+    session.forget()
+
+
+async def _accept(session: Session) -> None:
+    """Accept the handshake, unless that has been done before.
+
+    Raises `falcon.WebSocketDisconnected` if the client has left.
+    """
+    ws, outgoing, headers = session.conn.ws, session.outgoing, session.conn.headers
+    if ws.unaccepted:
+        if headers:
+            headers = _headers_for(ws, outgoing.asgi_send, headers)
+        await ws.accept(session.conn.subprotocol, headers)
+    if session.incoming.has_left and outgoing.phase is Phase.CONNECTING:
+        mark_closed(ws, outgoing.close_code)  # It may have left while the accept took its time.
+        raise falcon.WebSocketDisconnected(outgoing.close_code)
+
+
+def _headers_for(
+    ws: falcon.asgi.WebSocket, send: object, headers: Sequence[Header]
+) -> Sequence[Header]:
+    """Return *headers*, or none if the server takes none."""
+    if not ws.supports_accept_headers:
+        _warn_of_headers("refuses")
+        return ()
+    if type(getattr(send, "__self__", None)).__module__.startswith("granian"):
+        _warn_of_headers("drops")
+    return headers
+
+
+@functools.cache  # One line is enough for a process.
+def _warn_of_headers(does: str) -> None:
+    logger.warning("this server %s what conn.add_header adds to the answer to a handshake", does)
+
+
+def unavailable(why: str) -> falcon.HTTPError:
+    """Return the refusal of a handshake that may succeed a little later."""
+    return falcon.HTTPServiceUnavailable(description=why, retry_after=_RETRY_AFTER)
+
+
+def is_guest(conn: Connection, routes: Routes) -> bool:
+    """Return whether a later ``authenticate`` may say who the client is."""
+    return routes.takes_guests and conn.user is None
+
+
+class Bug(falcon.HTTPInternalServerError):
+    """`authenticate` has failed: HTTP 403 as after any bug, or a close with 3500."""
+
+
+async def _authenticate(
+    session: Session, function: Callable[..., Any], token: str | None, deadline: float
+) -> float:
+    """Set the user, or raise `Close`; the connection may also be closed in the meantime.
+
+    Returns the *deadline*, put off by the time that the client took to send its first message.
+    """
+    conn, loop = session.conn, asyncio.get_running_loop()
+    seconds, is_asked = session.outgoing.limits.auth_timeout, token is not None
+    until = loop.time() + seconds
+    try:
+        with TimeLimit(until):
+            user = await _attend(session, user_of(function, conn, token), deadline)
+        if user is None and not (is_asked or session.routes.takes_guests or conn.closed):
+            await _accept(session)  # No time limit cuts it short.
+            is_asked, begun = True, loop.time()
+            with session.limit(), TimeLimit(until):
+                frame = await session.first_token()
+            deadline += loop.time() - begun
+            token = token_of(frame.payload)
+            if token is not None:
+                with TimeLimit(until):
+                    user = await _attend(session, user_of(function, conn, token), deadline)
+            if user is not None and frame.id is not None:
+                reply = Sent("authenticate.reply", frame.id)
+                await session.outgoing.send(text_event(_encode(reply)))
+    except TimeoutError:
+        if session.is_late:
+            raise
         raise Close(UNAUTHENTICATED, f"not authenticated within {seconds:g} s") from None
     except MessageError as exc:
         if exc.code != "internal_error":  # That one has been logged.
             text = "%s raised a MessageError, when no message can be answered yet; raise Close"
             logger.error(text, place_of(function), extra={"connection_id": conn.id})
-        raise falcon.HTTPInternalServerError from None
+        raise Bug from None
     forget_cancellations()
-    if user is None:
+    if user is None and (is_asked or not session.routes.takes_guests):
         raise Close(UNAUTHENTICATED, "authentication failed")
-    if not conn.closed:
+    if user is not None and not conn.closed:
         conn.user = user
+    return deadline
+
+
+async def welcome(session: Session) -> None:
+    """Run the accepted handlers, up to one that fails. Begins what `Session.serve` does."""
+    conn, incoming = session.conn, session.incoming
+    if session.outgoing.phase is not Phase.OPEN and not incoming.holds_frames:
+        return  # It is over, and no message of it will be handled.
+    incoming.watch()
+    for handler in session.routes.accepted:
+        try:
+            await handler(conn, session.add_end)
+            forget_cancellations()
+        except BaseException as exc:  # A handler may raise anything.
+            pass_on(exc, place_of(handler), conn.id)
+            if isinstance(exc, falcon.WebSocketDisconnected) and conn.closed:
+                return
+            if isinstance(exc, falcon.HTTPError):
+                exc = Close(3000 + exc.status_code)
+            elif not isinstance(exc, Close):
+                log_failure(place_of(handler), exc, conn.id)
+                exc = Close(1011, "the server failed to let the client in")
+            session.outgoing.close(exc)
+            return
 
 
 # ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
 
+_WIRE_FORMAT = "pachinko.1"  # a client may offer it as a subprotocol
 _NO_FUNCTION: Any = None  # `ws.connect()` decorates it, and is refused for its parentheses
 # A key is the id of an app, and a path. A Pachinko holds its app, so that no id is used again.
 _attached: weakref.WeakValueDictionary[tuple[int, str], Pachinko] = weakref.WeakValueDictionary()
@@ -5329,9 +5696,11 @@ class Pachinko:
     waits for one. *linger*: seconds that a handler may go on after its client has gone.
     *max_concurrent*: streams and concurrent handlers of one connection. *max_groups*: that one may
     be in. *handler_timeout*: seconds for the handler of a message, but not for a stream, or None.
-    *auth_timeout*: seconds within which `authenticate` has to know the client. *trust_forwarded*:
-    whether a proxy of yours sets the headers that ``req.forwarded_host`` and
-    ``req.forwarded_scheme`` read; *origins* then goes by these. Raises `PachinkoError`.
+    *auth_timeout*: seconds within which `authenticate` has to know the client. *connect_timeout*:
+    seconds for `authenticate` and connect handlers together, without the wait for the client's
+    first message; beyond, it is refused with 503, or closed with 1013. *trust_forwarded*: whether
+    a proxy of yours sets the headers that ``req.forwarded_host`` and ``req.forwarded_scheme`` read;
+    *origins* then goes by these. Raises `PachinkoError`.
     """
 
     def __init__(
@@ -5344,18 +5713,19 @@ class Pachinko:
         send_timeout: float = 20.0, linger: float = 10.0,
         max_concurrent: int = 16, max_groups: int = 1000,
         handler_timeout: float | None = None, auth_timeout: float = 10.0,
-        trust_forwarded: bool = False,
+        connect_timeout: float = 10.0, trust_forwarded: bool = False,
     ) -> None:  # fmt: skip
         self._limits = Limits(
             max_size=max_size, rate=rate, outbox=outbox, overflow=overflow, linger=linger,
             outbox_bytes=outbox_bytes, send_timeout=send_timeout, max_concurrent=max_concurrent,
             max_groups=max_groups, handler_timeout=handler_timeout, auth_timeout=auth_timeout,
+            connect_timeout=connect_timeout,
         )  # fmt: skip
         if not isinstance(hub, Hub):
             raise PachinkoError(f"write hub=Hub() for a hub of its own, got {hub!r}")
         self._hub, self._app, self._path = hub, app, path
         self._origins = read_origins(origins, trust_forwarded)
-        self._subprotocols = texts(subprotocols, "subprotocols")
+        self._subprotocols = (*texts(subprotocols, "subprotocols"), _WIRE_FORMAT)
         self._routes = Routes()
         self._loop: asyncio.AbstractEventLoop | None = None  # once started
         self._runs = 0  # lifespans and `running` blocks in progress
@@ -5379,14 +5749,34 @@ class Pachinko:
     def connect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn, …)`` before the handshake is answered, with path parameters.
 
-        `falcon.HTTPError` refuses the handshake, `Close` accepts and closes. Several run in order.
+        `falcon.HTTPError` refuses the handshake, `Close` accepts and closes. Several run in order,
+        within *connect_timeout* seconds. *f* may have one ``yield``: what stands behind it runs
+        after the disconnect handlers, the last handler's first, or when a later one refuses.
         """
         self._routes.connect.append(
             read_connect(function, self._path, namespaces=caller_namespaces(), app=self._app)
         )
         return function
 
-    def authenticate(self, function: F = _NO_FUNCTION) -> F:
+    def accepted(self, function: F = _NO_FUNCTION) -> F:
+        """Run ``async def f(conn, …)`` once the client is in, before its first message is handled.
+
+        It takes path parameters as connect handlers do. `Close` closes; `falcon.HTTPError` closes
+        with 3000 and its status, a bug with 1011. Disconnect handlers run in each case.
+        """
+        namespaces = caller_namespaces()
+        self._routes.accepted.append(
+            read_connect(function, self._path, "accepted", namespaces=namespaces, app=self._app)
+        )
+        return function
+
+    @typing.overload
+    def authenticate(self, function: F) -> F: ...
+    @typing.overload
+    def authenticate(self, *, optional: bool) -> Callable[[F], F]: ...
+    def authenticate(
+        self, function: Any = _NO_FUNCTION, *, optional: Any = None
+    ) -> Callable[..., Any]:
         """Ask ``async def f(conn, token)`` who a client is: the user, or None to refuse it.
 
         It is asked before connect handlers, with the token from ``Authorization: Bearer``, or from
@@ -5398,9 +5788,22 @@ class Pachinko:
         Whoever is refused is closed with 3401; no connect or disconnect handler runs. Otherwise
         ``conn.user`` is set. *f* may set ``conn.expires_at``. A later ``authenticate`` of the
         client asks *f* again, for the same user. No middleware sees it, no log has its token.
+
+        With ``@ws.authenticate(optional=True)``, None for a client without a token lets it in as a
+        guest, whose ``conn.user`` is None until a later ``authenticate`` says who it is.
         """
+        if optional is not None:
+            if not isinstance(optional, bool) or function is not None:
+                raise PachinkoError(
+                    "write @ws.authenticate, or @ws.authenticate(optional=True), above the function"
+                )
+            return functools.partial(self._set_authenticate, optional=optional)
+        return cast(Callable[..., Any], self._set_authenticate(function, False))
+
+    def _set_authenticate(self, function: F, optional: bool) -> F:
         example = "@ws.authenticate\nasync def who(conn, token): ..."
         self._routes.set("authenticate", function, example, "authenticate")
+        self._routes.set_optional(optional)
 
         async def again(conn: Connection, payload: Any) -> None:
             if (token := token_of(payload)) is None:
@@ -5414,8 +5817,11 @@ class Pachinko:
                 if isinstance(exc, falcon.HTTPError):
                     raise Close(3000 + exc.status_code) from None
                 raise
-            if user != conn.user:
+            if user is None or (user != conn.user and not is_guest(conn, self._routes)):
                 raise Close(UNAUTHENTICATED, "authentication failed")
+            if user != conn.user:
+                conn.become(user)
+                await self._hub.state.reachable(conn)
 
         parameter = inspect.Parameter("payload", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         renewal = Handler("authenticate", function, again, Any, parameter, None, None, False, False)
@@ -5559,15 +5965,21 @@ class Pachinko:
     def add_resource(self, prefix: str, resource: object) -> None:
         """Route by class: ``on_send`` handles ``"<prefix>.send"``.
 
-        ``on_connect`` and ``on_disconnect`` are a connect and a disconnect handler. Where one
-        method is refused, nothing of the resource is added.
+        ``on_connect``, ``on_accepted`` and ``on_disconnect`` are a connect, an accepted and a
+        disconnect handler; the last one also runs if `on_connect` has returned and a later connect
+        handler refuses. Where one method is refused, nothing of the resource is added.
         """
         namespaces = caller_namespaces()
         handlers, connect, disconnect = list[Handler](), list[Any](), list[Any]()
+        accepted = list[Any]()
         for name, method in read_resource(prefix, resource):
             if name == "connect":
                 connect.append(
                     read_connect(method, self._path, namespaces=namespaces, app=self._app)
+                )
+            elif name == "accepted":
+                accepted.append(
+                    read_connect(method, self._path, name, namespaces=namespaces, app=self._app)
                 )
             elif name == "disconnect":
                 check_function(method, DISCONNECT, 1)
@@ -5576,7 +5988,9 @@ class Pachinko:
                 type = f"{prefix}.{name}"
                 handlers.append(self._read_handler(type, method, namespaces, None, False))
         self._add_checked(*handlers)
-        self._routes.connect.extend(connect)
+        # The resource's own `on_disconnect`, if there is one, is the end of its `on_connect`.
+        self._routes.connect.extend(with_end(c, *disconnect) if disconnect else c for c in connect)
+        self._routes.accepted.extend(accepted)
         self._routes.disconnect.extend(disconnect)
 
     async def on_websocket(
@@ -5588,22 +6002,25 @@ class Pachinko:
         self._start()
         if not self._is_working:  # The server has no lifespan.
             self._start_workers()
-        if self._hub.draining:
-            await ws.close(3503)  # Before accept this is HTTP 403, like all of Falcon's refusals.
-            return
-        if (refusal := self._origins.refusal(req)) is not None:
-            logger.warning("refused origin %s", refusal)
-            await ws.close(3403)
-            return
-        state = self._hub.state
-        session = Session(self._hub, self._routes, self._limits, req, ws, params)
-        state.enter(session)
+        session, state = None, self._hub.state
         try:
-            if await admit(session, self._subprotocols):
-                await session.serve()
-        finally:
-            session.release()
-            state.leave(session)
+            if self._hub.draining:
+                raise unavailable("the server restarts")
+            if (refusal := self._origins.refusal(req)) is not None:
+                logger.warning("refused origin %s", refusal)
+                raise falcon.HTTPForbidden(description="pages of this origin may not connect")
+            session = Session(self._hub, self._routes, self._limits, req, ws, params)
+            state.enter(session)
+            try:
+                if await admit(session, self._subprotocols):
+                    await session.serve(welcome if self._routes.accepted else None)
+            finally:
+                session.release()
+                state.leave(session)
+        except Exception as exc:  # Falcon refuses the handshake.
+            if not isinstance(exc, Bug):
+                refuse_by_status(ws, req.scope, session.conn.headers if session else ())
+            raise
 
     @contextlib.asynccontextmanager
     async def running(self, *, alone: bool = False) -> AsyncGenerator[None, None]:

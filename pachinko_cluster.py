@@ -1094,6 +1094,7 @@ class Lease:
 # A peer message is its head, a line of JSON, and after that the text frame for the clients. A
 # subject, such as "pachinko.g.room%3A1", is the namespace, the letter of a `Kind`, and a name.
 
+_QUESTIONS = {Kind.GROUP: "who", Kind.USER: "whose"}  # older processes know the first one only
 _FORMAT = 1  # the number of their format; older processes read no other
 _LONGEST_NAME = 120  # characters in a subject, which is part of a line of at most 4 KiB in NATS
 Address = tuple[Kind, str]  # what a subject is for; a connection has its process as a name
@@ -1105,7 +1106,8 @@ class PeerMessage(msgspec.Struct, omit_defaults=True):
     v: int  # the format
     op: str
     """``send`` or ``close``: to the receivers; ``who``: to the processes with members of a group,
-    answered with ``here``; ``beat``: to the sender itself, as a sign of life."""
+    ``whose``: to those with connections of a user, both answered with ``here``; ``beat``: to the
+    sender itself, as a sign of life."""
     source: str = msgspec.field(name="from")  # the process that sends
     session: int = 0  # the number of the sender's session with the broker
     n: int = 0  # the message's number in its process
@@ -1321,13 +1323,13 @@ class Cluster(pachinko.Relay):
     async def close(self, kind: Kind, name: str, close: pachinko.Close) -> None:
         await self._publish(kind, name, "close", code=close.code, reason=close.reason)
 
-    async def ask(self, group: str) -> list[pachinko.Presence]:
+    async def ask(self, kind: Kind, name: str) -> list[pachinko.Presence]:
         number = next(_questions)
         answers = self._asks[number] = asyncio.Queue[PeerMessage]()
         found: dict[str, pachinko.Presence] = {}
         unfinished: dict[str, bool] = {}  # whether more of a process's answer follows
         try:
-            reached = await self._publish(Kind.GROUP, group, "who", ask=number)
+            reached = await self._publish(kind, name, _QUESTIONS[kind], ask=number)
             loop = asyncio.get_running_loop()
             end, latest = (loop.time() + seconds for seconds in (_PRESENCE, _BROKER_WAIT))
             with contextlib.suppress(TimeoutError):
@@ -1377,16 +1379,16 @@ class Cluster(pachinko.Relay):
             if close.reason != message.reason:  # Our processes send what `Close` has cut.
                 raise Refused("a close reason that no close frame can have")
             self._registry.close(kind, name, close)
-        elif message.op == "who" and kind is Kind.GROUP:
-            self._start_work(self._answer(name, message))
+        elif message.op == _QUESTIONS.get(kind):
+            self._start_work(self._answer(kind, name, message))
         elif message.op == "here" and kind is Kind.CONNECTION:
             self._note_answer(message)
         else:
             raise Refused(f"{message.op!r} makes no sense here")
 
-    async def _answer(self, group: str, question: PeerMessage) -> None:
-        """Answer who of *group* is in this process, in parts of a bounded size."""
-        found = self._registry.accepted(Kind.GROUP, group)
+    async def _answer(self, kind: Kind, name: str, question: PeerMessage) -> None:
+        """Answer who of a group or a user is in this process, in parts of a bounded size."""
+        found = self._registry.accepted(kind, name)
         # JSON must not have halves of surrogate pairs: they become question marks.
         users = {c.id: c.user and c.user.encode(errors="replace").decode() for c in found}
         members = list(users.items())

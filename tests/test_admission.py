@@ -7,6 +7,8 @@ import base64
 import contextlib
 import json
 import logging
+import math
+from collections.abc import AsyncIterator
 from typing import Any
 
 import falcon
@@ -17,6 +19,7 @@ import websockets.exceptions
 from support import PATIENCE, Client, Stalled, connect, new_app, serving, session_of, until
 from test_handshake import endpoint
 
+import pachinko
 from pachinko import Close, Connection, Hub, MessageError, Pachinko, PachinkoError
 
 USERS = {"t-ann": "ann", "t-bob": "bob"}
@@ -772,3 +775,979 @@ async def test_the_first_message_may_follow_what_a_middleware_has_accepted() -> 
     async with serving(app) as server, connect(server.url + "/ws") as client:
         await client.send("authenticate", {"token": "ada"})
         assert (await client.ask("who"))["payload"] == "ada"
+
+
+# Accepted handlers
+
+
+async def test_an_accepted_handler_runs_once_the_client_is_in() -> None:
+    """Members and presence hold it from then on; what it sends comes before the first reply."""
+    ws, seen = endpoint("/ws/{room}/{n:int}"), list[Any]()
+    hub = ws._hub
+
+    def here() -> list[int]:
+        return [len(hub.members("all")), len(hub.connections)]
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        await conn.join("all")
+        seen.append(("connect", here(), len(await hub.presence("all"))))
+
+    @ws.accepted
+    async def welcome(conn: Connection, n: int) -> None:
+        seen.append(("accepted", here(), len(await hub.presence("all"))))
+        await asyncio.sleep(0.01)
+        await conn.send("welcome", n)
+        await hub.send("all", "came", conn.id)
+
+    @ws.disconnect
+    async def leave(conn: Connection) -> None:
+        present = await hub.presence("all")
+        seen.append(("disconnect", here(), len(present), sorted(conn.groups)))
+
+    @ws.on("echo")
+    async def echo(conn: Connection, payload: Any) -> Any:
+        return payload
+
+    async with serving(ws._app) as server:
+        async with connect(f"{server.url}/ws/a/5") as client:
+            await client.send("echo", 1, id=1)
+            assert (await client.receive())["payload"] == 5
+            assert (await client.receive())["type"] == "came"
+            assert (await client.receive())["type"] == "echo.reply"
+            async with connect(f"{server.url}/ws/b/6") as other:
+                assert (await other.receive())["payload"] == 6
+            await until(lambda: len(seen) == 5)
+        await until(lambda: not hub.state.serving)
+    assert seen == [
+        ("connect", [0, 0], 0), ("accepted", [1, 1], 1),
+        ("connect", [1, 1], 1), ("accepted", [2, 2], 2),
+        ("disconnect", [1, 1], 1, ["all"]), ("disconnect", [0, 0], 0, ["all"]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("exception", "closed_with", "is_logged"),
+    [
+        (Close(4001, "full"), (4001, "full"), False),
+        (falcon.HTTPTooManyRequests(), (3429, "Too Many Requests"), False),
+        (KeyError("bug"), (1011, "the server failed to let the client in"), True),
+        (MessageError("no"), (1011, "the server failed to let the client in"), True),
+        (SystemExit(1), (1011, "the server failed to let the client in"), True),
+    ],
+)
+async def test_what_an_accepted_handler_raises_ends_the_connection(
+    exception: BaseException, closed_with: Any, is_logged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No later one runs, and no message is handled; disconnect handlers run."""
+    ws, seen = endpoint(), list[Any]()
+
+    @ws.accepted
+    async def welcome(conn: Connection) -> None:
+        await conn.send("hello")
+        raise exception
+
+    @ws.accepted
+    async def second(conn: Connection) -> None:
+        seen.append("second")
+
+    @ws.on("x")
+    async def x(conn: Connection) -> None:
+        seen.append("x")
+
+    @ws.disconnect
+    async def leave(conn: Connection) -> None:
+        seen.append(conn.close_code)
+
+    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+        with contextlib.suppress(websockets.exceptions.ConnectionClosed):
+            await client.send("x")
+        assert (await client.receive())["type"] == "hello"
+        assert await client.closed() == closed_with
+        await until(lambda: not ws._hub.state.serving)
+    assert seen == [closed_with[0]]
+    assert ("welcome() at" in caplog.text) is is_logged
+
+
+@pytest.mark.parametrize("how", ["hangs", "sends", "swallows"])
+async def test_a_client_may_leave_while_an_accepted_handler_runs(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is noticed; the handler has *linger* seconds, and disconnect handlers run."""
+    ws, seen = endpoint(linger=0.05), list[Any]()
+    begun = asyncio.Event()
+
+    @ws.accepted
+    async def welcome(conn: Connection) -> None:
+        begun.set()
+        if how == "hangs":
+            await asyncio.Event().wait()
+        await until(lambda: conn.closed)
+        if how == "sends":
+            await conn.send("late")
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    @ws.disconnect
+    async def leave(conn: Connection) -> None:
+        seen.append("left")
+
+    async with serving(ws._app) as server:
+        async with connect(f"{server.url}/ws") as client:
+            await begun.wait()
+            client.cut()
+        await until(lambda: not ws._hub.state.serving)
+    assert seen == ["left"]
+    assert "failed" not in caplog.text
+
+
+@pytest.mark.parametrize("leaves_message", [True, False])
+async def test_accepted_handlers_run_for_messages_that_a_client_has_left(
+    leaves_message: bool,
+) -> None:
+    """Before these are handled; a client that left nothing behind has never been in."""
+    door, may_go_on = Door(linger=0.2), asyncio.Event()
+
+    @door.ws.connect
+    async def load(conn: Connection) -> None:
+        await may_go_on.wait()
+
+    @door.ws.accepted
+    async def welcome(conn: Connection) -> None:
+        door.seen.append("accepted")
+
+    @door.ws.on("save")
+    async def save(conn: Connection) -> None:
+        door.seen.append("saved")
+        await asyncio.Event().wait()  # It is cancelled, as its client has gone.
+
+    async with serving(door.ws._app) as server:
+        async with door.visit(server.url) as client:
+            await authenticate(client)
+            if leaves_message:
+                await client.send("save")
+            await client.close(4000)
+        (session,) = door.ws._hub.state.serving.values()
+        await until(lambda: session.outgoing.closed)
+        may_go_on.set()
+        await until(lambda: not door.ws._hub.state.serving)
+    handled = ["accepted", "saved"] if leaves_message else []
+    assert door.seen[3:] == [*handled, ("disconnect", 4000)]
+
+
+def test_an_accepted_handler_may_not_yield_and_has_only_path_parameters() -> None:
+    """The text has the right code."""
+    ws = endpoint("/ws/{room}")
+    with pytest.raises(PachinkoError, match=r"but only message handlers stream; write\n@ws\.acc"):
+
+        @ws.accepted
+        async def stream(conn: Connection) -> Any:
+            yield
+
+    with pytest.raises(PachinkoError, match=r"@ws\.accepted\nasync def arrive\(conn, room\)"):
+
+        @ws.accepted
+        async def other(conn: Connection, rom: str) -> None: ...
+
+
+# What comes behind a `yield`
+
+
+def lived(**options: Any) -> tuple[Pachinko, list[Any]]:
+    """An endpoint with a connect handler that yields, a resource, and a second handler."""
+    ws, seen = endpoint("/ws/{room}", **options), list[Any]()
+
+    @ws.connect
+    async def first(conn: Connection, room: str) -> AsyncIterator[None]:
+        seen.append(f"first of {room}")
+        yield
+        await asyncio.sleep(0)
+        seen.append(f"end of first, {conn.close_code}")
+
+    class Counter:
+        async def on_connect(self, conn: Connection) -> None:
+            seen.append("up")
+
+        async def on_accepted(self, conn: Connection, room: str) -> None:
+            seen.append(f"in {room}")
+
+        async def on_disconnect(self, conn: Connection) -> None:
+            seen.append("down")
+
+    ws.add_resource("counter", Counter())
+
+    @ws.connect
+    async def second(conn: Connection) -> AsyncIterator[None]:
+        match conn.req.get_param("how"):
+            case "http":
+                raise falcon.HTTPForbidden
+            case "close":
+                raise Close(4003)
+            case "bug":
+                raise KeyError
+            case "cancelled":
+                raise asyncio.CancelledError
+            case "return":
+                return
+            case "hang":
+                seen.append("hangs")
+                await asyncio.Event().wait()
+        yield
+        seen.append("end of second")
+
+    @ws.disconnect
+    async def leave(conn: Connection) -> None:
+        seen.append("disconnect")
+
+    return ws, seen
+
+
+async def test_the_rest_of_a_connect_handler_runs_after_the_disconnect_handlers() -> None:
+    """The last one that was begun ends first."""
+    ws, seen = lived()
+    async with serving(ws._app) as server:
+        for query in ("", "?how=return"):
+            seen.clear()
+            async with connect(f"{server.url}/ws/a{query}"):
+                await until(lambda: "in a" in seen)
+            await until(lambda: not ws._hub.state.serving)
+            ends = [] if query else ["end of second"]
+            assert seen == [
+                "first of a", "up", "in a", "down", "disconnect", *ends, "end of first, 1000",
+            ]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["http", "close", "bug", "cancelled"])
+async def test_a_later_refusal_undoes_what_has_been_done(how: str) -> None:
+    """Also by the resource's `on_disconnect`; other disconnect handlers do not run."""
+    ws, seen = lived()
+    async with serving(ws._app) as server:
+        if how == "close":
+            assert await closed(f"{server.url}/ws/a?how={how}") == (4003, "")
+        else:
+            assert (await status(f"{server.url}/ws/a?how={how}"))[0] == 403
+        await until(lambda: not ws._hub.state.serving)
+    code = 4003 if how == "close" else None
+    assert seen == ["first of a", "up", "down", f"end of first, {code}"]
+
+
+@pytest.mark.parametrize("how", ["cut", "late", "drained", "stopped", "cancelled"])
+async def test_a_handshake_that_ends_early_is_undone(how: str) -> None:
+    """The client leaves, the time is over, or the server stops."""
+    ws, seen = lived(linger=0.05, connect_timeout=0.2 if how == "late" else 60)
+    async with serving(ws._app) as server:
+        visitor = asyncio.create_task(abandoned(f"{server.url}/ws/a?how=hang"))
+        await until(lambda: "hangs" in seen)
+        if how == "cut":
+            visitor.cancel()
+        elif how == "drained":
+            await ws._hub.drain(0)
+        elif how == "cancelled":
+            (task,) = ws._hub.state.serving
+            task.cancel()
+        elif how == "stopped":
+            await server.stop()
+        await until(lambda: not ws._hub.state.serving)
+        await asyncio.wait([visitor])
+        if how == "stopped":
+            server.task = asyncio.create_task(asyncio.sleep(0))  # It has stopped already.
+    assert [line.partition(",")[0] for line in seen] == [
+        "first of a", "up", "hangs", "down", "end of first",
+    ]  # fmt: skip
+
+
+async def test_a_task_that_is_cancelled_while_it_undoes_ends() -> None:
+    """Every end still begins, and the client is not answered."""
+    ws, seen = endpoint(), list[str]()
+
+    @ws.connect
+    async def outer(conn: Connection) -> AsyncIterator[None]:
+        yield
+        seen.append("outer")
+
+    @ws.connect
+    async def inner(conn: Connection) -> AsyncIterator[None]:
+        yield
+        seen.append("inner")
+        await asyncio.Event().wait()
+
+    @ws.connect
+    async def refuse(conn: Connection) -> None:
+        raise falcon.HTTPForbidden
+
+    async with serving(ws._app) as server:
+        visitor = asyncio.create_task(abandoned(f"{server.url}/ws"))
+        await until(lambda: seen)
+        (task,) = ws._hub.state.serving
+        task.cancel()
+        await until(lambda: not ws._hub.state.serving)
+        await asyncio.wait([visitor])
+    assert seen == ["inner", "outer"]
+
+
+async def test_a_failed_accept_runs_everything_behind() -> None:
+    """A client that was let in by all handlers has its disconnect handlers, too."""
+    ws, seen = lived()
+
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        async def fail(event: Any) -> None:
+            if event["type"] == "websocket.accept":
+                raise OSError
+            await send(event)
+
+        await ws._app(scope, receive, fail if scope["type"] == "websocket" else send)  # type: ignore[misc]  # Falcon's types differ
+
+    async with serving(failing) as server:
+        await abandoned(f"{server.url}/ws/a")
+        await until(lambda: not ws._hub.state.serving)
+    assert seen[-4:] == ["down", "disconnect", "end of second", "end of first, 1006"]
+
+
+async def test_a_bug_behind_the_yield_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """So is a second `yield`; the others still run, and the function is named."""
+    ws, seen = endpoint(), list[str]()
+
+    @ws.connect
+    async def outer(conn: Connection) -> AsyncIterator[None]:
+        yield
+        seen.append("outer")
+
+    @ws.connect
+    async def failing(conn: Connection) -> AsyncIterator[None]:
+        yield
+        raise KeyError
+
+    @ws.connect
+    async def twice(conn: Connection) -> AsyncIterator[None]:
+        yield
+        try:
+            yield
+        finally:
+            seen.append("twice")
+
+    async with serving(ws._app) as server:
+        async with connect(f"{server.url}/ws"):
+            pass
+        await until(lambda: not ws._hub.state.serving)
+    assert seen == ["twice", "outer"]
+    texts = [record.getMessage() for record in caplog.records if record.name == "pachinko"]
+    assert len(texts) == 2
+    assert "twice() at" in texts[0] and "failing() at" in texts[1]
+    assert "yields more than once; a connect handler has one `yield`" in caplog.text
+
+
+# The time of a handshake
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.inf, math.nan, None, "10", True])
+def test_the_time_of_a_handshake_is_a_number_above_0(seconds: Any) -> None:
+    """Anything else is refused where it is written."""
+    with pytest.raises(
+        PachinkoError, match=r"^connect_timeout is a number of seconds above 0, got"
+    ):
+        Pachinko(connect_timeout=seconds)
+
+
+@pytest.mark.parametrize("where", ["authenticate", "connect", "swallowing", "second"])
+async def test_a_handshake_that_takes_too_long_is_refused_with_503(
+    where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a time to come back after; the log names the handler, which was cancelled."""
+    ws, seen = endpoint(connect_timeout=0.05), list[str]()
+
+    async def hang() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            seen.append("cancelled")
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        if where == "authenticate":
+            await hang()
+        return token
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        if where == "connect":
+            await hang()
+        if where == "swallowing":
+            with contextlib.suppress(asyncio.CancelledError):
+                await hang()
+        if where == "second":
+            await asyncio.sleep(0.01)
+
+    @ws.connect
+    async def second(conn: Connection) -> None:
+        if where == "swallowing":
+            seen.append("second")
+        await hang()
+
+    async with serving(ws._app) as server:
+        code, headers, body = await status(f"{server.url}/ws", **bearer("ann"))
+        assert (code, headers["Retry-After"]) == (503, "5")
+        assert body["title"] == "503 Service Unavailable"
+        await until(lambda: not ws._hub.state.serving)
+    assert seen == ["cancelled"]
+    name = {"authenticate": "who", "second": "second"}.get(where, "arrive")
+    assert f"{name}() at" in caplog.text and "was stopped after 0.05 s" in caplog.text
+
+
+async def test_a_handshake_that_takes_too_long_after_the_accept_is_closed() -> None:
+    """With 1013; the wait for the first message does not count."""
+    door = Door(connect_timeout=0.3)
+    may_go_on = asyncio.Event()
+
+    @door.ws.connect
+    async def load(conn: Connection) -> None:
+        await may_go_on.wait()
+
+    async with serving(door.ws._app) as server:
+        async with door.visit(server.url) as client:
+            await asyncio.sleep(0.4)  # longer than the time that connect handlers have
+            await authenticate(client)
+            assert await client.closed() == (1013, "the server takes too long")
+        may_go_on.set()
+        async with door.visit(server.url) as client:
+            await asyncio.sleep(0.4)  # longer than the time that connect handlers have
+            await authenticate(client)
+            assert (await client.receive())["type"] == "welcome"
+
+
+async def test_a_time_out_of_the_handlers_own_is_a_bug() -> None:
+    """It does not look like the end of *connect_timeout*."""
+    ws = endpoint()
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        async with asyncio.timeout(0.01):
+            await asyncio.Event().wait()
+
+    async with serving(ws._app) as server:
+        assert (await status(f"{server.url}/ws"))[0] == 403  # as any bug
+
+
+async def test_clients_that_leave_during_the_handshake_are_noticed() -> None:
+    """All their handlers end within *linger*, however many there are."""
+    ws = endpoint(linger=0.1, connect_timeout=60)
+    running = 0
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        nonlocal running
+        running += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            running -= 1
+
+    async with serving(ws._app) as server:
+        visitors = [asyncio.create_task(abandoned(f"{server.url}/ws")) for _ in range(100)]
+        await until(lambda: running == 100)
+        assert ws._hub.count == 100
+        for visitor in visitors:
+            visitor.cancel()
+        await until(lambda: running == 0)
+        await until(lambda: ws._hub.count == 0)
+        await asyncio.wait(visitors)
+        await until(lambda: not [t for t in asyncio.all_tasks() if "_read_ahead" in repr(t)])
+
+
+async def test_a_handler_after_the_departure_has_linger_as_well() -> None:
+    """One that has been overtaken by it may end, and so may the next one."""
+    ws, seen = endpoint(linger=0.05, connect_timeout=60), list[str]()
+
+    @ws.connect
+    async def first(conn: Connection) -> None:
+        seen.append("first")
+        await until(lambda: conn.closed)
+        await conn.send("late")  # Nobody reads it.
+
+    @ws.connect
+    async def second(conn: Connection) -> None:
+        seen.append("second")
+        await asyncio.Event().wait()
+
+    async with serving(ws._app) as server:
+        visitor = asyncio.create_task(abandoned(f"{server.url}/ws"))
+        await until(lambda: seen)
+        visitor.cancel()
+        await until(lambda: not ws._hub.state.serving)
+    assert seen == ["first", "second"]
+
+
+async def test_a_client_that_leaves_during_a_slow_accept_is_not_closed_once_more(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Falcon's socket knows that it has gone."""
+    ws, is_waiting, may_go_on = endpoint(), asyncio.Event(), asyncio.Event()
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        await asyncio.sleep(0)  # reads ahead
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        async def slowly(event: Any) -> None:
+            await send(event)
+            if event["type"] == "websocket.accept":
+                is_waiting.set()
+                await may_go_on.wait()
+
+        await ws._app(scope, receive, slowly if scope["type"] == "websocket" else send)  # type: ignore[misc]  # Falcon's types differ
+
+    async with serving(slow) as server:
+        async with connect(f"{server.url}/ws") as client:
+            await is_waiting.wait()
+            client.cut()
+            (session,) = ws._hub.state.serving.values()
+            await until(lambda: session.outgoing.closed)
+            may_go_on.set()
+        await until(lambda: not ws._hub.state.serving)
+    assert "ERROR" not in caplog.text
+
+
+# The status of a refusal
+
+
+async def status(url: str, **options: Any) -> tuple[int, Any, Any]:
+    """The status with which a handshake is refused, its headers, and the JSON of its body."""
+    with pytest.raises(websockets.exceptions.InvalidStatus) as caught:
+        async with connect(url, **options):
+            pass
+    response = caught.value.response
+    body = bytes(response.body or b"")
+    is_json = response.headers.get("Content-Type") == "application/json"
+    return response.status_code, response.headers, json.loads(body) if is_json else body
+
+
+async def abandoned(url: str) -> None:
+    """Try to connect; whether that works does not matter."""
+    with contextlib.suppress(OSError, websockets.exceptions.WebSocketException):
+        async with connect(url):
+            pass
+
+
+def refusing(exception: Any, where: str = "connect") -> Pachinko:
+    """An endpoint that refuses everybody with *exception*."""
+    ws = endpoint()
+
+    async def refuse(conn: Connection, token: str | None = None) -> None:
+        raise exception
+
+    getattr(ws, where)(refuse)
+    return ws
+
+
+@pytest.mark.parametrize("where", ["connect", "authenticate"])
+@pytest.mark.parametrize(
+    ("exception", "code", "headers", "body"),
+    [
+        (falcon.HTTPForbidden(description="no"), 403, {}, "no"),
+        (falcon.HTTPUnauthorized(challenges=["Bearer"]), 401, {"WWW-Authenticate": "Bearer"}, None),
+        (falcon.HTTPTooManyRequests(retry_after=7), 429, {"Retry-After": "7"}, None),
+        (falcon.HTTPNotFound(headers=[("X-A", "1"), ("x-b", "2")]), 404, {"X-A": "1"}, None),
+        (falcon.HTTPError(418, title="teapot", headers={"Content-Type": "x/y"}), 418, {}, None),
+        (falcon.HTTPError("599 Odd"), 599, {}, None),
+        (falcon.HTTPStatus(399, {"Location": "/login"}), 399, {"Location": "/login"}, None),
+        (falcon.HTTPStatus(451, text="not here"), 451, {}, None),
+        # What no server would send as the answer to a handshake is Falcon's refusal.
+        (falcon.HTTPStatus(200, text="fine"), 403, {}, None),
+        (falcon.HTTPError("748 Confounded by Ponies"), 403, {}, None),
+    ],
+)
+async def test_an_http_error_has_its_status(
+    exception: Any, code: int, headers: Any, body: Any, where: str
+) -> None:
+    """Its headers and its body as well, where the server can send them."""
+    async with serving(refusing(exception, where)._app) as server:
+        got, sent, payload = await status(f"{server.url}/ws")
+        assert got == code
+        assert {name: sent[name] for name in headers} == headers
+        if body is not None:
+            assert payload["description"] == body
+        if isinstance(exception, falcon.HTTPStatus) and code == 451:
+            assert payload == b"not here"
+
+
+async def test_a_header_that_is_none_is_left_out() -> None:
+    """A line break in one would begin another."""
+    bad = {"X-Bad": "a\r\nSet-Cookie: x=1", "X-Odd": "\u20ac", "a b": "c", "X-Good": "yes"}
+    async with serving(refusing(falcon.HTTPForbidden(headers=bad))._app) as server:
+        code, headers, _ = await status(f"{server.url}/ws")
+        assert code == 403 and headers["X-Good"] == "yes"
+        assert not {"x-bad", "set-cookie", "x-odd", "a b"} & {name.lower() for name in headers}
+
+
+async def test_without_the_extension_every_refusal_is_403() -> None:
+    """The ASGI server then knows no other answer."""
+    ws = refusing(falcon.HTTPTooManyRequests())
+
+    async def without_extension(scope: Any, receive: Any, send: Any) -> None:
+        await ws._app({**scope, "extensions": None}, receive, send)
+
+    async with serving(without_extension) as server:
+        assert (await status(f"{server.url}/ws"))[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("how", "code"), [("raise", 404), ("close", 410), ("other", 403), ("accept", None)]
+)
+async def test_an_error_handler_of_the_app_is_asked_first(how: str, code: int | None) -> None:
+    """What it raises, or closes with, counts; also for the origin."""
+    ws = refusing(falcon.HTTPForbidden())
+
+    async def handle(req: Any, resp: Any, ex: Any, params: Any, ws: Any = None) -> None:
+        match how:
+            case "raise":
+                raise falcon.HTTPNotFound(description="there is none", headers={"X-Own": "1"})
+            case "close":
+                await ws.close(3410)
+            case "other":
+                await ws.close(4000)
+            case "accept":
+                await ws.accept()
+                await ws.close(3404)
+
+    ws._app.add_error_handler(falcon.HTTPForbidden, handle)
+    async with serving(ws._app) as server:
+        for options in ({}, {"origin": "https://evil.example"}):
+            if code is None:
+                async with connect(f"{server.url}/ws", **options) as client:
+                    assert (await client.closed())[0] == 3404
+                continue
+            got, headers, body = await status(f"{server.url}/ws", **options)
+            assert got == code
+            if how == "raise":
+                assert headers["X-Own"] == "1" and body["description"] == "there is none"
+
+
+async def test_origin_and_drain_have_a_status() -> None:
+    """403, and 503 with a time to come back after."""
+    ws = endpoint()
+    async with serving(ws._app) as server:
+        code, _, body = await status(f"{server.url}/ws", origin="https://evil.example")
+        assert (code, body["description"]) == (403, "pages of this origin may not connect")
+        await ws._hub.drain(0)
+        code, headers, body = await status(f"{server.url}/ws")
+        assert (code, headers["Retry-After"]) == (503, "5")
+        assert body["description"] == "the server restarts"
+
+
+# Headers and subprotocols
+
+
+async def test_headers_go_with_the_answer() -> None:
+    """Also with a refusal, whose own headers replace those of the same name."""
+    ws = endpoint()
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        conn.add_header("Set-Cookie", "a=1; HttpOnly")
+        conn.add_header("set-cookie", "b=2")
+        conn.add_header("X-Room", "lobby")
+        assert [name for name, _ in conn.headers] == ["Set-Cookie", "set-cookie", "X-Room"]
+        if conn.req.params:
+            raise falcon.HTTPForbidden(headers={"x-room": "none"})
+
+    @ws.on("late")
+    async def late(conn: Connection) -> None:
+        conn.add_header("X-Late", "1")
+
+    async with serving(ws._app) as server:
+        async with connect(f"{server.url}/ws") as client:
+            assert client.socket.response is not None
+            headers = client.socket.response.headers
+            assert headers.get_all("Set-Cookie") == ["a=1; HttpOnly", "b=2"]
+            assert headers["X-Room"] == "lobby"
+            assert (await client.ask("late"))["payload"]["code"] == "internal_error"
+        _, headers, _ = await status(f"{server.url}/ws?refuse=1")
+        assert headers.get_all("Set-Cookie") == ["a=1; HttpOnly", "b=2"]
+        assert headers.get_all("X-Room") == ["none"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("X-A", "a\r\nb"), ("X-A", "a\nb"), ("X-A", "a\0"), ("X-A", "\u20ac"), ("", "a"),
+        ("X A", "a"), ("X-A:", "a"), ("X-\xe4", "a"), ("X-A", 5), (b"X-A", "a"), ("X-A", None),
+        ("Sec-WebSocket-Protocol", "a"), ("sec-websocket-accept", "a"), ("Connection", "close"),
+        ("Upgrade", "h2c"), ("Content-Length", "0"), ("Transfer-Encoding", "chunked"),
+    ],
+)  # fmt: skip
+async def test_what_is_no_header_is_refused(name: Any, value: Any) -> None:
+    """And what the server writes by itself."""
+    ws, seen = endpoint(), list[str]()
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        with pytest.raises(ValueError, match=r"write conn\.add_header\(name, value\)") as caught:
+            conn.add_header(name, value)
+        seen.append(str(caught.value))
+
+    async with serving(ws._app) as server, connect(f"{server.url}/ws"):
+        assert len(seen) == 1 and repr(name) in seen[0]
+
+
+async def test_a_header_comes_before_the_accept() -> None:
+    """A client that authenticates by its first message has been accepted."""
+    door, texts = Door(), list[str]()
+
+    @door.ws.connect
+    async def late(conn: Connection) -> None:
+        with pytest.raises(PachinkoError) as caught:
+            conn.add_header("X-A", "1")
+        texts.append(str(caught.value))
+
+    async with serving(door.ws._app) as server, door.visit(server.url) as client:
+        await authenticate(client)
+        assert (await client.receive())["type"] == "welcome"
+    assert texts[0].startswith("conn.add_header comes before the answer to the handshake")
+
+
+class Granian:
+    """As granian's socket: a bound method of a class of that module."""
+
+    def __init__(self, send: Any) -> None:
+        self.send_event = send
+
+    async def send(self, event: Any) -> None:
+        await self.send_event({k: v for k, v in event.items() if k != "headers"})
+
+
+Granian.__module__ = "granian._granian"
+
+
+@pytest.mark.parametrize("server", ["granian", "daphne"])
+async def test_a_server_without_headers_lets_the_client_in(
+    server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line in the log says that they are lost."""
+    pachinko._warn_of_headers.cache_clear()
+    ws = endpoint()
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        conn.add_header("Set-Cookie", "a=1")
+
+    async def served(scope: Any, receive: Any, send: Any) -> None:
+        if server == "daphne":
+            scope = {**scope, "asgi": {"version": "3.0"}}
+        elif scope["type"] == "websocket":
+            send = Granian(send).send
+        await ws._app(scope, receive, send)
+
+    async with serving(served) as running:
+        for _ in range(2):
+            async with connect(f"{running.url}/ws") as client:
+                assert client.socket.response is not None
+                assert "Set-Cookie" not in client.socket.response.headers
+    does = "drops" if server == "granian" else "refuses"
+    assert caplog.text.count(f"this server {does} what conn.add_header adds") == 1
+
+
+@pytest.mark.parametrize(
+    ("offered", "chosen"),
+    [
+        (["pachinko.1"], "pachinko.1"),
+        (["pachinko.1", "v1"], "v1"),
+        (["bearer", "ann", "pachinko.1"], "pachinko.1"),
+        (["bearer", "ann"], "bearer"),
+        (["pachinko.2", "bearer", "pachinko.1"], "bearer"),
+        (["other", "bearer", "ann"], "bearer"),
+    ],
+)
+async def test_the_subprotocol_that_was_chosen(offered: Any, chosen: str) -> None:
+    """The app's own first, then the wire format, then that of the token."""
+    ws, seen = endpoint(subprotocols=["v1"]), list[Any]()
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        seen.append(conn.subprotocol)
+        return "ann"
+
+    async with (
+        serving(ws._app) as server,
+        connect(f"{server.url}/ws", subprotocols=offered) as client,
+    ):
+        assert client.socket.subprotocol == chosen
+        (conn,) = ws._hub.connections
+        assert seen == [chosen] == [conn.subprotocol]
+
+
+async def test_no_subprotocol_is_none() -> None:
+    """Whether none was offered, none fits, or a middleware has answered the handshake."""
+    ws = endpoint(subprotocols=["v1"])
+
+    class Accepting:
+        async def process_request_ws(self, req: Any, ws: Any) -> None:
+            if req.params:
+                await ws.accept("theirs")
+
+    ws._app.add_middleware(Accepting())
+
+    @ws.on("which")
+    async def which(conn: Connection) -> str | None:
+        return conn.subprotocol
+
+    async with serving(ws._app) as server:
+        for offered, query in ((None, ""), (["v2"], ""), (["v1", "theirs"], "?accept=1")):
+            async with connect(f"{server.url}/ws{query}", subprotocols=offered) as client:
+                assert "payload" not in await client.ask("which")
+
+
+# Guests
+
+
+def inn() -> tuple[Pachinko, list[Any]]:
+    """An endpoint that lets guests in."""
+    ws, seen = endpoint(), list[Any]()
+
+    @ws.authenticate(optional=True)
+    async def who(conn: Connection, token: str | None) -> str | None:
+        if token == "http":
+            raise falcon.HTTPTooManyRequests
+        if token == "bug":
+            raise KeyError
+        return USERS.get(token or "")
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        seen.append(conn.user)
+
+    @ws.on("whoami")
+    async def whoami(conn: Connection) -> str | None:
+        return conn.user
+
+    return ws, seen
+
+
+async def test_a_guest_is_let_in_at_once_and_may_log_in_later() -> None:
+    """`send_to_user` and presence reach it before the reply, and it stays who it is."""
+    ws, seen = inn()
+    hub = ws._hub
+    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+        assert "payload" not in await client.ask("whoami")
+        assert await hub.presence(user="ann") == []
+        await authenticate(client, "bug", id=2)
+        assert (await client.receive())["payload"]["code"] == "internal_error"
+        assert "payload" not in await client.ask("whoami")
+        await authenticate(client, "t-ann", id=3)
+        assert await client.receive() == {"type": "authenticate.reply", "id": 3}
+        await hub.send_to_user("ann", "mail")
+        assert (await client.receive())["type"] == "mail"
+        assert [(each.user) for each in await hub.presence(user="ann")] == ["ann"]
+        assert (await client.ask("whoami"))["payload"] == "ann"
+        await authenticate(client, "t-ann", id=4)
+        assert (await client.receive())["id"] == 4
+        await authenticate(client, "t-bob", id=5)
+        assert await client.closed() == (3401, "authentication failed")
+        await until(lambda: not hub.state.serving)
+        assert not hub.state.registry.users
+    assert seen == [None]
+
+
+@pytest.mark.parametrize(("token", "code"), [("bad", 3401), ("http", 3429)])
+async def test_a_guest_with_a_bad_token_is_refused(token: str, code: int) -> None:
+    """In the handshake, and in a later message."""
+    ws, seen = inn()
+    async with serving(ws._app) as server:
+        if token == "bad":
+            async with connect(f"{server.url}/ws", **bearer(token)) as client:
+                assert (await client.closed())[0] == code
+        async with connect(f"{server.url}/ws") as client:
+            await authenticate(client, token)
+            assert (await client.closed())[0] == code
+        async with connect(f"{server.url}/ws", **bearer("t-bob")) as client:
+            assert (await client.ask("whoami"))["payload"] == "bob"
+    assert seen == [None, "bob"]
+
+
+async def test_a_guest_whom_a_connect_handler_has_named_stays_that() -> None:
+    """Nobody becomes somebody else."""
+    ws, _ = inn()
+
+    @ws.connect
+    async def name(conn: Connection) -> None:
+        conn.user = "guest 7"
+
+    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+        assert (await client.ask("whoami"))["payload"] == "guest 7"
+        await authenticate(client, "t-ann")
+        assert (await client.closed())[0] == 3401
+
+
+@pytest.mark.parametrize("write", ["5", "None, optional='x'", "who, optional=True"])
+def test_optional_is_true_or_false(write: str) -> None:
+    """Anything else is refused with the right form."""
+
+    async def who(conn: Connection, token: str | None) -> str | None: ...
+
+    ws = endpoint()
+    with pytest.raises(PachinkoError, match=r"@ws\.authenticate"):
+        eval(f"ws.authenticate({write})", {"ws": ws, "who": who})
+    assert ws.authenticate(optional=False)(who) is who
+    assert not ws._routes.takes_guests
+
+
+# How many, and who
+
+
+async def test_the_count_has_handshakes_in_it() -> None:
+    """So that 60 that come at once do not get in at a limit of 10."""
+    ws = endpoint()
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        if ws._hub.count > 10:
+            raise falcon.HTTPServiceUnavailable
+        await asyncio.sleep(0.05)
+
+    async def visit(url: str, is_over: asyncio.Event) -> bool:
+        try:
+            async with connect(url):
+                await is_over.wait()
+                return True
+        except websockets.exceptions.InvalidStatus:
+            return False
+
+    is_over = asyncio.Event()
+    async with serving(ws._app) as server:
+        tasks = [asyncio.create_task(visit(f"{server.url}/ws", is_over)) for _ in range(60)]
+        await until(lambda: len(ws._hub.connections) == 10)
+        await until(lambda: ws._hub.count == 10)
+        is_over.set()
+        assert sum(await asyncio.gather(*tasks)) == 10
+        await until(lambda: ws._hub.count == 0)
+
+
+async def test_presence_of_a_user() -> None:
+    """All of a user's connections; one that has ended is not among them."""
+    ws, left = endpoint(), list[int]()
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        conn.user = conn.req.params["user"]
+
+    @ws.disconnect
+    async def leave(conn: Connection) -> None:
+        assert conn.user is not None
+        left.append(len(await ws._hub.presence(user=conn.user)))
+
+    async with serving(ws._app) as server:
+        url = f"{server.url}/ws?user="
+        async with connect(f"{url}ann") as one, connect(f"{url}ann"), connect(f"{url}bob"):
+            await until(lambda: len(ws._hub.connections) == 3)
+            found = await ws._hub.presence(user="ann")
+            assert {each.user for each in found} == {"ann"} and len(found) == 2
+            assert await ws._hub.presence(user="eve") == []
+            await one.close()
+            await until(lambda: left)
+        await until(lambda: not ws._hub.state.serving)
+    assert left[0] == 1 and sorted(left) == [0, 0, 1]
+
+
+@pytest.mark.parametrize("write", ["", "'g', user='u'", "5", "user=5", "b'g'"])
+async def test_presence_takes_a_group_or_a_user(write: str) -> None:
+    """One of both, by a text."""
+    with pytest.raises(TypeError, match=r"is named by a str, got|not both"):
+        await eval(f"hub.presence({write})", {"hub": Hub()})

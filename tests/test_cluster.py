@@ -371,6 +371,28 @@ async def test_presence_of_all_processes(broker: BrokerProcess) -> None:
         assert not any(cluster_of(p.hub)._asks for p in (one, two, three))
 
 
+async def test_presence_of_a_user_in_all_processes(broker: BrokerProcess) -> None:
+    """Ids, users and processes; also of one who has logged in later."""
+    async with (
+        processes(broker.url, 3) as (one, two, three),
+        one.client(user="ann"),
+        two.client(user="ann") as tab,
+        two.client(user="bob"),
+        two.client(group="ann"),
+    ):
+        found = await three.hub.presence(user="ann")
+        assert {(each.user, each.process) for each in found} == {
+            ("ann", one.hub.process),
+            ("ann", two.hub.process),
+        }
+        assert len(found) == 2
+        assert await one.hub.presence(user="eve") == []
+        assert [each.user for each in await one.hub.presence("ann")] == [None]
+        await tab.close()
+        await until(lambda: len(two.hub.connections) == 2)
+        assert [each.process for each in await three.hub.presence(user="ann")] == [one.hub.process]
+
+
 async def test_presence_in_parts(broker: BrokerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long answer comes in several messages, as a broker takes no large one."""
     monkeypatch.setattr(pachinko_cluster, "_ANSWER_BYTES", 60)

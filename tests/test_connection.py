@@ -217,9 +217,10 @@ CALLS: dict[str, Any] = {
     "close": lambda conn: conn.close(4000),
     "join": lambda conn: conn.join("a"),
     "leave": lambda conn: conn.leave("room"),
+    "add_header": lambda conn: conn.add_header("x-name", "ada"),
 }
 SET = {"user": "eve", "expires_at": 0.0}
-LIBRARYS_OWN = {"stop_expiry"}
+LIBRARYS_OWN = {"become", "choose", "stop_expiry"}
 each_call = pytest.mark.parametrize("name", [*CALLS, *SET])
 
 

@@ -869,12 +869,47 @@ async def test_another_route_keeps_its_queue(is_attached: bool) -> None:
 
 
 async def test_refusals(falcon_page: Any) -> None:
-    """An error handler, a middleware and a path converter refuse with HTTP 403."""
+    """An error handler's status is the client's; a middleware and a path converter give 403."""
     async with serving(falcon_page.app) as server:
-        for path in ("/boards/missing/2", "/boards/b/2?token=wrong", "/boards/b/0"):
-            with pytest.raises(InvalidStatus, match="HTTP 403"):
-                async with connect(server.url + path):
+        for path, status in (("missing/2", 404), ("b/2?token=wrong", 403), ("b/0", 403)):
+            with pytest.raises(InvalidStatus, match=f"HTTP {status}"):
+                async with connect(f"{server.url}/boards/{path}"):
                     pass
+
+
+async def test_a_seat_is_given_back(falcon_page: Any) -> None:
+    """Behind the `yield`, whether the client was let in or refused by a later handler."""
+    async with serving(falcon_page.app) as server:
+        url = f"{server.url}/lounge/2"
+        async with connect(f"{url}?name=a"), connect(f"{url}?name=b") as client:
+            assert client.socket.response is not None
+            assert client.socket.response.headers["Set-Cookie"].startswith("seen=1")
+            with pytest.raises(InvalidStatus, match="HTTP 503"):
+                async with connect(f"{url}?name=c", process_exception=lambda exc: exc):
+                    pass
+        await until(lambda: falcon_page.seats["2"] == 2)
+        with pytest.raises(InvalidStatus, match="HTTP 400"):
+            async with connect(url):
+                pass
+        assert falcon_page.seats["2"] == 2
+
+
+async def test_a_guest_logs_in(falcon_page: Any) -> None:
+    """The handler of the page tells guests from users."""
+    async with serving(falcon_page.app) as server, connect(f"{server.url}/shop") as client:
+        assert (await client.ask("name"))["payload"] == "a guest"
+        await client.ask("authenticate", {"token": "t-ada"})
+        assert (await client.ask("name"))["payload"] == "ada"
+
+
+async def test_a_count_at_both_ends(falcon_page: Any) -> None:
+    """It has the newcomer, and no longer has who left."""
+    async with serving(falcon_page.app) as server, connect(f"{server.url}/party/a") as client:
+        counts = [(await client.receive())["payload"]]
+        async with connect(f"{server.url}/party/a") as other:
+            assert (await other.receive())["payload"] == 2
+        counts += [(await client.receive())["payload"] for _ in range(2)]
+        assert counts == [1, 2, 1]
 
 
 async def test_endpoints_and_routes_share_the_hub(falcon_page: Any) -> None:

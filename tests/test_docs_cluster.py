@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import falcon
 import falcon.asgi
 import pytest
 from brokers import BrokerKind, BrokerProcess, running
-from support import PATIENCE, Server, connect, serving
+from support import PATIENCE, Client, Server, connect, serving, until
 from test_docs import README, ROOT, blocks, clean_hub, load, spans, tables
 
 import pachinko_cluster
@@ -183,3 +184,55 @@ async def test_a_user_bound_to_what_the_page_says(tmp_path: Path) -> None:
                 await scene.hub.send_to_user("ada", "hi")
                 assert (await client.receive())["type"] == "hi"
                 assert len(await scene.hub.presence("room")) == 1
+
+
+class House(Scene):
+    """A process with the page's recipe for the last tab of a user."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        (code,) = (code for code in blocks(CLUSTER, "python") if "async def tell" in code)
+        attached = functools.partial(Pachinko, hub=self.hub)
+        names = {"hub": self.hub, "Pachinko": attached, "Connection": Connection}
+        _, attach, rest = code.partition("people = ")  # behind the imports and the app
+        exec(attach + rest, {**names, "app": self.server.uvicorn.config.app})
+
+    def tab(self, user: str) -> Any:
+        return connect(f"{self.server.url}/people?user={user}")
+
+
+async def about(client: Client, user: str, hub: Hub) -> list[bool]:
+    """What *client* has been told about *user* up to now."""
+    await hub.send("people", "marker")
+    told: list[bool] = []
+    while (message := await client.receive())["type"] != "marker":
+        if message["payload"]["user"] == user:
+            told.append(message["payload"]["is_here"])
+    return told
+
+
+async def test_the_last_tab_of_a_user(broker: BrokerProcess) -> None:
+    """What the table of the page says of tabs on two processes."""
+    async with House(broker.url) as one, House(broker.url) as two, one.tab("eve") as eve:
+        hubs = (one.hub, two.hub)
+
+        async def settled(count: int) -> None:
+            await until(lambda: sum(len(each.connections) for each in hubs) == count)
+            await until(lambda: sum(each.count for each in hubs) == count)
+
+        async with one.tab("ada") as first, two.tab("ada") as second:
+            assert (await first.receive())["payload"]["is_here"]
+            assert (await second.receive())["payload"]["is_here"]
+            await settled(3)
+            await asyncio.gather(first.close(), second.close())
+            await settled(1)
+        told = await about(eve, "ada", one.hub)
+        assert told[0] and not told[-1] and told[told.index(False) :].count(True) == 0
+        assert 1 <= told.count(False) <= 2
+        async with one.tab("ada") as first, two.tab("ada") as second:
+            await second.receive()
+            await settled(3)
+            await about(eve, "ada", one.hub)
+            await first.close()
+            await settled(2)
+            assert set(await about(eve, "ada", one.hub)) == {True}

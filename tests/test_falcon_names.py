@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -32,6 +33,7 @@ class Exchange:
         self.sent: list[dict[str, Any]] = []
         self.entered: asyncio.Queue[Any] = asyncio.Queue()
         self.leave = asyncio.Event()
+        self.error: Exception | None = None
 
     async def send(self, event: dict[str, Any]) -> None:
         self.sent.append(event)
@@ -39,6 +41,8 @@ class Exchange:
     async def on_websocket(self, req: Any, ws: Any) -> None:
         self.entered.put_nowait(ws)
         await self.leave.wait()
+        if self.error is not None:
+            raise self.error
 
     def arrive(self, type: str, **keys: Any) -> None:
         self.incoming.put_nowait({"type": f"websocket.{type}", **keys})
@@ -72,6 +76,31 @@ async def test__asgi_send(queue: int) -> None:
         await ws.accept()
         await ws._asgi_send({"type": "websocket.send", "text": "x"})
     assert exchange.sent[1] == {"type": "websocket.send", "text": "x"}
+
+
+async def test__asgi_send_before_the_accept() -> None:
+    """Falcon's close sends by whatever is stored there, while it handles the error that it refuses.
+
+    So a refusal may become another event, of which Falcon needs to know nothing.
+    """
+    exchange = Exchange()
+    seen: list[Any] = []
+
+    async def send(event: dict[str, Any]) -> None:
+        seen.append((event["type"], event["code"], sys.exc_info()[1]))
+
+    async def refuse(req: Any, resp: Any, ex: Any, params: Any, ws: Any = None) -> None:
+        raise falcon.HTTPNotFound
+
+    exchange.app.add_error_handler(KeyError, refuse)
+    for error in (falcon.HTTPForbidden(), KeyError()):
+        exchange.error = error
+        async with exchange.responder() as ws:
+            ws._asgi_send = send
+    (first, second) = seen
+    assert first[:2] == ("websocket.close", 3403) and isinstance(first[2], falcon.HTTPForbidden)
+    assert second[:2] == ("websocket.close", 3404) and isinstance(second[2], falcon.HTTPNotFound)
+    assert exchange.sent == []
 
 
 async def test__asgi_receive() -> None:

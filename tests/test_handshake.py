@@ -17,8 +17,8 @@ import pachinko
 from pachinko import Connection, Hub, Pachinko, PachinkoError
 
 
-def endpoint(**options: Any) -> Pachinko:
-    return Pachinko(new_app(), "/ws", hub=Hub(), **options)
+def endpoint(path: str = "/ws", **options: Any) -> Pachinko:
+    return Pachinko(new_app(), path, hub=Hub(), **options)
 
 
 def refusal(origins: Any = None, trust_forwarded: Any = False, **scope: Any) -> str | None:
@@ -79,14 +79,14 @@ def test_the_own_host(origin: str, scheme: str, host: str, same: bool) -> None:
 @pytest.mark.parametrize(
     "origin",
     [
-        "null", "", " ", "example.com", "//example.com", "https:example.com", "https://",
+        "", " ", "example.com", "//example.com", "https:example.com", "https://",
         "https://example.com/", "https://example.com/chat", "https://example.com?x",
         "https://example.com#x", "https://user@example.com", "https://example.com:",
         "https://example.com:port", "https://example.com:65536", "https://example.com:123456",
         "https://example.com ",
         "https://example.com https://example.com", "https://example.com\n", "https://exa\tmple.com",
         "https://.example.com", "https://a..example.com",
-        "https://example.com\\@evil.example", "https://[::1", "https://::1", "file://",
+        "https://example.com\\@evil.example", "https://[::1", "https://::1", "file:///x",
         "https://*.example.com", "https://ex\xe4mple.com",
     ],
 )  # fmt: skip
@@ -96,6 +96,46 @@ def test_what_is_no_origin_is_refused(origin: str, origins: Any) -> None:
     text = refusal(origins, origin=origin)
     assert text == (f"{origin!r} at '/ws': it names no site; only origins=\"*\" would let it in")
     assert refusal("*", origin=origin) is None
+
+
+@pytest.mark.parametrize("origin", ["null", "file://"])
+def test_pages_of_no_site_are_let_in_only_by_name(origin: str) -> None:
+    """Every sandboxed frame or local file has that origin; the log says what would let it in."""
+    setting = f"it names no site; to allow all such pages: origins=[{origin!r}]"
+    for origins in (None, ["https://example.com", "null" if origin != "null" else "file://"]):
+        assert refusal(origins, origin=origin) == f"{origin!r} at '/ws': {setting}"
+    assert refusal(["https://example.com", origin], origin=origin) is None
+    assert refusal([origin], origin="https://example.com", host="example.org") is not None
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin", "is_let_in"),
+    [
+        ("http://localhost:*", "http://localhost", True),
+        ("http://localhost:*", "http://localhost:5173", True),
+        ("http://localhost:*", "http://LOCALHOST:80", True),
+        ("http://localhost:*", "https://localhost:5173", False),
+        ("http://localhost:*", "http://localhost.evil.example:5173", False),
+        ("http://localhost:*", "http://evil-localhost:5173", False),
+        ("http://localhost:*", "http://a.localhost:5173", False),
+        ("http://127.0.0.1:*", "http://127.0.0.1:3000", True),
+        ("http://[::1]:*", "http://[::1]:3000", True),
+        ("https://*.example.com:*", "https://a.b.example.com:8443", True),
+        ("https://*.example.com:*", "https://example.com:8443", False),
+        ("app://localhost:*", "app://localhost", True),
+        ("http://localhost:5173", "http://localhost:3000", False),
+    ],
+)
+def test_an_origin_with_any_port(allowed: str, origin: str, is_let_in: bool) -> None:
+    """``:*`` stands for every port of exactly that scheme and host."""
+    assert (refusal([allowed], origin=origin) is None) is is_let_in
+
+
+@pytest.mark.parametrize("wrong", ["http://localhost:*/", "http://*:*", "*:*", "http://:*", ":*"])
+def test_an_origin_with_any_port_needs_a_host(wrong: str) -> None:
+    """Anything else with a star is refused where it is written."""
+    with pytest.raises(PachinkoError, match=r"^origins are like .*localhost:\*. takes every port"):
+        Pachinko(origins=[wrong])
 
 
 def test_two_origin_headers_are_refused() -> None:
@@ -169,7 +209,6 @@ def test_listed_origins(origins: Any, origin: str, is_allowed: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"origins": ["null"]}, 'any site can make a page of origin "null"; write origins="*"'),
         ({"origins": ["https://*"]}, "origins are like"),
         ({"origins": ["https://a*.example.com"]}, "origins are like"),
         ({"origins": ["https://a.*.example.com"]}, "origins are like"),

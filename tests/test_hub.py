@@ -470,7 +470,7 @@ async def test_draining_closes_everybody_within_the_time(seconds: float) -> None
         assert codes == [1012] * 10 and not hub.connections
         assert loop.time() - begun >= seconds * 0.9
         assert hub.draining
-        assert await refused(url) == 403
+        assert await refused(url) == 503
         for client in clients:
             assert await client.closed() == (1012, "the server restarts")
         await hub.drain()  # nobody is left

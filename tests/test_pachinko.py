@@ -263,8 +263,8 @@ async def test_an_http_error_in_connect_goes_through_falcons_error_handlers() ->
         seen.append("disconnect")
 
     async with serving(app) as server:
-        for why in ("own", "plain", "bug"):
-            assert await refused(f"{server.url}/ws?why={why}") == 403
+        for why, status in (("own", 403), ("plain", 404), ("bug", 403)):
+            assert await refused(f"{server.url}/ws?why={why}") == status
         assert (
             not ws._hub.groups
             and not ws._hub.state.registry.connections

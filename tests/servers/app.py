@@ -16,6 +16,7 @@ from pachinko import Close, Connection, MessageError, Pachinko, hub, message
 
 MAX_SIZE = 2000
 LINGER = 1.0
+CONNECT_TIMEOUT = 4.0
 
 api = falcon.asgi.App()
 ws = Pachinko(
@@ -24,6 +25,7 @@ ws = Pachinko(
     subprotocols=["chat.v2", "chat.v1"],
     max_size=MAX_SIZE,
     linger=LINGER,
+    connect_timeout=CONNECT_TIMEOUT,
     max_concurrent=2,
 )
 uploads = Pachinko(api, "/uploads", max_size=32 * 2**20)
@@ -87,6 +89,21 @@ async def arrive(conn: Connection, room: str) -> None:
             raise RuntimeError("a secret")
         case "close":
             raise Close(4403, "not you")
+        case "limit":
+            conn.add_header("X-Added", "1")
+            raise falcon.HTTPTooManyRequests(description="not now", retry_after=7)
+        case "hang":
+            log("hangs", room)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                log("hang ends", room)
+    if conn.req.get_param("slow"):
+        await asyncio.sleep(0.1)  # reads ahead
+    if conn.req.get_param("cookies"):
+        conn.add_header("Set-Cookie", "a=1")
+        conn.add_header("Set-Cookie", "b=2")
+        conn.add_header("X-Added", "1")
     released.setdefault(room, asyncio.Event())
     await hub.join(f"room:{room}", conn)
     await conn.send("welcome", {"room": room, "id": conn.id})

@@ -24,6 +24,13 @@ COLUMNS = (
     "SIGTERM: `conn.close_code`",
     "SIGTERM: ends",
 )
+HANDSHAKE_COLUMNS = (
+    "Server",
+    "Status of a refusal",
+    "`conn.add_header`",
+    "Client that leaves before the accept",
+    "SIGTERM while a connect handler hangs: ends",
+)
 RFC_COLUMNS = ("Server", "Closes after a violation with", "Compression", "Fails")
 
 
@@ -120,6 +127,14 @@ class Observed:
     """How it fails a connection, if not with "no code" in its close frame, or "no close frame"."""
     compresses: bool = True
     """It agrees to permessage-deflate (RFC 7692)."""
+    statuses: bool = True
+    """A refused handshake has the status, the headers and the body of the error; else it is 403."""
+    headers: str = "yes"
+    """Whether what `conn.add_header` adds goes out with the accept."""
+    notices: bool = True
+    """It says that a client has left before the accept."""
+    hung_ends: str = "after `linger`"
+    """When the process ends after SIGTERM while a connect handler hangs."""
     failures: tuple[Failure, ...] = ()
     """Where it deviates from RFC 6455."""
 
@@ -143,6 +158,18 @@ class Observed:
             self.ends,
         )
         return f"| {' | '.join(map(str, cells))} |"
+
+    @property
+    def handshake_row(self) -> str:
+        """The line in the docs' table on handshakes."""
+        cells = (
+            self.name,
+            "its own" if self.statuses else "403",
+            self.headers,
+            "noticed" if self.notices else "not noticed",
+            self.hung_ends,
+        )
+        return f"| {' | '.join(cells)} |"
 
     @property
     def rfc_row(self) -> str:
@@ -187,6 +214,7 @@ SERVERS = [
         sigterm_seen=1011,
         sigterm_codes=(1006,),
         ends="after the whole grace period",
+        hung_ends="after the whole grace period",
         violation="no close frame",
         failures=(BAD_KEY, VERSION, PING_WITHIN, BFINAL, LAX_OFFER),
     ),
@@ -198,6 +226,9 @@ SERVERS = [
         sigterm_seen=1006,
         sigterm_codes=(1005, 1012),
         violation="no code",
+        headers="dropped",
+        notices=False,
+        hung_ends="after `connect_timeout`",
         compresses=False,
         failures=(POST, NO_HOST, BAD_KEY, VERSION),
     ),
@@ -213,6 +244,9 @@ SERVERS = [
         sigterm_seen=1006,
         sigterm_codes=(),
         ends="at once",
+        statuses=False,
+        headers="left out",
+        hung_ends="at once",
         violation="no close frame",
         compresses=False,
         failures=(HTTP_1_0, EMPTY, LARGE, STRICT_OFFER),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from observed import COLUMNS, RFC_COLUMNS, SERVERS
+from observed import COLUMNS, HANDSHAKE_COLUMNS, RFC_COLUMNS, SERVERS
 
 DOCS = (Path(__file__).parents[2] / "docs" / "servers.md").read_text()
 
@@ -21,6 +21,13 @@ def test_table() -> None:
     header, rows = table(DOCS.partition("\n## ")[0])
     assert header == f"| {' | '.join(COLUMNS)} |"
     assert rows == list(dict.fromkeys(server.row for server in SERVERS))
+
+
+def test_handshake_table() -> None:
+    """So has the one of the section on handshakes."""
+    header, rows = table(DOCS.partition("\n## Handshakes\n")[2].partition("\n## ")[0])
+    assert header == f"| {' | '.join(HANDSHAKE_COLUMNS)} |"
+    assert rows == list(dict.fromkeys(server.handshake_row for server in SERVERS))
 
 
 def test_rfc_table() -> None:

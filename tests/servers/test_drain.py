@@ -199,7 +199,7 @@ async def test_sigterm(server: Draining) -> None:
             await until(lambda: server.ready() == 503)
             with pytest.raises(InvalidStatus) as caught:
                 await visit("/ws/late")
-            assert caught.value.response.status_code == 403
+            assert caught.value.response.status_code == 503
         seen = await asyncio.gather(*codes)
         await asyncio.to_thread(server.popen.wait, 60)
     assert collections.Counter(code for code, _ in seen) == {1012: CLIENTS + 1}, server.text()

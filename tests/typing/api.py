@@ -116,6 +116,24 @@ async def arrive(conn: Connection, room: str) -> None:
     await hub.join(f"room:{room}", conn)
 
 
+@ws.connect
+async def lend(conn: Connection) -> AsyncIterator[None]:
+    yield
+
+
+@ws.accepted
+async def came(conn: Connection, room: str) -> None:
+    await conn.send("welcome", room)
+
+
+guests = Pachinko(app, "/guests", connect_timeout=5)
+
+
+@guests.authenticate(optional=True)
+async def perhaps(conn: Connection, token: str | None) -> str | None:
+    return token
+
+
 @ws.on(Say)
 async def say(conn: Connection, msg: Say) -> None:
     await hub.send(f"room:{conn.params['room']}", Said(conn.id, msg.text))
@@ -181,6 +199,9 @@ async def leave(conn: Connection) -> None:
 async def call_handlers(conn: Connection) -> None:
     assert_type(await arrive(conn, "1"), None)
     assert_type(await arrive(conn, room="1"), None)
+    assert_type(lend(conn), AsyncIterator[None])
+    assert_type(await came(conn, "1"), None)
+    assert_type(await perhaps(conn, None), str | None)
     assert_type(await say(conn, Say("hello")), None)
     assert_type(await add(conn, a=1), int)
     assert_type(count(conn, to=3), AsyncIterator[int])
@@ -209,6 +230,9 @@ async def use_connection(conn: Connection) -> None:
     assert_type(conn.groups, frozenset[str])
     assert_type(conn.closed, bool)
     assert_type(conn.user, str | None)
+    assert_type(conn.subprotocol, str | None)
+    assert_type(conn.add_header("Set-Cookie", "a=1"), None)
+    conn.add_header("X-A", 5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     conn.user = "ada"
     assert_type(conn.expires_at, float | None)
     conn.expires_at = 1_800_000_000
@@ -231,6 +255,10 @@ async def use_hub(conn: Connection) -> None:
     assert_type(hub.members("room:1"), frozenset[Connection])
     assert_type(hub.connections, frozenset[Connection])
     assert_type(hub.groups, frozenset[str])
+    assert_type(hub.count, int)
+    assert_type((await hub.presence(user="ada"))[0].id, str)
+    await hub.presence()  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    await hub.presence("room:1", user="ada")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     assert_type(hub.stats(), dict[str, int])
     assert_type(hub.draining, bool)
     await hub.drain(20)
