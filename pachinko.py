@@ -44,23 +44,25 @@ Map: each section, what it is for, and those above it that it uses.
     codec — JSON to what a handler takes, and back (uses: errors, types, envelope and message)
     handlers — what a registered function takes, and finding it (uses: errors, types, envelope and
         message)
+    scope — a context for each message, and what providers make for one call (uses: errors, types,
+        codec, handlers)
     handshake — who may connect: origins and tokens (uses: errors)
     limits — time, rate and the options that bound a connection (uses: errors)
     outbox — what waits to be written to one client (uses: envelope and message)
-    outgoing — writes to one connection, or one event to many (uses: errors, limits, outbox)
+    outgoing — writes to one connection, or one event to many (uses: errors, scope, limits, outbox)
     incoming — the reading half (uses: errors, envelope and message, handshake, outgoing)
     connection — what a handler gets (uses: errors, envelope and message, handshake, outbox)
     registry and relay — this process and all others (uses: errors, limits, outgoing, connection)
-    hub — reaches clients from any code (uses: errors, envelope and message, codec, limits,
+    hub — reaches clients from any code (uses: errors, envelope and message, codec, scope, limits,
         connection, registry and relay)
     outcomes — what an exception means (uses: errors, limits)
-    stream — a generator in progress (uses: limits)
+    stream — a generator in progress (uses: errors, limits)
     session — decode a message, call its handler, answer (uses: errors, envelope and message,
-        handlers, limits, outbox, outgoing, incoming, connection, outcomes, stream)
+        handlers, scope, limits, outbox, outgoing, incoming, connection, outcomes, stream)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         handlers, handshake, outbox, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        handlers, handshake, limits, hub, outcomes, session, admission)
+        handlers, scope, handshake, limits, hub, outcomes, session, admission)
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import dataclasses
 import enum
 import functools
@@ -90,6 +93,7 @@ import urllib.parse
 import weakref
 from collections.abc import (
     AsyncGenerator,
+    AsyncIterable,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -440,13 +444,14 @@ _RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
 _JSON_NAMES: dict[Any, str] = {dict: "object", list: "array", types.NoneType: "null"}
 
 
-@attrs.frozen
-class Envelope:
+class Envelope(msgspec.Struct, frozen=True):
     """A message as middleware sees it."""
 
-    type: str
+    type: str  # "" for what the fallback or the binary handler takes
     payload: Any  # the handler gets this; a dict by name for keyword-only parameters
     id: Id | None = None
+    group: str | None = None
+    at: str | None = None
 
 
 class Frame(msgspec.Struct):
@@ -1103,7 +1108,7 @@ def place_of(function: Callable[..., Any]) -> str:
     """Return where *function* is, such as ``say() at chat.py:12``, for messages about it."""
     inner: Any = inspect.unwrap(function)
     while isinstance(inner, functools.partial):
-        inner = inner.func
+        inner = inspect.unwrap(inner.func)
     code = getattr(inner, "__code__", None)
     where = f" at {code.co_filename}:{code.co_firstlineno}" if code else ""
     return f"{getattr(inner, '__qualname__', inner)}(){where}"
@@ -1291,6 +1296,8 @@ class Routes:
     middleware: list[Callable[..., Awaitable[Any]]] = attrs.Factory(list)
     errors: dict[type[Exception], Callable[..., Awaitable[Any]]] = attrs.Factory(dict)
     workers: list[Callable[[], Awaitable[None]]] = attrs.Factory(list)
+    providers: dict[Any, Provider] = attrs.Factory(dict)  # by the type that they provide
+    is_scoped: bool = False  # there is a middleware or a provider: each message has a context
     frames: list[FrameClass] = attrs.Factory(list)  # the classes of what `decode` returns
     # `decode` reads a text frame of a known type. A validator in a payload may raise anything.
     decode: Callable[[str], Received] = attrs.Factory(lambda: decoder_of(()))
@@ -1314,6 +1321,16 @@ class Routes:
         """Decode the first frame after handlers were added: make the decoder, and keep it."""
         self.decode = decoder_of(self.frames)
         return self.decode(text)
+
+    def add_middleware(self, function: Callable[..., Awaitable[Any]]) -> None:
+        """Put *function* around messages, inside of the others."""
+        self.middleware.append(function)
+        self.is_scoped = True
+
+    def add_provider(self, t: Any, provider: Provider) -> None:
+        """Pass what *provider* makes to the handlers that take a *t*."""
+        self.providers[t] = provider
+        self.is_scoped = True
 
     def set(self, name: str, function: F, example: str, what: str) -> F:
         """Check and set the one function for *name*; refuse a second one. Returns *function*."""
@@ -1341,6 +1358,193 @@ def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> N
             f"{what} has a handler: {place_of(first)}; and a second: {place_of(second)}. "
             f"Remove one, or let it handle another type"
         )
+
+
+# ── scope ─────────────────────────────────────────────────────────────────────────────────────
+#
+# A message has a context of its own where it has middleware or provided values. What belongs to no
+# client has an empty one. A provided value is made for one call of a handler, and closed after it.
+
+_PROVIDE = "@ws.provide\nasync def session(conn) -> AsyncIterator[Session]:\n    yield ..."
+_ITERATORS = (AsyncIterator, AsyncIterable, AsyncGenerator)
+_ENDED = object()  # no coroutine yields it
+_AROUND = (*_ITERATORS, Iterator, Iterable, Generator)  # what an annotation has around its type
+
+
+class Contexts:
+    """Runs coroutines one after the other in the current task, each in a context of its own.
+
+    PERF: a coroutine stepped from Python ends by a `StopIteration`, which costs three times what
+    the context does. So one generator, which does not end, steps all coroutines of a connection.
+    """
+
+    __slots__ = ("_steps",)
+
+    def __init__(self) -> None:
+        self._steps = _steps_of_many()
+        next(self._steps)
+
+    @types.coroutine
+    def run(self, work: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
+        """Await *work* in a copy of the current context."""
+        steps, step = self._steps, contextvars.copy_context().run
+        waits_for = step(steps.send, work)
+        while waits_for is not _ENDED:
+            try:
+                value = yield waits_for
+            except BaseException as exc:  # The event loop throws in a cancellation, for example.
+                waits_for = step(steps.throw, exc)
+            else:
+                waits_for = step(steps.send, value)
+
+
+@types.coroutine
+def _steps_of_many() -> Generator[Any, Any, None]:
+    """Await each coroutine that is sent, and then yield `_ENDED`."""
+    while True:
+        work = yield _ENDED
+        yield from work
+
+
+def create_detached_task(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Start a task in an empty context, for work that is not only the calling client's."""
+    return contextvars.Context().run(asyncio.get_running_loop().create_task, work)
+
+
+@attrs.frozen(eq=False)
+class Provider:
+    """A function that makes the value of a type, for each call that takes it."""
+
+    function: Callable[..., Any]
+    takes: dict[str, Provider]  # what makes its own keyword-only parameters, by name
+    # For a generator it returns a context manager. Otherwise it is None.
+    manage: Callable[..., contextlib.AbstractAsyncContextManager[Any]] | None
+
+
+async def _make(
+    takes: dict[str, Provider], conn: Connection, stack: contextlib.AsyncExitStack,
+    made: dict[Provider, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Return the values that *takes* names; *stack* closes them. Each is *made* once a call."""
+    for each in takes.values():
+        if each not in made:
+            values = await _make(each.takes, conn, stack, made)
+            if each.manage is not None:
+                made[each] = await stack.enter_async_context(each.manage(conn, **values))
+            else:
+                made[each] = await each.function(conn, **values)
+    return {name: made[each] for name, each in takes.items()}
+
+
+def with_provided(
+    function: Callable[..., Any], providers: dict[Any, Provider], namespaces: Namespaces
+) -> Callable[..., Any]:
+    """Return *function*, or one that gives it what it takes of *providers*.
+
+    The signature of the one returned has the other parameters. Raises `PachinkoError`.
+    """
+    takes, streams = _taken(function, providers, namespaces), inspect.isasyncgenfunction(function)
+    if not takes:
+        return function
+
+    async def call(conn: Connection, /, *args: Any, **fields: Any) -> Any:
+        async with contextlib.AsyncExitStack() as stack:
+            fields |= await _make(takes, conn, stack, {})
+            return await function(conn, *args, **fields)
+        return None  # A provider has suppressed an error.
+
+    async def stream(conn: Connection, /, *args: Any, **fields: Any) -> AsyncIterator[Any]:
+        async with contextlib.AsyncExitStack() as stack:
+            fields |= await _make(takes, conn, stack, {})
+            async with contextlib.aclosing(function(conn, *args, **fields)) as items:
+                async for item in items:
+                    yield item
+
+    outer: Any = functools.update_wrapper(stream if streams else call, function)
+    signature = inspect.signature(function)
+    left = [p for p in signature.parameters.values() if p.name not in takes]
+    outer.__signature__ = signature.replace(parameters=left)
+    return cast("Callable[..., Any]", outer)
+
+
+def _taken(
+    function: Callable[..., Any], providers: dict[Any, Provider], namespaces: Namespaces
+) -> dict[str, Provider]:
+    """Return what makes keyword-only parameters of *function*, by name."""
+    takes: dict[str, Provider] = {}
+    is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+    if not providers or not is_async:  # Whatever is not async is refused later.
+        return takes
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    hints = _resolved(function, namespaces) if parameters else {}
+    for p in parameters:
+        t = hints.get(p.name)
+        inner = get_args(t) if origin_of(t) in (typing.Annotated, *_UNIONS) else ()
+        wanted = next((each for each in (t, *inner) if each in providers), None)
+        if wanted is not None and (wanted is not t or p.kind is not p.KEYWORD_ONLY):
+            raise PachinkoError(
+                f"{place_of(function)} takes `{p}`. A provided value is passed to a keyword-only "
+                f"parameter of exactly its type; write `(conn, *, {p.name}: {_shown(wanted)})`"
+            )
+        if wanted is not None:
+            takes[p.name] = providers[t]
+    return takes
+
+
+def _resolved(function: Callable[..., Any], namespaces: Namespaces) -> dict[str, Any]:
+    """Return the annotations of *function*. Raises `PachinkoError` if a name is unknown."""
+    try:
+        return _hints_of(function, getattr(function, "__name__", "handler"), namespaces)
+    except (NameError, TypeError, ValueError) as exc:
+        raise PachinkoError(
+            f"the annotations of {place_of(function)} cannot be resolved: {exc}. Define or import "
+            f"names above it, and not under `if TYPE_CHECKING:`"
+        ) from exc
+
+
+def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tuple[Any, Provider]:
+    """Return the type that *function* provides, and its provider, or raise `PachinkoError`."""
+    streams, place = inspect.isasyncgenfunction(function), place_of(function)
+    if not streams and inspect.isasyncgenfunction(inspect.unwrap(function)):
+        raise PachinkoError(f"{place} is decorated; write it without @asynccontextmanager")
+    outer = with_provided(function, routes.providers, namespaces)
+    check_function(outer, _PROVIDE, 1, streams=True)
+    t = _provided_type(function, _resolved(function, namespaces).get("return"))
+    if (first := routes.providers.get(t)) is not None:
+        raise PachinkoError(
+            f"{_shown(t)} has a provider: {place_of(first.function)}; and a second: {place}. "
+            f"Remove one, or give each a type of its own, by typing.NewType for example"
+        )
+    for handler in routes.handlers.values():
+        fields = {} if handler.defaults is None else handler.annotation.__annotations__
+        found = [get_args(a)[0] if origin_of(a) in _OPTIONAL else a for a in fields.values()]
+        if t in (handler.annotation, *found):
+            raise PachinkoError(
+                f"{place_of(handler.function)} takes {_shown(t)} from its payload; register "
+                f"{place} above the handlers that take what it provides"
+            )
+    manage = contextlib.asynccontextmanager(function) if streams else None
+    return t, Provider(function, _taken(function, routes.providers, namespaces), manage)
+
+
+def _provided_type(function: Any, t: Any) -> Any:
+    """Return what *function*, whose return annotation is *t*, provides, or raise."""
+    streams, name = inspect.isasyncgenfunction(function), getattr(function, "__name__", "provider")
+    is_around = origin_of(t) in _AROUND and bool(get_args(t))
+    inner = get_args(t)[0] if is_around else t
+    shown, refused, module = "Session", None, getattr(class_of(inner), "__module__", None)
+    if inner is None or class_of(inner) in _AROUND:
+        refused = "does not say what it provides"
+    elif inner in (Any, object) or is_leaf(inner) or module in ("builtins", "collections.abc"):
+        refused = f"provides {_shown(inner)}, as payloads have it, and not a type of its own"
+    elif (origin_of(t) in _ITERATORS) is not streams or is_around is not streams:
+        shown, refused = _shown(inner), f"{'has a' if streams else 'has no'} `yield`"
+    if refused is not None:
+        shown = f"AsyncIterator[{shown}]" if streams else shown
+        raise PachinkoError(
+            f"{place_of(function)} {refused}; write `async def {name}(conn) -> {shown}`"
+        )
+    return inner
 
 
 # ── handshake ─────────────────────────────────────────────────────────────────────────────────
@@ -1757,11 +1961,12 @@ def rest_of(steps: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, A
 
 
 def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """Start a task and run it up to where it first waits; before Python 3.12, start it plainly."""
+    """Start a detached task. From Python 3.12 on, run it up to where it first waits."""
     if sys.version_info >= (3, 12):
-        return asyncio.Task(coroutine, loop=asyncio.get_running_loop(), eager_start=True)
+        loop, context = asyncio.get_running_loop(), contextvars.Context()
+        return asyncio.Task(coroutine, loop=loop, eager_start=True, context=context)
     else:
-        return asyncio.get_running_loop().create_task(coroutine)
+        return create_detached_task(coroutine)
 
 
 # Only these two functions have Falcon's private names, which `tests/test_falcon_names.py` pins.
@@ -2085,7 +2290,8 @@ def write_batches(receivers: list[Outgoing], event: Event, left: list[Outgoing])
         del receivers[-_TURN:]
         start_task(Outgoing.write_each(batch, event))
         if batch or receivers:  # An eager task may have written all.
-            asyncio.get_running_loop().call_soon(write_batches, receivers, event, batch)
+            soon, context = asyncio.get_running_loop().call_soon, contextvars.Context()
+            soon(write_batches, receivers, event, batch, context=context)
 
 
 # ── incoming ──────────────────────────────────────────────────────────────────────────────────
@@ -3003,7 +3209,7 @@ class Hub:
         self._check()
         # A task of its own does it: the caller may be a handler, and cancelled with its client.
         work = self.state.close_all(seconds, asyncio.current_task())
-        self.state.drains.append(task := asyncio.get_running_loop().create_task(work))
+        self.state.drains.append(task := create_detached_task(work))
         await asyncio.shield(task)
 
     @typing.overload
@@ -3149,6 +3355,7 @@ class Stream:
     """A generator in progress, whose items go to the client one by one."""
 
     is_stopped: bool = False  # the client wants no more of it, or has gone
+    has_begun: bool = False  # its handler was called, and not only middleware
     task: asyncio.Task[Any] | None = None  # the task that runs it
     _is_cancellable: bool = False
 
@@ -3158,28 +3365,32 @@ class Stream:
             self.task.cancel()
         self.is_stopped = True
 
-    async def run(
-        self, call: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
-    ) -> Any:
-        """Give *send* the items of the generator that *call* returns; return what it returns."""
+    async def run(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        """Return what *call* returns, which is the stream with the middleware around it."""
         if self.is_stopped:
             return None
         self.task, self._is_cancellable = current_task(), True
         try:
-            items = await call()
-            if isinstance(items, AsyncIterator):
-                async with contextlib.aclosing(cast("AsyncGenerator[Any]", items)):
-                    try:
-                        async for item in items:
-                            if self.is_stopped:  # The generator has caught its cancellation.
-                                raise asyncio.CancelledError
-                            await send(item)
-                            await asyncio.sleep(0)  # Some generators never wait.
-                    finally:  # The clean-up of the generator is not cancelled.
-                        self._is_cancellable = False
-            return items
+            return await call()
         finally:
             self.task = None  # A task keeps its error, and with it stack frames.
+
+    async def send_all(
+        self, call: Callable[[], AsyncGenerator[Any]], send: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """Give *send* the items of the generator that *call* returns. It runs once."""
+        if self.has_begun:
+            raise PachinkoError("a stream cannot be repeated; await call_next() once")
+        self.has_begun = True
+        async with contextlib.aclosing(call()) as items:
+            try:
+                async for item in items:
+                    if self.is_stopped:  # The generator has caught its cancellation.
+                        raise asyncio.CancelledError
+                    await send(item)
+                    await asyncio.sleep(0)  # Some generators never wait.
+            finally:  # The clean-up of the generator, and of the middleware, is not cancelled.
+                self._is_cancellable = False
 
 
 # ── session ───────────────────────────────────────────────────────────────────────────────────
@@ -3192,7 +3403,7 @@ class Session:
     """What one connection does: the handler in progress, its streams, tasks and limits."""
 
     __slots__ = (
-        "_ended", "_hub_state", "_life", "_limits", "_rate", "_streams", "conn", "incoming",
+        "_contexts", "_ended", "_hub_state", "_life", "_limits", "_rate", "_streams", "conn", "incoming",
         "is_handling", "outgoing", "routes", "tasks",
     )  # fmt: skip
 
@@ -3211,6 +3422,7 @@ class Session:
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
         self._streams: dict[Id, Stream] = _NONE
+        self._contexts: Contexts | None = None  # of messages, if these have their own
         self._rate = Rate(*limits.rate) if limits.rate is not None else None
         self._life: TimeLimit | None = None  # bounds the code in progress
         self._ended: float = 0.0  # when messages ceased to flow, on the loop's clock
@@ -3320,19 +3532,26 @@ class Session:
         elif self._rate is None or not await self._is_limited(self._rate, None):
             await self._handle_raw(binary, event["bytes"])
 
-    async def _perform(self, handler: Handler, message: Received) -> None:
-        """Run a handler that answers once, and answer."""
+    async def _perform(
+        self, handler: Handler, message: Received, is_apart: bool = False
+    ) -> None:
+        """Run a handler that answers once, and answer; *is_apart* if a context was made for it."""
         try:
             value = message.payload
-            if self._limits.handler_timeout is not None:
-                result = await self._in_time(handler.function, self._call(handler, message))
-            elif (
-                message.is_built and not self.routes.middleware
+            if (
+                message.is_built and not self.routes.is_scoped
+                and self._limits.handler_timeout is None
                 and (value is not UNSET or not handler.takes_payload)
             ):  # fmt: skip
                 result = await handler.call(self.conn, value)
+            elif self.routes.is_scoped and not is_apart and handler.type != "authenticate":
+                await self._run_apart(self._perform(handler, message, True))
+                return
             else:
-                result = await self._call(handler, message)
+                work = self._call(handler, message)
+                if self._limits.handler_timeout is not None:
+                    work = self._in_time(handler.function, work)
+                result = await work
             if result is not None or message.id is not None:
                 rest = self.outgoing.start(self._reply(handler, message.id, result))
                 if rest is not None:
@@ -3340,24 +3559,34 @@ class Session:
         except BaseException as exc:  # A bug is answered, not passed on.
             await self._fail(exc, handler.type, message.id)
 
-    async def _call(self, handler: Handler, message: Received) -> Any:
-        """Return what the handler returns, through the middleware; for a stream its generator."""
+    def _run_apart(self, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
+        """Run *work* in a context of its own. The reader does so, one message at a time."""
+        self._contexts = self._contexts or Contexts()
+        return self._contexts.run(work)
+
+    def _call(
+        self, handler: Handler, message: Received, stream: Stream | None = None
+    ) -> Awaitable[Any]:
+        """Call the handler, through the middleware. The items of a *stream* are sent."""
         value = message.payload
         if value is UNSET or not message.is_built:
             value = handler.structure(value, self._hub_state.codec)
-
-        async def innermost() -> Any:
-            result = handler.call(self.conn, value)
-            return result if handler.streams else await result
-
-        call_next: Callable[[], Awaitable[Any]] = innermost
+        innermost: Callable[[], Any] = functools.partial(handler.call, self.conn, value)
+        if stream is not None:
+            send = functools.partial(self._send_item, handler, message.id)
+            innermost = functools.partial(stream.send_all, innermost, send)
         # No middleware sees a renewal, because its token is nobody else's business.
-        if self.routes.middleware and handler.type != "authenticate":
-            payload = value if handler.defaults is None else {**handler.defaults, **value}
-            envelope = Envelope(handler.type, payload, message.id)
-            for middleware in reversed(self.routes.middleware):
-                call_next = functools.partial(middleware, self.conn, envelope, call_next)
-        return await call_next()
+        if not self.routes.middleware or handler.type == "authenticate":
+            return cast("Awaitable[Any]", innermost())
+        payload = value if handler.defaults is None else {**handler.defaults, **value}
+        return self._around(Envelope(handler.type, payload, message.id), innermost)
+
+    def _around(self, envelope: Envelope, innermost: Callable[[], Any]) -> Awaitable[Any]:
+        """Call the outermost middleware, or *innermost* if there is none."""
+        call_next = innermost
+        for middleware in reversed(self.routes.middleware):
+            call_next = functools.partial(middleware, self.conn, envelope, call_next)
+        return cast("Awaitable[Any]", call_next())
 
     async def _in_time(self, function: Callable[..., Any], call: Awaitable[T]) -> T:
         """Return what *call*, of *function*, returns within `handler_timeout`, if there is one."""
@@ -3375,8 +3604,13 @@ class Session:
 
     async def _handle_raw(self, function: Callable[..., Any], data: str | bytes) -> None:
         """Call the fallback or the binary handler, and send what it returns."""
+        work = self._perform_raw(function, data)
+        await (self._run_apart(work) if self.routes.is_scoped else work)
+
+    async def _perform_raw(self, function: Callable[..., Any], data: str | bytes) -> None:
         try:
-            result = await self._in_time(function, function(self.conn, data))
+            innermost = functools.partial(function, self.conn, data)
+            result = await self._in_time(function, self._around(Envelope("", data), innermost))
             if result is not None:
                 if message_type(type(result)) is None:
                     raise TypeError(f"{place_of(function)} may return a @message object or None")
@@ -3436,7 +3670,7 @@ class Session:
             self._streams[cast(Id, id)] = stream
             work = self._stream(handler, message, stream)
         else:
-            work = self._perform(handler, message)
+            work = self._perform(handler, message, True)
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -3446,13 +3680,10 @@ class Session:
         id = cast(Id, message.id)
         try:
             try:
-                result = await stream.run(
-                    lambda: self._call(handler, message),
-                    lambda item: self.outgoing.send(self._reply(handler, id, item, more=True)),
-                )
+                result = await stream.run(lambda: self._call(handler, message, stream))
             finally:  # The id is free before the final answer is on its way.
                 del self._streams[id]
-            if not (stream.is_stopped or isinstance(result, AsyncIterator)):
+            if not (stream.is_stopped or stream.has_begun):
                 await self._answer(handler.type, id, result)  # A middleware has returned it.
                 return
         except BaseException as exc:  # A bug is answered, not passed on.
@@ -3463,6 +3694,9 @@ class Session:
                 await self._fail(exc, handler.type, id)
                 return
         await self._send(_encode(Sent("complete", id)))
+
+    async def _send_item(self, handler: Handler, id: Id | None, item: object) -> None:
+        await self.outgoing.send(self._reply(handler, id, item, more=True))
 
     def _reply(self, handler: Handler, id: Id | None, value: object, more: bool = False) -> Event:
         """Return the event that answers with *value*. The writer for its class is found once."""
@@ -3764,7 +3998,8 @@ class Pachinko:
 
         `falcon.HTTPError` refuses the handshake, `Close` accepts and closes. Several run in order.
         """
-        self._routes.connect.append(read_connect(function, self._path))
+        outer = with_provided(function, self._routes.providers, caller_namespaces())
+        self._routes.connect.append(read_connect(outer, self._path))
         return function
 
     def authenticate(self, function: F = _NO_FUNCTION) -> F:
@@ -3827,6 +4062,7 @@ class Pachinko:
     ) -> Handler:
         """Check *function* as the handler of *type*, without adding it."""
         check_type(type)
+        function = with_provided(function, self._routes.providers, namespaces)
         if (first := self._routes.handlers.get(type)) is not None:
             refuse_second(first.function, function, repr(type))
         params, codec = path_parameters(self._path or ""), self._hub.state.codec
@@ -3838,29 +4074,48 @@ class Pachinko:
 
     def disconnect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn)`` once at the end, with ``conn.close_code`` and its groups."""
-        check_function(function, DISCONNECT, 1)
-        self._routes.disconnect.append(function)
+        outer = with_provided(function, self._routes.providers, caller_namespaces())
+        check_function(outer, DISCONNECT, 1)
+        self._routes.disconnect.append(outer)
         return function
 
     def fallback(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, frame: str)`` the text that no handler takes."""
         example = "@ws.fallback\nasync def other(conn, frame: str): ..."
-        return self._routes.set("fallback", function, example, "the fallback")
+        outer = with_provided(function, self._routes.providers, caller_namespaces())
+        self._routes.set("fallback", outer, example, "the fallback")
+        return function
 
     def binary(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, data: bytes)`` the binary frames."""
         example = "@ws.binary\nasync def upload(conn, data: bytes): ..."
-        return self._routes.set("binary", function, example, "binary")
+        outer = with_provided(function, self._routes.providers, caller_namespaces())
+        self._routes.set("binary", outer, example, "binary")
+        return function
 
     def middleware(self, function: F = _NO_FUNCTION) -> F:
-        """Put ``async def f(conn, envelope, call_next)`` around message handlers.
+        """Put ``async def f(conn, envelope, call_next)`` around each message, in its own context.
 
-        ``await call_next()`` gives what the handler returned; what *f* returns is the answer. The
-        first registered is the outermost.
+        ``await call_next()`` gives what the handler returned; what *f* returns is the answer. For
+        a stream it sends the items and gives None; what *f* returns counts if it was not called.
+        The fallback and the binary handler take a message of the type ``""``. The first registered
+        is the outermost.
         """
         example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
         check_function(function, f"@ws.middleware\n{example}", 3)
-        self._routes.middleware.append(function)
+        self._routes.add_middleware(function)
+        return function
+
+    def provide(self, function: F = _NO_FUNCTION) -> F:
+        """Provide the values of a type T, by ``async def f(conn) -> AsyncIterator[T]: yield …``.
+
+        A keyword-only parameter annotated with exactly T gets one, and never a client's: in
+        message, connect, disconnect, fallback and binary handlers and in providers that are
+        registered later. It is made once a call. What stands behind the ``yield`` runs after the
+        call or the last item of a stream, and an error is raised at the ``yield``. ``async def
+        f(conn) -> T`` has nothing to close. Raises `PachinkoError`.
+        """
+        self._routes.add_provider(*read_provider(function, self._routes, caller_namespaces()))
         return function
 
     def error(self, exception: type[Exception]) -> Callable[[F], F]:
@@ -3900,11 +4155,12 @@ class Pachinko:
         namespaces = caller_namespaces()
         handlers, connect, disconnect = list[Handler](), list[Any](), list[Any]()
         for name, method in read_resource(prefix, resource):
+            outer = with_provided(method, self._routes.providers, namespaces)
             if name == "connect":
-                connect.append(read_connect(method, self._path))
+                connect.append(read_connect(outer, self._path))
             elif name == "disconnect":
-                check_function(method, DISCONNECT, 1)
-                disconnect.append(method)
+                check_function(outer, DISCONNECT, 1)
+                disconnect.append(outer)
             else:
                 type = f"{prefix}.{name}"
                 handlers.append(self._read_handler(type, method, namespaces, None, False))
@@ -3964,7 +4220,7 @@ class Pachinko:
         """Start once in each loop: with the lifespan, or else with the first connection."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            self._hub.state.start(self)
+            contextvars.Context().run(self._hub.state.start, self)
             self._loop = loop
             self._routes.start(self._hub.state.codec)
             self._workers.clear()
@@ -3972,7 +4228,7 @@ class Pachinko:
                 self._start_worker(function)
 
     def _start_worker(self, function: Callable[[], Awaitable[None]]) -> None:
-        task = cast(asyncio.AbstractEventLoop, self._loop).create_task(_keep_working(function))
+        task = create_detached_task(_keep_working(function))
         self._workers.add(task)
         task.add_done_callback(self._workers.discard)
 
