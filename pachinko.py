@@ -1378,24 +1378,25 @@ class Contexts:
     the context does. So one generator, which does not end, steps all coroutines of a connection.
     """
 
-    __slots__ = ("_steps",)
+    __slots__ = ("_send", "_throw")
 
     def __init__(self) -> None:
-        self._steps = _steps_of_many()
-        next(self._steps)
+        steps: Any = _steps_of_many()
+        next(steps)
+        self._send, self._throw = steps.send, steps.throw
 
     @types.coroutine
     def run(self, work: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
         """Await *work* in a copy of the current context."""
-        steps, step = self._steps, contextvars.copy_context().run
-        waits_for = step(steps.send, work)
+        step = contextvars.copy_context().run
+        waits_for = step(self._send, work)
         while waits_for is not _ENDED:
             try:
                 value = yield waits_for
             except BaseException as exc:  # The event loop throws in a cancellation, for example.
-                waits_for = step(steps.throw, exc)
+                waits_for = step(self._throw, exc)
             else:
-                waits_for = step(steps.send, value)
+                waits_for = step(self._send, value)
 
 
 @types.coroutine
@@ -1451,7 +1452,6 @@ def with_provided(
         async with contextlib.AsyncExitStack() as stack:
             fields |= await _make(takes, conn, stack, {})
             return await function(conn, *args, **fields)
-        return None  # A provider has suppressed an error.
 
     async def stream(conn: Connection, /, *args: Any, **fields: Any) -> AsyncIterator[Any]:
         async with contextlib.AsyncExitStack() as stack:
@@ -3403,8 +3403,8 @@ class Session:
     """What one connection does: the handler in progress, its streams, tasks and limits."""
 
     __slots__ = (
-        "_contexts", "_ended", "_hub_state", "_life", "_limits", "_rate", "_streams", "conn", "incoming",
-        "is_handling", "outgoing", "routes", "tasks",
+        "_contexts", "_ended", "_hub_state", "_life", "_limits", "_rate", "_streams", "conn",
+        "incoming", "is_handling", "outgoing", "routes", "tasks",
     )  # fmt: skip
 
     def __init__(
@@ -3486,7 +3486,7 @@ class Session:
         incoming, receive, routes = self.incoming, self.incoming.receive, self.routes
         is_cancelled, rate, self.is_handling = current_task().cancelling, self._rate, False
         # No text of at most this length is too deep or too large: a character has up to 4 bytes.
-        max_size = self._limits.max_size
+        max_size, is_timed = self._limits.max_size, self._limits.handler_timeout is not None
         short = min(2 * _MAX_DEPTH, max_size // 4)
         while True:
             event = text = message = None  # A frame may be large, and the next one may be late.
@@ -3514,6 +3514,8 @@ class Session:
                         pass
                     elif handler.is_concurrent:
                         await self._start_task(handler, message)
+                    elif is_timed or routes.is_scoped:
+                        await self._perform_apart(handler, message)
                     else:
                         await self._perform(handler, message)
             self.is_handling = False
@@ -3532,21 +3534,15 @@ class Session:
         elif self._rate is None or not await self._is_limited(self._rate, None):
             await self._handle_raw(binary, event["bytes"])
 
-    async def _perform(
-        self, handler: Handler, message: Received, is_apart: bool = False
-    ) -> None:
-        """Run a handler that answers once, and answer; *is_apart* if a context was made for it."""
+    async def _perform(self, handler: Handler, message: Received, is_plain: bool = True) -> None:
+        """Run a handler that answers once, and answer; *is_plain* if nothing is around it."""
         try:
             value = message.payload
             if (
-                message.is_built and not self.routes.is_scoped
-                and self._limits.handler_timeout is None
+                is_plain and message.is_built
                 and (value is not UNSET or not handler.takes_payload)
             ):  # fmt: skip
                 result = await handler.call(self.conn, value)
-            elif self.routes.is_scoped and not is_apart and handler.type != "authenticate":
-                await self._run_apart(self._perform(handler, message, True))
-                return
             else:
                 work = self._call(handler, message)
                 if self._limits.handler_timeout is not None:
@@ -3559,10 +3555,17 @@ class Session:
         except BaseException as exc:  # A bug is answered, not passed on.
             await self._fail(exc, handler.type, message.id)
 
-    def _run_apart(self, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
-        """Run *work* in a context of its own. The reader does so, one message at a time."""
-        self._contexts = self._contexts or Contexts()
-        return self._contexts.run(work)
+    def _perform_apart(self, handler: Handler, message: Received) -> Awaitable[None]:
+        """Perform with a time limit, with middleware, or with provided values."""
+        work = self._perform(handler, message, False)
+        # A renewal may set variables for the messages behind it.
+        if self.routes.is_scoped and handler.type != "authenticate":
+            return (self._contexts or self._make_contexts()).run(work)
+        return work
+
+    def _make_contexts(self) -> Contexts:
+        self._contexts = Contexts()
+        return self._contexts
 
     def _call(
         self, handler: Handler, message: Received, stream: Stream | None = None
@@ -3583,10 +3586,10 @@ class Session:
 
     def _around(self, envelope: Envelope, innermost: Callable[[], Any]) -> Awaitable[Any]:
         """Call the outermost middleware, or *innermost* if there is none."""
-        call_next = innermost
-        for middleware in reversed(self.routes.middleware):
-            call_next = functools.partial(middleware, self.conn, envelope, call_next)
-        return cast("Awaitable[Any]", call_next())
+        middleware, call_next = self.routes.middleware, innermost
+        for each in middleware[:0:-1]:
+            call_next = functools.partial(each, self.conn, envelope, call_next)
+        return middleware[0](self.conn, envelope, call_next) if middleware else innermost()
 
     async def _in_time(self, function: Callable[..., Any], call: Awaitable[T]) -> T:
         """Return what *call*, of *function*, returns within `handler_timeout`, if there is one."""
@@ -3605,7 +3608,8 @@ class Session:
     async def _handle_raw(self, function: Callable[..., Any], data: str | bytes) -> None:
         """Call the fallback or the binary handler, and send what it returns."""
         work = self._perform_raw(function, data)
-        await (self._run_apart(work) if self.routes.is_scoped else work)
+        contexts = self._contexts or self._make_contexts() if self.routes.is_scoped else None
+        await (contexts.run(work) if contexts is not None else work)
 
     async def _perform_raw(self, function: Callable[..., Any], data: str | bytes) -> None:
         try:
@@ -3670,7 +3674,7 @@ class Session:
             self._streams[cast(Id, id)] = stream
             work = self._stream(handler, message, stream)
         else:
-            work = self._perform(handler, message, True)
+            work = self._perform(handler, message, is_plain=False)
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
