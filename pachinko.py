@@ -1452,7 +1452,7 @@ def with_provided(
 
     The signature of the one returned has the other parameters. Raises `PachinkoError`.
     """
-    takes, streams = _taken(function, providers, namespaces), inspect.isasyncgenfunction(function)
+    takes, streams = _taken(function, providers, namespaces), _is_generator(function)
     if not takes:
         return function
 
@@ -1480,7 +1480,7 @@ def _taken(
 ) -> dict[str, Provider]:
     """Return what makes keyword-only parameters of *function*, by name."""
     takes: dict[str, Provider] = {}
-    is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+    is_async = _is_generator(function) or inspect.iscoroutinefunction(function)
     if not providers or not is_async:  # Whatever is not async is refused later.
         return takes
     parameters = list(inspect.signature(function).parameters.values())[1:]
@@ -1499,6 +1499,10 @@ def _taken(
     return takes
 
 
+def _is_generator(function: Any) -> bool:
+    return inspect.isasyncgenfunction(function)
+
+
 def _resolved(function: Callable[..., Any], namespaces: Namespaces) -> dict[str, Any]:
     """Return the annotations of *function*. Raises `PachinkoError` if a name is unknown."""
     try:
@@ -1512,8 +1516,8 @@ def _resolved(function: Callable[..., Any], namespaces: Namespaces) -> dict[str,
 
 def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tuple[Any, Provider]:
     """Return the type that *function* provides, and its provider, or raise `PachinkoError`."""
-    streams, place = inspect.isasyncgenfunction(function), place_of(function)
-    if not streams and inspect.isasyncgenfunction(inspect.unwrap(function)):
+    streams, place = _is_generator(function), place_of(function)
+    if not streams and _is_generator(inspect.unwrap(function)):
         raise PachinkoError(f"{place} is decorated; write it without @asynccontextmanager")
     outer = with_provided(function, routes.providers, namespaces)
     check_function(outer, _PROVIDE, 1, streams=True)
@@ -1537,7 +1541,7 @@ def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tupl
 
 def _provided_type(function: Any, t: Any) -> Any:
     """Return what *function*, whose return annotation is *t*, provides, or raise."""
-    streams, name = inspect.isasyncgenfunction(function), getattr(function, "__name__", "provider")
+    streams, name = _is_generator(function), getattr(function, "__name__", "provider")
     is_around = origin_of(t) in _AROUND and bool(get_args(t))
     inner = get_args(t)[0] if is_around else t
     shown, refused, module = "Session", None, getattr(class_of(inner), "__module__", None)

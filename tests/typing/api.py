@@ -124,7 +124,7 @@ async def database(conn: Connection) -> AsyncIterator[Database]:
     yield Database()
 
 
-assert_type(database, Callable[[Connection], AsyncIterator[Database]])
+unchanged: Callable[[Connection], AsyncIterator[Database]] = database
 
 
 @ws.on("look")
