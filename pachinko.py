@@ -3713,8 +3713,8 @@ class Session:
                 return
         await self._send(_encode(Sent("complete", id)))
 
-    async def _send_item(self, handler: Handler, id: Id | None, item: object) -> None:
-        await self.outgoing.send(self._reply(handler, id, item, more=True))
+    def _send_item(self, handler: Handler, id: Id | None, item: object) -> Awaitable[None]:
+        return self.outgoing.send(self._reply(handler, id, item, more=True))
 
     def _reply(self, handler: Handler, id: Id | None, value: object, more: bool = False) -> Event:
         """Return the event that answers with *value*. The writer for its class is found once."""
