@@ -23,7 +23,7 @@ async def test_sqlalchemy(caplog: pytest.LogCaptureFixture) -> None:
         assert (await client.ask("add", {"note": "fail"}))["payload"]["code"] == "internal_error"
         assert (await client.ask("add", {"note": "b"}))["payload"] == 2
         assert "rolled back" in caplog.text
-    await page.engine.dispose()
+    await page.database.dispose()
 
 
 async def test_sqlalchemys_sessions_by_task() -> None:
