@@ -1013,6 +1013,27 @@ class Memory:
         return "memory"
 
 
+async def test_a_provider_may_stand_below_other_handlers() -> None:
+    """From then on each message has a context of its own, also on an endpoint in use."""
+    ws = endpoint()
+
+    @ws.on("get")
+    async def get(conn: Connection, *, name: str, again: bool = False) -> str:
+        before = NAME.get()
+        NAME.set(name)
+        return before
+
+    async with Session(ws) as client:
+        assert (await client.ask("get", {"name": "a"}))["payload"] == "nobody"
+
+        @ws.provide
+        async def db(conn: Connection) -> Db:
+            raise AssertionError
+
+        assert (await client.ask("get", {"name": "b"}))["payload"] == "a"
+        assert (await client.ask("get", {"name": "c"}))["payload"] == "a"
+
+
 @attrs.frozen
 class Settings:
     name: str
