@@ -55,14 +55,14 @@ Map: each section, what it is for, and those above it that it uses.
     registry and relay — this process and all others (uses: errors, limits, outgoing, connection)
     hub — reaches clients from any code (uses: errors, envelope and message, codec, scope, limits,
         connection, registry and relay)
-    outcomes — what an exception means (uses: errors, limits)
-    stream — a generator in progress (uses: errors, limits)
+    outcomes — what an exception means (uses: errors, handlers, limits)
+    stream — a generator in progress (uses: errors, limits, outgoing)
     session — decode a message, call its handler, answer (uses: errors, envelope and message,
         handlers, scope, limits, outbox, outgoing, incoming, connection, outcomes, stream)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         handlers, handshake, outbox, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        handlers, scope, handshake, limits, hub, outcomes, session, admission)
+        handlers, scope, handshake, limits, connection, hub, outcomes, session, admission)
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ import random
 import re
 import secrets
 import sys
+import threading
 import time
 import traceback
 import types
@@ -554,6 +555,11 @@ def decode_or_error(text: str) -> Frame | BadFrame:
     else:  # msgspec has refused an earlier "type" or "id"; the last one is right
         text = '"type" or "id" is there twice'
     return BadFrame("invalid_envelope", text, None if is_wrong else id)
+
+
+def is_answer(type: str) -> bool:
+    """Tell whether a message of *type* from a client answers the server and gets no answer."""
+    return type == "error" or type.endswith(".reply")
 
 
 def json_name(value: object) -> str:
@@ -1415,9 +1421,24 @@ def _steps_of_many() -> Generator[Any, Any, None]:
         yield from work
 
 
+def call_through(
+    middleware: list[Callable[..., Awaitable[Any]]], conn: Connection, envelope: Envelope,
+    innermost: Callable[[], Any],
+) -> Awaitable[Any]:  # fmt: skip
+    """Call the outermost *middleware*, or *innermost* if there is none."""
+    call_next = innermost
+    for each in middleware[:0:-1]:
+        call_next = functools.partial(each, conn, envelope, call_next)
+    return middleware[0](conn, envelope, call_next) if middleware else innermost()
+
+
 def create_detached_task(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Start a task in an empty context, for work that is not only the calling client's."""
-    return contextvars.Context().run(asyncio.get_running_loop().create_task, work)
+    """Create a task in an empty context, for work that is not only the calling client's.
+
+    The task factory of the loop is not asked, as in `create_task`.
+    """
+    loop = asyncio.get_running_loop()
+    return asyncio.Task(work, loop=loop, context=contextvars.Context())
 
 
 @attrs.frozen(eq=False)
@@ -1972,6 +1993,15 @@ def rest_of(steps: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, A
         return end.value
 
 
+def create_task(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Create a task whose code runs after the caller has stored it.
+
+    The task factory of the loop is not asked: with `asyncio.eager_task_factory`, a task may have
+    ended before its creator knows it.
+    """
+    return asyncio.Task(coroutine, loop=asyncio.get_running_loop())
+
+
 def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """Start a detached task. From Python 3.12 on, run it up to where it first waits."""
     if sys.version_info >= (3, 12):
@@ -2309,9 +2339,11 @@ def write_batches(receivers: list[Outgoing], event: Event, left: list[Outgoing])
 # ── incoming ──────────────────────────────────────────────────────────────────────────────────
 #
 # `Incoming` is the reading half of a connection, whose own task reads and runs the handlers. While
-# one of these is suspended, a second task reads a few frames ahead, to notice a disconnect.
+# one of these is suspended, a second task reads ahead. It notices a disconnect, and lets some
+# messages overtake those that wait for the handler.
 
-_READ_AHEAD = 8  # frames: enough to notice a disconnect behind some messages, and bounded
+_HELD = 256  # frames that wait for a handler; the client's TCP connection holds the rest back
+_HELD_BEFORE_TOKEN = 8  # frames of a client that is not known yet
 
 
 def size_of(frame: str | bytes) -> int:
@@ -2337,7 +2369,8 @@ class Incoming:
     received: int = 0  # frames
     _has_left: bool = False  # the client has gone; the frames before that are still handled
     _is_stopped: bool = False  # the server closes, and no frame is handled any more
-    _inbox: list[Event] = attrs.Factory(list)  # frames that were read ahead
+    _inbox: list[Event] = attrs.Factory(list)  # frames that were read ahead, and wait
+    _size: int = 0  # bytes in the inbox
     _ahead: asyncio.Task[None] | None = None
 
     def accept(self, event: Event | None) -> typing.TypeGuard[Event]:
@@ -2362,26 +2395,26 @@ class Incoming:
                 return await self.receive()
             await self._ahead
             self._ahead = None
-        return self._inbox.pop(0)
+        event = self._inbox.pop(0)
+        self._size -= size_of_event(event)
+        return event
 
     async def first_token(self) -> Frame:
         """Return the first ``authenticate`` message. Raises `Close` and `WebSocketDisconnected`."""
-        size = 0
         while True:
             event = await self.receive()
             if event["type"] != "websocket.receive":
                 raise falcon.WebSocketDisconnected(self._disconnected(event))
             text = event.get("text")
-            size += size_of_event(event)
-            if size > self._max_size:
+            if self._size + size_of_event(event) > self._max_size:
                 raise Close(1009, f"more than {self._max_size} bytes")
             frame = decode_or_error(text) if text is not None else None
             if isinstance(frame, Frame) and frame.type == "authenticate":
                 self.received += 1
                 return frame
-            self._inbox.append(event)  # It is handled once the client is in.
+            self._hold(event)  # It is handled once the client is in.
             self.is_direct = False
-            if len(self._inbox) > _READ_AHEAD:
+            if len(self._inbox) > _HELD_BEFORE_TOKEN:
                 raise Close(UNAUTHENTICATED, "authenticate first")
 
     def watch(self) -> None:
@@ -2398,15 +2431,24 @@ class Incoming:
             self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
 
     async def _read_ahead(self) -> None:
-        inbox, size = self._inbox, sum(map(size_of_event, self._inbox))
-        while self._session.is_handling and len(inbox) < _READ_AHEAD and size <= self._max_size:
+        while (
+            self._session.is_handling and len(self._inbox) < _HELD and self._size <= self._max_size
+        ):
             event = await self.receive()
             if event["type"] != "websocket.receive":
                 self._disconnected(event)
                 return
-            if not self._session.takes(event):
-                inbox.append(event)
-                size += size_of_event(event)
+            work = self._session.overtakes(event) if self._session.is_handling else None
+            if work is None:
+                self._hold(event)
+            else:
+                self.received += 1
+                await work  # A client that does not read its answers is read no further either.
+
+    def _hold(self, event: Event) -> None:
+        """Let the frame wait for its turn."""
+        self._inbox.append(event)
+        self._size += size_of_event(event)
 
     def _disconnected(self, event: Event) -> int:
         """Take the server's report that the client has gone; return the close code."""
@@ -2419,6 +2461,7 @@ class Incoming:
         """Handle no more frames, not even those that were read ahead."""
         self._is_stopped, self.is_direct = True, False
         self._inbox.clear()
+        self._size = 0
         if self._session.is_handling and self._ahead is not None:
             self._ahead.cancel()  # granian's send(close) waits while a receive is pending.
 
@@ -2439,9 +2482,21 @@ _END_OF_TIME = 1e15  # UNIX seconds; beyond, floats and timers give up
 _LOOK_AT_CLOCK = 600.0  # seconds between two looks at the time of day, which may be set anew
 
 
+def is_elsewhere(loop: asyncio.AbstractEventLoop | None) -> bool:
+    """Return whether *loop* runs in another thread, or another loop runs in this one."""
+    try:
+        return loop is not None and loop is not asyncio.get_running_loop()
+    except RuntimeError:  # No loop runs in this thread.
+        return loop is not None and loop.is_running()
+
+
 @attrs.define(eq=False, repr=False)
 class Connection:
-    """One client. Handlers get it; the hub's methods take it."""
+    """One client. Handlers get it; the hub's methods take it.
+
+    Any thread may read its properties. Its methods, and what sets a property, raise `PachinkoError`
+    in another thread or event loop than the app's: use `Hub.call_threadsafe` there.
+    """
 
     hub: Hub  # the hub of its endpoint
     req: falcon.asgi.Request  # the request of the handshake: headers, cookies, query string
@@ -2456,6 +2511,14 @@ class Connection:
 
     def __repr__(self) -> str:
         return f"<Connection {self.id} {self.outgoing.phase}>"
+
+    def _check(self, call: str) -> None:
+        """Refuse a *call* from another thread or event loop, as the hub's methods do."""
+        if is_elsewhere(self.hub.state.loop):
+            raise PachinkoError(
+                "a connection was used from another thread or event loop than its app's; "
+                f"use conn.hub.call_threadsafe({call})"
+            )
 
     @property
     def context(self) -> Any:
@@ -2484,6 +2547,7 @@ class Connection:
 
     @user.setter
     def user(self, user: str | None) -> None:
+        self._check('setattr, conn, "user", ...')
         if user is not None and not isinstance(user, str):
             raise TypeError(f"a user is a str or None, got {user!r}; write conn.user = str(...)")
         if self.outgoing.is_answered:
@@ -2502,6 +2566,7 @@ class Connection:
 
     @expires_at.setter
     def expires_at(self, at: float | None) -> None:
+        self._check('setattr, conn, "expires_at", ...')
         if at is not None and not (type(at) in (int, float) and abs(at) < _END_OF_TIME):
             raise TypeError(f"expires_at is UNIX seconds, such as time.time() + 3600; got {at!r}")
         self._expires_at = at
@@ -2531,6 +2596,8 @@ class Connection:
         gone, or stays behind for `send_timeout` seconds (and is then evicted with 1013). In a
         connect handler it returns at once, and the message goes out after the handshake.
         """
+        if asyncio.get_running_loop() is not self.hub.state.loop:  # PERF: it mostly is.
+            self._check("conn.send, ...")
         type, payload = split_message(message, payload)
         await self.outgoing.send(text_event(self.hub.state.codec.encode(type, payload)))
         self._sends += 1
@@ -2539,14 +2606,17 @@ class Connection:
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Begin to close, once, after what was sent before. Raises what `Close` does."""
+        self._check("conn.close, ...")
         self.outgoing.close(Close(code, reason))
 
     async def join(self, group: str) -> None:
         """Add the connection to *group*, as `Hub.join` does."""
+        self._check("conn.join, ...")
         await self.hub.join(group, self)
 
     async def leave(self, group: str) -> None:
         """Remove the connection from *group*, as `Hub.leave` does."""
+        self._check("conn.leave, ...")
         await self.hub.leave(group, self)
 
 
@@ -2700,7 +2770,7 @@ def open_relay(given: Given, namespace: str | None) -> Relay:
     except ImportError as exc:
         raise PachinkoError(
             "a broker needs pachinko_cluster.py of the same version: copy it to where pachinko.py "
-            f'is, or install both with: pip install "falcon-pachinko" ({exc})'
+            f"is, or install both, in a checkout: python3 -m pip install . ({exc})"
         ) from exc
     return cast(Relay, companion.Cluster(given, namespace))
 
@@ -2785,12 +2855,12 @@ class Registry:
             conn = self.connections.get(name)
             return {conn: conn.outgoing} if conn is not None else {}
         if kind is Kind.EVERYBODY:
-            return {conn: conn.outgoing for conn in self.connections.values()}
+            return {conn: conn.outgoing for conn in tuple(self.connections.values())}
         return self._tables[kind].get(name, {})
 
     def accepted(self, kind: Kind, name: str) -> frozenset[Connection]:
-        """Return the receivers whose handshake has been answered."""
-        found = self.receivers(kind, name).items()
+        """Return the receivers whose handshake has been answered. Any thread may call it."""
+        found = tuple(self.receivers(kind, name).items())  # A loop over it could see a change.
         return frozenset(conn for conn, outgoing in found if outgoing.is_answered)
 
     def deliver(self, kind: Kind, name: str, data: bytes, excluded: Collection[str]) -> Sending:
@@ -2805,6 +2875,10 @@ class Registry:
         """Close the receivers, behind what was sent to them before."""
         for outgoing in tuple(self.receivers(kind, name).values()):
             outgoing.close(close)
+
+
+_turn = threading.RLock()  # Only one thread at a time starts or ends a hub.
+_OWN_HUB = 'give this app one of its own: Pachinko(app, "/ws", hub=Hub())'
 
 
 @attrs.define(eq=False)
@@ -2825,34 +2899,38 @@ class HubState:
     relay: Relay = attrs.Factory(LocalRelay)
     registry: Registry = attrs.Factory(lambda self: Registry(self.relay, self.process), True)
     _apps: set[object] = attrs.Factory(set)
+    _next: HubState | None = None  # the state of the hub after the end of this one
 
     def choose(self, url: Given = None) -> Given:
         """Return the broker to use: *url*, else the configured one, else the environment's."""
         return url if url is not None else self.url or os.environ.get(ENVIRONMENT) or None
 
-    def start(self, app: object, url: Given = None) -> None:
-        """Serve *app* in the running loop. Raises `PachinkoError` in a second loop."""
+    def start(self, app: object, url: Given = None, own: str = _OWN_HUB) -> None:
+        """Serve *app* in the running loop. In a second loop, raise `PachinkoError` with *own*."""
         loop = asyncio.get_running_loop()
-        if self.loop is None:
-            broker = self.choose(url)
-            self.relay = open_relay(broker, self.namespace)
-            self.registry = Registry(self.relay, self.process)
-            self.loop, self.broker = loop, broker
-            self.drains.clear()  # A call before the start has drained nobody.
-        elif self.loop is not loop and self.loop.is_running():
-            raise PachinkoError(
-                "this hub serves an app in another event loop; give this app one of its own: "
-                'Pachinko(app, "/ws", hub=Hub())'
-            )
-        elif self.loop is not loop:  # The earlier loop has ended without a shutdown.
-            return self._end().start(app, url)
-        self._apps.add(app)
+        with _turn:
+            if self._next is not None:  # Another thread has stopped the hub just now.
+                return self._next.start(app, url, own)
+            if self.loop is None:
+                broker = self.choose(url)
+                self.relay = open_relay(broker, self.namespace)
+                self.registry = Registry(self.relay, self.process)
+                self.loop, self.broker = loop, broker
+                self.drains.clear()  # A call before the start has drained nobody.
+            elif self.loop is not loop and self.loop.is_running():
+                raise PachinkoError(f"this hub runs in another thread or event loop; {own}")
+            elif self.loop is not loop:  # The earlier loop has ended without a shutdown.
+                return self._end().start(app, url, own)
+            self._apps.add(app)
 
     async def stop(self, app: object) -> None:
         """Stop serving *app*; with the last one the hub gets a new state."""
-        self._apps.discard(app)
-        if not self._apps:
-            self._end()
+        with _turn:
+            self._apps.discard(app)
+            is_over = not self._apps
+            if is_over:
+                self._end()
+        if is_over:
             await self.relay.stop()
 
     def _end(self) -> HubState:
@@ -2861,7 +2939,8 @@ class HubState:
         for call in tuple(self.calls):
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 call.set_exception(PachinkoError("the hub has stopped before it was done"))
-        return self.replace()
+        self._next = self.replace()
+        return self._next
 
     def submit(self, work: Callable[[], Any]) -> concurrent.futures.Future[Any]:
         """Call *work* in the loop, and await its result. Raises `PachinkoError` without a loop.
@@ -3039,18 +3118,24 @@ class Hub:
         """Use the hub in a program without an app: ``async with hub.open("redis://…"):``.
 
         By default, *url* is that of `configure` or ``PACHINKO_BACKPLANE``. Raises `PachinkoError`
-        if none is given, if the broker cannot be reached, and if the hub runs on another one.
+        if none is given, if the broker cannot be reached, and if the hub runs on another one or in
+        another event loop: there ``Hub().open(…)`` opens a hub of its own.
         """
-        is_running = self.state.loop is not None and self.state.loop.is_running()
+        loop = self.state.loop
+        is_running = loop is not None and loop.is_running()
         if not is_running and self.state.choose(url) is None:
             raise PachinkoError(
                 'hub.open() takes the broker that the app uses, hub.open("nats://localhost:4222"), '
                 f"or finds it in {ENVIRONMENT}"
             )
-        if is_running and url not in (None, self.state.broker):
+        if is_running and url not in (None, self.state.broker) and not is_elsewhere(loop):
             raise PachinkoError("this hub runs on another broker; write hub.open() to use that one")
         program = object()
-        self.state.start(program, url)
+        own = (
+            "call it there, hub.call_threadsafe(hub.send, ...), or open one of this thread's own, "
+            "which connects to the broker once more: async with Hub().open(...) as hub:"
+        )
+        self.state.start(program, url, own)
         try:
             await self.state.relay.connected()
             yield self
@@ -3062,7 +3147,7 @@ class Hub:
         if not isinstance(name, str):
             raise TypeError(f"a {what} is named by a str, got {name!r}")
         loop = self.state.loop
-        if loop is not None and loop is not asyncio.get_running_loop():
+        if is_elsewhere(loop):
             raise PachinkoError(
                 "the hub was called from another thread or event loop than its app's; "
                 'use hub.call_threadsafe(hub.send, "room:1", ...)'
@@ -3123,19 +3208,19 @@ class Hub:
         self.state.registry.leave(group, conn)
 
     def members(self, group: str) -> frozenset[Connection]:
-        """Return the accepted connections of this process in *group*."""
+        """Return the accepted connections of this process in *group*. Any thread may ask."""
         if not isinstance(group, str):
             raise TypeError(f"a group is named by a str, got {group!r}")
         return self.state.registry.accepted(Kind.GROUP, group)
 
     @property
     def connections(self) -> frozenset[Connection]:
-        """The accepted connections of this process."""
+        """The accepted connections of this process. Any thread may ask."""
         return self.state.registry.accepted(Kind.EVERYBODY, "all")
 
     @property
     def groups(self) -> frozenset[str]:
-        """The groups that have a member in this process."""
+        """The groups that have a member in this process. Any thread may ask."""
         return frozenset(self.state.registry.groups)
 
     async def send(
@@ -3244,15 +3329,16 @@ class Hub:
         return self.state.submit(functools.partial(function, *args, **kwargs))
 
     def stats(self) -> dict[str, int]:
-        """Return counts since the start, of this process.
+        """Return counts since the start, of this process. Any thread may ask.
 
         ``connections``, ``groups`` (now); ``received``, ``sent`` (frames); ``dropped`` (messages),
-        ``evicted`` (connections); ``outbox_high_water`` (messages); ``refused`` (messages from the
+        ``evicted`` (connections); ``outbox_high_water`` (messages); ``late`` (answers
+        of clients that nobody waited for); ``refused`` (messages from the
         broker that are not ours), ``outages`` (of it), ``broker_down`` (1 while it is away, or 0);
         ``errors`` in all, and ``errors.<code>`` for each code that was answered.
         """
         state = self.state
-        counts, sessions = state.counts, state.serving.values()
+        counts, sessions = state.counts.copy(), tuple(state.serving.values())
         errors = {name: count for name, count in counts.items() if name.startswith("errors.")}
         return {
             "connections": len(self.connections),
@@ -3262,6 +3348,7 @@ class Hub:
             "dropped": counts["dropped"],
             "evicted": counts["evicted"],
             "outbox_high_water": counts["outbox_high_water"],
+            "late": counts["late"],
             **state.relay.stats(),
             "errors": sum(errors.values()),
             **errors,
@@ -3274,8 +3361,11 @@ def _forget_parent() -> None:
         each.state.replace()
 
 
-# Without fork (on Windows) `os` has no such function.
-getattr(os, "register_at_fork", lambda **_: None)(after_in_child=_forget_parent)
+# Without fork (on Windows) `os` has no such function. A lock that another thread holds would stay
+# locked in the child for ever.
+_at_fork = getattr(os, "register_at_fork", lambda **_: None)
+_at_fork(before=_turn.acquire, after_in_parent=_turn.release, after_in_child=_turn.release)
+_at_fork(after_in_child=_forget_parent)
 
 hub: Hub = Hub()
 """The hub of the process. It holds no event loop and no connection before an app starts."""
@@ -3355,6 +3445,21 @@ def log_failure(what: str, exc: BaseException, id: str | None, type: str | None 
         logger.error("%s failed", what, exc_info=exc, extra=extra)
 
 
+async def in_time(seconds: float | None, function: Callable[..., Any], call: Awaitable[T]) -> T:
+    """Return what *call*, of *function*, returns within so many seconds, or whenever it does."""
+    if seconds is None:
+        return await call
+    limit = TimeLimit(asyncio.get_running_loop().time() + seconds)
+    try:
+        with limit:
+            return await call
+    except TimeoutError:
+        if not limit.expired:  # The error is the handler's own.
+            raise
+    logger.warning("%s was stopped after %g s", place_of(function), seconds)
+    raise MessageError("handler_timeout", f"not done within {seconds:g} s")
+
+
 # ── stream ────────────────────────────────────────────────────────────────────────────────────
 #
 # A handler that yields is a stream. It runs in a task of its own, and the client may stop it.
@@ -3407,6 +3512,26 @@ class Stream:
                 self._is_cancellable = False
 
 
+async def end_tasks(
+    tasks: Set[asyncio.Task[None]], streams: Mapping[Id, Stream], end: float, linger: float,
+    id: str,
+) -> None:  # fmt: skip
+    """Give *tasks* up to *end* on the loop's clock. Those of *streams* have been cancelled."""
+    left = end - asyncio.get_running_loop().time()
+    try:
+        await asyncio.wait(tasks, timeout=0 if current_task().cancelling() else max(0, left))
+    finally:
+        left_streams = {stream.task for stream in streams.values()}
+        for task in tasks:
+            # A cancelled stream may clean up. Any other handler may have caught a time-out.
+            if task not in left_streams or not task.cancelling():
+                task.cancel()
+    patience = _GOODBYE if current_task().cancelling() else max(_GOODBYE, linger)
+    _, stuck = await asyncio.wait(tasks, timeout=patience)
+    for task in stuck:
+        logger.error("a handler ignores its cancellation: %r", task, extra={"connection_id": id})
+
+
 # ── session ───────────────────────────────────────────────────────────────────────────────────
 #
 # A message is decoded, its handler is called, and what that returns or raises is answered. Whatever
@@ -3417,7 +3542,8 @@ class Session:
     """What one connection does: the handler in progress, its streams, tasks and limits."""
 
     __slots__ = (
-        "_contexts", "_ended", "_hub_state", "_life", "_limits", "_rate", "_streams", "conn",
+        "_contexts", "_ended", "_hub_state", "_is_serving", "_life", "_limits", "_rate",
+        "_streams", "conn",
         "incoming", "is_handling", "outgoing", "routes", "tasks",
     )  # fmt: skip
 
@@ -3434,6 +3560,7 @@ class Session:
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
         self.conn: Connection = Connection(hub, req, ws, params, id, self.outgoing)
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
+        self._is_serving = False  # messages are handled
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
         self._streams: dict[Id, Stream] = _NONE
         self._contexts: Contexts | None = None  # of messages, if these have their own
@@ -3465,13 +3592,29 @@ class Session:
         mark_closed(self.conn.ws, code)
         self.outgoing.lost(code)
 
-    def takes(self, event: Event) -> bool:
-        """Stop a stream if *event* is a ``complete`` with its id; return whether it was one."""
-        text = event.get("text")
-        if not self._streams or text is None or '"complete"' not in text:
-            return False
-        frame = decode_or_error(text) if size_of(text) <= self._limits.max_size else None
-        return isinstance(frame, Frame) and frame.type == "complete" and self._complete(frame.id)
+    def overtakes(self, event: Event) -> Awaitable[None] | None:
+        """Return what handles the frame at once, while a handler waits, or None if it is held.
+
+        A concurrent handler, a stream, its end, a ``$ping`` and an answer wait for nobody. A frame
+        counts for the rate when it has come: its handler may be called much later, with many.
+        """
+        if not self._is_serving:
+            return None
+        text, frame = event.get("text"), None
+        if text is not None and size_of(text) <= self._limits.max_size:
+            frame = decode_or_error(text)
+        if isinstance(frame, Frame):
+            if frame.type in ("complete", "$ping") or is_answer(frame.type):
+                return self._refuse(event)
+            handler = self.routes.handlers.get(frame.type)
+            if handler is not None and handler.is_concurrent:
+                with contextlib.suppress(Exception, SystemExit):  # It is refused in its turn.
+                    message = self.routes.decode(event["text"])
+                    if message.handler is handler:
+                        return self._handle(event, handler, message)
+        if (wait := self._wait_for_rate(event)) > 0:
+            return self._refuse_rate(wait, None if frame is None else frame.id)
+        return None
 
     def _complete(self, id: Id | None) -> bool:
         """Stop the stream *id*; return whether there is one."""
@@ -3499,6 +3642,7 @@ class Session:
         # PERF: reading is inlined. A coroutine or a call of its own would add 3 % to a message.
         incoming, receive, routes = self.incoming, self.incoming.receive, self.routes
         is_cancelled, rate, self.is_handling = current_task().cancelling, self._rate, False
+        self._is_serving = True
         # No text of at most this length is too deep or too large: a character has up to 4 bytes.
         max_size, is_timed = self._limits.max_size, self._limits.handler_timeout is not None
         short = min(2 * _MAX_DEPTH, max_size // 4)
@@ -3519,15 +3663,13 @@ class Session:
                 try:
                     message = routes.decode(text)
                 except (Exception, SystemExit) as exc:  # A validator may raise anything.
-                    await self._refuse(text, exc)
+                    await self._refuse(event, exc)
                 else:
                     handler = message.handler
                     if handler is None:
-                        await self._refuse(text)
-                    elif rate is not None and await self._is_limited(rate, message.id):
-                        pass
-                    elif handler.is_concurrent:
-                        await self._start_task(handler, message)
+                        await self._refuse(event)
+                    elif rate is not None or handler.is_concurrent:
+                        await self._handle(event, handler, message)
                     elif is_timed or routes.is_scoped:
                         await self._perform_apart(handler, message)
                     else:
@@ -3536,16 +3678,29 @@ class Session:
             if is_cancelled():
                 forget_cancellations()
 
+    async def _handle(self, event: Event, handler: Handler, message: Received) -> None:
+        """Call the handler, or start it in a task, unless the rate does not allow that."""
+        if (wait := self._wait_for_rate(event)) > 0:
+            await self._refuse_rate(wait, message.id)
+        elif handler.is_concurrent:
+            await self._start_task(handler, message)
+        elif self.routes.is_scoped or self._limits.handler_timeout is not None:
+            await self._perform_apart(handler, message)
+        else:
+            await self._perform(handler, message)
+
     async def _handle_odd(self, event: Event) -> None:
         """Handle a frame that is too large, too deep, or binary."""
         text, binary = event.get("text"), self.routes.binary
         if size_of_event(event) > self._limits.max_size:
             self.outgoing.close(Close(1009, f"more than {self._limits.max_size} bytes"))
         elif text is not None:
-            await self._refuse(text)
+            await self._refuse(event)
         elif binary is None:
             self.outgoing.close(Close(1003, "binary frames are not handled"))
-        elif self._rate is None or not await self._is_limited(self._rate, None):
+        elif (wait := self._wait_for_rate(event)) > 0:
+            await self._refuse_rate(wait, None)
+        else:
             await self._handle_raw(binary, event["bytes"])
 
     async def _perform(self, handler: Handler, message: Received, is_plain: bool = True) -> None:
@@ -3559,8 +3714,8 @@ class Session:
                 result = await handler.call(self.conn, value)
             else:
                 work = self._call(handler, message)
-                if self._limits.handler_timeout is not None:
-                    work = self._in_time(handler.function, work)
+                if (seconds := self._limits.handler_timeout) is not None:
+                    work = in_time(seconds, handler.function, work)
                 result = await work
             if result is not None or message.id is not None:
                 rest = self.outgoing.start(self._reply(handler, message.id, result))
@@ -3573,13 +3728,14 @@ class Session:
         """Perform with a time limit, with middleware, or with provided values."""
         work = self._perform(handler, message, False)
         # A renewal may set variables for the messages behind it.
-        if self.routes.is_scoped and handler.type != "authenticate":
-            return (self._contexts or self._make_contexts()).run(work)
-        return work
+        return work if handler.type == "authenticate" else self._in_scope(work)
 
-    def _make_contexts(self) -> Contexts:
-        self._contexts = Contexts()
-        return self._contexts
+    def _in_scope(self, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
+        """Return *work*, to be run in a context of its own if messages have one."""
+        if not self.routes.is_scoped:
+            return work
+        self._contexts = contexts = self._contexts or Contexts()
+        return contexts.run(work)
 
     def _call(
         self, handler: Handler, message: Received, stream: Stream | None = None
@@ -3596,39 +3752,19 @@ class Session:
         if not self.routes.middleware or handler.type == "authenticate":
             return cast("Awaitable[Any]", innermost())
         payload = value if handler.defaults is None else {**handler.defaults, **value}
-        return self._around(Envelope(handler.type, payload, message.id), innermost)
+        envelope = Envelope(handler.type, payload, message.id)
+        return call_through(self.routes.middleware, self.conn, envelope, innermost)
 
-    def _around(self, envelope: Envelope, innermost: Callable[[], Any]) -> Awaitable[Any]:
-        """Call the outermost middleware, or *innermost* if there is none."""
-        middleware, call_next = self.routes.middleware, innermost
-        for each in middleware[:0:-1]:
-            call_next = functools.partial(each, self.conn, envelope, call_next)
-        return middleware[0](self.conn, envelope, call_next) if middleware else innermost()
-
-    async def _in_time(self, function: Callable[..., Any], call: Awaitable[T]) -> T:
-        """Return what *call*, of *function*, returns within `handler_timeout`, if there is one."""
-        if (seconds := self._limits.handler_timeout) is None:
-            return await call
-        limit = TimeLimit(asyncio.get_running_loop().time() + seconds)
-        try:
-            with limit:
-                return await call
-        except TimeoutError:
-            if not limit.expired:  # The error is the handler's own.
-                raise
-        logger.warning("%s was stopped after %g s", place_of(function), seconds)
-        raise MessageError("handler_timeout", f"not done within {seconds:g} s")
-
-    async def _handle_raw(self, function: Callable[..., Any], data: str | bytes) -> None:
+    def _handle_raw(self, function: Callable[..., Any], data: str | bytes) -> Awaitable[None]:
         """Call the fallback or the binary handler, and send what it returns."""
-        work = self._perform_raw(function, data)
-        contexts = self._contexts or self._make_contexts() if self.routes.is_scoped else None
-        await (contexts.run(work) if contexts is not None else work)
+        return self._in_scope(self._perform_raw(function, data))
 
     async def _perform_raw(self, function: Callable[..., Any], data: str | bytes) -> None:
         try:
             innermost = functools.partial(function, self.conn, data)
-            result = await self._in_time(function, self._around(Envelope("", data), innermost))
+            envelope, middleware = Envelope("", data), self.routes.middleware
+            work = call_through(middleware, self.conn, envelope, innermost)
+            result = await in_time(self._limits.handler_timeout, function, work)
             if result is not None:
                 if message_type(type(result)) is None:
                     raise TypeError(f"{place_of(function)} may return a @message object or None")
@@ -3636,16 +3772,27 @@ class Session:
         except BaseException as exc:  # A bug is answered, not passed on.
             await self._fail(exc, None, None)
 
-    async def _refuse(self, text: str, exc: Any = None) -> None:
-        """Find out why *text* is no message for a handler, and answer that."""
+    async def _refuse(self, event: Event, exc: Any = None) -> None:
+        """Find out why the text is no message for a handler, and answer that."""
+        text = event["text"]
         frame = decode_or_error(text)  # PERF: decoding anew costs only those who send such text.
-        is_complete = isinstance(frame, Frame) and frame.type == "complete"
-        if is_complete and self._complete(frame.id):
+        type, id = (frame.type if isinstance(frame, Frame) else ""), frame.id
+        if type == "complete" and self._complete(id):
             return  # The rate limit never refuses this, because it lessens the load.
-        id = None if is_complete else frame.id  # The stream has had its final answer.
-        is_refused = self._rate is not None and await self._is_limited(self._rate, id)
-        if is_refused or is_complete:
+        if is_answer(type):  # It has come too late, or nobody has asked.
+            self._hub_state.counts["late"] += 1
             return
+        if (wait := self._wait_for_rate(event)) > 0:
+            # The stream that a "complete" meant has had its final answer.
+            await self._refuse_rate(wait, None if type == "complete" else id)
+        elif type == "$ping":
+            await self._send(_encode(Sent("$pong", id)))
+        elif type != "complete":
+            await self._explain(text, frame, exc)
+
+    async def _explain(self, text: str, frame: Frame | BadFrame, exc: Any) -> None:
+        """Give the text to the fallback, or tell the client what is wrong with it."""
+        id = frame.id
         handler = self.routes.handlers.get(frame.type) if isinstance(frame, Frame) else None
         if isinstance(frame, Frame) and handler is not None:
             error = handler.refusal(frame.payload, self._hub_state.codec, exc)
@@ -3658,16 +3805,22 @@ class Session:
             error = MessageError("unknown_type", f"no handler for {frame.type[:80]!r}")
             await self._send_error(error, id)
 
-    async def _is_limited(self, rate: Rate, id: Id | None) -> bool:
-        """Apply the rate limit. If it refuses the message *id*, tell the client and return True."""
-        retry_after = rate.take(time.monotonic())
+    def _wait_for_rate(self, event: Event) -> float:
+        """Count the frame, once; return 0.0, or the seconds until the rate admits it."""
+        if self._rate is None or event.get("is_counted"):
+            return 0.0
+        event["is_counted"] = True
+        return self._rate.take(time.monotonic())
+
+    async def _refuse_rate(self, wait: float, id: Id | None) -> None:
+        """Tell the client to wait for some seconds; close if it has sent far too much."""
+        rate = cast(Rate, self._rate)
         if rate.is_abused:
             self.outgoing.close(Close(1008, "too many messages"))
-        elif retry_after:
+        else:
             text = f"at most {rate.count} messages in {rate.seconds} s"
-            error = MessageError("rate_limited", text, retry_after=round(retry_after, 3))
+            error = MessageError("rate_limited", text, retry_after=round(wait, 3))
             await self._send_error(error, id)
-        return retry_after > 0
 
     async def _start_task(self, handler: Handler, message: Received) -> None:
         """Start a concurrent handler or a stream in a task of its own."""
@@ -3689,7 +3842,7 @@ class Session:
             work = self._stream(handler, message, stream)
         else:
             work = self._perform(handler, message, is_plain=False)
-        task = asyncio.get_running_loop().create_task(work)
+        task = create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
@@ -3814,22 +3967,8 @@ class Session:
             raise asyncio.CancelledError
 
     async def _end_tasks(self) -> None:
-        """Give concurrent handlers the rest of `linger`. Streams have been cancelled already."""
-        tasks, end = frozenset(self.tasks), self._ended + self._limits.linger
-        left = end - asyncio.get_running_loop().time()
-        try:
-            await asyncio.wait(tasks, timeout=0 if current_task().cancelling() else max(0, left))
-        finally:
-            streams = {stream.task for stream in self._streams.values()}
-            for task in tasks:
-                # A cancelled stream may clean up. Any other handler may have caught a time-out.
-                if task not in streams or not task.cancelling():
-                    task.cancel()
-        patience = _GOODBYE if current_task().cancelling() else max(_GOODBYE, self._limits.linger)
-        _, stuck = await asyncio.wait(tasks, timeout=patience)
-        for task in stuck:
-            extra = {"connection_id": self.conn.id}
-            logger.error("a handler ignores its cancellation: %r", task, extra=extra)
+        tasks, linger = frozenset(self.tasks), self._limits.linger
+        await end_tasks(tasks, self._streams, self._ended + linger, linger, self.conn.id)
 
     def forget(self) -> None:
         """Take the connection out of the hub."""
@@ -3996,7 +4135,10 @@ class Pachinko:
         self._subprotocols = texts(subprotocols, "subprotocols")
         self._routes = Routes()
         self._loop: asyncio.AbstractEventLoop | None = None  # once started
+        self._runs = 0  # lifespans and `running` blocks in progress
+        self._is_working = False  # workers have been started
         self._workers: set[asyncio.Task[None]] = set()
+        self._starts = 0  # lifespans that have begun
         if app is not None or path is not None:
             self._attach(app, path)
 
@@ -4154,13 +4296,19 @@ class Pachinko:
         return register
 
     def worker(self, function: F = _NO_FUNCTION) -> F:
-        """Run ``async def f()`` in the background from the app's start to its shutdown.
+        """Run ``async def f()`` in the background, once the app has started, until its shutdown.
 
         A worker that fails is logged and started again, after 1 second, then 2, up to 60.
         """
         check_function(function, "@ws.worker\nasync def clock(): ...", 0)
+        is_late = self._is_working and self._loop is not None and self._loop.is_running()
+        if is_late and is_elsewhere(self._loop):
+            raise PachinkoError(
+                "a worker was added from another thread or event loop than its app's; use "
+                "hub.call_threadsafe(ws.worker, ...)"
+            )
         self._routes.workers.append(function)
-        if self._loop is not None:
+        if is_late:
             self._start_worker(function)
         return function
 
@@ -4193,6 +4341,8 @@ class Pachinko:
         if ws.closed:
             return  # A middleware has refused it.
         self._start()
+        if not self._is_working:  # The server has no lifespan.
+            self._start_workers()
         if self._hub.draining:
             await ws.close(3503)  # Before accept this is HTTP 403, like all of Falcon's refusals.
             return
@@ -4210,10 +4360,51 @@ class Pachinko:
             session.release()
             state.leave(session)
 
+    @contextlib.asynccontextmanager
+    async def running(self, *, alone: bool = False) -> AsyncGenerator[None, None]:
+        """Run hub and workers where the app's lifespan does not run: ``async with ws.running():``.
+
+        An app that is mounted in another one gets no lifespan; the block goes into that of the
+        other. It is for all endpoints of the app, or for this one *alone*. Inside another block, or
+        beside the lifespan, nothing is started twice, and the last of them to end stops: clients
+        are closed with 1012, and their handlers have `linger`. Raises `PachinkoError` if the hub
+        runs in another thread or event loop.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            for key, each in tuple(_attached.items()):
+                if not alone and key[0] == id(self._app) and each is not self:
+                    await stack.enter_async_context(each.running(alone=True))
+            self._start()
+            self._runs += 1
+            stack.push_async_callback(self.process_shutdown, None, None)
+            await self._hub.state.connected()
+            self._start_workers()
+            yield
+
     async def process_startup(self, scope: Any, event: Any) -> None:
-        """Start with the app (Falcon's middleware for the ASGI lifespan)."""
+        """Start the hub with the app (Falcon's middleware for the ASGI lifespan)."""
         self._start()
+        self._starts += 1
+        begin = functools.partial(self._start_last, self._starts)
+        app = self._app if event.get("type") == "lifespan.startup" else None
+        if app is not None:  # Falcon starts middleware that is added now last, and stops it first.
+            last = types.SimpleNamespace(process_startup=begin, process_shutdown=self._stop_first)
+            app.add_middleware(cast(Any, last))
         await self._hub.state.connected()
+        if app is None:  # Whoever has added it, or calls this by hand, has chosen the moment.
+            await begin(scope, event)
+
+    async def _start_last(self, starts: int, scope: Any, event: Any) -> None:
+        """Start the workers, when all middleware of the app has started."""
+        if starts == self._starts:  # Falcon still has the middleware of earlier starts, too.
+            self._start()
+            self._runs += 1
+            self._start_workers()
+
+    async def _stop_first(self, scope: Any, event: Any) -> None:
+        """End workers and connections before other middleware closes what they use."""
+        if self._runs == 1:
+            await self._close_all()
 
     async def process_resource_ws(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, resource: Any, params: Any
@@ -4224,24 +4415,38 @@ class Pachinko:
 
     async def process_shutdown(self, scope: Any, event: Any) -> None:
         """Stop with the app: close what is still open with 1012, and wait for its handlers."""
-        for worker in self._workers:
+        self._runs = max(0, self._runs - 1)
+        try:
+            if not self._runs:
+                await self._close_all()
+        finally:
+            if not self._runs:  # No `running` block has begun meanwhile.
+                self._loop = None
+                await self._hub.state.stop(self)
+
+    async def _close_all(self) -> None:
+        workers, self._is_working = tuple(self._workers), False
+        self._workers.clear()
+        for worker in workers:
             worker.cancel()
         serving = self._hub.state.serving.values()
         sessions = [each for each in serving if each.outgoing.limits is self._limits]
         for session in sessions:
             session.outgoing.close(Close(1012, "the server shuts down"))
-        await self._hub.state.wait_for(sessions, *self._workers)
-        self._loop = None
-        await self._hub.state.stop(self)
+        await self._hub.state.wait_for(sessions, *workers)
 
     def _start(self) -> None:
         """Start once in each loop: with the lifespan, or else with the first connection."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             contextvars.Context().run(self._hub.state.start, self)
-            self._loop = loop
+            self._loop, self._runs, self._is_working = loop, 0, False
             self._routes.start(self._hub.state.codec)
             self._workers.clear()
+
+    def _start_workers(self) -> None:
+        if not self._is_working:
+            self._is_working = True
             for function in self._routes.workers:
                 self._start_worker(function)
 

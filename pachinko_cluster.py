@@ -55,6 +55,7 @@ from pachinko import (
     PachinkoError,
     Registry,
     create_detached_task,
+    create_task,
     gap_of,
     logger,
 )
@@ -335,7 +336,7 @@ def _nats_settings(broker: Broker) -> dict[str, Any]:
         settings = {"token": user} if password is None else {"user": user, "password": password}
     if (file := options.pop("credentials", None)) is not None:
         if importlib.util.find_spec("nkeys") is None:
-            raise PachinkoError('?credentials= needs: pip install "nats-py[nkeys]"')
+            raise PachinkoError('?credentials= needs: python3 -m pip install "nats-py[nkeys]"')
         if not os.access(file, os.R_OK):
             raise PachinkoError("?credentials= names no file that can be read")
         settings["user_credentials"] = file
@@ -374,8 +375,7 @@ class RedisConnection:
 
     async def open(self) -> None:
         await self._connection.connect()
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._run(work)) for work in (self._read, self._write)]
+        self._tasks = [create_task(self._run(work)) for work in (self._read, self._write)]
 
     async def call(self, *command: str | bytes) -> Any:
         """Return the reply to *command*. Raises the error that Redis answers with."""
@@ -488,7 +488,7 @@ class Redis:
                     await self._subscribed.failed.wait()
             lost(why)
 
-        self._ending = asyncio.get_running_loop().create_task(end())
+        self._ending = create_task(end())
 
     async def publish(self, subject: str, data: bytes) -> int | None:
         reached: int = await self._publishing.call("PUBLISH", subject, data)
@@ -1196,13 +1196,13 @@ class Cluster(pachinko.Relay):
 
 def backplane_of(broker: Broker) -> Backplane:
     """Return a backplane, not yet started. Raises `PachinkoError`."""
-    extra = "nats" if broker.scheme in ("nats", "tls") else "redis"
+    library = "nats-py" if broker.scheme in ("nats", "tls") else "redis"
     try:
-        return Nats(broker) if extra == "nats" else Redis(broker)
+        return Nats(broker) if library == "nats-py" else Redis(broker)
     except ImportError:
         raise PachinkoError(
             f"{broker.scheme}:// needs a library that is not installed: "
-            f'pip install "falcon-pachinko[{extra}]"'
+            f"python3 -m pip install {library}"
         ) from None
 
 
@@ -1356,3 +1356,7 @@ async def _run(given: argparse.Namespace) -> None:
         else:
             for each in sorted(await hub.presence(given.group), key=lambda each: each.id):
                 _print(_encode(attrs.asdict(each)).decode())
+
+
+if __name__ == "__main__":  # A file that was copied has no installed command.
+    sys.exit(main())

@@ -1,14 +1,18 @@
 """A chat: rooms by path, nicknames, who is here, who is typing, a sum, and the server's clock.
 
-    python examples/chat.py                 # at http://127.0.0.1:8000/, or as HOST and PORT say
+    python3 -m pip install ".[server]"      # in the checkout, once
+    python3 examples/chat.py                # at http://127.0.0.1:8000/
+    PORT=8001 python3 examples/chat.py      # at another port; HOST=0.0.0.0 lets in other machines
     uvicorn --app-dir examples chat:app     # the same app, with uvicorn's own options
 
-A client sends ``enter`` first. The answer is ``welcome``, with the client's own id and everybody
-who is here. It is the first message that the client gets.
+A client sends ``enter`` first, and gets ``welcome`` with its own id and everybody who is here.
 """
 
 import asyncio
+import contextlib
 import os
+import socket
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -120,4 +124,6 @@ app.add_route("/", Page())
 
 if __name__ == "__main__":
     host, port = os.environ.get("HOST", "127.0.0.1"), int(os.environ.get("PORT", "8000"))
+    with contextlib.suppress(OSError), socket.create_connection((host, port), 1):
+        sys.exit(f"port {port} is already in use; write PORT={port + 1} in front of the command")
     uvicorn.run(app, host=host, port=port)

@@ -1,6 +1,7 @@
 """An echo: every frame goes back unchanged, text as text and bytes as bytes.
 
-    python examples/echo.py                 # at ws://127.0.0.1:8000/echo, or as HOST and PORT say
+    python3 -m pip install ".[server]"      # in the checkout, once
+    python3 examples/echo.py                # at ws://127.0.0.1:8000/echo, or as HOST and PORT say
     uvicorn --app-dir examples echo:app     # the same app, with uvicorn's own options
 
 No message type has a handler here, so the fallback gets all text, valid messages included. The only

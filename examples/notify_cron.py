@@ -1,6 +1,7 @@
 """A cron job that sends a notice to a group of the Falcon app's clients.
 
-    PACHINKO_BACKPLANE=nats://localhost:4222 python examples/notify_cron.py room:lobby "Backup done"
+    python3 -m pip install ".[nats]"
+    PACHINKO_BACKPLANE=nats://localhost:4222 python3 examples/notify_cron.py room:lobby "Saved"
 
 The exit status is 0 when the broker has taken the message, and 2 for a wrong command line. It is 1,
 with a line on stderr, when the broker has not taken the message. Cron mails that line; the unit of

@@ -1,8 +1,11 @@
 """A Flask app that sends notices to the users of the Falcon app, through the broker between them.
 
-    python -m pip install flask
+    python3 -m pip install ".[nats]" flask
     PACHINKO_BACKPLANE=nats://localhost:4222 flask --app examples/notify_flask run
     curl -d "text=Your parcel is here" http://127.0.0.1:5000/users/Ada/notices
+
+Requests may run in parallel: their threads share the one in which the hub is open. With
+``async with hub.open():`` in the view, all but one of them would fail.
 
 Other WSGI frameworks do the same; ``hub_thread.py`` shows Django.
 """

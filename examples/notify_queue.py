@@ -1,6 +1,7 @@
 """Workers in threads that take jobs from a queue, and report progress to the waiting user.
 
-    PACHINKO_BACKPLANE=nats://localhost:4222 python examples/notify_queue.py Ada Grace
+    python3 -m pip install ".[nats]"
+    PACHINKO_BACKPLANE=nats://localhost:4222 python3 examples/notify_queue.py Ada Grace
 
 This makes a report for each user. In Celery, `make_report` would be a task, and the rest the same.
 """

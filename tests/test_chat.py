@@ -22,7 +22,15 @@ from typing import Any, Literal
 from urllib.request import urlopen
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    ConsoleMessage,
+    Locator,
+    Page,
+    WebSocketRoute,
+    expect,
+    sync_playwright,
+)
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
@@ -226,7 +234,7 @@ def people(page: Page) -> Locator:
 
 
 def test_a_port_in_use_is_one_clear_line(shared_server: Server) -> None:
-    """A second server on the same port ends with an error line and without a traceback."""
+    """A second server on the same port ends with a line that says how to choose another."""
     second = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "chat.py")],
         env={**os.environ, "PYTHONPATH": str(ROOT), "PORT": str(shared_server.port)},
@@ -238,7 +246,8 @@ def test_a_port_in_use_is_one_clear_line(shared_server: Server) -> None:
     assert second.returncode != 0
     assert "Traceback" not in second.stderr
     assert [line for line in second.stderr.splitlines() if "in use" in line][1:] == []
-    assert "already in use" in second.stderr
+    assert f"port {shared_server.port} is already in use" in second.stderr
+    assert f"write PORT={shared_server.port + 1} in front of the command" in second.stderr
 
 
 def test_the_page_is_served(shared_server: Server) -> None:
@@ -424,6 +433,8 @@ def test_typing_sum_and_clock(open_page: Open) -> None:
     box(bob).press("Enter")
     expect(bubble(ada, "Hm")).to_be_visible()
     expect(ada.locator(".typing")).to_have_text("")
+    box(bob).press_sequentially("An")
+    expect(ada.locator(".typing")).to_have_text("Bob is typing…")
     say(ada, "/sum 2 3")
     expect(ada.get_by_text("2 + 3 = 5", exact=True)).to_be_visible()
     before = ada.locator("#clock").text_content()
@@ -431,10 +442,10 @@ def test_typing_sum_and_clock(open_page: Open) -> None:
 
 
 def test_an_error_reply_is_shown(open_page: Open) -> None:
-    """The server's refusal is shown, and the line is kept until it is corrected."""
+    """The server's refusal is put into words, and the line is kept until it is corrected."""
     ada = open_page("Ada")
     say(ada, "/sum 2 x")
-    expect(ada.get_by_role("alert")).to_contain_text("b: expected int, got str")
+    expect(ada.get_by_role("alert")).to_contain_text("The second of the two is no whole number")
     expect(box(ada)).to_have_value("/sum 2 x")
     say(ada, "/sum 2 4")
     expect(ada.get_by_text("2 + 4 = 6", exact=True)).to_be_visible()
@@ -611,6 +622,329 @@ def test_two_browsers_and_a_program(open_page: Open, join: Join) -> None:
     assert said["payload"]["who"]["nick"] == "Ada"
     assert said["payload"]["text"] == "Pleased to meet you"
     expect(bubble(bob, "Pleased to meet you")).to_have_count(1)
+
+
+# A burst
+
+
+def frames_sent(page: Page) -> list[dict[str, Any]]:
+    """What the page's next connections send, from now on."""
+    frames: list[dict[str, Any]] = []
+    page.on(
+        "websocket",
+        lambda socket: socket.on("framesent", lambda data: frames.append(json.loads(data))),
+    )
+    return frames
+
+
+def texts(frames: list[dict[str, Any]]) -> list[str]:
+    return [frame["payload"]["text"] for frame in frames if frame["type"] == "say"]
+
+
+LINES = [f"line {n}" for n in range(40)]
+
+
+def test_a_burst_arrives_in_order_and_within_the_rate(open_page: Open, join: Join) -> None:
+    """Forty messages at once all arrive, and hardly one of them is sent twice."""
+    ada, bob = open_page(), join("Bob")
+    frames = frames_sent(ada)
+    ada.reload()
+    ada.get_by_label("Nickname").fill("Ada")
+    ada.get_by_role("button", name="Join the room").click()
+    expect(ada.get_by_role("status")).to_have_text("Connected")
+    for line in LINES:
+        say(ada, line)
+    heard: list[str] = []
+    while len(heard) < len(LINES):
+        frame = bob.receive()
+        heard += [frame["payload"]["text"]] if frame["type"] == "said" else []
+    assert heard == LINES
+    expect(ada.locator(".mine:not([data-state=''])")).to_have_count(0)
+    expect(ada.get_by_role("status")).to_have_text("Connected")
+    assert len(texts(frames)) <= len(LINES) + 10
+    assert ada.evaluate("socket.readyState") == 1
+
+
+def test_a_burst_is_sent_from_a_hidden_window(open_page: Open) -> None:
+    """A hidden window's timers hardly run; there the server's clock sends what waits."""
+    ada, bob = open_page("Ada"), open_page("Bob")
+    ada.evaluate("window.setTimeout = () => 0")
+    ada.evaluate("for (let n = 0; n < 25; n++) say(`line ${n}`)")
+    expect(bob.locator(".bubble")).to_have_text(LINES[:25], timeout=4 * PATIENCE * 1000)
+
+
+def test_a_burst_goes_on_after_a_restart(open_page: Open, own_server: Server) -> None:
+    """Of what waits for its turn nothing is lost, doubled or out of order."""
+    ada, bob = open_page("Ada", own_server), open_page("Bob", own_server)
+    ada.evaluate("for (let n = 0; n < 40; n++) say(`line ${n}`)")
+    expect(ada.locator(".mine[data-state=queued]").first).to_be_visible()
+    ada.evaluate("Math.random = () => 1; attempts = 9")  # Bob comes back first, and hears all
+    own_server.kill()
+    for page in (ada, bob):
+        expect(page.get_by_role("button", name="Reconnect now")).to_be_visible()
+    own_server.start()
+    expect(bob.get_by_role("status")).to_have_text("Connected", timeout=2 * PATIENCE * 1000)
+    ada.evaluate("retryNow()")
+    expect(ada.get_by_role("status")).to_have_text("Connected")
+    undecided = ada.locator(".mine:not([data-state='']):not([data-state=unsure])")
+    expect(undecided).to_have_count(0, timeout=2 * PATIENCE * 1000)
+    heard = bob.locator(".bubble").all_text_contents()
+    unsure = ada.locator(".mine[data-state=unsure] .bubble").all_text_contents()
+    assert len(unsure) <= 1
+    assert heard == sorted(set(heard), key=lambda line: int(line.removeprefix("line ")))
+    assert set(heard) | set(unsure) >= set(LINES[20:])
+
+
+# The page, and a server that says what the test wants
+
+
+class Stage:
+    """A server of the test's own, as the page sees it."""
+
+    def __init__(self, page: Page, answers: dict[str, list[dict[str, Any]]]) -> None:
+        self.frames: list[tuple[float, dict[str, Any]]] = []  # and when they came
+        self.answers = answers
+        self.loses_ids = False  # in errors
+        self.sockets: list[WebSocketRoute] = []
+        page.route_web_socket(re.compile("/ws/"), self.accept)
+
+    def accept(self, socket: WebSocketRoute) -> None:
+        self.sockets.append(socket)
+        socket.on_message(lambda data: self.receive(socket, json.loads(data)))
+
+    def receive(self, socket: WebSocketRoute, frame: dict[str, Any]) -> None:
+        self.frames.append((time.monotonic(), frame))
+        kind, id, payload = frame["type"], frame.get("id"), frame.get("payload")
+        if refusals := self.answers.get(kind):
+            error = {"type": "error", "payload": refusals.pop(0)}
+            known = id is not None and not self.loses_ids
+            socket.send(json.dumps({**error, "id": id} if known else error))
+        elif kind == "enter":
+            you = {"id": "1", "nick": payload["nick"]}
+            here = [you, {"id": "2", "nick": "Bob"}]
+            welcome = {"type": "welcome", "id": id, "payload": {"you": you, "here": here}}
+            socket.send(json.dumps(welcome))
+        elif kind == "say":
+            said = {"who": {"id": "1", "nick": "Ada"}, "at": "2026-11-30T02:00:00Z", **payload}
+            socket.send(json.dumps({"type": "said", "id": id, "payload": said}))
+
+    def of(self, type: str) -> list[dict[str, Any]]:
+        return [frame for _, frame in self.frames if frame["type"] == type]
+
+
+@pytest.fixture
+def staged(open_page: Open) -> Callable[..., tuple[Page, Stage]]:
+    """The page as Ada, before a server that refuses what *answers* says."""
+
+    def staged(**answers: list[dict[str, Any]]) -> tuple[Page, Stage]:
+        page = open_page()
+        stage = Stage(page, answers)
+        page.reload()
+        page.get_by_label("Nickname").fill("Ada")
+        page.get_by_role("button", name="Join the room").click()
+        expect(page.get_by_role("status")).to_have_text("Connected")
+        return page, stage
+
+    return staged
+
+
+Staged = Callable[..., tuple[Page, Stage]]
+
+
+def limited(seconds: float) -> dict[str, Any]:
+    return {"code": "rate_limited", "message": "at most 20 messages", "retry_after": seconds}
+
+
+def test_retry_after_is_obeyed(staged: Staged) -> None:
+    """All wait as long as the server says; then they go in order, the refused one first."""
+    ada, stage = staged(say=[limited(1.5)])
+    for line in LINES[:3]:
+        say(ada, line)
+    expect(ada.locator(".mine[data-state=queued]")).to_have_count(3)
+    expect(ada.locator(".mine").first).to_contain_text("Waiting to be sent")
+    expect(ada.locator(".mine[data-state='']")).to_have_count(3)
+    assert [frame["payload"]["text"] for frame in stage.of("say")] == [LINES[0], *LINES[:3]]
+    refused, again = [when for when, frame in stage.frames if frame["type"] == "say"][:2]
+    assert again - refused >= 1.5
+
+
+def test_every_request_waits_its_time(staged: Staged) -> None:
+    """An entry and a sum that are refused as too many are sent again, and nobody is bothered."""
+    ada, stage = staged(enter=[limited(0.2)], sum=[limited(0.2), {"code": "internal_error"}])
+    assert len(stage.of("enter")) == 2
+    say(ada, "/sum 2 3")
+    expect(ada.get_by_role("alert")).to_contain_text("Something went wrong on the server")
+    assert len(stage.of("sum")) == 2
+
+
+def test_typing_never_takes_the_place_of_a_message(staged: Staged) -> None:
+    """Who types one message after the other sends few notices, and none while messages wait."""
+    ada, stage = staged(say=[limited(2.0)])
+    began = time.monotonic()
+    for line in LINES[:10]:
+        box(ada).press_sequentially(line)
+        box(ada).press("Enter")
+    expect(ada.locator(".mine[data-state='']")).to_have_count(10, timeout=3 * PATIENCE * 1000)
+    assert [frame["payload"]["text"] for frame in stage.of("say")] == [LINES[0], *LINES[:10]]
+    assert len(stage.of("typing")) <= 1 + (time.monotonic() - began) / 2.5
+
+
+def test_a_refused_notice_of_typing_is_nobodys_business(staged: Staged) -> None:
+    """What is refused without an id delays the next message, and shows no error."""
+    ada, stage = staged(typing=[limited(0.5)])
+    box(ada).press_sequentially("Hm")
+    box(ada).press("Enter")
+    expect(ada.locator(".mine")).to_have_attribute("data-state", "")
+    expect(ada.get_by_role("alert")).to_have_count(0)
+    assert [frame["type"] for _, frame in stage.frames] == ["enter", "typing", "say"]
+
+
+def test_an_error_without_an_id_is_the_answer(staged: Staged) -> None:
+    """A server that could not read the id answers without one; the next message goes on."""
+    ada, stage = staged(say=[{"code": "invalid_json", "message": "no JSON"}])
+    stage.loses_ids = True
+    say(ada, "one")
+    expect(ada.locator(".mine").first).to_contain_text("Not sent.")
+    say(ada, "two")
+    expect(ada.locator(".mine").last).to_have_attribute("data-state", "")
+
+
+WORDS = "expected str, got int"  # as a library writes them, for developers
+
+
+ERRORS: list[tuple[dict[str, Any], str]] = [
+    ({"code": "invalid_payload", "errors": [{"path": "$.payload.text"}]}, "1 to 2000 characters"),
+    ({"code": "invalid_payload", "errors": [{"path": "$.payload.else"}]}, "did not take"),
+    ({"code": "invalid_payload"}, "did not take"),
+    ({"code": "invalid_envelope"}, "did not take"),
+    ({"code": "internal_error"}, "Something went wrong"),
+    ({"code": "handler_timeout"}, "took too long"),
+    ({"code": "too_busy"}, "is busy"),
+    ({"code": "unknown_type"}, "Reload it"),
+    ({"code": "enter_first"}, "Choose a nickname"),
+    ({"code": "http_503", "title": WORDS}, "did not take"),
+    ({"code": "toString"}, "did not take this (toString)"),
+]
+
+
+def test_errors_are_put_into_words(staged: Staged) -> None:
+    """Whatever the code, people read a sentence, and never a library's words."""
+    ada, stage = staged(say=(refusals := []))
+    for error, told in ERRORS:
+        fields = [field | {"message": WORDS} for field in error.get("errors", [])]
+        refusals.append({**error, "message": WORDS, "errors": fields})
+        say(ada, "one")
+        expect(ada.locator(".mine .state")).to_contain_text(told)
+        expect(ada.get_by_text(WORDS)).to_have_count(0)
+        ada.get_by_role("button", name="Send again").click()
+        expect(ada.locator(".mine .state")).to_have_count(0)
+    assert len(stage.of("say")) == 2 * len(ERRORS)
+
+
+FINAL = (1000, 1003, 1007, 1008, 1009, 3400, 3401, 3403, 3499, 4400, 4401, 4403, 4499)
+PASSING = (1001, 1006, 1011, 1012, 1013, 3000, 3408, 3429, 3500, 3503, 4000, 4408, 4429, 4500)
+
+
+@pytest.mark.parametrize("is_final", [True, False])
+def test_the_page_comes_back_unless_that_is_in_vain(staged: Staged, is_final: bool) -> None:
+    """After some close codes the page waits for a person; after all others it tries again."""
+    ada, stage = staged()
+    status, countdown = ada.get_by_role("status"), ada.locator("#countdown")
+    ada.evaluate("Math.random = () => 1")
+    for code in FINAL if is_final else PASSING:
+        ada.evaluate("attempts = 9")  # the longest wait, to have time to look
+        stage.sockets[-1].close(code=code, reason=WORDS)
+        expect(status).to_have_text("Closed" if is_final else "Connection lost")
+        expect(countdown).to_have_text("" if is_final else re.compile("Next attempt in"))
+        expect(ada.get_by_text(WORDS)).to_have_count(int(is_final and code >= 4000))
+        ada.get_by_role("button", name="Try again" if is_final else "Reconnect now").click()
+        expect(status).to_have_text("Connected")
+    assert len(stage.sockets) == 1 + len(FINAL if is_final else PASSING)
+
+
+def test_a_server_that_asks_for_patience_gets_it(staged: Staged) -> None:
+    """After 1013 the first attempt comes later than after a loss."""
+    ada, stage = staged()
+    ada.evaluate("Math.random = () => 1")
+    closed = time.monotonic()
+    stage.sockets[-1].close(code=1013)
+    expect(ada.get_by_role("status")).to_have_text("Connection lost")
+    expect(ada.get_by_role("status")).to_have_text("Connected")
+    assert time.monotonic() - closed > 4.9
+
+
+# The page's looks
+
+
+def test_a_text_that_is_too_long_is_kept(open_page: Open) -> None:
+    """Nothing of a long text is cut off; the person is told how long it is."""
+    ada = open_page("Ada")
+    say(ada, "🎉" * 2001)
+    expect(ada.get_by_role("alert")).to_contain_text("2001 characters")
+    expect(box(ada)).to_have_value("🎉" * 2001)
+    say(ada, "🎉" * 2000)
+    expect(ada.locator(".mine")).to_have_attribute("data-state", "")
+    say(ada, "half a pair: \ud83d")
+    expect(ada.locator(".mine").last).to_have_attribute("data-state", "")
+    expect(bubble(ada, "half a pair: \ufffd")).to_be_visible()
+
+
+@pytest.mark.parametrize(
+    ("nick", "told"),
+    [("", "enter a nickname"), ("  ", "enter a nickname"), ("n" * 25, "1 to 24 characters")],
+)
+def test_a_nickname_that_cannot_be_is_explained(open_page: Open, nick: str, told: str) -> None:
+    """The dialog stays open, and says what a nickname has to be."""
+    ada = open_page()
+    ada.get_by_label("Nickname").fill(nick)
+    ada.get_by_role("button", name="Join the room").click()
+    expect(ada.locator("#wrong")).to_contain_text(told)
+    ada.get_by_label("Nickname").fill("🎉" * 24)
+    ada.get_by_role("button", name="Join the room").click()
+    expect(people(ada)).to_have_text(["🎉" * 24])
+
+
+@pytest.mark.parametrize("locale", ["en-US", "de-DE", "ar-EG"])
+def test_times_look_alike(open_page: Open, locale: str) -> None:
+    """The server's clock and the messages' times have one format, whatever the browser's locale."""
+    ada = open_page("Ada", locale=locale)
+    say(ada, "one")
+    expect(ada.locator(".mine")).to_have_attribute("data-state", "")
+    expect(ada.locator(".clock")).to_be_visible()
+    for time_shown in (ada.locator("#clock"), ada.locator(".mine time")):
+        expect(time_shown).to_have_text(re.compile(r"^[0-9]{2}:[0-9]{2}:[0-9]{2}$"))
+
+
+def test_the_list_of_people_outlives_the_connection(open_page: Open, own_server: Server) -> None:
+    """While the server is away the list stays and is marked as old; then it is that of now."""
+    ada, bob = open_page("Ada", own_server), open_page("Bob", own_server)
+    expect(people(ada)).to_have_text(["Ada", "Bob"])
+    own_server.kill()
+    expect(ada.get_by_role("status")).to_have_text(re.compile("Connection lost|Connecting…"))
+    expect(people(ada)).to_have_text(["Ada", "Bob"])
+    expect(ada.get_by_text("before the connection was lost")).to_be_visible()
+    expect(ada.get_by_role("list", name="Here now")).to_contain_text("you")
+    bob.context.close()
+    own_server.start()
+    expect(ada.get_by_role("status")).to_have_text("Connected", timeout=2 * PATIENCE * 1000)
+    expect(people(ada)).to_have_text(["Ada"])
+    expect(ada.get_by_text("before the connection was lost")).to_be_hidden()
+
+
+def test_a_restart_brings_all_windows_back(open_page: Open, own_server: Server) -> None:
+    """SIGTERM closes with 1012; two windows of one person come back without a click."""
+    ada = open_page("Ada", own_server)
+    other = ada.context.new_page()
+    other.goto(ada.url)
+    for page in (ada, other):
+        expect(people(page)).to_have_text(["Ada", "Ada"])
+    own_server.stop()
+    own_server.start()
+    for page in (ada, other):
+        expect(page.get_by_role("status")).to_have_text("Connected", timeout=2 * PATIENCE * 1000)
+    say(other, "from the other window")
+    expect(bubble(ada, "from the other window")).to_have_count(1)
+    expect(ada.locator(".mine")).to_have_count(0)
 
 
 def take_screenshot(path: str) -> None:

@@ -474,6 +474,20 @@ async def test_a_program_without_an_app(broker: BrokerProcess) -> None:
     await until(lambda: asyncio.all_tasks() <= before)
 
 
+async def test_parallel_programs_without_an_app(broker: BrokerProcess) -> None:
+    """Each thread opens a hub of its own, as a view of a WSGI framework may."""
+    together = threading.Barrier(5)
+
+    async def tell(n: int) -> None:
+        async with Hub().open(broker.url) as own:
+            await asyncio.to_thread(together.wait, PATIENCE)
+            await own.send("room", Said(str(n)))
+
+    async with processes(broker.url, 1) as (one,), one.client(group="room") as client:
+        await asyncio.gather(*(asyncio.to_thread(asyncio.run, tell(n)) for n in range(5)))
+        assert sorted([text(await client.receive()) for _ in range(5)]) == list("01234")
+
+
 async def test_threads_reach_other_processes(broker: BrokerProcess) -> None:
     """In the order of their calls, with or without waiting for each."""
     async with processes(broker.url) as (one, two), two.client(group="room") as client:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import operator
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -236,6 +237,17 @@ async def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # In this process, where the coverage is seen
+
+
+def test_a_copied_file_is_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``python3 pachinko_cluster.py`` does what the installed command does."""
+    monkeypatch.setattr(sys, "argv", ["pachinko_cluster.py", "send", "memory://", "room", "said"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(pachinko_cluster.__file__), run_name="__main__")
+    assert end.value.code == 2
+    assert "reaches no other process" in capsys.readouterr().err
 
 
 async def call(*arguments: str) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import inspect
 import time
 from typing import Any
 
@@ -14,7 +17,7 @@ from support import PATIENCE, connect, new_app, serving, until
 from test_admission import Door, authenticate, bearer, endpoint
 
 import pachinko
-from pachinko import Close, Connection, Hub, MessageError, Pachinko
+from pachinko import Close, Connection, Hub, MessageError, Pachinko, PachinkoError
 
 
 async def test_it_expires() -> None:
@@ -205,3 +208,132 @@ async def test_the_clock_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> 
         assert not conn.closed
         ahead = 1000.0
         assert (await client.closed())[0] == 3401
+
+
+# Threads and event loops
+
+CALLS: dict[str, Any] = {
+    "send": lambda conn: conn.send("stray", {"n": 1}),
+    "close": lambda conn: conn.close(4000),
+    "join": lambda conn: conn.join("a"),
+    "leave": lambda conn: conn.leave("room"),
+}
+SET = {"user": "eve", "expires_at": 0.0}
+LIBRARYS_OWN = {"stop_expiry"}
+each_call = pytest.mark.parametrize("name", [*CALLS, *SET])
+
+
+def test_each_public_name_that_changes_something_is_tried() -> None:
+    """A method or a settable property that is added to a connection comes onto a list above."""
+    public = {name: value for name, value in vars(Connection).items() if not name.startswith("_")}
+    methods = {name for name, value in public.items() if inspect.isfunction(value)}
+    settable = {name for name, value in public.items() if getattr(value, "fset", None)}
+    assert methods - LIBRARYS_OWN == CALLS.keys() and settable == SET.keys()
+
+
+def in_a_thread(call: Any) -> None:
+    """Call it where no event loop runs."""
+    result = call()
+    if inspect.isawaitable(result):
+        asyncio.run(_awaited(result))
+
+
+def in_a_loop_of_a_thread(call: Any) -> None:
+    async def main() -> None:
+        result = call()
+        if inspect.isawaitable(result):
+            await result
+
+    asyncio.run(main())
+
+
+async def _awaited(result: Any) -> None:
+    await result
+
+
+@pytest.mark.parametrize("elsewhere", [in_a_thread, in_a_loop_of_a_thread])
+@each_call
+async def test_another_thread_is_refused_and_told_what_to_write(name: str, elsewhere: Any) -> None:
+    """Before anything is written or changed; reading is allowed."""
+    ws, conns = endpoint(), list[Connection]()
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        await conn.join("room")
+        conns.append(conn)
+
+    @ws.on("ping")
+    async def ping(conn: Connection) -> str:
+        return "pong"
+
+    def call() -> Any:
+        if name in CALLS:
+            return CALLS[name](conns[0])
+        setattr(conns[0], name, SET[name])
+        return None
+
+    def read() -> Any:
+        conn = conns[0]
+        names = conn.user, conn.groups, conn.closed, conn.close_code, conn.expires_at, repr(conn)
+        return names, ws._hub.connections, ws._hub.members("room"), ws._hub.groups, ws._hub.stats()
+
+    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+        await client.ask("ping")
+        before = read()
+        cure = rf'conn\.hub\.call_threadsafe\((conn\.{name}|setattr, conn, "{name}"), \.\.\.\)'
+        with pytest.raises(PachinkoError, match=cure):
+            await asyncio.to_thread(elsewhere, call)
+        assert await asyncio.to_thread(read) == before
+        assert (await client.ask("ping", id=2))["id"] == 2
+
+
+def test_another_loop_of_the_same_thread_is_refused() -> None:
+    """Its futures and timers would never wake who waits in the app's loop."""
+    ws, conns = endpoint(), list[Connection]()
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        conns.append(conn)
+
+    with asyncio.Runner() as apps, asyncio.Runner() as others:
+        stack = contextlib.AsyncExitStack()
+
+        async def start() -> Any:
+            server = await stack.enter_async_context(serving(ws._app))
+            client = await stack.enter_async_context(connect(f"{server.url}/ws"))
+            await until(lambda: ws._hub.connections)
+            return client
+
+        client = apps.run(start())
+        for name, call in CALLS.items():
+            with pytest.raises(PachinkoError, match=f"conn.{name}"):
+                others.run(_awaited(call(conns[0])))
+        conns[0].expires_at = None  # No loop runs at all: nobody is disturbed.
+        apps.run(conns[0].send("said"))
+        assert apps.run(client.receive()) == {"type": "said"}
+        apps.run(stack.aclose())
+
+
+async def test_call_threadsafe_takes_them() -> None:
+    """As the error says; a property is set by ``setattr``."""
+    ws, conns = endpoint(), list[Connection]()
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        conns.append(conn)
+
+    def work() -> None:
+        (conn,) = conns
+        hub, at = conn.hub, time.time() + PATIENCE * 10
+        hub.call_threadsafe(conn.join, "a").result(PATIENCE)
+        hub.call_threadsafe(conn.send, "said", {"n": 1}).result(PATIENCE)
+        hub.call_threadsafe(setattr, conn, "expires_at", at).result(PATIENCE)
+        assert conn.groups == {"a"} and conn.expires_at == at
+        hub.call_threadsafe(conn.leave, "a").result(PATIENCE)
+        hub.call_threadsafe(conn.close, 4000, "bye").result(PATIENCE)
+
+    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+        await until(lambda: ws._hub.connections)
+        await asyncio.to_thread(work)
+        assert await client.receive() == {"type": "said", "payload": {"n": 1}}
+        assert await client.closed() == (4000, "bye")

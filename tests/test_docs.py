@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -38,6 +39,7 @@ from support import PATIENCE, Server, connect, serving, until
 from websockets.exceptions import InvalidStatus
 
 import pachinko
+import pachinko_cluster
 from pachinko import Connection, Hub, Pachinko, PachinkoError, hub
 
 ROOT = Path(__file__).parent.parent
@@ -623,6 +625,26 @@ async def test_the_test_that_is_shown(falcon_page: Any) -> None:
     await falcon_page.test_where()
 
 
+async def test_what_workers_use_is_open(
+    falcon_page: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The page's worker starts behind the pool, which was added after its endpoint."""
+    states: list[bool] = []
+    startup = falcon_page.Pool.process_startup
+
+    async def slow(self: Any, scope: object, event: object) -> None:
+        states.append(bool(falcon_page.board._workers))
+        await asyncio.sleep(0.02)
+        await startup(self, scope, event)
+
+    monkeypatch.setattr(falcon_page.Pool, "process_startup", slow)
+    async with serving(falcon_page.app):
+        assert falcon_page.pool.is_open
+        await until(lambda: not falcon_page.board._workers)
+    assert states == [False] and not falcon_page.pool.is_open
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 @pytest.mark.parametrize("queue", [0, 4])
 async def test_attached_by_hand(falcon_page: Any, queue: int) -> None:
     """The app made without app and path works, whatever the size of the app's receive queue."""
@@ -957,6 +979,107 @@ def test_commands_exist(page: Path) -> None:
         extra = project["optional-dependencies"]["server"]
         wanted = {re.split(r"[<>=]", name)[0] for name in [*project["dependencies"], *extra]}
         assert set(line.replace('"', "").split()) == wanted
+
+
+# What people are told to type
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TELLS = [
+    *(page for page in PAGES if page.name != "CHANGELOG.md"),  # which tells what once was
+    *(Path(str(module.__file__)) for module in (pachinko, pachinko_cluster)),
+    *sorted(ROOT.glob("examples/**/*.py")),
+]
+INSTALL = re.compile(r'((?:[\w{}.]+ -m )?)pip install((?: (?:"[^"\n]+"|[\w.{}-][\w.{}\[\],-]*))+)')
+PROGRAMS = {
+    "curl", "nats", "nats-server", "nginx", "py-spy", "python3", "redis-cli", "sed", "set",
+    "systemctl", "uvicorn",
+}  # fmt: skip
+
+
+def on_the_index() -> set[str]:
+    """What the project itself installs from an index, and two programs beside it."""
+    tox = configparser.ConfigParser(interpolation=None)
+    tox.read(ROOT / "tox.ini")
+    deps = "\n".join(tox[section].get("deps", "") for section in tox.sections())
+    listed = [*PROJECT["dependencies"], *deps.split()]
+    listed += itertools.chain(*PROJECT["optional-dependencies"].values())
+    names = {re.split(r"[<>=;\[ ]", name)[0] for name in listed}
+    return (names | {"tox", "py-spy"}) - {PROJECT["name"]}
+
+
+@pytest.mark.parametrize("path", TELLS, ids=lambda path: path.name)
+def test_what_is_to_be_installed_can_be(path: Path) -> None:
+    """By ``python3 -m pip``, from the checkout or an index; the package itself is on none."""
+    text = path.read_text()
+    for python, arguments in INSTALL.findall(text):
+        assert python in ("python3 -m ", "{sys.executable} -m "), arguments
+        for argument in shlex.split(arguments):
+            name, _, extras = argument.partition("[")
+            if name == ".":
+                wanted = {extra for extra in extras.rstrip("]").split(",") if "{" not in extra}
+                assert wanted <= {"", *PROJECT["optional-dependencies"]}, argument
+            elif "{" not in name:  # The text in which that is filled in has a test of its own.
+                assert name in on_the_index(), argument
+    assert not re.search(rf"install [^\n`]*{PROJECT['name']}|{PROJECT['name']}\[", text)
+
+
+def commands() -> list[tuple[str, str]]:
+    """Each command of the pages, on one line, with the page's name."""
+    found: list[tuple[str, str]] = []
+    for page in (path for path in TELLS if path.suffix == ".md"):
+        lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").split("\n")
+        lines += [
+            span for span in spans(prose(page)) if re.match(r"(\w+=\S+ )?(python3?|pip|tox) ", span)
+        ]
+        parts = itertools.chain(*(re.split(r" && | & ?$", line) for line in lines))
+        found += [(part.strip(), page.name) for part in parts if part.strip()]
+    return found
+
+
+@pytest.mark.parametrize(("command", "page"), commands())
+def test_a_command_can_be_typed(command: str, page: str) -> None:
+    """It is a program that the page is about, or Python 3 with a module or file that is there."""
+    given, words = re.match(r"((?:\w+=\S+ )*)(.*)", command).groups()  # type: ignore[union-attr]  # any text matches
+    program, *rest = words.split()
+    if program == ".":
+        assert command == ". .venv/bin/activate"
+        return
+    assert program in PROGRAMS, command
+    if program == "uvicorn":
+        options = {option for param in uvicorn.main.params for option in param.opts}
+        assert {word for word in rest if word.startswith("--")} <= options
+    if program == "python3" and rest[0] == "-m":
+        module = rest[1].split(".")[-1]
+        assert (
+            rest[1] in ("pip", "tox", "venv", "cProfile")
+            or (ROOT / "benchmarks" / f"{module}.py").is_file()
+        )
+    elif program == "python3" and rest[0] not in ("-c", "serve.py", "pachinko_cluster.py"):
+        # The second is shown on its page. The wheel is tested in a tree without the companion.
+        assert (ROOT / rest[0]).is_file(), command
+    if "tox run -e" in command:
+        tox = configparser.ConfigParser(interpolation=None)
+        tox.read(ROOT / "tox.ini")
+        section = f"testenv:{command.split('-e ')[1].split()[0]}"
+        passed = tox[section]["pass_env"].split() if given else []
+        assert set(re.findall(r"(\w+)=", given)) <= set(passed), command
+
+
+def test_after_which_closes_clients_come_back() -> None:
+    """The page about deployment and both examples' pages name the same codes as final."""
+    rows = tables(ROOT / "docs" / "deployment.md", "Closed with", "Client")
+    final, busy = "[" + ", ".join(codes for codes, what in rows[:2]) + "]", rows[4][0]
+    assert all("stays away" in what for _, what in [*rows[:2], rows[3]])
+    chat, cluster = (
+        (ROOT / "examples" / name).read_text() for name in ("chat.html", "cluster/page.html")
+    )
+    assert f"  if ({final}.includes(code)) return true;" in chat
+    assert f"  if ({final}.includes(code)) return true;" in cluster
+    assert f"  return [{busy.partition(', 3500')[0]}].includes(code)" in chat
+    assert "[3408, 3429, 4408, 4429].includes(code)" in cluster
+    wait, last = re.findall(r"(?:BUSY|LAST)_WAIT = (\d+)e3;", chat)[::-1]
+    assert f"after {wait} seconds at first" in rows[4][1]
+    assert f"doubles up to {last} seconds" in (ROOT / "docs" / "deployment.md").read_text()
 
 
 def test_the_readme_says_how_long_the_chat_is() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import itertools
+import json
 import subprocess
 import sys
 import threading
@@ -263,6 +264,7 @@ async def test_stats_count_what_happened() -> None:
             "dropped": 0,
             "evicted": 0,
             "outbox_high_water": 0,
+            "late": 0,
             "refused": 0,
             "outages": 0,
             "broker_down": 0,
@@ -777,6 +779,140 @@ def test_a_loop_that_has_ended_without_a_shutdown_is_forgotten() -> None:
         hub.call_threadsafe(hub.stats)
     asyncio.run(start())
     assert hub.state.loop is not None and hub.process != first.process
+
+
+# In several threads at once
+
+
+def in_threads(work: Callable[[int], Any], count: int = 5) -> list[Any]:
+    """What *work* returns or raises in each of *count* threads that begin together."""
+    together = threading.Barrier(count)
+
+    def one(n: int) -> Any:
+        together.wait(PATIENCE)
+        try:
+            return work(n)
+        except Exception as exc:
+            return exc
+
+    with concurrent.futures.ThreadPoolExecutor(count) as threads:
+        return list(threads.map(one, range(count)))
+
+
+async def _send_in(hub: Hub, url: str | None, wait: Callable[[], Any] = lambda: None) -> str:
+    async with hub.open(url) as opened:
+        await asyncio.to_thread(wait)
+        await opened.send("room", "notice")
+    return "sent"
+
+
+def test_threads_open_hubs_of_their_own() -> None:
+    """As parallel requests of a WSGI server do, each with an event loop of its own."""
+    both = threading.Barrier(5)
+
+    def work(_: int) -> str:
+        return asyncio.run(_send_in(Hub(), "memory://", lambda: both.wait(PATIENCE)))
+
+    assert in_threads(work) == ["sent"] * 5
+
+
+@pytest.mark.parametrize("url", ["memory://", "memory://?namespace=b", None])
+def test_a_hub_that_is_open_in_another_thread_says_what_to_write(url: str | None) -> None:
+    """A call to that thread, or a hub of one's own; the one that is open goes on."""
+    hub, is_open, may_end = Hub(), threading.Event(), threading.Event()
+
+    def wait() -> None:
+        is_open.set()
+        may_end.wait(PATIENCE)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as first:
+        sent = first.submit(asyncio.run, _send_in(hub, "memory://", wait))
+        is_open.wait(PATIENCE)
+        with pytest.raises(PachinkoError) as caught:
+            asyncio.run(_send_in(hub, url))
+        may_end.set()
+        assert sent.result(PATIENCE) == "sent"
+    for advice in ("hub.call_threadsafe(hub.send, ...)", "async with Hub().open(...) as hub:"):
+        assert advice in str(caught.value)
+    assert asyncio.run(_send_in(hub, "memory://")) == "sent"
+
+
+def test_threads_that_open_one_hub_never_share_it_by_mistake() -> None:
+    """At any moment it is open in one thread; the others are refused, and nothing is left over."""
+    hub, switch = Hub(), sys.getswitchinterval()
+    open_in: set[int] = set()
+
+    async def use(n: int) -> None:
+        async with hub.open("memory://"):
+            open_in.add(n)
+            assert open_in == {n}
+            state = hub.state
+            assert state.loop is asyncio.get_running_loop()
+            await hub.send("room", "notice")
+            assert hub.state is state
+            open_in.discard(n)
+
+    def work(n: int) -> list[str]:
+        outcomes = list[str]()
+        for _ in range(60):
+            try:
+                asyncio.run(use(n))
+                outcomes.append("sent")
+            except PachinkoError as exc:
+                outcomes.append("refused" if "Hub().open(" in str(exc) else repr(exc))
+        return outcomes
+
+    sys.setswitchinterval(1e-6)
+    try:
+        outcomes = [each for some in in_threads(work) for each in some]
+    finally:
+        sys.setswitchinterval(switch)
+    assert set(outcomes) <= {"sent", "refused"} and "sent" in outcomes
+    assert hub.state.loop is None
+
+
+async def test_a_start_just_after_the_end_is_one_of_what_comes_next() -> None:
+    """A thread may have looked the state up before another one has ended it."""
+    hub, program = Hub(), object()
+    found = hub.state
+    await found.stop(object())
+    found.start(program, "memory://")
+    assert found.loop is None and hub.state.loop is asyncio.get_running_loop()
+    await hub.state.stop(program)
+    assert hub.state.loop is None
+
+
+async def test_any_thread_may_read() -> None:
+    """While connections, groups and counts change in the loop's thread."""
+    ws, is_over, results = endpoint(), threading.Event(), list[Any]()
+    hub, switch = ws._hub, sys.getswitchinterval()
+
+    def read() -> None:
+        try:
+            while not is_over.is_set():
+                results[:] = hub.connections, hub.members("a"), hub.groups, hub.stats()
+                assert not hub.draining and hub.process and hub.converter
+        except Exception as exc:
+            results[:] = [exc]
+
+    async with serving(ws._app) as server:
+        thread = threading.Thread(target=read)
+        sys.setswitchinterval(1e-6)
+        try:
+            thread.start()
+            for n in range(20):
+                async with contextlib.AsyncExitStack() as stack:
+                    for _ in range(5):
+                        client = await stack.enter_async_context(connect(server.url + "/ws/a"))
+                    for _ in range(5):
+                        await client.error(json.dumps({"type": f"unknown {n}"}))
+        finally:
+            is_over.set()
+            await asyncio.to_thread(thread.join)
+            sys.setswitchinterval(switch)
+    connections, members, groups, stats = results
+    assert len(connections) <= 5 and len(members) <= 5 and groups <= {"a"}
+    assert stats["errors"] >= 1
 
 
 # Private owners

