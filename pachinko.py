@@ -52,25 +52,27 @@ Map: each section, what it is for, and those above it that it uses.
         message)
     handlers — what a registered function takes, and finding it (uses: errors, types, envelope and
         message, codec, signatures)
+    scope — a context for each message, and what providers make for one call (uses: errors, types,
+        unions, signatures, handlers)
     handshake — who may connect: origins and tokens (uses: errors)
     limits — time, rate and the options that bound a connection (uses: errors)
     outbox — what waits to be written to one client (uses: envelope and message)
-    outgoing — writes to one connection, or one event to many (uses: errors, handshake, limits,
-        outbox)
+    outgoing — writes to one connection, or one event to many (uses: errors, scope, handshake,
+        limits, outbox)
     incoming — the reading half (uses: errors, envelope and message, handshake, outgoing)
     connection — what a handler gets (uses: errors, envelope and message, handshake, outbox)
     registry and relay — this process and all others (uses: errors, limits, outgoing, connection)
-    hub — reaches clients from any code (uses: errors, envelope and message, codec, limits,
-        outgoing, connection, registry and relay)
+    hub — reaches clients from any code (uses: errors, envelope and message, codec, scope, limits,
+        connection, registry and relay)
     outcomes — what an exception means (uses: errors, envelope and message, signatures, limits)
-    stream — a generator in progress (uses: limits)
+    stream — a generator in progress (uses: errors, scope, limits, outgoing)
     session — decode a message, call its handler, answer (uses: errors, envelope and message,
-        signatures, limits, outbox, outgoing, incoming, connection, outcomes, stream)
+        signatures, scope, limits, outbox, outgoing, incoming, connection, outcomes, stream)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         signatures, handshake, limits, outbox, outgoing, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        signatures, handlers, handshake, limits, outgoing, connection, registry and relay, hub,
-        outcomes, session, admission)
+        signatures, handlers, scope, handshake, limits, outgoing, connection, registry and relay,
+        hub, outcomes, session, admission)
 """
 
 from __future__ import annotations
@@ -81,6 +83,7 @@ import builtins
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import dataclasses
 import enum
 import functools
@@ -761,13 +764,22 @@ _EXACT: dict[Any, Callable[[Any], Any]] = {  # classes, and what makes one of a 
 _JSON_NAMES: dict[Any, str] = {dict: "object", list: "array", types.NoneType: "null"}
 
 
-@attrs.frozen
-class Envelope:
+class Envelope(msgspec.Struct, frozen=True):  # PERF: attrs' takes three times as long to make.
     """A message as middleware sees it."""
 
-    type: str
+    type: str  # "" for what the fallback or the binary handler takes
     payload: Any  # the handler gets this; a dict by name for keyword-only parameters
     id: Id | None = None
+    group: str | None = None
+    at: str | None = None
+
+
+def _refuse_change(*_: object) -> typing.NoReturn:
+    raise attrs.exceptions.FrozenInstanceError
+
+
+# msgspec would raise a plain `AttributeError`, and takes no method of this name from the class.
+setattr(Envelope, "__setattr__", _refuse_change)  # noqa: B010 - type checkers refuse to assign it
 
 
 class Frame(msgspec.Struct):
@@ -2705,6 +2717,8 @@ class Routes:
     errors: dict[type[Exception], Callable[..., Awaitable[Any]]] = attrs.Factory(dict)
     workers: list[Callable[[], Awaitable[None]]] = attrs.Factory(list)
     leases: dict[str, Callable[[], Awaitable[None]]] = attrs.Factory(dict)  # workers, by lease
+    providers: dict[Any, Provider] = attrs.Factory(dict)  # by the type that they provide
+    is_scoped: bool = False  # there is a middleware or a provider: each message has a context
     frames: list[FrameClass] = attrs.Factory(list)  # the classes of what `decode` returns
     # `decode` reads a text frame of a known type. A validator in a payload may raise anything.
     decode: Callable[[str], Received] = attrs.Factory(lambda: decoder_of(()))
@@ -2728,6 +2742,16 @@ class Routes:
         """Decode the first frame after handlers were added: make the decoder, and keep it."""
         self.decode = decoder_of(self.frames)
         return self.decode(text)
+
+    def add_middleware(self, function: Callable[..., Awaitable[Any]]) -> None:
+        """Put *function* around messages, inside of the others."""
+        self.middleware.append(function)
+        self.is_scoped = True
+
+    def add_provider(self, t: Any, provider: Provider) -> None:
+        """Pass what *provider* makes to the handlers that take a *t*."""
+        self.providers[t] = provider
+        self.is_scoped = True
 
     def set(self, name: str, function: F, example: str, what: str) -> F:
         """Check and set the one function for *name*; refuse a second one. Returns *function*."""
@@ -2765,6 +2789,222 @@ def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> N
             f"{what} has a handler: {place_of(first)}; and a second: {place_of(second)}. "
             f"Remove one, or let it handle another type"
         )
+
+
+# ── scope ─────────────────────────────────────────────────────────────────────────────────────
+#
+# A message has a context of its own where it has middleware or provided values. What belongs to no
+# client has an empty one. A provided value is made for one call of a handler, and closed after it.
+
+_PROVIDE = "@ws.provide\nasync def session(conn) -> AsyncIterator[Session]:\n    yield ..."
+_ITERATORS = (AsyncIterator, AsyncIterable, AsyncGenerator)
+_ENDED = object()  # no coroutine yields it
+_AROUND = (*_ITERATORS, Iterator, Iterable, Generator)  # what an annotation has around its type
+
+
+class Contexts:
+    """Runs coroutines one after the other in the current task, each in a context of its own.
+
+    PERF: a coroutine stepped from Python ends by a `StopIteration`, which costs three times what
+    the context does. So one generator, which does not end, steps all coroutines of a connection.
+    """
+
+    __slots__ = ("_send", "_throw")
+
+    def __init__(self) -> None:
+        steps: Any = _steps_of_many()
+        next(steps)
+        self._send, self._throw = steps.send, steps.throw
+
+    @types.coroutine
+    def run(self, work: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
+        """Await *work* in a copy of the current context."""
+        step = contextvars.copy_context().run
+        waits_for = step(self._send, work)
+        while waits_for is not _ENDED:
+            try:
+                value = yield waits_for
+            except BaseException as exc:  # The event loop throws in a cancellation, for example.
+                waits_for = step(self._throw, exc)
+            else:
+                waits_for = step(self._send, value)
+
+
+@types.coroutine
+def _steps_of_many() -> Generator[Any, Any, None]:
+    """Await each coroutine that is sent, and then yield `_ENDED`."""
+    while True:
+        work = yield _ENDED
+        yield from work
+
+
+def call_through(
+    middleware: list[Callable[..., Awaitable[Any]]], conn: Connection, envelope: Envelope,
+    innermost: Callable[[], Any],
+) -> Awaitable[Any]:  # fmt: skip
+    """Call the outermost *middleware*, or *innermost* if there is none."""
+    call_next = innermost
+    for each in middleware[:0:-1]:
+        call_next = functools.partial(each, conn, envelope, call_next)
+    return middleware[0](conn, envelope, call_next) if middleware else innermost()
+
+
+@contextlib.asynccontextmanager
+async def closing(items: AsyncGenerator[Any]) -> AsyncGenerator[AsyncGenerator[Any]]:
+    """Close *items* at the end of the block, whose own error counts."""
+    try:
+        yield items
+    finally:
+        try:
+            await items.aclose()
+        except BaseExceptionGroup as group:
+            # A `TaskGroup` around a `yield` takes the end of its generator for one of its errors.
+            rest = group.split(GeneratorExit)[1]
+            if rest is not None:
+                raise rest from None
+
+
+def create_detached_task(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Create a task in an empty context, for work that is not only the calling client's.
+
+    The task factory of the loop is not asked, as in `create_task`.
+    """
+    loop = asyncio.get_running_loop()
+    return asyncio.Task(work, loop=loop, context=contextvars.Context())
+
+
+@attrs.frozen(eq=False)
+class Provider:
+    """A function that makes the value of a type, for each call that takes it."""
+
+    function: Callable[..., Any]
+    takes: dict[str, Provider]  # what makes its own keyword-only parameters, by name
+    # For a generator it returns a context manager. Otherwise it is None.
+    manage: Callable[..., contextlib.AbstractAsyncContextManager[Any]] | None
+
+
+async def _provide(
+    takes: dict[str, Provider], conn: Connection, stack: contextlib.AsyncExitStack,
+    made: dict[Provider, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Return the values that *takes* names; *stack* closes them. Each is *made* once a call."""
+    for each in takes.values():
+        if each not in made:
+            values = await _provide(each.takes, conn, stack, made)
+            if each.manage is not None:
+                made[each] = await stack.enter_async_context(each.manage(conn, **values))
+            else:
+                made[each] = await each.function(conn, **values)
+    return {name: made[each] for name, each in takes.items()}
+
+
+def with_provided(
+    function: Callable[..., Any], providers: dict[Any, Provider], namespaces: Namespaces
+) -> Callable[..., Any]:
+    """Return *function*, or one that gives it what it takes of *providers*.
+
+    The signature of the one returned has the other parameters. Raises `PachinkoError`.
+    """
+    takes, streams = _taken(function, providers, namespaces), _is_generator(function)
+    if not takes:
+        return function
+
+    async def call(conn: Connection, /, *args: Any, **fields: Any) -> Any:
+        async with contextlib.AsyncExitStack() as stack:
+            fields |= await _provide(takes, conn, stack, {})
+            return await function(conn, *args, **fields)
+
+    async def stream(conn: Connection, /, *args: Any, **fields: Any) -> AsyncIterator[Any]:
+        async with contextlib.AsyncExitStack() as stack:
+            fields |= await _provide(takes, conn, stack, {})
+            async with closing(function(conn, *args, **fields)) as items:
+                async for item in items:
+                    yield item
+
+    outer: Any = functools.update_wrapper(stream if streams else call, function)
+    signature = signature_of(function)
+    left = [p for p in signature.parameters.values() if p.name not in takes]
+    outer.__signature__ = signature.replace(parameters=left)
+    return cast("Callable[..., Any]", outer)
+
+
+def _taken(
+    function: Callable[..., Any], providers: dict[Any, Provider], namespaces: Namespaces
+) -> dict[str, Provider]:
+    """Return what makes keyword-only parameters of *function*, by name."""
+    takes: dict[str, Provider] = {}
+    is_async = _is_generator(function) or is_called_as(function, inspect.iscoroutinefunction)
+    if not providers or not is_async:  # Whatever is not async is refused later.
+        return takes
+    parameters = list(signature_of(function).parameters.values())[1:]
+    name = getattr(function, "__name__", "handler")
+    hints = _hints_of(function, name, namespaces) if parameters else {}
+    for p in parameters:
+        t = hints.get(p.name)
+        inner = get_args(t) if origin_of(t) in (typing.Annotated, *_UNIONS) else ()
+        wanted = next((each for each in (t, *inner) if each in providers), None)
+        if wanted is not None and (wanted is not t or p.kind is not p.KEYWORD_ONLY):
+            raise PachinkoError(
+                f"{place_of(function)} takes `{as_code(p)}`. A provided value is passed to a "
+                f"keyword-only parameter of exactly its type; write `(conn, *, {p.name}: "
+                f"{shown(wanted)})`"
+            )
+        if wanted is not None:
+            takes[p.name] = providers[t]
+    return takes
+
+
+def _is_generator(function: Any) -> bool:
+    return is_called_as(function, inspect.isasyncgenfunction)
+
+
+def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tuple[Any, Provider]:
+    """Return the type that *function* provides, and its provider, or raise `PachinkoError`."""
+    streams, place = _is_generator(function), place_of(function)
+    if not streams and _is_generator(inspect.unwrap(function)):
+        raise PachinkoError(f"{place} is decorated; write it without @asynccontextmanager")
+    outer = with_provided(function, routes.providers, namespaces)
+    check_function(outer, _PROVIDE, 1, streams=True)
+    try:
+        declared = resolve(signature_of(function).return_annotation, scope_of(function, namespaces))
+    except Exception as exc:  # The annotation of an application may raise anything.
+        raise PachinkoError(f"{place} provides an unknown type: {why(exc)}") from exc
+    t = _provided_type(function, declared)
+    if (first := routes.providers.get(t)) is not None:
+        raise PachinkoError(
+            f"{shown(t)} has a provider: {place_of(first.function)}; and a second: {place}. "
+            f"Remove one, or give each a type of its own, by typing.NewType for example"
+        )
+    for handler in routes.handlers.values():
+        fields = {} if handler.defaults is None else handler.annotation.__annotations__
+        found = [get_args(a)[0] if is_qualified(a) else a for a in fields.values()]
+        if t in (handler.annotation, *found):
+            raise PachinkoError(
+                f"{place_of(handler.function)} takes {shown(t)} from its payload; register "
+                f"{place} above the handlers that take what it provides"
+            )
+    manage = contextlib.asynccontextmanager(function) if streams else None
+    return t, Provider(function, _taken(function, routes.providers, namespaces), manage)
+
+
+def _provided_type(function: Any, t: Any) -> Any:
+    """Return what *function*, whose return annotation is *t*, provides, or raise."""
+    streams, name = _is_generator(function), getattr(function, "__name__", "provider")
+    is_around = origin_of(t) in _AROUND and bool(get_args(t))
+    inner = get_args(t)[0] if is_around else t
+    written, refused, module = "Session", None, getattr(class_of(inner), "__module__", None)
+    if inner in (_EMPTY, types.NoneType) or class_of(inner) in _AROUND:
+        refused = "does not say what it provides"
+    elif inner in (Any, object) or is_leaf(inner) or module in ("builtins", "collections.abc"):
+        refused = f"provides {shown(inner)}, as payloads have it, and not a type of its own"
+    elif (origin_of(t) in _ITERATORS) is not streams or is_around is not streams:
+        written, refused = shown(inner), f"{'has a' if streams else 'has no'} `yield`"
+    if refused is not None:
+        written = f"AsyncIterator[{written}]" if streams else written
+        raise PachinkoError(
+            f"{place_of(function)} {refused}; write `async def {name}(conn) -> {written}`"
+        )
+    return inner
 
 
 # ── handshake ─────────────────────────────────────────────────────────────────────────────────
@@ -3215,11 +3455,12 @@ def create_task(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
 
 
 def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """Start a task and run it up to where it first waits; before Python 3.12, start it plainly."""
+    """Start a detached task. From Python 3.12 on, run it up to where it first waits."""
     if sys.version_info >= (3, 12):
-        return asyncio.Task(coroutine, loop=asyncio.get_running_loop(), eager_start=True)
+        loop, context = asyncio.get_running_loop(), contextvars.Context()
+        return asyncio.Task(coroutine, loop=loop, eager_start=True, context=context)
     else:
-        return create_task(coroutine)
+        return create_detached_task(coroutine)
 
 
 # Only these three functions have Falcon's private names, which `tests/test_falcon_names.py` pins.
@@ -3580,7 +3821,8 @@ def write_batches(receivers: list[Outgoing], event: Event, left: list[Outgoing])
         del receivers[-_TURN:]
         start_task(Outgoing.write_each(batch, event))
         if batch or receivers:  # An eager task may have written all.
-            asyncio.get_running_loop().call_soon(write_batches, receivers, event, batch)
+            soon, context = asyncio.get_running_loop().call_soon, contextvars.Context()
+            soon(write_batches, receivers, event, batch, context=context)
 
 
 # ── incoming ──────────────────────────────────────────────────────────────────────────────────
@@ -4641,7 +4883,7 @@ class Hub:
         self._check()
         # A task of its own does it: the caller may be a handler, and cancelled with its client.
         work = self.state.close_all(seconds, asyncio.current_task())
-        self.state.drains.append(task := create_task(work))
+        self.state.drains.append(task := create_detached_task(work))
         await asyncio.shield(task)
 
     @typing.overload
@@ -4865,6 +5107,21 @@ def log_failure(what: str, exc: BaseException, id: str | None, type: str | None 
         logger.error("%s failed", what, exc_info=exc, extra=extra)
 
 
+async def in_time(seconds: float | None, function: Callable[..., Any], call: Awaitable[T]) -> T:
+    """Return what *call*, of *function*, returns within so many seconds, or whenever it does."""
+    if seconds is None:
+        return await call
+    limit = TimeLimit(asyncio.get_running_loop().time() + seconds)
+    try:
+        with limit:
+            return await call
+    except TimeoutError:
+        if not limit.expired:  # The error is the handler's own.
+            raise
+    logger.warning("%s was stopped after %g s", place_of(function), seconds)
+    raise MessageError("handler_timeout", f"not done within {seconds:g} s")
+
+
 # ── stream ────────────────────────────────────────────────────────────────────────────────────
 #
 # A handler that yields is a stream. It runs in a task of its own, and the client may stop it.
@@ -4877,6 +5134,7 @@ class Stream:
     """A generator in progress, whose items go to the client one by one."""
 
     is_stopped: bool = False  # the client wants no more of it, or has gone
+    has_begun: bool = False  # its handler was called, and not only middleware
     task: asyncio.Task[Any] | None = None  # the task that runs it
     _is_cancellable: bool = False
 
@@ -4886,43 +5144,54 @@ class Stream:
             self.task.cancel()
         self.is_stopped = True
 
-    async def run(
-        self, call: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
-    ) -> Any:
-        """Give *send* the items of the generator that *call* returns; return what it returns."""
+    async def run(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        """Return what *call* returns, which is the stream with the middleware around it."""
         if self.is_stopped:
             return None
         self.task, self._is_cancellable = current_task(), True
         try:
-            items = await call()
-            if isinstance(items, AsyncIterator):
-                async with _closing(cast("AsyncGenerator[Any]", items)):
-                    try:
-                        async for item in items:
-                            if self.is_stopped:  # The generator has caught its cancellation.
-                                raise asyncio.CancelledError
-                            await send(item)
-                            await asyncio.sleep(0)  # Some generators never wait.
-                    finally:  # The clean-up of the generator is not cancelled.
-                        self._is_cancellable = False
-            return items
+            return await call()
         finally:
             self.task = None  # A task keeps its error, and with it stack frames.
 
+    async def send_all(
+        self, call: Callable[[], AsyncGenerator[Any]], send: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """Give *send* the items of the generator that *call* returns. It runs once."""
+        if self.has_begun:
+            raise PachinkoError("a stream cannot be repeated; await call_next() once")
+        if self.is_stopped:  # The middleware has caught its cancellation.
+            raise asyncio.CancelledError
+        self.has_begun = True
+        async with closing(call()) as items:
+            try:
+                async for item in items:
+                    if self.is_stopped:  # The generator has caught its cancellation.
+                        raise asyncio.CancelledError
+                    await send(item)
+                    await asyncio.sleep(0)  # Some generators never wait.
+            finally:  # The clean-up of the generator, and of the middleware, is not cancelled.
+                self._is_cancellable = False
 
-@contextlib.asynccontextmanager
-async def _closing(items: AsyncGenerator[Any]) -> AsyncGenerator[None]:
-    """Close *items* at the end of the block, whose own error counts."""
+
+async def end_tasks(
+    tasks: Set[asyncio.Task[None]], streams: Mapping[Id, Stream], end: float, linger: float,
+    id: str,
+) -> None:  # fmt: skip
+    """Give *tasks* up to *end* on the loop's clock. Those of *streams* have been cancelled."""
+    left = end - asyncio.get_running_loop().time()
     try:
-        yield
+        await asyncio.wait(tasks, timeout=0 if current_task().cancelling() else max(0, left))
     finally:
-        try:
-            await items.aclose()
-        except BaseExceptionGroup as group:
-            # A `TaskGroup` around a `yield` takes the end of its generator for one of its errors.
-            rest = group.split(GeneratorExit)[1]
-            if rest is not None:
-                raise rest from None
+        left_streams = {stream.task for stream in streams.values()}
+        for task in tasks:
+            # A cancelled stream may clean up. Any other handler may have caught a time-out.
+            if task not in left_streams or not task.cancelling():
+                task.cancel()
+    patience = _GOODBYE if current_task().cancelling() else max(_GOODBYE, linger)
+    _, stuck = await asyncio.wait(tasks, timeout=patience)
+    for task in stuck:
+        logger.error("a handler ignores its cancellation: %r", task, extra={"connection_id": id})
 
 
 # ── session ───────────────────────────────────────────────────────────────────────────────────
@@ -4935,8 +5204,8 @@ class Session:
     """What one connection does: the handler in progress, its streams, tasks and limits."""
 
     __slots__ = (
-        "_ended", "_hub_state", "_is_serving", "_life", "_limits", "_rate", "_streams", "conn",
-        "ends", "incoming", "is_handling", "outgoing", "routes", "tasks",
+        "_contexts", "_ended", "_hub_state", "_is_serving", "_life", "_limits", "_rate", "_streams",
+        "conn", "ends", "incoming", "is_handling", "outgoing", "routes", "tasks",
     )  # fmt: skip
 
     def __init__(
@@ -4956,6 +5225,7 @@ class Session:
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
         self.ends: tuple[End, ...] = ()  # of the connect handlers, in their order
         self._streams: dict[Id, Stream] = _NONE
+        self._contexts: Contexts | None = None  # of messages, if these have their own
         self._rate = Rate(*limits.rate) if limits.rate is not None else None
         self._life: TimeLimit | None = None  # bounds the code in progress
         self._ended: float = 0.0  # when messages ceased to flow, on the loop's clock
@@ -5064,7 +5334,7 @@ class Session:
         is_cancelled, rate, self.is_handling = current_task().cancelling, self._rate, False
         self._is_serving = True
         # No text of at most this length is too deep or too large: a character has up to 4 bytes.
-        max_size = self._limits.max_size
+        max_size, is_timed = self._limits.max_size, self._limits.handler_timeout is not None
         short = min(2 * _MAX_DEPTH, max_size // 4)
         while True:
             event = text = message = None  # A frame may be large, and the next one may be late.
@@ -5090,6 +5360,8 @@ class Session:
                         await self._refuse(event)
                     elif rate is not None or handler.is_concurrent:
                         await self._handle(event, handler, message)
+                    elif is_timed or routes.is_scoped:
+                        await self._perform_apart(handler, message)
                     else:
                         await self._perform(handler, message)
             self.is_handling = False
@@ -5102,6 +5374,8 @@ class Session:
             await self._refuse_rate(wait, message.id, handler.type)
         elif handler.is_concurrent:
             await self._start_task(handler, message)
+        elif self.routes.is_scoped or self._limits.handler_timeout is not None:
+            await self._perform_apart(handler, message)
         else:
             await self._perform(handler, message)
 
@@ -5119,19 +5393,20 @@ class Session:
         else:
             await self._handle_raw(binary, event["bytes"])
 
-    async def _perform(self, handler: Handler, message: Received) -> None:
-        """Run a handler that answers once, and answer."""
+    async def _perform(self, handler: Handler, message: Received, is_plain: bool = True) -> None:
+        """Run a handler that answers once, and answer; *is_plain* if nothing is around it."""
         try:
             value = message.payload
-            if self._limits.handler_timeout is not None:
-                result = await self._in_time(handler.function, self._call(handler, message))
-            elif (
-                message.is_built and not self.routes.middleware
+            if (
+                is_plain and message.is_built
                 and (value is not UNSET or not handler.takes_payload)
             ):  # fmt: skip
                 result = await handler.call(self.conn, value)
             else:
-                result = await self._call(handler, message)
+                work = self._call(handler, message)
+                if (seconds := self._limits.handler_timeout) is not None:
+                    work = in_time(seconds, handler.function, work)
+                result = await work
             if result is not None or message.id is not None:
                 rest = self.outgoing.start(self._reply(handler, message.id, result))
                 if rest is not None:
@@ -5139,43 +5414,47 @@ class Session:
         except BaseException as exc:  # A bug is answered, not passed on.
             await self._fail(exc, handler.type, message.id)
 
-    async def _call(self, handler: Handler, message: Received) -> Any:
-        """Return what the handler returns, through the middleware; for a stream its generator."""
+    def _perform_apart(self, handler: Handler, message: Received) -> Awaitable[None]:
+        """Perform with a time limit, with middleware, or with provided values."""
+        work = self._perform(handler, message, False)
+        # A renewal may set variables for the messages behind it.
+        return work if handler.type == "authenticate" else self._in_scope(work)
+
+    def _in_scope(self, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
+        """Return *work*, to be run in a context of its own if messages have one."""
+        if not self.routes.is_scoped:
+            return work
+        self._contexts = contexts = self._contexts or Contexts()
+        return contexts.run(work)
+
+    def _call(
+        self, handler: Handler, message: Received, stream: Stream | None = None
+    ) -> Awaitable[Any]:
+        """Call the handler, through the middleware. The items of a *stream* are sent."""
         value = message.payload
         if value is UNSET or not message.is_built:
             value = handler.structure(value, self._hub_state.codec)
-
-        async def innermost() -> Any:
-            result = handler.call(self.conn, value)
-            return result if handler.streams else await result
-
-        call_next: Callable[[], Awaitable[Any]] = innermost
+        innermost: Callable[[], Any] = functools.partial(handler.call, self.conn, value)
+        if stream is not None:
+            send = functools.partial(self._send_item, handler, message.id)
+            innermost = functools.partial(stream.send_all, innermost, send)
         # No middleware sees a renewal, because its token is nobody else's business.
-        if self.routes.middleware and handler.type != "authenticate":
-            payload = value if handler.defaults is None else {**handler.defaults, **value}
-            envelope = Envelope(handler.type, payload, message.id)
-            for middleware in reversed(self.routes.middleware):
-                call_next = functools.partial(middleware, self.conn, envelope, call_next)
-        return await call_next()
+        if not self.routes.middleware or handler.type == "authenticate":
+            return cast("Awaitable[Any]", innermost())
+        payload = value if handler.defaults is None else {**handler.defaults, **value}
+        envelope = Envelope(handler.type, payload, message.id)
+        return call_through(self.routes.middleware, self.conn, envelope, innermost)
 
-    async def _in_time(self, function: Callable[..., Any], call: Awaitable[T]) -> T:
-        """Return what *call*, of *function*, returns within `handler_timeout`, if there is one."""
-        if (seconds := self._limits.handler_timeout) is None:
-            return await call
-        limit = TimeLimit(asyncio.get_running_loop().time() + seconds)
-        try:
-            with limit:
-                return await call
-        except TimeoutError:
-            if not limit.expired:  # The error is the handler's own.
-                raise
-        logger.warning("%s was stopped after %g s", place_of(function), seconds)
-        raise MessageError("handler_timeout", f"not done within {seconds:g} s")
-
-    async def _handle_raw(self, function: Callable[..., Any], data: str | bytes) -> None:
+    def _handle_raw(self, function: Callable[..., Any], data: str | bytes) -> Awaitable[None]:
         """Call the fallback or the binary handler, and send what it returns."""
+        return self._in_scope(self._perform_raw(function, data))
+
+    async def _perform_raw(self, function: Callable[..., Any], data: str | bytes) -> None:
         try:
-            result = await self._in_time(function, function(self.conn, data))
+            innermost = functools.partial(function, self.conn, data)
+            envelope, middleware = Envelope("", data), self.routes.middleware
+            work = call_through(middleware, self.conn, envelope, innermost)
+            result = await in_time(self._limits.handler_timeout, function, work)
             if result is not None:
                 if message_type(type(result)) is None:
                     raise TypeError(f"{place_of(function)} may return a @message object or None")
@@ -5252,7 +5531,7 @@ class Session:
             self._streams[cast(Id, id)] = stream
             work = self._stream(handler, message, stream)
         else:
-            work = self._perform(handler, message)
+            work = self._perform(handler, message, is_plain=False)
         task = create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -5262,13 +5541,10 @@ class Session:
         id = cast(Id, message.id)
         try:
             try:
-                result = await stream.run(
-                    lambda: self._call(handler, message),
-                    lambda item: self.outgoing.send(self._reply(handler, id, item, more=True)),
-                )
+                result = await stream.run(lambda: self._call(handler, message, stream))
             finally:  # The id is free before the final answer is on its way.
                 del self._streams[id]
-            if not (stream.is_stopped or isinstance(result, AsyncIterator)):
+            if not (stream.is_stopped or stream.has_begun):
                 await self._answer(handler.type, id, result)  # A middleware has returned it.
                 return
         except BaseException as exc:  # A bug is answered, not passed on.
@@ -5279,6 +5555,9 @@ class Session:
                 await self._fail(exc, handler.type, id)
                 return
         await self._send(_encode(Sent("complete", id)))
+
+    def _send_item(self, handler: Handler, id: Id | None, item: object) -> Awaitable[None]:
+        return self.outgoing.send(self._reply(handler, id, item, more=True))
 
     def _reply(self, handler: Handler, id: Id | None, value: object, more: bool = False) -> Event:
         """Return the event that answers with *value*. The writer for its class is found once."""
@@ -5384,22 +5663,8 @@ class Session:
         return is_ending
 
     async def _end_tasks(self, conn: Connection) -> None:
-        """Give concurrent handlers the rest of `linger`. Streams have been cancelled already."""
-        tasks, end = frozenset(self.tasks), self._ended + self._limits.linger
-        left = end - asyncio.get_running_loop().time()
-        try:
-            await asyncio.wait(tasks, timeout=0 if current_task().cancelling() else max(0, left))
-        finally:
-            streams = {stream.task for stream in self._streams.values()}
-            for task in tasks:
-                # A cancelled stream may clean up. Any other handler may have caught a time-out.
-                if task not in streams or not task.cancelling():
-                    task.cancel()
-        patience = _GOODBYE if current_task().cancelling() else max(_GOODBYE, self._limits.linger)
-        _, stuck = await asyncio.wait(tasks, timeout=patience)
-        for task in stuck:
-            extra = {"connection_id": conn.id}
-            logger.error("a handler ignores its cancellation: %r", task, extra=extra)
+        tasks, linger = frozenset(self.tasks), self._limits.linger
+        await end_tasks(tasks, self._streams, self._ended + linger, linger, conn.id)
 
     def forget(self) -> None:
         """Take the connection out of the hub."""
@@ -5753,8 +6018,10 @@ class Pachinko:
         within *connect_timeout* seconds. *f* may have one ``yield``: what stands behind it runs
         after the disconnect handlers, the last handler's first, or when a later one refuses.
         """
+        namespaces = caller_namespaces()
+        outer = with_provided(function, self._routes.providers, namespaces)
         self._routes.connect.append(
-            read_connect(function, self._path, namespaces=caller_namespaces(), app=self._app)
+            read_connect(outer, self._path, namespaces=namespaces, app=self._app)
         )
         return function
 
@@ -5765,8 +6032,9 @@ class Pachinko:
         with 3000 and its status, a bug with 1011. Disconnect handlers run in each case.
         """
         namespaces = caller_namespaces()
+        outer = with_provided(function, self._routes.providers, namespaces)
         self._routes.accepted.append(
-            read_connect(function, self._path, "accepted", namespaces=namespaces, app=self._app)
+            read_connect(outer, self._path, "accepted", namespaces=namespaces, app=self._app)
         )
         return function
 
@@ -5852,6 +6120,7 @@ class Pachinko:
     ) -> Handler:
         """Check *function* as the handler of *type*, without adding it."""
         check_type(type)
+        function = with_provided(function, self._routes.providers, namespaces)
         if (first := self._routes.handlers.get(type)) is not None:
             refuse_second(first.function, function, repr(type))
         params, codec = path_parameters(self._path or ""), self._hub.state.codec
@@ -5863,33 +6132,54 @@ class Pachinko:
 
     def disconnect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn)`` once at the end, with ``conn.close_code`` and its groups."""
-        check_function(function, DISCONNECT, 1)
-        self._routes.disconnect.append(function)
+        outer = with_provided(function, self._routes.providers, caller_namespaces())
+        check_function(outer, DISCONNECT, 1)
+        self._routes.disconnect.append(outer)
         return function
 
     def fallback(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, frame: str)`` the text that no handler takes."""
         example = "@ws.fallback\nasync def other(conn, frame: str): ..."
-        check_function(function, example, 2)
-        check_taken(function, str, caller_namespaces(), example, replies=False)
-        return self._routes.set("fallback", function, example, "the fallback")
+        namespaces = caller_namespaces()
+        outer = with_provided(function, self._routes.providers, namespaces)
+        check_function(outer, example, 2)
+        check_taken(outer, str, namespaces, example, replies=False)
+        self._routes.set("fallback", outer, example, "the fallback")
+        return function
 
     def binary(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, data: bytes)`` the binary frames."""
         example = "@ws.binary\nasync def upload(conn, data: bytes): ..."
-        check_function(function, example, 2)
-        check_taken(function, bytes, caller_namespaces(), example, replies=False)
-        return self._routes.set("binary", function, example, "binary")
+        namespaces = caller_namespaces()
+        outer = with_provided(function, self._routes.providers, namespaces)
+        check_function(outer, example, 2)
+        check_taken(outer, bytes, namespaces, example, replies=False)
+        self._routes.set("binary", outer, example, "binary")
+        return function
 
     def middleware(self, function: F = _NO_FUNCTION) -> F:
-        """Put ``async def f(conn, envelope, call_next)`` around message handlers.
+        """Put ``async def f(conn, envelope, call_next)`` around each message, in its own context.
 
-        ``await call_next()`` gives what the handler returned; what *f* returns is the answer. The
-        first registered is the outermost.
+        ``await call_next()`` gives what the handler returned; what *f* returns is the answer. For
+        a stream it sends the items and gives None; what *f* returns counts if it was not called.
+        The fallback and the binary handler take a message of the type ``""``. The first registered
+        is the outermost.
         """
         example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
         check_function(function, f"@ws.middleware\n{example}", 3)
-        self._routes.middleware.append(function)
+        self._routes.add_middleware(function)
+        return function
+
+    def provide(self, function: F = _NO_FUNCTION) -> F:
+        """Provide the values of a type T, by ``async def f(conn) -> AsyncIterator[T]: yield …``.
+
+        A keyword-only parameter annotated with exactly T gets one, and never a client's: in
+        message, connect, disconnect, fallback and binary handlers and in providers that are
+        registered later. It is made once a call. What stands behind the ``yield`` runs after the
+        call or the last item of a stream, and an error is raised at the ``yield``. ``async def
+        f(conn) -> T`` has nothing to close. Raises `PachinkoError`.
+        """
+        self._routes.add_provider(*read_provider(function, self._routes, caller_namespaces()))
         return function
 
     def error(self, exception: type[Exception]) -> Callable[[F], F]:
@@ -5973,17 +6263,18 @@ class Pachinko:
         handlers, connect, disconnect = list[Handler](), list[Any](), list[Any]()
         accepted = list[Any]()
         for name, method in read_resource(prefix, resource):
+            outer = with_provided(method, self._routes.providers, namespaces)
             if name == "connect":
                 connect.append(
-                    read_connect(method, self._path, namespaces=namespaces, app=self._app)
+                    read_connect(outer, self._path, namespaces=namespaces, app=self._app)
                 )
             elif name == "accepted":
                 accepted.append(
-                    read_connect(method, self._path, name, namespaces=namespaces, app=self._app)
+                    read_connect(outer, self._path, name, namespaces=namespaces, app=self._app)
                 )
             elif name == "disconnect":
-                check_function(method, DISCONNECT, 1)
-                disconnect.append(method)
+                check_function(outer, DISCONNECT, 1)
+                disconnect.append(outer)
             else:
                 type = f"{prefix}.{name}"
                 handlers.append(self._read_handler(type, method, namespaces, None, False))
@@ -6112,7 +6403,7 @@ class Pachinko:
         """Start once in each loop: with the lifespan, or else with the first connection."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            self._hub.state.start(self)
+            contextvars.Context().run(self._hub.state.start, self)
             if self._hub.state.broker is None:
                 _warn_of_workers()
             self._loop, self._runs, self._is_working = loop, 0, False
@@ -6126,7 +6417,7 @@ class Pachinko:
                 self._start_worker(function)
 
     def _start_worker(self, function: Callable[[], Awaitable[None]]) -> None:
-        task = create_task(_keep_working(function))
+        task = create_detached_task(_keep_working(function))
         self._workers.add(task)
         task.add_done_callback(self._workers.discard)
 

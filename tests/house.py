@@ -90,6 +90,8 @@ STORED = {
     "expires_at": "of a connection: a property, as an application sets it",
     "_state": "of Falcon's socket, which has not seen the end",
     "_close_code": "of Falcon's socket, which has not seen the end",
+    "__setattr__": "of the class of envelopes, which raises what attrs raises",
+    "__signature__": "of a function around a handler, which takes less than the handler",
     "_max_queue": "of Falcon's socket, whose queue is switched off",
     "_asgi_receive": "of Falcon's socket, whose queue is switched off",
 }

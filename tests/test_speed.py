@@ -26,7 +26,7 @@ LIMITS = [
     ("message without a reply", "instructions", 157),
     ("message without a reply", "C calls", 4),
     ("middleware", "instructions", 405),
-    ("middleware", "C calls", 7),
+    ("middleware", "C calls", 9),
     ("an unknown type", "instructions", 465),
     ("an unknown type", "C calls", 16),
     ("handler that suspends", "in pachinko.py", 415),  # as above

@@ -166,8 +166,25 @@ async def timed(
 ) -> Any:
     assert_type(envelope.type, str)
     assert_type(envelope.id, str | int | None)
+    assert_type(envelope.group, str | None)
+    assert_type(envelope.at, str | None)
     envelope.id = 5  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
     return await call_next()
+
+
+class Database: ...
+
+
+@ws.provide
+async def database(conn: Connection) -> AsyncIterator[Database]:
+    yield Database()
+
+
+unchanged: Callable[[Connection], AsyncIterator[Database]] = database
+
+
+@ws.on("look")
+async def look(conn: Connection, *, database: Database) -> None: ...
 
 
 @ws.error(ZeroDivisionError)
