@@ -5279,9 +5279,7 @@ class Session:
             handler = self.routes.handlers.get(frame.type)
             if handler is not None and handler.is_concurrent:
                 with contextlib.suppress(Exception, SystemExit):  # It is refused in its turn.
-                    message = self.routes.decode(event["text"])
-                    if message.handler is handler:
-                        return self._handle(event, handler, message)
+                    return self._handle(event, handler, self.routes.decode(event["text"]))
         if (wait := self._wait_for_rate(event)) > 0:
             return self._refuse_rate(wait, None if frame is None else frame.id)
         return None
