@@ -2821,13 +2821,20 @@ class Contexts:
         """Await *work* in a copy of the current context."""
         step = contextvars.copy_context().run
         waits_for = step(self._send, work)
-        while waits_for is not _ENDED:
-            try:
-                value = yield waits_for
-            except BaseException as exc:  # The event loop throws in a cancellation, for example.
-                waits_for = step(self._throw, exc)
-            else:
-                waits_for = step(self._send, value)
+        value, thrown = None, None
+        try:
+            while waits_for is not _ENDED:
+                try:
+                    value = yield waits_for
+                except (
+                    BaseException
+                ) as exc:  # The event loop throws in a cancellation, for example.
+                    thrown = exc
+                # In the ``except`` block, *exc* would become the context of any error.
+                waits_for = step(self._send, value) if thrown is None else step(self._throw, thrown)
+                thrown = None
+        finally:
+            del thrown  # It refers to this frame, in a cycle.
 
 
 @types.coroutine
@@ -3433,16 +3440,20 @@ def rest_of(steps: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, A
     if not hasattr(steps, "throw"):  # What granian's send returns has nothing but `__next__`.
         yield waits_for
         return (yield from steps)
+    value, thrown = None, None
     try:
         while True:
             try:
                 value = yield waits_for
             except BaseException as exc:  # The event loop throws in a cancellation, for example.
-                waits_for = steps.throw(exc)
-            else:
-                waits_for = steps.send(value)
+                thrown = exc
+            # In the ``except`` block, *exc* would become the context of any error that comes out.
+            waits_for = steps.send(value) if thrown is None else steps.throw(thrown)
+            thrown = None
     except StopIteration as end:
         return end.value
+    finally:
+        del thrown  # It refers to this frame, in a cycle.
 
 
 def create_task(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
