@@ -746,6 +746,7 @@ _BRACKETS_AND_IDS = re.compile(
     rf'|(?:(?!{_ID}\s*+:){_STRING}?|[^][{{}}"]++)++',
     re.DOTALL,
 )
+_MAX_STEPS = 20_000  # that look for the id of a frame that is no JSON: some 20 milliseconds
 _RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
 _EXACT: dict[Any, Callable[[Any], Any]] = {  # classes, and what makes one of a subclass's value
     str: str.__str__,
@@ -887,7 +888,7 @@ def is_too_deep(text: str) -> bool:
 def id_in(text: str) -> Id | None:
     """Return the id in *text*, an object that is not read as JSON; None if there is none."""
     depth, found = 0, None
-    for match in _BRACKETS_AND_IDS.finditer(text):
+    for match in itertools.islice(_BRACKETS_AND_IDS.finditer(text), _MAX_STEPS):
         if match[1]:
             depth += len(match[1]) * (1 if match[1][0] in "[{" else -1)
             if depth <= 0:

@@ -5,6 +5,8 @@ import dataclasses
 import enum
 import json
 import re
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypedDict
 
 import attrs
@@ -14,6 +16,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import pachinko
+from pachinko import _BRACKETS_AND_IDS as BRACKETS_AND_IDS
 from pachinko import _MAX_DEPTH as MAX_DEPTH
 from pachinko import (
     BadFrame,
@@ -266,6 +270,28 @@ def test_the_id_is_the_frames_own_and_a_legal_one(text: str, id: Any) -> None:
     """An id inside of the payload, one that is cut off, and what is no id are not answered."""
     bad = refused(text)
     assert (bad.code, bad.id) == ("invalid_json", id)
+
+
+MIB = 1 << 20
+BUSY = [
+    ("[]", 7), ("{}", 7), ("[1],", 7), ('{"id":1},', 7), ('"a":[{}],', 7), (",", 7), ('"', 7),
+    ('"id":1,', 1), (r'"\u0069d":"a",', "a"), ('"id":', None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("busy", "id"), BUSY)
+def test_reading_an_id_takes_few_steps(busy: str, id: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame of 1 MiB holds nobody up, and an early id in it is found."""
+    text, steps = f'{{"id":7,"a":{(busy * MIB)[:MIB]}', []
+
+    def finditer(text: str) -> Iterator[re.Match[str]]:
+        for match in BRACKETS_AND_IDS.finditer(text):
+            steps.append(match.end())
+            yield match
+
+    monkeypatch.setattr(pachinko, "_BRACKETS_AND_IDS", SimpleNamespace(finditer=finditer))
+    assert id_in(text) == id
+    assert len(steps) <= 20_000
 
 
 @given(st.text('[]{}",:\\id 1', max_size=40))
