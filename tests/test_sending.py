@@ -1289,6 +1289,7 @@ UNSENDABLE: list[tuple[Any, str]] = [
     ({"items": [1, 2, 3, {"when": Odd()}]}, "$.payload.items[3].when: cannot send a Odd"),
     ({"a b": (1, {"": Odd()})}, '$.payload["a b"][1][""]: cannot send a Odd'),
     ({1: Odd()}, '$.payload["1"]: cannot send a Odd'),
+    ([range(2)], "$.payload[0]: cannot send a range"),
     ({"x" * 100: Odd()}, f"$.payload.{'x' * 64}: cannot send a Odd"),
     ({"a": {(1, 2): 3}}, "$.payload.a: cannot send a tuple as a key"),
     ({"a": {None: 3}}, "$.payload.a: cannot send a NoneType as a key"),
