@@ -49,7 +49,7 @@ Map: each section, what it is for, and those above it that it uses.
     codec — JSON to what a handler takes, and back (uses: errors, types, envelope and message,
         sending, unions, structuring)
     signatures — what a function takes, and of which types (uses: errors, types, envelope and
-        message)
+        message, unions)
     handlers — what a registered function takes, and finding it (uses: errors, types, envelope and
         message, codec, signatures)
     scope — a context for each message, and what providers make for one call (uses: errors, types,
@@ -2025,11 +2025,6 @@ _STREAMS: dict[str, Any] = {"AsyncIterator": AsyncIterator, "AsyncGenerator": As
 _CONVERTED: dict[str, Any] = {  # by Falcon's converters in a path
     "": str, "float": float, "int": int, "uuid": UUID, "dt": datetime, "path": str, "re": str,
 }  # fmt: skip
-# What the text of a type has that its code has not: a name that is not known yet, the place of a
-# definition, and objects.
-_IN_A_TYPE = ((r"ForwardRef\('(.*?)'.*?\)", r"\1"), (r"[\w.<>]+\.(?=\w)", ""), (r"<[^<>]*>", "..."))
-_ASYNC = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
-_EACH_ITEM = "async for item in function(*args, **kwargs):\n        yield item"
 _CONSTRAINING = {"msgspec", "annotated_types"}  # what they put into `Annotated` bounds a value
 _INJECTING = {  # packages with defaults or metadata that a decorator of theirs replaces
     "aioinject", "anydi", "dependency_injector", "dishka", "fast_depends", "fastapi", "faststream",
@@ -2067,15 +2062,21 @@ def is_called_as(function: Any, test: Callable[[Any], bool]) -> bool:
     return test(function) or test(_call_method(outer))
 
 
-def bound_names(function: Any) -> set[str]:
-    """Return the parameters to which a partial has given a value by name."""
-    partials = [layer for layer in layers(function) if isinstance(layer, functools.partial)]
-    return {name for partial in partials for name in partial.keywords}
+def is_stream(function: Any) -> bool:
+    """Tell whether *function* is an async generator when it is called."""
+    return is_called_as(function, inspect.isasyncgenfunction)
 
 
 def signature_of(function: Any) -> inspect.Signature:
     """Return the signature of *function*, whatever its annotations name. May raise anything."""
     return inspect.signature(function, **_LAZILY)
+
+
+def parameters_of(function: Any) -> list[inspect.Parameter]:
+    """Return the parameters of *function* to which no partial has given a value by name."""
+    partials = [layer for layer in layers(function) if isinstance(layer, functools.partial)]
+    bound = {name for partial in partials for name in partial.keywords}
+    return [p for p in signature_of(function).parameters.values() if p.name not in bound]
 
 
 class _Code(str):
@@ -2085,17 +2086,21 @@ class _Code(str):
     __repr__ = str.__str__
 
 
+def type_as_code(annotation: Any) -> Any:
+    """Return the text of *annotation*, which is a text already if it is postponed."""
+    if annotation is _EMPTY or isinstance(annotation, str):
+        return annotation if annotation is _EMPTY else _Code(annotation)
+    text = re.sub(r"ForwardRef\('(.*?)'.*?\)", r"\1", shown(annotation))  # is not known yet
+    return _Code(re.sub(r"<[^<>]*>", "...", text))
+
+
 def as_code(parameter: inspect.Parameter) -> inspect.Parameter:
     """Return *parameter* such that its text is code: any default but a literal becomes ``...``."""
-    annotation, default = parameter.annotation, parameter.default
-    if annotation is not _EMPTY and not isinstance(annotation, str):
-        text = inspect.formatannotation(annotation)
-        for pattern, code in _IN_A_TYPE:
-            text = re.sub(pattern, code, text)
-        annotation = text
+    default = parameter.default
+    is_code = default is _EMPTY or type(default) in _LITERALS
     return parameter.replace(
-        annotation=_EMPTY if annotation is _EMPTY else _Code(annotation),
-        default=default if default is _EMPTY or type(default) in _LITERALS else _Code("..."),
+        annotation=type_as_code(parameter.annotation),
+        default=default if is_code else _Code("..."),
     )
 
 
@@ -2106,15 +2111,9 @@ def listed(parameters: Iterable[inspect.Parameter]) -> str:
 
 def code_of(function: Any) -> str:
     """Return the parameters and the return type of *function* as code."""
-    signature, bound = signature_of(function), bound_names(function)
-    parameters = [as_code(p) for p in signature.parameters.values() if p.name not in bound]
-    returns = as_code(_returned(signature)).annotation
-    return str(inspect.Signature(parameters, return_annotation=returns))
-
-
-def _returned(signature: inspect.Signature) -> inspect.Parameter:
-    """Return a parameter with the annotation of what is returned."""
-    return inspect.Parameter("_", _KEYWORD_ONLY, annotation=signature.return_annotation)
+    returns = type_as_code(signature_of(function).return_annotation)
+    parameters = map(as_code, parameters_of(function))
+    return str(inspect.Signature([*parameters], return_annotation=returns))
 
 
 def scope_of(function: Any, namespaces: Namespaces) -> Namespaces:
@@ -2222,40 +2221,48 @@ def place_of(function: Callable[..., Any]) -> str:
     return f"{getattr(inner, '__qualname__', type(inner).__name__)}(){where}"
 
 
+def mistake(function: Any, refused: str, example: str) -> PachinkoError:
+    """Return the error for *function*, with *example* as code: if it is a method, in its class."""
+    if inspect.ismethod(function) and example.startswith("@"):
+        owner = function.__self__
+        name = (owner if inspect.isclass(owner) else type(owner)).__name__
+        code = example.partition("\n")[2]
+        code = re.sub(r"async def \w+\(", f"async def {function.__name__}(self, ", code)
+        example = f"class {name}:\n{textwrap.indent(code.replace('self, )', 'self)'), '    ')}"
+    return PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
+
+
 def check_function(function: Any, example: str, takes: int | None, streams: bool = False) -> None:
     """Raise `PachinkoError` with *example* unless *function* is async and takes *takes* values."""
     if not callable(function) or isinstance(function, (type, staticmethod)):
         what, write = _other_than_a_function(function, example)
         raise PachinkoError(f"expected a function, got {what}; write\n{write}")
-    refused, inner = None, layers(function)[-1]
+    inner = layers(function)[-1]
     first, name = example.partition("\n")[0], getattr(function, "__name__", "handler")
     name = name if name.isidentifier() else "handler"
-    if is_called_as(function, inspect.isasyncgenfunction):
-        refused = None if streams else "has a `yield`, but only message handlers stream"
+    if is_stream(function):
+        if not streams:
+            raise mistake(function, "has a `yield`, but only message handlers stream", example)
     elif is_called_as(function, inspect.iscoroutinefunction):
         pass
-    elif any(is_called_as(inner, each) for each in _ASYNC):
-        refused = "is called by a decorator that returns a plain function"
-        example = "async def wrapper(*args, **kwargs):\n    return await function(*args, **kwargs)"
-        if inspect.isasyncgenfunction(inner):
-            example = f"async def wrapper(*args, **kwargs):\n    {_EACH_ITEM}"
+    elif is_stream(inner) or is_called_as(inner, inspect.iscoroutinefunction):
+        code = "return await function(*args, **kwargs)"
+        if is_stream(inner):
+            code = "async for item in function(*args, **kwargs):\n        yield item"
+        example = f"async def wrapper(*args, **kwargs):\n    {code}"
+        raise mistake(function, "is called by a decorator that returns a plain function", example)
     else:
-        refused = "is not async"
         with contextlib.suppress(Exception):  # some callables have no signature
             example = f"{first}\nasync def {name}{code_of(function)}: ..."
-    if refused is None:
-        what = "has no signature"  # A circle of decorators, or from Python 3.14 on an annotation.
-        try:
-            signature = signature_of(function)
-            what = "takes the wrong parameters"
-            if takes is not None:
-                signature.bind(*range(takes))
-        except Exception as exc:
-            refused = f"{what}: {re.sub('<.*>', '...', str(exc))}"
-    if refused is not None:
-        if inspect.ismethod(function) and example.startswith("@"):
-            example = _in_class(function, example)
-        raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
+        raise mistake(function, "is not async", example)
+    what = "has no signature"  # A circle of decorators, or from Python 3.14 on an annotation.
+    try:
+        signature = signature_of(function)
+        what = "takes the wrong parameters"
+        if takes is not None:
+            signature.bind(*range(takes))
+    except Exception as exc:
+        raise mistake(function, f"{what}: {re.sub('<.*>', '...', str(exc))}", example) from exc
 
 
 def _other_than_a_function(given: Any, example: str) -> tuple[str, str]:
@@ -2279,15 +2286,6 @@ def _other_than_a_function(given: Any, example: str) -> tuple[str, str]:
     return repr(given) if is_literal else f"an object of the class {cls.__name__}", example
 
 
-def _in_class(method: Any, example: str) -> str:
-    """Return the function in *example* as a method of the class that *method* is of."""
-    owner = method.__self__
-    name = (owner if inspect.isclass(owner) else type(owner)).__name__
-    code = example.partition("\n")[2]
-    code = re.sub(r"async def \w+\(", f"async def {method.__name__}(self, ", code)
-    return f"class {name}:\n{textwrap.indent(code.replace('self, )', 'self)'), '    ')}"
-
-
 def check_taken(
     function: Any, cls: type, namespaces: Namespaces, example: str, *, replies: bool = True
 ) -> None:
@@ -2295,38 +2293,34 @@ def check_taken(
 
     With *replies* it may return anything, else a ``@message`` object or None.
     """
-    signature, refused = signature_of(function), None
+    signature = signature_of(function)
     for second in [*signature.parameters.values()][1:2]:
         if not admits(known_type(function, second.annotation, namespaces), cls):
-            refused = f"takes `{as_code(second)}`, but gets {cls.__name__}"
-    if not (replies or _is_sendable(known_type(function, signature.return_annotation, namespaces))):
-        refused = f"returns {as_code(_returned(signature)).annotation}, but may return a @message "
-        refused += "object or None"
-    if refused is not None:
-        raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
+            raise mistake(function, f"takes `{as_code(second)}`, but gets {cls.__name__}", example)
+    returns = signature.return_annotation
+    if not (replies or _is_sendable(known_type(function, returns, namespaces))):
+        refused = "but may return a @message object or None"
+        raise mistake(function, f"returns {type_as_code(returns)}, {refused}", example)
 
 
 def _is_sendable(t: Any) -> bool:
     """Tell whether *t* is None or a class with ``@message``, or may be one."""
-    try:
+    with contextlib.suppress(Exception):  # A ``type`` statement may name what is not there.
         t = bare_type(t)
-    except Exception:  # A ``type`` statement may name what is not there.
-        return True
-    if origin_of(t) in _UNIONS:  # a text or bytes beside a message may be there for a subclass
-        members = [member for member in get_args(t) if bare_type(member) not in (str, bytes)]
-        return members not in ([], [types.NoneType]) and all(map(_is_sendable, members))
-    if t is types.NoneType or message_type(class_of(t)) is not None:
-        return True
-    return t is object or (class_of(t) is None and not is_leaf(t))
+        if origin_of(t) in _UNIONS:  # a text or bytes beside a message may be there for a subclass
+            members = [member for member in get_args(t) if bare_type(member) not in (str, bytes)]
+            return members not in ([], [types.NoneType]) and all(map(_is_sendable, members))
+        is_unknown = t is object or (class_of(t) is None and not is_leaf(t))
+        return is_unknown or t is types.NoneType or message_type(class_of(t)) is not None
+    return True
 
 
 def path_types(path: str, app: Any) -> dict[str, Any]:
     """Return by name what Falcon makes of the parameters of *path*: a type, or `Any` if unknown."""
     found = dict[str, Any]()
-    converters = getattr(getattr(app, "router_options", None), "converters", {})
     for name, converter in re.findall(r"\{([a-zA-Z_]\w*)(?::(\w+))?", path):
         found[name] = _CONVERTED.get(converter, Any)
-        own = converters.get(converter)
+        own = app.router_options.converters.get(converter)
         if own is not None and not own.__module__.startswith("falcon."):
             found[name] = Any
             with contextlib.suppress(Exception):  # a converter need not have annotations
@@ -2334,51 +2328,35 @@ def path_types(path: str, app: Any) -> dict[str, Any]:
     return found
 
 
-def path_refusal(name: str, annotation: Any, made: Any, path: str | None) -> str | None:
-    """Return why *annotation* is wrong for the parameter *name* of *path*, or None.
-
-    *made* is the type of its values: a converter's, which may be None for no match, or `Any`.
-    """
-    classes = [made] if origin_of(made) not in _UNIONS else get_args(made)
-    if all(cls is types.NoneType or admits(annotation, cls) for cls in classes):
-        return None
-    field = as_code(inspect.Parameter(name, _KEYWORD_ONLY, annotation=annotation))
-    made = as_code(field.replace(annotation=made))
-    write = f"`{made}`, and check or convert it in the handler"
-    for converter, t in _CONVERTED.items():
-        if t is not str and admits(annotation, t):
-            write = f"`{{{name}:{converter}}}` in the path, or {write}"
-            break
-    where = f"{path} gives" if path else "the path gives"
-    return f"takes `{field}`, but {where} `{made}`; write {write}"
-
-
 def check_path_types(
-    function: Any, parameters: Sequence[inspect.Parameter], made: Mapping[str, Any],
+    function: Any, parameters: Iterable[inspect.Parameter], made: Mapping[str, Any],
     path: str | None, namespaces: Namespaces,
-) -> list[inspect.Parameter]:  # fmt: skip
+) -> None:  # fmt: skip
     """Raise `PachinkoError` if the annotation of a path parameter is not that of its values.
 
-    *made* has the types of the values. Returns the *parameters* for which it lacks one.
+    *made* has their types: a converter's, which may be None for no match, or `Any`.
     """
-    left = list[inspect.Parameter]()
     others = made.keys() - {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     for each in parameters:
         names = others if each.kind is each.VAR_KEYWORD else {each.name} & made.keys()
-        if each.annotation is _EMPTY:
+        if not names or each.annotation is _EMPTY:
             continue
+        takes = f"{place_of(function)} takes `{as_code(each)}`"
         try:
-            annotation = resolve(each.annotation, scope_of(function, namespaces)) if names else Any
+            t = resolve(each.annotation, scope_of(function, namespaces))
         except Exception as exc:
-            raise PachinkoError(
-                f"{place_of(function)} takes `{as_code(each)}`: {why(exc)}"
-            ) from exc
+            raise PachinkoError(f"{takes}: {why(exc)}") from exc
         for name in sorted(names):
-            if (refused := path_refusal(name, annotation, made[name], path)) is not None:
-                raise PachinkoError(f"{place_of(function)} {refused}")
-        if path is None or any(made[name] is Any for name in names):
-            left.append(each)
-    return left
+            if all(cls is types.NoneType or admits(t, cls) for cls in union_members(made[name])):
+                continue
+            write = f"`{name}: {type_as_code(made[name])}`"
+            gives = f"{path or 'the path'} gives {write}"
+            write += ", and check or convert it in the handler"
+            for converter, cls in _CONVERTED.items():
+                if cls is not str and admits(t, cls):
+                    write = f"`{{{name}:{converter}}}` in the path, or {write}"
+                    break
+            raise PachinkoError(f"{takes}, but {gives}; write {write}")
 
 
 # ── handlers ──────────────────────────────────────────────────────────────────────────────────
@@ -2390,6 +2368,7 @@ _VERBS = "|".join(map(re.escape, falcon.constants.COMBINED_METHODS))
 _RESPONDER = re.compile(rf"on_({_VERBS})(_.+)?", re.IGNORECASE)  # with a suffix of `add_route`, too
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_PAYLOADS = {dict, list, *_LEAVES} - {types.NoneType}  # no connection is annotated like this
 End = Callable[["Connection"], Awaitable[None]]
 AddEnd = Callable[[End], None]  # takes what has to run when the connection is over
 DISCONNECT = "@ws.disconnect\nasync def leave(conn): ..."  # shown in errors
@@ -2463,9 +2442,9 @@ def read_handler(
     """Make a handler by the signature of *function*. Raises `PachinkoError` with corrected code."""
     name, place = getattr(function, "__name__", "handler"), place_of(function)
     check_function(function, f'@ws.on("{type}")\nasync def {name}(conn): ...', None, streams=True)
-    parameter, fields = _split_parameters(function, name, path_params)
+    parameter, fields = _split_parameters(function, name, path_params, namespaces)
     defaults = {p.name: p.default for p in fields if p.default is not _EMPTY}
-    hints = _hints_of(function, name, namespaces)
+    hints = _hints_of(function, namespaces)
     for each in filter(None, (parameter, *fields)):
         if (refused := default_refusal(each, hints.get(each.name, Any))) is not None:
             raise PachinkoError(f"{place} {refused}")
@@ -2481,7 +2460,7 @@ def read_handler(
     if parameter and message_class and annotation is not message_class:
         write = f"async def {name}(conn, {parameter.name}: {message_class.__name__})"
         raise PachinkoError(f"{place} handles {message_class.__name__}; write {write}")
-    streams = is_called_as(function, inspect.isasyncgenfunction)
+    streams = is_stream(function)
     returns = _reply_type(hints.get("return"), streams, codec, namespaces, place)
     return Handler(
         type, function,
@@ -2516,7 +2495,8 @@ def _payload_error(place: str, exc: Exception) -> PachinkoError:
     """Return the error for a payload whose type raises *exc*."""
     reason = why(exc)
     if isinstance(exc, cattrs.StructureHandlerNotFoundError):
-        reason = advise(exc.type_)
+        provide = "; or, if the server makes it, register its `@ws.provide` above"
+        reason = advise(exc.type_) + (provide if is_own(exc.type_) else "")
     return PachinkoError(
         f"the payload of {place} cannot be structured: {reason}. Define or import names above the "
         f"handler; use attrs classes, dataclasses, TypedDict and the standard library's types, "
@@ -2524,17 +2504,16 @@ def _payload_error(place: str, exc: Exception) -> PachinkoError:
     )
 
 
-def _hints_of(function: Any, name: str, namespaces: Namespaces) -> dict[str, Any]:
+def _hints_of(function: Any, namespaces: Namespaces) -> dict[str, Any]:
     """Return the annotations of *function*, but of its first parameter and a return if they can be.
 
-    Raises `PachinkoError` if another cannot be resolved, or if a payload comes first.
+    Raises `PachinkoError` if another cannot be resolved.
     """
-    signature, scope = signature_of(function), scope_of(function, namespaces)
-    bound = bound_names(function)
-    parameters = [p for p in signature.parameters.values() if p.name not in bound]
+    scope, parameters = scope_of(function, namespaces), parameters_of(function)
     annotations = {p.name: p.annotation for p in parameters}
     optional, hints = {"return", *[*annotations][:1]}, dict[str, Any]()
-    for key, annotation in (annotations | {"return": signature.return_annotation}).items():
+    annotations["return"] = signature_of(function).return_annotation
+    for key, annotation in annotations.items():
         try:
             if annotation is not _EMPTY:
                 hints[key] = resolve(annotation, scope)
@@ -2542,26 +2521,19 @@ def _hints_of(function: Any, name: str, namespaces: Namespaces) -> dict[str, Any
             if key not in optional:
                 exc.add_note(f"in the annotation of {key!r}")
                 raise _payload_error(place_of(function), exc) from exc
-    for first in parameters[:1]:
-        t = hints.get(first.name)
-        if t in _LEAVES - {types.NoneType} or t in (dict, list) or message_type(t) is not None:
-            raise PachinkoError(
-                f"{place_of(function)} takes `{as_code(first)}` first, where the connection comes; "
-                f"write `async def {name}(conn, {as_code(first)})`"
-            )
     return hints
 
 
 def _split_parameters(
-    function: Callable[..., Any], name: str, path_params: Collection[str]
+    function: Callable[..., Any], name: str, path_params: Collection[str], namespaces: Namespaces
 ) -> tuple[inspect.Parameter | None, list[inspect.Parameter]]:
     """Return the parameter for the whole payload, or None, and those for its fields."""
-    bound = bound_names(function)
-    parameters = [p for p in signature_of(function).parameters.values() if p.name not in bound]
+    parameters = parameters_of(function)
     positional = [p for p in parameters if p.kind in _POSITIONAL]
     fields = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
     variadic = [p for p in parameters if p.kind in _VARIADIC]
     from_path = [p.name for p in parameters[1:] if p.name in path_params]
+    first = known_type(function, positional[0].annotation, namespaces) if positional else Any
     refused = None
     if not positional:
         own = "self, " if inspect.ismethod(function) else ""
@@ -2577,19 +2549,31 @@ def _split_parameters(
             f"use `conn.params['{from_path[0]}']`"
         )
     elif variadic:
-        first = listed(variadic[:1])
-        refused = f"takes {first}; name it: `(conn, *, text: str)` or `(conn, payload: dict)`"
+        named = "`(conn, *, text: str)` or `(conn, payload: dict)`"
+        refused = f"takes {listed(variadic[:1])}; name it: {named}"
     elif len(positional) > 2:
         names = listed(positional[1:])
         refused = f"takes more than one payload; for its fields write `(conn, *, {names})`"
     elif len(positional) == 2 and fields:
+        types_ = [known_type(function, p.annotation, namespaces) for p in fields]
+        above = "register the `@ws.provide` of a value above, or "
         refused = (
-            f"takes the payload whole and by fields; write `(conn, {listed(positional[1:])})` or "
-            f"`(conn, *, {listed(fields)})`"
+            f"takes the payload whole and by fields; {above if any(map(is_own, types_)) else ''}"
+            f"write `(conn, {listed(positional[1:])})` or `(conn, *, {listed(fields)})`"
         )
+    elif first in _PAYLOADS or message_type(first) is not None:
+        own = str(as_code(positional[0]))
+        refused = f"takes `{own}` first, where the connection comes; "
+        refused += f"write `async def {name}(conn, {own})`"
     if refused is not None:
         raise PachinkoError(f"{place_of(function)} {refused}")
     return (positional[1] if len(positional) == 2 else None), fields
+
+
+def is_own(t: Any) -> bool:
+    """Tell whether *t* is no type that any payload may have, so that it can be provided."""
+    is_plain = getattr(class_of(t), "__module__", None) in ("builtins", "collections.abc")
+    return not (is_plain or t in (Any, object) or is_leaf(t))
 
 
 def path_parameters(path: str) -> list[str]:
@@ -2616,21 +2600,22 @@ def read_connect(
     bad = [p for p in named if p.kind in (p.POSITIONAL_ONLY, *_VARIADIC)] or unknown
     if not first or first[0].kind not in _POSITIONAL or bad:
         what = f"takes {listed(bad)}" if bad else "takes no connection"
-        has = f"{path} has {', '.join(known) or 'no parameters'}; " if path else ""
-        raise PachinkoError(f"{place_of(function)} {what}; {has}write\n{example}")
+        has = f"; {path} has {', '.join(known) or 'no parameters'}" if path else ""
+        raise mistake(function, what + has, example)
     names, own = {p.name for p in named}, first[0].name
     # What an `app.add_route` or some converters give is known when a client connects.
     made = path_types(path or "", app)
-    left = check_path_types(function, parameters[1:], made, path, namespaces)
-    later = [(left, namespaces)] if left else []
-    yields = is_called_as(function, inspect.isasyncgenfunction)
+    check_path_types(function, parameters[1:], made, path, namespaces)
+    is_checked = path is not None and Any not in made.values()
+    yields = is_stream(function)
 
     def call(conn: Connection, add_end: Any = None) -> Awaitable[None]:
+        nonlocal is_checked
         params = conn.params.items()
-        if later:
+        if not is_checked:
             came = {name: type(value) for name, value in params}
-            check_path_types(function, later[0][0], came, None, later[0][1])
-            later.clear()
+            check_path_types(function, parameters[1:], came, None, namespaces)
+            is_checked = True
         wanted = {k: v for k, v in params if k in names or (takes_all and k != own)}
         begun: Any = function(conn, **wanted)
         return _begin(function, begun, add_end) if yields else begun
@@ -2666,38 +2651,36 @@ def with_end(call: Callable[..., Awaitable[None]], leave: End) -> Callable[..., 
 
 def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[..., Any]]]:
     """Return ``(name, method)`` for each ``on_<name>`` of *resource*, or raise `PachinkoError`."""
-    cls = type(resource)
-    names = [name for name in dir(resource) if name.startswith("on_")]
-    names = [name for name in names if not _is_responder(resource, name)]
-    refused = None
     if not isinstance(prefix, str) or not prefix:
-        refused = f'a prefix is a text, got {prefix!r}; write ws.add_resource("chat", resource)'
-    elif inspect.isclass(resource):
-        name = resource.__name__
-        refused = f'one instance serves all; write ws.add_resource("{prefix}", {name}())'
-    elif not names:
-        write = f"class {cls.__name__}:\n    async def on_send(self, conn, *, text: str): ..."
-        refused = f"{cls.__name__} has no method to route; write\n{write}"
-    for name in () if refused else names:
+        write = 'write ws.add_resource("chat", resource)'
+        raise PachinkoError(f"a prefix is a text, got {prefix!r}; {write}")
+    if inspect.isclass(resource):
+        write = f'write ws.add_resource("{prefix}", {resource.__name__}())'
+        raise PachinkoError(f"one instance serves all; {write}")
+    cls, found = type(resource).__name__, list[tuple[str, Callable[..., Any]]]()
+    for name in [each for each in dir(resource) if each.startswith("on_")]:
+        is_property = isinstance(inspect.getattr_static(resource, name), property)
+        if not is_property and _is_responder(resource, name):
+            continue
         if name == "on_websocket":
-            refused = f"Falcon routes {cls.__name__}.{name} itself; call it {name}_message, say"
-        elif isinstance(inspect.getattr_static(resource, name), property):
-            refused = f"{cls.__name__}.{name} is a property; write async def {name}(self, conn)"
-    if refused is not None:
-        raise PachinkoError(refused)
-    return [(name.removeprefix("on_"), getattr(resource, name)) for name in names]
+            raise PachinkoError(f"Falcon routes {cls}.{name} itself; call it {name}_message, say")
+        if is_property:
+            raise PachinkoError(f"{cls}.{name} is a property; write async def {name}(self, conn)")
+        found.append((name.removeprefix("on_"), getattr(resource, name)))
+    if not found:
+        write = f"class {cls}:\n    async def on_send(self, conn, *, text: str): ..."
+        raise PachinkoError(f"{cls} has no method to route; write\n{write}")
+    return found
 
 
 def _is_responder(resource: object, name: str) -> bool:
     """Tell whether a method is Falcon's: it has the name of an HTTP method and takes a request."""
-    is_named_so = _RESPONDER.fullmatch(name) is not None and name != "on_connect"
-    if not is_named_so or isinstance(inspect.getattr_static(resource, name), property):
-        return False  # No app routes HTTP CONNECT.
+    if name == "on_connect" or _RESPONDER.fullmatch(name) is None:  # No app routes HTTP CONNECT.
+        return False
     with contextlib.suppress(Exception):  # What has no signature is refused later.
         first, *_ = signature_of(method := getattr(resource, name)).parameters.values()
-        if first.name in ("req", "request"):
-            return True
-        return issubclass(known_type(method, first.annotation, _NOWHERE), falcon.Request)
+        t = known_type(method, first.annotation, _NOWHERE)
+        return first.name in ("req", "request") or issubclass(t, falcon.Request)
     return False
 
 
@@ -2766,8 +2749,7 @@ class Routes:
 
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
         """Return the handler for the class of *exc* or its nearest base class, or None."""
-        cls = self._class_handled(exc)
-        return None if cls is None else self.errors[cls]
+        return self.errors.get(self._class_handled(exc))
 
     def is_handled(self, exc: BaseException) -> bool:
         """Tell whether an error handler is for *exc* in particular, and not for any `Exception`."""
@@ -2905,7 +2887,7 @@ def with_provided(
 
     The signature of the one returned has the other parameters. Raises `PachinkoError`.
     """
-    takes, streams = _taken(function, providers, namespaces), _is_generator(function)
+    takes = _taken(function, providers, namespaces)
     if not takes:
         return function
 
@@ -2921,7 +2903,7 @@ def with_provided(
                 async for item in items:
                     yield item
 
-    outer: Any = functools.update_wrapper(stream if streams else call, function)
+    outer: Any = functools.update_wrapper(stream if is_stream(function) else call, function)
     signature = signature_of(function)
     left = [p for p in signature.parameters.values() if p.name not in takes]
     outer.__signature__ = signature.replace(parameters=left)
@@ -2933,38 +2915,30 @@ def _taken(
 ) -> dict[str, Provider]:
     """Return what makes keyword-only parameters of *function*, by name."""
     takes: dict[str, Provider] = {}
-    is_async = _is_generator(function) or is_called_as(function, inspect.iscoroutinefunction)
+    is_async = is_stream(function) or is_called_as(function, inspect.iscoroutinefunction)
     if not providers or not is_async:  # Whatever is not async is refused later.
         return takes
-    parameters = list(signature_of(function).parameters.values())[1:]
-    name = getattr(function, "__name__", "handler")
-    hints = _hints_of(function, name, namespaces) if parameters else {}
+    parameters, hints = parameters_of(function), _hints_of(function, namespaces)
     for p in parameters:
         t = hints.get(p.name)
         inner = get_args(t) if origin_of(t) in (typing.Annotated, *_UNIONS) else ()
-        wanted = next((each for each in (t, *inner) if each in providers), None)
-        if wanted is not None and (wanted is not t or p.kind is not p.KEYWORD_ONLY):
-            raise PachinkoError(
-                f"{place_of(function)} takes `{as_code(p)}`. A provided value is passed to a "
-                f"keyword-only parameter of exactly its type; write `(conn, *, {p.name}: "
-                f"{shown(wanted)})`"
-            )
-        if wanted is not None:
+        for wanted in [each for each in (t, *inner) if each in providers]:
+            if wanted is not t or p.kind is not p.KEYWORD_ONLY:
+                raise PachinkoError(
+                    f"{place_of(function)} takes `{as_code(p)}`. A provided value is passed to a "
+                    f"keyword-only parameter of exactly its type; write `(conn, *, {p.name}: "
+                    f"{shown(wanted)})`"
+                )
             takes[p.name] = providers[t]
     return takes
 
 
-def _is_generator(function: Any) -> bool:
-    return is_called_as(function, inspect.isasyncgenfunction)
-
-
 def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tuple[Any, Provider]:
     """Return the type that *function* provides, and its provider, or raise `PachinkoError`."""
-    streams, place = _is_generator(function), place_of(function)
-    if not streams and _is_generator(inspect.unwrap(function)):
+    place = place_of(function)
+    if not is_stream(function) and is_stream(inspect.unwrap(function)):
         raise PachinkoError(f"{place} is decorated; write it without @asynccontextmanager")
-    outer = with_provided(function, routes.providers, namespaces)
-    check_function(outer, _PROVIDE, 1, streams=True)
+    check_function(with_provided(function, routes.providers, namespaces), _PROVIDE, 1, streams=True)
     try:
         declared = resolve(signature_of(function).return_annotation, scope_of(function, namespaces))
     except Exception as exc:  # The annotation of an application may raise anything.
@@ -2975,36 +2949,35 @@ def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tupl
             f"{shown(t)} has a provider: {place_of(first.function)}; and a second: {place}. "
             f"Remove one, or give each a type of its own, by typing.NewType for example"
         )
-    for handler in routes.handlers.values():
-        fields = {} if handler.defaults is None else handler.annotation.__annotations__
-        found = [get_args(a)[0] if is_qualified(a) else a for a in fields.values()]
-        if t in (handler.annotation, *found):
+    for earlier in [handler.function for handler in routes.handlers.values()]:
+        annotations = [p.annotation for p in parameters_of(earlier)]
+        if t in [known_type(earlier, each, namespaces) for each in annotations]:
             raise PachinkoError(
-                f"{place_of(handler.function)} takes {shown(t)} from its payload; register "
-                f"{place} above the handlers that take what it provides"
+                f"{place_of(earlier)} takes {shown(t)} from its payload; register {place} "
+                f"above the handlers that take what it provides"
             )
-    manage = contextlib.asynccontextmanager(function) if streams else None
+    manage = contextlib.asynccontextmanager(function) if is_stream(function) else None
     return t, Provider(function, _taken(function, routes.providers, namespaces), manage)
 
 
 def _provided_type(function: Any, t: Any) -> Any:
     """Return what *function*, whose return annotation is *t*, provides, or raise."""
-    streams, name = _is_generator(function), getattr(function, "__name__", "provider")
     is_around = origin_of(t) in _AROUND and bool(get_args(t))
-    inner = get_args(t)[0] if is_around else t
-    written, refused, module = "Session", None, getattr(class_of(inner), "__module__", None)
+    inner, written = get_args(t)[0] if is_around else t, "Session"
     if inner in (_EMPTY, types.NoneType) or class_of(inner) in _AROUND:
         refused = "does not say what it provides"
-    elif inner in (Any, object) or is_leaf(inner) or module in ("builtins", "collections.abc"):
+    elif not is_own(inner):
         refused = f"provides {shown(inner)}, as payloads have it, and not a type of its own"
-    elif (origin_of(t) in _ITERATORS) is not streams or is_around is not streams:
-        written, refused = shown(inner), f"{'has a' if streams else 'has no'} `yield`"
-    if refused is not None:
-        written = f"AsyncIterator[{written}]" if streams else written
-        raise PachinkoError(
-            f"{place_of(function)} {refused}; write `async def {name}(conn) -> {written}`"
-        )
-    return inner
+    elif (origin_of(t) in _ITERATORS, is_around) == (is_stream(function),) * 2:
+        return inner
+    else:
+        written = shown(inner)
+        refused = f"{'has a' if is_stream(function) else 'has no'} `yield`"
+    written = f"AsyncIterator[{written}]" if is_stream(function) else written
+    name = getattr(function, "__name__", "provider")
+    raise PachinkoError(
+        f"{place_of(function)} {refused}; write `async def {name}(conn) -> {written}`"
+    )
 
 
 # ── handshake ─────────────────────────────────────────────────────────────────────────────────

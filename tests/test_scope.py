@@ -1223,6 +1223,55 @@ def test_a_provider_is_registered_above_the_handlers(kind: str) -> None:
         ws.provide(provider)
 
 
+@pytest.mark.parametrize("star", ["", "*, "])
+def test_a_type_without_a_provider_is_told_of_provide(star: str) -> None:
+    """What the server makes has no JSON; its provider is missing, or stands below."""
+    function = scoped(f"async def f(conn, {star}db: Db): ...")
+    with pytest.raises(PachinkoError) as caught:
+        endpoint().on("get")(function)
+    assert "; or, if the server makes it, register its `@ws.provide` above. " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_told"), [("db: Db", True), ("n: int, db: Db = None", True), ("n: int", False)]
+)
+def test_a_value_beside_a_payload_is_told_of_provide(fields: str, is_told: bool) -> None:
+    """It may be one of those for which the provider is missing, or stands below."""
+    with pytest.raises(PachinkoError, match="takes the payload whole and by fields; ") as caught:
+        endpoint().on("say")(scoped(f"async def f(conn, text: str, *, {fields}): ..."))
+    assert ("; register the `@ws.provide` of a value above, or write" in str(caught.value)) == (
+        is_told
+    )
+
+
+@pytest.mark.parametrize("parameters", ["db: Db", "db: Db, text: str", "db: Db, *, text: str"])
+@pytest.mark.parametrize("how", ["on", "connect", "accepted", "disconnect", "fallback", "provide"])
+def test_a_provided_value_is_not_taken_for_the_connection(how: str, parameters: str) -> None:
+    """The first parameter gets the connection, whatever its annotation says."""
+    function = scoped(f"async def f({parameters}): ...")
+    ws, _ = with_db()
+    with pytest.raises(PachinkoError, match=r"takes `db: Db`.* write `\(conn, \*, db: Db\)`"):
+        (ws.on("get") if how == "on" else getattr(ws, how))(function)
+
+
+def test_a_provided_value_that_was_taken_for_the_connection() -> None:
+    """The provider comes below the handler, and finds it."""
+    ws = endpoint()
+    ws.on("get")(scoped("async def f(db: Db): ..."))
+
+    async def provider(conn: Connection) -> Db:
+        return Db([])
+
+    with pytest.raises(PachinkoError, match=r"f\(\).* takes Db from its payload; register .*prov"):
+        ws.provide(provider)
+
+
+def scoped(source: str) -> Any:
+    """The function `f` that *source* defines, with the types of this module."""
+    exec(source, names := {"Db": Db, "Connection": Connection, "__name__": __name__})
+    return names["f"]
+
+
 async def positional(conn: Connection, db: Db) -> None: ...
 
 

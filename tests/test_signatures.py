@@ -353,7 +353,7 @@ if sys.version_info >= (3, 12):
     def test_a_parameter_of_a_generic_function() -> None:
         """Its name is known, though a payload cannot be of it."""
         function = build("async def f[T: int](conn, *, x: dict[str, int], y: T = 5): ...")
-        hints = pachinko._hints_of(function, "f", ({}, {}))
+        hints = pachinko._hints_of(function, ({}, {}))
         assert hints["y"] is function.__type_params__[0]
 
 
