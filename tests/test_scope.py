@@ -1223,6 +1223,66 @@ def test_a_provider_is_registered_above_the_handlers(kind: str) -> None:
         ws.provide(provider)
 
 
+@pytest.mark.parametrize("how", ["connect", "accepted"])
+async def test_what_starts_a_connection_takes_provided_values(how: str) -> None:
+    """A value for a coroutine is closed when it has returned."""
+    ws, notes = with_db()
+
+    @getattr(ws, how)
+    async def arrive(conn: Connection, *, db: Db) -> None:
+        notes.append(how)
+
+    @ws.on("get")
+    async def get(conn: Connection) -> list[Any]:
+        return list(notes)
+
+    async with Session(ws) as client:
+        got = await client.ask("get")
+    assert got["payload"] == notes == ["open", how, "commit", "close"]
+
+
+async def test_a_value_of_a_generator_is_closed_after_the_generators_end() -> None:
+    """A connect handler with a `yield` has it until the connection is over."""
+    ws, notes = with_db()
+
+    @ws.connect
+    async def arrive(conn: Connection, *, db: Db) -> AsyncIterator[None]:
+        notes.append("begun")
+        yield
+        notes.append("ended")
+
+    @ws.disconnect
+    async def leave(conn: Connection) -> None:
+        notes.append("leave")
+
+    async with Session(ws) as client:
+        await client.ask("nothing")
+        assert notes == ["open", "begun"]
+    assert notes == ["open", "begun", "leave", "ended", "commit", "close"]
+
+
+@pytest.mark.parametrize("exc", [Close(4000), falcon.HTTPForbidden(), KeyError("a bug")])
+async def test_a_value_of_a_generator_is_closed_after_a_refusal(exc: Exception) -> None:
+    """A later connect handler refuses: the generator ends, and then its value."""
+    ws, notes = with_db()
+
+    @ws.connect
+    async def arrive(conn: Connection, *, db: Db) -> AsyncIterator[None]:
+        yield
+        notes.append("ended")
+
+    @ws.connect
+    async def refuse(conn: Connection) -> None:
+        raise exc
+
+    async with serving(ws._app) as server:
+        with contextlib.suppress(Exception):  # the handshake is refused, or accepted and closed
+            async with connect(f"{server.url}/ws") as client:
+                await client.closed()
+        await until(lambda: "close" in notes)
+    assert notes == ["open", "ended", "commit", "close"]
+
+
 @pytest.mark.parametrize("star", ["", "*, "])
 def test_a_type_without_a_provider_is_told_of_provide(star: str) -> None:
     """What the server makes has no JSON; its provider is missing, or stands below."""
