@@ -2012,7 +2012,6 @@ class Codec:
 # only a type checker imports.
 
 _EMPTY = inspect.Parameter.empty
-_KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _LITERALS = (str, int, float, bool, types.NoneType)
 _NOWHERE: Namespaces = ({}, {})
 _MAX_LAYERS = 100  # of decorators around a function; a chain that is longer is a circle
@@ -2025,7 +2024,6 @@ _STREAMS: dict[str, Any] = {"AsyncIterator": AsyncIterator, "AsyncGenerator": As
 _CONVERTED: dict[str, Any] = {  # by Falcon's converters in a path
     "": str, "float": float, "int": int, "uuid": UUID, "dt": datetime, "path": str, "re": str,
 }  # fmt: skip
-_CONSTRAINING = {"msgspec", "annotated_types"}  # what they put into `Annotated` bounds a value
 _INJECTING = {  # packages with defaults or metadata that a decorator of theirs replaces
     "aioinject", "anydi", "dependency_injector", "dishka", "fast_depends", "fastapi", "faststream",
     "injector", "kink", "lagom", "litestar", "magic_di", "modern_di", "picobox", "punq", "rodi",
@@ -2035,16 +2033,14 @@ _INJECTING = {  # packages with defaults or metadata that a decorator of theirs 
 
 def layers(function: Any) -> list[Any]:
     """Return *function*, and what is called inside of its partials, decorators and methods."""
-    found: list[Any] = []
+    found = [function]
     while len(found) < _MAX_LAYERS:
-        found.append(function)
-        if isinstance(function, functools.partial):
-            function = function.func
-        else:
-            inner = getattr(function, "__wrapped__", None) or getattr(function, "__func__", None)
-            function = _call_method(function) if inner is None else inner
-        if function is None:
+        outer = found[-1]
+        inner = getattr(outer, "__wrapped__", None) or getattr(outer, "__func__", None)
+        inner = outer.func if isinstance(outer, functools.partial) else inner or _call_method(outer)
+        if inner is None:
             break
+        found.append(inner)
     return found
 
 
@@ -2088,10 +2084,12 @@ class _Code(str):
 
 def type_as_code(annotation: Any) -> Any:
     """Return the text of *annotation*, which is a text already if it is postponed."""
-    if annotation is _EMPTY or isinstance(annotation, str):
-        return annotation if annotation is _EMPTY else _Code(annotation)
-    text = re.sub(r"ForwardRef\('(.*?)'.*?\)", r"\1", shown(annotation))  # is not known yet
-    return _Code(re.sub(r"<[^<>]*>", "...", text))
+    if annotation is _EMPTY:
+        return annotation
+    if not isinstance(annotation, str):
+        text = re.sub(r"ForwardRef\('(.*?)'.*?\)", r"\1", shown(annotation))  # is not known yet
+        annotation = re.sub(r"<[^<>]*>", "...", text)
+    return _Code(annotation)
 
 
 def as_code(parameter: inspect.Parameter) -> inspect.Parameter:
@@ -2166,10 +2164,9 @@ def why(exc: BaseException) -> str:
 
 def admits(annotation: Any, cls: Any) -> bool:
     """Tell whether *annotation* allows every object of the class *cls*."""
-    metadata = getattr(annotation, "__metadata__", ())
-    if any(packages_of(each) & _CONSTRAINING for each in metadata):
-        return False
     try:
+        if limits_of(annotation):
+            return False
         t = bare_type(annotation)
         if origin_of(t) in _UNIONS:
             return any(admits(member, cls) for member in get_args(t))
@@ -2195,21 +2192,24 @@ def _metadata_in(t: Any) -> Iterator[Any]:
 def default_refusal(parameter: inspect.Parameter, annotation: Any) -> str | None:
     """Return why no client may set *parameter*, or None: another library injects its value."""
     name, default = parameter.name, parameter.default
-    if default is parameter.empty:
-        default = None
+    default = None if default is _EMPTY else default
     for each in (default, *_metadata_in(annotation)):
         if package := packages_of(each) & _INJECTING:
             return (
                 f"takes {name!r} from {package.pop()}, but a client that sends {name!r} would "
                 f"replace it; write `@ws.provide` for what the server makes"
             )
-    cls = type(default)
-    is_plain = str(cls.__module__).partition(".")[0] in sys.stdlib_module_names
-    if is_plain or default is UNSET or issubclass(cls, enum.Enum) or admits(annotation, cls):
+    is_plain = packages_of(default) <= sys.stdlib_module_names
+    if (
+        is_plain
+        or issubclass(type(default), enum.Enum)
+        or default is UNSET
+        or admits(annotation, type(default))
+    ):
         return None
     return (
-        f"takes `{as_code(parameter)}`, whose default is a {cls.__name__}; write a default of the "
-        f"annotated type, or `@ws.provide` for what the server makes"
+        f"takes `{as_code(parameter)}`, whose default is a {type(default).__name__}; write a "
+        f"default of the annotated type, or `@ws.provide` for what the server makes"
     )
 
 
@@ -2272,11 +2272,9 @@ def _other_than_a_function(given: Any, example: str) -> tuple[str, str]:
         if inspect.iscoroutine(given):
             given.close()  # It would warn that nobody awaits it.
         return f"{name}(), which is called already", f"{decorator[1:]}({name})"
-    if isinstance(given, staticmethod):
-        return "a staticmethod", f"@staticmethod\n{example}"
-    if isinstance(given, classmethod):
+    if isinstance(given, (staticmethod, classmethod)):
         name = ".".join(given.__func__.__qualname__.split(".")[-2:])
-        return "a classmethod", f"{decorator[1:]}({name})  # below the class"
+        return f"a {type(given).__name__}", f"{decorator[1:]}({name})  # below the class"
     cls = given if inspect.isclass(given) else type(given)
     if any(each.startswith("on_") for each in dir(cls)):
         example = f'ws.add_resource("{cls.__name__.lower()}", {cls.__name__}())'
