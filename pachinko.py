@@ -2014,7 +2014,6 @@ class Codec:
 _EMPTY = inspect.Parameter.empty
 _LITERALS = (str, int, float, bool, types.NoneType)
 _NOWHERE: Namespaces = ({}, {})
-_MAX_LAYERS = 100  # of decorators around a function; a chain that is longer is a circle
 # From Python 3.14 on annotations are evaluated when they are asked for. This leaves a name alone
 # that is not defined.
 _FORMAT: Any = getattr(inspect, "Format", None)  # annotationlib's
@@ -2033,15 +2032,11 @@ _INJECTING = {  # packages with defaults or metadata that a decorator of theirs 
 
 def layers(function: Any) -> list[Any]:
     """Return *function*, and what is called inside of its partials, decorators and methods."""
-    found = [function]
-    while len(found) < _MAX_LAYERS:
-        outer = found[-1]
-        inner = getattr(outer, "__wrapped__", None) or getattr(outer, "__func__", None)
-        inner = outer.func if isinstance(outer, functools.partial) else inner or _call_method(outer)
-        if inner is None:
-            break
-        found.append(inner)
-    return found
+    inner = getattr(function, "__wrapped__", None) or getattr(function, "__func__", None)
+    if isinstance(function, functools.partial):
+        inner = function.func
+    inner = inner or _call_method(function)
+    return [function] if inner is None else [function, *layers(inner)]
 
 
 def _call_method(function: Any) -> Any:
@@ -2096,10 +2091,8 @@ def as_code(parameter: inspect.Parameter) -> inspect.Parameter:
     """Return *parameter* such that its text is code: any default but a literal becomes ``...``."""
     default = parameter.default
     is_code = default is _EMPTY or type(default) in _LITERALS
-    return parameter.replace(
-        annotation=type_as_code(parameter.annotation),
-        default=default if is_code else _Code("..."),
-    )
+    default = default if is_code else _Code("...")
+    return parameter.replace(annotation=type_as_code(parameter.annotation), default=default)
 
 
 def listed(parameters: Iterable[inspect.Parameter]) -> str:
@@ -2137,8 +2130,9 @@ def scope_of(function: Any, namespaces: Namespaces) -> Namespaces:
     return {**_STREAMS, **given, **vars(builtins), **own}, locals_
 
 
-def resolve(annotation: Any, scope: Namespaces) -> Any:
-    """Return the type that *annotation* stands for. May raise anything."""
+def resolve(function: Any, annotation: Any, namespaces: Namespaces) -> Any:
+    """Return the type that *annotation* of *function* stands for. May raise anything."""
+    scope = scope_of(function, namespaces)
     holder = types.SimpleNamespace(__annotations__={"t": annotation})
     return hashable(typing.get_type_hints(holder, *scope, include_extras=True)["t"])
 
@@ -2147,7 +2141,7 @@ def known_type(function: Any, annotation: Any, namespaces: Namespaces) -> Any:
     """Return the type that *annotation* stands for, or `Any` if there is none to be had."""
     with contextlib.suppress(Exception):  # A name that only a type checker imports, say.
         if annotation is not _EMPTY:
-            return resolve(annotation, scope_of(function, namespaces))
+            return resolve(function, annotation, namespaces)
     return Any
 
 
@@ -2157,8 +2151,6 @@ def why(exc: BaseException) -> str:
     if isinstance(exc, NameError) and exc.name:
         cure = "import it outside of `if TYPE_CHECKING:`, or define it above"
         return f"name {exc.name!r}{place} is not defined when this is registered; {cure}"
-    if isinstance(exc, RecursionError):
-        return f"a type{place} contains itself without an end; give the inner one a class"
     return f"{exc}{place}" if str(exc) else f"{type(exc).__name__}{place}"
 
 
@@ -2182,34 +2174,24 @@ def packages_of(value: Any) -> set[str]:
     return {str(cls.__module__).partition(".")[0] for cls in mro}
 
 
-def _metadata_in(t: Any) -> Iterator[Any]:
-    """Yield what `Annotated` says about *t* and about the members of a union."""
-    yield from getattr(t, "__metadata__", ())
-    for member in get_args(t) if origin_of(t) in _UNIONS else ():
-        yield from _metadata_in(member)
-
-
 def default_refusal(parameter: inspect.Parameter, annotation: Any) -> str | None:
     """Return why no client may set *parameter*, or None: another library injects its value."""
     name, default = parameter.name, parameter.default
     default = None if default is _EMPTY else default
-    for each in (default, *_metadata_in(annotation)):
+    annotated = [getattr(t, "__metadata__", ()) for t in (annotation, *get_args(annotation))]
+    for each in (default, *itertools.chain(*annotated)):
         if package := packages_of(each) & _INJECTING:
             return (
                 f"takes {name!r} from {package.pop()}, but a client that sends {name!r} would "
                 f"replace it; write `@ws.provide` for what the server makes"
             )
-    is_plain = packages_of(default) <= sys.stdlib_module_names
-    if (
-        is_plain
-        or issubclass(type(default), enum.Enum)
-        or default is UNSET
-        or admits(annotation, type(default))
-    ):
+    cls = type(default)
+    is_plain = packages_of(cls) <= sys.stdlib_module_names or issubclass(cls, enum.Enum)
+    if is_plain or default is UNSET or admits(annotation, cls):
         return None
     return (
-        f"takes `{as_code(parameter)}`, whose default is a {type(default).__name__}; write a "
-        f"default of the annotated type, or `@ws.provide` for what the server makes"
+        f"takes `{as_code(parameter)}`, whose default is a {cls.__name__}; write a default of the "
+        f"annotated type, or `@ws.provide` for what the server makes"
     )
 
 
@@ -2255,7 +2237,7 @@ def check_function(function: Any, example: str, takes: int | None, streams: bool
         with contextlib.suppress(Exception):  # some callables have no signature
             example = f"{first}\nasync def {name}{code_of(function)}: ..."
         raise mistake(function, "is not async", example)
-    what = "has no signature"  # A circle of decorators, or from Python 3.14 on an annotation.
+    what = "has no signature"  # From Python 3.14 on an annotation may raise here.
     try:
         signature = signature_of(function)
         what = "takes the wrong parameters"
@@ -2267,15 +2249,12 @@ def check_function(function: Any, example: str, takes: int | None, streams: bool
 
 def _other_than_a_function(given: Any, example: str) -> tuple[str, str]:
     """Return what *given* is, which is registered as a function, and the corrected code."""
-    name, decorator = getattr(given, "__name__", ""), example.partition("\n")[0]
+    name, cls = getattr(given, "__name__", ""), given if inspect.isclass(given) else type(given)
+    if inspect.iscoroutine(given):
+        given.close()  # It would warn that nobody awaits it.
     if inspect.iscoroutine(given) or inspect.isasyncgen(given):
-        if inspect.iscoroutine(given):
-            given.close()  # It would warn that nobody awaits it.
-        return f"{name}(), which is called already", f"{decorator[1:]}({name})"
-    if isinstance(given, (staticmethod, classmethod)):
-        name = ".".join(given.__func__.__qualname__.split(".")[-2:])
-        return f"a {type(given).__name__}", f"{decorator[1:]}({name})  # below the class"
-    cls = given if inspect.isclass(given) else type(given)
+        decorator = example.partition("\n")[0][1:]
+        return f"{name}(), which is called already", f"{decorator}({name})"
     if any(each.startswith("on_") for each in dir(cls)):
         example = f'ws.add_resource("{cls.__name__.lower()}", {cls.__name__}())'
     if inspect.isclass(given):
@@ -2304,12 +2283,11 @@ def check_taken(
 def _is_sendable(t: Any) -> bool:
     """Tell whether *t* is None or a class with ``@message``, or may be one."""
     with contextlib.suppress(Exception):  # A ``type`` statement may name what is not there.
-        t = bare_type(t)
-        if origin_of(t) in _UNIONS:  # a text or bytes beside a message may be there for a subclass
-            members = [member for member in get_args(t) if bare_type(member) not in (str, bytes)]
-            return members not in ([], [types.NoneType]) and all(map(_is_sendable, members))
-        is_unknown = t is object or (class_of(t) is None and not is_leaf(t))
-        return is_unknown or t is types.NoneType or message_type(class_of(t)) is not None
+        return all(
+            each in (types.NoneType, object) or message_type(class_of(each)) is not None
+            or (class_of(each) is None and not is_leaf(each))
+            for each in map(bare_type, union_members(t))
+        )  # fmt: skip
     return True
 
 
@@ -2334,27 +2312,20 @@ def check_path_types(
 
     *made* has their types: a converter's, which may be None for no match, or `Any`.
     """
-    others = made.keys() - {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-    for each in parameters:
-        names = others if each.kind is each.VAR_KEYWORD else {each.name} & made.keys()
-        if not names or each.annotation is _EMPTY:
+    for each in [each for each in parameters if each.name in made]:
+        t, gets = known_type(function, each.annotation, namespaces), made[each.name]
+        if all(cls is types.NoneType or admits(t, cls) for cls in union_members(gets)):
             continue
-        takes = f"{place_of(function)} takes `{as_code(each)}`"
-        try:
-            t = resolve(each.annotation, scope_of(function, namespaces))
-        except Exception as exc:
-            raise PachinkoError(f"{takes}: {why(exc)}") from exc
-        for name in sorted(names):
-            if all(cls is types.NoneType or admits(t, cls) for cls in union_members(made[name])):
-                continue
-            write = f"`{name}: {type_as_code(made[name])}`"
-            gives = f"{path or 'the path'} gives {write}"
-            write += ", and check or convert it in the handler"
-            for converter, cls in _CONVERTED.items():
-                if cls is not str and admits(t, cls):
-                    write = f"`{{{name}:{converter}}}` in the path, or {write}"
-                    break
-            raise PachinkoError(f"{takes}, but {gives}; write {write}")
+        given = f"`{each.name}: {type_as_code(gets)}`"
+        write = f"{given}, and check or convert it in the handler"
+        for converter, cls in _CONVERTED.items():
+            if cls is not str and admits(t, cls):
+                write = f"`{{{each.name}:{converter}}}` in the path, or {write}"
+                break
+        raise PachinkoError(
+            f"{place_of(function)} takes `{as_code(each)}`, but {path or 'the path'} gives "
+            f"{given}; write {write}"
+        )
 
 
 # ── handlers ──────────────────────────────────────────────────────────────────────────────────
@@ -2507,14 +2478,13 @@ def _hints_of(function: Any, namespaces: Namespaces) -> dict[str, Any]:
 
     Raises `PachinkoError` if another cannot be resolved.
     """
-    scope, parameters = scope_of(function, namespaces), parameters_of(function)
-    annotations = {p.name: p.annotation for p in parameters}
+    annotations = {p.name: p.annotation for p in parameters_of(function)}
     optional, hints = {"return", *[*annotations][:1]}, dict[str, Any]()
     annotations["return"] = signature_of(function).return_annotation
     for key, annotation in annotations.items():
         try:
             if annotation is not _EMPTY:
-                hints[key] = resolve(annotation, scope)
+                hints[key] = resolve(function, annotation, namespaces)
         except Exception as exc:
             if key not in optional:
                 exc.add_note(f"in the annotation of {key!r}")
@@ -2603,7 +2573,7 @@ def read_connect(
     names, own = {p.name for p in named}, first[0].name
     # What an `app.add_route` or some converters give is known when a client connects.
     made = path_types(path or "", app)
-    check_path_types(function, parameters[1:], made, path, namespaces)
+    check_path_types(function, named, made, path, namespaces)
     is_checked = path is not None and Any not in made.values()
     yields = is_stream(function)
 
@@ -2612,7 +2582,7 @@ def read_connect(
         params = conn.params.items()
         if not is_checked:
             came = {name: type(value) for name, value in params}
-            check_path_types(function, parameters[1:], came, None, namespaces)
+            check_path_types(function, named, came, None, namespaces)
             is_checked = True
         wanted = {k: v for k, v in params if k in names or (takes_all and k != own)}
         begun: Any = function(conn, **wanted)
@@ -2628,8 +2598,7 @@ async def _begin(function: Any, generator: AsyncGenerator[Any], add_end: AddEnd)
         async for _ in generator:
             await generator.aclose()
             raise PachinkoError(
-                f"{place_of(function)} yields more than once; a connect handler has one `yield`, "
-                f"and what stands behind it runs when the connection is over"
+                f"{place_of(function)} yields more than once; a connect handler has one `yield`"
             )
 
     async for _ in generator:
@@ -2938,7 +2907,7 @@ def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tupl
         raise PachinkoError(f"{place} is decorated; write it without @asynccontextmanager")
     check_function(with_provided(function, routes.providers, namespaces), _PROVIDE, 1, streams=True)
     try:
-        declared = resolve(signature_of(function).return_annotation, scope_of(function, namespaces))
+        declared = resolve(function, signature_of(function).return_annotation, namespaces)
     except Exception as exc:  # The annotation of an application may raise anything.
         raise PachinkoError(f"{place} provides an unknown type: {why(exc)}") from exc
     t = _provided_type(function, declared)
