@@ -2430,7 +2430,7 @@ def read_handler(
         write = f"async def {name}(conn, {parameter.name}: {message_class.__name__})"
         raise PachinkoError(f"{place} handles {message_class.__name__}; write {write}")
     streams = is_stream(function)
-    returns = _reply_type(hints.get("return"), streams, codec, namespaces, place)
+    returns = _reply_type(function, codec, namespaces)
     return Handler(
         type, function,
         (lambda conn, value: function(conn, **value)) if fields
@@ -2440,10 +2440,10 @@ def read_handler(
     )  # fmt: skip
 
 
-def _reply_type(
-    declared: Any, streams: bool, codec: Codec, namespaces: Namespaces, place: str
-) -> Any:
+def _reply_type(function: Any, codec: Codec, namespaces: Namespaces) -> Any:
     """Return the type of a reply or of a stream's item, or None if it is not declared."""
+    place, streams = place_of(function), is_stream(function)
+    declared = known_type(function, signature_of(function).return_annotation, namespaces)
     if not streams and class_of(declared) in (AsyncIterator, AsyncGenerator, AsyncIterable):
         code = "async for item in items:\n    yield item"
         raise PachinkoError(f"{place} declares a stream, but has no `yield`; write\n{code}")
@@ -2474,20 +2474,18 @@ def _payload_error(place: str, exc: Exception) -> PachinkoError:
 
 
 def _hints_of(function: Any, namespaces: Namespaces) -> dict[str, Any]:
-    """Return the annotations of *function*, but of its first parameter and a return if they can be.
+    """Return the types of the parameters of *function*, but of its first one only if it is known.
 
-    Raises `PachinkoError` if another cannot be resolved.
+    Raises `PachinkoError` if another annotation cannot be resolved.
     """
-    annotations = {p.name: p.annotation for p in parameters_of(function)}
-    optional, hints = {"return", *[*annotations][:1]}, dict[str, Any]()
-    annotations["return"] = signature_of(function).return_annotation
-    for key, annotation in annotations.items():
+    hints = dict[str, Any]()
+    for number, p in enumerate(parameters_of(function)):
         try:
-            if annotation is not _EMPTY:
-                hints[key] = resolve(function, annotation, namespaces)
+            if p.annotation is not _EMPTY:
+                hints[p.name] = resolve(function, p.annotation, namespaces)
         except Exception as exc:
-            if key not in optional:
-                exc.add_note(f"in the annotation of {key!r}")
+            if number > 0:
+                exc.add_note(f"in the annotation of {p.name!r}")
                 raise _payload_error(place_of(function), exc) from exc
     return hints
 
