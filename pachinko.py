@@ -2107,8 +2107,8 @@ def code_of(function: Any) -> str:
     return str(inspect.Signature([*parameters], return_annotation=returns))
 
 
-def scope_of(function: Any, namespaces: Namespaces) -> Namespaces:
-    """Return the globals and locals for the annotations of *function*.
+def resolve(function: Any, annotation: Any, namespaces: Namespaces) -> Any:
+    """Return the type that *annotation* of *function* stands for. May raise anything.
 
     *namespaces* are those of the code that registers it. They count first if it is defined there,
     and last if it is not.
@@ -2127,14 +2127,9 @@ def scope_of(function: Any, namespaces: Namespaces) -> Namespaces:
             if cls.__qualname__ == name.rpartition(".")[0]:
                 locals_ |= types_named_in(cls)
     locals_ |= {each.__name__: each for each in getattr(inner, "__type_params__", ())}
-    return {**_STREAMS, **given, **vars(builtins), **own}, locals_
-
-
-def resolve(function: Any, annotation: Any, namespaces: Namespaces) -> Any:
-    """Return the type that *annotation* of *function* stands for. May raise anything."""
-    scope = scope_of(function, namespaces)
+    globals_ = {**_STREAMS, **given, **vars(builtins), **own}
     holder = types.SimpleNamespace(__annotations__={"t": annotation})
-    return hashable(typing.get_type_hints(holder, *scope, include_extras=True)["t"])
+    return hashable(typing.get_type_hints(holder, globals_, locals_, include_extras=True)["t"])
 
 
 def known_type(function: Any, annotation: Any, namespaces: Namespaces) -> Any:
@@ -2951,10 +2946,10 @@ def _provided_type(function: Any, t: Any) -> Any:
 # any other site; the browser sends that site's cookies along, and leaves it to the server to check
 # the `Origin` (RFC 6455, 10.2). A client that is no browser may send any origin, or none.
 
-_NAME = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?"
-_AUTHORITY = rf"(?P<host>\[[0-9a-f:.]+\]|{_NAME})(?::(?P<port>[0-9]{{1,5}}))?"
-_HOST = re.compile(_AUTHORITY, re.ASCII)
-_ORIGIN = re.compile(rf"(?P<scheme>[a-z][a-z0-9+.-]*)://{_AUTHORITY}", re.ASCII)
+_HOST = r"\[[0-9a-f:.]+\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?"
+_ORIGIN = re.compile(
+    rf"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>{_HOST})(?::(?P<port>[0-9]{{1,5}}))?", re.ASCII
+)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 # The name of a header (RFC 9110, 5.1), but of none that makes the handshake or a body.
 _HEADER_NAME = re.compile(
@@ -2992,10 +2987,10 @@ def is_same_host(origin: Origin, scheme: str, host: str) -> bool:
     An ``https`` page may come by any *scheme*: a proxy may have decrypted its request. An ``http``
     page may not come by an encrypted one, because anybody on the line could have written it.
     """
-    match, default = _HOST.fullmatch(host.lower()), _DEFAULT_PORTS.get(origin.scheme)
-    if match is None or default is None or (origin.scheme == "http" and scheme in ("https", "wss")):
+    is_forged = origin.scheme == "http" and scheme in ("https", "wss")
+    if origin.scheme not in _DEFAULT_PORTS or is_forged:
         return False
-    return (match["host"], int(match["port"] or default)) == (origin.host, origin.port)
+    return parse_origin(f"{origin.scheme}://{host}") == origin
 
 
 @attrs.frozen
