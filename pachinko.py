@@ -2533,6 +2533,8 @@ def _split_parameters(
 
 def is_own(t: Any) -> bool:
     """Tell whether *t* is no type that any payload may have, so that it can be provided."""
+    if origin_of(t) in _UNIONS:
+        return any(map(is_own, get_args(t)))
     is_plain = getattr(class_of(t), "__module__", None) in ("builtins", "collections.abc")
     return not (is_plain or t in (Any, object) or is_leaf(t))
 
@@ -2878,8 +2880,8 @@ def _taken(
     is_async = is_stream(function) or is_called_as(function, inspect.iscoroutinefunction)
     if not providers or not is_async:  # Whatever is not async is refused later.
         return takes
-    parameters, hints = parameters_of(function), _hints_of(function, namespaces)
-    for p in parameters:
+    hints = _hints_of(function, namespaces)
+    for p in parameters_of(function):
         t = hints.get(p.name)
         inner = get_args(t) if origin_of(t) in (typing.Annotated, *_UNIONS) else ()
         for wanted in [each for each in (t, *inner) if each in providers]:
@@ -2928,7 +2930,7 @@ def _provided_type(function: Any, t: Any) -> Any:
         refused = "does not say what it provides"
     elif not is_own(inner):
         refused = f"provides {shown(inner)}, as payloads have it, and not a type of its own"
-    elif (origin_of(t) in _ITERATORS, is_around) == (is_stream(function),) * 2:
+    elif (origin_of(t) in _ITERATORS) is is_around is is_stream(function):
         return inner
     else:
         written = shown(inner)

@@ -1293,8 +1293,12 @@ def test_a_type_without_a_provider_is_told_of_provide(star: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "is_told"), [("db: Db", True), ("n: int, db: Db = None", True), ("n: int", False)]
-)
+    ("fields", "is_told"),
+    [
+        ("db: Db", True), ("n: int, db: Db = None", True), ("db: Db | None", True),
+        ("n: int", False), ("n: int | None", False), ("tags: list[str]", False), ("x", False),
+    ],
+)  # fmt: skip
 def test_a_value_beside_a_payload_is_told_of_provide(fields: str, is_told: bool) -> None:
     """It may be one of those for which the provider is missing, or stands below."""
     with pytest.raises(PachinkoError, match="takes the payload whole and by fields; ") as caught:
