@@ -2020,9 +2020,7 @@ _FORMAT: Any = getattr(inspect, "Format", None)  # annotationlib's
 _LAZILY: dict[str, Any] = {"annotation_format": _FORMAT.FORWARDREF} if _FORMAT else {}
 # Often imported for type checkers only. Around an item they tell nothing that is not known.
 _STREAMS: dict[str, Any] = {"AsyncIterator": AsyncIterator, "AsyncGenerator": AsyncGenerator}
-_CONVERTED: dict[str, Any] = {  # by Falcon's converters in a path
-    "": str, "float": float, "int": int, "uuid": UUID, "dt": datetime, "path": str, "re": str,
-}  # fmt: skip
+_CONVERTERS = {"float": float, "int": int, "uuid": UUID, "dt": datetime}  # Falcon's, in a path
 _INJECTING = {  # packages with defaults or metadata that a decorator of theirs replaces
     "aioinject", "anydi", "dependency_injector", "dishka", "fast_depends", "fastapi", "faststream",
     "injector", "kink", "lagom", "litestar", "magic_di", "modern_di", "picobox", "punq", "rodi",
@@ -2290,12 +2288,10 @@ def path_types(path: str, app: Any) -> dict[str, Any]:
     """Return by name what Falcon makes of the parameters of *path*: a type, or `Any` if unknown."""
     found = dict[str, Any]()
     for name, converter in re.findall(r"\{([a-zA-Z_]\w*)(?::(\w+))?", path):
-        found[name] = _CONVERTED.get(converter, Any)
-        own = app.router_options.converters.get(converter)
-        if own is not None and not own.__module__.startswith("falcon."):
-            found[name] = Any
-            with contextlib.suppress(Exception):  # a converter need not have annotations
-                found[name] = typing.get_type_hints(own.convert)["return"]
+        found[name] = Any if converter else str
+        with contextlib.suppress(Exception):  # a converter need not have annotations
+            convert = app.router_options.converters[converter].convert
+            found[name] = typing.get_type_hints(convert)["return"]
     return found
 
 
@@ -2313,10 +2309,8 @@ def check_path_types(
             continue
         given = f"`{each.name}: {type_as_code(gets)}`"
         write = f"{given}, and check or convert it in the handler"
-        for converter, cls in _CONVERTED.items():
-            if cls is not str and admits(t, cls):
-                write = f"`{{{each.name}:{converter}}}` in the path, or {write}"
-                break
+        for converter in [name for name, cls in _CONVERTERS.items() if admits(t, cls)][:1]:
+            write = f"`{{{each.name}:{converter}}}` in the path, or {write}"
         raise PachinkoError(
             f"{place_of(function)} takes `{as_code(each)}`, but {path or 'the path'} gives "
             f"{given}; write {write}"
