@@ -2276,10 +2276,12 @@ def check_taken(
 def _is_sendable(t: Any) -> bool:
     """Tell whether *t* is None or a class with ``@message``, or may be one."""
     with contextlib.suppress(Exception):  # A ``type`` statement may name what is not there.
-        return all(
+        members = [*map(bare_type, union_members(t))]
+        left = [each for each in members if each not in (str, bytes)]  # for a subclass, say
+        return (left == members or left not in ([], [types.NoneType])) and all(
             each in (types.NoneType, object) or message_type(class_of(each)) is not None
             or (class_of(each) is None and not is_leaf(each))
-            for each in map(bare_type, union_members(t))
+            for each in left
         )  # fmt: skip
     return True
 
@@ -2291,7 +2293,9 @@ def path_types(path: str, app: Any) -> dict[str, Any]:
         found[name] = Any if converter else str
         with contextlib.suppress(Exception):  # a converter need not have annotations
             convert = app.router_options.converters[converter].convert
-            found[name] = typing.get_type_hints(convert)["return"]
+            made = union_members(typing.get_type_hints(convert)["return"])  # or None for no match
+            known = tuple(t for t in made if t is not types.NoneType)
+            found[name] = Union[known]  # noqa: UP007 - of a tuple
     return found
 
 
@@ -2301,11 +2305,11 @@ def check_path_types(
 ) -> None:  # fmt: skip
     """Raise `PachinkoError` if the annotation of a path parameter is not that of its values.
 
-    *made* has their types: a converter's, which may be None for no match, or `Any`.
+    *made* has their types, or `Any`.
     """
     for each in [each for each in parameters if each.name in made]:
         t, gets = known_type(function, each.annotation, namespaces), made[each.name]
-        if all(cls is types.NoneType or admits(t, cls) for cls in union_members(gets)):
+        if all(admits(t, cls) for cls in union_members(gets)):
             continue
         given = f"`{each.name}: {type_as_code(gets)}`"
         write = f"{given}, and check or convert it in the handler"
@@ -2510,7 +2514,7 @@ def _split_parameters(
         names = listed(positional[1:])
         refused = f"takes more than one payload; for its fields write `(conn, *, {names})`"
     elif len(positional) == 2 and fields:
-        types_ = [known_type(function, p.annotation, namespaces) for p in fields]
+        types_ = [known_type(function, p.annotation, namespaces) for p in parameters[1:]]
         above = "register the `@ws.provide` of a value above, or "
         refused = (
             f"takes the payload whole and by fields; {above if any(map(is_own, types_)) else ''}"

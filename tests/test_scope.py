@@ -1308,6 +1308,12 @@ def test_a_value_beside_a_payload_is_told_of_provide(fields: str, is_told: bool)
     )
 
 
+def test_a_value_in_the_place_of_a_payload_is_told_of_provide() -> None:
+    """It may be the one whose provider is missing."""
+    with pytest.raises(PachinkoError, match="; register the `@ws.provide` of a value above, or"):
+        endpoint().on("say")(scoped("async def f(conn, db: Db, *, text: str): ..."))
+
+
 @pytest.mark.parametrize("parameters", ["db: Db", "db: Db, text: str", "db: Db, *, text: str"])
 @pytest.mark.parametrize("how", ["on", "connect", "accepted", "disconnect", "fallback", "provide"])
 def test_a_provided_value_is_not_taken_for_the_connection(how: str, parameters: str) -> None:

@@ -781,8 +781,8 @@ def test_other_parameters_of_the_fallback_are_as_they_were(parameters: str) -> N
 RETURNED: list[tuple[Any, bool]] = [
     (None, True), (Said, True), (Said | None, True), (Any, True), (object, True), ("Thing", True),
     (int, False), (str, False), (bytes, False), (dict[str, int], False), (Point, False),
-    (Literal[1], False), (list[Said], False), (Said | int, False), (Said | str, False),
-    (str | None, False), (bytes | str, False), (Said | bytes | None, False),
+    (Literal[1], False), (list[Said], False), (Said | int, False), (Said | str, True),
+    (str | None, False), (bytes | str, False), (Said | bytes | None, True),
     (Said | str | int, False), (Color, False), (Movie, False),
 ]  # fmt: skip
 
