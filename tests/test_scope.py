@@ -1310,7 +1310,7 @@ def test_a_value_beside_a_payload_is_told_of_provide(fields: str, is_told: bool)
 
 def test_a_value_in_the_place_of_a_payload_is_told_of_provide() -> None:
     """It may be the one whose provider is missing."""
-    with pytest.raises(PachinkoError, match="; register the `@ws.provide` of a value above, or"):
+    with pytest.raises(PachinkoError, match=r"; register the `@ws.provide` of a value above, or"):
         endpoint().on("say")(scoped("async def f(conn, db: Db, *, text: str): ..."))
 
 
