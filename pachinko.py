@@ -49,7 +49,7 @@ Map: each section, what it is for, and those above it that it uses.
     codec — JSON to what a handler takes, and back (uses: errors, types, envelope and message,
         sending, unions, structuring)
     signatures — what a function takes, and of which types (uses: errors, types, envelope and
-        message)
+        message, unions)
     handlers — what a registered function takes, and finding it (uses: errors, types, envelope and
         message, codec, signatures)
     scope — a context for each message, and what providers make for one call (uses: errors, types,
@@ -2013,25 +2013,15 @@ class Codec:
 # only a type checker imports.
 
 _EMPTY = inspect.Parameter.empty
-_KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _LITERALS = (str, int, float, bool, types.NoneType)
 _NOWHERE: Namespaces = ({}, {})
-_MAX_LAYERS = 100  # of decorators around a function; a chain that is longer is a circle
 # From Python 3.14 on annotations are evaluated when they are asked for. This leaves a name alone
 # that is not defined.
 _FORMAT: Any = getattr(inspect, "Format", None)  # annotationlib's
 _LAZILY: dict[str, Any] = {"annotation_format": _FORMAT.FORWARDREF} if _FORMAT else {}
 # Often imported for type checkers only. Around an item they tell nothing that is not known.
 _STREAMS: dict[str, Any] = {"AsyncIterator": AsyncIterator, "AsyncGenerator": AsyncGenerator}
-_CONVERTED: dict[str, Any] = {  # by Falcon's converters in a path
-    "": str, "float": float, "int": int, "uuid": UUID, "dt": datetime, "path": str, "re": str,
-}  # fmt: skip
-# What the text of a type has that its code has not: a name that is not known yet, the place of a
-# definition, and objects.
-_IN_A_TYPE = ((r"ForwardRef\('(.*?)'.*?\)", r"\1"), (r"[\w.<>]+\.(?=\w)", ""), (r"<[^<>]*>", "..."))
-_ASYNC = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
-_EACH_ITEM = "async for item in function(*args, **kwargs):\n        yield item"
-_CONSTRAINING = {"msgspec", "annotated_types"}  # what they put into `Annotated` bounds a value
+_CONVERTERS = {"float": float, "int": int, "uuid": UUID, "dt": datetime}  # Falcon's, in a path
 _INJECTING = {  # packages with defaults or metadata that a decorator of theirs replaces
     "aioinject", "anydi", "dependency_injector", "dishka", "fast_depends", "fastapi", "faststream",
     "injector", "kink", "lagom", "litestar", "magic_di", "modern_di", "picobox", "punq", "rodi",
@@ -2041,17 +2031,11 @@ _INJECTING = {  # packages with defaults or metadata that a decorator of theirs 
 
 def layers(function: Any) -> list[Any]:
     """Return *function*, and what is called inside of its partials, decorators and methods."""
-    found: list[Any] = []
-    while len(found) < _MAX_LAYERS:
-        found.append(function)
-        if isinstance(function, functools.partial):
-            function = function.func
-        else:
-            inner = getattr(function, "__wrapped__", None) or getattr(function, "__func__", None)
-            function = _call_method(function) if inner is None else inner
-        if function is None:
-            break
-    return found
+    inner = getattr(function, "__wrapped__", None) or getattr(function, "__func__", None)
+    if isinstance(function, functools.partial):
+        inner = function.func
+    inner = inner or _call_method(function)
+    return [function] if inner is None else [function, *layers(inner)]
 
 
 def _call_method(function: Any) -> Any:
@@ -2068,15 +2052,21 @@ def is_called_as(function: Any, test: Callable[[Any], bool]) -> bool:
     return test(function) or test(_call_method(outer))
 
 
-def bound_names(function: Any) -> set[str]:
-    """Return the parameters to which a partial has given a value by name."""
-    partials = [layer for layer in layers(function) if isinstance(layer, functools.partial)]
-    return {name for partial in partials for name in partial.keywords}
+def is_stream(function: Any) -> bool:
+    """Tell whether *function* is an async generator when it is called."""
+    return is_called_as(function, inspect.isasyncgenfunction)
 
 
 def signature_of(function: Any) -> inspect.Signature:
     """Return the signature of *function*, whatever its annotations name. May raise anything."""
     return inspect.signature(function, **_LAZILY)
+
+
+def parameters_of(function: Any) -> list[inspect.Parameter]:
+    """Return the parameters of *function* to which no partial has given a value by name."""
+    partials = [layer for layer in layers(function) if isinstance(layer, functools.partial)]
+    bound = {name for partial in partials for name in partial.keywords}
+    return [p for p in signature_of(function).parameters.values() if p.name not in bound]
 
 
 class _Code(str):
@@ -2086,18 +2076,22 @@ class _Code(str):
     __repr__ = str.__str__
 
 
+def type_as_code(annotation: Any) -> Any:
+    """Return the text of *annotation*, which is a text already if it is postponed."""
+    if annotation is _EMPTY:
+        return annotation
+    if not isinstance(annotation, str):
+        text = re.sub(r"ForwardRef\('(.*?)'.*?\)", r"\1", shown(annotation))  # is not known yet
+        annotation = re.sub(r"<[^<>]*>", "...", text)
+    return _Code(annotation)
+
+
 def as_code(parameter: inspect.Parameter) -> inspect.Parameter:
     """Return *parameter* such that its text is code: any default but a literal becomes ``...``."""
-    annotation, default = parameter.annotation, parameter.default
-    if annotation is not _EMPTY and not isinstance(annotation, str):
-        text = inspect.formatannotation(annotation)
-        for pattern, code in _IN_A_TYPE:
-            text = re.sub(pattern, code, text)
-        annotation = text
-    return parameter.replace(
-        annotation=_EMPTY if annotation is _EMPTY else _Code(annotation),
-        default=default if default is _EMPTY or type(default) in _LITERALS else _Code("..."),
-    )
+    default = parameter.default
+    is_code = default is _EMPTY or type(default) in _LITERALS
+    default = default if is_code else _Code("...")
+    return parameter.replace(annotation=type_as_code(parameter.annotation), default=default)
 
 
 def listed(parameters: Iterable[inspect.Parameter]) -> str:
@@ -2107,19 +2101,13 @@ def listed(parameters: Iterable[inspect.Parameter]) -> str:
 
 def code_of(function: Any) -> str:
     """Return the parameters and the return type of *function* as code."""
-    signature, bound = signature_of(function), bound_names(function)
-    parameters = [as_code(p) for p in signature.parameters.values() if p.name not in bound]
-    returns = as_code(_returned(signature)).annotation
-    return str(inspect.Signature(parameters, return_annotation=returns))
+    returns = type_as_code(signature_of(function).return_annotation)
+    parameters = map(as_code, parameters_of(function))
+    return str(inspect.Signature([*parameters], return_annotation=returns))
 
 
-def _returned(signature: inspect.Signature) -> inspect.Parameter:
-    """Return a parameter with the annotation of what is returned."""
-    return inspect.Parameter("_", _KEYWORD_ONLY, annotation=signature.return_annotation)
-
-
-def scope_of(function: Any, namespaces: Namespaces) -> Namespaces:
-    """Return the globals and locals for the annotations of *function*.
+def resolve(function: Any, annotation: Any, namespaces: Namespaces) -> Any:
+    """Return the type that *annotation* of *function* stands for. May raise anything.
 
     *namespaces* are those of the code that registers it. They count first if it is defined there,
     and last if it is not.
@@ -2138,20 +2126,16 @@ def scope_of(function: Any, namespaces: Namespaces) -> Namespaces:
             if cls.__qualname__ == name.rpartition(".")[0]:
                 locals_ |= types_named_in(cls)
     locals_ |= {each.__name__: each for each in getattr(inner, "__type_params__", ())}
-    return {**_STREAMS, **given, **vars(builtins), **own}, locals_
-
-
-def resolve(annotation: Any, scope: Namespaces) -> Any:
-    """Return the type that *annotation* stands for. May raise anything."""
+    globals_ = {**_STREAMS, **given, **vars(builtins), **own}
     holder = types.SimpleNamespace(__annotations__={"t": annotation})
-    return hashable(typing.get_type_hints(holder, *scope, include_extras=True)["t"])
+    return hashable(typing.get_type_hints(holder, globals_, locals_, include_extras=True)["t"])
 
 
 def known_type(function: Any, annotation: Any, namespaces: Namespaces) -> Any:
     """Return the type that *annotation* stands for, or `Any` if there is none to be had."""
     with contextlib.suppress(Exception):  # A name that only a type checker imports, say.
         if annotation is not _EMPTY:
-            return resolve(annotation, scope_of(function, namespaces))
+            return resolve(function, annotation, namespaces)
     return Any
 
 
@@ -2161,17 +2145,14 @@ def why(exc: BaseException) -> str:
     if isinstance(exc, NameError) and exc.name:
         cure = "import it outside of `if TYPE_CHECKING:`, or define it above"
         return f"name {exc.name!r}{place} is not defined when this is registered; {cure}"
-    if isinstance(exc, RecursionError):
-        return f"a type{place} contains itself without an end; give the inner one a class"
     return f"{exc}{place}" if str(exc) else f"{type(exc).__name__}{place}"
 
 
 def admits(annotation: Any, cls: Any) -> bool:
     """Tell whether *annotation* allows every object of the class *cls*."""
-    metadata = getattr(annotation, "__metadata__", ())
-    if any(packages_of(each) & _CONSTRAINING for each in metadata):
-        return False
     try:
+        if limits_of(annotation):
+            return False
         t = bare_type(annotation)
         if origin_of(t) in _UNIONS:
             return any(admits(member, cls) for member in get_args(t))
@@ -2187,27 +2168,20 @@ def packages_of(value: Any) -> set[str]:
     return {str(cls.__module__).partition(".")[0] for cls in mro}
 
 
-def _metadata_in(t: Any) -> Iterator[Any]:
-    """Yield what `Annotated` says about *t* and about the members of a union."""
-    yield from getattr(t, "__metadata__", ())
-    for member in get_args(t) if origin_of(t) in _UNIONS else ():
-        yield from _metadata_in(member)
-
-
 def default_refusal(parameter: inspect.Parameter, annotation: Any) -> str | None:
     """Return why no client may set *parameter*, or None: another library injects its value."""
     name, default = parameter.name, parameter.default
-    if default is parameter.empty:
-        default = None
-    for each in (default, *_metadata_in(annotation)):
+    default = None if default is _EMPTY else default
+    annotated = [getattr(t, "__metadata__", ()) for t in (annotation, *get_args(annotation))]
+    for each in (default, *itertools.chain(*annotated)):
         if package := packages_of(each) & _INJECTING:
             return (
                 f"takes {name!r} from {package.pop()}, but a client that sends {name!r} would "
                 f"replace it; write `@ws.provide` for what the server makes"
             )
     cls = type(default)
-    is_plain = str(cls.__module__).partition(".")[0] in sys.stdlib_module_names
-    if is_plain or default is UNSET or issubclass(cls, enum.Enum) or admits(annotation, cls):
+    is_plain = packages_of(cls) <= sys.stdlib_module_names or issubclass(cls, enum.Enum)
+    if is_plain or default is UNSET or admits(annotation, cls):
         return None
     return (
         f"takes `{as_code(parameter)}`, whose default is a {cls.__name__}; write a default of the "
@@ -2223,70 +2197,64 @@ def place_of(function: Callable[..., Any]) -> str:
     return f"{getattr(inner, '__qualname__', type(inner).__name__)}(){where}"
 
 
+def mistake(function: Any, refused: str, example: str) -> PachinkoError:
+    """Return the error for *function*, with *example* as code: if it is a method, in its class."""
+    if inspect.ismethod(function) and example.startswith("@"):
+        owner = function.__self__
+        name = (owner if inspect.isclass(owner) else type(owner)).__name__
+        code = example.partition("\n")[2]
+        code = re.sub(r"async def \w+\(", f"async def {function.__name__}(self, ", code)
+        example = f"class {name}:\n{textwrap.indent(code.replace('self, )', 'self)'), '    ')}"
+    return PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
+
+
 def check_function(function: Any, example: str, takes: int | None, streams: bool = False) -> None:
     """Raise `PachinkoError` with *example* unless *function* is async and takes *takes* values."""
     if not callable(function) or isinstance(function, (type, staticmethod)):
         what, write = _other_than_a_function(function, example)
         raise PachinkoError(f"expected a function, got {what}; write\n{write}")
-    refused, inner = None, layers(function)[-1]
+    inner = layers(function)[-1]
     first, name = example.partition("\n")[0], getattr(function, "__name__", "handler")
     name = name if name.isidentifier() else "handler"
-    if is_called_as(function, inspect.isasyncgenfunction):
-        refused = None if streams else "has a `yield`, but only message handlers stream"
+    if is_stream(function):
+        if not streams:
+            raise mistake(function, "has a `yield`, but only message handlers stream", example)
     elif is_called_as(function, inspect.iscoroutinefunction):
         pass
-    elif any(is_called_as(inner, each) for each in _ASYNC):
-        refused = "is called by a decorator that returns a plain function"
-        example = "async def wrapper(*args, **kwargs):\n    return await function(*args, **kwargs)"
-        if inspect.isasyncgenfunction(inner):
-            example = f"async def wrapper(*args, **kwargs):\n    {_EACH_ITEM}"
+    elif is_stream(inner) or is_called_as(inner, inspect.iscoroutinefunction):
+        code = "return await function(*args, **kwargs)"
+        if is_stream(inner):
+            code = "async for item in function(*args, **kwargs):\n        yield item"
+        example = f"async def wrapper(*args, **kwargs):\n    {code}"
+        raise mistake(function, "is called by a decorator that returns a plain function", example)
     else:
-        refused = "is not async"
         with contextlib.suppress(Exception):  # some callables have no signature
             example = f"{first}\nasync def {name}{code_of(function)}: ..."
-    if refused is None:
-        what = "has no signature"  # A circle of decorators, or from Python 3.14 on an annotation.
-        try:
-            signature = signature_of(function)
-            what = "takes the wrong parameters"
-            if takes is not None:
-                signature.bind(*range(takes))
-        except Exception as exc:
-            refused = f"{what}: {re.sub('<.*>', '...', str(exc))}"
-    if refused is not None:
-        if inspect.ismethod(function) and example.startswith("@"):
-            example = _in_class(function, example)
-        raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
+        raise mistake(function, "is not async", example)
+    what = "has no signature"  # From Python 3.14 on an annotation may raise here.
+    try:
+        signature = signature_of(function)
+        what = "takes the wrong parameters"
+        if takes is not None:
+            signature.bind(*range(takes))
+    except Exception as exc:
+        raise mistake(function, f"{what}: {re.sub('<.*>', '...', str(exc))}", example) from exc
 
 
 def _other_than_a_function(given: Any, example: str) -> tuple[str, str]:
     """Return what *given* is, which is registered as a function, and the corrected code."""
-    name, decorator = getattr(given, "__name__", ""), example.partition("\n")[0]
+    name, cls = getattr(given, "__name__", ""), given if inspect.isclass(given) else type(given)
+    if inspect.iscoroutine(given):
+        given.close()  # It would warn that nobody awaits it.
     if inspect.iscoroutine(given) or inspect.isasyncgen(given):
-        if inspect.iscoroutine(given):
-            given.close()  # It would warn that nobody awaits it.
-        return f"{name}(), which is called already", f"{decorator[1:]}({name})"
-    if isinstance(given, staticmethod):
-        return "a staticmethod", f"@staticmethod\n{example}"
-    if isinstance(given, classmethod):
-        name = ".".join(given.__func__.__qualname__.split(".")[-2:])
-        return "a classmethod", f"{decorator[1:]}({name})  # below the class"
-    cls = given if inspect.isclass(given) else type(given)
+        decorator = example.partition("\n")[0][1:]
+        return f"{name}(), which is called already", f"{decorator}({name})"
     if any(each.startswith("on_") for each in dir(cls)):
         example = f'ws.add_resource("{cls.__name__.lower()}", {cls.__name__}())'
     if inspect.isclass(given):
         return f"the class {name}", example.replace(f"def {name}(", "def f(")
     is_literal = type(given) in _LITERALS
     return repr(given) if is_literal else f"an object of the class {cls.__name__}", example
-
-
-def _in_class(method: Any, example: str) -> str:
-    """Return the function in *example* as a method of the class that *method* is of."""
-    owner = method.__self__
-    name = (owner if inspect.isclass(owner) else type(owner)).__name__
-    code = example.partition("\n")[2]
-    code = re.sub(r"async def \w+\(", f"async def {method.__name__}(self, ", code)
-    return f"class {name}:\n{textwrap.indent(code.replace('self, )', 'self)'), '    ')}"
 
 
 def check_taken(
@@ -2296,90 +2264,62 @@ def check_taken(
 
     With *replies* it may return anything, else a ``@message`` object or None.
     """
-    signature, refused = signature_of(function), None
+    signature = signature_of(function)
     for second in [*signature.parameters.values()][1:2]:
         if not admits(known_type(function, second.annotation, namespaces), cls):
-            refused = f"takes `{as_code(second)}`, but gets {cls.__name__}"
-    if not (replies or _is_sendable(known_type(function, signature.return_annotation, namespaces))):
-        refused = f"returns {as_code(_returned(signature)).annotation}, but may return a @message "
-        refused += "object or None"
-    if refused is not None:
-        raise PachinkoError(f"{place_of(function)} {refused}; write\n{example}")
+            raise mistake(function, f"takes `{as_code(second)}`, but gets {cls.__name__}", example)
+    returns = signature.return_annotation
+    if not (replies or _is_sendable(known_type(function, returns, namespaces))):
+        refused = "but may return a @message object or None"
+        raise mistake(function, f"returns {type_as_code(returns)}, {refused}", example)
 
 
 def _is_sendable(t: Any) -> bool:
     """Tell whether *t* is None or a class with ``@message``, or may be one."""
-    try:
-        t = bare_type(t)
-    except Exception:  # A ``type`` statement may name what is not there.
-        return True
-    if origin_of(t) in _UNIONS:  # a text or bytes beside a message may be there for a subclass
-        members = [member for member in get_args(t) if bare_type(member) not in (str, bytes)]
-        return members not in ([], [types.NoneType]) and all(map(_is_sendable, members))
-    if t is types.NoneType or message_type(class_of(t)) is not None:
-        return True
-    return t is object or (class_of(t) is None and not is_leaf(t))
+    with contextlib.suppress(Exception):  # A ``type`` statement may name what is not there.
+        members = [*map(bare_type, union_members(t))]
+        left = [each for each in members if each not in (str, bytes)]  # for a subclass, say
+        return (left == members or left not in ([], [types.NoneType])) and all(
+            each in (types.NoneType, object) or message_type(class_of(each)) is not None
+            or (class_of(each) is None and not is_leaf(each))
+            for each in left
+        )  # fmt: skip
+    return True
 
 
 def path_types(path: str, app: Any) -> dict[str, Any]:
     """Return by name what Falcon makes of the parameters of *path*: a type, or `Any` if unknown."""
     found = dict[str, Any]()
-    converters = getattr(getattr(app, "router_options", None), "converters", {})
     for name, converter in re.findall(r"\{([a-zA-Z_]\w*)(?::(\w+))?", path):
-        found[name] = _CONVERTED.get(converter, Any)
-        own = converters.get(converter)
-        if own is not None and not own.__module__.startswith("falcon."):
-            found[name] = Any
-            with contextlib.suppress(Exception):  # a converter need not have annotations
-                found[name] = typing.get_type_hints(own.convert)["return"]
+        found[name] = Any if converter else str
+        with contextlib.suppress(Exception):  # a converter need not have annotations
+            convert = app.router_options.converters[converter].convert
+            made = union_members(typing.get_type_hints(convert)["return"])  # or None for no match
+            known = tuple(t for t in made if t is not types.NoneType)
+            found[name] = Union[known]  # noqa: UP007 - of a tuple
     return found
 
 
-def path_refusal(name: str, annotation: Any, made: Any, path: str | None) -> str | None:
-    """Return why *annotation* is wrong for the parameter *name* of *path*, or None.
-
-    *made* is the type of its values: a converter's, which may be None for no match, or `Any`.
-    """
-    classes = [made] if origin_of(made) not in _UNIONS else get_args(made)
-    if all(cls is types.NoneType or admits(annotation, cls) for cls in classes):
-        return None
-    field = as_code(inspect.Parameter(name, _KEYWORD_ONLY, annotation=annotation))
-    made = as_code(field.replace(annotation=made))
-    write = f"`{made}`, and check or convert it in the handler"
-    for converter, t in _CONVERTED.items():
-        if t is not str and admits(annotation, t):
-            write = f"`{{{name}:{converter}}}` in the path, or {write}"
-            break
-    where = f"{path} gives" if path else "the path gives"
-    return f"takes `{field}`, but {where} `{made}`; write {write}"
-
-
 def check_path_types(
-    function: Any, parameters: Sequence[inspect.Parameter], made: Mapping[str, Any],
+    function: Any, parameters: Iterable[inspect.Parameter], made: Mapping[str, Any],
     path: str | None, namespaces: Namespaces,
-) -> list[inspect.Parameter]:  # fmt: skip
+) -> None:  # fmt: skip
     """Raise `PachinkoError` if the annotation of a path parameter is not that of its values.
 
-    *made* has the types of the values. Returns the *parameters* for which it lacks one.
+    *made* has their types, or `Any`.
     """
-    left = list[inspect.Parameter]()
-    others = made.keys() - {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-    for each in parameters:
-        names = others if each.kind is each.VAR_KEYWORD else {each.name} & made.keys()
-        if each.annotation is _EMPTY:
+    for each in [each for each in parameters if each.name in made]:
+        t, gets = known_type(function, each.annotation, namespaces), made[each.name]
+        if all(admits(t, cls) for cls in union_members(gets)):
             continue
-        try:
-            annotation = resolve(each.annotation, scope_of(function, namespaces)) if names else Any
-        except Exception as exc:
-            raise PachinkoError(
-                f"{place_of(function)} takes `{as_code(each)}`: {why(exc)}"
-            ) from exc
-        for name in sorted(names):
-            if (refused := path_refusal(name, annotation, made[name], path)) is not None:
-                raise PachinkoError(f"{place_of(function)} {refused}")
-        if path is None or any(made[name] is Any for name in names):
-            left.append(each)
-    return left
+        given = f"`{each.name}: {type_as_code(gets)}`"
+        write = f"{given}, and check or convert it in the handler"
+        for converter in [name for name, cls in _CONVERTERS.items() if admits(t, cls)][:1]:
+            write = f"`{{{each.name}:{converter}}}` in the path, or {write}"
+        raise PachinkoError(
+            f"{place_of(function)} takes `{as_code(each)}`, but {path or 'the path'} gives "
+            f"{given}; write {write}"
+        )
 
 
 # ── handlers ──────────────────────────────────────────────────────────────────────────────────
@@ -2391,6 +2331,7 @@ _VERBS = "|".join(map(re.escape, falcon.constants.COMBINED_METHODS))
 _RESPONDER = re.compile(rf"on_({_VERBS})(_.+)?", re.IGNORECASE)  # with a suffix of `add_route`, too
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_PAYLOADS = {dict, list, *_LEAVES} - {types.NoneType}  # no connection is annotated like this
 End = Callable[["Connection"], Awaitable[None]]
 AddEnd = Callable[[End], None]  # takes what has to run when the connection is over
 DISCONNECT = "@ws.disconnect\nasync def leave(conn): ..."  # shown in errors
@@ -2464,9 +2405,9 @@ def read_handler(
     """Make a handler by the signature of *function*. Raises `PachinkoError` with corrected code."""
     name, place = getattr(function, "__name__", "handler"), place_of(function)
     check_function(function, f'@ws.on("{type}")\nasync def {name}(conn): ...', None, streams=True)
-    parameter, fields = _split_parameters(function, name, path_params)
+    parameter, fields = _split_parameters(function, name, path_params, namespaces)
     defaults = {p.name: p.default for p in fields if p.default is not _EMPTY}
-    hints = _hints_of(function, name, namespaces)
+    hints = _hints_of(function, namespaces)
     for each in filter(None, (parameter, *fields)):
         if (refused := default_refusal(each, hints.get(each.name, Any))) is not None:
             raise PachinkoError(f"{place} {refused}")
@@ -2482,8 +2423,8 @@ def read_handler(
     if parameter and message_class and annotation is not message_class:
         write = f"async def {name}(conn, {parameter.name}: {message_class.__name__})"
         raise PachinkoError(f"{place} handles {message_class.__name__}; write {write}")
-    streams = is_called_as(function, inspect.isasyncgenfunction)
-    returns = _reply_type(hints.get("return"), streams, codec, namespaces, place)
+    streams = is_stream(function)
+    returns = _reply_type(function, codec, namespaces)
     return Handler(
         type, function,
         (lambda conn, value: function(conn, **value)) if fields
@@ -2493,10 +2434,10 @@ def read_handler(
     )  # fmt: skip
 
 
-def _reply_type(
-    declared: Any, streams: bool, codec: Codec, namespaces: Namespaces, place: str
-) -> Any:
+def _reply_type(function: Any, codec: Codec, namespaces: Namespaces) -> Any:
     """Return the type of a reply or of a stream's item, or None if it is not declared."""
+    place, streams = place_of(function), is_stream(function)
+    declared = known_type(function, signature_of(function).return_annotation, namespaces)
     if not streams and class_of(declared) in (AsyncIterator, AsyncGenerator, AsyncIterable):
         code = "async for item in items:\n    yield item"
         raise PachinkoError(f"{place} declares a stream, but has no `yield`; write\n{code}")
@@ -2517,7 +2458,8 @@ def _payload_error(place: str, exc: Exception) -> PachinkoError:
     """Return the error for a payload whose type raises *exc*."""
     reason = why(exc)
     if isinstance(exc, cattrs.StructureHandlerNotFoundError):
-        reason = advise(exc.type_)
+        provide = "; or, if the server makes it, register its `@ws.provide` above"
+        reason = advise(exc.type_) + (provide if is_own(exc.type_) else "")
     return PachinkoError(
         f"the payload of {place} cannot be structured: {reason}. Define or import names above the "
         f"handler; use attrs classes, dataclasses, TypedDict and the standard library's types, "
@@ -2525,44 +2467,33 @@ def _payload_error(place: str, exc: Exception) -> PachinkoError:
     )
 
 
-def _hints_of(function: Any, name: str, namespaces: Namespaces) -> dict[str, Any]:
-    """Return the annotations of *function*, but of its first parameter and a return if they can be.
+def _hints_of(function: Any, namespaces: Namespaces) -> dict[str, Any]:
+    """Return the types of the parameters of *function*, but of its first one only if it is known.
 
-    Raises `PachinkoError` if another cannot be resolved, or if a payload comes first.
+    Raises `PachinkoError` if another annotation cannot be resolved.
     """
-    signature, scope = signature_of(function), scope_of(function, namespaces)
-    bound = bound_names(function)
-    parameters = [p for p in signature.parameters.values() if p.name not in bound]
-    annotations = {p.name: p.annotation for p in parameters}
-    optional, hints = {"return", *[*annotations][:1]}, dict[str, Any]()
-    for key, annotation in (annotations | {"return": signature.return_annotation}).items():
+    hints = dict[str, Any]()
+    for number, p in enumerate(parameters_of(function)):
         try:
-            if annotation is not _EMPTY:
-                hints[key] = resolve(annotation, scope)
+            if p.annotation is not _EMPTY:
+                hints[p.name] = resolve(function, p.annotation, namespaces)
         except Exception as exc:
-            if key not in optional:
-                exc.add_note(f"in the annotation of {key!r}")
+            if number > 0:
+                exc.add_note(f"in the annotation of {p.name!r}")
                 raise _payload_error(place_of(function), exc) from exc
-    for first in parameters[:1]:
-        t = hints.get(first.name)
-        if t in _LEAVES - {types.NoneType} or t in (dict, list) or message_type(t) is not None:
-            raise PachinkoError(
-                f"{place_of(function)} takes `{as_code(first)}` first, where the connection comes; "
-                f"write `async def {name}(conn, {as_code(first)})`"
-            )
     return hints
 
 
 def _split_parameters(
-    function: Callable[..., Any], name: str, path_params: Collection[str]
+    function: Callable[..., Any], name: str, path_params: Collection[str], namespaces: Namespaces
 ) -> tuple[inspect.Parameter | None, list[inspect.Parameter]]:
     """Return the parameter for the whole payload, or None, and those for its fields."""
-    bound = bound_names(function)
-    parameters = [p for p in signature_of(function).parameters.values() if p.name not in bound]
+    parameters = parameters_of(function)
     positional = [p for p in parameters if p.kind in _POSITIONAL]
     fields = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
     variadic = [p for p in parameters if p.kind in _VARIADIC]
     from_path = [p.name for p in parameters[1:] if p.name in path_params]
+    first = known_type(function, positional[0].annotation, namespaces) if positional else Any
     refused = None
     if not positional:
         own = "self, " if inspect.ismethod(function) else ""
@@ -2578,19 +2509,33 @@ def _split_parameters(
             f"use `conn.params['{from_path[0]}']`"
         )
     elif variadic:
-        first = listed(variadic[:1])
-        refused = f"takes {first}; name it: `(conn, *, text: str)` or `(conn, payload: dict)`"
+        named = "`(conn, *, text: str)` or `(conn, payload: dict)`"
+        refused = f"takes {listed(variadic[:1])}; name it: {named}"
     elif len(positional) > 2:
         names = listed(positional[1:])
         refused = f"takes more than one payload; for its fields write `(conn, *, {names})`"
     elif len(positional) == 2 and fields:
+        types_ = [known_type(function, p.annotation, namespaces) for p in parameters[1:]]
+        above = "register the `@ws.provide` of a value above, or "
         refused = (
-            f"takes the payload whole and by fields; write `(conn, {listed(positional[1:])})` or "
-            f"`(conn, *, {listed(fields)})`"
+            f"takes the payload whole and by fields; {above if any(map(is_own, types_)) else ''}"
+            f"write `(conn, {listed(positional[1:])})` or `(conn, *, {listed(fields)})`"
         )
+    elif first in _PAYLOADS or message_type(first) is not None:
+        own = str(as_code(positional[0]))
+        refused = f"takes `{own}` first, where the connection comes; "
+        refused += f"write `async def {name}(conn, {own})`"
     if refused is not None:
         raise PachinkoError(f"{place_of(function)} {refused}")
     return (positional[1] if len(positional) == 2 else None), fields
+
+
+def is_own(t: Any) -> bool:
+    """Tell whether *t* is no type that any payload may have, so that it can be provided."""
+    if origin_of(t) in _UNIONS:
+        return any(map(is_own, get_args(t)))
+    is_plain = getattr(class_of(t), "__module__", None) in ("builtins", "collections.abc")
+    return not (is_plain or t in (Any, object) or is_leaf(t))
 
 
 def path_parameters(path: str) -> list[str]:
@@ -2617,21 +2562,22 @@ def read_connect(
     bad = [p for p in named if p.kind in (p.POSITIONAL_ONLY, *_VARIADIC)] or unknown
     if not first or first[0].kind not in _POSITIONAL or bad:
         what = f"takes {listed(bad)}" if bad else "takes no connection"
-        has = f"{path} has {', '.join(known) or 'no parameters'}; " if path else ""
-        raise PachinkoError(f"{place_of(function)} {what}; {has}write\n{example}")
+        has = f"; {path} has {', '.join(known) or 'no parameters'}" if path else ""
+        raise mistake(function, what + has, example)
     names, own = {p.name for p in named}, first[0].name
     # What an `app.add_route` or some converters give is known when a client connects.
     made = path_types(path or "", app)
-    left = check_path_types(function, parameters[1:], made, path, namespaces)
-    later = [(left, namespaces)] if left else []
-    yields = is_called_as(function, inspect.isasyncgenfunction)
+    check_path_types(function, named, made, path, namespaces)
+    is_checked = path is not None and Any not in made.values()
+    yields = is_stream(function)
 
     def call(conn: Connection, add_end: Any = None) -> Awaitable[None]:
+        nonlocal is_checked
         params = conn.params.items()
-        if later:
+        if not is_checked:
             came = {name: type(value) for name, value in params}
-            check_path_types(function, later[0][0], came, None, later[0][1])
-            later.clear()
+            check_path_types(function, named, came, None, namespaces)
+            is_checked = True
         wanted = {k: v for k, v in params if k in names or (takes_all and k != own)}
         begun: Any = function(conn, **wanted)
         return _begin(function, begun, add_end) if yields else begun
@@ -2646,8 +2592,7 @@ async def _begin(function: Any, generator: AsyncGenerator[Any], add_end: AddEnd)
         async for _ in generator:
             await generator.aclose()
             raise PachinkoError(
-                f"{place_of(function)} yields more than once; a connect handler has one `yield`, "
-                f"and what stands behind it runs when the connection is over"
+                f"{place_of(function)} yields more than once; a connect handler has one `yield`"
             )
 
     async for _ in generator:
@@ -2667,38 +2612,36 @@ def with_end(call: Callable[..., Awaitable[None]], leave: End) -> Callable[..., 
 
 def read_resource(prefix: str, resource: object) -> list[tuple[str, Callable[..., Any]]]:
     """Return ``(name, method)`` for each ``on_<name>`` of *resource*, or raise `PachinkoError`."""
-    cls = type(resource)
-    names = [name for name in dir(resource) if name.startswith("on_")]
-    names = [name for name in names if not _is_responder(resource, name)]
-    refused = None
     if not isinstance(prefix, str) or not prefix:
-        refused = f'a prefix is a text, got {prefix!r}; write ws.add_resource("chat", resource)'
-    elif inspect.isclass(resource):
-        name = resource.__name__
-        refused = f'one instance serves all; write ws.add_resource("{prefix}", {name}())'
-    elif not names:
-        write = f"class {cls.__name__}:\n    async def on_send(self, conn, *, text: str): ..."
-        refused = f"{cls.__name__} has no method to route; write\n{write}"
-    for name in () if refused else names:
+        write = 'write ws.add_resource("chat", resource)'
+        raise PachinkoError(f"a prefix is a text, got {prefix!r}; {write}")
+    if inspect.isclass(resource):
+        write = f'write ws.add_resource("{prefix}", {resource.__name__}())'
+        raise PachinkoError(f"one instance serves all; {write}")
+    cls, found = type(resource).__name__, list[tuple[str, Callable[..., Any]]]()
+    for name in [each for each in dir(resource) if each.startswith("on_")]:
+        is_property = isinstance(inspect.getattr_static(resource, name), property)
+        if not is_property and _is_responder(resource, name):
+            continue
         if name == "on_websocket":
-            refused = f"Falcon routes {cls.__name__}.{name} itself; call it {name}_message, say"
-        elif isinstance(inspect.getattr_static(resource, name), property):
-            refused = f"{cls.__name__}.{name} is a property; write async def {name}(self, conn)"
-    if refused is not None:
-        raise PachinkoError(refused)
-    return [(name.removeprefix("on_"), getattr(resource, name)) for name in names]
+            raise PachinkoError(f"Falcon routes {cls}.{name} itself; call it {name}_message, say")
+        if is_property:
+            raise PachinkoError(f"{cls}.{name} is a property; write async def {name}(self, conn)")
+        found.append((name.removeprefix("on_"), getattr(resource, name)))
+    if not found:
+        write = f"class {cls}:\n    async def on_send(self, conn, *, text: str): ..."
+        raise PachinkoError(f"{cls} has no method to route; write\n{write}")
+    return found
 
 
 def _is_responder(resource: object, name: str) -> bool:
     """Tell whether a method is Falcon's: it has the name of an HTTP method and takes a request."""
-    is_named_so = _RESPONDER.fullmatch(name) is not None and name != "on_connect"
-    if not is_named_so or isinstance(inspect.getattr_static(resource, name), property):
-        return False  # No app routes HTTP CONNECT.
+    if name == "on_connect" or _RESPONDER.fullmatch(name) is None:  # No app routes HTTP CONNECT.
+        return False
     with contextlib.suppress(Exception):  # What has no signature is refused later.
         first, *_ = signature_of(method := getattr(resource, name)).parameters.values()
-        if first.name in ("req", "request"):
-            return True
-        return issubclass(known_type(method, first.annotation, _NOWHERE), falcon.Request)
+        t = known_type(method, first.annotation, _NOWHERE)
+        return first.name in ("req", "request") or issubclass(t, falcon.Request)
     return False
 
 
@@ -2767,8 +2710,7 @@ class Routes:
 
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
         """Return the handler for the class of *exc* or its nearest base class, or None."""
-        cls = self._class_handled(exc)
-        return None if cls is None else self.errors[cls]
+        return self.errors.get(self._class_handled(exc))
 
     def is_handled(self, exc: BaseException) -> bool:
         """Tell whether an error handler is for *exc* in particular, and not for any `Exception`."""
@@ -2913,7 +2855,7 @@ def with_provided(
 
     The signature of the one returned has the other parameters. Raises `PachinkoError`.
     """
-    takes, streams = _taken(function, providers, namespaces), _is_generator(function)
+    takes = _taken(function, providers, namespaces)
     if not takes:
         return function
 
@@ -2929,7 +2871,7 @@ def with_provided(
                 async for item in items:
                     yield item
 
-    outer: Any = functools.update_wrapper(stream if streams else call, function)
+    outer: Any = functools.update_wrapper(stream if is_stream(function) else call, function)
     signature = signature_of(function)
     left = [p for p in signature.parameters.values() if p.name not in takes]
     outer.__signature__ = signature.replace(parameters=left)
@@ -2941,40 +2883,32 @@ def _taken(
 ) -> dict[str, Provider]:
     """Return what makes keyword-only parameters of *function*, by name."""
     takes: dict[str, Provider] = {}
-    is_async = _is_generator(function) or is_called_as(function, inspect.iscoroutinefunction)
+    is_async = is_stream(function) or is_called_as(function, inspect.iscoroutinefunction)
     if not providers or not is_async:  # Whatever is not async is refused later.
         return takes
-    parameters = list(signature_of(function).parameters.values())[1:]
-    name = getattr(function, "__name__", "handler")
-    hints = _hints_of(function, name, namespaces) if parameters else {}
-    for p in parameters:
+    hints = _hints_of(function, namespaces)
+    for p in parameters_of(function):
         t = hints.get(p.name)
         inner = get_args(t) if origin_of(t) in (typing.Annotated, *_UNIONS) else ()
-        wanted = next((each for each in (t, *inner) if each in providers), None)
-        if wanted is not None and (wanted is not t or p.kind is not p.KEYWORD_ONLY):
-            raise PachinkoError(
-                f"{place_of(function)} takes `{as_code(p)}`. A provided value is passed to a "
-                f"keyword-only parameter of exactly its type; write `(conn, *, {p.name}: "
-                f"{shown(wanted)})`"
-            )
-        if wanted is not None:
+        for wanted in [each for each in (t, *inner) if each in providers]:
+            if wanted is not t or p.kind is not p.KEYWORD_ONLY:
+                raise PachinkoError(
+                    f"{place_of(function)} takes `{as_code(p)}`. A provided value is passed to a "
+                    f"keyword-only parameter of exactly its type; write `(conn, *, {p.name}: "
+                    f"{shown(wanted)})`"
+                )
             takes[p.name] = providers[t]
     return takes
 
 
-def _is_generator(function: Any) -> bool:
-    return is_called_as(function, inspect.isasyncgenfunction)
-
-
 def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tuple[Any, Provider]:
     """Return the type that *function* provides, and its provider, or raise `PachinkoError`."""
-    streams, place = _is_generator(function), place_of(function)
-    if not streams and _is_generator(inspect.unwrap(function)):
+    place = place_of(function)
+    if not is_stream(function) and is_stream(inspect.unwrap(function)):
         raise PachinkoError(f"{place} is decorated; write it without @asynccontextmanager")
-    outer = with_provided(function, routes.providers, namespaces)
-    check_function(outer, _PROVIDE, 1, streams=True)
+    check_function(with_provided(function, routes.providers, namespaces), _PROVIDE, 1, streams=True)
     try:
-        declared = resolve(signature_of(function).return_annotation, scope_of(function, namespaces))
+        declared = resolve(function, signature_of(function).return_annotation, namespaces)
     except Exception as exc:  # The annotation of an application may raise anything.
         raise PachinkoError(f"{place} provides an unknown type: {why(exc)}") from exc
     t = _provided_type(function, declared)
@@ -2983,36 +2917,35 @@ def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tupl
             f"{shown(t)} has a provider: {place_of(first.function)}; and a second: {place}. "
             f"Remove one, or give each a type of its own, by typing.NewType for example"
         )
-    for handler in routes.handlers.values():
-        fields = {} if handler.defaults is None else handler.annotation.__annotations__
-        found = [get_args(a)[0] if is_qualified(a) else a for a in fields.values()]
-        if t in (handler.annotation, *found):
+    for earlier in [handler.function for handler in routes.handlers.values()]:
+        annotations = [p.annotation for p in parameters_of(earlier)]
+        if t in [known_type(earlier, each, namespaces) for each in annotations]:
             raise PachinkoError(
-                f"{place_of(handler.function)} takes {shown(t)} from its payload; register "
-                f"{place} above the handlers that take what it provides"
+                f"{place_of(earlier)} takes {shown(t)} from its payload; register {place} "
+                f"above the handlers that take what it provides"
             )
-    manage = contextlib.asynccontextmanager(function) if streams else None
+    manage = contextlib.asynccontextmanager(function) if is_stream(function) else None
     return t, Provider(function, _taken(function, routes.providers, namespaces), manage)
 
 
 def _provided_type(function: Any, t: Any) -> Any:
     """Return what *function*, whose return annotation is *t*, provides, or raise."""
-    streams, name = _is_generator(function), getattr(function, "__name__", "provider")
     is_around = origin_of(t) in _AROUND and bool(get_args(t))
-    inner = get_args(t)[0] if is_around else t
-    written, refused, module = "Session", None, getattr(class_of(inner), "__module__", None)
+    inner, written = get_args(t)[0] if is_around else t, "Session"
     if inner in (_EMPTY, types.NoneType) or class_of(inner) in _AROUND:
         refused = "does not say what it provides"
-    elif inner in (Any, object) or is_leaf(inner) or module in ("builtins", "collections.abc"):
+    elif not is_own(inner):
         refused = f"provides {shown(inner)}, as payloads have it, and not a type of its own"
-    elif (origin_of(t) in _ITERATORS) is not streams or is_around is not streams:
-        written, refused = shown(inner), f"{'has a' if streams else 'has no'} `yield`"
-    if refused is not None:
-        written = f"AsyncIterator[{written}]" if streams else written
-        raise PachinkoError(
-            f"{place_of(function)} {refused}; write `async def {name}(conn) -> {written}`"
-        )
-    return inner
+    elif (origin_of(t) in _ITERATORS) is is_around is is_stream(function):
+        return inner
+    else:
+        written = shown(inner)
+        refused = f"{'has a' if is_stream(function) else 'has no'} `yield`"
+    written = f"AsyncIterator[{written}]" if is_stream(function) else written
+    name = getattr(function, "__name__", "provider")
+    raise PachinkoError(
+        f"{place_of(function)} {refused}; write `async def {name}(conn) -> {written}`"
+    )
 
 
 # ── handshake ─────────────────────────────────────────────────────────────────────────────────
@@ -3021,10 +2954,10 @@ def _provided_type(function: Any, t: Any) -> Any:
 # any other site; the browser sends that site's cookies along, and leaves it to the server to check
 # the `Origin` (RFC 6455, 10.2). A client that is no browser may send any origin, or none.
 
-_NAME = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?"
-_AUTHORITY = rf"(?P<host>\[[0-9a-f:.]+\]|{_NAME})(?::(?P<port>[0-9]{{1,5}}))?"
-_HOST = re.compile(_AUTHORITY, re.ASCII)
-_ORIGIN = re.compile(rf"(?P<scheme>[a-z][a-z0-9+.-]*)://{_AUTHORITY}", re.ASCII)
+_HOST = r"\[[0-9a-f:.]+\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?"
+_ORIGIN = re.compile(
+    rf"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>{_HOST})(?::(?P<port>[0-9]{{1,5}}))?", re.ASCII
+)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 # The name of a header (RFC 9110, 5.1), but of none that makes the handshake or a body.
 _HEADER_NAME = re.compile(
@@ -3062,10 +2995,10 @@ def is_same_host(origin: Origin, scheme: str, host: str) -> bool:
     An ``https`` page may come by any *scheme*: a proxy may have decrypted its request. An ``http``
     page may not come by an encrypted one, because anybody on the line could have written it.
     """
-    match, default = _HOST.fullmatch(host.lower()), _DEFAULT_PORTS.get(origin.scheme)
-    if match is None or default is None or (origin.scheme == "http" and scheme in ("https", "wss")):
+    is_forged = origin.scheme == "http" and scheme in ("https", "wss")
+    if origin.scheme not in _DEFAULT_PORTS or is_forged:
         return False
-    return (match["host"], int(match["port"] or default)) == (origin.host, origin.port)
+    return parse_origin(f"{origin.scheme}://{host}") == origin
 
 
 @attrs.frozen

@@ -1223,6 +1223,125 @@ def test_a_provider_is_registered_above_the_handlers(kind: str) -> None:
         ws.provide(provider)
 
 
+@pytest.mark.parametrize("how", ["connect", "accepted"])
+async def test_what_starts_a_connection_takes_provided_values(how: str) -> None:
+    """A value for a coroutine is closed when it has returned."""
+    ws, notes = with_db()
+
+    @getattr(ws, how)
+    async def arrive(conn: Connection, *, db: Db) -> None:
+        notes.append(how)
+
+    @ws.on("get")
+    async def get(conn: Connection) -> list[Any]:
+        return list(notes)
+
+    async with Session(ws) as client:
+        got = await client.ask("get")
+    assert got["payload"] == notes == ["open", how, "commit", "close"]
+
+
+async def test_a_value_of_a_generator_is_closed_after_the_generators_end() -> None:
+    """A connect handler with a `yield` has it until the connection is over."""
+    ws, notes = with_db()
+
+    @ws.connect
+    async def arrive(conn: Connection, *, db: Db) -> AsyncIterator[None]:
+        notes.append("begun")
+        yield
+        notes.append("ended")
+
+    @ws.disconnect
+    async def leave(conn: Connection) -> None:
+        notes.append("leave")
+
+    async with Session(ws) as client:
+        await client.ask("nothing")
+        assert notes == ["open", "begun"]
+    assert notes == ["open", "begun", "leave", "ended", "commit", "close"]
+
+
+@pytest.mark.parametrize("exc", [Close(4000), falcon.HTTPForbidden(), KeyError("a bug")])
+async def test_a_value_of_a_generator_is_closed_after_a_refusal(exc: Exception) -> None:
+    """A later connect handler refuses: the generator ends, and then its value."""
+    ws, notes = with_db()
+
+    @ws.connect
+    async def arrive(conn: Connection, *, db: Db) -> AsyncIterator[None]:
+        yield
+        notes.append("ended")
+
+    @ws.connect
+    async def refuse(conn: Connection) -> None:
+        raise exc
+
+    async with serving(ws._app) as server:
+        with contextlib.suppress(Exception):  # the handshake is refused, or accepted and closed
+            async with connect(f"{server.url}/ws") as client:
+                await client.closed()
+        await until(lambda: "close" in notes)
+    assert notes == ["open", "ended", "commit", "close"]
+
+
+@pytest.mark.parametrize("star", ["", "*, "])
+def test_a_type_without_a_provider_is_told_of_provide(star: str) -> None:
+    """What the server makes has no JSON; its provider is missing, or stands below."""
+    function = scoped(f"async def f(conn, {star}db: Db): ...")
+    with pytest.raises(PachinkoError) as caught:
+        endpoint().on("get")(function)
+    assert "; or, if the server makes it, register its `@ws.provide` above. " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_told"),
+    [
+        ("db: Db", True), ("n: int, db: Db = None", True), ("db: Db | None", True),
+        ("n: int", False), ("n: int | None", False), ("tags: list[str]", False), ("x", False),
+    ],
+)  # fmt: skip
+def test_a_value_beside_a_payload_is_told_of_provide(fields: str, is_told: bool) -> None:
+    """It may be one of those for which the provider is missing, or stands below."""
+    with pytest.raises(PachinkoError, match="takes the payload whole and by fields; ") as caught:
+        endpoint().on("say")(scoped(f"async def f(conn, text: str, *, {fields}): ..."))
+    assert ("; register the `@ws.provide` of a value above, or write" in str(caught.value)) == (
+        is_told
+    )
+
+
+def test_a_value_in_the_place_of_a_payload_is_told_of_provide() -> None:
+    """It may be the one whose provider is missing."""
+    with pytest.raises(PachinkoError, match=r"; register the `@ws.provide` of a value above, or"):
+        endpoint().on("say")(scoped("async def f(conn, db: Db, *, text: str): ..."))
+
+
+@pytest.mark.parametrize("parameters", ["db: Db", "db: Db, text: str", "db: Db, *, text: str"])
+@pytest.mark.parametrize("how", ["on", "connect", "accepted", "disconnect", "fallback", "provide"])
+def test_a_provided_value_is_not_taken_for_the_connection(how: str, parameters: str) -> None:
+    """The first parameter gets the connection, whatever its annotation says."""
+    function = scoped(f"async def f({parameters}): ...")
+    ws, _ = with_db()
+    with pytest.raises(PachinkoError, match=r"takes `db: Db`.* write `\(conn, \*, db: Db\)`"):
+        (ws.on("get") if how == "on" else getattr(ws, how))(function)
+
+
+def test_a_provided_value_that_was_taken_for_the_connection() -> None:
+    """The provider comes below the handler, and finds it."""
+    ws = endpoint()
+    ws.on("get")(scoped("async def f(db: Db): ..."))
+
+    async def provider(conn: Connection) -> Db:
+        return Db([])
+
+    with pytest.raises(PachinkoError, match=r"f\(\).* takes Db from its payload; register .*prov"):
+        ws.provide(provider)
+
+
+def scoped(source: str) -> Any:
+    """The function `f` that *source* defines, with the types of this module."""
+    exec(source, names := {"Db": Db, "Connection": Connection, "__name__": __name__})
+    return names["f"]
+
+
 async def positional(conn: Connection, db: Db) -> None: ...
 
 
