@@ -2309,7 +2309,14 @@ def check_path_types(
     *made* has their types, or `Any`.
     """
     for each in [each for each in parameters if each.name in made]:
-        t, gets = known_type(function, each.annotation, namespaces), made[each.name]
+        gets, t = made[each.name], Any
+        try:
+            if each.annotation is not _EMPTY:
+                t = resolve(function, each.annotation, namespaces)
+        except Exception as exc:  # as of any annotation
+            raise PachinkoError(
+                f"{place_of(function)} takes `{as_code(each)}`: {why(exc)}"
+            ) from exc
         if all(admits(t, cls) for cls in union_members(gets)):
             continue
         given = f"`{each.name}: {type_as_code(gets)}`"

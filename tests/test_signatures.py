@@ -883,6 +883,7 @@ def test_a_path_parameter_is_what_its_converter_makes(
         (datetime, "write `{room:dt}` in the path, or `room: str`"),
         (date | None, "write `{room:dt}` in the path, or `room: str`"),
         (Color, "write `room: str`, and check or convert it in the handler"),
+        ("Thing", "takes `room: Thing`: name 'Thing' is not defined when this is registered; "),
     ],
 )
 def test_the_text_has_the_path_as_it_should_be(annotation: Any, says: str) -> None:
@@ -910,7 +911,7 @@ def test_a_resources_connect_handler_is_no_exception() -> None:
 
 @pytest.mark.parametrize(
     ("annotation", "fits"),
-    [(int, True), (Any, True), (str, False), (UUID, False), ("Thing", True)],
+    [(int, True), (Any, True), (str, False), (UUID, False), ("Thing", False)],
 )
 @pytest.mark.parametrize("prefix", ["", "*, "])
 async def test_without_a_path_the_first_connection_tells(
