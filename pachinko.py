@@ -70,9 +70,10 @@ Map: each section, what it is for, and those above it that it uses.
         signatures, scope, limits, outbox, outgoing, incoming, connection, outcomes, stream)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         signatures, handshake, limits, outbox, outgoing, outcomes)
+    running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
+        handlers, scope, limits, connection, registry and relay, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        signatures, handlers, scope, handshake, limits, outgoing, connection, registry and relay,
-        hub, outcomes, session, admission)
+        signatures, handlers, scope, handshake, limits, outgoing, hub, session, admission, running)
 """
 
 from __future__ import annotations
@@ -2864,13 +2865,15 @@ async def closing(items: AsyncGenerator[Any]) -> AsyncGenerator[AsyncGenerator[A
                 raise rest from None
 
 
-def create_detached_task(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Create a task in an empty context, for work that is not only the calling client's.
+def create_task(work: Coroutine[Any, Any, T], *, is_detached: bool = False) -> asyncio.Task[T]:
+    """Create a task whose code runs after the caller has stored it.
 
-    The task factory of the loop is not asked, as in `create_task`.
+    Work that is not only the calling client's *is_detached*: its context is empty. The task factory
+    of the loop is not asked: with `asyncio.eager_task_factory`, a task may have ended before its
+    creator knows it.
     """
-    loop = asyncio.get_running_loop()
-    return asyncio.Task(work, loop=loop, context=contextvars.Context())
+    context = contextvars.Context() if is_detached else None
+    return asyncio.Task(work, loop=asyncio.get_running_loop(), context=context)
 
 
 @attrs.frozen(eq=False)
@@ -3445,22 +3448,13 @@ def rest_of(steps: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, A
         return end.value
 
 
-def create_task(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Create a task whose code runs after the caller has stored it.
-
-    The task factory of the loop is not asked: with `asyncio.eager_task_factory`, a task may have
-    ended before its creator knows it.
-    """
-    return asyncio.Task(coroutine, loop=asyncio.get_running_loop())
-
-
 def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """Start a detached task. From Python 3.12 on, run it up to where it first waits."""
     if sys.version_info >= (3, 12):
         loop, context = asyncio.get_running_loop(), contextvars.Context()
         return asyncio.Task(coroutine, loop=loop, eager_start=True, context=context)
     else:
-        return create_detached_task(coroutine)
+        return create_task(coroutine, is_detached=True)
 
 
 # Only these three functions have Falcon's private names, which `tests/test_falcon_names.py` pins.
@@ -3992,6 +3986,14 @@ def is_elsewhere(loop: asyncio.AbstractEventLoop | None) -> bool:
         return loop is not None and loop.is_running()
 
 
+def refuse_elsewhere(loop: asyncio.AbstractEventLoop | None, what: str, call: str) -> None:
+    """Raise `PachinkoError` if *loop* is elsewhere; *call* is what to write instead."""
+    if is_elsewhere(loop):
+        raise PachinkoError(
+            f"{what} from another thread or event loop than its app's; use {call}, ...)"
+        )
+
+
 _NO_HEADERS: Any = ()  # of the handshake's answer, for most connections
 
 
@@ -4021,11 +4023,8 @@ class Connection:
 
     def _check(self, call: str) -> None:
         """Refuse a *call* from another thread or event loop, as the hub's methods do."""
-        if is_elsewhere(self.hub.state.loop):
-            raise PachinkoError(
-                "a connection was used from another thread or event loop than its app's; "
-                f"use conn.hub.call_threadsafe({call})"
-            )
+        what = "a connection was used"
+        refuse_elsewhere(self.hub.state.loop, what, f"conn.hub.call_threadsafe({call}")
 
     @property
     def context(self) -> Any:
@@ -4054,7 +4053,7 @@ class Connection:
 
     @user.setter
     def user(self, user: str | None) -> None:
-        self._check('setattr, conn, "user", ...')
+        self._check('setattr, conn, "user"')
         if user is not None and not isinstance(user, str):
             raise TypeError(f"a user is a str or None, got {user!r}; write conn.user = str(...)")
         if self.outgoing.is_answered:
@@ -4077,7 +4076,7 @@ class Connection:
         A name may be added several times. Raises `ValueError` for what is no header in ASCII, and
         for those that the server writes; `PachinkoError` once the handshake has been answered.
         """
-        self._check("conn.add_header, ...")
+        self._check("conn.add_header")
         if not self.ws.unaccepted:
             raise PachinkoError(
                 "conn.add_header comes before the answer to the handshake, in a connect handler or "
@@ -4105,7 +4104,7 @@ class Connection:
 
     @expires_at.setter
     def expires_at(self, at: float | None) -> None:
-        self._check('setattr, conn, "expires_at", ...')
+        self._check('setattr, conn, "expires_at"')
         if at is not None and not (type(at) in (int, float) and abs(at) < _END_OF_TIME):
             raise TypeError(f"expires_at is UNIX seconds, such as time.time() + 3600; got {at!r}")
         self._expires_at = at
@@ -4136,7 +4135,7 @@ class Connection:
         connect handler it returns at once, and the message goes out after the handshake.
         """
         if asyncio.get_running_loop() is not self.hub.state.loop:  # PERF: it mostly is.
-            self._check("conn.send, ...")
+            self._check("conn.send")
         type, payload = split_message(message, payload)
         await self.outgoing.send(text_event(self.hub.state.codec.encode(type, payload)))
         self._sends += 1
@@ -4145,17 +4144,17 @@ class Connection:
 
     async def close(self, code: int = 1000, reason: str | None = "") -> None:
         """Begin to close, once, after what was sent before. Raises what `Close` does."""
-        self._check("conn.close, ...")
+        self._check("conn.close")
         self.outgoing.close(Close(code, reason))
 
     async def join(self, group: str) -> None:
         """Add the connection to *group*, as `Hub.join` does."""
-        self._check("conn.join, ...")
+        self._check("conn.join")
         await self.hub.join(group, self)
 
     async def leave(self, group: str) -> None:
         """Remove the connection from *group*, as `Hub.leave` does."""
-        self._check("conn.leave, ...")
+        self._check("conn.leave")
         await self.hub.leave(group, self)
 
 
@@ -4701,16 +4700,12 @@ class Hub:
         finally:
             await self.state.stop(program)
 
-    def _check(self, name: object = "", what: str = "") -> None:
+    def _check(self, method: str, name: object = "", what: str = "") -> None:
         """Refuse a *name* that is no text, a call in another loop, and one that reaches nobody."""
         if not isinstance(name, str):
             raise TypeError(f"a {what} is named by a str, got {name!r}")
         loop = self.state.loop
-        if is_elsewhere(loop):
-            raise PachinkoError(
-                "the hub was called from another thread or event loop than its app's; "
-                'use hub.call_threadsafe(hub.send, "room:1", ...)'
-            )
+        refuse_elsewhere(loop, "the hub was called", f"hub.call_threadsafe(hub.{method}")
         if loop is None and self.state.choose() not in (None, "memory://"):
             raise PachinkoError(
                 "the hub is not connected: it starts with the app; a program without one writes "
@@ -4740,7 +4735,7 @@ class Hub:
         does not permit the subscription. Raises `MessageError` (``too_many_groups``), which a
         handler may let pass to the client, for a connection that is in `max_groups` others.
         """
-        self._check(group, "group")
+        self._check("join", group, "group")
         self._check_own(conn, "use conn.join(group)")
         state = self.state
         if conn.id not in state.registry.connections:
@@ -4762,7 +4757,7 @@ class Hub:
 
     async def leave(self, group: str, conn: Connection) -> None:
         """Remove *conn* from *group*. Does nothing if it is not a member."""
-        self._check(group, "group")
+        self._check("leave", group, "group")
         self._check_own(conn, "use conn.leave(group)")
         self.state.registry.leave(group, conn)
 
@@ -4797,14 +4792,14 @@ class Hub:
 
         *exclude* leaves out a connection, an id, or several of them.
         """
-        self._check(group, "group")
+        self._check("send", group, "group")
         await self._send(Kind.GROUP, group, message, payload, exclude)
 
     async def broadcast(
         self, message: object, payload: object = None, *, exclude: Exclude = None
     ) -> None:
         """Send to every connection of every process."""
-        self._check()
+        self._check("broadcast")
         await self._send(Kind.EVERYBODY, "all", message, payload, exclude)
 
     async def send_to(
@@ -4814,12 +4809,12 @@ class Hub:
 
         Raises `PachinkoError` for a connection of an endpoint with another hub.
         """
-        self._check(conn.id if isinstance(conn, Connection) else conn, "connection")
+        self._check("send_to", conn.id if isinstance(conn, Connection) else conn, "connection")
         await self._send(Kind.CONNECTION, self._id_of(conn), message, payload)
 
     async def send_to_user(self, user: str, message: object, payload: object = None) -> None:
         """Send to every connection of *user* (`Connection.user`)."""
-        self._check(user, "user")
+        self._check("send_to_user", user, "user")
         await self._send(Kind.USER, user, message, payload)
 
     async def _send(
@@ -4844,7 +4839,7 @@ class Hub:
 
     async def close_group(self, group: str, code: int = 1000, reason: str | None = "") -> None:
         """Close every connection in *group*, behind what was sent to it before."""
-        self._check(group, "group")
+        self._check("close_group", group, "group")
         await self.state.relay.close(Kind.GROUP, group, Close(code, reason))
 
     @typing.overload
@@ -4863,7 +4858,7 @@ class Hub:
             raise TypeError("write hub.presence(group) or hub.presence(user=...), not both")
         kind = Kind.GROUP if user is None else Kind.USER
         name: Any = group if user is None else user
-        self._check(name, "group" if user is None else "user")
+        self._check("presence", name, "group" if user is None else "user")
         return await self.state.relay.ask(kind, name)
 
     @property
@@ -4880,10 +4875,10 @@ class Hub:
         """
         if not is_seconds(seconds):
             raise ValueError(f"seconds is a number, at least 0, got {seconds!r}")
-        self._check()
+        self._check("drain")
         # A task of its own does it: the caller may be a handler, and cancelled with its client.
         work = self.state.close_all(seconds, asyncio.current_task())
-        self.state.drains.append(task := create_detached_task(work))
+        self.state.drains.append(task := create_task(work, is_detached=True))
         await asyncio.shield(task)
 
     @typing.overload
@@ -5936,18 +5931,250 @@ async def welcome(session: Session) -> None:
             return
 
 
-# ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
+# ── running ───────────────────────────────────────────────────────────────────────────────────
+#
+# An endpoint runs from the start of its app, or of a `running` block, to the end of the last one.
+# Without both it starts with its first connection. It starts the hub, and then its workers.
 
-_WIRE_FORMAT = "pachinko.1"  # a client may offer it as a subprotocol
 _NO_FUNCTION: Any = None  # `ws.connect()` decorates it, and is refused for its parentheses
 # A key is the id of an app, and a path. A Pachinko holds its app, so that no id is used again.
-_attached: weakref.WeakValueDictionary[tuple[int, str], Pachinko] = weakref.WeakValueDictionary()
+_attached: weakref.WeakValueDictionary[tuple[int, str], Lifecycle] = weakref.WeakValueDictionary()
 _SERVER = re.compile(r"(?:^|[\\/])(gunicorn|granian)(?:[\\/]__main__\.py|\.exe)?$")
 _WORKERS = re.compile(r"(?:^| )(?:--workers[ =]|-w[ =]?)(\d+)")
 _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start
 
 
-class Pachinko:
+class Lifecycle:
+    """Starts and stops the hub, the workers and the connections of an endpoint."""
+
+    def __init__(self, app: Any, path: str | None, hub: Hub, limits: Limits) -> None:
+        self._app, self._path, self._hub, self._limits = app, path, hub, limits
+        self._routes = Routes()
+        self._loop: asyncio.AbstractEventLoop | None = None  # once started
+        self._runs = 0  # lifespans and `running` blocks in progress
+        self._is_working = False  # workers have been started
+        self._workers: set[asyncio.Task[None]] = set()
+        self._starts = 0  # lifespans that have begun
+
+    @typing.overload
+    def worker(self, function: F, *, once: bool = ...) -> F: ...
+    @typing.overload
+    def worker(self, *, once: bool) -> Callable[[F], F]: ...
+    def worker(self, function: Any = _NO_FUNCTION, *, once: bool | None = None) -> Any:
+        """Run ``async def f()`` in the background, once the app has started, until its shutdown.
+
+        A worker that fails is logged and started again, after 1 second, then 2, up to 60.
+
+        Each process of the app runs it. With ``@ws.worker(once=True)`` one process does at a time,
+        and when that ends another takes over, within a second, or 8 if it was killed or hangs. The
+        lease for it needs NATS with JetStream, or Redis; without a broker it is a worker as others.
+        Raises `PachinkoError` for a second one of the same module and ``__qualname__``.
+        """
+        if once is not None and not isinstance(once, bool):
+            raise PachinkoError(f"write @ws.worker(once=True), got once={once!r}")
+        if function is _NO_FUNCTION and once is not None:
+            return functools.partial(self.worker, once=once)
+        decorator = "@ws.worker(once=True)" if once else "@ws.worker"
+        check_function(function, f"{decorator}\nasync def clock(): ...", 0)
+        is_late = self._is_working and self._loop is not None and self._loop.is_running()
+        if is_late:
+            refuse_elsewhere(self._loop, "a worker was added", "hub.call_threadsafe(ws.worker")
+        run = self._leased(function) if once else function
+        self._routes.workers.append(run)
+        if is_late:
+            self._start_worker(run)
+        return function
+
+    def _leased(self, function: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+        """Return a worker that runs *function* while this process has the lease for it."""
+        inner = layers(function)[-1]
+        qualname = getattr(inner, "__qualname__", type(inner).__qualname__)
+        name = f"{self._path or ''} {inner.__module__}.{qualname}"
+        if (first := self._routes.leases.get(name)) is not None:
+            raise PachinkoError(
+                f"{name.strip()} is the name of two workers with once=True, and of their lease: "
+                f"{place_of(first)} and {place_of(function)}; write\n@ws.worker(once=True)\n"
+                "async def another_name(): ..."
+            )
+        self._routes.leases[name] = function
+
+        @functools.wraps(function)
+        async def run() -> None:
+            await self._hub.state.relay.lease(name, function)
+
+        return run
+
+    @contextlib.asynccontextmanager
+    async def running(self, *, alone: bool = False) -> AsyncGenerator[None, None]:
+        """Run hub and workers where the app's lifespan does not run: ``async with ws.running():``.
+
+        An app that is mounted in another one gets no lifespan; the block goes into that of the
+        other. It is for all endpoints of the app, or for this one *alone*. Inside another block, or
+        beside the lifespan, nothing is started twice, and the last of them to end stops: clients
+        are closed with 1012, and their handlers have `linger`. Raises `PachinkoError` if the hub
+        runs in another thread or event loop.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            for key, each in tuple(_attached.items()):
+                if not alone and key[0] == id(self._app) and each is not self:
+                    await stack.enter_async_context(each.running(alone=True))
+            self._start()
+            self._runs += 1
+            stack.push_async_callback(self.process_shutdown, None, None)
+            await self._connected()
+            self._start_workers()
+            yield
+
+    async def process_startup(self, scope: Any, event: Any) -> None:
+        """Start the hub with the app (Falcon's middleware for the ASGI lifespan)."""
+        self._start()
+        self._starts += 1
+        begin = functools.partial(self._start_last, self._starts)
+        app = self._app if event.get("type") == "lifespan.startup" else None
+        if app is not None:  # Falcon starts middleware that is added now last, and stops it first.
+            last = types.SimpleNamespace(process_startup=begin, process_shutdown=self._stop_first)
+            app.add_middleware(cast(Any, last))
+        try:
+            await self._connected()
+        except PachinkoError:
+            self._runs += 1  # `process_shutdown` takes it off.
+            await self.process_shutdown(scope, event)
+            raise
+        if app is None:  # Whoever has added it, or calls this by hand, has chosen the moment.
+            await begin(scope, event)
+
+    async def _connected(self) -> None:
+        """Wait for the hub. Raises `PachinkoError` if a worker needs what its broker has not."""
+        await self._hub.state.connected()
+        if self._routes.leases:
+            await self._hub.state.relay.check_leases()
+
+    async def _start_last(self, starts: int, scope: Any, event: Any) -> None:
+        """Start the workers, when all middleware of the app has started."""
+        if starts == self._starts:  # Falcon still has the middleware of earlier starts, too.
+            self._start()
+            self._runs += 1
+            self._start_workers()
+
+    async def _stop_first(self, scope: Any, event: Any) -> None:
+        """End workers and connections before other middleware closes what they use."""
+        if self._runs == 1:
+            await self._close_all()
+
+    async def process_shutdown(self, scope: Any, event: Any) -> None:
+        """Stop with the app: close what is still open with 1012, and wait for its handlers."""
+        self._runs = max(0, self._runs - 1)
+        try:
+            if not self._runs:
+                await self._close_all()
+        finally:
+            if not self._runs:  # No `running` block has begun meanwhile.
+                self._loop = None
+                await self._hub.state.stop(self)
+
+    async def _close_all(self) -> None:
+        workers, self._is_working = tuple(self._workers), False
+        self._workers.clear()
+        for worker in workers:
+            worker.cancel()
+        serving = self._hub.state.serving.values()
+        sessions = [each for each in serving if each.outgoing.limits is self._limits]
+        for session in sessions:
+            session.outgoing.close(Close(1012, "the server shuts down"))
+        await self._hub.state.wait_for(sessions, *workers)
+
+    def _start(self) -> None:
+        """Start once in each loop: with the lifespan, or else with the first connection."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            contextvars.Context().run(self._hub.state.start, self)
+            if self._hub.state.broker is None:
+                _warn_of_workers()
+            self._loop, self._runs, self._is_working = loop, 0, False
+            self._routes.start(self._hub.state.codec)
+            self._workers.clear()
+
+    def _start_workers(self) -> None:
+        if not self._is_working:
+            self._is_working = True
+            for function in self._routes.workers:
+                self._start_worker(function)
+
+    def _start_worker(self, function: Callable[[], Awaitable[None]]) -> None:
+        task = create_task(_keep_working(function), is_detached=True)
+        self._workers.add(task)
+        task.add_done_callback(self._workers.discard)
+
+
+def count_workers() -> int:
+    """Return how many worker processes the server has, as far as it tells the first of them; or 1.
+
+    uvicorn and hypercorn hand their configuration to each process that they start, whatever the
+    number comes from. For gunicorn and granian, the command line and a variable are read.
+    """
+    multiprocessing = sys.modules.get("multiprocessing.process")  # PERF: an import takes 26 ms.
+    process: Any = multiprocessing.current_process() if multiprocessing is not None else None
+    if (config := getattr(process, "_kwargs", {}).get("config")) is not None:
+        workers = getattr(config, "workers", None)
+        is_first = process.name.endswith("-1") and not getattr(config, "reload", False)
+        return workers if is_first and isinstance(workers, int) else 1
+    if (server := _SERVER.search("".join(sys.argv[:1]))) is None:
+        return 1
+    found = _WORKERS.search(" ".join(sys.argv[1:]))
+    variable = "WEB_CONCURRENCY" if server[1] == "gunicorn" else "GRANIAN_WORKERS"
+    text = found[1] if found else os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else 1
+
+
+@functools.cache  # once in a process
+def _warn_of_workers() -> None:
+    """Log a warning if the server has several worker processes, which have no broker."""
+    if (workers := count_workers()) > 1:
+        text = (
+            "%d worker processes without a broker: each group is split, and a message reaches the "
+            "clients of one process only. Set %s to nats://localhost:4222 or "
+            "redis://localhost:6379, or to memory:// if that is meant"
+        )
+        logger.warning(text, workers, ENVIRONMENT)
+
+
+async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
+    """Run a worker, and run it again when it fails, after ever longer pauses."""
+    # Each attempt has a task of its own. If it swallows a cancellation, this task still knows.
+    backoffs, name = iter(_BACKOFFS), place_of(function)
+
+    async def attempt() -> None:
+        try:
+            await function()
+        except SystemExit as exc:  # In a task of its own it would end the event loop.
+            raise RuntimeError(f"sys.exit() in worker {name}") from exc
+
+    while True:
+        started = time.monotonic()
+        task = asyncio.get_running_loop().create_task(attempt())
+        try:
+            return await task
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as exc:  # A worker's bug is logged, whatever it is.
+            is_cancelled = isinstance(exc, asyncio.CancelledError)
+            if current_task().cancelling() or (is_cancelled and task.cancelling()):
+                if not is_cancelled:
+                    log_failure(f"worker {name}, which was stopped,", exc, None)
+                raise asyncio.CancelledError from None
+            if time.monotonic() - started > _BACKOFFS[-1]:
+                backoffs = iter(_BACKOFFS)
+            backoff = next(backoffs, _BACKOFFS[-1])
+            logger.exception("worker %s failed; again in %g s", name, backoff)
+        await asyncio.sleep(backoff)
+
+
+# ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
+
+_WIRE_FORMAT = "pachinko.1"  # a client may offer it as a subprotocol
+
+
+class Pachinko(Lifecycle):
     """A WebSocket endpoint: a Falcon resource that routes messages to handlers.
 
     ``ws = Pachinko(app, "/ws/{room}")`` adds itself to *app*. Without the two, write the lines
@@ -5980,7 +6207,7 @@ class Pachinko:
         handler_timeout: float | None = None, auth_timeout: float = 10.0,
         connect_timeout: float = 10.0, trust_forwarded: bool = False,
     ) -> None:  # fmt: skip
-        self._limits = Limits(
+        limits = Limits(
             max_size=max_size, rate=rate, outbox=outbox, overflow=overflow, linger=linger,
             outbox_bytes=outbox_bytes, send_timeout=send_timeout, max_concurrent=max_concurrent,
             max_groups=max_groups, handler_timeout=handler_timeout, auth_timeout=auth_timeout,
@@ -5988,15 +6215,9 @@ class Pachinko:
         )  # fmt: skip
         if not isinstance(hub, Hub):
             raise PachinkoError(f"write hub=Hub() for a hub of its own, got {hub!r}")
-        self._hub, self._app, self._path = hub, app, path
+        super().__init__(app, path, hub, limits)
         self._origins = read_origins(origins, trust_forwarded)
         self._subprotocols = (*texts(subprotocols, "subprotocols"), _WIRE_FORMAT)
-        self._routes = Routes()
-        self._loop: asyncio.AbstractEventLoop | None = None  # once started
-        self._runs = 0  # lifespans and `running` blocks in progress
-        self._is_working = False  # workers have been started
-        self._workers: set[asyncio.Task[None]] = set()
-        self._starts = 0  # lifespans that have begun
         if app is not None or path is not None:
             self._attach(app, path)
 
@@ -6018,11 +6239,7 @@ class Pachinko:
         within *connect_timeout* seconds. *f* may have one ``yield``: what stands behind it runs
         after the disconnect handlers, the last handler's first, or when a later one refuses.
         """
-        namespaces = caller_namespaces()
-        outer = with_provided(function, self._routes.providers, namespaces)
-        self._routes.connect.append(
-            read_connect(outer, self._path, namespaces=namespaces, app=self._app)
-        )
+        self._routes.connect.append(self._read_connect(function, caller_namespaces()))
         return function
 
     def accepted(self, function: F = _NO_FUNCTION) -> F:
@@ -6031,12 +6248,13 @@ class Pachinko:
         It takes path parameters as connect handlers do. `Close` closes; `falcon.HTTPError` closes
         with 3000 and its status, a bug with 1011. Disconnect handlers run in each case.
         """
-        namespaces = caller_namespaces()
-        outer = with_provided(function, self._routes.providers, namespaces)
-        self._routes.accepted.append(
-            read_connect(outer, self._path, "accepted", namespaces=namespaces, app=self._app)
-        )
+        self._routes.accepted.append(self._read_connect(function, caller_namespaces(), "accepted"))
         return function
+
+    def _read_connect(self, function: Any, namespaces: Namespaces, kind: str = "connect") -> Any:
+        """Check *function* as a handler of that *kind*, without adding it."""
+        outer = with_provided(function, self._routes.providers, namespaces)
+        return read_connect(outer, self._path, kind, namespaces=namespaces, app=self._app)
 
     @typing.overload
     def authenticate(self, function: F) -> F: ...
@@ -6132,30 +6350,34 @@ class Pachinko:
 
     def disconnect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn)`` once at the end, with ``conn.close_code`` and its groups."""
-        outer = with_provided(function, self._routes.providers, caller_namespaces())
-        check_function(outer, DISCONNECT, 1)
-        self._routes.disconnect.append(outer)
+        self._routes.disconnect.append(self._read_disconnect(function, caller_namespaces()))
         return function
+
+    def _read_disconnect(self, function: Any, namespaces: Namespaces) -> Any:
+        outer = with_provided(function, self._routes.providers, namespaces)
+        check_function(outer, DISCONNECT, 1)
+        return outer
 
     def fallback(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, frame: str)`` the text that no handler takes."""
         example = "@ws.fallback\nasync def other(conn, frame: str): ..."
-        namespaces = caller_namespaces()
-        outer = with_provided(function, self._routes.providers, namespaces)
-        check_function(outer, example, 2)
-        check_taken(outer, str, namespaces, example, replies=False)
-        self._routes.set("fallback", outer, example, "the fallback")
+        self._set_raw("fallback", function, str, caller_namespaces(), example, "the fallback")
         return function
 
     def binary(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, data: bytes)`` the binary frames."""
         example = "@ws.binary\nasync def upload(conn, data: bytes): ..."
-        namespaces = caller_namespaces()
+        self._set_raw("binary", function, bytes, caller_namespaces(), example, "binary")
+        return function
+
+    def _set_raw(
+        self, name: str, function: Any, taken: type, namespaces: Namespaces, example: str, what: str
+    ) -> None:
+        """Set the one handler of frames as they are, which takes a value of the type *taken*."""
         outer = with_provided(function, self._routes.providers, namespaces)
         check_function(outer, example, 2)
-        check_taken(outer, bytes, namespaces, example, replies=False)
-        self._routes.set("binary", outer, example, "binary")
-        return function
+        check_taken(outer, taken, namespaces, example, replies=False)
+        self._routes.set(name, outer, example, what)
 
     def middleware(self, function: F = _NO_FUNCTION) -> F:
         """Put ``async def f(conn, envelope, call_next)`` around each message, in its own context.
@@ -6201,57 +6423,6 @@ class Pachinko:
 
         return register
 
-    @typing.overload
-    def worker(self, function: F, *, once: bool = ...) -> F: ...
-    @typing.overload
-    def worker(self, *, once: bool) -> Callable[[F], F]: ...
-    def worker(self, function: Any = _NO_FUNCTION, *, once: bool | None = None) -> Any:
-        """Run ``async def f()`` in the background, once the app has started, until its shutdown.
-
-        A worker that fails is logged and started again, after 1 second, then 2, up to 60.
-
-        Each process of the app runs it. With ``@ws.worker(once=True)`` one process does at a time,
-        and when that ends another takes over, within a second, or 8 if it was killed or hangs. The
-        lease for it needs NATS with JetStream, or Redis; without a broker it is a worker as others.
-        Raises `PachinkoError` for a second one of the same module and ``__qualname__``.
-        """
-        if once is not None and not isinstance(once, bool):
-            raise PachinkoError(f"write @ws.worker(once=True), got once={once!r}")
-        if function is _NO_FUNCTION and once is not None:
-            return functools.partial(self.worker, once=once)
-        decorator = "@ws.worker(once=True)" if once else "@ws.worker"
-        check_function(function, f"{decorator}\nasync def clock(): ...", 0)
-        is_late = self._is_working and self._loop is not None and self._loop.is_running()
-        if is_late and is_elsewhere(self._loop):
-            raise PachinkoError(
-                "a worker was added from another thread or event loop than its app's; use "
-                "hub.call_threadsafe(ws.worker, ...)"
-            )
-        run = self._leased(function) if once else function
-        self._routes.workers.append(run)
-        if is_late:
-            self._start_worker(run)
-        return function
-
-    def _leased(self, function: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
-        """Return a worker that runs *function* while this process has the lease for it."""
-        inner = layers(function)[-1]
-        qualname = getattr(inner, "__qualname__", type(inner).__qualname__)
-        name = f"{self._path or ''} {inner.__module__}.{qualname}"
-        if (first := self._routes.leases.get(name)) is not None:
-            raise PachinkoError(
-                f"{name.strip()} is the name of two workers with once=True, and of their lease: "
-                f"{place_of(first)} and {place_of(function)}; write\n@ws.worker(once=True)\n"
-                "async def another_name(): ..."
-            )
-        self._routes.leases[name] = function
-
-        @functools.wraps(function)
-        async def run() -> None:
-            await self._hub.state.relay.lease(name, function)
-
-        return run
-
     def add_resource(self, prefix: str, resource: object) -> None:
         """Route by class: ``on_send`` handles ``"<prefix>.send"``.
 
@@ -6260,21 +6431,15 @@ class Pachinko:
         handler refuses. Where one method is refused, nothing of the resource is added.
         """
         namespaces = caller_namespaces()
-        handlers, connect, disconnect = list[Handler](), list[Any](), list[Any]()
-        accepted = list[Any]()
+        handlers = list[Handler]()
+        connect, accepted, disconnect = list[Any](), list[Any](), list[Any]()
         for name, method in read_resource(prefix, resource):
-            outer = with_provided(method, self._routes.providers, namespaces)
             if name == "connect":
-                connect.append(
-                    read_connect(outer, self._path, namespaces=namespaces, app=self._app)
-                )
+                connect.append(self._read_connect(method, namespaces))
             elif name == "accepted":
-                accepted.append(
-                    read_connect(outer, self._path, name, namespaces=namespaces, app=self._app)
-                )
+                accepted.append(self._read_connect(method, namespaces, name))
             elif name == "disconnect":
-                check_function(outer, DISCONNECT, 1)
-                disconnect.append(outer)
+                disconnect.append(self._read_disconnect(method, namespaces))
             else:
                 type = f"{prefix}.{name}"
                 handlers.append(self._read_handler(type, method, namespaces, None, False))
@@ -6291,8 +6456,7 @@ class Pachinko:
         if ws.closed:
             return  # A middleware has refused it.
         self._start()
-        if not self._is_working:  # The server has no lifespan.
-            self._start_workers()
+        self._start_workers()  # if the server has no lifespan
         session, state = None, self._hub.state
         try:
             if self._hub.draining:
@@ -6313,173 +6477,9 @@ class Pachinko:
                 refuse_by_status(ws, req.scope, session.conn.headers if session else ())
             raise
 
-    @contextlib.asynccontextmanager
-    async def running(self, *, alone: bool = False) -> AsyncGenerator[None, None]:
-        """Run hub and workers where the app's lifespan does not run: ``async with ws.running():``.
-
-        An app that is mounted in another one gets no lifespan; the block goes into that of the
-        other. It is for all endpoints of the app, or for this one *alone*. Inside another block, or
-        beside the lifespan, nothing is started twice, and the last of them to end stops: clients
-        are closed with 1012, and their handlers have `linger`. Raises `PachinkoError` if the hub
-        runs in another thread or event loop.
-        """
-        async with contextlib.AsyncExitStack() as stack:
-            for key, each in tuple(_attached.items()):
-                if not alone and key[0] == id(self._app) and each is not self:
-                    await stack.enter_async_context(each.running(alone=True))
-            self._start()
-            self._runs += 1
-            stack.push_async_callback(self.process_shutdown, None, None)
-            await self._connected()
-            self._start_workers()
-            yield
-
-    async def process_startup(self, scope: Any, event: Any) -> None:
-        """Start the hub with the app (Falcon's middleware for the ASGI lifespan)."""
-        self._start()
-        self._starts += 1
-        begin = functools.partial(self._start_last, self._starts)
-        app = self._app if event.get("type") == "lifespan.startup" else None
-        if app is not None:  # Falcon starts middleware that is added now last, and stops it first.
-            last = types.SimpleNamespace(process_startup=begin, process_shutdown=self._stop_first)
-            app.add_middleware(cast(Any, last))
-        try:
-            await self._connected()
-        except PachinkoError:
-            self._runs += 1  # `process_shutdown` takes it off.
-            await self.process_shutdown(scope, event)
-            raise
-        if app is None:  # Whoever has added it, or calls this by hand, has chosen the moment.
-            await begin(scope, event)
-
-    async def _connected(self) -> None:
-        """Wait for the hub. Raises `PachinkoError` if a worker needs what its broker has not."""
-        await self._hub.state.connected()
-        if self._routes.leases:
-            await self._hub.state.relay.check_leases()
-
-    async def _start_last(self, starts: int, scope: Any, event: Any) -> None:
-        """Start the workers, when all middleware of the app has started."""
-        if starts == self._starts:  # Falcon still has the middleware of earlier starts, too.
-            self._start()
-            self._runs += 1
-            self._start_workers()
-
-    async def _stop_first(self, scope: Any, event: Any) -> None:
-        """End workers and connections before other middleware closes what they use."""
-        if self._runs == 1:
-            await self._close_all()
-
     async def process_resource_ws(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, resource: Any, params: Any
     ) -> None:
         """Notice that a later ``add_route`` has taken the path (Falcon's middleware)."""
         if resource is not self and req.uri_template == self._path and self._path is not None:
             logger.warning("a later app.add_route has replaced the Pachinko at %s", self._path)
-
-    async def process_shutdown(self, scope: Any, event: Any) -> None:
-        """Stop with the app: close what is still open with 1012, and wait for its handlers."""
-        self._runs = max(0, self._runs - 1)
-        try:
-            if not self._runs:
-                await self._close_all()
-        finally:
-            if not self._runs:  # No `running` block has begun meanwhile.
-                self._loop = None
-                await self._hub.state.stop(self)
-
-    async def _close_all(self) -> None:
-        workers, self._is_working = tuple(self._workers), False
-        self._workers.clear()
-        for worker in workers:
-            worker.cancel()
-        serving = self._hub.state.serving.values()
-        sessions = [each for each in serving if each.outgoing.limits is self._limits]
-        for session in sessions:
-            session.outgoing.close(Close(1012, "the server shuts down"))
-        await self._hub.state.wait_for(sessions, *workers)
-
-    def _start(self) -> None:
-        """Start once in each loop: with the lifespan, or else with the first connection."""
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            contextvars.Context().run(self._hub.state.start, self)
-            if self._hub.state.broker is None:
-                _warn_of_workers()
-            self._loop, self._runs, self._is_working = loop, 0, False
-            self._routes.start(self._hub.state.codec)
-            self._workers.clear()
-
-    def _start_workers(self) -> None:
-        if not self._is_working:
-            self._is_working = True
-            for function in self._routes.workers:
-                self._start_worker(function)
-
-    def _start_worker(self, function: Callable[[], Awaitable[None]]) -> None:
-        task = create_detached_task(_keep_working(function))
-        self._workers.add(task)
-        task.add_done_callback(self._workers.discard)
-
-
-def count_workers() -> int:
-    """Return how many worker processes the server has, as far as it tells the first of them; or 1.
-
-    uvicorn and hypercorn hand their configuration to each process that they start, whatever the
-    number comes from. For gunicorn and granian, the command line and a variable are read.
-    """
-    multiprocessing = sys.modules.get("multiprocessing.process")  # PERF: an import takes 26 ms.
-    process: Any = multiprocessing.current_process() if multiprocessing is not None else None
-    if (config := getattr(process, "_kwargs", {}).get("config")) is not None:
-        workers = getattr(config, "workers", None)
-        is_first = process.name.endswith("-1") and not getattr(config, "reload", False)
-        return workers if is_first and isinstance(workers, int) else 1
-    if (server := _SERVER.search("".join(sys.argv[:1]))) is None:
-        return 1
-    found = _WORKERS.search(" ".join(sys.argv[1:]))
-    variable = "WEB_CONCURRENCY" if server[1] == "gunicorn" else "GRANIAN_WORKERS"
-    text = found[1] if found else os.environ.get(variable, "")
-    return int(text) if text.isdecimal() else 1
-
-
-@functools.cache  # once in a process
-def _warn_of_workers() -> None:
-    """Log a warning if the server has several worker processes, which have no broker."""
-    if (workers := count_workers()) > 1:
-        text = (
-            "%d worker processes without a broker: each group is split, and a message reaches the "
-            "clients of one process only. Set %s to nats://localhost:4222 or "
-            "redis://localhost:6379, or to memory:// if that is meant"
-        )
-        logger.warning(text, workers, ENVIRONMENT)
-
-
-async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
-    """Run a worker, and run it again when it fails, after ever longer pauses."""
-    # Each attempt has a task of its own. If it swallows a cancellation, this task still knows.
-    backoffs, name = iter(_BACKOFFS), place_of(function)
-
-    async def attempt() -> None:
-        try:
-            await function()
-        except SystemExit as exc:  # In a task of its own it would end the event loop.
-            raise RuntimeError(f"sys.exit() in worker {name}") from exc
-
-    while True:
-        started = time.monotonic()
-        task = asyncio.get_running_loop().create_task(attempt())
-        try:
-            return await task
-        except (KeyboardInterrupt, GeneratorExit):
-            raise
-        except BaseException as exc:  # A worker's bug is logged, whatever it is.
-            is_cancelled = isinstance(exc, asyncio.CancelledError)
-            if current_task().cancelling() or (is_cancelled and task.cancelling()):
-                if not is_cancelled:
-                    log_failure(f"worker {name}, which was stopped,", exc, None)
-                raise asyncio.CancelledError from None
-            if time.monotonic() - started > _BACKOFFS[-1]:
-                backoffs = iter(_BACKOFFS)
-            backoff = next(backoffs, _BACKOFFS[-1])
-            logger.exception("worker %s failed; again in %g s", name, backoff)
-        await asyncio.sleep(backoff)
