@@ -4161,8 +4161,8 @@ class Connection:
 # ── registry and relay ────────────────────────────────────────────────────────────────────────
 #
 # The registry knows the connections of this process. The relay reaches the other processes of the
-# app, and tells the registry what they send. `LocalRelay` is the relay of an app without a broker;
-# `pachinko_cluster` has the other one. `HubState` has the registry and the relay of a running hub.
+# app, and tells the registry what they send; that of an app with a broker is in `pachinko_cluster`.
+# `HubState` has the registry and the relay of a running hub.
 
 _FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, after `linger`
 ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the broker
@@ -4228,15 +4228,17 @@ class Presence:
     process: str  # `Hub.process` where it is connected
 
 
-class Relay(typing.Protocol):
+class Relay:
     """What carries a hub's messages to all processes of its app, this one included.
 
-    Receivers are given as a kind and a name. `send`, `close` and `ask` raise `PachinkoError` when
-    the broker does not take a message within 5 seconds.
+    Receivers are given as a kind and a name. This class is for an app with one process: whatever is
+    sent goes straight to the registry. With a broker, `send`, `close` and `ask` raise
+    `PachinkoError` when it does not take a message within 5 seconds.
     """
 
     def start(self, registry: Registry, process: str) -> None:
         """Begin to connect, and to deliver to *registry*. *process* is the id of this process."""
+        self._registry, self._process = registry, process
 
     async def connected(self) -> None:
         """Wait for the connection attempt in progress. Raises `PachinkoError` if it has failed."""
@@ -4246,14 +4248,16 @@ class Relay(typing.Protocol):
 
     def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
         """Begin to send the frame *data* to the receivers, but to no *excluded* id."""
-        ...
+        return self._registry.deliver(kind, name, data, excluded)
 
     async def close(self, kind: Kind, name: str, close: Close) -> None:
         """Close the receivers, behind what was sent to them before."""
+        self._registry.close(kind, name, close)
 
     async def ask(self, kind: Kind, name: str) -> list[Presence]:
         """Ask all processes which connections the group or the user of that *name* has."""
-        ...
+        members = self._registry.accepted(kind, name)
+        return [Presence(conn.id, conn.user, self._process) for conn in members]
 
     def subscribe(self, kind: Kind, name: str) -> None:
         """Note that the first receiver of that name is in the registry."""
@@ -4276,37 +4280,11 @@ class Relay(typing.Protocol):
         Returns or raises as *work* does. If the broker may give the lease to another process,
         *work* is cancelled, and runs again when the lease is back.
         """
+        await work()
 
     def stats(self) -> dict[str, int]:
         """Return the counts of messages that were refused, and of what the broker does."""
         return {"refused": 0, "outages": 0, "broker_down": 0}
-
-
-class LocalRelay(Relay):
-    """The relay of an app with one process: whatever is sent goes straight to the registry."""
-
-    async def connected(self) -> None: ...
-    async def stop(self) -> None: ...
-    def subscribe(self, kind: Kind, name: str) -> None: ...
-    def unsubscribe(self, kind: Kind, name: str) -> None: ...
-    async def subscribed(self, kind: Kind, name: str) -> None: ...
-    async def check_leases(self) -> None: ...
-
-    def start(self, registry: Registry, process: str) -> None:
-        self._registry, self._process = registry, process
-
-    def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
-        return self._registry.deliver(kind, name, data, excluded)
-
-    async def close(self, kind: Kind, name: str, close: Close) -> None:
-        self._registry.close(kind, name, close)
-
-    async def ask(self, kind: Kind, name: str) -> list[Presence]:
-        members = self._registry.accepted(kind, name)
-        return [Presence(conn.id, conn.user, self._process) for conn in members]
-
-    async def lease(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        await work()
 
 
 def open_relay(given: Given, namespace: str | None) -> Relay:
@@ -4316,7 +4294,7 @@ def open_relay(given: Given, namespace: str | None) -> Relay:
         namespace = dict(urllib.parse.parse_qsl(local[1] or "", True)).get("namespace")
     check_namespace(namespace)
     if given is None or local is not None:
-        return LocalRelay()
+        return Relay()
     try:
         companion = importlib.import_module("pachinko_cluster")
     except ImportError as exc:
@@ -4454,7 +4432,7 @@ class HubState:
     drains: list[asyncio.Task[None]] = attrs.Factory(list)  # one for each call of `Hub.drain`
     loop: asyncio.AbstractEventLoop | None = None  # the loop of the apps, while one runs
     broker: Given = None  # the broker that the first app was started with
-    relay: Relay = attrs.Factory(LocalRelay)
+    relay: Relay = attrs.Factory(Relay)
     registry: Registry = attrs.Factory(lambda self: Registry(self.relay, self.process), True)
     _apps: set[object] = attrs.Factory(set)
     _next: HubState | None = None  # the state of the hub after the end of this one
@@ -5060,25 +5038,30 @@ def pass_on(exc: BaseException, what: str, id: str | None, type: str | None = No
         del exc  # It refers to this frame; a cycle would keep the connection until a collection.
 
 
-async def end_by(step: Callable[[], Awaitable[None]], id: str) -> bool:
-    """Run *step* of the connection's end, such as a disconnect handler. A bug ends it only.
+async def take_leave(steps: Iterable[End], conn: Connection) -> bool:
+    """Await each of *steps* of the connection's end, such as disconnect handlers.
 
-    Returns whether it has ended because the task was cancelled.
+    A bug ends its step only. Returns whether the task has been cancelled.
     """
-    try:
-        await step()
-    except BaseException as exc:  # A handler may raise anything.
-        exc = single(exc)
+    is_ending = bool(current_task().cancelling())
+    for step in steps:
         try:
-            pass_on(exc, place_of(step), id)
-        except asyncio.CancelledError:
-            return True
-        if isinstance(exc, falcon.WebSocketDisconnected):
-            text = "%s was left when it sent to the client, which has gone"
-            logger.debug(text, place_of(step), extra={"connection_id": id})
-        else:
-            log_failure(place_of(step), exc, id)
-    return False
+            await step(conn)
+        except BaseException as exc:  # A handler may raise anything.
+            exc = single(exc)
+            try:
+                pass_on(exc, place_of(step), conn.id)
+            except asyncio.CancelledError:
+                is_ending = True
+            else:
+                if isinstance(exc, falcon.WebSocketDisconnected):
+                    text = "%s was left when it sent to the client, which has gone"
+                    logger.debug(text, place_of(step), extra={"connection_id": conn.id})
+                else:
+                    log_failure(place_of(step), exc, conn.id)
+        if not is_ending:
+            forget_cancellations()
+    return is_ending
 
 
 def forget_cancellations() -> None:
@@ -5100,6 +5083,21 @@ def log_failure(what: str, exc: BaseException, id: str | None, type: str | None 
         logger.error("%s failed: %s", what, exc, extra=extra)
     else:
         logger.error("%s failed", what, exc_info=exc, extra=extra)
+
+
+async def meaning_of(
+    exc: BaseException, routes: Routes, conn: Connection, what: str, type: str | None
+) -> Any:
+    """Return what *exc* means to an error handler of the application, or to the library."""
+    if (handler := routes.error_handler(exc)) is not None:
+        try:
+            return await handler(conn, exc)
+        except BaseException as second:  # The error handler has a bug.
+            exc = single(second)
+            pass_on(exc, place_of(handler), conn.id, type)
+    if (outcome := outcome_of(exc)) is None:
+        log_failure(what, exc, conn.id, type)
+    return outcome or internal_error()
 
 
 async def in_time(seconds: float | None, function: Callable[..., Any], call: Awaitable[T]) -> T:
@@ -5150,9 +5148,10 @@ class Stream:
             self.task = None  # A task keeps its error, and with it stack frames.
 
     async def send_all(
-        self, call: Callable[[], AsyncGenerator[Any]], send: Callable[[Any], Awaitable[None]]
-    ) -> None:
-        """Give *send* the items of the generator that *call* returns. It runs once."""
+        self, call: Callable[[], AsyncGenerator[Any]], reply: Callable[[Any], Event],
+        send: Callable[[Event], Awaitable[None]],
+    ) -> None:  # fmt: skip
+        """Give *send* a *reply* for each item of the generator of *call*. It runs once."""
         if self.has_begun:
             raise PachinkoError("a stream cannot be repeated; await call_next() once")
         if self.is_stopped:  # The middleware has caught its cancellation.
@@ -5163,7 +5162,7 @@ class Stream:
                 async for item in items:
                     if self.is_stopped:  # The generator has caught its cancellation.
                         raise asyncio.CancelledError
-                    await send(item)
+                    await send(reply(item))
                     await asyncio.sleep(0)  # Some generators never wait.
             finally:  # The clean-up of the generator, and of the middleware, is not cancelled.
                 self._is_cancellable = False
@@ -5281,13 +5280,6 @@ class Session:
             return self._refuse_rate(wait, None if frame is None else frame.id)
         return None
 
-    def _complete(self, id: Id | None) -> bool:
-        """Stop the stream *id*; return whether there is one."""
-        stream = self._streams.get(cast(Id, id))
-        if stream is not None:
-            stream.stop()
-        return stream is not None
-
     def limit(self, when: float | None = None) -> TimeLimit:
         """Return the time limit for the code that runs next; a close may bring it forward."""
         self._life = TimeLimit(when)
@@ -5386,7 +5378,7 @@ class Session:
         elif (wait := self._wait_for_rate(event)) > 0:
             await self._refuse_rate(wait, None)
         else:
-            await self._handle_raw(binary, event["bytes"])
+            await self._in_scope(self._perform_raw(binary, event["bytes"]))
 
     async def _perform(self, handler: Handler, message: Received, is_plain: bool = True) -> None:
         """Run a handler that answers once, and answer; *is_plain* if nothing is around it."""
@@ -5431,8 +5423,8 @@ class Session:
             value = handler.structure(value, self._hub_state.codec)
         innermost: Callable[[], Any] = functools.partial(handler.call, self.conn, value)
         if stream is not None:
-            send = functools.partial(self._send_item, handler, message.id)
-            innermost = functools.partial(stream.send_all, innermost, send)
+            reply = functools.partial(self._reply, handler, message.id, more=True)
+            innermost = functools.partial(stream.send_all, innermost, reply, self.outgoing.send)
         # No middleware sees a renewal, because its token is nobody else's business.
         if not self.routes.middleware or handler.type == "authenticate":
             return cast("Awaitable[Any]", innermost())
@@ -5440,11 +5432,8 @@ class Session:
         envelope = Envelope(handler.type, payload, message.id)
         return call_through(self.routes.middleware, self.conn, envelope, innermost)
 
-    def _handle_raw(self, function: Callable[..., Any], data: str | bytes) -> Awaitable[None]:
-        """Call the fallback or the binary handler, and send what it returns."""
-        return self._in_scope(self._perform_raw(function, data))
-
     async def _perform_raw(self, function: Callable[..., Any], data: str | bytes) -> None:
+        """Call the fallback or the binary handler, and send what it returns."""
         try:
             innermost = functools.partial(function, self.conn, data)
             envelope, middleware = Envelope("", data), self.routes.middleware
@@ -5462,7 +5451,9 @@ class Session:
         text = event["text"]
         frame = decode_or_error(text)  # PERF: decoding anew costs only those who send such text.
         type, id = (frame.type if isinstance(frame, Frame) else ""), frame.id
-        if type == "complete" and self._complete(id):
+        stream = self._streams.get(cast(Id, id)) if type == "complete" else None
+        if stream is not None:
+            stream.stop()
             return  # The rate limit never refuses this, because it lessens the load.
         if is_answer(type):  # It has come too late, or nobody has asked.
             self._hub_state.counts["late"] += 1
@@ -5477,18 +5468,17 @@ class Session:
 
     async def _explain(self, text: str, frame: Frame | BadFrame, exc: Any) -> None:
         """Give the text to the fallback, or tell the client what is wrong with it."""
-        id = frame.id
         handler = self.routes.handlers.get(frame.type) if isinstance(frame, Frame) else None
         if isinstance(frame, Frame) and handler is not None:
             error = handler.refusal(frame.payload, self._hub_state.codec, exc)
-            await self._fail(error, frame.type, id)
+            await self._fail(error, frame.type, frame.id)
         elif self.routes.fallback is not None:
-            await self._handle_raw(self.routes.fallback, text)
+            await self._in_scope(self._perform_raw(self.routes.fallback, text))
         elif isinstance(frame, BadFrame):
-            await self._send_error(frame, id)
+            await self._send_error(frame, frame.id)
         else:
             error = MessageError("unknown_type", f"no handler for {frame.type[:TYPE_SHOWN]!r}")
-            await self._send_error(error, id, frame.type)
+            await self._send_error(error, frame.id, frame.type)
 
     def _wait_for_rate(self, event: Event) -> float:
         """Count the frame, once; return 0.0, or the seconds until the rate admits it."""
@@ -5551,9 +5541,6 @@ class Session:
                 return
         await self._send(_encode(Sent("complete", id)))
 
-    def _send_item(self, handler: Handler, id: Id | None, item: object) -> Awaitable[None]:
-        return self.outgoing.send(self._reply(handler, id, item, more=True))
-
     def _reply(self, handler: Handler, id: Id | None, value: object, more: bool = False) -> Event:
         """Return the event that answers with *value*. The writer for its class is found once."""
         try:
@@ -5595,7 +5582,7 @@ class Session:
         if isinstance(exc, asyncio.CancelledError):
             exc = raised  # Nobody has asked for it: a bug, and the log gets all of a group.
         try:
-            outcome = await self._outcome(exc, what, type)
+            outcome = await meaning_of(exc, self.routes, self.conn, what, type)
             if isinstance(outcome, Close):
                 self.outgoing.close(outcome)
             elif isinstance(outcome, MessageError):
@@ -5605,18 +5592,6 @@ class Session:
         except Exception as second:  # The outcome cannot be encoded.
             log_failure("the answer to an error", second, self.conn.id, type)
             await self._send_error(internal_error(), id, type)
-
-    async def _outcome(self, exc: BaseException, what: str, type: str | None) -> Any:
-        """Return what *exc* means to an error handler of the application, or to the library."""
-        if (handler := self.routes.error_handler(exc)) is not None:
-            try:
-                return await handler(self.conn, exc)
-            except BaseException as second:  # The error handler has a bug.
-                exc = single(second)
-                pass_on(exc, place_of(handler), self.conn.id, type)
-        if (outcome := outcome_of(exc)) is None:
-            log_failure(what, exc, self.conn.id, type)
-        return outcome or internal_error()
 
     async def _send_error(self, error: MessageError, id: Id | None, type: Any = None) -> None:
         """Answer the message *id*, of *type* if that is known, with *error*."""
@@ -5640,22 +5615,13 @@ class Session:
             steps += [end for end in reversed(self.ends) if end not in steps]
         if self.tasks:
             steps.insert(0, self._end_tasks)
-        is_ending = await self.take_leave(steps)
+        is_ending = await take_leave(steps, self.conn)
         self.forget()
         extra = {"connection_id": self.conn.id}
         logger.debug("disconnected: %s", self.outgoing.close_code, extra=extra)
         await self.outgoing.settle()
         if is_ending:
             raise asyncio.CancelledError
-
-    async def take_leave(self, steps: Iterable[End]) -> bool:
-        """Await each of *steps*, and log its error; return whether the task has been cancelled."""
-        is_ending = bool(current_task().cancelling())
-        for step in steps:
-            is_ending |= await end_by(functools.partial(step, self.conn), self.conn.id)
-            if not is_ending:
-                forget_cancellations()
-        return is_ending
 
     async def _end_tasks(self, conn: Connection) -> None:
         tasks, linger = frozenset(self.tasks), self._limits.linger
@@ -5709,7 +5675,7 @@ async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
     """Authenticate, run connect handlers, answer the handshake; return whether the client is in."""
     conn, outgoing, routes = session.conn, session.outgoing, session.routes
     offered: Iterable[str] = conn.ws.subprotocols
-    is_in, token = False, None
+    is_in, token, refused = False, None, None
     if routes.authenticate is not None:
         token, offered = credentials(conn.req, offered)
         subprotocols = [*subprotocols, "bearer"]  # Browsers give up if none is chosen.
@@ -5718,10 +5684,12 @@ async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
     try:
         is_in = await _run_handlers(session, token)
     except BaseException as exc:  # A handler may raise anything.
-        exc = single(exc)
-        if isinstance(exc, Close):
-            outgoing.close(exc, drops=True)
-        await _refuse(session, exc)
+        refused = single(exc)
+    try:
+        if refused is not None:  # Above, the group that it is from would become its context.
+            await _refuse(session, refused)
+    finally:
+        del refused
     try:
         if conn.user is not None:
             await conn.hub.state.reachable(conn)
@@ -5804,8 +5772,10 @@ async def _refuse(session: Session, exc: BaseException) -> None:
     Raises what Falcon has to see. Returns if the connection is over, or is to be closed.
     """
     conn, is_cancelled = session.conn, False
+    if isinstance(exc, Close):
+        session.outgoing.close(exc, drops=True)
     if session.ends and not isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
-        is_cancelled = await session.take_leave(reversed(session.ends))
+        is_cancelled = await take_leave(reversed(session.ends), conn)
     try:
         pass_on(exc, "a connect handler", conn.id)
         if is_cancelled:
@@ -5826,24 +5796,17 @@ async def _accept(session: Session) -> None:
     """
     ws, outgoing, headers = session.conn.ws, session.outgoing, session.conn.headers
     if ws.unaccepted:
-        if headers:
-            headers = _headers_for(ws, outgoing.asgi_send, headers)
+        if headers and not ws.supports_accept_headers:
+            _warn_of_headers("refuses")
+            headers = ()
+        elif headers:
+            server = type(getattr(outgoing.asgi_send, "__self__", None)).__module__
+            if server.startswith("granian"):
+                _warn_of_headers("drops")
         await ws.accept(session.conn.subprotocol, headers)
     if session.incoming.has_left and outgoing.phase is Phase.CONNECTING:
         mark_closed(ws, outgoing.close_code)  # It may have left while the accept took its time.
         raise falcon.WebSocketDisconnected(outgoing.close_code)
-
-
-def _headers_for(
-    ws: falcon.asgi.WebSocket, send: object, headers: Sequence[Header]
-) -> Sequence[Header]:
-    """Return *headers*, or none if the server takes none."""
-    if not ws.supports_accept_headers:
-        _warn_of_headers("refuses")
-        return ()
-    if type(getattr(send, "__self__", None)).__module__.startswith("granian"):
-        _warn_of_headers("drops")
-    return headers
 
 
 @functools.cache  # One line is enough for a process.
@@ -5919,6 +5882,7 @@ async def welcome(session: Session) -> None:
             await handler(conn, session.add_end)
             forget_cancellations()
         except BaseException as exc:  # A handler may raise anything.
+            exc = single(exc)
             pass_on(exc, place_of(handler), conn.id)
             if isinstance(exc, falcon.WebSocketDisconnected) and conn.closed:
                 return
