@@ -3936,15 +3936,11 @@ class Incoming:
                 return
             work = self._session.overtakes(event) if self._session.is_handling else None
             if work is None:
-                self._hold(event)
+                self._inbox.append(event)
+                self._size += size_of_event(event)
             else:
                 self.received += 1
                 await work  # A client that does not read its answers is read no further either.
-
-    def _hold(self, event: Event) -> None:
-        """Let the frame wait for its turn."""
-        self._inbox.append(event)
-        self._size += size_of_event(event)
 
     def _disconnected(self, event: Event) -> int:
         """Take the server's report that the client has gone; return the close code."""
@@ -4514,11 +4510,6 @@ class HubState:
             future.cancel()
             raise PachinkoError(f"the hub is not running: {exc}") from None
         return future
-
-    async def connected(self) -> None:
-        """Wait for the first attempt to connect to the broker, whether it succeeds or not."""
-        with contextlib.suppress(PachinkoError):  # The relay has logged it, and tries again.
-            await self.relay.connected()
 
     def enter(self, session: Session) -> None:
         """Note that the current task serves *session*."""
@@ -5276,9 +5267,7 @@ class Session:
                     message = self.routes.decode(event["text"])
                     if message.handler is handler:
                         return self._handle(event, handler, message)
-        if (wait := self._wait_for_rate(event)) > 0:
-            return self._refuse_rate(wait, None if frame is None else frame.id)
-        return None
+        return self._exceed_rate(event, None if frame is None else frame.id)
 
     def limit(self, when: float | None = None) -> TimeLimit:
         """Return the time limit for the code that runs next; a close may bring it forward."""
@@ -5357,8 +5346,8 @@ class Session:
 
     async def _handle(self, event: Event, handler: Handler, message: Received) -> None:
         """Call the handler, or start it in a task, unless the rate does not allow that."""
-        if (wait := self._wait_for_rate(event)) > 0:
-            await self._refuse_rate(wait, message.id, handler.type)
+        if (refusal := self._exceed_rate(event, message.id, handler.type)) is not None:
+            await refusal
         elif handler.is_concurrent:
             await self._start_task(handler, message)
         elif self.routes.is_scoped or self._limits.handler_timeout is not None:
@@ -5375,8 +5364,8 @@ class Session:
             await self._refuse(event)
         elif binary is None:
             self.outgoing.close(Close(1003, "binary frames are not handled"))
-        elif (wait := self._wait_for_rate(event)) > 0:
-            await self._refuse_rate(wait, None)
+        elif (refusal := self._exceed_rate(event, None)) is not None:
+            await refusal
         else:
             await self._in_scope(self._perform_raw(binary, event["bytes"]))
 
@@ -5458,9 +5447,10 @@ class Session:
         if is_answer(type):  # It has come too late, or nobody has asked.
             self._hub_state.counts["late"] += 1
             return
-        if (wait := self._wait_for_rate(event)) > 0:
-            # The stream that a "complete" meant has had its final answer.
-            await self._refuse_rate(wait, None if type == "complete" else id, type)
+        # The stream that a "complete" meant has had its final answer.
+        unanswered = None if type == "complete" else id
+        if (refusal := self._exceed_rate(event, unanswered, type)) is not None:
+            await refusal
         elif type == "$ping":
             await self._send(_encode(Sent("$pong", id)))
         elif type != "complete":
@@ -5480,16 +5470,18 @@ class Session:
             error = MessageError("unknown_type", f"no handler for {frame.type[:TYPE_SHOWN]!r}")
             await self._send_error(error, frame.id, frame.type)
 
-    def _wait_for_rate(self, event: Event) -> float:
-        """Count the frame, once; return 0.0, or the seconds until the rate admits it."""
+    def _exceed_rate(
+        self, event: Event, id: Id | None, type: str | None = None
+    ) -> Awaitable[None] | None:
+        """Count the frame, once; return what refuses it, or None if the rate admits it."""
         if self._rate is None or event.get("is_counted"):
-            return 0.0
+            return None
         event["is_counted"] = True
-        return self._rate.take(time.monotonic())
+        wait = self._rate.take(time.monotonic())
+        return self._refuse_rate(self._rate, wait, id, type) if wait > 0 else None
 
-    async def _refuse_rate(self, wait: float, id: Id | None, type: str | None = None) -> None:
+    async def _refuse_rate(self, rate: Rate, wait: float, id: Id | None, type: str | None) -> None:
         """Tell the client to wait for some seconds; close if it has sent far too much."""
-        rate = cast(Rate, self._rate)
         if rate.is_abused:
             self.outgoing.close(Close(1008, "too many messages"))
         else:
@@ -5611,8 +5603,8 @@ class Session:
             self.outgoing.lost(1006)
         self._hub_state.registry.retire(self.conn)
         steps = [*self.routes.disconnect]
-        if self.ends:  # The `on_disconnect` of a resource is also the end of its `on_connect`.
-            steps += [end for end in reversed(self.ends) if end not in steps]
+        # The `on_disconnect` of a resource is also the end of its `on_connect`.
+        steps += [end for end in reversed(self.ends) if end not in steps]
         if self.tasks:
             steps.insert(0, self._end_tasks)
         is_ending = await take_leave(steps, self.conn)
@@ -5819,11 +5811,6 @@ def unavailable(why: str) -> falcon.HTTPError:
     return falcon.HTTPServiceUnavailable(description=why, retry_after=_RETRY_AFTER)
 
 
-def is_guest(conn: Connection, routes: Routes) -> bool:
-    """Return whether a later ``authenticate`` may say who the client is."""
-    return routes.takes_guests and conn.user is None
-
-
 class Bug(falcon.HTTPInternalServerError):
     """`authenticate` has failed: HTTP 403 as after any bug, or a close with 3500."""
 
@@ -6009,9 +5996,11 @@ class Lifecycle:
 
     async def _connected(self) -> None:
         """Wait for the hub. Raises `PachinkoError` if a worker needs what its broker has not."""
-        await self._hub.state.connected()
+        relay = self._hub.state.relay
+        with contextlib.suppress(PachinkoError):  # The relay has logged it, and tries again.
+            await relay.connected()
         if self._routes.leases:
-            await self._hub.state.relay.check_leases()
+            await relay.check_leases()
 
     async def _start_last(self, starts: int, scope: Any, event: Any) -> None:
         """Start the workers, when all middleware of the app has started."""
@@ -6267,7 +6256,8 @@ class Pachinko(Lifecycle):
                 if isinstance(exc, falcon.HTTPError):
                     raise Close(3000 + exc.status_code) from None
                 raise
-            if user is None or (user != conn.user and not is_guest(conn, self._routes)):
+            is_guest = self._routes.takes_guests and conn.user is None
+            if user is None or not (user == conn.user or is_guest):
                 raise Close(UNAUTHENTICATED, "authentication failed")
             if user != conn.user:
                 conn.become(user)
