@@ -3850,7 +3850,7 @@ class Incoming:
     is_direct: bool = True  # nothing is read ahead and more may come: `receive` has the next event
     is_due: bool = False  # `look` has been scheduled
     received: int = 0  # frames
-    _has_left: bool = False  # the client has gone; the frames before that are still handled
+    has_left: bool = False  # the client has gone; the frames before that are still handled
     _is_stopped: bool = False  # the server closes, and no frame is handled any more
     _inbox: list[Event] = attrs.Factory(list)  # frames that were read ahead, and wait
     _size: int = 0  # bytes in the inbox
@@ -3871,7 +3871,7 @@ class Incoming:
     async def next(self) -> Event | None:
         """Return the next event, or None if no more will come. Called while not `is_direct`."""
         while not self._inbox:
-            if self._has_left or self._is_stopped:
+            if self.has_left or self._is_stopped:
                 return None
             if self._ahead is None:
                 self.is_direct = True
@@ -3881,11 +3881,6 @@ class Incoming:
         event = self._inbox.pop(0)
         self._size -= size_of_event(event)
         return event
-
-    @property
-    def has_left(self) -> bool:
-        """Whether the server has reported that the client has gone."""
-        return self._has_left
 
     @property
     def holds_frames(self) -> bool:
@@ -3922,7 +3917,7 @@ class Incoming:
         """Read ahead while a handler, or its reply, waits for something."""
         self.is_due = False
         is_reading = self._ahead is not None and not self._ahead.done()
-        if self._session.is_handling and not (is_reading or self._has_left or self._is_stopped):
+        if self._session.is_handling and not (is_reading or self.has_left or self._is_stopped):
             self.is_direct = False
             self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
 
@@ -3944,7 +3939,7 @@ class Incoming:
 
     def _disconnected(self, event: Event) -> int:
         """Take the server's report that the client has gone; return the close code."""
-        self._has_left, self.is_direct = True, False
+        self.has_left, self.is_direct = True, False
         code: int = event.get("code", 1005)  # The default is ASGI's (WebSocket: Disconnect).
         self._session.on_disconnect(code)
         return code
@@ -3990,9 +3985,6 @@ def refuse_elsewhere(loop: asyncio.AbstractEventLoop | None, what: str, call: st
         )
 
 
-_NO_HEADERS: Any = ()  # of the handshake's answer, for most connections
-
-
 @attrs.define(eq=False, repr=False)
 class Connection:
     """One client. Handlers get it; the hub's methods take it.
@@ -4008,7 +4000,7 @@ class Connection:
     id: str  # unique across processes, and public: never a credential
     outgoing: Outgoing  # the library's own, not for applications
     subprotocol: str | None = None  # the one that was chosen of those that the client offers
-    _headers: list[Header] = _NO_HEADERS
+    headers: Sequence[Header] = ()  # what `add_header` has added to the handshake's answer
     _user: str | None = None
     _expires_at: float | None = None
     _expiry: asyncio.TimerHandle | None = None
@@ -4061,11 +4053,6 @@ class Connection:
         self.hub.state.registry.set_user(self, user)
         self._user = user
 
-    @property
-    def headers(self) -> Sequence[Header]:
-        """What `add_header` has added to the answer to the handshake."""
-        return self._headers
-
     def add_header(self, name: str, value: str) -> None:
         """Add a header, such as ``Set-Cookie``, to the answer to the handshake, or to a refusal.
 
@@ -4083,7 +4070,7 @@ class Connection:
                 "write conn.add_header(name, value) with texts in ASCII, without line breaks; the "
                 f"server itself writes Connection, Upgrade, Sec-WebSocket-*; got {name!r}"
             )
-        self._headers = [*self._headers, (name, value)]
+        self.headers = [*self.headers, (name, value)]
 
     def choose(self, subprotocol: str | None) -> None:
         """Note the subprotocol for the answer to the handshake; the library does so."""
@@ -5161,7 +5148,7 @@ class Stream:
 
 async def end_tasks(
     tasks: Set[asyncio.Task[None]], streams: Mapping[Id, Stream], end: float, linger: float,
-    id: str,
+    conn: Connection,
 ) -> None:  # fmt: skip
     """Give *tasks* up to *end* on the loop's clock. Those of *streams* have been cancelled."""
     left = end - asyncio.get_running_loop().time()
@@ -5176,7 +5163,8 @@ async def end_tasks(
     patience = _GOODBYE if current_task().cancelling() else max(_GOODBYE, linger)
     _, stuck = await asyncio.wait(tasks, timeout=patience)
     for task in stuck:
-        logger.error("a handler ignores its cancellation: %r", task, extra={"connection_id": id})
+        extra = {"connection_id": conn.id}
+        logger.error("a handler ignores its cancellation: %r", task, extra=extra)
 
 
 # ── session ───────────────────────────────────────────────────────────────────────────────────
@@ -5440,16 +5428,15 @@ class Session:
         text = event["text"]
         frame = decode_or_error(text)  # PERF: decoding anew costs only those who send such text.
         type, id = (frame.type if isinstance(frame, Frame) else ""), frame.id
-        stream = self._streams.get(cast(Id, id)) if type == "complete" else None
-        if stream is not None:
-            stream.stop()
-            return  # The rate limit never refuses this, because it lessens the load.
+        if type == "complete":
+            if (stream := self._streams.get(cast(Id, id))) is not None:
+                stream.stop()
+                return  # The rate limit never refuses this, because it lessens the load.
+            id = None  # The stream that it meant has had its final answer.
         if is_answer(type):  # It has come too late, or nobody has asked.
             self._hub_state.counts["late"] += 1
             return
-        # The stream that a "complete" meant has had its final answer.
-        unanswered = None if type == "complete" else id
-        if (refusal := self._exceed_rate(event, unanswered, type)) is not None:
+        if (refusal := self._exceed_rate(event, id, type)) is not None:
             await refusal
         elif type == "$ping":
             await self._send(_encode(Sent("$pong", id)))
@@ -5606,7 +5593,9 @@ class Session:
         # The `on_disconnect` of a resource is also the end of its `on_connect`.
         steps += [end for end in reversed(self.ends) if end not in steps]
         if self.tasks:
-            steps.insert(0, self._end_tasks)
+            end, linger = self._ended + self._limits.linger, self._limits.linger
+            tasks = frozenset(self.tasks)
+            steps.insert(0, functools.partial(end_tasks, tasks, self._streams, end, linger))
         is_ending = await take_leave(steps, self.conn)
         self.forget()
         extra = {"connection_id": self.conn.id}
@@ -5614,10 +5603,6 @@ class Session:
         await self.outgoing.settle()
         if is_ending:
             raise asyncio.CancelledError
-
-    async def _end_tasks(self, conn: Connection) -> None:
-        tasks, linger = frozenset(self.tasks), self._limits.linger
-        await end_tasks(tasks, self._streams, self._ended + linger, linger, conn.id)
 
     def forget(self) -> None:
         """Take the connection out of the hub."""
