@@ -4645,10 +4645,7 @@ class Hub:
         if is_running and url not in (None, self.state.broker) and not is_elsewhere(loop):
             raise PachinkoError("this hub runs on another broker; write hub.open() to use that one")
         program = object()
-        own = (
-            "call it there, hub.call_threadsafe(hub.send, ...), or open one of this thread's own, "
-            "which connects to the broker once more: async with Hub().open(...) as hub:"
-        )
+        own = "write hub.call_threadsafe(hub.send, ...), or async with Hub().open(...) as hub:"
         self.state.start(program, url, own)
         try:
             await self.state.relay.connected()
@@ -4671,8 +4668,7 @@ class Hub:
             self._has_warned = True
             logger.warning(
                 "the hub does not run and reaches nobody: it starts with the app; a program of its "
-                'own writes `async with hub.open("nats://localhost:4222"):` around its calls, with '
-                "the broker that the app uses"
+                'own writes `async with hub.open("nats://localhost:4222"):` around its calls'
             )
 
     def _check_own(self, conn: object, instead: str) -> None:
@@ -4860,10 +4856,10 @@ class Hub:
         """Return counts since the start, of this process. Any thread may ask.
 
         ``connections``, ``groups`` (now); ``received``, ``sent`` (frames); ``dropped`` (messages),
-        ``evicted`` (connections); ``outbox_high_water`` (messages); ``late`` (answers
-        of clients that nobody waited for); ``refused`` (messages from the
-        broker that are not ours), ``outages`` (of it), ``broker_down`` (1 while it is away, or 0);
-        ``errors`` in all, and ``errors.<code>`` for each code that was answered.
+        ``evicted`` (connections); ``outbox_high_water`` (messages); ``late`` (answers of clients
+        that nobody waited for); ``refused`` (messages from the broker that are not ours),
+        ``outages`` (of it), ``broker_down`` (1 while it is away, or 0); ``errors`` in all, and
+        ``errors.<code>`` for each code that was answered.
         """
         state = self.state
         counts, sessions = state.counts.copy(), tuple(state.serving.values())
