@@ -3753,15 +3753,15 @@ class Outgoing:
 
     def lost(self, code: int | None = None) -> None:
         """Give up writing. *code* is the one that the server has reported, if it has."""
-        if self.close_code is None:
-            self.close_code = code
+        self.leave(code)
         if self.phase is not Phase.GONE:
             self._drop()
             self._enter(Phase.GONE)
 
-    def leave(self, code: int) -> None:
-        """Note that the client has left before the answer to the handshake, which nobody reads."""
-        self.close_code = code if self.close_code is None else self.close_code
+    def leave(self, code: int | None) -> None:
+        """Note that the client has left; what is being written is not given up, as `lost` does."""
+        if self.close_code is None:
+            self.close_code = code
 
     async def settle(self) -> None:
         """Wait until the close frame is written, or until that takes too long."""
