@@ -3436,16 +3436,19 @@ def rest_of(steps: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, A
     if not hasattr(steps, "throw"):  # What granian's send returns has nothing but `__next__`.
         yield waits_for
         return (yield from steps)
+    given: Any = None
     try:
         while True:
+            step = steps.send
             try:
-                value = yield waits_for
+                given = yield waits_for
             except BaseException as exc:  # The event loop throws in a cancellation, for example.
-                waits_for = steps.throw(exc)
-            else:
-                waits_for = steps.send(value)
+                step, given = steps.throw, exc
+            waits_for = step(given)  # Above, *exc* would become the context of a later error.
     except StopIteration as end:
         return end.value
+    finally:
+        del given  # An exception refers to this frame; a cycle would keep the connection.
 
 
 def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
