@@ -2822,13 +2822,20 @@ class Contexts:
         """Await *work* in a copy of the current context."""
         step = contextvars.copy_context().run
         waits_for = step(self._send, work)
-        while waits_for is not _ENDED:
-            try:
-                value = yield waits_for
-            except BaseException as exc:  # The event loop throws in a cancellation, for example.
-                waits_for = step(self._throw, exc)
-            else:
-                waits_for = step(self._send, value)
+        value, thrown = None, None
+        try:
+            while waits_for is not _ENDED:
+                try:
+                    value = yield waits_for
+                except (
+                    BaseException
+                ) as exc:  # The event loop throws in a cancellation, for example.
+                    thrown = exc
+                # In the ``except`` block, *exc* would become the context of any error.
+                waits_for = step(self._send, value) if thrown is None else step(self._throw, thrown)
+                thrown = None
+        finally:
+            del thrown  # It refers to this frame, in a cycle.
 
 
 @types.coroutine
@@ -5251,9 +5258,7 @@ class Session:
             handler = self.routes.handlers.get(frame.type)
             if handler is not None and handler.is_concurrent:
                 with contextlib.suppress(Exception, SystemExit):  # It is refused in its turn.
-                    message = self.routes.decode(event["text"])
-                    if message.handler is handler:
-                        return self._handle(event, handler, message)
+                    return self._handle(event, handler, self.routes.decode(event["text"]))
         return self._exceed_rate(event, None if frame is None else frame.id)
 
     def limit(self, when: float | None = None) -> TimeLimit:
