@@ -70,9 +70,10 @@ Map: each section, what it is for, and those above it that it uses.
         signatures, scope, limits, outbox, outgoing, incoming, connection, outcomes, stream)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         signatures, handshake, limits, outbox, outgoing, outcomes)
+    running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
+        handlers, scope, limits, connection, registry and relay, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        signatures, handlers, scope, handshake, limits, outgoing, connection, registry and relay,
-        hub, outcomes, session, admission)
+        signatures, handlers, scope, handshake, limits, outgoing, hub, session, admission, running)
 """
 
 from __future__ import annotations
@@ -2821,13 +2822,15 @@ async def closing(items: AsyncGenerator[Any]) -> AsyncGenerator[AsyncGenerator[A
                 raise rest from None
 
 
-def create_detached_task(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Create a task in an empty context, for work that is not only the calling client's.
+def create_task(work: Coroutine[Any, Any, T], *, is_detached: bool = False) -> asyncio.Task[T]:
+    """Create a task whose code runs after the caller has stored it.
 
-    The task factory of the loop is not asked, as in `create_task`.
+    Work that is not only the calling client's *is_detached*: its context is empty. The task factory
+    of the loop is not asked: with `asyncio.eager_task_factory`, a task may have ended before its
+    creator knows it.
     """
-    loop = asyncio.get_running_loop()
-    return asyncio.Task(work, loop=loop, context=contextvars.Context())
+    context = contextvars.Context() if is_detached else None
+    return asyncio.Task(work, loop=asyncio.get_running_loop(), context=context)
 
 
 @attrs.frozen(eq=False)
@@ -3381,29 +3384,19 @@ def rest_of(steps: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, A
     if not hasattr(steps, "throw"):  # What granian's send returns has nothing but `__next__`.
         yield waits_for
         return (yield from steps)
-    value, thrown = None, None
+    given: Any = None
     try:
         while True:
+            step = steps.send
             try:
-                value = yield waits_for
+                given = yield waits_for
             except BaseException as exc:  # The event loop throws in a cancellation, for example.
-                thrown = exc
-            # In the ``except`` block, *exc* would become the context of any error that comes out.
-            waits_for = steps.send(value) if thrown is None else steps.throw(thrown)
-            thrown = None
+                step, given = steps.throw, exc
+            waits_for = step(given)  # Above, *exc* would become the context of a later error.
     except StopIteration as end:
         return end.value
     finally:
-        del thrown  # It refers to this frame, in a cycle.
-
-
-def create_task(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Create a task whose code runs after the caller has stored it.
-
-    The task factory of the loop is not asked: with `asyncio.eager_task_factory`, a task may have
-    ended before its creator knows it.
-    """
-    return asyncio.Task(coroutine, loop=asyncio.get_running_loop())
+        del given  # An exception refers to this frame; a cycle would keep the connection.
 
 
 def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -3412,7 +3405,7 @@ def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         loop, context = asyncio.get_running_loop(), contextvars.Context()
         return asyncio.Task(coroutine, loop=loop, eager_start=True, context=context)
     else:
-        return create_detached_task(coroutine)
+        return create_task(coroutine, is_detached=True)
 
 
 # Only these three functions have Falcon's private names, which `tests/test_falcon_names.py` pins.
@@ -3711,15 +3704,15 @@ class Outgoing:
 
     def lost(self, code: int | None = None) -> None:
         """Give up writing. *code* is the one that the server has reported, if it has."""
-        if self.close_code is None:
-            self.close_code = code
+        self.leave(code)
         if self.phase is not Phase.GONE:
             self._drop()
             self._enter(Phase.GONE)
 
-    def leave(self, code: int) -> None:
-        """Note that the client has left before the answer to the handshake, which nobody reads."""
-        self.close_code = code if self.close_code is None else self.close_code
+    def leave(self, code: int | None) -> None:
+        """Note that the client has left; what is being written is not given up, as `lost` does."""
+        if self.close_code is None:
+            self.close_code = code
 
     async def settle(self) -> None:
         """Wait until the close frame is written, or until that takes too long."""
@@ -3808,7 +3801,7 @@ class Incoming:
     is_direct: bool = True  # nothing is read ahead and more may come: `receive` has the next event
     is_due: bool = False  # `look` has been scheduled
     received: int = 0  # frames
-    _has_left: bool = False  # the client has gone; the frames before that are still handled
+    has_left: bool = False  # the client has gone; the frames before that are still handled
     _is_stopped: bool = False  # the server closes, and no frame is handled any more
     _inbox: list[Event] = attrs.Factory(list)  # frames that were read ahead, and wait
     _size: int = 0  # bytes in the inbox
@@ -3829,7 +3822,7 @@ class Incoming:
     async def next(self) -> Event | None:
         """Return the next event, or None if no more will come. Called while not `is_direct`."""
         while not self._inbox:
-            if self._has_left or self._is_stopped:
+            if self.has_left or self._is_stopped:
                 return None
             if self._ahead is None:
                 self.is_direct = True
@@ -3839,11 +3832,6 @@ class Incoming:
         event = self._inbox.pop(0)
         self._size -= size_of_event(event)
         return event
-
-    @property
-    def has_left(self) -> bool:
-        """Whether the server has reported that the client has gone."""
-        return self._has_left
 
     @property
     def holds_frames(self) -> bool:
@@ -3880,7 +3868,7 @@ class Incoming:
         """Read ahead while a handler, or its reply, waits for something."""
         self.is_due = False
         is_reading = self._ahead is not None and not self._ahead.done()
-        if self._session.is_handling and not (is_reading or self._has_left or self._is_stopped):
+        if self._session.is_handling and not (is_reading or self.has_left or self._is_stopped):
             self.is_direct = False
             self._ahead = asyncio.get_running_loop().create_task(self._read_ahead())
 
@@ -3894,19 +3882,15 @@ class Incoming:
                 return
             work = self._session.overtakes(event) if self._session.is_handling else None
             if work is None:
-                self._hold(event)
+                self._inbox.append(event)
+                self._size += size_of_event(event)
             else:
                 self.received += 1
                 await work  # A client that does not read its answers is read no further either.
 
-    def _hold(self, event: Event) -> None:
-        """Let the frame wait for its turn."""
-        self._inbox.append(event)
-        self._size += size_of_event(event)
-
     def _disconnected(self, event: Event) -> int:
         """Take the server's report that the client has gone; return the close code."""
-        self._has_left, self.is_direct = True, False
+        self.has_left, self.is_direct = True, False
         code: int = event.get("code", 1005)  # The default is ASGI's (WebSocket: Disconnect).
         self._session.on_disconnect(code)
         return code
@@ -3944,7 +3928,12 @@ def is_elsewhere(loop: asyncio.AbstractEventLoop | None) -> bool:
         return loop is not None and loop.is_running()
 
 
-_NO_HEADERS: Any = ()  # of the handshake's answer, for most connections
+def refuse_elsewhere(loop: asyncio.AbstractEventLoop | None, what: str, call: str) -> None:
+    """Raise `PachinkoError` if *loop* is elsewhere; *call* is what to write instead."""
+    if is_elsewhere(loop):
+        raise PachinkoError(
+            f"{what} from another thread or event loop than its app's; use {call}, ...)"
+        )
 
 
 @attrs.define(eq=False, repr=False)
@@ -3962,7 +3951,7 @@ class Connection:
     id: str  # unique across processes, and public: never a credential
     outgoing: Outgoing  # the library's own, not for applications
     subprotocol: str | None = None  # the one that was chosen of those that the client offers
-    _headers: list[Header] = _NO_HEADERS
+    headers: Sequence[Header] = ()  # what `add_header` has added to the handshake's answer
     _user: str | None = None
     _expires_at: float | None = None
     _expiry: asyncio.TimerHandle | None = None
@@ -3973,11 +3962,8 @@ class Connection:
 
     def _check(self, call: str) -> None:
         """Refuse a *call* from another thread or event loop, as the hub's methods do."""
-        if is_elsewhere(self.hub.state.loop):
-            raise PachinkoError(
-                "a connection was used from another thread or event loop than its app's; "
-                f"use conn.hub.call_threadsafe({call})"
-            )
+        what = "a connection was used"
+        refuse_elsewhere(self.hub.state.loop, what, f"conn.hub.call_threadsafe({call}")
 
     @property
     def context(self) -> Any:
@@ -4006,7 +3992,7 @@ class Connection:
 
     @user.setter
     def user(self, user: str | None) -> None:
-        self._check('setattr, conn, "user", ...')
+        self._check('setattr, conn, "user"')
         if user is not None and not isinstance(user, str):
             raise TypeError(f"a user is a str or None, got {user!r}; write conn.user = str(...)")
         if self.outgoing.is_answered:
@@ -4018,18 +4004,13 @@ class Connection:
         self.hub.state.registry.set_user(self, user)
         self._user = user
 
-    @property
-    def headers(self) -> Sequence[Header]:
-        """What `add_header` has added to the answer to the handshake."""
-        return self._headers
-
     def add_header(self, name: str, value: str) -> None:
         """Add a header, such as ``Set-Cookie``, to the answer to the handshake, or to a refusal.
 
         A name may be added several times. Raises `ValueError` for what is no header in ASCII, and
         for those that the server writes; `PachinkoError` once the handshake has been answered.
         """
-        self._check("conn.add_header, ...")
+        self._check("conn.add_header")
         if not self.ws.unaccepted:
             raise PachinkoError(
                 "conn.add_header comes before the answer to the handshake, in a connect handler or "
@@ -4040,7 +4021,7 @@ class Connection:
                 "write conn.add_header(name, value) with texts in ASCII, without line breaks; the "
                 f"server itself writes Connection, Upgrade, Sec-WebSocket-*; got {name!r}"
             )
-        self._headers = [*self._headers, (name, value)]
+        self.headers = [*self.headers, (name, value)]
 
     def choose(self, subprotocol: str | None) -> None:
         """Note the subprotocol for the answer to the handshake; the library does so."""
@@ -4057,7 +4038,7 @@ class Connection:
 
     @expires_at.setter
     def expires_at(self, at: float | None) -> None:
-        self._check('setattr, conn, "expires_at", ...')
+        self._check('setattr, conn, "expires_at"')
         if at is not None and not (type(at) in (int, float) and abs(at) < _END_OF_TIME):
             raise TypeError(f"expires_at is UNIX seconds, such as time.time() + 3600; got {at!r}")
         self._expires_at = at
@@ -4088,7 +4069,7 @@ class Connection:
         connect handler it returns at once, and the message goes out after the handshake.
         """
         if asyncio.get_running_loop() is not self.hub.state.loop:  # PERF: it mostly is.
-            self._check("conn.send, ...")
+            self._check("conn.send")
         type, payload = split_message(message, payload)
         await self.outgoing.send(text_event(self.hub.state.codec.encode(type, payload)))
         self._sends += 1
@@ -4097,25 +4078,25 @@ class Connection:
 
     async def close(self, code: int = 1000, reason: str | None = "") -> None:
         """Begin to close, once, after what was sent before. Raises what `Close` does."""
-        self._check("conn.close, ...")
+        self._check("conn.close")
         self.outgoing.close(Close(code, reason))
 
     async def join(self, group: str) -> None:
         """Add the connection to *group*, as `Hub.join` does."""
-        self._check("conn.join, ...")
+        self._check("conn.join")
         await self.hub.join(group, self)
 
     async def leave(self, group: str) -> None:
         """Remove the connection from *group*, as `Hub.leave` does."""
-        self._check("conn.leave, ...")
+        self._check("conn.leave")
         await self.hub.leave(group, self)
 
 
 # ── registry and relay ────────────────────────────────────────────────────────────────────────
 #
 # The registry knows the connections of this process. The relay reaches the other processes of the
-# app, and tells the registry what they send. `LocalRelay` is the relay of an app without a broker;
-# `pachinko_cluster` has the other one. `HubState` has the registry and the relay of a running hub.
+# app, and tells the registry what they send; that of an app with a broker is in `pachinko_cluster`.
+# `HubState` has the registry and the relay of a running hub.
 
 _FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, after `linger`
 ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the broker
@@ -4181,15 +4162,17 @@ class Presence:
     process: str  # `Hub.process` where it is connected
 
 
-class Relay(typing.Protocol):
+class Relay:
     """What carries a hub's messages to all processes of its app, this one included.
 
-    Receivers are given as a kind and a name. `send`, `close` and `ask` raise `PachinkoError` when
-    the broker does not take a message within 5 seconds.
+    Receivers are given as a kind and a name. This class is for an app with one process: whatever is
+    sent goes straight to the registry. With a broker, `send`, `close` and `ask` raise
+    `PachinkoError` when it does not take a message within 5 seconds.
     """
 
     def start(self, registry: Registry, process: str) -> None:
         """Begin to connect, and to deliver to *registry*. *process* is the id of this process."""
+        self._registry, self._process = registry, process
 
     async def connected(self) -> None:
         """Wait for the connection attempt in progress. Raises `PachinkoError` if it has failed."""
@@ -4199,14 +4182,16 @@ class Relay(typing.Protocol):
 
     def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
         """Begin to send the frame *data* to the receivers, but to no *excluded* id."""
-        ...
+        return self._registry.deliver(kind, name, data, excluded)
 
     async def close(self, kind: Kind, name: str, close: Close) -> None:
         """Close the receivers, behind what was sent to them before."""
+        self._registry.close(kind, name, close)
 
     async def ask(self, kind: Kind, name: str) -> list[Presence]:
         """Ask all processes which connections the group or the user of that *name* has."""
-        ...
+        members = self._registry.accepted(kind, name)
+        return [Presence(conn.id, conn.user, self._process) for conn in members]
 
     def subscribe(self, kind: Kind, name: str) -> None:
         """Note that the first receiver of that name is in the registry."""
@@ -4229,37 +4214,11 @@ class Relay(typing.Protocol):
         Returns or raises as *work* does. If the broker may give the lease to another process,
         *work* is cancelled, and runs again when the lease is back.
         """
+        await work()
 
     def stats(self) -> dict[str, int]:
         """Return the counts of messages that were refused, and of what the broker does."""
         return {"refused": 0, "outages": 0, "broker_down": 0}
-
-
-class LocalRelay(Relay):
-    """The relay of an app with one process: whatever is sent goes straight to the registry."""
-
-    async def connected(self) -> None: ...
-    async def stop(self) -> None: ...
-    def subscribe(self, kind: Kind, name: str) -> None: ...
-    def unsubscribe(self, kind: Kind, name: str) -> None: ...
-    async def subscribed(self, kind: Kind, name: str) -> None: ...
-    async def check_leases(self) -> None: ...
-
-    def start(self, registry: Registry, process: str) -> None:
-        self._registry, self._process = registry, process
-
-    def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
-        return self._registry.deliver(kind, name, data, excluded)
-
-    async def close(self, kind: Kind, name: str, close: Close) -> None:
-        self._registry.close(kind, name, close)
-
-    async def ask(self, kind: Kind, name: str) -> list[Presence]:
-        members = self._registry.accepted(kind, name)
-        return [Presence(conn.id, conn.user, self._process) for conn in members]
-
-    async def lease(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        await work()
 
 
 def open_relay(given: Given, namespace: str | None) -> Relay:
@@ -4269,7 +4228,7 @@ def open_relay(given: Given, namespace: str | None) -> Relay:
         namespace = dict(urllib.parse.parse_qsl(local[1] or "", True)).get("namespace")
     check_namespace(namespace)
     if given is None or local is not None:
-        return LocalRelay()
+        return Relay()
     try:
         companion = importlib.import_module("pachinko_cluster")
     except ImportError as exc:
@@ -4407,7 +4366,7 @@ class HubState:
     drains: list[asyncio.Task[None]] = attrs.Factory(list)  # one for each call of `Hub.drain`
     loop: asyncio.AbstractEventLoop | None = None  # the loop of the apps, while one runs
     broker: Given = None  # the broker that the first app was started with
-    relay: Relay = attrs.Factory(LocalRelay)
+    relay: Relay = attrs.Factory(Relay)
     registry: Registry = attrs.Factory(lambda self: Registry(self.relay, self.process), True)
     _apps: set[object] = attrs.Factory(set)
     _next: HubState | None = None  # the state of the hub after the end of this one
@@ -4489,11 +4448,6 @@ class HubState:
             future.cancel()
             raise PachinkoError(f"the hub is not running: {exc}") from None
         return future
-
-    async def connected(self) -> None:
-        """Wait for the first attempt to connect to the broker, whether it succeeds or not."""
-        with contextlib.suppress(PachinkoError):  # The relay has logged it, and tries again.
-            await self.relay.connected()
 
     def enter(self, session: Session) -> None:
         """Note that the current task serves *session*."""
@@ -4642,10 +4596,7 @@ class Hub:
         if is_running and url not in (None, self.state.broker) and not is_elsewhere(loop):
             raise PachinkoError("this hub runs on another broker; write hub.open() to use that one")
         program = object()
-        own = (
-            "call it there, hub.call_threadsafe(hub.send, ...), or open one of this thread's own, "
-            "which connects to the broker once more: async with Hub().open(...) as hub:"
-        )
+        own = "write hub.call_threadsafe(hub.send, ...), or async with Hub().open(...) as hub:"
         self.state.start(program, url, own)
         try:
             await self.state.relay.connected()
@@ -4653,16 +4604,12 @@ class Hub:
         finally:
             await self.state.stop(program)
 
-    def _check(self, name: object = "", what: str = "") -> None:
+    def _check(self, method: str, name: object = "", what: str = "") -> None:
         """Refuse a *name* that is no text, a call in another loop, and one that reaches nobody."""
         if not isinstance(name, str):
             raise TypeError(f"a {what} is named by a str, got {name!r}")
         loop = self.state.loop
-        if is_elsewhere(loop):
-            raise PachinkoError(
-                "the hub was called from another thread or event loop than its app's; "
-                'use hub.call_threadsafe(hub.send, "room:1", ...)'
-            )
+        refuse_elsewhere(loop, "the hub was called", f"hub.call_threadsafe(hub.{method}")
         if loop is None and self.state.choose() not in (None, "memory://"):
             raise PachinkoError(
                 "the hub is not connected: it starts with the app; a program without one writes "
@@ -4672,8 +4619,7 @@ class Hub:
             self._has_warned = True
             logger.warning(
                 "the hub does not run and reaches nobody: it starts with the app; a program of its "
-                'own writes `async with hub.open("nats://localhost:4222"):` around its calls, with '
-                "the broker that the app uses"
+                'own writes `async with hub.open("nats://localhost:4222"):` around its calls'
             )
 
     def _check_own(self, conn: object, instead: str) -> None:
@@ -4692,7 +4638,7 @@ class Hub:
         does not permit the subscription. Raises `MessageError` (``too_many_groups``), which a
         handler may let pass to the client, for a connection that is in `max_groups` others.
         """
-        self._check(group, "group")
+        self._check("join", group, "group")
         self._check_own(conn, "use conn.join(group)")
         state = self.state
         if conn.id not in state.registry.connections:
@@ -4714,7 +4660,7 @@ class Hub:
 
     async def leave(self, group: str, conn: Connection) -> None:
         """Remove *conn* from *group*. Does nothing if it is not a member."""
-        self._check(group, "group")
+        self._check("leave", group, "group")
         self._check_own(conn, "use conn.leave(group)")
         self.state.registry.leave(group, conn)
 
@@ -4749,14 +4695,14 @@ class Hub:
 
         *exclude* leaves out a connection, an id, or several of them.
         """
-        self._check(group, "group")
+        self._check("send", group, "group")
         await self._send(Kind.GROUP, group, message, payload, exclude)
 
     async def broadcast(
         self, message: object, payload: object = None, *, exclude: Exclude = None
     ) -> None:
         """Send to every connection of every process."""
-        self._check()
+        self._check("broadcast")
         await self._send(Kind.EVERYBODY, "all", message, payload, exclude)
 
     async def send_to(
@@ -4766,12 +4712,12 @@ class Hub:
 
         Raises `PachinkoError` for a connection of an endpoint with another hub.
         """
-        self._check(conn.id if isinstance(conn, Connection) else conn, "connection")
+        self._check("send_to", conn.id if isinstance(conn, Connection) else conn, "connection")
         await self._send(Kind.CONNECTION, self._id_of(conn), message, payload)
 
     async def send_to_user(self, user: str, message: object, payload: object = None) -> None:
         """Send to every connection of *user* (`Connection.user`)."""
-        self._check(user, "user")
+        self._check("send_to_user", user, "user")
         await self._send(Kind.USER, user, message, payload)
 
     async def _send(
@@ -4796,7 +4742,7 @@ class Hub:
 
     async def close_group(self, group: str, code: int = 1000, reason: str | None = "") -> None:
         """Close every connection in *group*, behind what was sent to it before."""
-        self._check(group, "group")
+        self._check("close_group", group, "group")
         await self.state.relay.close(Kind.GROUP, group, Close(code, reason))
 
     @typing.overload
@@ -4815,7 +4761,7 @@ class Hub:
             raise TypeError("write hub.presence(group) or hub.presence(user=...), not both")
         kind = Kind.GROUP if user is None else Kind.USER
         name: Any = group if user is None else user
-        self._check(name, "group" if user is None else "user")
+        self._check("presence", name, "group" if user is None else "user")
         return await self.state.relay.ask(kind, name)
 
     @property
@@ -4832,10 +4778,10 @@ class Hub:
         """
         if not is_seconds(seconds):
             raise ValueError(f"seconds is a number, at least 0, got {seconds!r}")
-        self._check()
+        self._check("drain")
         # A task of its own does it: the caller may be a handler, and cancelled with its client.
         work = self.state.close_all(seconds, asyncio.current_task())
-        self.state.drains.append(task := create_detached_task(work))
+        self.state.drains.append(task := create_task(work, is_detached=True))
         await asyncio.shield(task)
 
     @typing.overload
@@ -4861,10 +4807,10 @@ class Hub:
         """Return counts since the start, of this process. Any thread may ask.
 
         ``connections``, ``groups`` (now); ``received``, ``sent`` (frames); ``dropped`` (messages),
-        ``evicted`` (connections); ``outbox_high_water`` (messages); ``late`` (answers
-        of clients that nobody waited for); ``refused`` (messages from the
-        broker that are not ours), ``outages`` (of it), ``broker_down`` (1 while it is away, or 0);
-        ``errors`` in all, and ``errors.<code>`` for each code that was answered.
+        ``evicted`` (connections); ``outbox_high_water`` (messages); ``late`` (answers of clients
+        that nobody waited for); ``refused`` (messages from the broker that are not ours),
+        ``outages`` (of it), ``broker_down`` (1 while it is away, or 0); ``errors`` in all, and
+        ``errors.<code>`` for each code that was answered.
         """
         state = self.state
         counts, sessions = state.counts.copy(), tuple(state.serving.values())
@@ -5017,25 +4963,30 @@ def pass_on(exc: BaseException, what: str, id: str | None, type: str | None = No
         del exc  # It refers to this frame; a cycle would keep the connection until a collection.
 
 
-async def end_by(step: Callable[[], Awaitable[None]], id: str) -> bool:
-    """Run *step* of the connection's end, such as a disconnect handler. A bug ends it only.
+async def take_leave(steps: Iterable[End], conn: Connection) -> bool:
+    """Await each of *steps* of the connection's end, such as disconnect handlers.
 
-    Returns whether it has ended because the task was cancelled.
+    A bug ends its step only. Returns whether the task has been cancelled.
     """
-    try:
-        await step()
-    except BaseException as exc:  # A handler may raise anything.
-        exc = single(exc)
+    is_ending = bool(current_task().cancelling())
+    for step in steps:
         try:
-            pass_on(exc, place_of(step), id)
-        except asyncio.CancelledError:
-            return True
-        if isinstance(exc, falcon.WebSocketDisconnected):
-            text = "%s was left when it sent to the client, which has gone"
-            logger.debug(text, place_of(step), extra={"connection_id": id})
-        else:
-            log_failure(place_of(step), exc, id)
-    return False
+            await step(conn)
+        except BaseException as exc:  # A handler may raise anything.
+            exc = single(exc)
+            try:
+                pass_on(exc, place_of(step), conn.id)
+            except asyncio.CancelledError:
+                is_ending = True
+            else:
+                if isinstance(exc, falcon.WebSocketDisconnected):
+                    text = "%s was left when it sent to the client, which has gone"
+                    logger.debug(text, place_of(step), extra={"connection_id": conn.id})
+                else:
+                    log_failure(place_of(step), exc, conn.id)
+        if not is_ending:
+            forget_cancellations()
+    return is_ending
 
 
 def forget_cancellations() -> None:
@@ -5057,6 +5008,21 @@ def log_failure(what: str, exc: BaseException, id: str | None, type: str | None 
         logger.error("%s failed: %s", what, exc, extra=extra)
     else:
         logger.error("%s failed", what, exc_info=exc, extra=extra)
+
+
+async def meaning_of(
+    exc: BaseException, routes: Routes, conn: Connection, what: str, type: str | None
+) -> Any:
+    """Return what *exc* means to an error handler of the application, or to the library."""
+    if (handler := routes.error_handler(exc)) is not None:
+        try:
+            return await handler(conn, exc)
+        except BaseException as second:  # The error handler has a bug.
+            exc = single(second)
+            pass_on(exc, place_of(handler), conn.id, type)
+    if (outcome := outcome_of(exc)) is None:
+        log_failure(what, exc, conn.id, type)
+    return outcome or internal_error()
 
 
 async def in_time(seconds: float | None, function: Callable[..., Any], call: Awaitable[T]) -> T:
@@ -5107,9 +5073,10 @@ class Stream:
             self.task = None  # A task keeps its error, and with it stack frames.
 
     async def send_all(
-        self, call: Callable[[], AsyncGenerator[Any]], send: Callable[[Any], Awaitable[None]]
-    ) -> None:
-        """Give *send* the items of the generator that *call* returns. It runs once."""
+        self, call: Callable[[], AsyncGenerator[Any]], reply: Callable[[Any], Event],
+        send: Callable[[Event], Awaitable[None]],
+    ) -> None:  # fmt: skip
+        """Give *send* a *reply* for each item of the generator of *call*. It runs once."""
         if self.has_begun:
             raise PachinkoError("a stream cannot be repeated; await call_next() once")
         if self.is_stopped:  # The middleware has caught its cancellation.
@@ -5120,7 +5087,7 @@ class Stream:
                 async for item in items:
                     if self.is_stopped:  # The generator has caught its cancellation.
                         raise asyncio.CancelledError
-                    await send(item)
+                    await send(reply(item))
                     await asyncio.sleep(0)  # Some generators never wait.
             finally:  # The clean-up of the generator, and of the middleware, is not cancelled.
                 self._is_cancellable = False
@@ -5128,7 +5095,7 @@ class Stream:
 
 async def end_tasks(
     tasks: Set[asyncio.Task[None]], streams: Mapping[Id, Stream], end: float, linger: float,
-    id: str,
+    conn: Connection,
 ) -> None:  # fmt: skip
     """Give *tasks* up to *end* on the loop's clock. Those of *streams* have been cancelled."""
     left = end - asyncio.get_running_loop().time()
@@ -5143,7 +5110,8 @@ async def end_tasks(
     patience = _GOODBYE if current_task().cancelling() else max(_GOODBYE, linger)
     _, stuck = await asyncio.wait(tasks, timeout=patience)
     for task in stuck:
-        logger.error("a handler ignores its cancellation: %r", task, extra={"connection_id": id})
+        extra = {"connection_id": conn.id}
+        logger.error("a handler ignores its cancellation: %r", task, extra=extra)
 
 
 # ── session ───────────────────────────────────────────────────────────────────────────────────
@@ -5232,16 +5200,7 @@ class Session:
             if handler is not None and handler.is_concurrent:
                 with contextlib.suppress(Exception, SystemExit):  # It is refused in its turn.
                     return self._handle(event, handler, self.routes.decode(event["text"]))
-        if (wait := self._wait_for_rate(event)) > 0:
-            return self._refuse_rate(wait, None if frame is None else frame.id)
-        return None
-
-    def _complete(self, id: Id | None) -> bool:
-        """Stop the stream *id*; return whether there is one."""
-        stream = self._streams.get(cast(Id, id))
-        if stream is not None:
-            stream.stop()
-        return stream is not None
+        return self._exceed_rate(event, None if frame is None else frame.id)
 
     def limit(self, when: float | None = None) -> TimeLimit:
         """Return the time limit for the code that runs next; a close may bring it forward."""
@@ -5320,8 +5279,8 @@ class Session:
 
     async def _handle(self, event: Event, handler: Handler, message: Received) -> None:
         """Call the handler, or start it in a task, unless the rate does not allow that."""
-        if (wait := self._wait_for_rate(event)) > 0:
-            await self._refuse_rate(wait, message.id, handler.type)
+        if (refusal := self._exceed_rate(event, message.id, handler.type)) is not None:
+            await refusal
         elif handler.is_concurrent:
             await self._start_task(handler, message)
         elif self.routes.is_scoped or self._limits.handler_timeout is not None:
@@ -5338,10 +5297,10 @@ class Session:
             await self._refuse(event)
         elif binary is None:
             self.outgoing.close(Close(1003, "binary frames are not handled"))
-        elif (wait := self._wait_for_rate(event)) > 0:
-            await self._refuse_rate(wait, None)
+        elif (refusal := self._exceed_rate(event, None)) is not None:
+            await refusal
         else:
-            await self._handle_raw(binary, event["bytes"])
+            await self._in_scope(self._perform_raw(binary, event["bytes"]))
 
     async def _perform(self, handler: Handler, message: Received, is_plain: bool = True) -> None:
         """Run a handler that answers once, and answer; *is_plain* if nothing is around it."""
@@ -5386,8 +5345,8 @@ class Session:
             value = handler.structure(value, self._hub_state.codec)
         innermost: Callable[[], Any] = functools.partial(handler.call, self.conn, value)
         if stream is not None:
-            send = functools.partial(self._send_item, handler, message.id)
-            innermost = functools.partial(stream.send_all, innermost, send)
+            reply = functools.partial(self._reply, handler, message.id, more=True)
+            innermost = functools.partial(stream.send_all, innermost, reply, self.outgoing.send)
         # No middleware sees a renewal, because its token is nobody else's business.
         if not self.routes.middleware or handler.type == "authenticate":
             return cast("Awaitable[Any]", innermost())
@@ -5395,11 +5354,8 @@ class Session:
         envelope = Envelope(handler.type, payload, message.id)
         return call_through(self.routes.middleware, self.conn, envelope, innermost)
 
-    def _handle_raw(self, function: Callable[..., Any], data: str | bytes) -> Awaitable[None]:
-        """Call the fallback or the binary handler, and send what it returns."""
-        return self._in_scope(self._perform_raw(function, data))
-
     async def _perform_raw(self, function: Callable[..., Any], data: str | bytes) -> None:
+        """Call the fallback or the binary handler, and send what it returns."""
         try:
             innermost = functools.partial(function, self.conn, data)
             envelope, middleware = Envelope("", data), self.routes.middleware
@@ -5417,14 +5373,16 @@ class Session:
         text = event["text"]
         frame = decode_or_error(text)  # PERF: decoding anew costs only those who send such text.
         type, id = (frame.type if isinstance(frame, Frame) else ""), frame.id
-        if type == "complete" and self._complete(id):
-            return  # The rate limit never refuses this, because it lessens the load.
+        if type == "complete":
+            if (stream := self._streams.get(cast(Id, id))) is not None:
+                stream.stop()
+                return  # The rate limit never refuses this, because it lessens the load.
+            id = None  # The stream that it meant has had its final answer.
         if is_answer(type):  # It has come too late, or nobody has asked.
             self._hub_state.counts["late"] += 1
             return
-        if (wait := self._wait_for_rate(event)) > 0:
-            # The stream that a "complete" meant has had its final answer.
-            await self._refuse_rate(wait, None if type == "complete" else id, type)
+        if (refusal := self._exceed_rate(event, id, type)) is not None:
+            await refusal
         elif type == "$ping":
             await self._send(_encode(Sent("$pong", id)))
         elif type != "complete":
@@ -5432,29 +5390,30 @@ class Session:
 
     async def _explain(self, text: str, frame: Frame | BadFrame, exc: Any) -> None:
         """Give the text to the fallback, or tell the client what is wrong with it."""
-        id = frame.id
         handler = self.routes.handlers.get(frame.type) if isinstance(frame, Frame) else None
         if isinstance(frame, Frame) and handler is not None:
             error = handler.refusal(frame.payload, self._hub_state.codec, exc)
-            await self._fail(error, frame.type, id)
+            await self._fail(error, frame.type, frame.id)
         elif self.routes.fallback is not None:
-            await self._handle_raw(self.routes.fallback, text)
+            await self._in_scope(self._perform_raw(self.routes.fallback, text))
         elif isinstance(frame, BadFrame):
-            await self._send_error(frame, id)
+            await self._send_error(frame, frame.id)
         else:
             error = MessageError("unknown_type", f"no handler for {frame.type[:TYPE_SHOWN]!r}")
-            await self._send_error(error, id, frame.type)
+            await self._send_error(error, frame.id, frame.type)
 
-    def _wait_for_rate(self, event: Event) -> float:
-        """Count the frame, once; return 0.0, or the seconds until the rate admits it."""
+    def _exceed_rate(
+        self, event: Event, id: Id | None, type: str | None = None
+    ) -> Awaitable[None] | None:
+        """Count the frame, once; return what refuses it, or None if the rate admits it."""
         if self._rate is None or event.get("is_counted"):
-            return 0.0
+            return None
         event["is_counted"] = True
-        return self._rate.take(time.monotonic())
+        wait = self._rate.take(time.monotonic())
+        return self._refuse_rate(self._rate, wait, id, type) if wait > 0 else None
 
-    async def _refuse_rate(self, wait: float, id: Id | None, type: str | None = None) -> None:
+    async def _refuse_rate(self, rate: Rate, wait: float, id: Id | None, type: str | None) -> None:
         """Tell the client to wait for some seconds; close if it has sent far too much."""
-        rate = cast(Rate, self._rate)
         if rate.is_abused:
             self.outgoing.close(Close(1008, "too many messages"))
         else:
@@ -5506,9 +5465,6 @@ class Session:
                 return
         await self._send(_encode(Sent("complete", id)))
 
-    def _send_item(self, handler: Handler, id: Id | None, item: object) -> Awaitable[None]:
-        return self.outgoing.send(self._reply(handler, id, item, more=True))
-
     def _reply(self, handler: Handler, id: Id | None, value: object, more: bool = False) -> Event:
         """Return the event that answers with *value*. The writer for its class is found once."""
         try:
@@ -5550,7 +5506,7 @@ class Session:
         if isinstance(exc, asyncio.CancelledError):
             exc = raised  # Nobody has asked for it: a bug, and the log gets all of a group.
         try:
-            outcome = await self._outcome(exc, what, type)
+            outcome = await meaning_of(exc, self.routes, self.conn, what, type)
             if isinstance(outcome, Close):
                 self.outgoing.close(outcome)
             elif isinstance(outcome, MessageError):
@@ -5560,18 +5516,6 @@ class Session:
         except Exception as second:  # The outcome cannot be encoded.
             log_failure("the answer to an error", second, self.conn.id, type)
             await self._send_error(internal_error(), id, type)
-
-    async def _outcome(self, exc: BaseException, what: str, type: str | None) -> Any:
-        """Return what *exc* means to an error handler of the application, or to the library."""
-        if (handler := self.routes.error_handler(exc)) is not None:
-            try:
-                return await handler(self.conn, exc)
-            except BaseException as second:  # The error handler has a bug.
-                exc = single(second)
-                pass_on(exc, place_of(handler), self.conn.id, type)
-        if (outcome := outcome_of(exc)) is None:
-            log_failure(what, exc, self.conn.id, type)
-        return outcome or internal_error()
 
     async def _send_error(self, error: MessageError, id: Id | None, type: Any = None) -> None:
         """Answer the message *id*, of *type* if that is known, with *error*."""
@@ -5591,30 +5535,19 @@ class Session:
             self.outgoing.lost(1006)
         self._hub_state.registry.retire(self.conn)
         steps = [*self.routes.disconnect]
-        if self.ends:  # The `on_disconnect` of a resource is also the end of its `on_connect`.
-            steps += [end for end in reversed(self.ends) if end not in steps]
+        # The `on_disconnect` of a resource is also the end of its `on_connect`.
+        steps += [end for end in reversed(self.ends) if end not in steps]
         if self.tasks:
-            steps.insert(0, self._end_tasks)
-        is_ending = await self.take_leave(steps)
+            end, linger = self._ended + self._limits.linger, self._limits.linger
+            tasks = frozenset(self.tasks)
+            steps.insert(0, functools.partial(end_tasks, tasks, self._streams, end, linger))
+        is_ending = await take_leave(steps, self.conn)
         self.forget()
         extra = {"connection_id": self.conn.id}
         logger.debug("disconnected: %s", self.outgoing.close_code, extra=extra)
         await self.outgoing.settle()
         if is_ending:
             raise asyncio.CancelledError
-
-    async def take_leave(self, steps: Iterable[End]) -> bool:
-        """Await each of *steps*, and log its error; return whether the task has been cancelled."""
-        is_ending = bool(current_task().cancelling())
-        for step in steps:
-            is_ending |= await end_by(functools.partial(step, self.conn), self.conn.id)
-            if not is_ending:
-                forget_cancellations()
-        return is_ending
-
-    async def _end_tasks(self, conn: Connection) -> None:
-        tasks, linger = frozenset(self.tasks), self._limits.linger
-        await end_tasks(tasks, self._streams, self._ended + linger, linger, conn.id)
 
     def forget(self) -> None:
         """Take the connection out of the hub."""
@@ -5664,7 +5597,7 @@ async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
     """Authenticate, run connect handlers, answer the handshake; return whether the client is in."""
     conn, outgoing, routes = session.conn, session.outgoing, session.routes
     offered: Iterable[str] = conn.ws.subprotocols
-    is_in, token = False, None
+    is_in, token, refused = False, None, None
     if routes.authenticate is not None:
         token, offered = credentials(conn.req, offered)
         subprotocols = [*subprotocols, "bearer"]  # Browsers give up if none is chosen.
@@ -5673,10 +5606,12 @@ async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
     try:
         is_in = await _run_handlers(session, token)
     except BaseException as exc:  # A handler may raise anything.
-        exc = single(exc)
-        if isinstance(exc, Close):
-            outgoing.close(exc, drops=True)
-        await _refuse(session, exc)
+        refused = single(exc)
+    try:
+        if refused is not None:  # Above, the group that it is from would become its context.
+            await _refuse(session, refused)
+    finally:
+        del refused
     try:
         if conn.user is not None:
             await conn.hub.state.reachable(conn)
@@ -5759,8 +5694,10 @@ async def _refuse(session: Session, exc: BaseException) -> None:
     Raises what Falcon has to see. Returns if the connection is over, or is to be closed.
     """
     conn, is_cancelled = session.conn, False
+    if isinstance(exc, Close):
+        session.outgoing.close(exc, drops=True)
     if session.ends and not isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
-        is_cancelled = await session.take_leave(reversed(session.ends))
+        is_cancelled = await take_leave(reversed(session.ends), conn)
     try:
         pass_on(exc, "a connect handler", conn.id)
         if is_cancelled:
@@ -5781,24 +5718,17 @@ async def _accept(session: Session) -> None:
     """
     ws, outgoing, headers = session.conn.ws, session.outgoing, session.conn.headers
     if ws.unaccepted:
-        if headers:
-            headers = _headers_for(ws, outgoing.asgi_send, headers)
+        if headers and not ws.supports_accept_headers:
+            _warn_of_headers("refuses")
+            headers = ()
+        elif headers:
+            server = type(getattr(outgoing.asgi_send, "__self__", None)).__module__
+            if server.startswith("granian"):
+                _warn_of_headers("drops")
         await ws.accept(session.conn.subprotocol, headers)
     if session.incoming.has_left and outgoing.phase is Phase.CONNECTING:
         mark_closed(ws, outgoing.close_code)  # It may have left while the accept took its time.
         raise falcon.WebSocketDisconnected(outgoing.close_code)
-
-
-def _headers_for(
-    ws: falcon.asgi.WebSocket, send: object, headers: Sequence[Header]
-) -> Sequence[Header]:
-    """Return *headers*, or none if the server takes none."""
-    if not ws.supports_accept_headers:
-        _warn_of_headers("refuses")
-        return ()
-    if type(getattr(send, "__self__", None)).__module__.startswith("granian"):
-        _warn_of_headers("drops")
-    return headers
 
 
 @functools.cache  # One line is enough for a process.
@@ -5809,11 +5739,6 @@ def _warn_of_headers(does: str) -> None:
 def unavailable(why: str) -> falcon.HTTPError:
     """Return the refusal of a handshake that may succeed a little later."""
     return falcon.HTTPServiceUnavailable(description=why, retry_after=_RETRY_AFTER)
-
-
-def is_guest(conn: Connection, routes: Routes) -> bool:
-    """Return whether a later ``authenticate`` may say who the client is."""
-    return routes.takes_guests and conn.user is None
 
 
 class Bug(falcon.HTTPInternalServerError):
@@ -5874,6 +5799,7 @@ async def welcome(session: Session) -> None:
             await handler(conn, session.add_end)
             forget_cancellations()
         except BaseException as exc:  # A handler may raise anything.
+            exc = single(exc)
             pass_on(exc, place_of(handler), conn.id)
             if isinstance(exc, falcon.WebSocketDisconnected) and conn.closed:
                 return
@@ -5886,270 +5812,30 @@ async def welcome(session: Session) -> None:
             return
 
 
-# ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
+# ── running ───────────────────────────────────────────────────────────────────────────────────
+#
+# An endpoint runs from the start of its app, or of a `running` block, to the end of the last one.
+# Without both it starts with its first connection. It starts the hub, and then its workers.
 
-_WIRE_FORMAT = "pachinko.1"  # a client may offer it as a subprotocol
 _NO_FUNCTION: Any = None  # `ws.connect()` decorates it, and is refused for its parentheses
 # A key is the id of an app, and a path. A Pachinko holds its app, so that no id is used again.
-_attached: weakref.WeakValueDictionary[tuple[int, str], Pachinko] = weakref.WeakValueDictionary()
+_attached: weakref.WeakValueDictionary[tuple[int, str], Lifecycle] = weakref.WeakValueDictionary()
 _SERVER = re.compile(r"(?:^|[\\/])(gunicorn|granian)(?:[\\/]__main__\.py|\.exe)?$")
 _WORKERS = re.compile(r"(?:^| )(?:--workers[ =]|-w[ =]?)(\d+)")
 _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start
 
 
-class Pachinko:
-    """A WebSocket endpoint: a Falcon resource that routes messages to handlers.
+class Lifecycle:
+    """Starts and stops the hub, the workers and the connections of an endpoint."""
 
-    ``ws = Pachinko(app, "/ws/{room}")`` adds itself to *app*. Without the two, write the lines
-    yourself: ``app.add_route("/ws", ws)`` and, for the lifespan, ``app.add_middleware(ws)``.
-
-    *origins*: browsers' origins that may connect beside the request's own host, a list such as
-    ``["https://example.com"]``, or ``"*"`` for all. *subprotocols*: in the order of preference.
-    *max_size*: bytes of one frame. *rate*: ``(messages, seconds)`` of one connection.
-    *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client;
-    *overflow*: ``"close"`` or ``"drop_oldest"`` beyond that. *send_timeout*: seconds that a send
-    waits for one. *linger*: seconds that a handler may go on after its client has gone.
-    *max_concurrent*: streams and concurrent handlers of one connection. *max_groups*: that one may
-    be in. *handler_timeout*: seconds for the handler of a message, but not for a stream, or None.
-    *auth_timeout*: seconds within which `authenticate` has to know the client. *connect_timeout*:
-    seconds for `authenticate` and connect handlers together, without the wait for the client's
-    first message; beyond, it is refused with 503, or closed with 1013. *trust_forwarded*: whether
-    a proxy of yours sets the headers that ``req.forwarded_host`` and ``req.forwarded_scheme`` read;
-    *origins* then goes by these. Raises `PachinkoError`.
-    """
-
-    def __init__(
-        self, app: falcon.asgi.App[Any, Any] | None = None, path: str | None = None, *,
-        hub: Hub = hub, origins: Iterable[str] | Literal["*"] | None = None,
-        subprotocols: Sequence[str] = (),
-        max_size: int = 1_048_576, rate: tuple[int, float] | None = None,
-        outbox: int = 256, outbox_bytes: int = 1_048_576,
-        overflow: Literal["close", "drop_oldest"] = "close",
-        send_timeout: float = 20.0, linger: float = 10.0,
-        max_concurrent: int = 16, max_groups: int = 1000,
-        handler_timeout: float | None = None, auth_timeout: float = 10.0,
-        connect_timeout: float = 10.0, trust_forwarded: bool = False,
-    ) -> None:  # fmt: skip
-        self._limits = Limits(
-            max_size=max_size, rate=rate, outbox=outbox, overflow=overflow, linger=linger,
-            outbox_bytes=outbox_bytes, send_timeout=send_timeout, max_concurrent=max_concurrent,
-            max_groups=max_groups, handler_timeout=handler_timeout, auth_timeout=auth_timeout,
-            connect_timeout=connect_timeout,
-        )  # fmt: skip
-        if not isinstance(hub, Hub):
-            raise PachinkoError(f"write hub=Hub() for a hub of its own, got {hub!r}")
-        self._hub, self._app, self._path = hub, app, path
-        self._origins = read_origins(origins, trust_forwarded)
-        self._subprotocols = (*texts(subprotocols, "subprotocols"), _WIRE_FORMAT)
+    def __init__(self, app: Any, path: str | None, hub: Hub, limits: Limits) -> None:
+        self._app, self._path, self._hub, self._limits = app, path, hub, limits
         self._routes = Routes()
         self._loop: asyncio.AbstractEventLoop | None = None  # once started
         self._runs = 0  # lifespans and `running` blocks in progress
         self._is_working = False  # workers have been started
         self._workers: set[asyncio.Task[None]] = set()
         self._starts = 0  # lifespans that have begun
-        if app is not None or path is not None:
-            self._attach(app, path)
-
-    def _attach(self, app: Any, path: Any) -> None:
-        if not isinstance(app, falcon.asgi.App):
-            raise PachinkoError(f"WebSockets need app = falcon.asgi.App(), got {app!r}")
-        if not isinstance(path, str) or not path.startswith("/"):
-            raise PachinkoError(f'a path has a leading slash: Pachinko(app, "/ws"), got {path!r}')
-        if (id(app), path) in _attached:
-            raise PachinkoError(f"{path} has a Pachinko already; use that one, or another path")
-        app.add_route(path, self)
-        app.add_middleware(self)
-        _attached[id(app), path] = self
-
-    def connect(self, function: F = _NO_FUNCTION) -> F:
-        """Run ``async def f(conn, …)`` before the handshake is answered, with path parameters.
-
-        `falcon.HTTPError` refuses the handshake, `Close` accepts and closes. Several run in order,
-        within *connect_timeout* seconds. *f* may have one ``yield``: what stands behind it runs
-        after the disconnect handlers, the last handler's first, or when a later one refuses.
-        """
-        namespaces = caller_namespaces()
-        outer = with_provided(function, self._routes.providers, namespaces)
-        self._routes.connect.append(
-            read_connect(outer, self._path, namespaces=namespaces, app=self._app)
-        )
-        return function
-
-    def accepted(self, function: F = _NO_FUNCTION) -> F:
-        """Run ``async def f(conn, …)`` once the client is in, before its first message is handled.
-
-        It takes path parameters as connect handlers do. `Close` closes; `falcon.HTTPError` closes
-        with 3000 and its status, a bug with 1011. Disconnect handlers run in each case.
-        """
-        namespaces = caller_namespaces()
-        outer = with_provided(function, self._routes.providers, namespaces)
-        self._routes.accepted.append(
-            read_connect(outer, self._path, "accepted", namespaces=namespaces, app=self._app)
-        )
-        return function
-
-    @typing.overload
-    def authenticate(self, function: F) -> F: ...
-    @typing.overload
-    def authenticate(self, *, optional: bool) -> Callable[[F], F]: ...
-    def authenticate(
-        self, function: Any = _NO_FUNCTION, *, optional: Any = None
-    ) -> Callable[..., Any]:
-        """Ask ``async def f(conn, token)`` who a client is: the user, or None to refuse it.
-
-        It is asked before connect handlers, with the token from ``Authorization: Bearer``, or from
-        the subprotocols ``bearer`` and the token behind it; or with None, and may then look at
-        ``conn.req``, at a cookie say. If it then returns None, the handshake is accepted, the
-        client has to send ``{"type":"authenticate","payload":{"token":…}}`` within *auth_timeout*
-        seconds, and *f* is asked again. Until then at most 8 messages are held, and none handled.
-
-        Whoever is refused is closed with 3401; no connect or disconnect handler runs. Otherwise
-        ``conn.user`` is set. *f* may set ``conn.expires_at``. A later ``authenticate`` of the
-        client asks *f* again, for the same user. No middleware sees it, no log has its token.
-
-        With ``@ws.authenticate(optional=True)``, None for a client without a token lets it in as a
-        guest, whose ``conn.user`` is None until a later ``authenticate`` says who it is.
-        """
-        if optional is not None:
-            if not isinstance(optional, bool) or function is not None:
-                raise PachinkoError(
-                    "write @ws.authenticate, or @ws.authenticate(optional=True), above the function"
-                )
-            return functools.partial(self._set_authenticate, optional=optional)
-        return cast(Callable[..., Any], self._set_authenticate(function, False))
-
-    def _set_authenticate(self, function: F, optional: bool) -> F:
-        example = "@ws.authenticate\nasync def who(conn, token): ..."
-        self._routes.set("authenticate", function, example, "authenticate")
-        self._routes.set_optional(optional)
-
-        async def again(conn: Connection, payload: Any) -> None:
-            if (token := token_of(payload)) is None:
-                wrong = {"path": "$.payload.token", "message": "expected str"}
-                raise invalid_payload("authenticate", [wrong])
-            expires_at = conn.expires_at
-            try:
-                user = await user_of(function, conn, token)
-            except BaseException as exc:  # A renewal that fails changes nothing.
-                conn.expires_at = expires_at
-                if isinstance(exc, falcon.HTTPError):
-                    raise Close(3000 + exc.status_code) from None
-                raise
-            if user is None or (user != conn.user and not is_guest(conn, self._routes)):
-                raise Close(UNAUTHENTICATED, "authentication failed")
-            if user != conn.user:
-                conn.become(user)
-                await self._hub.state.reachable(conn)
-
-        parameter = inspect.Parameter("payload", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        renewal = Handler("authenticate", function, again, Any, parameter, None, None, False, False)
-        self._add_checked(renewal)
-        return function
-
-    def on(self, type: str | type[Any], *, concurrent: bool = False) -> Callable[[F], F]:
-        """Handle messages of *type*, a text or a class with ``@message``.
-
-        ``(conn)``, ``(conn, payload)`` or ``(conn, *, field, …)``, each structured to its
-        annotation. What it returns is the reply; an async generator is a stream. *concurrent* lets
-        it run beside other handlers of the connection.
-        """
-        name, cls = (type, None) if isinstance(type, str) else (message_type(type), type)
-        if name is None:
-            expected = '@ws.on takes a type or a class with @message: write @ws.on("say")'
-            raise PachinkoError(f"{expected}; got {type!r}")
-        namespaces = caller_namespaces()
-
-        def register(function: F) -> F:
-            self._add_checked(self._read_handler(name, function, namespaces, cls, concurrent))
-            return function
-
-        return register
-
-    def _read_handler(
-        self, type: str, function: Any, namespaces: Namespaces, cls: Any, concurrent: bool
-    ) -> Handler:
-        """Check *function* as the handler of *type*, without adding it."""
-        check_type(type)
-        function = with_provided(function, self._routes.providers, namespaces)
-        if (first := self._routes.handlers.get(type)) is not None:
-            refuse_second(first.function, function, repr(type))
-        params, codec = path_parameters(self._path or ""), self._hub.state.codec
-        return read_handler(type, function, codec, namespaces, cls, params, concurrent)
-
-    def _add_checked(self, *handlers: Handler) -> None:
-        """Add all *handlers*, also to an endpoint that has started."""
-        self._routes.add(handlers, self._hub.state.codec if self._loop is not None else None)
-
-    def disconnect(self, function: F = _NO_FUNCTION) -> F:
-        """Run ``async def f(conn)`` once at the end, with ``conn.close_code`` and its groups."""
-        outer = with_provided(function, self._routes.providers, caller_namespaces())
-        check_function(outer, DISCONNECT, 1)
-        self._routes.disconnect.append(outer)
-        return function
-
-    def fallback(self, function: F = _NO_FUNCTION) -> F:
-        """Give ``async def f(conn, frame: str)`` the text that no handler takes."""
-        example = "@ws.fallback\nasync def other(conn, frame: str): ..."
-        namespaces = caller_namespaces()
-        outer = with_provided(function, self._routes.providers, namespaces)
-        check_function(outer, example, 2)
-        check_taken(outer, str, namespaces, example, replies=False)
-        self._routes.set("fallback", outer, example, "the fallback")
-        return function
-
-    def binary(self, function: F = _NO_FUNCTION) -> F:
-        """Give ``async def f(conn, data: bytes)`` the binary frames."""
-        example = "@ws.binary\nasync def upload(conn, data: bytes): ..."
-        namespaces = caller_namespaces()
-        outer = with_provided(function, self._routes.providers, namespaces)
-        check_function(outer, example, 2)
-        check_taken(outer, bytes, namespaces, example, replies=False)
-        self._routes.set("binary", outer, example, "binary")
-        return function
-
-    def middleware(self, function: F = _NO_FUNCTION) -> F:
-        """Put ``async def f(conn, envelope, call_next)`` around each message, in its own context.
-
-        ``await call_next()`` gives what the handler returned; what *f* returns is the answer. For
-        a stream it sends the items and gives None; what *f* returns counts if it was not called.
-        The fallback and the binary handler take a message of the type ``""``. The first registered
-        is the outermost.
-        """
-        example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
-        check_function(function, f"@ws.middleware\n{example}", 3)
-        self._routes.add_middleware(function)
-        return function
-
-    def provide(self, function: F = _NO_FUNCTION) -> F:
-        """Provide the values of a type T, by ``async def f(conn) -> AsyncIterator[T]: yield …``.
-
-        A keyword-only parameter annotated with exactly T gets one, and never a client's: in
-        message, connect, disconnect, fallback and binary handlers and in providers that are
-        registered later. It is made once a call. What stands behind the ``yield`` runs after the
-        call or the last item of a stream, and an error is raised at the ``yield``. ``async def
-        f(conn) -> T`` has nothing to close. Raises `PachinkoError`.
-        """
-        self._routes.add_provider(*read_provider(function, self._routes, caller_namespaces()))
-        return function
-
-    def error(self, exception: type[Exception]) -> Callable[[F], F]:
-        """Call ``async def f(conn, exc)`` with an error of this class from a message handler.
-
-        It returns a `MessageError`, a `Close`, or a value to answer with.
-        """
-        if not (inspect.isclass(exception) and issubclass(exception, Exception)):
-            raise PachinkoError(f"write @ws.error(ValueError), a class; got {exception!r}")
-
-        def register(function: F) -> F:
-            name = exception.__name__
-            example = f"@ws.error({name})\nasync def failed(conn, exc): ..."
-            check_function(function, example, 2)
-            check_taken(function, exception, caller_namespaces(), example)
-            refuse_second(self._routes.errors.get(exception), function, name)
-            self._routes.errors[exception] = function
-            return function
-
-        return register
 
     @typing.overload
     def worker(self, function: F, *, once: bool = ...) -> F: ...
@@ -6172,11 +5858,8 @@ class Pachinko:
         decorator = "@ws.worker(once=True)" if once else "@ws.worker"
         check_function(function, f"{decorator}\nasync def clock(): ...", 0)
         is_late = self._is_working and self._loop is not None and self._loop.is_running()
-        if is_late and is_elsewhere(self._loop):
-            raise PachinkoError(
-                "a worker was added from another thread or event loop than its app's; use "
-                "hub.call_threadsafe(ws.worker, ...)"
-            )
+        if is_late:
+            refuse_elsewhere(self._loop, "a worker was added", "hub.call_threadsafe(ws.worker")
         run = self._leased(function) if once else function
         self._routes.workers.append(run)
         if is_late:
@@ -6201,67 +5884,6 @@ class Pachinko:
             await self._hub.state.relay.lease(name, function)
 
         return run
-
-    def add_resource(self, prefix: str, resource: object) -> None:
-        """Route by class: ``on_send`` handles ``"<prefix>.send"``.
-
-        ``on_connect``, ``on_accepted`` and ``on_disconnect`` are a connect, an accepted and a
-        disconnect handler; the last one also runs if `on_connect` has returned and a later connect
-        handler refuses. Where one method is refused, nothing of the resource is added.
-        """
-        namespaces = caller_namespaces()
-        handlers, connect, disconnect = list[Handler](), list[Any](), list[Any]()
-        accepted = list[Any]()
-        for name, method in read_resource(prefix, resource):
-            outer = with_provided(method, self._routes.providers, namespaces)
-            if name == "connect":
-                connect.append(
-                    read_connect(outer, self._path, namespaces=namespaces, app=self._app)
-                )
-            elif name == "accepted":
-                accepted.append(
-                    read_connect(outer, self._path, name, namespaces=namespaces, app=self._app)
-                )
-            elif name == "disconnect":
-                check_function(outer, DISCONNECT, 1)
-                disconnect.append(outer)
-            else:
-                type = f"{prefix}.{name}"
-                handlers.append(self._read_handler(type, method, namespaces, None, False))
-        self._add_checked(*handlers)
-        # The resource's own `on_disconnect`, if there is one, is the end of its `on_connect`.
-        self._routes.connect.extend(with_end(c, *disconnect) if disconnect else c for c in connect)
-        self._routes.accepted.extend(accepted)
-        self._routes.disconnect.extend(disconnect)
-
-    async def on_websocket(
-        self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, /, **params: Any
-    ) -> None:
-        """Serve one connection (Falcon's responder)."""
-        if ws.closed:
-            return  # A middleware has refused it.
-        self._start()
-        if not self._is_working:  # The server has no lifespan.
-            self._start_workers()
-        session, state = None, self._hub.state
-        try:
-            if self._hub.draining:
-                raise unavailable("the server restarts")
-            if (refusal := self._origins.refusal(req)) is not None:
-                logger.warning("refused origin %s", refusal)
-                raise falcon.HTTPForbidden(description="pages of this origin may not connect")
-            session = Session(self._hub, self._routes, self._limits, req, ws, params)
-            state.enter(session)
-            try:
-                if await admit(session, self._subprotocols):
-                    await session.serve(welcome if self._routes.accepted else None)
-            finally:
-                session.release()
-                state.leave(session)
-        except Exception as exc:  # Falcon refuses the handshake.
-            if not isinstance(exc, Bug):
-                refuse_by_status(ws, req.scope, session.conn.headers if session else ())
-            raise
 
     @contextlib.asynccontextmanager
     async def running(self, *, alone: bool = False) -> AsyncGenerator[None, None]:
@@ -6304,9 +5926,11 @@ class Pachinko:
 
     async def _connected(self) -> None:
         """Wait for the hub. Raises `PachinkoError` if a worker needs what its broker has not."""
-        await self._hub.state.connected()
+        relay = self._hub.state.relay
+        with contextlib.suppress(PachinkoError):  # The relay has logged it, and tries again.
+            await relay.connected()
         if self._routes.leases:
-            await self._hub.state.relay.check_leases()
+            await relay.check_leases()
 
     async def _start_last(self, starts: int, scope: Any, event: Any) -> None:
         """Start the workers, when all middleware of the app has started."""
@@ -6319,13 +5943,6 @@ class Pachinko:
         """End workers and connections before other middleware closes what they use."""
         if self._runs == 1:
             await self._close_all()
-
-    async def process_resource_ws(
-        self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, resource: Any, params: Any
-    ) -> None:
-        """Notice that a later ``add_route`` has taken the path (Falcon's middleware)."""
-        if resource is not self and req.uri_template == self._path and self._path is not None:
-            logger.warning("a later app.add_route has replaced the Pachinko at %s", self._path)
 
     async def process_shutdown(self, scope: Any, event: Any) -> None:
         """Stop with the app: close what is still open with 1012, and wait for its handlers."""
@@ -6367,7 +5984,7 @@ class Pachinko:
                 self._start_worker(function)
 
     def _start_worker(self, function: Callable[[], Awaitable[None]]) -> None:
-        task = create_detached_task(_keep_working(function))
+        task = create_task(_keep_working(function), is_detached=True)
         self._workers.add(task)
         task.add_done_callback(self._workers.discard)
 
@@ -6433,3 +6050,320 @@ async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
             backoff = next(backoffs, _BACKOFFS[-1])
             logger.exception("worker %s failed; again in %g s", name, backoff)
         await asyncio.sleep(backoff)
+
+
+# ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
+
+_WIRE_FORMAT = "pachinko.1"  # a client may offer it as a subprotocol
+
+
+class Pachinko(Lifecycle):
+    """A WebSocket endpoint: a Falcon resource that routes messages to handlers.
+
+    ``ws = Pachinko(app, "/ws/{room}")`` adds itself to *app*. Without the two, write the lines
+    yourself: ``app.add_route("/ws", ws)`` and, for the lifespan, ``app.add_middleware(ws)``.
+
+    *origins*: browsers' origins that may connect beside the request's own host, a list such as
+    ``["https://example.com"]``, or ``"*"`` for all. *subprotocols*: in the order of preference.
+    *max_size*: bytes of one frame. *rate*: ``(messages, seconds)`` of one connection.
+    *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client;
+    *overflow*: ``"close"`` or ``"drop_oldest"`` beyond that. *send_timeout*: seconds that a send
+    waits for one. *linger*: seconds that a handler may go on after its client has gone.
+    *max_concurrent*: streams and concurrent handlers of one connection. *max_groups*: that one may
+    be in. *handler_timeout*: seconds for the handler of a message, but not for a stream, or None.
+    *auth_timeout*: seconds within which `authenticate` has to know the client. *connect_timeout*:
+    seconds for `authenticate` and connect handlers together, without the wait for the client's
+    first message; beyond, it is refused with 503, or closed with 1013. *trust_forwarded*: whether
+    a proxy of yours sets the headers that ``req.forwarded_host`` and ``req.forwarded_scheme`` read;
+    *origins* then goes by these. Raises `PachinkoError`.
+    """
+
+    def __init__(
+        self, app: falcon.asgi.App[Any, Any] | None = None, path: str | None = None, *,
+        hub: Hub = hub, origins: Iterable[str] | Literal["*"] | None = None,
+        subprotocols: Sequence[str] = (),
+        max_size: int = 1_048_576, rate: tuple[int, float] | None = None,
+        outbox: int = 256, outbox_bytes: int = 1_048_576,
+        overflow: Literal["close", "drop_oldest"] = "close",
+        send_timeout: float = 20.0, linger: float = 10.0,
+        max_concurrent: int = 16, max_groups: int = 1000,
+        handler_timeout: float | None = None, auth_timeout: float = 10.0,
+        connect_timeout: float = 10.0, trust_forwarded: bool = False,
+    ) -> None:  # fmt: skip
+        limits = Limits(
+            max_size=max_size, rate=rate, outbox=outbox, overflow=overflow, linger=linger,
+            outbox_bytes=outbox_bytes, send_timeout=send_timeout, max_concurrent=max_concurrent,
+            max_groups=max_groups, handler_timeout=handler_timeout, auth_timeout=auth_timeout,
+            connect_timeout=connect_timeout,
+        )  # fmt: skip
+        if not isinstance(hub, Hub):
+            raise PachinkoError(f"write hub=Hub() for a hub of its own, got {hub!r}")
+        super().__init__(app, path, hub, limits)
+        self._origins = read_origins(origins, trust_forwarded)
+        self._subprotocols = (*texts(subprotocols, "subprotocols"), _WIRE_FORMAT)
+        if app is not None or path is not None:
+            self._attach(app, path)
+
+    def _attach(self, app: Any, path: Any) -> None:
+        if not isinstance(app, falcon.asgi.App):
+            raise PachinkoError(f"WebSockets need app = falcon.asgi.App(), got {app!r}")
+        if not isinstance(path, str) or not path.startswith("/"):
+            raise PachinkoError(f'a path has a leading slash: Pachinko(app, "/ws"), got {path!r}')
+        if (id(app), path) in _attached:
+            raise PachinkoError(f"{path} has a Pachinko already; use that one, or another path")
+        app.add_route(path, self)
+        app.add_middleware(self)
+        _attached[id(app), path] = self
+
+    def connect(self, function: F = _NO_FUNCTION) -> F:
+        """Run ``async def f(conn, …)`` before the handshake is answered, with path parameters.
+
+        `falcon.HTTPError` refuses the handshake, `Close` accepts and closes. Several run in order,
+        within *connect_timeout* seconds. *f* may have one ``yield``: what stands behind it runs
+        after the disconnect handlers, the last handler's first, or when a later one refuses.
+        """
+        self._routes.connect.append(self._read_connect(function, caller_namespaces()))
+        return function
+
+    def accepted(self, function: F = _NO_FUNCTION) -> F:
+        """Run ``async def f(conn, …)`` once the client is in, before its first message is handled.
+
+        It takes path parameters as connect handlers do. `Close` closes; `falcon.HTTPError` closes
+        with 3000 and its status, a bug with 1011. Disconnect handlers run in each case.
+        """
+        self._routes.accepted.append(self._read_connect(function, caller_namespaces(), "accepted"))
+        return function
+
+    def _read_connect(self, function: Any, namespaces: Namespaces, kind: str = "connect") -> Any:
+        """Check *function* as a handler of that *kind*, without adding it."""
+        outer = with_provided(function, self._routes.providers, namespaces)
+        return read_connect(outer, self._path, kind, namespaces=namespaces, app=self._app)
+
+    @typing.overload
+    def authenticate(self, function: F) -> F: ...
+    @typing.overload
+    def authenticate(self, *, optional: bool) -> Callable[[F], F]: ...
+    def authenticate(
+        self, function: Any = _NO_FUNCTION, *, optional: Any = None
+    ) -> Callable[..., Any]:
+        """Ask ``async def f(conn, token)`` who a client is: the user, or None to refuse it.
+
+        It is asked before connect handlers, with the token from ``Authorization: Bearer``, or from
+        the subprotocols ``bearer`` and the token behind it; or with None, and may then look at
+        ``conn.req``, at a cookie say. If it then returns None, the handshake is accepted, the
+        client has to send ``{"type":"authenticate","payload":{"token":…}}`` within *auth_timeout*
+        seconds, and *f* is asked again. Until then at most 8 messages are held, and none handled.
+
+        Whoever is refused is closed with 3401; no connect or disconnect handler runs. Otherwise
+        ``conn.user`` is set. *f* may set ``conn.expires_at``. A later ``authenticate`` of the
+        client asks *f* again, for the same user. No middleware sees it, no log has its token.
+
+        With ``@ws.authenticate(optional=True)``, None for a client without a token lets it in as a
+        guest, whose ``conn.user`` is None until a later ``authenticate`` says who it is.
+        """
+        if optional is not None:
+            if not isinstance(optional, bool) or function is not None:
+                raise PachinkoError(
+                    "write @ws.authenticate, or @ws.authenticate(optional=True), above the function"
+                )
+            return functools.partial(self._set_authenticate, optional=optional)
+        return cast(Callable[..., Any], self._set_authenticate(function, False))
+
+    def _set_authenticate(self, function: F, optional: bool) -> F:
+        example = "@ws.authenticate\nasync def who(conn, token): ..."
+        self._routes.set("authenticate", function, example, "authenticate")
+        self._routes.set_optional(optional)
+
+        async def again(conn: Connection, payload: Any) -> None:
+            if (token := token_of(payload)) is None:
+                wrong = {"path": "$.payload.token", "message": "expected str"}
+                raise invalid_payload("authenticate", [wrong])
+            expires_at = conn.expires_at
+            try:
+                user = await user_of(function, conn, token)
+            except BaseException as exc:  # A renewal that fails changes nothing.
+                conn.expires_at = expires_at
+                if isinstance(exc, falcon.HTTPError):
+                    raise Close(3000 + exc.status_code) from None
+                raise
+            is_guest = self._routes.takes_guests and conn.user is None
+            if user is None or not (user == conn.user or is_guest):
+                raise Close(UNAUTHENTICATED, "authentication failed")
+            if user != conn.user:
+                conn.become(user)
+                await self._hub.state.reachable(conn)
+
+        parameter = inspect.Parameter("payload", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        renewal = Handler("authenticate", function, again, Any, parameter, None, None, False, False)
+        self._add_checked(renewal)
+        return function
+
+    def on(self, type: str | type[Any], *, concurrent: bool = False) -> Callable[[F], F]:
+        """Handle messages of *type*, a text or a class with ``@message``.
+
+        ``(conn)``, ``(conn, payload)`` or ``(conn, *, field, …)``, each structured to its
+        annotation. What it returns is the reply; an async generator is a stream. *concurrent* lets
+        it run beside other handlers of the connection.
+        """
+        name, cls = (type, None) if isinstance(type, str) else (message_type(type), type)
+        if name is None:
+            expected = '@ws.on takes a type or a class with @message: write @ws.on("say")'
+            raise PachinkoError(f"{expected}; got {type!r}")
+        namespaces = caller_namespaces()
+
+        def register(function: F) -> F:
+            self._add_checked(self._read_handler(name, function, namespaces, cls, concurrent))
+            return function
+
+        return register
+
+    def _read_handler(
+        self, type: str, function: Any, namespaces: Namespaces, cls: Any, concurrent: bool
+    ) -> Handler:
+        """Check *function* as the handler of *type*, without adding it."""
+        check_type(type)
+        function = with_provided(function, self._routes.providers, namespaces)
+        if (first := self._routes.handlers.get(type)) is not None:
+            refuse_second(first.function, function, repr(type))
+        params, codec = path_parameters(self._path or ""), self._hub.state.codec
+        return read_handler(type, function, codec, namespaces, cls, params, concurrent)
+
+    def _add_checked(self, *handlers: Handler) -> None:
+        """Add all *handlers*, also to an endpoint that has started."""
+        self._routes.add(handlers, self._hub.state.codec if self._loop is not None else None)
+
+    def disconnect(self, function: F = _NO_FUNCTION) -> F:
+        """Run ``async def f(conn)`` once at the end, with ``conn.close_code`` and its groups."""
+        self._routes.disconnect.append(self._read_disconnect(function, caller_namespaces()))
+        return function
+
+    def _read_disconnect(self, function: Any, namespaces: Namespaces) -> Any:
+        outer = with_provided(function, self._routes.providers, namespaces)
+        check_function(outer, DISCONNECT, 1)
+        return outer
+
+    def fallback(self, function: F = _NO_FUNCTION) -> F:
+        """Give ``async def f(conn, frame: str)`` the text that no handler takes."""
+        example = "@ws.fallback\nasync def other(conn, frame: str): ..."
+        self._set_raw("fallback", function, str, caller_namespaces(), example, "the fallback")
+        return function
+
+    def binary(self, function: F = _NO_FUNCTION) -> F:
+        """Give ``async def f(conn, data: bytes)`` the binary frames."""
+        example = "@ws.binary\nasync def upload(conn, data: bytes): ..."
+        self._set_raw("binary", function, bytes, caller_namespaces(), example, "binary")
+        return function
+
+    def _set_raw(
+        self, name: str, function: Any, taken: type, namespaces: Namespaces, example: str, what: str
+    ) -> None:
+        """Set the one handler of frames as they are, which takes a value of the type *taken*."""
+        outer = with_provided(function, self._routes.providers, namespaces)
+        check_function(outer, example, 2)
+        check_taken(outer, taken, namespaces, example, replies=False)
+        self._routes.set(name, outer, example, what)
+
+    def middleware(self, function: F = _NO_FUNCTION) -> F:
+        """Put ``async def f(conn, envelope, call_next)`` around each message, in its own context.
+
+        ``await call_next()`` gives what the handler returned; what *f* returns is the answer. For
+        a stream it sends the items and gives None; what *f* returns counts if it was not called.
+        The fallback and the binary handler take a message of the type ``""``. The first registered
+        is the outermost.
+        """
+        example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
+        check_function(function, f"@ws.middleware\n{example}", 3)
+        self._routes.add_middleware(function)
+        return function
+
+    def provide(self, function: F = _NO_FUNCTION) -> F:
+        """Provide the values of a type T, by ``async def f(conn) -> AsyncIterator[T]: yield …``.
+
+        A keyword-only parameter annotated with exactly T gets one, and never a client's: in
+        message, connect, disconnect, fallback and binary handlers and in providers that are
+        registered later. It is made once a call. What stands behind the ``yield`` runs after the
+        call or the last item of a stream, and an error is raised at the ``yield``. ``async def
+        f(conn) -> T`` has nothing to close. Raises `PachinkoError`.
+        """
+        self._routes.add_provider(*read_provider(function, self._routes, caller_namespaces()))
+        return function
+
+    def error(self, exception: type[Exception]) -> Callable[[F], F]:
+        """Call ``async def f(conn, exc)`` with an error of this class from a message handler.
+
+        It returns a `MessageError`, a `Close`, or a value to answer with.
+        """
+        if not (inspect.isclass(exception) and issubclass(exception, Exception)):
+            raise PachinkoError(f"write @ws.error(ValueError), a class; got {exception!r}")
+
+        def register(function: F) -> F:
+            name = exception.__name__
+            example = f"@ws.error({name})\nasync def failed(conn, exc): ..."
+            check_function(function, example, 2)
+            check_taken(function, exception, caller_namespaces(), example)
+            refuse_second(self._routes.errors.get(exception), function, name)
+            self._routes.errors[exception] = function
+            return function
+
+        return register
+
+    def add_resource(self, prefix: str, resource: object) -> None:
+        """Route by class: ``on_send`` handles ``"<prefix>.send"``.
+
+        ``on_connect``, ``on_accepted`` and ``on_disconnect`` are a connect, an accepted and a
+        disconnect handler; the last one also runs if `on_connect` has returned and a later connect
+        handler refuses. Where one method is refused, nothing of the resource is added.
+        """
+        namespaces = caller_namespaces()
+        handlers = list[Handler]()
+        connect, accepted, disconnect = list[Any](), list[Any](), list[Any]()
+        for name, method in read_resource(prefix, resource):
+            if name == "connect":
+                connect.append(self._read_connect(method, namespaces))
+            elif name == "accepted":
+                accepted.append(self._read_connect(method, namespaces, name))
+            elif name == "disconnect":
+                disconnect.append(self._read_disconnect(method, namespaces))
+            else:
+                type = f"{prefix}.{name}"
+                handlers.append(self._read_handler(type, method, namespaces, None, False))
+        self._add_checked(*handlers)
+        # The resource's own `on_disconnect`, if there is one, is the end of its `on_connect`.
+        self._routes.connect.extend(with_end(c, *disconnect) if disconnect else c for c in connect)
+        self._routes.accepted.extend(accepted)
+        self._routes.disconnect.extend(disconnect)
+
+    async def on_websocket(
+        self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, /, **params: Any
+    ) -> None:
+        """Serve one connection (Falcon's responder)."""
+        if ws.closed:
+            return  # A middleware has refused it.
+        self._start()
+        self._start_workers()  # if the server has no lifespan
+        session, state = None, self._hub.state
+        try:
+            if self._hub.draining:
+                raise unavailable("the server restarts")
+            if (refusal := self._origins.refusal(req)) is not None:
+                logger.warning("refused origin %s", refusal)
+                raise falcon.HTTPForbidden(description="pages of this origin may not connect")
+            session = Session(self._hub, self._routes, self._limits, req, ws, params)
+            state.enter(session)
+            try:
+                if await admit(session, self._subprotocols):
+                    await session.serve(welcome if self._routes.accepted else None)
+            finally:
+                session.release()
+                state.leave(session)
+        except Exception as exc:  # Falcon refuses the handshake.
+            if not isinstance(exc, Bug):
+                refuse_by_status(ws, req.scope, session.conn.headers if session else ())
+            raise
+
+    async def process_resource_ws(
+        self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, resource: Any, params: Any
+    ) -> None:
+        """Notice that a later ``add_route`` has taken the path (Falcon's middleware)."""
+        if resource is not self and req.uri_template == self._path and self._path is not None:
+            logger.warning("a later app.add_route has replaced the Pachinko at %s", self._path)

@@ -55,7 +55,6 @@ from pachinko import (
     Lost,
     PachinkoError,
     Registry,
-    create_detached_task,
     create_task,
     encode,
     gap_of,
@@ -384,7 +383,7 @@ class Nats:
         One round trip serves all calls that were made before it begins.
         """
         if self._round_trip is None:
-            self._round_trip = create_detached_task(self._make_round_trip())
+            self._round_trip = create_task(self._make_round_trip(), is_detached=True)
             self._round_trips.add(self._round_trip)
             self._round_trip.add_done_callback(self._round_trips.discard)
             self._round_trip.add_done_callback(look_at_result)
@@ -664,7 +663,7 @@ class Link:
         self._lost: asyncio.Future[BaseException | None]
         self._attempted = asyncio.Event()  # not set while callers wait for an attempt to connect
         self._turn = asyncio.Lock()  # keeps the callers of `connected` in order
-        self._task: asyncio.Task[None] = create_detached_task(self._run())
+        self._task: asyncio.Task[None] = create_task(self._run(), is_detached=True)
 
     async def stop(self) -> None:
         """Disconnect, for good."""
@@ -782,7 +781,7 @@ class Link:
     def _start_change(self, subject: str) -> None:
         """Subscribe or unsubscribe in the background, unless that is in progress."""
         if self.is_connected and subject not in self._changes and self._is_pending(subject):
-            self._changes[subject] = create_detached_task(self._change(subject))
+            self._changes[subject] = create_task(self._change(subject), is_detached=True)
 
     async def _change(self, subject: str) -> None:
         """Subscribe and unsubscribe until the broker agrees with `_subjects`.
@@ -1413,7 +1412,7 @@ class Cluster(pachinko.Relay):
             self._asks[answer.ask].put_nowait(answer)
 
     def _start_work(self, work: Coroutine[Any, Any, None]) -> None:
-        task = create_detached_task(work)
+        task = create_task(work, is_detached=True)
         self._work.add(task)
         task.add_done_callback(self._work.discard)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import json
 import logging
 import math
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -525,6 +527,46 @@ async def leave_a_cancellation() -> None:
             group.create_task(fail())
 
 
+class Busy(falcon.HTTPServiceUnavailable):
+    """A refusal that can be waited for."""
+
+
+@pytest.mark.parametrize("where", ["authenticate", "connect"])
+async def test_what_a_task_group_refuses_with_is_freed_at_once(
+    where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The refusal is not in a cycle with the group that it is from."""
+    ws, seen = endpoint(), weakref.WeakSet[BaseException]()
+
+    async def refuse(conn: Connection, *_: Any) -> None:
+        refusal = Busy()
+        seen.add(refusal)
+        raise ExceptionGroup("of tasks", [refusal])
+
+    async def arrive(conn: Connection) -> None:
+        await refuse(conn)
+
+    async def who(conn: Connection, token: str | None) -> str | None:
+        await refuse(conn)
+        return None
+
+    if where == "connect":
+        ws.connect(arrive)
+    else:
+        ws.authenticate(who)
+    caplog.set_level(logging.CRITICAL, "falcon")  # A record of the log would hold it.
+    gc.collect()
+    gc.disable()
+    try:
+        async with serving(ws._app) as server:
+            with pytest.raises(websockets.exceptions.InvalidStatus):
+                async with connect(f"{server.url}/ws"):
+                    pass
+            await until(lambda: not (ws._hub.state.serving or seen))
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("ends", ["ann", "hangs", "drained"])
 async def test_a_caught_failure_of_a_task_group_is_no_cancellation(ends: str) -> None:
     """It hides neither the user, nor the end of the time, nor a close."""
@@ -834,8 +876,17 @@ async def test_an_accepted_handler_runs_once_the_client_is_in() -> None:
         (KeyError("bug"), (1011, "the server failed to let the client in"), True),
         (MessageError("no"), (1011, "the server failed to let the client in"), True),
         (SystemExit(1), (1011, "the server failed to let the client in"), True),
+        (ExceptionGroup("of tasks", [Close(4001, "full")]), (4001, "full"), False),
+        (
+            BaseExceptionGroup("", [asyncio.CancelledError(), falcon.HTTPTooManyRequests()]),
+            (3429, "Too Many Requests"), False,
+        ),
+        (
+            ExceptionGroup("", [KeyError("bug"), Close(4001)]),
+            (1011, "the server failed to let the client in"), True,
+        ),
     ],
-)
+)  # fmt: skip
 async def test_what_an_accepted_handler_raises_ends_the_connection(
     exception: BaseException, closed_with: Any, is_logged: bool, caplog: pytest.LogCaptureFixture
 ) -> None:

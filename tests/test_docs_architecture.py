@@ -106,7 +106,7 @@ def test_the_drawing() -> None:
     assert all(inspect.isclass(NAMES.get(word)) for word in capitals), capitals
     assert all(is_known(word) for word in re.findall(r"\b(?:hub|conn)\.\w+", others))
     walk = {"Incoming", "Session", "Outgoing", "Hub", "Relay", "Registry", "Cluster", "Link"}
-    assert drawn >= walk | {"LocalRelay", "Backplane", "Nats", "Redis"}
+    assert drawn >= walk | {"Backplane", "Nats", "Redis"}
 
 
 def test_the_drawing_needs_nothing_else() -> None:

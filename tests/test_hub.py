@@ -226,6 +226,31 @@ async def test_other_threads_use_call_threadsafe() -> None:
         assert "call_threadsafe" in results[2]
 
 
+HUB_CALLS: dict[str, Any] = {
+    "join": lambda hub, conn: hub.join("a", conn),
+    "leave": lambda hub, conn: hub.leave("a", conn),
+    "send": lambda hub, conn: hub.send("a", "x"),
+    "broadcast": lambda hub, conn: hub.broadcast("x"),
+    "send_to": lambda hub, conn: hub.send_to(conn, "x"),
+    "send_to_user": lambda hub, conn: hub.send_to_user("ann", "x"),
+    "close_group": lambda hub, conn: hub.close_group("a"),
+    "presence": lambda hub, conn: hub.presence("a"),
+    "drain": lambda hub, conn: hub.drain(0),
+}
+
+
+@pytest.mark.parametrize("method", HUB_CALLS)
+async def test_a_call_from_another_thread_is_told_what_to_write(method: str) -> None:
+    """The advice has the method that was called."""
+    ws = endpoint()
+    async with serving(ws._app) as server, connect(server.url + "/ws/a"):
+        await until(lambda: ws._hub.connections)
+        (conn,) = ws._hub.connections
+        call = HUB_CALLS[method](ws._hub, conn)
+        with pytest.raises(PachinkoError, match=rf"hub\.call_threadsafe\(hub\.{method}, "):
+            await asyncio.to_thread(asyncio.run, call)
+
+
 def test_call_threadsafe_needs_a_running_app() -> None:
     """Without one, and after its loop has closed, it says so."""
     hub: Any = Hub()

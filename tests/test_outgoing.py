@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import contextvars
 import itertools
 import json
@@ -674,3 +675,23 @@ async def test_a_server_that_refuses_a_close_code_closes_all_the_same() -> None:
     await conn.close(4000)
     await asyncio.wait_for(server.task, PATIENCE)
     assert closes == [4000, 1000] and codes == [4000]
+
+
+async def test_what_follows_a_caught_cancellation_is_not_a_part_of_it() -> None:
+    """An error that is raised later has the context that it would have without the library."""
+
+    async def work() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        raise KeyError
+
+    async def run() -> None:
+        steps: Any = work().__await__()
+        await pachinko.rest_of(steps, next(steps))
+
+    task = asyncio.create_task(run())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(KeyError) as caught:
+        await task
+    assert caught.value.__context__ is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import pachinko
-from pachinko import Connection, Hub, Kind, LocalRelay, Outgoing, Pachinko
+from pachinko import Connection, Hub, Kind, Outgoing, Pachinko, Relay
 
 
 class Socket:
@@ -28,7 +28,7 @@ class Socket:
         self.sent.append({"type": "websocket.close", "code": code})
 
 
-class Noting(LocalRelay):
+class Noting(Relay):
     """Notes what the registry has told it."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Tables(RuleBasedStateMachine):
         self.joined: dict[Connection, set[str]] = {}
         self.expected: dict[Connection, int] = {}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pachinko, "LocalRelay", Noting)
+            patch.setattr(pachinko, "Relay", Noting)
             self.hub = Hub()
             self.runner.run(self.start())
         self.limits = Pachinko(hub=self.hub)._limits
