@@ -5723,7 +5723,7 @@ async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
     try:
         is_in = await _run_handlers(session, token)
     except BaseException as exc:  # A handler may raise anything.
-        exc = single(exc)
+        exc = single(exc, lambda each: isinstance(each, falcon.HTTPStatus))
         if isinstance(exc, Close):
             outgoing.close(exc, drops=True)
         await _refuse(session, exc)
