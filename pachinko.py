@@ -5924,6 +5924,7 @@ async def welcome(session: Session) -> None:
             await handler(conn, session.add_end)
             forget_cancellations()
         except BaseException as exc:  # A handler may raise anything.
+            exc = single(exc)
             pass_on(exc, place_of(handler), conn.id)
             if isinstance(exc, falcon.WebSocketDisconnected) and conn.closed:
                 return

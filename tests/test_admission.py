@@ -834,6 +834,15 @@ async def test_an_accepted_handler_runs_once_the_client_is_in() -> None:
         (KeyError("bug"), (1011, "the server failed to let the client in"), True),
         (MessageError("no"), (1011, "the server failed to let the client in"), True),
         (SystemExit(1), (1011, "the server failed to let the client in"), True),
+        (ExceptionGroup("g", [Close(4001, "full")]), (4001, "full"), False),
+        (
+            ExceptionGroup("g", [ExceptionGroup("g", [falcon.HTTPNotFound()])]),
+            (3404, "Not Found"), False,
+        ),
+        (
+            ExceptionGroup("g", [Close(4001), KeyError("bug")]),
+            (1011, "the server failed to let the client in"), True,
+        ),
     ],
 )
 async def test_what_an_accepted_handler_raises_ends_the_connection(
@@ -869,7 +878,7 @@ async def test_what_an_accepted_handler_raises_ends_the_connection(
     assert ("welcome() at" in caplog.text) is is_logged
 
 
-@pytest.mark.parametrize("how", ["hangs", "sends", "swallows"])
+@pytest.mark.parametrize("how", ["hangs", "sends", "sends in a group", "swallows"])
 async def test_a_client_may_leave_while_an_accepted_handler_runs(
     how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -885,6 +894,9 @@ async def test_a_client_may_leave_while_an_accepted_handler_runs(
         await until(lambda: conn.closed)
         if how == "sends":
             await conn.send("late")
+        if how == "sends in a group":
+            async with asyncio.TaskGroup() as group:
+                group.create_task(conn.send("late"))
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
 
