@@ -5265,10 +5265,11 @@ class Session:
     def overtakes(self, event: Event) -> Awaitable[None] | None:
         """Return what handles the frame at once, while a handler waits, or None if it is held.
 
-        A concurrent handler, a stream, its end, a ``$ping`` and an answer wait for nobody. A frame
-        counts for the rate when it has come: its handler may be called much later, with many.
+        A concurrent handler, a stream, its end, a ``$ping`` and an answer wait for nobody, but no
+        handler of a message begins before the accepted ones have ended. A frame counts for the
+        rate when it has come: its handler may be called much later, with many.
         """
-        if not self._is_serving:
+        if self.outgoing.phase is Phase.CONNECTING:
             return None
         text, frame = event.get("text"), None
         if text is not None and size_of(text) <= self._limits.max_size:
@@ -5277,13 +5278,14 @@ class Session:
             if frame.type in ("complete", "$ping") or is_answer(frame.type):
                 return self._refuse(event)
             handler = self.routes.handlers.get(frame.type)
-            if handler is not None and handler.is_concurrent:
+            if handler is not None and handler.is_concurrent and self._is_serving:
                 with contextlib.suppress(Exception, SystemExit):  # It is refused in its turn.
                     message = self.routes.decode(event["text"])
                     if message.handler is handler:
                         return self._handle(event, handler, message)
         if (wait := self._wait_for_rate(event)) > 0:
-            return self._refuse_rate(wait, None if frame is None else frame.id)
+            type = frame.type if isinstance(frame, Frame) else None
+            return self._refuse_rate(wait, None if frame is None else frame.id, type)
         return None
 
     def _complete(self, id: Id | None) -> bool:
