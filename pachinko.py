@@ -1077,8 +1077,14 @@ def _parts_of(value: Any, t: Any) -> Iterator[tuple[str, Any, Any]]:
     elif (fields := fields_of(type(value))) is not None:
         hints = {field.name: field.type for field in fields_of(t) or fields}
         for field in fields:
-            step = _step(getattr(field, "alias", field.name))
-            yield step, getattr(value, field.name, None), hints.get(field.name)
+            part = getattr(value, field.name, None)
+            if part is not UNSET:
+                yield _step(getattr(field, "alias", field.name)), part, hints.get(field.name)
+    elif is_struct(type(value)):
+        for field in msgspec.structs.fields(value):
+            if (part := getattr(value, field.name)) is not UNSET:
+                inner = None if free_variables(field.type) else field.type
+                yield _step(field.encode_name), part, inner
     elif isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
         is_fixed = class_of(t) is tuple and Ellipsis not in args
         inner = args if is_fixed else args[:1] * len(value)
