@@ -491,7 +491,7 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
         elif is_typed_dict(cls):
             _correct_keys(cls, hints)
         members += _checked_fields(cls, hints)
-    elif origin_of(t) not in _UNIONS and not is_qualified(t):
+    elif has_types and origin_of(t) not in _UNIONS and not is_qualified(t):
         refuse_unset(get_args(t))
     for member in members:
         yield from types_in(member, namespaces, seen)
@@ -534,7 +534,8 @@ def free_variables(t: Any) -> tuple[Any, ...]:
 def refuse_unset(annotations: Iterable[Any], name: str = "x") -> None:
     """Raise `TypeError` if `UnsetType` stands where nothing can be absent."""
     for t in annotations:
-        members = get_args(t) if origin_of(t) in _UNIONS else (t,)
+        bare = bare_type(t)
+        members = get_args(bare) if origin_of(bare) in _UNIONS else (bare,)
         if UnsetType in members:
             others = [m for m in members if m is not UnsetType]
             names = [str(m) if get_args(m) else getattr(m, "__name__", str(m)) for m in others]
@@ -1842,7 +1843,7 @@ def _fields_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[A
         return _struct_unstructure_hook(t, converter)
     if (fields := fields_of(t)) is not None:
         write = converter.gen_unstructure_attrs_fromdict(t)
-        if all(UnsetType not in get_args(field.type) for field in fields):
+        if not any(f.default is UNSET or UnsetType in get_args(f.type) for f in fields):
             return write
         return lambda value: {k: item for k, item in write(value).items() if item is not UNSET}
     if cols.is_namedtuple(cls):
