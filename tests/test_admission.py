@@ -837,11 +837,13 @@ async def test_an_accepted_handler_runs_once_the_client_is_in() -> None:
         (ExceptionGroup("g", [Close(4001, "full")]), (4001, "full"), False),
         (
             ExceptionGroup("g", [ExceptionGroup("g", [falcon.HTTPNotFound()])]),
-            (3404, "Not Found"), False,
+            (3404, "Not Found"),
+            False,
         ),
         (
             ExceptionGroup("g", [Close(4001), KeyError("bug")]),
-            (1011, "the server failed to let the client in"), True,
+            (1011, "the server failed to let the client in"),
+            True,
         ),
     ],
 )

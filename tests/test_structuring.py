@@ -32,7 +32,6 @@ from typing import (
     Self,
     TypedDict,
     TypeVar,
-    cast,
 )
 
 import attrs
@@ -248,7 +247,7 @@ Maybe = TypeAliasType("Maybe", int | UnsetType)
 
 @attrs.frozen
 class OddPatch(Generic[T]):
-    e: T = cast(Any, UNSET)
+    e: T = attrs.field(default=UNSET)
     a: Annotated[int | UnsetType, msgspec.Meta(gt=0)] = UNSET
     b: Maybe = UNSET
     c: Any = UNSET
@@ -324,7 +323,9 @@ WRITE_UNSET = "write x: int | UnsetType = UNSET in a class, NotRequired[int] in 
         dict[str, int | UnsetType],
         attrs.make_class("A", {"x": attrs.field(type=int | UnsetType)}),
         attrs.make_class("A", {"x": attrs.field(type=int | UnsetType, default=None)}),
-        attrs.make_class("A", {"x": attrs.field(type=Annotated[int | UnsetType, msgspec.Meta(gt=0)])}),
+        attrs.make_class(
+            "A", {"x": attrs.field(type=Annotated[int | UnsetType, msgspec.Meta(gt=0)])}
+        ),
         attrs.make_class("A", {"x": attrs.field(type=Maybe)}),
         msgspec.defstruct("S", [("x", int | UnsetType)]),
         dict_type("D", {"x": int | UnsetType}),
