@@ -2829,12 +2829,13 @@ class Contexts:
         step = contextvars.copy_context().run
         waits_for = step(self._send, work)
         while waits_for is not _ENDED:
+            value, thrown = None, list[BaseException]()
             try:
                 value = yield waits_for
             except BaseException as exc:  # The event loop throws in a cancellation, for example.
-                waits_for = step(self._throw, exc)
-            else:
-                waits_for = step(self._send, value)
+                thrown.append(exc)
+            # Inside of the ``except`` it would become the context of any error that comes of it.
+            waits_for = step(self._throw, thrown.pop()) if thrown else step(self._send, value)
 
 
 @types.coroutine
@@ -3442,12 +3443,13 @@ def rest_of(steps: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, A
         return (yield from steps)
     try:
         while True:
+            value, thrown = None, list[BaseException]()
             try:
                 value = yield waits_for
             except BaseException as exc:  # The event loop throws in a cancellation, for example.
-                waits_for = steps.throw(exc)
-            else:
-                waits_for = steps.send(value)
+                thrown.append(exc)
+            # As in `Contexts.run`, no error gets what is thrown as its context.
+            waits_for = steps.throw(thrown.pop()) if thrown else steps.send(value)
     except StopIteration as end:
         return end.value
 

@@ -835,6 +835,42 @@ async def test_a_group_in_a_connect_handler_refuses(group: Any, caplog: LogCaptu
     assert not errors(caplog)
 
 
+@pytest.mark.parametrize("is_scoped", [False, True])
+async def test_what_is_raised_after_a_group_counts(is_scoped: bool, caplog: LogCapture) -> None:
+    """Before Python 3.13 a `TaskGroup` that fails leaves a cancellation counted."""
+    ws = endpoint()
+
+    async def forgive() -> None:
+        with contextlib.suppress(ExceptionGroup):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(fail(ValueError()))
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        if conn.req.get_param("no"):
+            await forgive()
+            raise falcon.HTTPNotFound
+
+    @ws.on("x")
+    async def x(conn: Connection) -> None:
+        await forgive()
+        raise MessageError("meant")
+
+    if is_scoped:
+
+        @ws.middleware
+        async def around(conn: Connection, envelope: Any, call_next: Any) -> Any:
+            return await call_next()
+
+    async with serving(ws._app) as server:
+        with pytest.raises(websockets.exceptions.InvalidStatus, match="404"):
+            async with connect(server.url + "/ws?no=1"):
+                pass
+        async with connect(server.url + "/ws") as client:
+            assert (await client.ask("x"))["payload"]["code"] == "meant"
+    assert not errors(caplog)
+
+
 @groups
 async def test_a_group_in_authenticate_refuses(group: Any, caplog: LogCapture) -> None:
     """The same holds for who authenticates clients."""
