@@ -2828,14 +2828,20 @@ class Contexts:
         """Await *work* in a copy of the current context."""
         step = contextvars.copy_context().run
         waits_for = step(self._send, work)
-        while waits_for is not _ENDED:
-            value, thrown = None, list[BaseException]()
-            try:
-                value = yield waits_for
-            except BaseException as exc:  # The event loop throws in a cancellation, for example.
-                thrown.append(exc)
-            # Inside of the ``except`` it would become the context of any error that comes of it.
-            waits_for = step(self._throw, thrown.pop()) if thrown else step(self._send, value)
+        value, thrown = None, None
+        try:
+            while waits_for is not _ENDED:
+                try:
+                    value = yield waits_for
+                except (
+                    BaseException
+                ) as exc:  # The event loop throws in a cancellation, for example.
+                    thrown = exc
+                # In the ``except`` block, *exc* would become the context of any error.
+                waits_for = step(self._send, value) if thrown is None else step(self._throw, thrown)
+                thrown = None
+        finally:
+            del thrown  # It refers to this frame, in a cycle.
 
 
 @types.coroutine
@@ -3441,17 +3447,20 @@ def rest_of(steps: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, A
     if not hasattr(steps, "throw"):  # What granian's send returns has nothing but `__next__`.
         yield waits_for
         return (yield from steps)
+    value, thrown = None, None
     try:
         while True:
-            value, thrown = None, list[BaseException]()
             try:
                 value = yield waits_for
             except BaseException as exc:  # The event loop throws in a cancellation, for example.
-                thrown.append(exc)
-            # As in `Contexts.run`, no error gets what is thrown as its context.
-            waits_for = steps.throw(thrown.pop()) if thrown else steps.send(value)
+                thrown = exc
+            # In the ``except`` block, *exc* would become the context of any error that comes out.
+            waits_for = steps.send(value) if thrown is None else steps.throw(thrown)
+            thrown = None
     except StopIteration as end:
         return end.value
+    finally:
+        del thrown  # It refers to this frame, in a cycle.
 
 
 def create_task(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -5289,9 +5298,7 @@ class Session:
             handler = self.routes.handlers.get(frame.type)
             if handler is not None and handler.is_concurrent and self._is_serving:
                 with contextlib.suppress(Exception, SystemExit):  # It is refused in its turn.
-                    message = self.routes.decode(event["text"])
-                    if message.handler is handler:
-                        return self._handle(event, handler, message)
+                    return self._handle(event, handler, self.routes.decode(event["text"]))
         if (wait := self._wait_for_rate(event)) > 0:
             type = frame.type if isinstance(frame, Frame) else None
             return self._refuse_rate(wait, None if frame is None else frame.id, type)

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 mirror=https://deb.debian.org/debian
-tests="signatures handlers types envelope codec session"
+tests="signatures handlers types property_payloads envelope codec session"
 root="$PWD/.tox/python3.14"
 
 skip() {

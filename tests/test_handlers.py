@@ -973,7 +973,7 @@ def resource(**methods: Any) -> Any:
     return type("Chat", (), methods)()
 
 
-VERBS = ["get", "post", "put", "delete", "patch", "head", "options", "query", "move", "report"]
+VERBS = ["get", "post", "put", "delete", "patch", "head", "options", "move", "report"]
 
 
 @pytest.mark.parametrize("name", VERBS)

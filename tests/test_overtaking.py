@@ -139,6 +139,7 @@ async def test_what_is_held_is_bounded_in_bytes(kind: str) -> None:
     [
         "no JSON", "{}", '{"type":"none","id":1}', '{"type":"beside","id":1,"payload":{"n":"x"}}',
         '{"type":"note","payload":"\\ud83d","id":1}', '{"type":"beside","type":"none","id":1}',
+        '{"type":"note","type":"beside","id":1}',
         '{"type":"beside","id":1,"payload":' + "[" * 200 + "]" * 200 + "}",
         '{"type":"beside","id":1,"payload":' + "[" * 5000 + "]" * 5000 + "}",
     ],
