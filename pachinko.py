@@ -492,7 +492,7 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
         elif is_typed_dict(cls):
             _correct_keys(cls, hints)
         members += _checked_fields(cls, hints)
-    elif origin_of(t) not in _UNIONS and not is_qualified(t):
+    elif has_types and origin_of(t) not in _UNIONS and not is_qualified(t):
         refuse_unset(get_args(t))
     for member in members:
         yield from types_in(member, namespaces, seen)
@@ -535,7 +535,8 @@ def free_variables(t: Any) -> tuple[Any, ...]:
 def refuse_unset(annotations: Iterable[Any], name: str = "x") -> None:
     """Raise `TypeError` if `UnsetType` stands where nothing can be absent."""
     for t in annotations:
-        members = get_args(t) if origin_of(t) in _UNIONS else (t,)
+        bare = bare_type(t)
+        members = get_args(bare) if origin_of(bare) in _UNIONS else (bare,)
         if UnsetType in members:
             others = [m for m in members if m is not UnsetType]
             names = [str(m) if get_args(m) else getattr(m, "__name__", str(m)) for m in others]
@@ -1079,8 +1080,14 @@ def _parts_of(value: Any, t: Any) -> Iterator[tuple[str, Any, Any]]:
     elif (fields := fields_of(type(value))) is not None:
         hints = {field.name: field.type for field in fields_of(t) or fields}
         for field in fields:
-            step = _step(getattr(field, "alias", field.name))
-            yield step, getattr(value, field.name, None), hints.get(field.name)
+            part = getattr(value, field.name, None)
+            if part is not UNSET:
+                yield _step(getattr(field, "alias", field.name)), part, hints.get(field.name)
+    elif is_struct(type(value)):
+        for field in msgspec.structs.fields(value):
+            if (part := getattr(value, field.name)) is not UNSET:
+                inner = None if free_variables(field.type) else field.type
+                yield _step(field.encode_name), part, inner
     elif isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
         is_fixed = class_of(t) is tuple and Ellipsis not in args
         inner = args if is_fixed else args[:1] * len(value)
@@ -1838,7 +1845,7 @@ def _fields_unstructure_hook(t: Any, converter: cattrs.Converter) -> Callable[[A
         return _struct_unstructure_hook(t, converter)
     if (fields := fields_of(t)) is not None:
         write = converter.gen_unstructure_attrs_fromdict(t)
-        if all(UnsetType not in get_args(field.type) for field in fields):
+        if not any(f.default is UNSET or UnsetType in get_args(f.type) for f in fields):
             return write
         return lambda value: {k: item for k, item in write(value).items() if item is not UNSET}
     if cols.is_namedtuple(cls):
@@ -5185,10 +5192,11 @@ class Session:
     def overtakes(self, event: Event) -> Awaitable[None] | None:
         """Return what handles the frame at once, while a handler waits, or None if it is held.
 
-        A concurrent handler, a stream, its end, a ``$ping`` and an answer wait for nobody. A frame
-        counts for the rate when it has come: its handler may be called much later, with many.
+        A concurrent handler, a stream, its end, a ``$ping`` and an answer wait for nobody, but no
+        handler of a message begins before the accepted ones have ended. A frame counts for the
+        rate when it has come: its handler may be called much later, with many.
         """
-        if not self._is_serving:
+        if self.outgoing.phase is Phase.CONNECTING:
             return None
         text, frame = event.get("text"), None
         if text is not None and size_of(text) <= self._limits.max_size:
@@ -5197,10 +5205,11 @@ class Session:
             if frame.type in ("complete", "$ping") or is_answer(frame.type):
                 return self._refuse(event)
             handler = self.routes.handlers.get(frame.type)
-            if handler is not None and handler.is_concurrent:
+            if handler is not None and handler.is_concurrent and self._is_serving:
                 with contextlib.suppress(Exception, SystemExit):  # It is refused in its turn.
                     return self._handle(event, handler, self.routes.decode(event["text"]))
-        return self._exceed_rate(event, None if frame is None else frame.id)
+        type = frame.type if isinstance(frame, Frame) else None
+        return self._exceed_rate(event, None if frame is None else frame.id, type)
 
     def limit(self, when: float | None = None) -> TimeLimit:
         """Return the time limit for the code that runs next; a close may bring it forward."""
@@ -5606,7 +5615,7 @@ async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
     try:
         is_in = await _run_handlers(session, token)
     except BaseException as exc:  # A handler may raise anything.
-        refused = single(exc)
+        refused = single(exc, lambda each: isinstance(each, falcon.HTTPStatus))
     try:
         if refused is not None:  # Above, the group that it is from would become its context.
             await _refuse(session, refused)

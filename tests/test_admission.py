@@ -882,6 +882,10 @@ async def test_an_accepted_handler_runs_once_the_client_is_in() -> None:
             (3429, "Too Many Requests"), False,
         ),
         (
+            ExceptionGroup("", [ExceptionGroup("", [falcon.HTTPNotFound()])]),
+            (3404, "Not Found"), False,
+        ),
+        (
             ExceptionGroup("", [KeyError("bug"), Close(4001)]),
             (1011, "the server failed to let the client in"), True,
         ),
@@ -920,7 +924,7 @@ async def test_what_an_accepted_handler_raises_ends_the_connection(
     assert ("welcome() at" in caplog.text) is is_logged
 
 
-@pytest.mark.parametrize("how", ["hangs", "sends", "swallows"])
+@pytest.mark.parametrize("how", ["hangs", "sends", "sends in a group", "swallows"])
 async def test_a_client_may_leave_while_an_accepted_handler_runs(
     how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -936,6 +940,9 @@ async def test_a_client_may_leave_while_an_accepted_handler_runs(
         await until(lambda: conn.closed)
         if how == "sends":
             await conn.send("late")
+        if how == "sends in a group":
+            async with asyncio.TaskGroup() as group:
+                group.create_task(conn.send("late"))
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
 

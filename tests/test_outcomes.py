@@ -817,19 +817,57 @@ async def test_an_error_handler_for_groups_gets_them_whole(kinds: list[type[Exce
 
 @groups
 async def test_a_group_in_a_connect_handler_refuses(group: Any, caplog: LogCapture) -> None:
-    """An `HTTPError` refuses the handshake, and a `Close` closes, as without a group."""
-    ws, exc = endpoint(), list[Exception]([falcon.HTTPForbidden(), Close(4003, "bye")])
+    """What has a status refuses the handshake, and a `Close` closes, as without a group."""
+    raised = [falcon.HTTPForbidden(), falcon.HTTPStatus(451), Close(4003, "bye")]
+    ws, exc = endpoint(), list[Exception](raised)
 
     @ws.connect
     async def arrive(conn: Connection) -> None:
         await group(exc.pop(0))
 
     async with serving(ws._app) as server:
-        with pytest.raises(websockets.exceptions.InvalidStatus):
-            async with connect(server.url + "/ws"):
-                pass
+        for status in (403, 451):
+            with pytest.raises(websockets.exceptions.InvalidStatus, match=str(status)):
+                async with connect(server.url + "/ws"):
+                    pass
         async with connect(server.url + "/ws") as client:
             assert await client.closed() == (4003, "bye")
+    assert not errors(caplog)
+
+
+@pytest.mark.parametrize("is_scoped", [False, True])
+async def test_what_is_raised_after_a_group_counts(is_scoped: bool, caplog: LogCapture) -> None:
+    """Before Python 3.13 a `TaskGroup` that fails leaves a cancellation counted."""
+    ws = endpoint()
+
+    async def forgive() -> None:
+        with contextlib.suppress(ExceptionGroup):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(fail(ValueError()))
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        if conn.req.get_param("no"):
+            await forgive()
+            raise falcon.HTTPNotFound
+
+    @ws.on("x")
+    async def x(conn: Connection) -> None:
+        await forgive()
+        raise MessageError("meant")
+
+    if is_scoped:
+
+        @ws.middleware
+        async def around(conn: Connection, envelope: Any, call_next: Any) -> Any:
+            return await call_next()
+
+    async with serving(ws._app) as server:
+        with pytest.raises(websockets.exceptions.InvalidStatus, match="404"):
+            async with connect(server.url + "/ws?no=1"):
+                pass
+        async with connect(server.url + "/ws") as client:
+            assert (await client.ask("x"))["payload"]["code"] == "meant"
     assert not errors(caplog)
 
 

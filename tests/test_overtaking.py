@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -215,6 +216,22 @@ async def test_a_message_too_many_is_refused_at_once() -> None:
         await until(lambda: gate.seen == [1, b"2"])
 
 
+async def test_a_rate_that_refuses_meanwhile_is_logged_with_the_type(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The log names what was refused, as when no handler waits; a broken frame has no type."""
+    caplog.set_level(logging.DEBUG, "pachinko")
+    gate = Gate(rate=(1, 600.0))
+    async with serving(gate.ws._app) as server, connect(server.url + "/ws") as client:
+        await gate.enter(client)
+        for frame in ('{"type":"note"}', '{"type":"beside"}', '{"type":"$ping"}', "{"):
+            assert (await client.error(frame))[0] == "rate_limited"
+        gate.opened.set()
+        assert (await client.receive())["id"] == "wait"
+    types = [vars(record)["message_type"] for record in caplog.records if hasattr(record, "code")]
+    assert types == ["note", "beside", "$ping", None]
+
+
 async def test_far_too_many_messages_close_while_a_handler_waits() -> None:
     """What the handler then does has `linger` seconds, as after any close."""
     gate = Gate(rate=(1, 600.0), linger=0.0)
@@ -254,6 +271,23 @@ async def test_the_library_answers_pings(waits: bool) -> None:
         assert (await client.ask("$ping", id=4))["payload"]["code"] == "rate_limited"
         gate.opened.set()
     assert others == (["wait"] if waits else [])
+
+
+async def test_pings_and_answers_wait_for_no_accepted_handler() -> None:
+    """Messages do, those to concurrent handlers too."""
+    gate = Gate()
+
+    @gate.ws.accepted
+    async def welcome(conn: Connection) -> None:
+        await gate.opened.wait()
+
+    async with serving(gate.ws._app) as server, connect(server.url + "/ws") as client:
+        await client.send("beside", {"n": 5}, id=1)
+        await client.send("error", {"code": "x"}, id="$1")
+        assert await client.ask("$ping", id=2) == {"type": "$pong", "id": 2}
+        assert gate.late == 1
+        gate.opened.set()
+        assert await client.receive() == {"type": "beside.reply", "id": 1, "payload": 5}
 
 
 @pytest.mark.parametrize("waits", [False, True])

@@ -18,7 +18,7 @@ import struct
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from decimal import Decimal
-from typing import Any, NamedTuple, NotRequired, TypedDict, cast
+from typing import Any, Generic, NamedTuple, NotRequired, TypedDict, TypeVar, cast
 from uuid import UUID
 
 import attrs
@@ -27,6 +27,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import UNSET, UnsetType
 from support import PATIENCE, Client, Server, Stalled, connect, new_app, serving, session_of, until
 
 import pachinko
@@ -1283,6 +1284,24 @@ class Odd:
     """What cannot be sent."""
 
 
+V = TypeVar("V")
+
+
+@attrs.frozen
+class Holey:
+    x: int | UnsetType = UNSET
+    y: Any = None
+
+
+class Holed(msgspec.Struct, rename="camel"):
+    x: int | UnsetType = UNSET
+    last_part: Any = None
+
+
+class Cell(msgspec.Struct, Generic[V]):
+    value: V
+
+
 UNSENDABLE: list[tuple[Any, str]] = [
     ([type("bool", (), {"__module__": "numpy"})()], "$.payload[0]: cannot send a numpy.bool"),
     (Odd(), "$.payload: cannot send a Odd"),
@@ -1299,6 +1318,12 @@ UNSENDABLE: list[tuple[Any, str]] = [
      "$.payload.items[1].unitPrice.c: cannot send a complex"),
     (Box([cast(Any, 5)]), "$.payload.items[0]: cannot send a int"),
     (Box(cast(Any, 5)), "$.payload.items: cannot send a int"),
+    (Holey(y=Odd()), "$.payload.y: cannot send a Odd"),
+    (Holed(last_part=[Holed(last_part=Odd())]),
+     "$.payload.lastPart[0].lastPart: cannot send a Odd"),
+    ([Holed(x=cast(Any, Odd()))], "$.payload[0].x: cannot send a Odd"),
+    (Cell(Odd()), "$.payload.value: cannot send a Odd"),
+    ([1, UNSET], "$.payload[1]: cannot send a UnsetType"),
     (deque([[Odd()]]), "$.payload[0][0]: cannot send a Odd"),
     ([Pair(1, Odd())], "$.payload[0][1]: cannot send a Odd"),
     ({"a": {Odd}}, "$.payload.a[0]: cannot send a type"),

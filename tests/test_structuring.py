@@ -242,6 +242,38 @@ class Quick:
     name: str | UnsetType = UNSET
 
 
+Maybe = TypeAliasType("Maybe", int | UnsetType)
+
+
+@attrs.frozen
+class OddPatch(Generic[T]):
+    e: T = attrs.field(default=UNSET)
+    a: Annotated[int | UnsetType, msgspec.Meta(gt=0)] = UNSET
+    b: Maybe = UNSET
+    c: Any = UNSET
+    d: Final[int | UnsetType] = UNSET
+
+
+@dataclasses.dataclass
+class OddDataPatch:
+    a: Annotated[int | UnsetType, msgspec.Meta(gt=0)] = UNSET
+    b: Maybe = UNSET
+
+
+class OddStructPatch(msgspec.Struct):
+    a: Annotated[int | UnsetType, msgspec.Meta(gt=0)] = UNSET
+    b: Maybe = UNSET
+
+
+@pytest.mark.parametrize("payload", [{}, {"a": 1}, {"b": 1}])
+@pytest.mark.parametrize("cls", [OddPatch[int | UnsetType], OddDataPatch, OddStructPatch])
+def test_a_field_may_be_absent_however_its_type_is_written(cls: Any, payload: Any) -> None:
+    """It is neither null nor an error on the way out; its constraints count."""
+    value = read(payload, cls)
+    assert written(value, cls) == written(value) == payload
+    assert errors({"a": 0}, cls) == [(".a", "expected int >= 1")]
+
+
 @pytest.mark.parametrize(
     ("annotation", "payload", "value"),
     [
@@ -291,6 +323,10 @@ WRITE_UNSET = "write x: int | UnsetType = UNSET in a class, NotRequired[int] in 
         dict[str, int | UnsetType],
         attrs.make_class("A", {"x": attrs.field(type=int | UnsetType)}),
         attrs.make_class("A", {"x": attrs.field(type=int | UnsetType, default=None)}),
+        attrs.make_class(
+            "A", {"x": attrs.field(type=Annotated[int | UnsetType, msgspec.Meta(gt=0)])}
+        ),
+        attrs.make_class("A", {"x": attrs.field(type=Maybe)}),
         msgspec.defstruct("S", [("x", int | UnsetType)]),
         dict_type("D", {"x": int | UnsetType}),
     ],
