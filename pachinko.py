@@ -305,7 +305,7 @@ def invalid_payload(type: str, errors: Iterable[dict[str, str]]) -> MessageError
 _TIMES: set[Any] = {datetime, date, time_of_day, timedelta}
 _LEAVES: set[Any] = {str, int, float, bool, types.NoneType, bytes, UUID, Decimal, *_TIMES}
 _UNIONS: tuple[Any, ...] = (Union, types.UnionType)
-_QUALIFIERS = ("Final", "NotRequired", "ReadOnly", "Required")  # by name: two modules have them
+_QUALIFIERS = ("Final", "NotRequired", "ReadOnly", "Required")  # two modules have each of them
 # The packages with metadata that is meant to be enforced: attrs has validators, for one.
 _ENFORCERS = frozenset({"annotated_types", "attr", "beartype", "msgspec", "pydantic"})
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -748,7 +748,7 @@ _BRACKETS_AND_IDS = re.compile(
     rf'|(?:(?!{_ID}\s*+:){_STRING}?|[^][{{}}"]++)++',
     re.DOTALL,
 )
-_MAX_STEPS = 20_000  # that look for the id of a frame that is no JSON: some 20 milliseconds
+_MAX_STEPS = 20_000  # brackets passed on the search for an id: some 20 milliseconds
 _RESERVED = frozenset({"error", "complete", "gap", "resume", "authenticate"})
 _EXACT: dict[Any, Callable[[Any], Any]] = {  # classes, and what makes one of a subclass's value
     str: str.__str__,
@@ -988,7 +988,7 @@ def _check_defaults(cls: Any) -> None:
     """Raise `PachinkoError` for a default that all objects of *cls* share and one may change."""
     for field in attrs.fields(cls) if attrs.has(cls) else ():  # dataclasses do this themselves
         default, name = field.default, field.name
-        if type(default).__hash__ is None:  # as dataclasses tell what is mutable
+        if type(default).__hash__ is None:  # Dataclasses tell a mutable one like this.
             kind = type(default).__name__
             is_empty = type(default) in (list, dict, set) and not default
             factory = kind if is_empty else f"lambda: {kind}(...)"
@@ -1055,7 +1055,7 @@ def unsendable(
     for step, part, inner in parts:
         try:
             encode(unstructure(part, inner))
-        except Exception as exc:  # as above
+        except Exception as exc:  # A hook may raise anything.
             return unsendable(part, inner, exc, unstructure, path + step)
     return path, _class_name(value), reason
 
@@ -1116,7 +1116,7 @@ class Shape:
     keys: set[str]
     required: set[str]
     literals: dict[str, list[Any]]  # the values of the keys with a `Literal`
-    tags: set[str] = attrs.Factory(set)  # those of the keys that tell this type from another
+    tags: set[str] = attrs.Factory(set)  # the keys that tell this type from another
 
     def takes(self, value: Mapping[str, Any], key: str) -> bool:
         """Tell whether *value* has one of the right values under *key*."""
@@ -1163,7 +1163,7 @@ def items_of(t: Any, converter: cattrs.Converter) -> list[Item]:
         hints, required = class_of(t).__annotations__, class_of(t).__required_keys__
         found = [(key, key, hint, key in required) for key, hint in hints.items()]
     overrides: dict[str, Any] = {}
-    with contextlib.suppress(Exception):  # what only goes out may have no hook to come in
+    with contextlib.suppress(Exception):  # A type that only goes out may have no hook.
         overrides = getattr(converter.get_structure_hook(t), "overrides", {})
     keys = {name: each.rename for name, each in overrides.items()}
     omitted = {name for name, each in overrides.items() if each.omit}
@@ -1418,7 +1418,7 @@ def leaf_hook_of(t: Any) -> Hook:
 
 def _union_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of a union that goes by the JSON kind of the value."""
-    groups: dict[Any, list[Any]] = {}  # by NoneType, list, dict, or None for any other kind
+    groups: dict[Any, list[Any]] = {}  # The kinds are NoneType, list, dict and None.
     for member in union_members(t):
         kinds = {u if u is types.NoneType else kind_of(bare_type(u))
                  for u in union_members(bare_type(member))}  # fmt: skip
@@ -1794,7 +1794,7 @@ def _checked(field: Any, converter: cattrs.Converter) -> Any:
 #
 # The codec turns JSON values into what handlers take, and what handlers return into JSON.
 
-_FORMS = {  # by name: typing_extensions has them too
+_FORMS = {  # names, because typing_extensions has the same forms
     "Callable": "take a name, and look the function up",
     "Collection": "write list[int], say", "Iterable": "write list[int], say",
     "Iterator": "write list[int], say", "LiteralString": "write str",
@@ -1976,7 +1976,7 @@ class Codec:
         try:  # This may succeed: cattrs' hasty hook fails if a keyword-only field comes first.
             with budget.limited():
                 return self.converter.structure(payload, annotation)
-        except (Exception, SystemExit) as exc:  # the same failure, with every wrong field
+        except (Exception, SystemExit) as exc:  # It has failed again, and lists every wrong field.
             key = functools.partial(key_of, converter=self.converter)
             refused = invalid_payload(type, explain(bare(exc), key_of=key))
         raise refused
@@ -2009,7 +2009,7 @@ class Codec:
             raise
         except RecursionError:
             raise TypeError("$.payload: nested too deeply, or a part of itself") from None
-        except Exception as exc:  # as above
+        except Exception as exc:  # A hook may raise anything.
             path, what, reason = unsendable(payload, shape, exc, self.converter.unstructure)
         raise TypeError(f"{path}: cannot send a {what}") from reason
 
@@ -2126,7 +2126,7 @@ def resolve(function: Any, annotation: Any, namespaces: Namespaces) -> Any:
     locals_ = dict(namespaces[1]) if own is namespaces[0] and "<locals>" in name else {}
     names = getattr(getattr(inner, "__code__", None), "co_freevars", ())
     for variable, cell in zip(names, getattr(inner, "__closure__", None) or (), strict=False):
-        with contextlib.suppress(ValueError):  # it has no value yet
+        with contextlib.suppress(ValueError):  # The variable has no value yet.
             locals_[variable] = cell.cell_contents
     for layer in found:
         owner = getattr(layer, "__self__", layer)
@@ -2321,7 +2321,7 @@ def check_path_types(
         try:
             if each.annotation is not _EMPTY:
                 t = resolve(function, each.annotation, namespaces)
-        except Exception as exc:  # as of any annotation
+        except Exception as exc:  # An annotation may raise anything.
             raise PachinkoError(
                 f"{place_of(function)} takes `{as_code(each)}`: {why(exc)}"
             ) from exc
@@ -2365,7 +2365,7 @@ class Handler:
     returns: Any  # the declared type of a reply or of a stream's item, or None
     streams: bool
     is_concurrent: bool  # runs in a task of its own, as all streams do
-    writers: dict[Any, Writer] = attrs.Factory(dict)  # by the class of a returned value
+    writers: dict[Any, Writer] = attrs.Factory(dict)  # a key is the class of a returned value
     hints: set[str] = attrs.Factory(set)  # the parameters about which a hint was logged
 
     @property
@@ -2676,7 +2676,7 @@ class Routes:
     errors: dict[type[Exception], Callable[..., Awaitable[Any]]] = attrs.Factory(dict)
     workers: list[Callable[[], Awaitable[None]]] = attrs.Factory(list)
     leases: dict[str, Callable[[], Awaitable[None]]] = attrs.Factory(dict)  # workers, by lease
-    providers: dict[Any, Provider] = attrs.Factory(dict)  # by the type that they provide
+    providers: dict[Any, Provider] = attrs.Factory(dict)  # a key is the type that is provided
     is_scoped: bool = False  # there is a middleware or a provider: each message has a context
     frames: list[FrameClass] = attrs.Factory(list)  # the classes of what `decode` returns
     # `decode` reads a text frame of a known type. A validator in a payload may raise anything.
@@ -2757,7 +2757,7 @@ def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> N
 _PROVIDE = "@ws.provide\nasync def session(conn) -> AsyncIterator[Session]:\n    yield ..."
 _ITERATORS = (AsyncIterator, AsyncIterable, AsyncGenerator)
 _ENDED = object()  # no coroutine yields it
-_AROUND = (*_ITERATORS, Iterator, Iterable, Generator)  # what an annotation has around its type
+_AROUND = (*_ITERATORS, Iterator, Iterable, Generator)  # they stand around the provided type
 
 
 class Contexts:
@@ -2845,7 +2845,7 @@ class Provider:
     """A function that makes the value of a type, for each call that takes it."""
 
     function: Callable[..., Any]
-    takes: dict[str, Provider]  # what makes its own keyword-only parameters, by name
+    takes: dict[str, Provider]  # providers of its own parameters, by name
     # For a generator it returns a context manager. Otherwise it is None.
     manage: Callable[..., contextlib.AbstractAsyncContextManager[Any]] | None
 
@@ -3023,7 +3023,7 @@ class Origins:
     """The origins that one endpoint lets in, beside the request's own host."""
 
     allowed: frozenset[Origin]  # the host ``*.example.com`` stands for all subdomains
-    opaque: frozenset[str]  # those of `_OPAQUE`
+    opaque: frozenset[str]  # the origins of `_OPAQUE` that are let in
     takes_all: bool
     trust_forwarded: bool
 
@@ -3292,7 +3292,7 @@ class Waiting:
     written: asyncio.Future[bool] | None = None  # tells a sender that waits whether it was
     size: int = 0  # the bytes of a hub's message; 0 for all else, which is never dropped
     group: str | None = None
-    close: Close | None = None  # what Falcon's socket writes instead of *event*
+    close: Close | None = None  # Falcon's socket writes it instead of *event*
 
     def end(self, is_written: bool) -> None:
         """Tell the sender whether the event was written, if it still waits to know."""
@@ -3958,7 +3958,7 @@ class Connection:
     id: str  # unique across processes, and public: never a credential
     outgoing: Outgoing  # the library's own, not for applications
     subprotocol: str | None = None  # the one that was chosen of those that the client offers
-    headers: Sequence[Header] = ()  # what `add_header` has added to the handshake's answer
+    headers: Sequence[Header] = ()  # added by `add_header`, for the handshake's answer
     _user: str | None = None
     _expires_at: float | None = None
     _expiry: asyncio.TimerHandle | None = None
@@ -4112,7 +4112,7 @@ _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 Deliver = Callable[[str, bytes], Awaitable[None]]
 Lost = Callable[["BaseException | None"], None]
 Sending = Coroutine[Any, Any, None]  # PERF: it is passed on, not awaited by each function
-Given = Union[str, "Backplane", None]  # what names a broker: a URL, or what carries the messages
+Given = Union[str, "Backplane", None]  # a broker's URL, or a transport
 
 
 class Backplane(typing.Protocol):
@@ -4260,7 +4260,7 @@ class Registry:
     """
 
     def __init__(self, relay: Relay, process: str) -> None:
-        self.connections: dict[str, Connection] = {}  # those that have authenticated, by id
+        self.connections: dict[str, Connection] = {}  # authenticated ones, by id
         self.groups: dict[str, dict[Connection, Outgoing]] = {}  # members, by the group's name
         self.users: dict[str, dict[Connection, Outgoing]] = {}
         self._tables = {Kind.GROUP: self.groups, Kind.USER: self.users}
@@ -5150,9 +5150,9 @@ class Session:
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
         self._is_serving = False  # messages are handled
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
-        self.ends: tuple[End, ...] = ()  # of the connect handlers, in their order
+        self.ends: tuple[End, ...] = ()  # ends of connect handlers, in order
         self._streams: dict[Id, Stream] = _NONE
-        self._contexts: Contexts | None = None  # of messages, if these have their own
+        self._contexts: Contexts | None = None  # None if messages have no context of their own
         self._rate = Rate(*limits.rate) if limits.rate is not None else None
         self._life: TimeLimit | None = None  # bounds the code in progress
         self._ended: float = 0.0  # when messages ceased to flow, on the loop's clock

@@ -87,7 +87,7 @@ class Broker:
     """The parts of a broker's URL."""
 
     scheme: str
-    hosts: str  # as in the URL, without the credentials
+    hosts: str  # the URL's hosts, without the credentials
     credentials: tuple[str, str | None] | None = attrs.field(repr=False)  # or a token and None
     options: dict[str, str] = attrs.field(repr=False)  # all but the namespace
     namespace: str | None
@@ -225,7 +225,7 @@ class Nats:
         self._settings.update(_nats_settings(broker))
         self._client: Any = None
         self._subscriptions: dict[str, Any] = {}
-        self._bucket: Any = None  # of the leases, once it was opened
+        self._bucket: Any = None  # It holds the leases, once it was opened.
         self._refusals: list[str] = []  # permission errors, each for one message
         self._round_trip: asyncio.Task[None] | None = None  # the next one, shared by new calls
         self._round_trips: set[asyncio.Task[None]] = set()
@@ -551,7 +551,7 @@ class Redis:
         self._connections = [self._publishing, self._subscribed]
         opens = (connection.open() for connection in self._connections)
         for failure in await asyncio.gather(*opens, return_exceptions=True):
-            if failure is not None:  # it is raised now, when neither is still being opened
+            if failure is not None:  # Neither is still being opened now.
                 raise failure
         mode = b""
         with contextlib.suppress(ResponseError):  # a server before 6.0 has no HELLO
@@ -972,7 +972,7 @@ class Lease:
     def __init__(self, broker: Nats | Redis, link: Link, key: str, process: str) -> None:
         self._broker, self._link, self._key, self._process = broker, link, key, process
         self._token = self._new_token()
-        self._session, self._answered = 0, -math.inf  # of the broker's latest answer
+        self._session, self._answered = 0, -math.inf  # the broker's latest answer: session and time
         self._failures = 0  # requests in a row that have failed with a connection
         self._is_lost, self._is_kept = False, False
         self._turn = asyncio.Lock()  # for workers of one name on endpoints without a path
@@ -1097,7 +1097,7 @@ class Lease:
 _QUESTIONS = {Kind.GROUP: "who", Kind.USER: "whose"}  # older processes know the first one only
 _FORMAT = 1  # the number of their format; older processes read no other
 _LONGEST_NAME = 120  # characters in a subject, which is part of a line of at most 4 KiB in NATS
-Address = tuple[Kind, str]  # what a subject is for; a connection has its process as a name
+Address = tuple[Kind, str]  # the receivers of a subject; a connection has its process as a name
 
 
 class PeerMessage(msgspec.Struct, omit_defaults=True):
@@ -1232,7 +1232,7 @@ class Cluster(pachinko.Relay):
         self._work: set[asyncio.Task[None]] = set()  # sends that no caller waits for
         self._asks: dict[int, asyncio.Queue[PeerMessage]] = {}  # answers, by question
         self._gaps: dict[str, dict[pachinko.Connection, pachinko.Outgoing]] = {}  # to get one
-        self._leases: dict[str, Lease] = {}  # by the names of workers
+        self._leases: dict[str, Lease] = {}  # a key is the name of a worker
         self._unread: dict[Address, frozenset[str]] = {}  # ids that got a gap for unread messages
 
     def start(self, registry: Registry, process: str) -> None:
