@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import socket
+import types
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,8 +23,17 @@ from pachinko import Connection, Session
 PATIENCE = 15  # seconds: for what takes milliseconds, on a slow and noisy machine
 
 
+def _soon(seconds: float) -> Any:
+    return asyncio.sleep(seconds / 10)
+
+
+# uvicorn looks every 0.1 seconds whether it has to end, and once more at its end. Thousands of
+# servers, each for one test, would wait for minutes in all.
+uvicorn.server.asyncio = types.SimpleNamespace(**{**vars(asyncio), "sleep": _soon})  # type: ignore[attr-defined]  # no public name
+
+
 class Server:
-    """A uvicorn that runs in the loop of the test."""
+    """A uvicorn that runs in the loop of the test, and is quick to see that it has to end."""
 
     def __init__(self, app: Any, **options: Any) -> None:
         self.socket = socket.create_server(("127.0.0.1", 0))

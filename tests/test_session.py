@@ -1592,7 +1592,7 @@ REFUSED = [
 
 def refusing() -> Pachinko:
     """An endpoint that refuses in many ways."""
-    ws = endpoint(max_concurrent=1)
+    ws = endpoint(linger=0.0, max_concurrent=1)
 
     @ws.on("sum")
     async def add(conn: Connection, *, a: int) -> int:

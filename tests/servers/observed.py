@@ -214,7 +214,7 @@ SERVERS = [
         sigterm_seen=1011,
         sigterm_codes=(1006,),
         ends="after the whole grace period",
-        hung_ends="after the whole grace period",
+        hung_ends="after `connect_timeout`",
         violation="no close frame",
         failures=(BAD_KEY, VERSION, PING_WITHIN, BFINAL, LAX_OFFER),
     ),

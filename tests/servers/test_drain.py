@@ -216,4 +216,4 @@ async def test_sigterm(server: Draining) -> None:
 def test_the_commands() -> None:
     """They are on the page as they are run here."""
     assert f"\n{UVICORN.removeprefix('-m ')}\n" in DOCS
-    assert DOCS.count("`python serve.py`") == 1
+    assert DOCS.count("`python3 serve.py`") == 1

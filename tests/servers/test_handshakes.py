@@ -112,7 +112,5 @@ async def test_sigterm_while_a_connect_handler_hangs(
         case "after `connect_timeout`":
             assert CONNECT_TIMEOUT * 0.75 < took < GRACE
             assert "hang ends" in doomed.events(room)
-        case "after the whole grace period":
-            assert took > GRACE
         case _:
             assert took < GRACE
