@@ -57,8 +57,8 @@ Map: each section, what it is for, and those above it that it uses.
     handshake — who may connect: origins and tokens (uses: errors)
     limits — time, rate and the options that bound a connection (uses: errors)
     outbox — what waits to be written to one client (uses: envelope and message)
-    outgoing — writes to one connection, or one event to many (uses: errors, scope, handshake,
-        limits, outbox)
+    outgoing — writes to one connection, or one event to many (uses: errors, handshake, limits,
+        outbox)
     incoming — the reading half (uses: errors, envelope and message, handshake, outgoing)
     connection — what a handler gets (uses: errors, envelope and message, handshake, outbox)
     registry and relay — this process and all others (uses: errors, limits, outgoing, connection)
@@ -1084,10 +1084,11 @@ def _parts_of(value: Any, t: Any) -> Iterator[tuple[str, Any, Any]]:
             if part is not UNSET:
                 yield _step(getattr(field, "alias", field.name)), part, hints.get(field.name)
     elif is_struct(type(value)):
-        for field in msgspec.structs.fields(value):
-            if (part := getattr(value, field.name)) is not UNSET:
-                inner = None if free_variables(field.type) else field.type
-                yield _step(field.encode_name), part, inner
+        yield from [
+            (_step(field.encode_name), part, None if free_variables(field.type) else field.type)
+            for field in msgspec.structs.fields(value)
+            if (part := getattr(value, field.name)) is not UNSET
+        ]
     elif isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
         is_fixed = class_of(t) is tuple and Ellipsis not in args
         inner = args if is_fixed else args[:1] * len(value)
@@ -3408,11 +3409,11 @@ def rest_of(steps: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, A
 
 def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """Start a detached task. From Python 3.12 on, run it up to where it first waits."""
+    loop, context = asyncio.get_running_loop(), contextvars.Context()
     if sys.version_info >= (3, 12):
-        loop, context = asyncio.get_running_loop(), contextvars.Context()
         return asyncio.Task(coroutine, loop=loop, eager_start=True, context=context)
     else:
-        return create_task(coroutine, is_detached=True)
+        return asyncio.Task(coroutine, loop=loop, context=context)
 
 
 # Only these three functions have Falcon's private names, which `tests/test_falcon_names.py` pins.
