@@ -149,7 +149,7 @@ async def test_a_process_that_is_killed_is_replaced(kind: BrokerKind) -> None:
 async def test_a_process_that_is_paused_is_replaced(kind: BrokerKind, loop: str) -> None:
     """When it wakes, its worker is cancelled before it goes on."""
     if loop == "uvloop":
-        pytest.importorskip("uvloop")
+        pytest.importorskip("uvloop", reason="uvicorn brings it, but not everywhere")
     async with cluster(kind, 2, loop) as them:
         first = await them.runner()
         first.signal(signal.SIGSTOP)
