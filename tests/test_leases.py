@@ -799,7 +799,8 @@ class Uvicorn:
 
     def __init__(self, folder: Path, *command: str, **environment: str) -> None:
         self.command = command
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        path = os.pathsep.join((str(folder), str(ROOT)))
+        self.environment = {**os.environ, "PYTHONPATH": path, **environment}
         self.folder, self.output = folder, ""
 
     async def __aenter__(self) -> Uvicorn:
