@@ -485,10 +485,15 @@ async def by_a_helper(conn: Connection) -> None:
     await asyncio.create_task(by_send(conn))
 
 
+async def by_a_task(conn: Connection) -> None:
+    await asyncio.sleep(0)  # An eager task would fail before its group has another.
+    await by_send(conn)
+
+
 async def by_a_group(conn: Connection) -> None:
     async with asyncio.TaskGroup() as group:
-        group.create_task(by_send(conn))
-        group.create_task(by_send(conn))
+        group.create_task(by_a_task(conn))
+        group.create_task(by_a_task(conn))
 
 
 SENDS = [by_send, by_falcon, by_falcons_media, by_a_helper, by_a_group]
@@ -611,6 +616,7 @@ async def test_a_worker_that_cancels_itself_ends(caplog: pytest.LogCaptureFixtur
 
 
 async def fail(exc: BaseException) -> None:
+    await asyncio.sleep(0)  # An eager task would fail before its group has another.
     raise exc
 
 
