@@ -914,7 +914,8 @@ def decode_or_error(text: str) -> Frame | BadFrame:
     except UnicodeError:
         return BadFrame("invalid_json", "half of a surrogate pair is no text", id_in(text))
     except msgspec.MsgspecError as exc:
-        return BadFrame("invalid_json", str(exc), id_in(text))
+        what, _, _ = str(exc).partition(" - at ")  # where a number is too large: `$[...]`
+        return BadFrame("invalid_json", what, id_in(text))
     id = value.get("id") if type(value) is dict else None
     is_wrong = id is not None and type(id) not in (str, int)
     if type(value) is not dict:
@@ -2347,7 +2348,6 @@ _VERBS = "|".join(map(re.escape, falcon.constants.COMBINED_METHODS))
 _RESPONDER = re.compile(rf"on_({_VERBS})(_.+)?", re.IGNORECASE)  # with a suffix of `add_route`, too
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-_PAYLOADS = {dict, list, *_LEAVES} - {types.NoneType}  # no connection is annotated like this
 End = Callable[["Connection"], Awaitable[None]]
 AddEnd = Callable[[End], None]  # takes what has to run when the connection is over
 DISCONNECT = "@ws.disconnect\nasync def leave(conn): ..."  # shown in errors
@@ -2537,7 +2537,7 @@ def _split_parameters(
             f"takes the payload whole and by fields; {above if any(map(is_own, types_)) else ''}"
             f"write `(conn, {listed(positional[1:])})` or `(conn, *, {listed(fields)})`"
         )
-    elif first in _PAYLOADS or message_type(first) is not None:
+    elif is_payload(first):
         own = str(as_code(positional[0]))
         refused = f"takes `{own}` first, where the connection comes; "
         refused += f"write `async def {name}(conn, {own})`"
@@ -2552,6 +2552,13 @@ def is_own(t: Any) -> bool:
         return any(map(is_own, get_args(t)))
     is_plain = getattr(class_of(t), "__module__", None) in ("builtins", "collections.abc")
     return not (is_plain or t in (Any, object) or is_leaf(t))
+
+
+def is_payload(t: Any) -> bool:
+    """Tell whether *t* is a type of payloads, so that no connection is annotated with it."""
+    if is_leaf(t) or class_of(t) in (dict, list, set, tuple):
+        return t is not types.NoneType
+    return declares_fields(t) and not hasattr(class_of(t), "send")  # as a connection has
 
 
 def path_parameters(path: str) -> list[str]:
@@ -2576,7 +2583,10 @@ def read_connect(
     first, named = parameters[:1], parameters[1 : -1 if takes_all else None]
     unknown = [p for p in named if path and p.name not in known and p.default is _EMPTY]
     bad = [p for p in named if p.kind in (p.POSITIONAL_ONLY, *_VARIADIC)] or unknown
-    if not first or first[0].kind not in _POSITIONAL or bad:
+    takes_conn = bool(first) and first[0].kind in _POSITIONAL
+    if takes_conn:
+        takes_conn = not is_payload(known_type(function, first[0].annotation, namespaces))
+    if not takes_conn or bad:
         what = f"takes {listed(bad)}" if bad else "takes no connection"
         has = f"; {path} has {', '.join(known) or 'no parameters'}" if path else ""
         raise mistake(function, what + has, example)

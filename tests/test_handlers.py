@@ -702,10 +702,17 @@ def test_a_plain_class_is_told_what_it_lacks() -> None:
     assert "put @attrs.frozen above Plain" in refusal(lambda: registered(function))
 
 
-@pytest.mark.parametrize("source", ["f(msg: str)", "f(text: dict, conn)", "f(n: int, *, a: int)"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "f(msg: str)", "f(text: dict, conn)", "f(n: int, *, a: int)", "f(n: list[int])",
+        "f(at: int | None)", "f(a: Say)", "f(a: Point)", "f(a: DataPlain)", "f(a: set[str])",
+    ],
+)  # fmt: skip
 def test_a_forgotten_connection_is_noticed(source: str) -> None:
     """A first parameter that is annotated as a payload stands where the connection belongs."""
-    text = refusal(lambda: registered(build(f"async def {source}: ...")))
+    names = {each.__name__: each for each in (Say, Point, DataPlain)}
+    text = refusal(lambda: registered(build(f"async def {source}: ...", **names)))
     first = source[2:].partition(",")[0].rstrip(")")
     assert text.endswith(
         f"takes `{first}` first, where the connection comes; write `async def f(conn, {first})`"
@@ -826,6 +833,8 @@ class Conn:
         ("conn, room, /", "takes room; "),
         ("conn, *args", "takes *args; "),
         ("", "takes no connection; /ws/{room}/{n:int} has room, n; write\n"),
+        ("room: str, n: int", "takes no connection; "),
+        ("name: str", "takes no connection; "),
         ("*, room", "takes no connection; "),
         ("**params", "takes no connection; "),
         ("*args", "takes no connection; "),
