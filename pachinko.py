@@ -555,18 +555,16 @@ def limits_of(t: Any) -> list[tuple[str, Any]]:
 
 def _limits_in(piece: Any) -> Iterator[tuple[str, Any]]:
     """Yield the constraints in one piece of metadata. Raises `TypeError` if it is not known."""
-    cls: Any = piece if isinstance(piece, type) else type(piece)
     limits = [("", None)]
     if isinstance(piece, msgspec.Meta):
         limits = [*cast(Any, piece).__rich_repr__()]
-    elif cls is not piece and hasattr(cls, "__is_annotated_types_grouped_metadata__"):
+    elif hasattr(type(piece), "__is_annotated_types_grouped_metadata__"):
         for each in cast(Any, piece):
             yield from _limits_in(each)
         return
-    elif cls is not piece and dataclasses.is_dataclass(piece):
+    elif dataclasses.is_dataclass(type(piece)):
         limits = [(f.name, getattr(piece, f.name)) for f in dataclasses.fields(piece)]
-    packages = {base.__module__.partition(".")[0] for base in cls.__mro__}
-    for name, bound in limits if packages & _ENFORCERS else ():
+    for name, bound in limits if packages_of(piece) & _ENFORCERS else ():
         if name not in _LIMITS and name not in _DESCRIPTIONS:
             raise TypeError(
                 f"{piece!r} in Annotated is not enforced; write msgspec.Meta(gt=0), say, or an "
@@ -574,6 +572,12 @@ def _limits_in(piece: Any) -> Iterator[tuple[str, Any]]:
             )
         if name in _LIMITS:
             yield name, bound
+
+
+def packages_of(value: Any) -> set[str]:
+    """Return the packages of *value*, or of its class, and of all base classes."""
+    mro = (value if issubclass(type(value), type) else type(value)).__mro__
+    return {str(cls.__module__).partition(".")[0] for cls in mro}
 
 
 def checks_of(t: Any) -> list[Check]:
@@ -1708,7 +1712,7 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
 
 def _check_constructor(cls: Any, fields: Iterable[Any]) -> None:
     """Raise unless *cls* can be made of its fields."""
-    if is_model(cls):  # With @attrs.frozen above it, a model would no longer validate.
+    if "pydantic" in packages_of(cls):  # With @attrs.frozen above it, a model would no longer validate.
         raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {cls!r}", cls)
     needed = [getattr(f, "alias", f.name) for f in fields if f.init and is_required(f)]
     try:
@@ -1717,11 +1721,6 @@ def _check_constructor(cls: Any, fields: Iterable[Any]) -> None:
     except TypeError as exc:
         why = f"{exc}; give what is no field (an InitVar, say) a default"
         raise TypeError(f"{cls.__name__} cannot be made of its fields: {why}") from None
-
-
-def is_model(cls: Any) -> bool:
-    """Tell whether *cls* is a class of pydantic's."""
-    return any(base.__module__.partition(".")[0] == "pydantic" for base in cls.__mro__)
 
 
 def _struct_hook(t: Any, converter: cattrs.Converter) -> Hook:
@@ -1892,7 +1891,7 @@ def advise(t: Any) -> str:
         return f"{name} is no JSON value; {_FORMS[form]}"
     if cls is None and {Any, object} & {*get_args(t)}:
         return f"{name} takes all that Any does; write Any"
-    if cls and is_model(cls):
+    if "pydantic" in packages_of(cls):
         return f"{name} is a pydantic model; register the hook for models in docs/payloads.md"
     if getattr(cls, "_is_protocol", False):
         return f"{name} is a protocol, of which no object is made; write a class for its fields"
@@ -2169,12 +2168,6 @@ def admits(annotation: Any, cls: Any) -> bool:
         return is_any or issubclass(cast(type, cls), class_of(t))
     except Exception:  # A typed dict, a literal, a protocol, or a ``type`` that names nothing.
         return False
-
-
-def packages_of(value: Any) -> set[str]:
-    """Return the packages of *value*, or of its class, and of all base classes."""
-    mro = (value if issubclass(type(value), type) else type(value)).__mro__
-    return {str(cls.__module__).partition(".")[0] for cls in mro}
 
 
 def default_refusal(parameter: inspect.Parameter, annotation: Any) -> str | None:
