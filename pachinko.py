@@ -2290,7 +2290,10 @@ def _is_sendable(t: Any) -> bool:
 
 
 def path_types(path: str, app: Any) -> dict[str, Any]:
-    """Return by name what Falcon makes of the parameters of *path*: a type, or `Any` if unknown."""
+    """Return by name what Falcon makes of the parameters of *path*: a type, or `Any` if unknown.
+
+    *path* is a URI template, such as ``/ws/{room}/{n:int}``.
+    """
     found = dict[str, Any]()
     for name, converter in re.findall(r"\{([a-zA-Z_]\w*)(?::(\w+))?", path):
         found[name] = Any if converter else str
@@ -2547,11 +2550,6 @@ def is_own(t: Any) -> bool:
     return not (is_plain or t in (Any, object) or is_leaf(t))
 
 
-def path_parameters(path: str) -> list[str]:
-    """Return the names in a Falcon URI template: room and n in ``/ws/{room}/{n:int}``."""
-    return re.findall(r"\{([a-zA-Z_]\w*)", path)
-
-
 def read_connect(
     function: Callable[..., Any], path: str | None, kind: str = "connect", *,
     namespaces: Namespaces = _NOWHERE, app: Any = None,
@@ -2561,21 +2559,20 @@ def read_connect(
     Returns a function that passes it the parameters. Of a generator it runs the part before the
     ``yield``, and gives the part behind it to *add_end*, its second argument.
     """
-    known = path_parameters(path or "")
-    example = f"@ws.{kind}\nasync def arrive({', '.join(['conn', *known])}): ..."
+    # What an `app.add_route` or some converters give is known when a client connects.
+    made = path_types(path or "", app)
+    example = f"@ws.{kind}\nasync def arrive({', '.join(['conn', *made])}): ..."
     check_function(function, example, None, streams=kind == "connect")
     parameters = list(signature_of(function).parameters.values())
     takes_all = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
     first, named = parameters[:1], parameters[1 : -1 if takes_all else None]
-    unknown = [p for p in named if path and p.name not in known and p.default is _EMPTY]
+    unknown = [p for p in named if path and p.name not in made and p.default is _EMPTY]
     bad = [p for p in named if p.kind in (p.POSITIONAL_ONLY, *_VARIADIC)] or unknown
     if not first or first[0].kind not in _POSITIONAL or bad:
         what = f"takes {listed(bad)}" if bad else "takes no connection"
-        has = f"; {path} has {', '.join(known) or 'no parameters'}" if path else ""
+        has = f"; {path} has {', '.join(made) or 'no parameters'}" if path else ""
         raise mistake(function, what + has, example)
     names, own = {p.name for p in named}, first[0].name
-    # What an `app.add_route` or some converters give is known when a client connects.
-    made = path_types(path or "", app)
     check_path_types(function, named, made, path, namespaces)
     is_checked = path is not None and Any not in made.values()
     yields = is_stream(function)
@@ -6228,7 +6225,7 @@ class Pachinko(Lifecycle):
         function = with_provided(function, self._routes.providers, namespaces)
         if (first := self._routes.handlers.get(type)) is not None:
             refuse_second(first.function, function, repr(type))
-        params, codec = path_parameters(self._path or ""), self._hub.state.codec
+        params, codec = path_types(self._path or "", self._app), self._hub.state.codec
         return read_handler(type, function, codec, namespaces, cls, params, concurrent)
 
     def _add_checked(self, *handlers: Handler) -> None:
