@@ -2346,7 +2346,6 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _PAYLOADS = {dict, list, *_LEAVES} - {types.NoneType}  # no connection is annotated like this
 End = Callable[["Connection"], Awaitable[None]]
 AddEnd = Callable[[End], None]  # takes what has to run when the connection is over
-DISCONNECT = "@ws.disconnect\nasync def leave(conn): ..."  # shown in errors
 
 
 @attrs.frozen(eq=False)
@@ -2693,26 +2692,10 @@ class Routes:
         self.decode = decoder_of(self.frames)
         return self.decode(text)
 
-    def add_middleware(self, function: Callable[..., Awaitable[Any]]) -> None:
-        """Put *function* around messages, inside of the others."""
-        self.middleware.append(function)
-        self.is_scoped = True
-
-    def add_provider(self, t: Any, provider: Provider) -> None:
-        """Pass what *provider* makes to the handlers that take a *t*."""
-        self.providers[t] = provider
-        self.is_scoped = True
-
-    def set(self, name: str, function: F, example: str, what: str) -> F:
-        """Check and set the one function for *name*; refuse a second one. Returns *function*."""
-        check_function(function, example, 2)
+    def set(self, name: str, function: Callable[..., Any], what: str) -> None:
+        """Set the one function for *name*, or refuse a second one."""
         refuse_second(getattr(self, name), function, what)
         setattr(self, name, function)
-        return function
-
-    def set_optional(self, optional: bool) -> None:
-        """Set whether `authenticate` lets guests in."""
-        self.takes_guests = optional
 
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
         """Return the handler for the class of *exc* or its nearest base class, or None."""
@@ -6122,7 +6105,7 @@ class Pachinko(Lifecycle):
         within *connect_timeout* seconds. *f* may have one ``yield``: what stands behind it runs
         after the disconnect handlers, the last handler's first, or when a later one refuses.
         """
-        self._routes.connect.append(self._read_connect(function, caller_namespaces()))
+        self._routes.connect.append(self._read_end("connect", function, caller_namespaces()))
         return function
 
     def accepted(self, function: F = _NO_FUNCTION) -> F:
@@ -6131,13 +6114,8 @@ class Pachinko(Lifecycle):
         It takes path parameters as connect handlers do. `Close` closes; `falcon.HTTPError` closes
         with 3000 and its status, a bug with 1011. Disconnect handlers run in each case.
         """
-        self._routes.accepted.append(self._read_connect(function, caller_namespaces(), "accepted"))
+        self._routes.accepted.append(self._read_end("accepted", function, caller_namespaces()))
         return function
-
-    def _read_connect(self, function: Any, namespaces: Namespaces, kind: str = "connect") -> Any:
-        """Check *function* as a handler of that *kind*, without adding it."""
-        outer = with_provided(function, self._routes.providers, namespaces)
-        return read_connect(outer, self._path, kind, namespaces=namespaces, app=self._app)
 
     @typing.overload
     def authenticate(self, function: F) -> F: ...
@@ -6171,8 +6149,9 @@ class Pachinko(Lifecycle):
 
     def _set_authenticate(self, function: F, optional: bool) -> F:
         example = "@ws.authenticate\nasync def who(conn, token): ..."
-        self._routes.set("authenticate", function, example, "authenticate")
-        self._routes.set_optional(optional)
+        check_function(function, example, 2)
+        self._routes.set("authenticate", function, "authenticate")
+        self._routes.takes_guests = optional
 
         async def again(conn: Connection, payload: Any) -> None:
             if (token := token_of(payload)) is None:
@@ -6234,13 +6213,16 @@ class Pachinko(Lifecycle):
 
     def disconnect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn)`` once at the end, with ``conn.close_code`` and its groups."""
-        self._routes.disconnect.append(self._read_disconnect(function, caller_namespaces()))
+        self._routes.disconnect.append(self._read_end("disconnect", function, caller_namespaces()))
         return function
 
-    def _read_disconnect(self, function: Any, namespaces: Namespaces) -> Any:
+    def _read_end(self, kind: str, function: Any, namespaces: Namespaces) -> Any:
+        """Check *function* as a handler of one end of a connection, without adding it."""
         outer = with_provided(function, self._routes.providers, namespaces)
-        check_function(outer, DISCONNECT, 1)
-        return outer
+        if kind == "disconnect":
+            check_function(outer, "@ws.disconnect\nasync def leave(conn): ...", 1)
+            return outer
+        return read_connect(outer, self._path, kind, namespaces=namespaces, app=self._app)
 
     def fallback(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, frame: str)`` the text that no handler takes."""
@@ -6261,7 +6243,7 @@ class Pachinko(Lifecycle):
         outer = with_provided(function, self._routes.providers, namespaces)
         check_function(outer, example, 2)
         check_taken(outer, taken, namespaces, example, replies=False)
-        self._routes.set(name, outer, example, what)
+        self._routes.set(name, outer, what)
 
     def middleware(self, function: F = _NO_FUNCTION) -> F:
         """Put ``async def f(conn, envelope, call_next)`` around each message, in its own context.
@@ -6273,7 +6255,8 @@ class Pachinko(Lifecycle):
         """
         example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
         check_function(function, f"@ws.middleware\n{example}", 3)
-        self._routes.add_middleware(function)
+        self._routes.middleware.append(function)
+        self._routes.is_scoped = True
         return function
 
     def provide(self, function: F = _NO_FUNCTION) -> F:
@@ -6285,7 +6268,9 @@ class Pachinko(Lifecycle):
         call or the last item of a stream, and an error is raised at the ``yield``. ``async def
         f(conn) -> T`` has nothing to close. Raises `PachinkoError`.
         """
-        self._routes.add_provider(*read_provider(function, self._routes, caller_namespaces()))
+        t, provider = read_provider(function, self._routes, caller_namespaces())
+        self._routes.providers[t] = provider
+        self._routes.is_scoped = True
         return function
 
     def error(self, exception: type[Exception]) -> Callable[[F], F]:
@@ -6314,24 +6299,20 @@ class Pachinko(Lifecycle):
         disconnect handler; the last one also runs if `on_connect` has returned and a later connect
         handler refuses. Where one method is refused, nothing of the resource is added.
         """
-        namespaces = caller_namespaces()
-        handlers = list[Handler]()
-        connect, accepted, disconnect = list[Any](), list[Any](), list[Any]()
+        namespaces, handlers = caller_namespaces(), list[Handler]()
+        ends: dict[str, list[Any]] = {"connect": [], "accepted": [], "disconnect": []}
         for name, method in read_resource(prefix, resource):
-            if name == "connect":
-                connect.append(self._read_connect(method, namespaces))
-            elif name == "accepted":
-                accepted.append(self._read_connect(method, namespaces, name))
-            elif name == "disconnect":
-                disconnect.append(self._read_disconnect(method, namespaces))
+            if name in ends:
+                ends[name].append(self._read_end(name, method, namespaces))
             else:
                 type = f"{prefix}.{name}"
                 handlers.append(self._read_handler(type, method, namespaces, None, False))
         self._add_checked(*handlers)
         # The resource's own `on_disconnect`, if there is one, is the end of its `on_connect`.
-        self._routes.connect.extend(with_end(c, *disconnect) if disconnect else c for c in connect)
-        self._routes.accepted.extend(accepted)
-        self._routes.disconnect.extend(disconnect)
+        leave = ends["disconnect"]
+        self._routes.connect += [with_end(c, *leave) if leave else c for c in ends["connect"]]
+        self._routes.accepted += ends["accepted"]
+        self._routes.disconnect += leave
 
     async def on_websocket(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, /, **params: Any
