@@ -1712,7 +1712,7 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
 
 def _check_constructor(cls: Any, fields: Iterable[Any]) -> None:
     """Raise unless *cls* can be made of its fields."""
-    if "pydantic" in packages_of(cls):  # With @attrs.frozen above it, a model would no longer validate.
+    if "pydantic" in packages_of(cls):  # With @attrs.frozen on it, a model would not validate.
         raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {cls!r}", cls)
     needed = [getattr(f, "alias", f.name) for f in fields if f.init and is_required(f)]
     try:
