@@ -41,13 +41,14 @@ Map: each section, what it is for, and those above it that it uses.
     errors — whose fault something is, and what a client is told
     types — the types in annotations (uses: errors)
     envelope and message — frames and their JSON, `message` (uses: errors, types)
-    sending — which part of a payload cannot be sent (uses: errors, types, envelope and message)
     unions — the classes in a union, and what tells them apart (uses: errors, types, envelope and
         message)
+    sending — which part of a payload cannot be sent (uses: errors, types, envelope and message,
+        unions)
     structuring — the hooks that make what handlers take of JSON (uses: errors, types, envelope and
         message, unions)
     codec — JSON to what a handler takes, and back (uses: errors, types, envelope and message,
-        sending, unions, structuring)
+        unions, sending, structuring)
     signatures — what a function takes, and of which types (uses: errors, types, envelope and
         message, unions)
     handlers — what a registered function takes, and finding it (uses: errors, types, envelope and
@@ -1040,72 +1041,6 @@ def caller_namespaces() -> Namespaces:
     return frame.f_globals, dict(frame.f_locals)
 
 
-# ── sending ───────────────────────────────────────────────────────────────────────────────────
-#
-# A payload that cannot be sent is looked into, to tell a developer which part of it is why.
-
-
-def unsendable(
-    value: Any, t: Any, reason: Exception, unstructure: Callable[[Any, Any], Any],
-    path: str = "$.payload",
-) -> tuple[str, str, Exception]:  # fmt: skip
-    """Return path, class and error of the innermost part of *value*, a *t*, that cannot be sent."""
-    parts = _parts_of(value, t)
-    for key in value if isinstance(value, Mapping) else ():
-        try:
-            encode(unstructure({key: None}, None))
-        except Exception as exc:  # A hook may raise anything.
-            return path, f"{_class_name(key)} as a key", exc
-    for step, part, inner in parts:
-        try:
-            encode(unstructure(part, inner))
-        except Exception as exc:  # A hook may raise anything.
-            return unsendable(part, inner, exc, unstructure, path + step)
-    return path, _class_name(value), reason
-
-
-def _class_name(value: object) -> str:
-    """Return the name of the class of *value*, such as ``numpy.bool`` where Python has another."""
-    cls = type(value)
-    is_known = getattr(builtins, cls.__name__, cls) is cls
-    return cls.__name__ if is_known else f"{cls.__module__}.{cls.__name__}"
-
-
-def _parts_of(value: Any, t: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield step, value and declared type of each part of *value*, which is declared as *t*."""
-    t = bare_type(t)
-    args = [None if isinstance(arg, TypeVar) else arg for arg in get_args(t)]
-    if origin_of(t) in _UNIONS:
-        args = []
-    if isinstance(value, Mapping):
-        hints = typing.get_type_hints(t) if typing.is_typeddict(t) else {}
-        for key, part in value.items():
-            yield _step(key), part, hints.get(key, args[1] if len(args) == 2 else None)
-    elif (fields := fields_of(type(value))) is not None:
-        hints = {field.name: field.type for field in fields_of(t) or fields}
-        for field in fields:
-            part = getattr(value, field.name, None)
-            if part is not UNSET:
-                yield _step(getattr(field, "alias", field.name)), part, hints.get(field.name)
-    elif is_struct(type(value)):
-        yield from [
-            (_step(field.encode_name), part, None if free_variables(field.type) else field.type)
-            for field in msgspec.structs.fields(value)
-            if (part := getattr(value, field.name)) is not UNSET
-        ]
-    elif isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
-        is_fixed = class_of(t) is tuple and Ellipsis not in args
-        inner = args if is_fixed else args[:1] * len(value)
-        for index, pair in enumerate(itertools.zip_longest(value, inner)):
-            yield f"[{index}]", *pair
-
-
-def _step(key: Any) -> str:
-    """Return the step to *key* in a path."""
-    name = str(key)[:_KEY_SHOWN]
-    return f".{name}" if name.isidentifier() else f'["{name}"]'
-
-
 # ── unions ────────────────────────────────────────────────────────────────────────────────────
 #
 # The classes in a union are told apart by the keys of the JSON object: first by a tag, which is a
@@ -1355,6 +1290,64 @@ def _are_written_alike(one: Any, other: Any, converter: cattrs.Converter) -> boo
     if declares_fields(one) or declares_fields(other):
         return one is other
     return bool(converter.get_unstructure_hook(one) == converter.get_unstructure_hook(other))
+
+
+# ── sending ───────────────────────────────────────────────────────────────────────────────────
+#
+# A payload that cannot be sent is looked into, to tell a developer which part of it is why.
+
+
+def unsendable(
+    value: Any, t: Any, reason: Exception, converter: cattrs.Converter, path: str = "$.payload"
+) -> tuple[str, str, Exception]:
+    """Return path, class and error of the innermost part of *value*, a *t*, that cannot be sent."""
+    for key in value if isinstance(value, Mapping) else ():
+        try:
+            encode(converter.unstructure({key: None}))
+        except Exception as exc:  # A hook may raise anything.
+            return path, f"{_class_name(key)} as a key", exc
+    for step, part, inner in _parts_of(value, t, converter):
+        try:
+            encode(converter.unstructure(part, inner))
+        except Exception as exc:  # A hook may raise anything.
+            return unsendable(part, inner, exc, converter, path + step)
+    return path, _class_name(value), reason
+
+
+def _class_name(value: object) -> str:
+    """Return the name of the class of *value*, such as ``numpy.bool`` where Python has another."""
+    cls = type(value)
+    is_known = getattr(builtins, cls.__name__, cls) is cls
+    return cls.__name__ if is_known else f"{cls.__module__}.{cls.__name__}"
+
+
+def _parts_of(value: Any, t: Any, converter: cattrs.Converter) -> Iterator[tuple[str, Any, Any]]:
+    """Yield step, value and declared type of each part of *value*, which is declared as *t*."""
+    t = bare_type(t)
+    args = [None if isinstance(arg, TypeVar) else arg for arg in get_args(t)]
+    if origin_of(t) in _UNIONS:
+        args = []
+    if isinstance(value, Mapping):
+        hints = typing.get_type_hints(t) if typing.is_typeddict(t) else {}
+        for key, part in value.items():
+            yield _step(key), part, hints.get(key, args[1] if len(args) == 2 else None)
+    elif declares_fields(type(value)) and not isinstance(value, tuple):
+        is_declared = declares_fields(t) and class_of(t) in type(value).__mro__
+        for name, key, inner, _ in items_of(t if is_declared else type(value), converter):
+            part = getattr(value, name, None)
+            if part is not UNSET:
+                yield _step(key), part, None if free_variables(inner) else inner
+    elif isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
+        is_fixed = class_of(t) is tuple and Ellipsis not in args
+        inner = args if is_fixed else args[:1] * len(value)
+        for index, pair in enumerate(itertools.zip_longest(value, inner)):
+            yield f"[{index}]", *pair
+
+
+def _step(key: Any) -> str:
+    """Return the step to *key* in a path."""
+    name = str(key)[:_KEY_SHOWN]
+    return f".{name}" if name.isidentifier() else f'["{name}"]'
 
 
 # ── structuring ───────────────────────────────────────────────────────────────────────────────
@@ -2010,7 +2003,7 @@ class Codec:
         except RecursionError:
             raise TypeError("$.payload: nested too deeply, or a part of itself") from None
         except Exception as exc:  # A hook may raise anything.
-            path, what, reason = unsendable(payload, shape, exc, self.converter.unstructure)
+            path, what, reason = unsendable(payload, shape, exc, self.converter)
         raise TypeError(f"{path}: cannot send a {what}") from reason
 
 
@@ -2692,10 +2685,24 @@ class Routes:
         self.decode = decoder_of(self.frames)
         return self.decode(text)
 
+    def add_middleware(self, function: Callable[..., Awaitable[Any]]) -> None:
+        """Put *function* around messages, inside of the others."""
+        self.middleware.append(function)
+        self.is_scoped = True
+
+    def add_provider(self, t: Any, provider: Provider) -> None:
+        """Pass what *provider* makes to the handlers that take a *t*."""
+        self.providers[t] = provider
+        self.is_scoped = True
+
     def set(self, name: str, function: Callable[..., Any], what: str) -> None:
         """Set the one function for *name*, or refuse a second one."""
         refuse_second(getattr(self, name), function, what)
         setattr(self, name, function)
+
+    def set_optional(self, optional: bool) -> None:
+        """Set whether `authenticate` lets guests in."""
+        self.takes_guests = optional
 
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
         """Return the handler for the class of *exc* or its nearest base class, or None."""
@@ -6151,7 +6158,7 @@ class Pachinko(Lifecycle):
         example = "@ws.authenticate\nasync def who(conn, token): ..."
         check_function(function, example, 2)
         self._routes.set("authenticate", function, "authenticate")
-        self._routes.takes_guests = optional
+        self._routes.set_optional(optional)
 
         async def again(conn: Connection, payload: Any) -> None:
             if (token := token_of(payload)) is None:
@@ -6255,8 +6262,7 @@ class Pachinko(Lifecycle):
         """
         example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
         check_function(function, f"@ws.middleware\n{example}", 3)
-        self._routes.middleware.append(function)
-        self._routes.is_scoped = True
+        self._routes.add_middleware(function)
         return function
 
     def provide(self, function: F = _NO_FUNCTION) -> F:
@@ -6268,9 +6274,7 @@ class Pachinko(Lifecycle):
         call or the last item of a stream, and an error is raised at the ``yield``. ``async def
         f(conn) -> T`` has nothing to close. Raises `PachinkoError`.
         """
-        t, provider = read_provider(function, self._routes, caller_namespaces())
-        self._routes.providers[t] = provider
-        self._routes.is_scoped = True
+        self._routes.add_provider(*read_provider(function, self._routes, caller_namespaces()))
         return function
 
     def error(self, exception: type[Exception]) -> Callable[[F], F]:
@@ -6310,9 +6314,9 @@ class Pachinko(Lifecycle):
         self._add_checked(*handlers)
         # The resource's own `on_disconnect`, if there is one, is the end of its `on_connect`.
         leave = ends["disconnect"]
-        self._routes.connect += [with_end(c, *leave) if leave else c for c in ends["connect"]]
-        self._routes.accepted += ends["accepted"]
-        self._routes.disconnect += leave
+        self._routes.connect.extend(with_end(c, *leave) if leave else c for c in ends["connect"])
+        self._routes.accepted.extend(ends["accepted"])
+        self._routes.disconnect.extend(leave)
 
     async def on_websocket(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, /, **params: Any
