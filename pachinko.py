@@ -502,16 +502,16 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
 
 def _correct_keys(cls: Any, hints: dict[str, Any]) -> None:
     """Let the typed dict *cls* know of the qualifiers that were text when it was made."""
-    for key, hint in hints.items():
-        t, keys = hint, {key}
+    required = set(cls.__required_keys__)
+    for key, t in hints.items():
         while is_qualified(t):
-            required, optional = cls.__required_keys__, cls.__optional_keys__
             if origin_of(t) is typing.Required:
-                required, optional = required | keys, optional - keys
+                required.add(key)
             elif origin_of(t) is typing.NotRequired:
-                required, optional = required - keys, optional | keys
-            cls.__required_keys__, cls.__optional_keys__ = required, optional
+                required.discard(key)
             t = get_args(t)[0]
+    cls.__required_keys__ = frozenset(required)
+    cls.__optional_keys__ = frozenset(hints.keys() - required)
 
 
 def _checked_fields(cls: Any, hints: dict[str, Any]) -> Iterable[Any]:
@@ -676,7 +676,9 @@ def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
     if origin is Literal:
         return all(type(choice) is str for choice in args)  # 1, 1.0 and true would be equal
     if origin_of(t) is typing.Annotated:
-        return _is_limited_alike(t) and is_read_in_one_pass(t.__origin__, seen)
+        others = [each for each in t.__metadata__ if not isinstance(each, msgspec.Meta)]
+        is_limited_alike = not any([*_limits_in(each)] for each in others)
+        return is_limited_alike and is_read_in_one_pass(t.__origin__, seen)
     if origin is dict and args[:1] not in ((), (str,)):
         return False  # msgspec reads keys by rules of its own
     if origin in (dict, list, set, frozenset, tuple, *_UNIONS):
@@ -697,11 +699,6 @@ def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
     else:
         inner = _types_of_fields(t)
     return inner is not None and all(is_read_in_one_pass(u, seen) for u in inner)
-
-
-def _is_limited_alike(t: Any) -> bool:
-    """Tell whether msgspec enforces all constraints in the metadata of *t*."""
-    return all(isinstance(each, msgspec.Meta) or not [*_limits_in(each)] for each in t.__metadata__)
 
 
 def is_text_enum(cls: Any) -> bool:
@@ -1575,25 +1572,14 @@ def _container_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of an array or object, which checks the kind of the value first."""
     kind: Any = kind_of(t)
     inner = (_array_hook if kind is list else _object_hook)(t, converter)
-    if converter.detailed_validation:
-        inner = _counted(inner, kind is dict and declares_fields(t))
+    is_detailed, has_fields = converter.detailed_validation, kind is dict and declares_fields(t)
 
     @functools.wraps(inner, assigned=("overrides",), updated=())
     def structure(value: Any, _: Any) -> Any:
         if type(value) is not kind:
             text = f"expected {_JSON_NAMES[kind]}, got {json_name(value)}"
             raise msgspec.ValidationError(text)
-        return inner(value, t)
-
-    return structure
-
-
-def _counted(inner: Hook, has_fields: bool) -> Hook:
-    """Wrap the hook of a container, so that it does nothing once enough errors were found."""
-
-    @functools.wraps(inner, assigned=("overrides",), updated=())
-    def structure(value: Any, t: Any) -> Any:
-        if budget.left <= 0:
+        if is_detailed and budget.left <= 0:
             raise msgspec.ValidationError("not looked at, after so many errors")
         try:
             return inner(value, t)
