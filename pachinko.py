@@ -503,7 +503,8 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
 def _correct_keys(cls: Any, hints: dict[str, Any]) -> None:
     """Let the typed dict *cls* know of the qualifiers that were text when it was made."""
     required = set(cls.__required_keys__)
-    for key, t in hints.items():
+    for key, hint in hints.items():
+        t = hint
         while is_qualified(t):
             if origin_of(t) is typing.Required:
                 required.add(key)
@@ -2683,7 +2684,7 @@ class Routes:
 
     def set(self, name: str, function: Callable[..., Any], what: str) -> None:
         """Set the one function for *name*, or refuse a second one."""
-        refuse_second(getattr(self, name), function, what)
+        refuse_second(getattr(self, name), function, f"{what} has a handler")
         setattr(self, name, function)
 
     def set_optional(self, optional: bool) -> None:
@@ -2707,13 +2708,13 @@ class Routes:
         return None
 
 
-def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> None:
+def refuse_second(
+    first: Any, second: Any, what: str, cure: str = "let it handle another type"
+) -> None:
     """Raise a `PachinkoError` that names both functions if there is a *first* one already."""
     if first is not None:
-        raise PachinkoError(
-            f"{what} has a handler: {place_of(first)}; and a second: {place_of(second)}. "
-            f"Remove one, or let it handle another type"
-        )
+        both = f"{place_of(first)}; and a second: {place_of(second)}"
+        raise PachinkoError(f"{what}: {both}. Remove one, or {cure}")
 
 
 # ── scope ─────────────────────────────────────────────────────────────────────────────────────
@@ -2751,9 +2752,7 @@ class Contexts:
             while waits_for is not _ENDED:
                 try:
                     value = yield waits_for
-                except (
-                    BaseException
-                ) as exc:  # The event loop throws in a cancellation, for example.
+                except BaseException as exc:  # The loop throws in a cancellation, for example.
                     thrown = exc
                 # In the ``except`` block, *exc* would become the context of any error.
                 waits_for = step(self._send, value) if thrown is None else step(self._throw, thrown)
@@ -2897,10 +2896,8 @@ def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tupl
         raise PachinkoError(f"{place} provides an unknown type: {why(exc)}") from exc
     t = _provided_type(function, declared)
     if (first := routes.providers.get(t)) is not None:
-        raise PachinkoError(
-            f"{shown(t)} has a provider: {place_of(first.function)}; and a second: {place}. "
-            f"Remove one, or give each a type of its own, by typing.NewType for example"
-        )
+        cure = "give each a type of its own, by typing.NewType for example"
+        refuse_second(first.function, function, f"{shown(t)} has a provider", cure)
     for earlier in [handler.function for handler in routes.handlers.values()]:
         annotations = [p.annotation for p in parameters_of(earlier)]
         if t in [known_type(earlier, each, namespaces) for each in annotations]:
@@ -6196,7 +6193,7 @@ class Pachinko(Lifecycle):
         check_type(type)
         function = with_provided(function, self._routes.providers, namespaces)
         if (first := self._routes.handlers.get(type)) is not None:
-            refuse_second(first.function, function, repr(type))
+            refuse_second(first.function, function, f"{type!r} has a handler")
         params, codec = path_types(self._path or "", self._app), self._hub.state.codec
         return read_handler(type, function, codec, namespaces, cls, params, concurrent)
 
@@ -6276,7 +6273,8 @@ class Pachinko(Lifecycle):
             example = f"@ws.error({name})\nasync def failed(conn, exc): ..."
             check_function(function, example, 2)
             check_taken(function, exception, caller_namespaces(), example)
-            refuse_second(self._routes.errors.get(exception), function, name)
+            first = self._routes.errors.get(exception)
+            refuse_second(first, function, f"{name} has a handler")
             self._routes.errors[exception] = function
             return function
 
