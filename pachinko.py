@@ -537,8 +537,7 @@ def free_variables(t: Any) -> tuple[Any, ...]:
 def refuse_unset(annotations: Iterable[Any], name: str = "x") -> None:
     """Raise `TypeError` if `UnsetType` stands where nothing can be absent."""
     for t in annotations:
-        bare = bare_type(t)
-        members = get_args(bare) if origin_of(bare) in _UNIONS else (bare,)
+        members = union_members(bare_type(t))
         if UnsetType in members:
             others = [m for m in members if m is not UnsetType]
             names = [str(m) if get_args(m) else getattr(m, "__name__", str(m)) for m in others]
@@ -561,7 +560,7 @@ def _limits_in(piece: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(piece, msgspec.Meta):
         limits = [*cast(Any, piece).__rich_repr__()]
     elif hasattr(type(piece), "__is_annotated_types_grouped_metadata__"):
-        for each in cast(Any, piece):
+        for each in piece:
             yield from _limits_in(each)
         return
     elif dataclasses.is_dataclass(type(piece)):
@@ -959,8 +958,8 @@ def message(type: str) -> Callable[[type[T]], type[T]]:
     def tag(cls: Any) -> Any:
         if not inspect.isclass(cls):
             raise PachinkoError(f'@message("{type}") goes above a class, not above {cls!r}')
-        own = vars(cls)
-        if not is_struct(cls) and not {"__attrs_attrs__", "__dataclass_fields__"} & own.keys():
+        own = {"__attrs_attrs__", "__dataclass_fields__"} & vars(cls).keys()
+        if not own and not is_struct(cls):
             cls = _make_frozen(cls)
         _check_defaults(cls)
         setattr(cls, "__message_type__", type)  # noqa: B010 - it is declared on no class
@@ -2270,10 +2269,7 @@ def _is_sendable(t: Any) -> bool:
 
 
 def path_types(path: str, app: Any) -> dict[str, Any]:
-    """Return by name what Falcon makes of the parameters of *path*: a type, or `Any` if unknown.
-
-    *path* is a URI template, such as ``/ws/{room}/{n:int}``.
-    """
+    """Return by name what Falcon makes of the parameters of *path*: a type, or `Any` if unknown."""
     found = dict[str, Any]()
     for name, converter in re.findall(r"\{([a-zA-Z_]\w*)(?::(\w+))?", path):
         found[name] = Any if converter else str
