@@ -41,13 +41,14 @@ Map: each section, what it is for, and those above it that it uses.
     errors — whose fault something is, and what a client is told
     types — the types in annotations (uses: errors)
     envelope and message — frames and their JSON, `message` (uses: errors, types)
-    sending — which part of a payload cannot be sent (uses: errors, types, envelope and message)
     unions — the classes in a union, and what tells them apart (uses: errors, types, envelope and
         message)
+    sending — which part of a payload cannot be sent (uses: errors, types, envelope and message,
+        unions)
     structuring — the hooks that make what handlers take of JSON (uses: errors, types, envelope and
         message, unions)
     codec — JSON to what a handler takes, and back (uses: errors, types, envelope and message,
-        sending, unions, structuring)
+        unions, sending, structuring)
     signatures — what a function takes, and of which types (uses: errors, types, envelope and
         message, unions)
     handlers — what a registered function takes, and finding it (uses: errors, types, envelope and
@@ -501,16 +502,17 @@ def types_in(t: Any, namespaces: Namespaces, seen: list[Any]) -> Iterator[Any]:
 
 def _correct_keys(cls: Any, hints: dict[str, Any]) -> None:
     """Let the typed dict *cls* know of the qualifiers that were text when it was made."""
+    required = set(cls.__required_keys__)
     for key, hint in hints.items():
-        t, keys = hint, {key}
+        t = hint
         while is_qualified(t):
-            required, optional = cls.__required_keys__, cls.__optional_keys__
             if origin_of(t) is typing.Required:
-                required, optional = required | keys, optional - keys
+                required.add(key)
             elif origin_of(t) is typing.NotRequired:
-                required, optional = required - keys, optional | keys
-            cls.__required_keys__, cls.__optional_keys__ = required, optional
+                required.discard(key)
             t = get_args(t)[0]
+    cls.__required_keys__ = frozenset(required)
+    cls.__optional_keys__ = frozenset(hints.keys() - required)
 
 
 def _checked_fields(cls: Any, hints: dict[str, Any]) -> Iterable[Any]:
@@ -535,8 +537,7 @@ def free_variables(t: Any) -> tuple[Any, ...]:
 def refuse_unset(annotations: Iterable[Any], name: str = "x") -> None:
     """Raise `TypeError` if `UnsetType` stands where nothing can be absent."""
     for t in annotations:
-        bare = bare_type(t)
-        members = get_args(bare) if origin_of(bare) in _UNIONS else (bare,)
+        members = union_members(bare_type(t))
         if UnsetType in members:
             others = [m for m in members if m is not UnsetType]
             names = [str(m) if get_args(m) else getattr(m, "__name__", str(m)) for m in others]
@@ -555,18 +556,16 @@ def limits_of(t: Any) -> list[tuple[str, Any]]:
 
 def _limits_in(piece: Any) -> Iterator[tuple[str, Any]]:
     """Yield the constraints in one piece of metadata. Raises `TypeError` if it is not known."""
-    cls: Any = piece if isinstance(piece, type) else type(piece)
     limits = [("", None)]
     if isinstance(piece, msgspec.Meta):
         limits = [*cast(Any, piece).__rich_repr__()]
-    elif cls is not piece and hasattr(cls, "__is_annotated_types_grouped_metadata__"):
-        for each in cast(Any, piece):
+    elif hasattr(type(piece), "__is_annotated_types_grouped_metadata__"):
+        for each in piece:
             yield from _limits_in(each)
         return
-    elif cls is not piece and dataclasses.is_dataclass(piece):
+    elif dataclasses.is_dataclass(type(piece)):
         limits = [(f.name, getattr(piece, f.name)) for f in dataclasses.fields(piece)]
-    packages = {base.__module__.partition(".")[0] for base in cls.__mro__}
-    for name, bound in limits if packages & _ENFORCERS else ():
+    for name, bound in limits if packages_of(piece) & _ENFORCERS else ():
         if name not in _LIMITS and name not in _DESCRIPTIONS:
             raise TypeError(
                 f"{piece!r} in Annotated is not enforced; write msgspec.Meta(gt=0), say, or an "
@@ -574,6 +573,12 @@ def _limits_in(piece: Any) -> Iterator[tuple[str, Any]]:
             )
         if name in _LIMITS:
             yield name, bound
+
+
+def packages_of(value: Any) -> set[str]:
+    """Return the packages of *value*, or of its class, and of all base classes."""
+    mro = (value if issubclass(type(value), type) else type(value)).__mro__
+    return {str(cls.__module__).partition(".")[0] for cls in mro}
 
 
 def checks_of(t: Any) -> list[Check]:
@@ -671,7 +676,9 @@ def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
     if origin is Literal:
         return all(type(choice) is str for choice in args)  # 1, 1.0 and true would be equal
     if origin_of(t) is typing.Annotated:
-        return _is_limited_alike(t) and is_read_in_one_pass(t.__origin__, seen)
+        others = [each for each in t.__metadata__ if not isinstance(each, msgspec.Meta)]
+        is_limited_alike = not any([*_limits_in(each)] for each in others)
+        return is_limited_alike and is_read_in_one_pass(t.__origin__, seen)
     if origin is dict and args[:1] not in ((), (str,)):
         return False  # msgspec reads keys by rules of its own
     if origin in (dict, list, set, frozenset, tuple, *_UNIONS):
@@ -692,11 +699,6 @@ def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
     else:
         inner = _types_of_fields(t)
     return inner is not None and all(is_read_in_one_pass(u, seen) for u in inner)
-
-
-def _is_limited_alike(t: Any) -> bool:
-    """Tell whether msgspec enforces all constraints in the metadata of *t*."""
-    return all(isinstance(each, msgspec.Meta) or not [*_limits_in(each)] for each in t.__metadata__)
 
 
 def is_text_enum(cls: Any) -> bool:
@@ -957,8 +959,8 @@ def message(type: str) -> Callable[[type[T]], type[T]]:
     def tag(cls: Any) -> Any:
         if not inspect.isclass(cls):
             raise PachinkoError(f'@message("{type}") goes above a class, not above {cls!r}')
-        own = vars(cls)
-        if not is_struct(cls) and not {"__attrs_attrs__", "__dataclass_fields__"} & own.keys():
+        own = {"__attrs_attrs__", "__dataclass_fields__"} & vars(cls).keys()
+        if not own and not is_struct(cls):
             cls = _make_frozen(cls)
         _check_defaults(cls)
         setattr(cls, "__message_type__", type)  # noqa: B010 - it is declared on no class
@@ -1035,72 +1037,6 @@ def caller_namespaces() -> Namespaces:
     """Return where to look up names in annotations: what the caller's caller sees."""
     frame = cast(Any, inspect.currentframe()).f_back.f_back
     return frame.f_globals, dict(frame.f_locals)
-
-
-# ── sending ───────────────────────────────────────────────────────────────────────────────────
-#
-# A payload that cannot be sent is looked into, to tell a developer which part of it is why.
-
-
-def unsendable(
-    value: Any, t: Any, reason: Exception, unstructure: Callable[[Any, Any], Any],
-    path: str = "$.payload",
-) -> tuple[str, str, Exception]:  # fmt: skip
-    """Return path, class and error of the innermost part of *value*, a *t*, that cannot be sent."""
-    parts = _parts_of(value, t)
-    for key in value if isinstance(value, Mapping) else ():
-        try:
-            encode(unstructure({key: None}, None))
-        except Exception as exc:  # A hook may raise anything.
-            return path, f"{_class_name(key)} as a key", exc
-    for step, part, inner in parts:
-        try:
-            encode(unstructure(part, inner))
-        except Exception as exc:  # A hook may raise anything.
-            return unsendable(part, inner, exc, unstructure, path + step)
-    return path, _class_name(value), reason
-
-
-def _class_name(value: object) -> str:
-    """Return the name of the class of *value*, such as ``numpy.bool`` where Python has another."""
-    cls = type(value)
-    is_known = getattr(builtins, cls.__name__, cls) is cls
-    return cls.__name__ if is_known else f"{cls.__module__}.{cls.__name__}"
-
-
-def _parts_of(value: Any, t: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield step, value and declared type of each part of *value*, which is declared as *t*."""
-    t = bare_type(t)
-    args = [None if isinstance(arg, TypeVar) else arg for arg in get_args(t)]
-    if origin_of(t) in _UNIONS:
-        args = []
-    if isinstance(value, Mapping):
-        hints = typing.get_type_hints(t) if typing.is_typeddict(t) else {}
-        for key, part in value.items():
-            yield _step(key), part, hints.get(key, args[1] if len(args) == 2 else None)
-    elif (fields := fields_of(type(value))) is not None:
-        hints = {field.name: field.type for field in fields_of(t) or fields}
-        for field in fields:
-            part = getattr(value, field.name, None)
-            if part is not UNSET:
-                yield _step(getattr(field, "alias", field.name)), part, hints.get(field.name)
-    elif is_struct(type(value)):
-        yield from [
-            (_step(field.encode_name), part, None if free_variables(field.type) else field.type)
-            for field in msgspec.structs.fields(value)
-            if (part := getattr(value, field.name)) is not UNSET
-        ]
-    elif isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
-        is_fixed = class_of(t) is tuple and Ellipsis not in args
-        inner = args if is_fixed else args[:1] * len(value)
-        for index, pair in enumerate(itertools.zip_longest(value, inner)):
-            yield f"[{index}]", *pair
-
-
-def _step(key: Any) -> str:
-    """Return the step to *key* in a path."""
-    name = str(key)[:_KEY_SHOWN]
-    return f".{name}" if name.isidentifier() else f'["{name}"]'
 
 
 # ── unions ────────────────────────────────────────────────────────────────────────────────────
@@ -1354,6 +1290,64 @@ def _are_written_alike(one: Any, other: Any, converter: cattrs.Converter) -> boo
     return bool(converter.get_unstructure_hook(one) == converter.get_unstructure_hook(other))
 
 
+# ── sending ───────────────────────────────────────────────────────────────────────────────────
+#
+# A payload that cannot be sent is looked into, to tell a developer which part of it is why.
+
+
+def unsendable(
+    value: Any, t: Any, reason: Exception, converter: cattrs.Converter, path: str = "$.payload"
+) -> tuple[str, str, Exception]:
+    """Return path, class and error of the innermost part of *value*, a *t*, that cannot be sent."""
+    for key in value if isinstance(value, Mapping) else ():
+        try:
+            encode(converter.unstructure({key: None}))
+        except Exception as exc:  # A hook may raise anything.
+            return path, f"{_class_name(key)} as a key", exc
+    for step, part, inner in _parts_of(value, t, converter):
+        try:
+            encode(converter.unstructure(part, inner))
+        except Exception as exc:  # A hook may raise anything.
+            return unsendable(part, inner, exc, converter, path + step)
+    return path, _class_name(value), reason
+
+
+def _class_name(value: object) -> str:
+    """Return the name of the class of *value*, such as ``numpy.bool`` where Python has another."""
+    cls = type(value)
+    is_known = getattr(builtins, cls.__name__, cls) is cls
+    return cls.__name__ if is_known else f"{cls.__module__}.{cls.__name__}"
+
+
+def _parts_of(value: Any, t: Any, converter: cattrs.Converter) -> Iterator[tuple[str, Any, Any]]:
+    """Yield step, value and declared type of each part of *value*, which is declared as *t*."""
+    t = bare_type(t)
+    args = [None if isinstance(arg, TypeVar) else arg for arg in get_args(t)]
+    if origin_of(t) in _UNIONS:
+        args = []
+    if isinstance(value, Mapping):
+        hints = typing.get_type_hints(t) if typing.is_typeddict(t) else {}
+        for key, part in value.items():
+            yield _step(key), part, hints.get(key, args[1] if len(args) == 2 else None)
+    elif declares_fields(type(value)) and not isinstance(value, tuple):
+        is_declared = declares_fields(t) and class_of(t) in type(value).__mro__
+        for name, key, inner, _ in items_of(t if is_declared else type(value), converter):
+            part = getattr(value, name, None)
+            if part is not UNSET:
+                yield _step(key), part, None if free_variables(inner) else inner
+    elif isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
+        is_fixed = class_of(t) is tuple and Ellipsis not in args
+        inner = args if is_fixed else args[:1] * len(value)
+        for index, pair in enumerate(itertools.zip_longest(value, inner)):
+            yield f"[{index}]", *pair
+
+
+def _step(key: Any) -> str:
+    """Return the step to *key* in a path."""
+    name = str(key)[:_KEY_SHOWN]
+    return f".{name}" if name.isidentifier() else f'["{name}"]'
+
+
 # ── structuring ───────────────────────────────────────────────────────────────────────────────
 #
 # The hooks by which cattrs makes what handlers take of JSON values. Each JSON kind stands for
@@ -1579,25 +1573,14 @@ def _container_hook(t: Any, converter: cattrs.Converter) -> Hook:
     """Make the hook of an array or object, which checks the kind of the value first."""
     kind: Any = kind_of(t)
     inner = (_array_hook if kind is list else _object_hook)(t, converter)
-    if converter.detailed_validation:
-        inner = _counted(inner, kind is dict and declares_fields(t))
+    is_detailed, has_fields = converter.detailed_validation, kind is dict and declares_fields(t)
 
     @functools.wraps(inner, assigned=("overrides",), updated=())
     def structure(value: Any, _: Any) -> Any:
         if type(value) is not kind:
             text = f"expected {_JSON_NAMES[kind]}, got {json_name(value)}"
             raise msgspec.ValidationError(text)
-        return inner(value, t)
-
-    return structure
-
-
-def _counted(inner: Hook, has_fields: bool) -> Hook:
-    """Wrap the hook of a container, so that it does nothing once enough errors were found."""
-
-    @functools.wraps(inner, assigned=("overrides",), updated=())
-    def structure(value: Any, t: Any) -> Any:
-        if budget.left <= 0:
+        if is_detailed and budget.left <= 0:
             raise msgspec.ValidationError("not looked at, after so many errors")
         try:
             return inner(value, t)
@@ -1709,7 +1692,7 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
 
 def _check_constructor(cls: Any, fields: Iterable[Any]) -> None:
     """Raise unless *cls* can be made of its fields."""
-    if is_model(cls):  # With @attrs.frozen above it, a model would no longer validate.
+    if "pydantic" in packages_of(cls):  # With @attrs.frozen on it, a model would not validate.
         raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {cls!r}", cls)
     needed = [getattr(f, "alias", f.name) for f in fields if f.init and is_required(f)]
     try:
@@ -1718,11 +1701,6 @@ def _check_constructor(cls: Any, fields: Iterable[Any]) -> None:
     except TypeError as exc:
         why = f"{exc}; give what is no field (an InitVar, say) a default"
         raise TypeError(f"{cls.__name__} cannot be made of its fields: {why}") from None
-
-
-def is_model(cls: Any) -> bool:
-    """Tell whether *cls* is a class of pydantic's."""
-    return any(base.__module__.partition(".")[0] == "pydantic" for base in cls.__mro__)
 
 
 def _struct_hook(t: Any, converter: cattrs.Converter) -> Hook:
@@ -1893,7 +1871,7 @@ def advise(t: Any) -> str:
         return f"{name} is no JSON value; {_FORMS[form]}"
     if cls is None and {Any, object} & {*get_args(t)}:
         return f"{name} takes all that Any does; write Any"
-    if cls and is_model(cls):
+    if "pydantic" in packages_of(cls):
         return f"{name} is a pydantic model; register the hook for models in docs/payloads.md"
     if getattr(cls, "_is_protocol", False):
         return f"{name} is a protocol, of which no object is made; write a class for its fields"
@@ -2012,7 +1990,7 @@ class Codec:
         except RecursionError:
             raise TypeError("$.payload: nested too deeply, or a part of itself") from None
         except Exception as exc:  # A hook may raise anything.
-            path, what, reason = unsendable(payload, shape, exc, self.converter.unstructure)
+            path, what, reason = unsendable(payload, shape, exc, self.converter)
         raise TypeError(f"{path}: cannot send a {what}") from reason
 
 
@@ -2170,12 +2148,6 @@ def admits(annotation: Any, cls: Any) -> bool:
         return is_any or issubclass(cast(type, cls), class_of(t))
     except Exception:  # A typed dict, a literal, a protocol, or a ``type`` that names nothing.
         return False
-
-
-def packages_of(value: Any) -> set[str]:
-    """Return the packages of *value*, or of its class, and of all base classes."""
-    mro = (value if issubclass(type(value), type) else type(value)).__mro__
-    return {str(cls.__module__).partition(".")[0] for cls in mro}
 
 
 def default_refusal(parameter: inspect.Parameter, annotation: Any) -> str | None:
@@ -2350,7 +2322,6 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 End = Callable[["Connection"], Awaitable[None]]
 AddEnd = Callable[[End], None]  # takes what has to run when the connection is over
-DISCONNECT = "@ws.disconnect\nasync def leave(conn): ..."  # shown in errors
 
 
 @attrs.frozen(eq=False)
@@ -2561,11 +2532,6 @@ def is_payload(t: Any) -> bool:
     return declares_fields(t) and not hasattr(class_of(t), "send")  # as a connection has
 
 
-def path_parameters(path: str) -> list[str]:
-    """Return the names in a Falcon URI template: room and n in ``/ws/{room}/{n:int}``."""
-    return re.findall(r"\{([a-zA-Z_]\w*)", path)
-
-
 def read_connect(
     function: Callable[..., Any], path: str | None, kind: str = "connect", *,
     namespaces: Namespaces = _NOWHERE, app: Any = None,
@@ -2575,24 +2541,23 @@ def read_connect(
     Returns a function that passes it the parameters. Of a generator it runs the part before the
     ``yield``, and gives the part behind it to *add_end*, its second argument.
     """
-    known = path_parameters(path or "")
-    example = f"@ws.{kind}\nasync def arrive({', '.join(['conn', *known])}): ..."
+    # What an `app.add_route` or some converters give is known when a client connects.
+    made = path_types(path or "", app)
+    example = f"@ws.{kind}\nasync def arrive({', '.join(['conn', *made])}): ..."
     check_function(function, example, None, streams=kind == "connect")
     parameters = list(signature_of(function).parameters.values())
     takes_all = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
     first, named = parameters[:1], parameters[1 : -1 if takes_all else None]
-    unknown = [p for p in named if path and p.name not in known and p.default is _EMPTY]
+    unknown = [p for p in named if path and p.name not in made and p.default is _EMPTY]
     bad = [p for p in named if p.kind in (p.POSITIONAL_ONLY, *_VARIADIC)] or unknown
     takes_conn = bool(first) and first[0].kind in _POSITIONAL
     if takes_conn:
         takes_conn = not is_payload(known_type(function, first[0].annotation, namespaces))
     if not takes_conn or bad:
         what = f"takes {listed(bad)}" if bad else "takes no connection"
-        has = f"; {path} has {', '.join(known) or 'no parameters'}" if path else ""
+        has = f"; {path} has {', '.join(made) or 'no parameters'}" if path else ""
         raise mistake(function, what + has, example)
     names, own = {p.name for p in named}, first[0].name
-    # What an `app.add_route` or some converters give is known when a client connects.
-    made = path_types(path or "", app)
     check_path_types(function, named, made, path, namespaces)
     is_checked = path is not None and Any not in made.values()
     yields = is_stream(function)
@@ -2723,12 +2688,10 @@ class Routes:
         self.providers[t] = provider
         self.is_scoped = True
 
-    def set(self, name: str, function: F, example: str, what: str) -> F:
-        """Check and set the one function for *name*; refuse a second one. Returns *function*."""
-        check_function(function, example, 2)
-        refuse_second(getattr(self, name), function, what)
+    def set(self, name: str, function: Callable[..., Any], what: str) -> None:
+        """Set the one function for *name*, or refuse a second one."""
+        refuse_second(getattr(self, name), function, f"{what} has a handler")
         setattr(self, name, function)
-        return function
 
     def set_optional(self, optional: bool) -> None:
         """Set whether `authenticate` lets guests in."""
@@ -2751,13 +2714,13 @@ class Routes:
         return None
 
 
-def refuse_second(first: Callable[..., Any] | None, second: Any, what: str) -> None:
+def refuse_second(
+    first: Any, second: Any, what: str, cure: str = "let it handle another type"
+) -> None:
     """Raise a `PachinkoError` that names both functions if there is a *first* one already."""
     if first is not None:
-        raise PachinkoError(
-            f"{what} has a handler: {place_of(first)}; and a second: {place_of(second)}. "
-            f"Remove one, or let it handle another type"
-        )
+        both = f"{place_of(first)}; and a second: {place_of(second)}"
+        raise PachinkoError(f"{what}: {both}. Remove one, or {cure}")
 
 
 # ── scope ─────────────────────────────────────────────────────────────────────────────────────
@@ -2795,9 +2758,7 @@ class Contexts:
             while waits_for is not _ENDED:
                 try:
                     value = yield waits_for
-                except (
-                    BaseException
-                ) as exc:  # The event loop throws in a cancellation, for example.
+                except BaseException as exc:  # The loop throws in a cancellation, for example.
                     thrown = exc
                 # In the ``except`` block, *exc* would become the context of any error.
                 waits_for = step(self._send, value) if thrown is None else step(self._throw, thrown)
@@ -2941,10 +2902,8 @@ def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tupl
         raise PachinkoError(f"{place} provides an unknown type: {why(exc)}") from exc
     t = _provided_type(function, declared)
     if (first := routes.providers.get(t)) is not None:
-        raise PachinkoError(
-            f"{shown(t)} has a provider: {place_of(first.function)}; and a second: {place}. "
-            f"Remove one, or give each a type of its own, by typing.NewType for example"
-        )
+        cure = "give each a type of its own, by typing.NewType for example"
+        refuse_second(first.function, function, f"{shown(t)} has a provider", cure)
     for earlier in [handler.function for handler in routes.handlers.values()]:
         annotations = [p.annotation for p in parameters_of(earlier)]
         if t in [known_type(earlier, each, namespaces) for each in annotations]:
@@ -6142,7 +6101,7 @@ class Pachinko(Lifecycle):
         within *connect_timeout* seconds. *f* may have one ``yield``: what stands behind it runs
         after the disconnect handlers, the last handler's first, or when a later one refuses.
         """
-        self._routes.connect.append(self._read_connect(function, caller_namespaces()))
+        self._routes.connect.append(self._read_end("connect", function, caller_namespaces()))
         return function
 
     def accepted(self, function: F = _NO_FUNCTION) -> F:
@@ -6151,13 +6110,8 @@ class Pachinko(Lifecycle):
         It takes path parameters as connect handlers do. `Close` closes; `falcon.HTTPError` closes
         with 3000 and its status, a bug with 1011. Disconnect handlers run in each case.
         """
-        self._routes.accepted.append(self._read_connect(function, caller_namespaces(), "accepted"))
+        self._routes.accepted.append(self._read_end("accepted", function, caller_namespaces()))
         return function
-
-    def _read_connect(self, function: Any, namespaces: Namespaces, kind: str = "connect") -> Any:
-        """Check *function* as a handler of that *kind*, without adding it."""
-        outer = with_provided(function, self._routes.providers, namespaces)
-        return read_connect(outer, self._path, kind, namespaces=namespaces, app=self._app)
 
     @typing.overload
     def authenticate(self, function: F) -> F: ...
@@ -6191,7 +6145,8 @@ class Pachinko(Lifecycle):
 
     def _set_authenticate(self, function: F, optional: bool) -> F:
         example = "@ws.authenticate\nasync def who(conn, token): ..."
-        self._routes.set("authenticate", function, example, "authenticate")
+        check_function(function, example, 2)
+        self._routes.set("authenticate", function, "authenticate")
         self._routes.set_optional(optional)
 
         async def again(conn: Connection, payload: Any) -> None:
@@ -6244,8 +6199,8 @@ class Pachinko(Lifecycle):
         check_type(type)
         function = with_provided(function, self._routes.providers, namespaces)
         if (first := self._routes.handlers.get(type)) is not None:
-            refuse_second(first.function, function, repr(type))
-        params, codec = path_parameters(self._path or ""), self._hub.state.codec
+            refuse_second(first.function, function, f"{type!r} has a handler")
+        params, codec = path_types(self._path or "", self._app), self._hub.state.codec
         return read_handler(type, function, codec, namespaces, cls, params, concurrent)
 
     def _add_checked(self, *handlers: Handler) -> None:
@@ -6254,13 +6209,16 @@ class Pachinko(Lifecycle):
 
     def disconnect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn)`` once at the end, with ``conn.close_code`` and its groups."""
-        self._routes.disconnect.append(self._read_disconnect(function, caller_namespaces()))
+        self._routes.disconnect.append(self._read_end("disconnect", function, caller_namespaces()))
         return function
 
-    def _read_disconnect(self, function: Any, namespaces: Namespaces) -> Any:
+    def _read_end(self, kind: str, function: Any, namespaces: Namespaces) -> Any:
+        """Check *function* as a handler of one end of a connection, without adding it."""
         outer = with_provided(function, self._routes.providers, namespaces)
-        check_function(outer, DISCONNECT, 1)
-        return outer
+        if kind == "disconnect":
+            check_function(outer, "@ws.disconnect\nasync def leave(conn): ...", 1)
+            return outer
+        return read_connect(outer, self._path, kind, namespaces=namespaces, app=self._app)
 
     def fallback(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, frame: str)`` the text that no handler takes."""
@@ -6281,7 +6239,7 @@ class Pachinko(Lifecycle):
         outer = with_provided(function, self._routes.providers, namespaces)
         check_function(outer, example, 2)
         check_taken(outer, taken, namespaces, example, replies=False)
-        self._routes.set(name, outer, example, what)
+        self._routes.set(name, outer, what)
 
     def middleware(self, function: F = _NO_FUNCTION) -> F:
         """Put ``async def f(conn, envelope, call_next)`` around each message, in its own context.
@@ -6321,7 +6279,8 @@ class Pachinko(Lifecycle):
             example = f"@ws.error({name})\nasync def failed(conn, exc): ..."
             check_function(function, example, 2)
             check_taken(function, exception, caller_namespaces(), example)
-            refuse_second(self._routes.errors.get(exception), function, name)
+            first = self._routes.errors.get(exception)
+            refuse_second(first, function, f"{name} has a handler")
             self._routes.errors[exception] = function
             return function
 
@@ -6334,24 +6293,20 @@ class Pachinko(Lifecycle):
         disconnect handler; the last one also runs if `on_connect` has returned and a later connect
         handler refuses. Where one method is refused, nothing of the resource is added.
         """
-        namespaces = caller_namespaces()
-        handlers = list[Handler]()
-        connect, accepted, disconnect = list[Any](), list[Any](), list[Any]()
+        namespaces, handlers = caller_namespaces(), list[Handler]()
+        ends: dict[str, list[Any]] = {"connect": [], "accepted": [], "disconnect": []}
         for name, method in read_resource(prefix, resource):
-            if name == "connect":
-                connect.append(self._read_connect(method, namespaces))
-            elif name == "accepted":
-                accepted.append(self._read_connect(method, namespaces, name))
-            elif name == "disconnect":
-                disconnect.append(self._read_disconnect(method, namespaces))
+            if name in ends:
+                ends[name].append(self._read_end(name, method, namespaces))
             else:
                 type = f"{prefix}.{name}"
                 handlers.append(self._read_handler(type, method, namespaces, None, False))
         self._add_checked(*handlers)
         # The resource's own `on_disconnect`, if there is one, is the end of its `on_connect`.
-        self._routes.connect.extend(with_end(c, *disconnect) if disconnect else c for c in connect)
-        self._routes.accepted.extend(accepted)
-        self._routes.disconnect.extend(disconnect)
+        leave = ends["disconnect"]
+        self._routes.connect.extend(with_end(c, *leave) if leave else c for c in ends["connect"])
+        self._routes.accepted.extend(ends["accepted"])
+        self._routes.disconnect.extend(leave)
 
     async def on_websocket(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, /, **params: Any
