@@ -5546,13 +5546,13 @@ class Session:
             self.outgoing.lost(1006)
         self._hub_state.registry.retire(self.conn)
         steps = [*self.routes.disconnect]
-        # The `on_disconnect` of a resource is also the end of its `on_connect`.
-        steps += [end for end in reversed(self.ends) if end not in steps]
+        if self.ends:  # The `on_disconnect` of a resource is also the end of its `on_connect`.
+            steps += [end for end in reversed(self.ends) if end not in steps]
         if self.tasks:
             end, linger = self._ended + self._limits.linger, self._limits.linger
             tasks = frozenset(self.tasks)
             steps.insert(0, functools.partial(end_tasks, tasks, self._streams, end, linger))
-        is_ending = await take_leave(steps, self.conn)
+        is_ending = await take_leave(steps, self.conn) if steps else current_task().cancelling()
         extra = {"connection_id": self.conn.id}
         logger.debug("disconnected: %s", self.outgoing.close_code, extra=extra)
         if self.outgoing.goodbye is not None:
