@@ -3122,8 +3122,9 @@ class TimeLimit:
 
     def __exit__(self, kind: type[BaseException] | None, exc: object, traceback: object) -> None:
         task, self._task = cast("asyncio.Task[Any]", self._task), None
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._timer is None:  # Nothing has ended the block.
+            return
+        self._timer.cancel()
         # Undo the limit's own cancellations; code inside the block may have undone some already.
         for _ in range(min(self._own, task.cancelling() - self._others)):
             task.uncancel()
@@ -3470,7 +3471,7 @@ class Outgoing:
     sent: int = 0  # frames
     outbox: Outbox | None = None
     writer: asyncio.Task[Any] | None = None  # the library's own task that writes
-    _goodbye: asyncio.Future[bool] | None = None  # whether the close frame was written
+    goodbye: asyncio.Future[bool] | None = None  # whether the close frame was written
     _patience: asyncio.Timeout | None = None  # the time limit of a sender that writes by itself
     _is_slow: bool = False  # the log says that the client is slow
 
@@ -3665,8 +3666,8 @@ class Outgoing:
         if drops:
             self._drop()
         self.close_code = close.code
-        self._goodbye = asyncio.get_running_loop().create_future()
-        self._put(Waiting({}, self._goodbye, close=close))
+        self.goodbye = asyncio.get_running_loop().create_future()
+        self._put(Waiting({}, self.goodbye, close=close))
         if self.phase is Phase.OPEN:
             self._enter(Phase.CLOSING)
         if not self.writing:
@@ -3693,16 +3694,17 @@ class Outgoing:
 
     async def settle(self) -> None:
         """Wait until the close frame is written, or until that takes too long."""
-        if self._goodbye is not None:
+        if self.goodbye is not None:
             is_urgent = self.close_code in (1012, 1013)  # a shutdown, or a slow client
             patience = _GOODBYE if is_urgent else self.limits.send_timeout
-            _, late = await asyncio.wait([self._goodbye], timeout=patience)
+            _, late = await asyncio.wait([self.goodbye], timeout=patience)
             if late:  # If the server has refused the frame, Falcon closes after the responder.
                 mark_closed(self._ws, self.close_code)
 
     def release(self) -> None:
         """End all writing and let go of the session, when the connection is over."""
-        self.lost()
+        if self.phase is not Phase.GONE:
+            self.lost()
         self.writing = ""  # A handshake that an exception has ended is never answered.
         self._session = _NOBODY
 
@@ -4251,7 +4253,7 @@ class Registry:
 
     def remove(self, conn: Connection) -> None:
         """Remove *conn* from all tables."""
-        for group in tuple(self.groups_of(conn)):
+        for group in tuple(self._joined.get(conn, ())):
             self.leave(group, conn)
         self.retire(conn)
 
@@ -5112,7 +5114,7 @@ class Session:
         self._hub_state = hub.state
         self.routes: Routes = routes
         self._limits = limits
-        id = self._hub_state.process + secrets.token_hex(_OWN_BYTES)
+        id = self._hub_state.process + os.urandom(_OWN_BYTES).hex()
         receive, send = server_calls(ws)
         self.outgoing: Outgoing = Outgoing(id, ws, send, limits, self._hub_state.counts, self)
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
@@ -5256,16 +5258,15 @@ class Session:
             if is_cancelled():
                 forget_cancellations()
 
-    async def _handle(self, event: Event, handler: Handler, message: Received) -> None:
-        """Call the handler, or start it in a task, unless the rate does not allow that."""
+    def _handle(self, event: Event, handler: Handler, message: Received) -> Awaitable[None]:
+        """Return what calls the handler, or starts it in a task, or refuses because of the rate."""
         if (refusal := self._exceed_rate(event, message.id, handler.type)) is not None:
-            await refusal
-        elif handler.is_concurrent:
-            await self._start_task(handler, message)
-        elif self.routes.is_scoped or self._limits.handler_timeout is not None:
-            await self._perform_apart(handler, message)
-        else:
-            await self._perform(handler, message)
+            return refusal
+        if handler.is_concurrent:
+            return self._start_task(handler, message)
+        if self.routes.is_scoped or self._limits.handler_timeout is not None:
+            return self._perform_apart(handler, message)
+        return self._perform(handler, message)
 
     async def _handle_odd(self, event: Event) -> None:
         """Handle a frame that is too large, too deep, or binary."""
@@ -5514,17 +5515,18 @@ class Session:
             self.outgoing.lost(1006)
         self._hub_state.registry.retire(self.conn)
         steps = [*self.routes.disconnect]
-        # The `on_disconnect` of a resource is also the end of its `on_connect`.
-        steps += [end for end in reversed(self.ends) if end not in steps]
+        if self.ends:  # The `on_disconnect` of a resource is also the end of its `on_connect`.
+            steps += [end for end in reversed(self.ends) if end not in steps]
         if self.tasks:
             end, linger = self._ended + self._limits.linger, self._limits.linger
             tasks = frozenset(self.tasks)
             steps.insert(0, functools.partial(end_tasks, tasks, self._streams, end, linger))
-        is_ending = await take_leave(steps, self.conn)
-        self.forget()
+        is_ending = await take_leave(steps, self.conn) if steps else current_task().cancelling()
         extra = {"connection_id": self.conn.id}
         logger.debug("disconnected: %s", self.outgoing.close_code, extra=extra)
-        await self.outgoing.settle()
+        if self.outgoing.goodbye is not None:
+            self.forget()
+            await self.outgoing.settle()
         if is_ending:
             raise asyncio.CancelledError
 
@@ -5580,7 +5582,7 @@ async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
     if routes.authenticate is not None:
         token, offered = credentials(conn.req, offered)
         subprotocols = [*subprotocols, "bearer"]  # Browsers give up if none is chosen.
-    if conn.ws.unaccepted:
+    if subprotocols and conn.ws.unaccepted:
         conn.choose(next((name for name in subprotocols if name in offered), None))
     try:
         is_in = await _run_handlers(session, token)
@@ -5623,8 +5625,8 @@ async def _run_handlers(session: Session, token: str | None) -> bool:
         if routes.authenticate is not None:
             running = routes.authenticate
             deadline = await _authenticate(session, running, token, deadline)
-        if conn.closed:
-            return False
+            if conn.closed:
+                return False
         conn.hub.state.registry.add(conn)
         for running in routes.connect:
             await _attend(session, running(conn, session.add_end), deadline)

@@ -31,8 +31,8 @@ LIMITS = [
     ("an unknown type", "C calls", 16),
     ("handler that suspends", "in pachinko.py", 415),  # as above
     ("handler that suspends", "from pachinko.py", 11),
-    ("connect and disconnect", "instructions", 2600),  # each handler of a handshake is bounded
-    ("connect and disconnect", "C calls", 61),
+    ("connect and disconnect", "instructions", 2550),  # each handler of a handshake is bounded
+    ("connect and disconnect", "C calls", 57),
     ("receiver of a group send", "instructions", 71),
     ("receiver of a group send", "C calls", 2),
     ("idle, more than Falcon's", "bytes", 1536),  # 1.5 KiB
