@@ -1991,7 +1991,8 @@ class Codec:
             raise TypeError("$.payload: nested too deeply, or a part of itself") from None
         except Exception as exc:  # A hook may raise anything.
             path, what, reason = unsendable(payload, shape, exc, self.converter)
-        raise TypeError(f"{path}: cannot send a {what}") from reason
+        cure = "; raise it instead" if isinstance(payload, BaseException) else ""
+        raise TypeError(f"{path}: cannot send a {what}{cure}") from reason
 
 
 # ── signatures ────────────────────────────────────────────────────────────────────────────────
@@ -3189,6 +3190,11 @@ class Rate:
         """Whether more than ten times *count* messages were refused within *seconds*."""
         return self._refused > 10 * self.count
 
+    def refusal(self, wait: float) -> MessageError:
+        """Return the answer to a message that may be sent again in *wait* seconds."""
+        text = f"at most {self.count} messages in {self.seconds} s"
+        return MessageError("rate_limited", text, retry_after=round(wait, 3))
+
 
 def _option(is_valid: Callable[[Any], bool], kind: str) -> Any:
     def check(_: Any, field: Any, value: Any) -> None:
@@ -3432,9 +3438,10 @@ def refuse_by_status(ws: Any, scope: Mapping[str, Any], headers: Iterable[Header
             kind, body = "application/json", exc.to_json()
         else:
             kind, body = "text/plain; charset=utf-8", (exc.text or "").encode()
-        replaced = {name.lower() for name, _ in own}
+        replaced = {str(name).lower() for name, _ in own}
         rest = [h for h in (("Content-Type", kind), *headers) if h[0].lower() not in replaced]
-        sent = [(n.lower().encode(), v.encode()) for n, v in (*rest, *own) if is_header(n, v)]
+        texts = [(str(n), str(v)) for n, v in (*rest, *own)]  # Falcon takes numbers, too
+        sent = [(n.lower().encode(), v.encode()) for n, v in texts if is_header(n, v)]
         await send({"type": "websocket.http.response.start", "status": status, "headers": sent})
         await send({"type": "websocket.http.response.body", "body": body})
 
@@ -4881,6 +4888,21 @@ def outcome_of(exc: BaseException) -> MessageError | Close | None:
     return exc if isinstance(exc, (MessageError, Close)) else None
 
 
+def is_status(exc: BaseException) -> bool:
+    """Tell whether *exc* is a status of HTTP that is no error, such as a redirection."""
+    return isinstance(exc, falcon.HTTPStatus)
+
+
+def close_for(exc: BaseException, what: str, id: str | None) -> Close:
+    """Return how *exc* from *what*, code around a connection, closes it. A bug is logged."""
+    if isinstance(exc, Close):
+        return exc
+    if isinstance(exc, (falcon.HTTPError, falcon.HTTPStatus)):
+        return Close(3000 + exc.status_code)
+    log_failure(what, exc, id)
+    return Close(1011, "the server failed")
+
+
 def error_frame(error: MessageError, id: Id | None, codec: Codec) -> bytes:
     """Return the frame that answers the message *id* with *error*."""
     payload = {"code": error.code, "message": error.message}
@@ -4942,10 +4964,13 @@ def pass_on(exc: BaseException, what: str, id: str | None, type: str | None = No
         del exc  # It refers to this frame; a cycle would keep the connection until a collection.
 
 
-async def take_leave(steps: Iterable[End], conn: Connection) -> bool:
+async def take_leave(
+    steps: Iterable[End], conn: Connection, close: Callable[[Close], None] | None = None
+) -> bool:
     """Await each of *steps* of the connection's end, such as disconnect handlers.
 
-    A bug ends its step only. Returns whether the task has been cancelled.
+    An error ends its step only. It is logged, or *close* is called with what it means. Returns
+    whether the task has been cancelled, and not by a scope that a step has left, such as a group.
     """
     is_ending = bool(current_task().cancelling())
     for step in steps:
@@ -4961,11 +4986,29 @@ async def take_leave(steps: Iterable[End], conn: Connection) -> bool:
                 if isinstance(exc, falcon.WebSocketDisconnected):
                     text = "%s was left when it sent to the client, which has gone"
                     logger.debug(text, place_of(step), extra={"connection_id": conn.id})
+                elif close is not None:
+                    close(close_for(exc, place_of(step), conn.id))
                 else:
                     log_failure(place_of(step), exc, conn.id)
         if not is_ending:
             forget_cancellations()
-    return is_ending
+    return is_ending and bool(current_task().cancelling())
+
+
+async def leave_scopes(session: Session, ends: Sequence[End]) -> None:
+    """Run *ends*, what is behind the ``yield`` of connect handlers, once the task was cancelled.
+
+    A scope around a ``yield`` may have done that: a time-out, or a group of which a task has
+    failed. Then the connection is closed. Raises `asyncio.CancelledError` if it was the server.
+    """
+    outgoing, conn = session.outgoing, session.conn
+    steps = [end for end in reversed(ends) if end not in session.routes.disconnect]
+    if not ends or await take_leave(steps, conn, outgoing.close):
+        raise asyncio.CancelledError
+    if not conn.closed:
+        outgoing.close(Close(1011, "the server has ended the connection"))
+        text = "a scope around the `yield` of a connect handler has ended the connection"
+        logger.warning(text, extra={"connection_id": conn.id})
 
 
 def forget_cancellations() -> None:
@@ -4983,10 +5026,15 @@ def log_failure(what: str, exc: BaseException, id: str | None, type: str | None 
             reason = f": {each}" if isinstance(each, PachinkoError) else ""
             reason += "\n" + "".join(traceback.format_tb(each.__traceback__))
             logger.error("%s failed: %s%s", what, each.__class__.__qualname__, reason, extra=extra)
-    elif isinstance(exc, BrokerAway):  # It hits every handler at once, and its reason is logged.
+    elif is_away(exc):
         logger.error("%s failed: %s", what, exc, extra=extra)
     else:
         logger.error("%s failed", what, exc_info=exc, extra=extra)
+
+
+def is_away(exc: BaseException) -> bool:
+    """Tell whether *exc* needs no traceback: it hits every handler at once, and is logged once."""
+    return all(isinstance(each, BrokerAway) for each in _errors_in(exc))
 
 
 async def meaning_of(
@@ -5095,8 +5143,7 @@ async def end_tasks(
 
 # ── session ───────────────────────────────────────────────────────────────────────────────────
 #
-# A message is decoded, its handler is called, and what that returns or raises is answered. Whatever
-# goes wrong on the way becomes one outcome for the client, and the connection goes on.
+# Whatever goes wrong with a message becomes one outcome for the client; the connection goes on.
 
 
 class Session:
@@ -5215,6 +5262,9 @@ class Session:
                 await self._handle_messages()
         except TimeoutError:  # The connection is over, and what was in progress has had its time.
             forget_cancellations()
+        except asyncio.CancelledError:
+            ends, self.ends = self.ends, ()
+            await leave_scopes(self, ends)
         finally:
             await self.finish()
 
@@ -5397,9 +5447,7 @@ class Session:
         if rate.is_abused:
             self.outgoing.close(Close(1008, "too many messages"))
         else:
-            text = f"at most {rate.count} messages in {rate.seconds} s"
-            error = MessageError("rate_limited", text, retry_after=round(wait, 3))
-            await self._send_error(error, id, type)
+            await self._send_error(rate.refusal(wait), id, type)
 
     async def _start_task(self, handler: Handler, message: Received) -> None:
         """Start a concurrent handler or a stream in a task of its own."""
@@ -5561,9 +5609,9 @@ async def user_of(
             raise PachinkoError(f"the user is a str, or None to refuse; got {got}")
         return user
     except BaseException as exc:  # A bug is answered, whatever it is.
-        exc = single(exc)
+        exc = single(exc, is_status)
         pass_on(exc, place_of(function), conn.id, "authenticate")
-        is_outcome = outcome_of(exc) is not None or isinstance(exc, falcon.HTTPStatus)
+        is_outcome = outcome_of(exc) is not None or is_status(exc)
         if not is_outcome:
             log_failure(place_of(function), exc, conn.id, "authenticate")
         outcome = exc if is_outcome else internal_error()
@@ -5587,7 +5635,7 @@ async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
     try:
         is_in = await _run_handlers(session, token)
     except BaseException as exc:  # A handler may raise anything.
-        refused = single(exc, lambda each: isinstance(each, falcon.HTTPStatus))
+        refused = single(exc, is_status)
     try:
         if refused is not None:  # Above, the group that it is from would become its context.
             await _refuse(session, refused)
@@ -5685,7 +5733,10 @@ async def _refuse(session: Session, exc: BaseException) -> None:
             raise asyncio.CancelledError
         if not isinstance(exc, Exception):  # Falcon's error handlers take `Exception` only.
             raise RuntimeError(f"a connect handler has raised {exc!r}") from exc
-        if not (conn.closed and isinstance(exc, (Close, falcon.WebSocketDisconnected))):
+        is_falcons = conn.ws.unaccepted or isinstance(exc, (falcon.HTTPError, falcon.HTTPStatus))
+        if not is_falcons:  # An error handler of the app may do nothing but log it.
+            session.outgoing.close(close_for(exc, "a connect handler", conn.id), drops=True)
+        elif not (conn.closed and isinstance(exc, (Close, falcon.WebSocketDisconnected))):
             raise exc
     finally:
         del exc  # It refers to this frame; a cycle would keep the connection until a collection.
@@ -5780,16 +5831,10 @@ async def welcome(session: Session) -> None:
             await handler(conn, session.add_end)
             forget_cancellations()
         except BaseException as exc:  # A handler may raise anything.
-            exc = single(exc)
+            exc = single(exc, is_status)
             pass_on(exc, place_of(handler), conn.id)
-            if isinstance(exc, falcon.WebSocketDisconnected) and conn.closed:
-                return
-            if isinstance(exc, falcon.HTTPError):
-                exc = Close(3000 + exc.status_code)
-            elif not isinstance(exc, Close):
-                log_failure(place_of(handler), exc, conn.id)
-                exc = Close(1011, "the server failed to let the client in")
-            session.outgoing.close(exc)
+            if not (isinstance(exc, falcon.WebSocketDisconnected) and conn.closed):
+                session.outgoing.close(close_for(exc, place_of(handler), conn.id))
             return
 
 
@@ -6029,7 +6074,8 @@ async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
             if time.monotonic() - started > _BACKOFFS[-1]:
                 backoffs = iter(_BACKOFFS)
             backoff = next(backoffs, _BACKOFFS[-1])
-            logger.exception("worker %s failed; again in %g s", name, backoff)
+            what, info = ("failed", exc) if not is_away(exc) else (f"failed: {exc}", None)
+            logger.error("worker %s %s; again in %g s", name, what, backoff, exc_info=info)
         await asyncio.sleep(backoff)
 
 
@@ -6160,7 +6206,7 @@ class Pachinko(Lifecycle):
                 user = await user_of(function, conn, token)
             except BaseException as exc:  # A renewal that fails changes nothing.
                 conn.expires_at = expires_at
-                if isinstance(exc, falcon.HTTPError):
+                if isinstance(exc, (falcon.HTTPError, falcon.HTTPStatus)):
                     raise Close(3000 + exc.status_code) from None
                 raise
             is_guest = self._routes.takes_guests and conn.user is None
@@ -6184,8 +6230,11 @@ class Pachinko(Lifecycle):
         """
         name, cls = (type, None) if isinstance(type, str) else (message_type(type), type)
         if name is None:
-            expected = '@ws.on takes a type or a class with @message: write @ws.on("say")'
-            raise PachinkoError(f"{expected}; got {type!r}")
+            cure = (
+                f'@message("say") above {cls.__name__}' if inspect.isclass(cls) else '@ws.on("say")'
+            )
+            expected = "@ws.on takes a type or a class with @message: write"
+            raise PachinkoError(f"{expected} {cure}; got {type!r}")
         namespaces = caller_namespaces()
 
         def register(function: F) -> F:

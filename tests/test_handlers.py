@@ -781,8 +781,9 @@ def test_on_without_parentheses_is_refused() -> None:
 
 @pytest.mark.parametrize("other", [Point, Plain, None, 5, b"say"])
 def test_on_with_what_has_no_type_is_refused(other: Any) -> None:
-    """A class without ``@message`` has no type."""
-    assert 'write @ws.on("say")' in refusal(lambda: endpoint().on(other))
+    """A class without ``@message`` has no type, and is told to take one."""
+    cure = f'@message("say") above {other.__name__}' if isinstance(other, type) else '@ws.on("say")'
+    assert f"write {cure};" in refusal(lambda: endpoint().on(other))
 
 
 def test_on_with_a_subclass_of_a_message_is_refused() -> None:

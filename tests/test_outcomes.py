@@ -558,6 +558,41 @@ def test_what_closes_a_coroutine_goes_on_up_without_a_task() -> None:
     asyncio.run(close_later()).close()
 
 
+@pytest.mark.parametrize("is_group", [False, True])
+async def test_a_worker_without_its_broker_logs_no_traceback(
+    is_group: bool, caplog: LogCapture
+) -> None:
+    """The reason is in the line; the link has logged the rest, once."""
+    ws = endpoint()
+
+    @ws.worker
+    async def work() -> None:
+        away = pachinko.BrokerAway("nobody is there")
+        raise ExceptionGroup("of sends", [away, away]) if is_group else away
+
+    async with serving(ws._app):
+        await until(lambda: errors(caplog))
+    (record,) = errors(caplog)
+    assert "failed: " in record.message and "; again in 1 s" in record.message
+    assert not record.exc_info
+
+
+@pytest.mark.parametrize("error", [MessageError("no"), falcon.HTTPNotFound(), KeyError("a")])
+async def test_an_error_that_is_returned_should_be_raised(
+    error: Exception, caplog: LogCapture
+) -> None:
+    """The client gets `internal_error`; the log says what to do."""
+    ws = endpoint()
+
+    @ws.on("give")
+    async def give(conn: Connection) -> Any:
+        return error
+
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        assert (await client.ask("give"))["payload"]["code"] == "internal_error"
+    assert f"cannot send a {type(error).__name__}; raise it instead" in caplog.text
+
+
 @pytest.mark.parametrize("streams", [False, True])
 async def test_a_task_that_the_application_cancels_is_answered(streams: bool) -> None:
     """A concurrent handler or a stream may say what has become of it; the connection goes on."""
