@@ -129,6 +129,7 @@ from collections.abc import (
 from datetime import date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any, Literal, ParamSpec, TypeVar, Union, cast, get_args
 from typing import get_origin as origin_of
 from uuid import UUID
@@ -565,11 +566,13 @@ def _limits_in(piece: Any) -> Iterator[tuple[str, Any]]:
         return
     elif dataclasses.is_dataclass(type(piece)):
         limits = [(f.name, getattr(piece, f.name)) for f in dataclasses.fields(piece)]
-    for name, bound in limits if packages_of(piece) & _ENFORCERS else ():
-        if name not in _LIMITS and name not in _DESCRIPTIONS:
+    for name, bound in limits if (packages := packages_of(piece)) & _ENFORCERS else ():
+        # The function of pydantic's AfterValidator is no test, and Not(f) says the contrary of f.
+        is_other = name == "func" and ("annotated_types" not in packages or callable(piece))
+        if is_other or (name not in _LIMITS and name not in _DESCRIPTIONS):
             raise TypeError(
-                f"{piece!r} in Annotated is not enforced; write msgspec.Meta(gt=0), say, or an "
-                f"attrs class with a validator"
+                f"{piece!r} in Annotated is not enforced; write msgspec.Meta(gt=0), say, "
+                f"annotated_types.Predicate(f) for a test, or an attrs class with a validator"
             )
         if name in _LIMITS:
             yield name, bound
@@ -610,9 +613,13 @@ def _check_of(name: str, bound: Any, cls: Any, t: Any) -> Check | None:
             sign, shown = f"{sign}=", bound + (1 if name == "gt" else -1)
         return cls, lambda v: type(v) is bool or compare(v, bound), f"{text} {sign} {shown}"
     if name == "multiple_of" and is_pair:
-        by = Decimal(str(bound)) if issubclass(cls, Decimal) else bound
+        exact: Any = Decimal if issubclass(cls, Decimal) else Fraction
+        by = bound if type(bound) is int else exact(str(bound))  # 0.1 is no tenth as a float
         text = f"{text} that's a multiple of {shown}"
-        return cls, lambda v: type(v) is bool or v % by == 0, text
+        return cls, lambda v: (
+            type(v) is bool or v % by == 0
+            or (isinstance(v, float) and Fraction(float.__repr__(v)) % by == 0)
+        ), text  # fmt: skip
     if name == "pattern" and cls is str:
         search = re.compile(bound).search
         return cls, lambda v: search(v) is not None, f"{text} matching regex {bound!r}"
@@ -676,7 +683,8 @@ def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
     if origin is Literal:
         return all(type(choice) is str for choice in args)  # 1, 1.0 and true would be equal
     if origin_of(t) is typing.Annotated:
-        others = [each for each in t.__metadata__ if not isinstance(each, msgspec.Meta)]
+        others = [each for each in t.__metadata__ if not isinstance(each, msgspec.Meta)
+                  or Fraction(str(by := each.multiple_of or 0)) != by]  # fmt: skip
         is_limited_alike = not any([*_limits_in(each)] for each in others)
         return is_limited_alike and is_read_in_one_pass(t.__origin__, seen)
     if origin is dict and args[:1] not in ((), (str,)):
