@@ -9,7 +9,7 @@ import functools
 import sys
 import textwrap
 import types
-from datetime import UTC, date, datetime, timedelta, tzinfo
+from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal, NewType, NotRequired, TypedDict
 
@@ -231,6 +231,15 @@ LIMITED: list[tuple[Any, Any, Any, str]] = [
      "expected datetime with the offset of UTC"),
     (Annotated[int, at.Predicate(even)], 2, 3, "invalid value"),
     (Annotated[str, at.Predicate(str.islower)], "a", "A", "invalid value"),
+    (Annotated[int | str, at.Predicate(even)], 2, "a", "invalid value"),
+    (Annotated[datetime, at.Gt(datetime(2026, 1, 1, tzinfo=UTC))], ZONED, NAIVE,
+     "expected datetime with a timezone component"),
+    (Annotated[datetime | None, at.Le(datetime(2027, 1, 1))], None, ZONED,
+     "expected datetime with no timezone component"),
+    (Annotated[datetime, msgspec.Meta(tz=True), at.Gt(datetime(2026, 1, 1, tzinfo=UTC))], ZONED,
+     "2025-01-01T00:00:00Z", "expected datetime > 2026-01-01 00:00:00+00:00"),
+    (Annotated[time, at.Ge(time(1, tzinfo=UTC))], "01:00:00Z", "01:00:00",
+     "expected time with a timezone component"),
     (Annotated[str, at.Predicate(lookup)], "known", "else", "invalid value"),
     (Annotated[int | None, at.Predicate(even)], None, 3, "invalid value"),
     (Annotated[int | None, msgspec.Meta(gt=0)], None, 0, "expected int >= 1"),
