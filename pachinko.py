@@ -1664,14 +1664,24 @@ def _array_hook(t: Any, converter: cattrs.Converter) -> Hook:
         raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {t!r}", t)
     if origin_of(t) is tuple and Ellipsis not in args:
         return _tuple_hook(tuple, args, len(args), converter)
-    make = _ARRAYS[cls]
-    inner = _items_hook(args[0] if args else Any, converter)
-    return inner if make is list else lambda value, t: make(inner(value, t))
+    make, item = _ARRAYS[cls], (args or (Any,))[0]
+    inner = _items_hook(item, converter)
+    classes = [class_of(bare_type(m)) for m in union_members(bare_type(item))]
+    if issubclass(make, Set) and all(_ARRAYS.get(c, c).__hash__ is None for c in classes):
+        raise TypeError(f"{shown(item)} has no hash to be in a set; write list[{shown(item)}]")
+
+    def structure(value: Any, t: Any) -> Any:
+        items = inner(value, t)
+        with contextlib.suppress(TypeError):
+            return make(items)
+        checks = [(object, _has_hash, "expected no array or object in a set")]
+        return _collect(enumerate(items), lambda item: enforce(item, checks), t)
+
+    return inner if make is list else structure
 
 
 def _tuple_hook(make: Any, args: Sequence[Any], least: int, converter: cattrs.Converter) -> Hook:
     """Make the hook of an array with items of the types *args*, of which *least* are needed."""
-    # cattrs has no public factory for these, and knows no defaults.
     hooks = [(converter.get_structure_hook(arg), arg) for arg in args]
     inner = _items_hook(_ITEM, converter)
 
@@ -1715,6 +1725,8 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
         make, item = (lambda pairs: collections.Counter(dict(pairs))), int
     elif cls is collections.defaultdict:
         make = functools.partial(make, item if get_args(t) else None)
+    if any(kind_of(bare_type(m)) for m in union_members(key)):
+        raise TypeError(f"{shown(key)} is no key of a JSON object; write list[tuple[key, item]]")
     if key not in (str, Any):
         key = typing.Annotated[key, _TEXT_KEY]
     return _mapping_hook(key, item, converter, make)

@@ -860,3 +860,28 @@ def test_a_path_is_a_text(wrong: Any) -> None:
     assert read(["/a"], list[pathlib.Path]) == [pathlib.Path("/a")]
     text = f"expected str, got {pachinko.json_name(wrong)}"
     assert errors([wrong], list[pathlib.Path]) == [("[0]", text)]
+
+
+@dataclasses.dataclass
+class Unhashed:
+    width: int
+
+
+@pytest.mark.parametrize("item", [Unhashed, dict, list[int], dict[str, int], set[int], list | dict])
+def test_no_set_of_what_has_no_hash(item: Any) -> None:
+    """No payload would fit it; at any depth, and for each class of sets."""
+    for annotation in (set[item], frozenset[item], list[collections.abc.Set[item] | None]):
+        assert "has no hash to be in a set; write list[" in refused(annotation)
+
+
+@pytest.mark.parametrize("key", [Unhashed, tuple[int, int], frozenset[int], int | tuple[int, ...]])
+def test_no_key_is_an_array_or_object(key: Any) -> None:
+    """A key of JSON is a text."""
+    assert "is no key of a JSON object; write list[tuple[" in refused(dict[key, int])
+
+
+@pytest.mark.parametrize("annotation", [set, set[Any], frozenset[object], set[int | list[int]]])
+def test_an_item_without_a_hash_is_told_with_its_place(annotation: Any) -> None:
+    """Where it depends on the payload whether a set can be made of it."""
+    assert len(read([1, 2, 1], annotation)) == 2
+    assert errors([1, [2]], annotation) == [("[1]", "expected no array or object in a set")]
