@@ -1667,7 +1667,7 @@ def _array_hook(t: Any, converter: cattrs.Converter) -> Hook:
     make, item = _ARRAYS[cls], (args or (Any,))[0]
     inner = _items_hook(item, converter)
     classes = [class_of(bare_type(m)) for m in union_members(bare_type(item))]
-    if issubclass(make, Set) and all(_ARRAYS.get(c, c).__hash__ is None for c in classes):
+    if issubclass(cls, Set) and all(_ARRAYS.get(c, c).__hash__ is None for c in classes):
         raise TypeError(f"{shown(item)} has no hash to be in a set; write list[{shown(item)}]")
 
     def structure(value: Any, t: Any) -> Any:
