@@ -129,6 +129,8 @@ from collections.abc import (
 from datetime import date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Union, cast, get_args
 from typing import get_origin as origin_of
 from uuid import UUID
@@ -285,6 +287,17 @@ def _path_step(exc: BaseException, t: Any, key_of: KeyOf) -> str:
     return f".{key_of(t, names[0])}" if names else ""
 
 
+def enforce(value: T, checks: Iterable[Check]) -> T:
+    """Return *value*, or raise `msgspec.ValidationError` for the first check that it fails."""
+    for cls, test, text in checks:
+        is_right = False
+        with contextlib.suppress(KeyError, TypeError):  # Python's own words are not for clients.
+            is_right = not isinstance(value, cls) or bool(test(value))
+        if not is_right:
+            raise msgspec.ValidationError(text)
+    return value
+
+
 def invalid_payload(type: str, errors: Iterable[dict[str, str]]) -> MessageError:
     """Return the error for a payload, with at most `_MAX_ERRORS` of what is wrong in it."""
     shown = list(itertools.islice(errors, _MAX_ERRORS + 1))
@@ -334,7 +347,10 @@ def resolve_class(cls: Any, globals_: dict[str, Any], locals_: dict[str, Any]) -
         hints |= {name: found[name] for name in inspect.get_annotations(base) if name in found}
     if (fields := fields_of(cls)) is not None:  # ClassVar and InitVar annotate no field
         hints = {field.name: hints.get(field.name, field.type) for field in fields}
-    hints = {name: hashable(t) for name, t in hints.items()}
+    hints = {name: hashable(t, is_field=True) for name, t in hints.items()}
+    for name, t in hints.items() if fields or is_typed_dict(cls) else ():
+        if free_variables(t) and origin_of(t) is typing.Annotated:
+            hints[name] = cast(Any, typing.Final)[t]  # cattrs substitutes nothing in Annotated
     for field in fields or ():  # attrs freezes its own, and changes them like this itself
         object.__setattr__(field, "type", hints[field.name])
     if attrs.has(cls):
@@ -354,11 +370,14 @@ def types_named_in(cls: type) -> dict[str, Any]:
     return found
 
 
-def hashable(t: Any) -> Any:
-    """Return *t* without metadata that has no hash. cattrs looks types up by hash."""
-    if _has_hash(t):
+def hashable(t: Any, is_field: bool = False) -> Any:
+    """Return *t* without metadata that has no hash. cattrs looks types up by hash.
+
+    Of the unions in a field, it substitutes the type variables of `typing.Union` only.
+    """
+    if _has_hash(t) and not (is_field and free_variables(t)):
         return t
-    args = tuple(map(hashable, get_args(t)))
+    args = tuple(hashable(arg, is_field) for arg in get_args(t))
     if origin_of(t) is typing.Annotated:
         pieces = [piece for each in t.__metadata__ for piece in _hashable_pieces(each)]
         return typing.Annotated[(args[0], *pieces)] if pieces else args[0]
@@ -517,7 +536,8 @@ def _correct_keys(cls: Any, hints: dict[str, Any]) -> None:
 
 def _checked_fields(cls: Any, hints: dict[str, Any]) -> Iterable[Any]:
     """Return the types of the fields of *cls*. Raises `TypeError` for a type of no value."""
-    known = {p for base in cls.__mro__ for p in getattr(base, "__parameters__", ())}
+    bases = (*cls.__mro__, *map(class_of, getattr(cls, "__orig_bases__", ())))
+    known = {p for base in bases for p in getattr(base, "__parameters__", ())}
     fields = msgspec.structs.fields(cls) if is_struct(cls) else fields_of(cls) or ()
     may_be_absent = {field.name for field in fields if field.default is UNSET}
     for name, t in hints.items():
@@ -565,11 +585,13 @@ def _limits_in(piece: Any) -> Iterator[tuple[str, Any]]:
         return
     elif dataclasses.is_dataclass(type(piece)):
         limits = [(f.name, getattr(piece, f.name)) for f in dataclasses.fields(piece)]
-    for name, bound in limits if packages_of(piece) & _ENFORCERS else ():
-        if name not in _LIMITS and name not in _DESCRIPTIONS:
+    for name, bound in limits if (packages := packages_of(piece)) & _ENFORCERS else ():
+        # The function of pydantic's AfterValidator is no test, and Not(f) says the contrary of f.
+        is_other = name == "func" and ("annotated_types" not in packages or callable(piece))
+        if is_other or (name not in _LIMITS and name not in _DESCRIPTIONS):
             raise TypeError(
-                f"{piece!r} in Annotated is not enforced; write msgspec.Meta(gt=0), say, or an "
-                f"attrs class with a validator"
+                f"{piece!r} in Annotated is not enforced; write msgspec.Meta(gt=0), say, "
+                f"annotated_types.Predicate(f) for a test, or an attrs class with a validator"
             )
         if name in _LIMITS:
             yield name, bound
@@ -585,7 +607,9 @@ def checks_of(t: Any) -> list[Check]:
     """Return the checks for the metadata of *t*. Raises `TypeError` for those of other types."""
     checks: list[Check] = []
     members = [m for m in union_members(bare_type(t)) if m is not types.NoneType]
-    for name, bound in limits_of(t):
+    limits = limits_of(t)
+    times = [bound for name, bound in limits if name in _SIGNS and hasattr(bound, "tzinfo")]
+    for name, bound in [*(("tz", each.tzinfo is not None) for each in times), *limits]:
         found = [_check_of(name, bound, class_of(bare_type(m)), m) for m in members]
         if not any(found):
             raise TypeError(f"{name} = {bound!r} does not limit {bare_type(t)}, in {t}")
@@ -610,9 +634,13 @@ def _check_of(name: str, bound: Any, cls: Any, t: Any) -> Check | None:
             sign, shown = f"{sign}=", bound + (1 if name == "gt" else -1)
         return cls, lambda v: type(v) is bool or compare(v, bound), f"{text} {sign} {shown}"
     if name == "multiple_of" and is_pair:
-        by = Decimal(str(bound)) if issubclass(cls, Decimal) else bound
+        exact: Any = Decimal if issubclass(cls, Decimal) else Fraction
+        by = bound if type(bound) is int else exact(str(bound))  # 0.1 is no tenth as a float
         text = f"{text} that's a multiple of {shown}"
-        return cls, lambda v: type(v) is bool or v % by == 0, text
+        return cls, lambda v: (
+            type(v) is bool or v % by == 0
+            or (isinstance(v, float) and Fraction(float.__repr__(v)) % by == 0)
+        ), text  # fmt: skip
     if name == "pattern" and cls is str:
         search = re.compile(bound).search
         return cls, lambda v: search(v) is not None, f"{text} matching regex {bound!r}"
@@ -641,17 +669,6 @@ def _is_number(cls: Any) -> bool:
     return issubclass(cls, (int, float, Decimal)) and not issubclass(cls, bool)
 
 
-def enforce(value: T, checks: Iterable[Check]) -> T:
-    """Return *value*, or raise `msgspec.ValidationError` for the first check that it fails."""
-    for cls, test, text in checks:
-        is_right = False
-        with contextlib.suppress(KeyError):  # It would be explained as a missing key.
-            is_right = not isinstance(value, cls) or bool(test(value))
-        if not is_right:
-            raise msgspec.ValidationError(text)
-    return value
-
-
 def kind_of(t: Any) -> type | None:
     """Return list if *t* is written as a JSON array, dict for an object, None for anything else."""
     cls = class_of(t)
@@ -676,7 +693,8 @@ def is_read_in_one_pass(t: Any, seen: list[Any] | None = None) -> bool:
     if origin is Literal:
         return all(type(choice) is str for choice in args)  # 1, 1.0 and true would be equal
     if origin_of(t) is typing.Annotated:
-        others = [each for each in t.__metadata__ if not isinstance(each, msgspec.Meta)]
+        others = [each for each in t.__metadata__ if not isinstance(each, msgspec.Meta)
+                  or Fraction(str(by := each.multiple_of or 0)) != by]  # fmt: skip
         is_limited_alike = not any([*_limits_in(each)] for each in others)
         return is_limited_alike and is_read_in_one_pass(t.__origin__, seen)
     if origin is dict and args[:1] not in ((), (str,)):
@@ -1637,22 +1655,44 @@ def _array_hook(t: Any, converter: cattrs.Converter) -> Hook:
     if is_struct(t):
         return _array_struct_hook(t, converter)
     if cols.is_namedtuple(cls):
-        return cols.namedtuple_structure_factory(cls, converter)
+        given = dict(zip(getattr(cls, "__parameters__", ()), args, strict=False))
+        items = [given.get(u) or (u[tuple(map(given.get, p))] if (p := free_variables(u)) else u)
+                 for u in cls.__annotations__.values()]  # fmt: skip
+        least = len(items) - len(cls._field_defaults)
+        return _tuple_hook(lambda made: cls(*made), items, least, converter)
     if cls not in _ARRAYS:
         raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {t!r}", t)
-    if origin_of(t) is tuple and Ellipsis not in args:  # cattrs has no public factory for these
-        hooks = [(converter.get_structure_hook(arg), arg) for arg in args]
-        inner = _items_hook(_ITEM, converter)
+    if origin_of(t) is tuple and Ellipsis not in args:
+        return _tuple_hook(tuple, args, len(args), converter)
+    make, item = _ARRAYS[cls], (args or (Any,))[0]
+    inner = _items_hook(item, converter)
+    classes = [class_of(bare_type(m)) for m in union_members(bare_type(item))]
+    if issubclass(cls, Set) and all(_ARRAYS.get(c, c).__hash__ is None for c in classes):
+        raise TypeError(f"{shown(item)} has no hash to be in a set; write list[{shown(item)}]")
 
-        def structure(value: Any, t: Any) -> Any:
-            if len(value) != len(hooks):
-                raise msgspec.ValidationError(f"expected {len(hooks)} items, got {len(value)}")
-            return tuple(inner(zip(value, hooks, strict=True), t))
+    def structure(value: Any, t: Any) -> Any:
+        items = inner(value, t)
+        with contextlib.suppress(TypeError):
+            return make(items)
+        checks = [(object, _has_hash, "expected no array or object in a set")]
+        return _collect(enumerate(items), lambda item: enforce(item, checks), t)
 
-        return structure
-    make = _ARRAYS[cls]
-    inner = _items_hook(args[0] if args else Any, converter)
-    return inner if make is list else lambda value, t: make(inner(value, t))
+    return inner if make is list else structure
+
+
+def _tuple_hook(make: Any, args: Sequence[Any], least: int, converter: cattrs.Converter) -> Hook:
+    """Make the hook of an array with items of the types *args*, of which *least* are needed."""
+    hooks = [(converter.get_structure_hook(arg), arg) for arg in args]
+    inner = _items_hook(_ITEM, converter)
+
+    def structure(value: Any, t: Any) -> Any:
+        if not least <= len(value) <= len(hooks):
+            text = f"array of at least length {least}" if least < len(hooks) else f"{least} items"
+            text = text if len(value) < least else f"{len(hooks)} items"
+            raise msgspec.ValidationError(f"expected {text}, got {len(value)}")
+        return make(inner(zip(value, hooks, strict=False), t))
+
+    return structure
 
 
 def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
@@ -1685,6 +1725,8 @@ def _object_hook(t: Any, converter: cattrs.Converter) -> Hook:
         make, item = (lambda pairs: collections.Counter(dict(pairs))), int
     elif cls is collections.defaultdict:
         make = functools.partial(make, item if get_args(t) else None)
+    if any(kind_of(bare_type(m)) for m in union_members(key)):
+        raise TypeError(f"{shown(key)} is no key of a JSON object; write list[tuple[key, item]]")
     if key not in (str, Any):
         key = typing.Annotated[key, _TEXT_KEY]
     return _mapping_hook(key, item, converter, make)
@@ -1793,6 +1835,7 @@ def strict_converter() -> cattrs.Converter:
     for leaf in _LEAVES:
         converter.register_structure_hook(leaf, _decimal if leaf is Decimal else msgspec.convert)
     converter.register_structure_hook(_OfLeaf, _structure_of_leaf)
+    converter.register_structure_hook(Path, lambda value, t: t(msgspec.convert(value, str)))
     structure = converter.register_structure_hook_factory
     structure(lambda t: t is object, lambda _: lambda value, _: value)
     structure(lambda t: t is _ITEM, lambda _: lambda item, _: item[1][0](item[0], item[1][1]))
@@ -1867,6 +1910,8 @@ def advise(t: Any) -> str:
     with contextlib.suppress(Exception):  # a name in them may not be known yet
         annotations = inspect.get_annotations(cls)
     below = next((leaf for leaf in _LEAVES if cls and issubclass(cls, leaf)), None)
+    if isinstance(t, TypeVar):
+        return f"{name} has no type; write the class that has it with its argument, as Box[int]"
     if form in _FORMS and getattr(cls, "__module__", "typing") in _FORM_MODULES:
         return f"{name} is no JSON value; {_FORMS[form]}"
     if cls is None and {Any, object} & {*get_args(t)}:

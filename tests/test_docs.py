@@ -636,6 +636,14 @@ class Undecorated:
     text: str
 
 
+@dataclasses.dataclass(frozen=True)
+class AfterValidator:
+    func: Any
+
+
+AfterValidator.__module__ = "pydantic.functional_validators"
+
+
 @pytest.mark.parametrize(("annotation", "says"), REFUSED)
 def test_what_is_refused(names: dict[str, Any], annotation: str, says: str) -> None:
     """Each annotation of the table is refused with these words."""

@@ -7,8 +7,10 @@ import collections.abc
 import dataclasses
 import enum
 import json
+import pathlib
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterable
 from datetime import date
@@ -23,6 +25,7 @@ from typing import (
     Generic,
     Literal,
     LiteralString,
+    NamedTuple,
     Never,
     NewType,
     NoReturn,
@@ -765,3 +768,120 @@ def test_a_default_need_not_be_comparable() -> None:
     parts: Any = [("x", int), ("y", Any, dataclasses.field(default=odd))]
     for cls in (attrs.make_class("C", fields), dataclasses.make_dataclass("D", parts)):
         assert read({"x": 1}, cls | Named).x == 1
+
+
+# Type variables: a field, a value for T = str in it, and one for T = int
+FIELDS_OF_T: list[tuple[Any, Any, Any]] = [
+    (T, "a", 1),
+    (T | None, "a", 1),
+    (list[T] | None, ["a"], [1]),
+    (typing.Optional[list[T]], ["a"], [1]),  # noqa: UP045 - cattrs takes it for another type
+    (dict[str, list[T] | None], {"a": ["a"]}, {"a": [1]}),
+    (list[dict[str, T | None]] | bool, [{"a": "b"}], [{"a": 1}]),
+    (Annotated[T, "text"], "a", 1),
+    (Annotated[list[T] | None, msgspec.Meta(max_length=1)], ["a"], [1]),
+    (list[Annotated[T, "text"]], ["a"], [1]),
+    (tuple[T, ...] | None, ["a"], [1]),
+]
+
+
+def generic(field: Any, base: Any = object, **config: Any) -> Any:
+    """A generic class with one field."""
+    bases = (base, Generic[T]) if base is not object else (Generic[T],)
+    space = {"__annotations__": {"x": field}, "__module__": __name__}
+    return types.new_class("Box", bases, config, lambda names: names.update(space))
+
+
+def deriving(box: Any) -> Any:
+    """A class below ``Box[int]``."""
+    return types.new_class("Derived", (box[int],))
+
+
+MAKERS: list[tuple[Callable[[Any], Any], Callable[[Any], Any]]] = [
+    (lambda t: attrs.frozen(generic(t))[int], dict),
+    (lambda t: dataclasses.dataclass(generic(t))[int], dict),
+    (lambda t: generic(t, TypedDict)[int], dict),
+    (lambda t: generic(t, msgspec.Struct)[int], dict),
+    (lambda t: attrs.frozen(deriving(attrs.frozen(generic(t)))), dict),
+    (lambda t: dataclasses.dataclass(deriving(dataclasses.dataclass(generic(t)))), dict),
+    (lambda t: deriving(generic(t, TypedDict)), dict),
+    (lambda t: deriving(generic(t, msgspec.Struct)), dict),
+    (lambda t: generic(t, NamedTuple)[int], lambda fields: [*fields.values()]),
+    (lambda t: generic(t, msgspec.Struct, array_like=True)[int],
+     lambda fields: [*fields.values()]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "wrong", "right"), FIELDS_OF_T, ids=str)
+def test_a_type_variable_is_substituted(field: Any, wrong: Any, right: Any) -> None:
+    """Wherever it stands in a field, and in every kind of class, below a generic one too."""
+    for make, form in MAKERS:
+        cls = make(field)
+        assert written(read(form({"x": right}), cls), cls) == form({"x": right})
+        ((path, text),) = errors(form({"x": wrong}), cls)
+        assert path.startswith((".x", "[0]")) and text.startswith("expected ")
+
+
+def test_a_type_variable_without_a_type_is_told() -> None:
+    """No one is told to decorate it."""
+    assert "write the class that has it with its argument" in pachinko.advise(T)
+
+
+class Ranked(NamedTuple):
+    rank: int
+    name: str = "a"
+    score: float = 0.5
+
+
+@pytest.mark.parametrize("payload", [[1], [1, "b"], [1, "b", 1.5]], ids=str)
+def test_items_of_a_named_tuple_with_defaults_may_be_missing(payload: list[Any]) -> None:
+    """As fields of a class may."""
+    assert read(payload, Ranked) == Ranked(*payload)
+    assert read([payload], list[Ranked] | None) == [Ranked(*payload)]
+
+
+@pytest.mark.parametrize(
+    ("payload", "path", "text"),
+    [
+        ([], "", "expected array of at least length 1, got 0"),
+        ([1, "a", 1, 1], "", "expected 3 items, got 4"),
+        (["a"], "[0]", "expected int, got str"),
+        ([1, 2], "[1]", "expected str, got int"),
+    ],
+)
+def test_a_named_tuple_has_a_least_number_of_items(payload: Any, path: str, text: str) -> None:
+    """Those without a default, and no more than all."""
+    assert errors(payload, Ranked) == [(path, text)]
+
+
+@pytest.mark.parametrize("wrong", [5, None, [], {}, True], ids=str)
+def test_a_path_is_a_text(wrong: Any) -> None:
+    """A client is told so, and not in the words of pathlib."""
+    assert read(["/a"], list[pathlib.Path]) == [pathlib.Path("/a")]
+    text = f"expected str, got {pachinko.json_name(wrong)}"
+    assert errors([wrong], list[pathlib.Path]) == [("[0]", text)]
+
+
+@dataclasses.dataclass
+class Unhashed:
+    width: int
+
+
+@pytest.mark.parametrize("item", [Unhashed, dict, list[int], dict[str, int], set[int], list | dict])
+def test_no_set_of_what_has_no_hash(item: Any) -> None:
+    """No payload would fit it; at any depth, and for each class of sets."""
+    for annotation in (set[item], frozenset[item], list[collections.abc.Set[item] | None]):
+        assert "has no hash to be in a set; write list[" in refused(annotation)
+
+
+@pytest.mark.parametrize("key", [Unhashed, tuple[int, int], frozenset[int], int | tuple[int, ...]])
+def test_no_key_is_an_array_or_object(key: Any) -> None:
+    """A key of JSON is a text."""
+    assert "is no key of a JSON object; write list[tuple[" in refused(dict[key, int])
+
+
+@pytest.mark.parametrize("annotation", [set, set[Any], frozenset[object], set[int | list[int]]])
+def test_an_item_without_a_hash_is_told_with_its_place(annotation: Any) -> None:
+    """Where it depends on the payload whether a set can be made of it."""
+    assert len(read([1, 2, 1], annotation)) == 2
+    assert errors([1, [2]], annotation) == [("[1]", "expected no array or object in a set")]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import functools
 import sys
 import textwrap
 import types
-from datetime import UTC, date, datetime, timedelta, tzinfo
+from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal, NewType, NotRequired, TypedDict
 
@@ -179,6 +180,7 @@ class Money:
         return f"{self.cents} ct"
 
 
+TENTHS = [(0.1, 0.3, 0.35), (0.01, 19.99, 0.355), (0.01, 1e300, 1e-3), (0.05, -0.15, -0.16)]
 LIMITED: list[tuple[Any, Any, Any, str]] = [
     (Positive, 1, 0, "expected int >= 1"),
     (Annotated[int, msgspec.Meta(ge=2, lt=5)], 2, 5, "expected int <= 4"),
@@ -206,6 +208,14 @@ LIMITED: list[tuple[Any, Any, Any, str]] = [
     (Annotated[Decimal, at.MultipleOf(0.5)], "1.5", "1.6",
      "expected Decimal that's a multiple of 0.5"),
     (Annotated[float, at.MultipleOf(2)], 4.0, 3, "expected float that's a multiple of 2.0"),
+    *((Annotated[float, limit(multiple_of=by)], right, wrong,
+       f"expected float that's a multiple of {by}")
+      for by, right, wrong in TENTHS for limit in (msgspec.Meta, at.MultipleOf)),
+    (Annotated[float, at.MultipleOf(Decimal("0.1"))], 0.3, 0.35,
+     "expected float that's a multiple of 0.1"),
+    (Annotated[float, at.MultipleOf(64)], 2.0**60, 65, "expected float that's a multiple of 64.0"),
+    (Annotated[int, at.MultipleOf(0.1)], 3, "a", "expected int, got str"),
+    (Annotated[int, at.MultipleOf(1.5)], 3, 4, "expected int that's a multiple of 1.5"),
     (Annotated[list[int], at.Len(1, 2)], [1], [1, 2, 3], "expected array of length <= 2"),
     (Annotated[str, at.Len(1)], "abc", "", "expected str of length >= 1"),
     (Annotated[str, at.Gt("m")], "n", "a", "expected str > m"),
@@ -221,6 +231,15 @@ LIMITED: list[tuple[Any, Any, Any, str]] = [
      "expected datetime with the offset of UTC"),
     (Annotated[int, at.Predicate(even)], 2, 3, "invalid value"),
     (Annotated[str, at.Predicate(str.islower)], "a", "A", "invalid value"),
+    (Annotated[int | str, at.Predicate(even)], 2, "a", "invalid value"),
+    (Annotated[datetime, at.Gt(datetime(2026, 1, 1, tzinfo=UTC))], ZONED, NAIVE,
+     "expected datetime with a timezone component"),
+    (Annotated[datetime | None, at.Le(datetime(2027, 1, 1))], None, ZONED,
+     "expected datetime with no timezone component"),
+    (Annotated[datetime, msgspec.Meta(tz=True), at.Gt(datetime(2026, 1, 1, tzinfo=UTC))], ZONED,
+     "2025-01-01T00:00:00Z", "expected datetime > 2026-01-01 00:00:00+00:00"),
+    (Annotated[time, at.Ge(time(1, tzinfo=UTC))], "01:00:00Z", "01:00:00",
+     "expected time with a timezone component"),
     (Annotated[str, at.Predicate(lookup)], "known", "else", "invalid value"),
     (Annotated[int | None, at.Predicate(even)], None, 3, "invalid value"),
     (Annotated[int | None, msgspec.Meta(gt=0)], None, 0, "expected int >= 1"),
@@ -239,6 +258,17 @@ LIMITED: list[tuple[Any, Any, Any, str]] = [
     (Annotated[int, at.Unit("m"), "text", msgspec.Meta(title="n", description="d")], 1, "a",
      "expected int, got str"),
 ]  # fmt: skip
+
+
+def like_pydantic(name: str, *fields: str) -> Any:
+    """A class of metadata as pydantic has them: its function makes a value of a value."""
+    made = dataclasses.make_dataclass(name, ["func", *fields], frozen=True)
+    made.__module__ = "pydantic.functional_validators"
+    return made
+
+
+After = like_pydantic("AfterValidator")
+Before = like_pydantic("BeforeValidator", "json_schema_input_type")
 
 
 class Unhashable:
@@ -343,6 +373,10 @@ def test_a_bound_may_be_of_a_class_with_a_hook() -> None:
         (Annotated[datetime, at.Timezone("Europe/Berlin")], "does not limit"),
         (Annotated[datetime, at.Timezone(Berlin())], "has an offset, and no zone"),
         (Annotated[int, at.Gt], "is not enforced; write msgspec.Meta(gt=0), say"),
+        (Annotated[str, After(str.strip)], "write msgspec.Meta(gt=0), say, annotated_types."),
+        (list[Annotated[str, at.Gt("a"), After(str.strip)] | None], "is not enforced"),
+        (Annotated[int, Before(int, Any)], "is not enforced"),
+        (Annotated[str, at.Not(str.isdigit)], "annotated_types.Predicate(f) for a test"),
         (list[Annotated[int, attrs.validators.gt(0)]], "is not enforced; write msgspec.Meta(gt=0)"),
     ],
     ids=str,
@@ -363,6 +397,8 @@ def test_a_constraint_is_enforced_in_one_pass() -> None:
     assert pachinko.is_read_in_one_pass(Kept) and pachinko.is_read_in_one_pass(Held)
     assert not pachinko.is_read_in_one_pass(Annotated[int, at.Gt(0)])
     assert pachinko.is_read_in_one_pass(Annotated[int, "x", at.Unit("m")])
+    assert pachinko.is_read_in_one_pass(Annotated[float, msgspec.Meta(multiple_of=0.25)])
+    assert not pachinko.is_read_in_one_pass(Annotated[float, msgspec.Meta(multiple_of=0.1)])
 
 
 def test_a_type_without_arguments_may_have_no_hash() -> None:
