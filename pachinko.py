@@ -2162,13 +2162,33 @@ def default_refusal(parameter: inspect.Parameter, annotation: Any) -> str | None
                 f"replace it; write `@ws.provide` for what the server makes"
             )
     cls = type(default)
-    is_plain = packages_of(cls) <= sys.stdlib_module_names or issubclass(cls, enum.Enum)
-    if is_plain or default is UNSET or admits(annotation, cls):
+    if default is UNSET or cls in (types.NoneType, object) or issubclass(cls, enum.Enum):
         return None
-    return (
-        f"takes `{as_code(parameter)}`, whose default is a {cls.__name__}; write a default of the "
-        f"annotated type, or `@ws.provide` for what the server makes"
-    )
+    refused = f"takes `{as_code(parameter)}`, whose default is a {cls.__name__}"
+    if not _could_be(annotation, default):
+        is_open = bare_type(annotation) in (Any, object)
+        write = "" if is_open else "a default of the annotated type, or "
+        return f"{refused}; write {write}`@ws.provide` for what the server makes"
+    if _has_hash(default):
+        return None
+    code = type_as_code(parameter.annotation)
+    code = code if admits(annotation, types.NoneType) else _Code(f"{code} | None")
+    optional = as_code(parameter.replace(annotation=code, default=None))
+    return f"{refused} that all clients would share; write `{optional}`"
+
+
+def _could_be(annotation: Any, default: Any) -> bool:
+    """Tell whether *default* could be a value of the type *annotation*, whatever its limits."""
+    t: Any = None
+    with contextlib.suppress(Exception):  # A ``type`` that names nothing is refused later.
+        t = bare_type(annotation)
+    if origin_of(t) in _UNIONS:
+        return any(_could_be(member, default) for member in get_args(t))
+    if origin_of(t) is Literal:
+        return default in get_args(t)
+    if t in (Any, object):
+        return type(default) in (*_LITERALS, list, dict)
+    return class_of(t) is None or admits(dict if is_typed_dict(t) else t, type(default))
 
 
 def place_of(function: Callable[..., Any]) -> str:
@@ -2395,11 +2415,13 @@ def read_handler(
     parameter, fields = _split_parameters(function, name, path_params, namespaces)
     defaults = {p.name: p.default for p in fields if p.default is not _EMPTY}
     hints = _hints_of(function, namespaces)
+    if parameter and message_class:
+        hints.setdefault(parameter.name, message_class)
     for each in filter(None, (parameter, *fields)):
         if (refused := default_refusal(each, hints.get(each.name, Any))) is not None:
             raise PachinkoError(f"{place} {refused}")
     try:
-        annotation: Any = hints.get(parameter.name, message_class or Any) if parameter else Any
+        annotation: Any = hints.get(parameter.name, Any) if parameter else Any
         if fields:
             items = {p.name: hints.get(p.name, Any) for p in fields}
             items |= {key: cast(Any, typing.NotRequired)[items[key]] for key in defaults}
