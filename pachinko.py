@@ -2003,6 +2003,7 @@ class Codec:
 _EMPTY = inspect.Parameter.empty
 _LITERALS = (str, int, float, bool, types.NoneType)
 _NOWHERE: Namespaces = ({}, {})
+_QUALIFIER = re.compile(r"[a-z_]+\.(ClassVar|Final|InitVar|(Not)?Required|ReadOnly)\[")
 # From Python 3.14 on annotations are evaluated when they are asked for. This leaves a name alone
 # that is not defined.
 _FORMAT: Any = getattr(inspect, "Format", None)  # annotationlib's
@@ -2115,8 +2116,17 @@ def resolve(function: Any, annotation: Any, namespaces: Namespaces) -> Any:
                 locals_ |= types_named_in(cls)
     locals_ |= {each.__name__: each for each in getattr(inner, "__type_params__", ())}
     globals_ = {**_STREAMS, **given, **vars(builtins), **own}
-    holder = types.SimpleNamespace(__annotations__={"t": annotation})
+    holder = type("", (), {"__annotations__": {"t": annotation}})  # a class may have qualifiers
     return hashable(typing.get_type_hints(holder, globals_, locals_, include_extras=True)["t"])
+
+
+def unqualified(t: Any) -> Any:
+    """Return the type in the qualifiers of a field, such as `Required` or `InitVar`, or *t*."""
+    if origin_of(t) is typing.Annotated:
+        inner = unqualified(t.__origin__)
+        return t if inner is t.__origin__ else inner
+    inner = [getattr(t, "type", Any), *get_args(t)][-1]
+    return unqualified(inner) if _QUALIFIER.match(str(t)) else t
 
 
 def known_type(function: Any, annotation: Any, namespaces: Namespaces) -> Any:
@@ -2490,6 +2500,14 @@ def _hints_of(function: Any, namespaces: Namespaces) -> dict[str, Any]:
             if number > 0:
                 exc.add_note(f"in the annotation of {p.name!r}")
                 raise _payload_error(place_of(function), exc) from exc
+        t = hints.get(p.name)
+        if number > 0 and (inner := unqualified(t)) is not t:
+            code, default = type_as_code(inner), p.default
+            if "NotRequired" in str(t) and default is _EMPTY:
+                code, default = _Code(f"{code.removesuffix(' | None')} | None"), None
+            write = as_code(p.replace(annotation=code, default=default))
+            refused = f"takes `{as_code(p)}`, but only fields of classes have such a qualifier"
+            raise PachinkoError(f"{place_of(function)} {refused}; write `{write}`")
     return hints
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 import inspect
@@ -20,6 +21,7 @@ import falcon.routing
 import falcon.testing
 import msgspec
 import pytest
+import typing_extensions
 from support import new_app
 
 import pachinko
@@ -831,6 +833,34 @@ def test_a_default_that_can_be_changed_is_refused(
         kind = type(default).__name__
         assert f"default is a {kind} that all clients would share; write `{write}`" in text
     corrected = build(f"async def f(conn, {star}{write}): ...", **names)
+    assert registered(corrected).function is corrected
+
+
+@pytest.mark.parametrize("star", ["", "*, "])
+@pytest.mark.parametrize(
+    ("annotation", "write"),
+    [
+        ("Required[int]", "int"), ("Final[str]", "str"), ("ClassVar[int]", "int"),
+        ("InitVar[int]", "int"), ("ReadOnly[int]", "int"),
+        ("NotRequired[int]", "int | None = None"), ("NotRequired[int] = 5", "int = 5"),
+        ("NotRequired[str | None]", "str | None = None"), ("Required[ReadOnly[int]]", "int"),
+        ("Annotated[NotRequired[int], 'doc']", "int | None = None"),
+        ("Annotated[Final[int], 'doc'] = 1", "int = 1"),
+    ],
+)  # fmt: skip
+def test_the_qualifier_of_a_field_is_refused_on_a_parameter(
+    star: str, annotation: str, write: str
+) -> None:
+    """It says nothing of a value: ``NotRequired`` would leave a handler without an argument."""
+    qualifiers: dict[str, Any] = {"InitVar": dataclasses.InitVar, "Annotated": Annotated}
+    for name in ("ClassVar", "Final", "NotRequired", "ReadOnly", "Required"):
+        qualifiers[name] = getattr(typing_extensions, name)
+    for future in (False, True):
+        source = f"async def f(conn, {star}x: {annotation}): ..."
+        function = build(source, future=future, **qualifiers)
+        text = refusal(lambda function=function: registered(function))
+        assert text.endswith(f"fields of classes have such a qualifier; write `x: {write}`")
+    corrected = build(f"async def f(conn, {star}x: {write}): ...")
     assert registered(corrected).function is corrected
 
 
