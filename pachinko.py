@@ -1695,11 +1695,14 @@ def _check_constructor(cls: Any, fields: Iterable[Any]) -> None:
     if "pydantic" in packages_of(cls):  # With @attrs.frozen on it, a model would not validate.
         raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {cls!r}", cls)
     needed = [getattr(f, "alias", f.name) for f in fields if f.init and is_required(f)]
+    others = getattr(cls, "__dataclass_fields__", {}).keys() - {f.name for f in fields}
     try:
         with contextlib.suppress(ValueError):  # some callables have no signature
             inspect.signature(cls).bind(**dict.fromkeys(needed))
+            if dropped := others & inspect.signature(cls).parameters.keys():  # no ClassVar is there
+                raise TypeError(f"what a client sends for {dropped.pop()!r} would be dropped")
     except TypeError as exc:
-        why = f"{exc}; give what is no field (an InitVar, say) a default"
+        why = f"{exc}; write a field in the place of an InitVar, and give the others a default"
         raise TypeError(f"{cls.__name__} cannot be made of its fields: {why}") from None
 
 
