@@ -2947,11 +2947,13 @@ def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tupl
     if (first := routes.providers.get(t)) is not None:
         cure = "give each a type of its own, by typing.NewType for example"
         refuse_second(first.function, function, f"{shown(t)} has a provider", cure)
-    for earlier in [handler.function for handler in routes.handlers.values()]:
+    from_payload = [handler.function for handler in routes.handlers.values()]
+    for earlier in (*from_payload, *routes.connect, *routes.accepted, *routes.disconnect):
         annotations = [p.annotation for p in parameters_of(earlier)]
         if t in [known_type(earlier, each, namespaces) for each in annotations]:
+            source = " from its payload" if earlier in from_payload else ""
             raise PachinkoError(
-                f"{place_of(earlier)} takes {shown(t)} from its payload; register {place} "
+                f"{place_of(earlier)} takes {shown(t)}{source}; register {place} "
                 f"above the handlers that take what it provides"
             )
     manage = contextlib.asynccontextmanager(function) if is_stream(function) else None
