@@ -1737,11 +1737,14 @@ def _check_constructor(cls: Any, fields: Iterable[Any]) -> None:
     if "pydantic" in packages_of(cls):  # With @attrs.frozen on it, a model would not validate.
         raise cattrs.StructureHandlerNotFoundError(f"register a structure hook for {cls!r}", cls)
     needed = [getattr(f, "alias", f.name) for f in fields if f.init and is_required(f)]
+    others = getattr(cls, "__dataclass_fields__", {}).keys() - {f.name for f in fields}
     try:
         with contextlib.suppress(ValueError):  # some callables have no signature
             inspect.signature(cls).bind(**dict.fromkeys(needed))
+            if dropped := others & inspect.signature(cls).parameters.keys():  # no ClassVar is there
+                raise TypeError(f"what a client sends for {dropped.pop()!r} would be dropped")
     except TypeError as exc:
-        why = f"{exc}; give what is no field (an InitVar, say) a default"
+        why = f"{exc}; write a field in the place of an InitVar, and give the others a default"
         raise TypeError(f"{cls.__name__} cannot be made of its fields: {why}") from None
 
 
@@ -2049,6 +2052,7 @@ class Codec:
 _EMPTY = inspect.Parameter.empty
 _LITERALS = (str, int, float, bool, types.NoneType)
 _NOWHERE: Namespaces = ({}, {})
+_QUALIFIER = re.compile(r"[a-z_]+\.(ClassVar|Final|InitVar|(Not)?Required|ReadOnly)\[")
 # From Python 3.14 on annotations are evaluated when they are asked for. This leaves a name alone
 # that is not defined.
 _FORMAT: Any = getattr(inspect, "Format", None)  # annotationlib's
@@ -2161,8 +2165,17 @@ def resolve(function: Any, annotation: Any, namespaces: Namespaces) -> Any:
                 locals_ |= types_named_in(cls)
     locals_ |= {each.__name__: each for each in getattr(inner, "__type_params__", ())}
     globals_ = {**_STREAMS, **given, **vars(builtins), **own}
-    holder = types.SimpleNamespace(__annotations__={"t": annotation})
+    holder = type("", (), {"__annotations__": {"t": annotation}})  # a class may have qualifiers
     return hashable(typing.get_type_hints(holder, globals_, locals_, include_extras=True)["t"])
+
+
+def unqualified(t: Any) -> Any:
+    """Return the type in the qualifiers of a field, such as `Required` or `InitVar`, or *t*."""
+    if origin_of(t) is typing.Annotated:
+        inner = unqualified(t.__origin__)
+        return t if inner is t.__origin__ else inner
+    inner = [getattr(t, "type", Any), *get_args(t)][-1]
+    return unqualified(inner) if _QUALIFIER.match(str(t)) else t
 
 
 def known_type(function: Any, annotation: Any, namespaces: Namespaces) -> Any:
@@ -2208,13 +2221,33 @@ def default_refusal(parameter: inspect.Parameter, annotation: Any) -> str | None
                 f"replace it; write `@ws.provide` for what the server makes"
             )
     cls = type(default)
-    is_plain = packages_of(cls) <= sys.stdlib_module_names or issubclass(cls, enum.Enum)
-    if is_plain or default is UNSET or admits(annotation, cls):
+    if default is UNSET or cls in (types.NoneType, object) or issubclass(cls, enum.Enum):
         return None
-    return (
-        f"takes `{as_code(parameter)}`, whose default is a {cls.__name__}; write a default of the "
-        f"annotated type, or `@ws.provide` for what the server makes"
-    )
+    refused = f"takes `{as_code(parameter)}`, whose default is a {cls.__name__}"
+    if not _could_be(annotation, default):
+        is_open = bare_type(annotation) in (Any, object)
+        write = "" if is_open else "a default of the annotated type, or "
+        return f"{refused}; write {write}`@ws.provide` for what the server makes"
+    if _has_hash(default):
+        return None
+    code = type_as_code(parameter.annotation)
+    code = code if admits(annotation, types.NoneType) else _Code(f"{code} | None")
+    optional = as_code(parameter.replace(annotation=code, default=None))
+    return f"{refused} that all clients would share; write `{optional}`"
+
+
+def _could_be(annotation: Any, default: Any) -> bool:
+    """Tell whether *default* could be a value of the type *annotation*, whatever its limits."""
+    t: Any = None
+    with contextlib.suppress(Exception):  # A ``type`` that names nothing is refused later.
+        t = bare_type(annotation)
+    if origin_of(t) in _UNIONS:
+        return any(_could_be(member, default) for member in get_args(t))
+    if origin_of(t) is Literal:
+        return default in get_args(t)
+    if t in (Any, object):
+        return type(default) in (*_LITERALS, list, dict)
+    return class_of(t) is None or admits(dict if is_typed_dict(t) else t, type(default))
 
 
 def place_of(function: Callable[..., Any]) -> str:
@@ -2441,11 +2474,13 @@ def read_handler(
     parameter, fields = _split_parameters(function, name, path_params, namespaces)
     defaults = {p.name: p.default for p in fields if p.default is not _EMPTY}
     hints = _hints_of(function, namespaces)
+    if parameter and message_class:
+        hints.setdefault(parameter.name, message_class)
     for each in filter(None, (parameter, *fields)):
         if (refused := default_refusal(each, hints.get(each.name, Any))) is not None:
             raise PachinkoError(f"{place} {refused}")
     try:
-        annotation: Any = hints.get(parameter.name, message_class or Any) if parameter else Any
+        annotation: Any = hints.get(parameter.name, Any) if parameter else Any
         if fields:
             items = {p.name: hints.get(p.name, Any) for p in fields}
             items |= {key: cast(Any, typing.NotRequired)[items[key]] for key in defaults}
@@ -2514,6 +2549,14 @@ def _hints_of(function: Any, namespaces: Namespaces) -> dict[str, Any]:
             if number > 0:
                 exc.add_note(f"in the annotation of {p.name!r}")
                 raise _payload_error(place_of(function), exc) from exc
+        t = hints.get(p.name)
+        if number > 0 and (inner := unqualified(t)) is not t:
+            code, default = type_as_code(inner), p.default
+            if "NotRequired" in str(t) and default is _EMPTY:
+                code, default = _Code(f"{code.removesuffix(' | None')} | None"), None
+            write = as_code(p.replace(annotation=code, default=default))
+            refused = f"takes `{as_code(p)}`, but only fields of classes have such a qualifier"
+            raise PachinkoError(f"{place_of(function)} {refused}; write `{write}`")
     return hints
 
 
@@ -2950,11 +2993,13 @@ def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tupl
     if (first := routes.providers.get(t)) is not None:
         cure = "give each a type of its own, by typing.NewType for example"
         refuse_second(first.function, function, f"{shown(t)} has a provider", cure)
-    for earlier in [handler.function for handler in routes.handlers.values()]:
+    from_payload = [handler.function for handler in routes.handlers.values()]
+    for earlier in (*from_payload, *routes.connect, *routes.accepted, *routes.disconnect):
         annotations = [p.annotation for p in parameters_of(earlier)]
         if t in [known_type(earlier, each, namespaces) for each in annotations]:
+            source = " from its payload" if earlier in from_payload else ""
             raise PachinkoError(
-                f"{place_of(earlier)} takes {shown(t)} from its payload; register {place} "
+                f"{place_of(earlier)} takes {shown(t)}{source}; register {place} "
                 f"above the handlers that take what it provides"
             )
     manage = contextlib.asynccontextmanager(function) if is_stream(function) else None

@@ -1256,15 +1256,11 @@ def test_one_wrong_field_among_many_is_found(value: Everything, data: st.DataObj
 class Annotating:
     _: dataclasses.KW_ONLY
     kind: typing.ClassVar[str] = "odd"
-    factor: dataclasses.InitVar[int] = 2
     amount: Decimal = Decimal(1)
-
-    def __post_init__(self, factor: int) -> None:
-        self.amount *= factor
 
 
 def test_what_a_dataclass_annotates_beside_its_fields_is_left_alone() -> None:
-    """``ClassVar``, ``InitVar`` and ``KW_ONLY`` are no fields of the payload."""
+    """``ClassVar`` and ``KW_ONLY`` are no fields of the payload."""
     codec = Codec()
     codec.check(Annotating, (globals(), locals()), [])
     assert codec.structure({"amount": "3", "kind": "x"}, Annotating, "t") == Annotating(

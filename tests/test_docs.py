@@ -719,7 +719,7 @@ async def test_what_a_handler_may_look_like(code: str, happens: str, names: dict
     point, said = names["Point"], type("Said", (), {"__annotations__": {"text": str}})
     known = {
         "functools": functools, "say": say, "plain_decorator": plain_decorator, "conn": None,
-        "db": None, "Depends": lambda _: of("fastapi.params"), "connect": None,
+        "db": None, "Depends": lambda _: of("fastapi.params"), "connect": connect,
         "FromDishka": {point: typing.Annotated[point, of("dishka.markers")]},
         "Marker": type("Marker", (), {}), "ws": Pachinko(hub=Hub()),
         "make_class": make_class, "Said": pachinko.message("said")(said),

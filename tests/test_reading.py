@@ -114,7 +114,7 @@ def clumsy(_: Any, __: Any, value: Any) -> None:
         raise ZeroDivisionError
 
 
-@attrs.define
+@attrs.frozen
 class Point:
     x: int
     y: int = 0

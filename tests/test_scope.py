@@ -1336,6 +1336,25 @@ def test_a_provided_value_that_was_taken_for_the_connection() -> None:
         ws.provide(provider)
 
 
+@pytest.mark.parametrize(
+    ("how", "source"),
+    [
+        ("connect", "f(conn, *, db: Db)"), ("accepted", "f(conn, *, db: Db)"),
+        ("connect", "f(conn, db: Db)"), ("disconnect", "f(conn, *, db: Db = None)"),
+    ],
+)  # fmt: skip
+def test_a_provider_below_a_handler_of_connections(how: str, source: str) -> None:
+    """Each handshake would fail, or the handler would get its default."""
+    ws = Pachinko(hub=Hub())  # whose paths are known to the app alone
+    getattr(ws, how)(scoped(f"async def {source}: ..."))
+
+    async def provider(conn: Connection) -> Db:
+        return Db([])
+
+    with pytest.raises(PachinkoError, match=r"f\(\) .* takes Db; register .* above the handlers"):
+        ws.provide(provider)
+
+
 def scoped(source: str) -> Any:
     """The function `f` that *source* defines, with the types of this module."""
     exec(source, names := {"Db": Db, "Connection": Connection, "__name__": __name__})

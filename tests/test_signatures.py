@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 import inspect
@@ -20,6 +21,7 @@ import falcon.routing
 import falcon.testing
 import msgspec
 import pytest
+import typing_extensions
 from support import new_app
 
 import pachinko
@@ -293,12 +295,14 @@ class Proxy:
 
 
 async def test_an_object_that_cannot_be_asked_is_left_alone() -> None:
-    """In the class of a method, and as a default."""
+    """In the class of a method. As a default it is refused like any other object."""
+    function = build("async def f(conn, *, cart: Any = D): ...", D=Proxy())
+    assert "write `@ws.provide`" in refusal(lambda: registered(function))
 
     class Shop:
         cart = Proxy()
 
-        async def on_buy(self, conn: Any, *, n: int, cart: Any = cart) -> Any:
+        async def on_buy(self, conn: Any, *, n: int) -> Any:
             return n
 
     ws = endpoint("/ws")
@@ -707,13 +711,27 @@ class Own:
     """A class that no list can know, such as the marker of a library."""
 
 
+class Movie(TypedDict):
+    name: str
+
+
+class Hard:
+    """An object that has no hash, such as the marker of a library that is a dataclass."""
+
+    __hash__ = None  # type: ignore[assignment]  # so it is said
+
+
 GOOD_DEFAULTS: list[tuple[Any, Any]] = [
-    (int, 5), (int | None, None), (str, "x"), (list[int], []), (int, "another"), (Point, Point(1)),
-    (Point, Sub(1)), (Point | None, Point(1)), (Point | str, Point(1)), (Any, Own()),
-    (object, Own()), (Color, Color.RED), (int, Color.RED), (int | None, object()),
-    (msgspec.UnsetType, msgspec.UNSET), (int, msgspec.UNSET), (int, ...), (int, int),
-    (date, date(2026, 1, 1)), (str, datetime(2026, 1, 1)), (Sequence[int], (1,)),
+    (int, 5), (int | None, None), (str, "x"), (int, None), (float, 1), (Point, Point(1)),
+    (Point, Sub(1)), (Point | None, Point(1)), (Point | str, Point(1)), (Any, "x"), (Any, 1),
+    (object, True), (Any, 1.5), (Any, None), (Any, object()), (Movie, None), (Any, Color.RED),
+    (Color, Color.RED), (int, Color.RED), (int | None, object()), (Literal["a", 1], "a"),
+    (Annotated[Literal["a"], "doc"] | None, "a"), (Annotated[int, msgspec.Meta(gt=0)], 0),
+    (Annotated[str, msgspec.Meta(min_length=1)] | None, ""), (frozenset[int], frozenset({1})),
+    (msgspec.UnsetType, msgspec.UNSET), (int, msgspec.UNSET), (date, date(2026, 1, 1)),
+    (date, datetime(2026, 1, 1)), (Sequence[int], (1,)), (tuple[int, ...], ()), (bytes, b""),
     (Decimal, Decimal(1)), (int, attrs.NOTHING), (NewType("Of", Point), Point(1)),
+    (NewType("Name", str), "x"),
 ]  # fmt: skip
 
 
@@ -729,8 +747,30 @@ def test_other_defaults_are_as_they_were(annotation: Any, default: Any) -> None:
         ) is None  # fmt: skip
 
 
-class Movie(TypedDict):
-    name: str
+def test_the_class_of_a_message_stands_for_an_annotation() -> None:
+    """``@ws.on(Said)`` says what the payload is, and so what its default may be."""
+    said = pachinko.message("said")(type("Said", (), {"__annotations__": {"text": str}}))
+    for default in (said("a"), None):
+        endpoint().on(said)(build("async def f(conn, msg=D): ...", D=default))
+    text = refusal(lambda: endpoint().on(said)(build("async def f(conn, msg=D): ...", D=Own())))
+    assert "write a default of the annotated type" in text
+
+
+OTHERS: list[Any] = [
+    Own(), Own, len, lambda: 1, functools.partial(int), ..., Point, Hard(), Decimal(1), int,
+    datetime(2026, 1, 1), (1,), Literal, functools, NotImplemented, {1}, bytearray(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("default", OTHERS, ids=lambda default: type(default).__name__)
+@pytest.mark.parametrize("annotation", ["", ": Any", ": object", ": A"])
+def test_a_default_that_is_no_json_may_not_be_replaced(annotation: str, default: Any) -> None:
+    """It may be what the server makes, whatever class the application gives its markers."""
+    for star in ("", "*, "):
+        source = f"async def f(conn, {star}x{annotation} = D): ..."
+        function = build(source, D=default, A=Annotated[Any, "doc"])
+        text = refusal(lambda function=function: registered(function))
+        assert f", whose default is a {type(default).__name__}; write `@ws.provide` for" in text
 
 
 @pytest.mark.parametrize("annotation", [int, Point, list[int], Movie, Literal["a"], int | None])
@@ -740,6 +780,88 @@ def test_a_default_that_no_payload_could_be_is_refused(annotation: Any) -> None:
     text = refusal(lambda: registered(function))
     assert "takes `x: " in text and "`, whose default is a Own; write a default of the " in text
     assert text.endswith("annotated type, or `@ws.provide` for what the server makes")
+
+
+@pytest.mark.parametrize(
+    ("annotation", "default"),
+    [
+        (dict, len), (dict, lambda: 1), (int, functools.partial(int)), (dict, Point), (int, "x"),
+        (str, ...), (int, int), (str, datetime(2026, 1, 1)), (Literal["a"], "b"), (int | None, "x"),
+        (Annotated[int, msgspec.Meta(gt=0)], "x"), (Movie, len), (list[int], {}), (int, 1.5),
+        (NewType("Name", str), 5), (dict[str, int] | None, []), (list[int], Hard()), (Decimal, 0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_default_of_another_type_is_refused(annotation: Any, default: Any) -> None:
+    """Whether its class is the application's or Python's: the handler would get it."""
+    function = build("async def f(conn, *, x: A = D): ...", A=annotation, D=default)
+    text = refusal(lambda: registered(function))
+    assert text.endswith(
+        "a default of the annotated type, or `@ws.provide` for what the server makes"
+    )
+
+
+@attrs.define
+class Cart:
+    items: list[str] = attrs.Factory(list)
+
+
+@pytest.mark.parametrize("star", ["", "*, "])
+@pytest.mark.parametrize(
+    ("annotation", "default", "write"),
+    [
+        (": list[str]", [], "x: list[str] | None = None"),
+        (": list[str] | None", ["a"], "x: list[str] | None = None"),
+        (": dict", {}, "x: dict | None = None"), (": set[int]", {1}, "x: set[int] | None = None"),
+        (": Movie", {"name": "M"}, "x: Movie | None = None"), (": Any", [], "x: Any = None"),
+        (": object", {}, "x: object = None"), ("", [], "x=None"),
+        (": Cart", Cart(), "x: Cart | None = None"), (": dict[str, int]", {"a": 1}, None),
+        (": tuple", ([],), "x: tuple | None = None"), (": int | list[int]", [], None),
+        (": Annotated[list[int], 'doc']", [], "x: Annotated[list[int], 'doc'] | None = None"),
+    ],
+)  # fmt: skip
+def test_a_default_that_can_be_changed_is_refused(
+    star: str, annotation: str, default: Any, write: str | None
+) -> None:
+    """It would be one object for all clients."""
+    names = {"Movie": Movie, "Cart": Cart, "Annotated": Annotated}
+    source = f"async def f(conn, {star}x{annotation} = D): ..."
+    write = write or f"x{annotation} | None = None"
+    for future in (False, True):
+        function = build(source, future=future, D=default, **names)
+        text = refusal(lambda function=function: registered(function))
+        kind = type(default).__name__
+        assert f"default is a {kind} that all clients would share; write `{write}`" in text
+    corrected = build(f"async def f(conn, {star}{write}): ...", **names)
+    assert registered(corrected).function is corrected
+
+
+@pytest.mark.parametrize("star", ["", "*, "])
+@pytest.mark.parametrize(
+    ("annotation", "write"),
+    [
+        ("Required[int]", "int"), ("Final[str]", "str"), ("ClassVar[int]", "int"),
+        ("InitVar[int]", "int"), ("ReadOnly[int]", "int"),
+        ("NotRequired[int]", "int | None = None"), ("NotRequired[int] = 5", "int = 5"),
+        ("NotRequired[str | None]", "str | None = None"), ("Required[ReadOnly[int]]", "int"),
+        ("Annotated[NotRequired[int], 'doc']", "int | None = None"),
+        ("Annotated[Final[int], 'doc'] = 1", "int = 1"),
+    ],
+)  # fmt: skip
+def test_the_qualifier_of_a_field_is_refused_on_a_parameter(
+    star: str, annotation: str, write: str
+) -> None:
+    """It says nothing of a value: ``NotRequired`` would leave a handler without an argument."""
+    qualifiers: dict[str, Any] = {"InitVar": dataclasses.InitVar, "Annotated": Annotated}
+    for name in ("ClassVar", "Final", "NotRequired", "ReadOnly", "Required"):
+        qualifiers[name] = getattr(typing_extensions, name)
+    for future in (False, True):
+        source = f"async def f(conn, {star}x: {annotation}): ..."
+        function = build(source, future=future, **qualifiers)
+        text = refusal(lambda function=function: registered(function))
+        assert text.endswith(f"fields of classes have such a qualifier; write `x: {write}`")
+    corrected = build(f"async def f(conn, {star}x: {write}): ...")
+    assert registered(corrected).function is corrected
 
 
 # The second parameter of the others, and what they return

@@ -602,6 +602,17 @@ class Initial:
     factor: dataclasses.InitVar[int]
 
 
+@dataclasses.dataclass
+class Seeded:
+    x: int
+    seed: dataclasses.InitVar[int] = 0
+
+
+@dataclasses.dataclass
+class Planted(Seeded):
+    y: int = 0
+
+
 @attrs.define(init=False)
 class OwnInit:
     x: int
@@ -664,6 +675,8 @@ ADVICE: list[tuple[Any, str]] = [
     (Any | int, "takes all that Any does; write Any"),
     (object | int, "takes all that Any does; write Any"),
     (Initial, "Initial cannot be made of its fields: missing a required argument: 'factor'"),
+    (Seeded, "what a client sends for 'seed' would be dropped; write a field in the place of"),
+    (Planted, "what a client sends for 'seed' would be dropped; write a field in the place of"),
     (OwnInit, "OwnInit cannot be made of its fields: missing a required argument: 'more'"),
     (Nested, "<Nested.A: (1, 2)> is no JSON scalar; give it a text or a number as its value"),
 ]  # fmt: skip
