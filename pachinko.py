@@ -2247,6 +2247,8 @@ def _could_be(annotation: Any, default: Any) -> bool:
         return default in get_args(t)
     if t in (Any, object):
         return type(default) in (*_LITERALS, list, dict)
+    if t is Decimal and type(default) is int:
+        return True  # It is as good as one.
     return class_of(t) is None or admits(dict if is_typed_dict(t) else t, type(default))
 
 

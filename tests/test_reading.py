@@ -1414,7 +1414,7 @@ NO_PAYLOAD: list[tuple[str, str | None]] = [
     ("(conn, p: Private | None)", "called: None"),
     ("(conn, p: Point | None = Point(5))", "called: Point(x=5, y=0)"),
     ("(conn, p: int = 5)", "called: 5"),
-    ("(conn, p: Aliased = 'any')", "called: any"),
+    ("(conn, p: Aliased | str = 'any')", "called: any"),
     ("(conn, p: int)", "$.payload"),
     ("(conn, p: Point)", "$.payload"),
     ("(conn, p: SharedDefault)", "$.payload"),

@@ -788,7 +788,7 @@ def test_a_default_that_no_payload_could_be_is_refused(annotation: Any) -> None:
         (dict, len), (dict, lambda: 1), (int, functools.partial(int)), (dict, Point), (int, "x"),
         (str, ...), (int, int), (str, datetime(2026, 1, 1)), (Literal["a"], "b"), (int | None, "x"),
         (Annotated[int, msgspec.Meta(gt=0)], "x"), (Movie, len), (list[int], {}), (int, 1.5),
-        (NewType("Name", str), 5), (dict[str, int] | None, []), (list[int], Hard()), (Decimal, 0),
+        (NewType("Name", str), 5), (dict[str, int] | None, []), (list[int], Hard()), (Decimal, 0.5),
     ],
     ids=str,
 )  # fmt: skip
