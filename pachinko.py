@@ -1656,8 +1656,9 @@ def _array_hook(t: Any, converter: cattrs.Converter) -> Hook:
         return _array_struct_hook(t, converter)
     if cols.is_namedtuple(cls):
         given = dict(zip(getattr(cls, "__parameters__", ()), args, strict=False))
+        owner = next(base for base in cls.__mro__ if "_fields" in vars(base))
         items = [given.get(u) or (u[tuple(map(given.get, p))] if (p := free_variables(u)) else u)
-                 for u in cls.__annotations__.values()]  # fmt: skip
+                 for u in owner.__annotations__.values()]  # fmt: skip
         least = len(items) - len(cls._field_defaults)
         return _tuple_hook(lambda made: cls(*made), items, least, converter)
     if cls not in _ARRAYS:

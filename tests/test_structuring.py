@@ -846,11 +846,17 @@ class Ranked(NamedTuple):
     score: float = 0.5
 
 
+class Shown(Ranked):
+    def text(self) -> str:
+        return f"{self.name}: {self.rank}"
+
+
 @pytest.mark.parametrize("payload", [[1], [1, "b"], [1, "b", 1.5]], ids=str)
 def test_items_of_a_named_tuple_with_defaults_may_be_missing(payload: list[Any]) -> None:
     """As fields of a class may."""
     assert read(payload, Ranked) == Ranked(*payload)
     assert read([payload], list[Ranked] | None) == [Ranked(*payload)]
+    assert type(read(payload, Shown)) is Shown and read(payload, Shown) == Ranked(*payload)
 
 
 @pytest.mark.parametrize(
