@@ -5827,9 +5827,10 @@ async def _refuse(session: Session, exc: BaseException) -> None:
         if not isinstance(exc, Exception):  # Falcon's error handlers take `Exception` only.
             raise RuntimeError(f"a connect handler has raised {exc!r}") from exc
         is_falcons = conn.ws.unaccepted or isinstance(exc, (falcon.HTTPError, falcon.HTTPStatus))
-        if not is_falcons:  # An error handler of the app may do nothing but log it.
+        is_over = conn.closed and isinstance(exc, (Close, falcon.WebSocketDisconnected))
+        if not (is_falcons or is_over):  # An error handler of the app may do nothing but log it.
             session.outgoing.close(close_for(exc, "a connect handler", conn.id), drops=True)
-        elif not (conn.closed and isinstance(exc, (Close, falcon.WebSocketDisconnected))):
+        elif not is_over:
             raise exc
     finally:
         del exc  # It refers to this frame; a cycle would keep the connection until a collection.

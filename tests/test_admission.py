@@ -281,6 +281,31 @@ async def test_a_client_may_leave_while_the_function_is_asked() -> None:
     assert seen == ["cancelled"]
 
 
+@pytest.mark.parametrize("how", ["hangs", "sends"])
+async def test_a_client_that_leaves_connect_handlers_is_no_bug(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that has authenticated by its first message, too: nothing is logged as a failure."""
+    door, begun = Door(linger=0.05), asyncio.Event()
+
+    @door.ws.connect
+    async def load(conn: Connection) -> None:
+        begun.set()
+        if how == "hangs":
+            await asyncio.Event().wait()
+        await until(lambda: conn.closed)
+        await conn.send("late")
+
+    async with serving(door.ws._app) as server:
+        async with door.visit(server.url) as client:
+            await authenticate(client)
+            await begun.wait()
+            client.cut()
+        await until(lambda: not door.ws._hub.state.serving)
+    assert door.seen == [None, "t-ann", ("connect", "ann")]
+    assert "failed" not in caplog.text
+
+
 async def test_a_client_may_leave_during_connect_handlers() -> None:
     """They end undisturbed, what was sent is handled, and the disconnect handler runs."""
     door = Door()
@@ -1223,12 +1248,13 @@ async def test_a_handshake_that_ends_early_is_undone(how: str) -> None:
 
 
 async def test_a_task_that_is_cancelled_while_it_undoes_ends() -> None:
-    """Every end still begins, and the client is not answered."""
+    """Every end still runs, and the client is not answered."""
     ws, seen = endpoint(), list[str]()
 
     @ws.connect
     async def outer(conn: Connection) -> AsyncIterator[None]:
         yield
+        await asyncio.sleep(0)
         seen.append("outer")
 
     @ws.connect
@@ -1340,6 +1366,7 @@ async def test_a_handshake_that_takes_too_long_is_refused_with_503(
         if where == "swallowing":
             with contextlib.suppress(asyncio.CancelledError):
                 await hang()
+            await asyncio.sleep(0)  # Code that has caught its cancellation may wait again.
         if where == "second":
             await asyncio.sleep(0.01)
 
