@@ -469,9 +469,11 @@ class RedisConnection:
         self._called.set()
         return await reply
 
-    async def close(self) -> None:
+    def cancel(self) -> None:
         for task in self._tasks:
             task.cancel()
+
+    async def close(self) -> None:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._connection.disconnect(nowait=True)
 
@@ -611,6 +613,8 @@ class Redis:
     async def stop(self) -> None:
         if self._ending is not None:
             self._ending.cancel()
+        for connection in self._connections:  # All end, even if the first one takes too long.
+            connection.cancel()
         for connection in self._connections:
             await connection.close()
 

@@ -63,7 +63,7 @@ python3 -m pip install -q --disable-pip-version-check --upgrade --target "$root/
     --python-version 3.14 --implementation cp --abi cp314 --abi abi3 --abi none --only-binary :all: \
     --platform "manylinux_2_34_$(uname -m)" --platform "manylinux_2_28_$(uname -m)" \
     --platform "manylinux_2_17_$(uname -m)" --platform "manylinux2014_$(uname -m)" --platform any \
-    attrs "cattrs[msgspec]" falcon hypothesis msgspec nats-py pytest pytest-asyncio redis sybil \
+    annotated-types attrs "cattrs[msgspec]" falcon hypothesis msgspec nats-py pytest pytest-asyncio redis sybil \
     "uvicorn[standard]" websockets || skip "no packages for it"
 
 # shellcheck disable=SC2086 - one word a test file

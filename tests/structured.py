@@ -68,8 +68,9 @@ def like_annotated_types() -> Any:
         made = dataclasses.make_dataclass(name, names, bases=(base,), frozen=True)
         made.__module__ = "annotated_types"
         setattr(module, name, made)
-    called: Any = {"__module__": "annotated_types", "__call__": lambda self, value: True}
+    called: Any = {"__call__": lambda self, value: True}
     module.Not = dataclasses.make_dataclass("Not", ["func"], namespace=called)
+    module.Not.__module__ = "annotated_types"
 
     class Len:
         __is_annotated_types_grouped_metadata__ = True

@@ -668,3 +668,17 @@ async def test_tls_to_redis(certificate: tuple[Path, Path]) -> None:
         with pytest.raises(Exception, match=r"(?i)certificate"):
             await stranger.start(one.deliver, one.lost.append)
         await stranger.stop()
+
+
+async def test_redis_leaves_no_connection_open_when_one_does_not_close() -> None:
+    """The second one ends, too, although the first one takes longer than there is time."""
+    async with running("redis") as broker, Connected(broker.url) as one:
+        backplane: Any = one.backplane
+        first, second = backplane._connections
+        ended, close = asyncio.Event(), first.close
+        first.close = ended.wait
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await backplane.stop()
+        await asyncio.wait_for(asyncio.wait(second._tasks), PATIENCE)
+        first.close = close
