@@ -1584,7 +1584,7 @@ class ErrorBudget(threading.local):
         return self.left > 0
 
 
-budget = ErrorBudget()
+budget: ErrorBudget = ErrorBudget()
 
 
 def _container_hook(t: Any, converter: cattrs.Converter) -> Hook:
