@@ -934,7 +934,7 @@ def decode_or_error(text: str) -> Frame | BadFrame:
     except UnicodeError:
         return BadFrame("invalid_json", "half of a surrogate pair is no text", id_in(text))
     except msgspec.MsgspecError as exc:
-        what, _, _ = str(exc).partition(" - at ")  # where a number is too large: `$[...]`
+        what, _, _ = str(exc).partition(" - at ")  # The path is the decoder's: `$[...]`
         return BadFrame("invalid_json", what, id_in(text))
     id = value.get("id") if type(value) is dict else None
     is_wrong = id is not None and type(id) not in (str, int)
@@ -1742,7 +1742,7 @@ def _check_constructor(cls: Any, fields: Iterable[Any]) -> None:
     try:
         with contextlib.suppress(ValueError):  # some callables have no signature
             inspect.signature(cls).bind(**dict.fromkeys(needed))
-            if dropped := others & inspect.signature(cls).parameters.keys():  # no ClassVar is there
+            if dropped := others & inspect.signature(cls).parameters.keys():  # A ClassVar is none
                 raise TypeError(f"what a client sends for {dropped.pop()!r} would be dropped")
     except TypeError as exc:
         why = f"{exc}; write a field in the place of an InitVar, and give the others a default"

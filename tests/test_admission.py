@@ -1254,7 +1254,7 @@ async def test_a_task_that_is_cancelled_while_it_undoes_ends() -> None:
     @ws.connect
     async def outer(conn: Connection) -> AsyncIterator[None]:
         yield
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # An end may wait after the cancellation.
         seen.append("outer")
 
     @ws.connect
