@@ -62,9 +62,11 @@ Map: each section, what it is for, and those above it that it uses.
         outbox)
     incoming — the reading half (uses: errors, envelope and message, handshake, outgoing)
     connection — what a handler gets (uses: errors, envelope and message, handshake, outbox)
-    registry and relay — this process and all others (uses: errors, limits, outgoing, connection)
+    registry and relay — this process and all others (uses: errors, outgoing)
+    hub state — what a hub has while it runs (uses: errors, limits, outgoing, connection, registry
+        and relay)
     hub — reaches clients from any code (uses: errors, envelope and message, codec, scope, limits,
-        connection, registry and relay)
+        connection, registry and relay, hub state)
     outcomes — what an exception means (uses: errors, envelope and message, signatures, limits)
     stream — a generator in progress (uses: errors, scope, limits, outgoing)
     session — decode a message, call its handler, answer (uses: errors, envelope and message,
@@ -72,7 +74,7 @@ Map: each section, what it is for, and those above it that it uses.
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         signatures, handshake, limits, outbox, outgoing, outcomes)
     running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
-        handlers, scope, limits, connection, registry and relay, outcomes)
+        handlers, scope, limits, connection, hub state, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
         signatures, handlers, scope, handshake, limits, outgoing, hub, session, admission, running)
 """
@@ -2442,6 +2444,19 @@ class Handler:
             missing = {"path": "$.payload", "message": _MISSING}
             raise invalid_payload(self.type, [missing]) from None
 
+    def reply(self, id: Id | None, codec: Codec, value: object, *, more: bool = False) -> Event:
+        """Return the event that answers with *value*. The writer for its class is found once."""
+        try:
+            name, unstructure = self.writers[type(value)]
+        except KeyError:
+            writer = codec.writer_of(value, f"{self.type}.reply", self.returns)
+            name, unstructure = self.writers[type(value)] = writer
+        try:
+            data = _encode(Sent(name, id, unstructure(value), None, more))
+        except Exception:  # A hook may raise anything.
+            data = codec.encode_again(Sent(name, id, UNSET, None, more), value, self.returns)
+        return {"type": "websocket.send", "text": data.decode()}
+
     def refusal(self, payload: Any, codec: Codec, exc: Exception) -> MessageError:
         """Return the error for a payload that msgspec refuses with *exc*."""
         try:  # cattrs lists every wrong field
@@ -4175,10 +4190,7 @@ class Connection:
 #
 # The registry knows the connections of this process. The relay reaches the other processes of the
 # app, and tells the registry what they send; that of an app with a broker is in `pachinko_cluster`.
-# `HubState` has the registry and the relay of a running hub.
 
-_FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, after `linger`
-ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the broker
 _MEMORY = re.compile(r"memory://(?:\?([^#@&=]+=[^#@]*)?)?")  # the URL of an app with one process
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 Deliver = Callable[[str, bytes], Awaitable[None]]
@@ -4426,6 +4438,12 @@ class Registry:
             outgoing.close(close)
 
 
+# ── hub state ─────────────────────────────────────────────────────────────────────────────────
+#
+# A running hub has a registry and a relay, the calls of threads, and the connections in progress.
+
+_FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, after `linger`
+ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the broker
 _turn = threading.RLock()  # Only one thread at a time starts or ends a hub.
 _OWN_HUB = 'give this app one of its own: Pachinko(app, "/ws", hub=Hub())'
 
@@ -5440,7 +5458,7 @@ class Session:
                     work = in_time(seconds, handler.function, work)
                 result = await work
             if result is not None or message.id is not None:
-                rest = self.outgoing.start(self._reply(handler, message.id, result))
+                rest = self.outgoing.start(handler.reply(message.id, self._hub_state.codec, result))
                 if rest is not None:
                     await rest
         except BaseException as exc:  # A bug is answered, not passed on.
@@ -5468,7 +5486,7 @@ class Session:
             value = handler.structure(value, self._hub_state.codec)
         innermost: Callable[[], Any] = functools.partial(handler.call, self.conn, value)
         if stream is not None:
-            reply = functools.partial(self._reply, handler, message.id, more=True)
+            reply = functools.partial(handler.reply, message.id, self._hub_state.codec, more=True)
             innermost = functools.partial(stream.send_all, innermost, reply, self.outgoing.send)
         # No middleware sees a renewal, because its token is nobody else's business.
         if not self.routes.middleware or handler.type == "authenticate":
@@ -5585,21 +5603,6 @@ class Session:
                 await self._fail(exc, handler.type, id)
                 return
         await self._send(_encode(Sent("complete", id)))
-
-    def _reply(self, handler: Handler, id: Id | None, value: object, more: bool = False) -> Event:
-        """Return the event that answers with *value*. The writer for its class is found once."""
-        try:
-            name, unstructure = handler.writers[type(value)]
-        except KeyError:
-            codec, name = self._hub_state.codec, f"{handler.type}.reply"
-            writer = codec.writer_of(value, name, handler.returns)
-            name, unstructure = handler.writers[type(value)] = writer
-        try:
-            data = _encode(Sent(name, id, unstructure(value), None, more))
-        except Exception:  # A hook may raise anything.
-            sent = Sent(name, id, UNSET, None, more)
-            data = self._hub_state.codec.encode_again(sent, value, handler.returns)
-        return {"type": "websocket.send", "text": data.decode()}
 
     async def _answer(self, type: str, id: Id | None, result: object) -> None:
         """Answer with *result*, which a middleware or an error handler has returned."""
