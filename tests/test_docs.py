@@ -99,7 +99,7 @@ def spans(cell: str) -> list[str]:
 
 def is_client(code: str) -> bool:
     """Whether *code* is a program of its own, and not a part of the page's app."""
-    return "asyncio.run(" in code
+    return "websockets" in code
 
 
 @functools.cache
@@ -199,6 +199,8 @@ async def test_the_browser_client_runs(server: Server) -> None:
         await until(lambda: len(lines) == 2 or errors)
         refused = "await ask('sum', { a: 'x' }).catch((error) => error.code)"
         assert await paste(refused) == "invalid_payload"
+        page.once("dialog", lambda dialog: asyncio.ensure_future(dialog.accept()))
+        assert await paste("await ask('leave')") == "bye"
         lost = "const lost = ask('report', { year: 1 }); socket.close();"
         lost += "await lost.catch((event) => event.type)"
         assert await paste(lost) == "close"
