@@ -4359,11 +4359,27 @@ def check_namespace(name: object) -> None:
 
 @attrs.define(eq=False)
 class ClosedUser:
-    """A call of `Hub.close_user`, with the next one. It lasts while a handshake before it does."""
+    """A call of `Hub.close_user`, with the next one.
+
+    A handshake refers to the latest call before it. So calls are freed with the handshakes that
+    began before them, and a call costs the same with any number of handshakes in progress.
+    """
 
     name: str
     close: Close
     next: ClosedUser | None = None
+
+    def add(self, name: str, close: Close) -> ClosedUser:
+        """Note and return the next call."""
+        self.next = ClosedUser(name, close)
+        return self.next
+
+    def later(self, name: str) -> ClosedUser | None:
+        """Return the next call for the user *name*, if there is one."""
+        call = self.next
+        while call is not None and call.name != name:
+            call = call.next
+        return call
 
 
 class Registry:
@@ -4436,11 +4452,10 @@ class Registry:
 
     def _refuse_closed(self, conn: Connection, user: str) -> None:
         """Close *conn*, and raise that `Close`, if *user* was closed since it was expected."""
-        _, closed = self.arriving.get(conn.id, (conn, self._latest))
-        while (closed := cast(ClosedUser, closed).next) is not None:  # mostly none
-            if closed.name == user:
-                self._close_one(conn, closed.close)
-                raise Close(closed.close.code, closed.close.reason)
+        _, before = self.arriving.get(conn.id, (conn, self._latest))
+        if (closed := before.later(user)) is not None:
+            self._close_one(conn, closed.close)
+            raise Close(closed.close.code, closed.close.reason)
 
     def _enter(self, kind: Kind, name: str, conn: Connection) -> None:
         table = self._tables[kind]
@@ -4491,8 +4506,7 @@ class Registry:
         """
         left = [*self.receivers(kind, name)]
         if kind is Kind.USER:
-            self._latest.next = ClosedUser(name, close)
-            self._latest = self._latest.next
+            self._latest = self._latest.add(name, close)
         elif kind is Kind.CONNECTION and name in self.arriving:
             left = [self.arriving[name][0]]
         self._close_some(left, close)
