@@ -4083,7 +4083,7 @@ class Connection:
     def user(self) -> str | None:
         """Who it is, for `Hub.send_to_user`; set in authenticate or connect handlers.
 
-        To set it raises `Close` if `Hub.close_user` has closed that user during the handshake.
+        Setting it raises `Close` if `Hub.close_user` has closed that user during the handshake.
         """
         return self._user
 
@@ -4098,23 +4098,18 @@ class Connection:
 
     @property
     def user_id(self) -> str:
-        """`user` as a `str`, where each client has one. Raises `PachinkoError` where it has none.
-
-        So it is for endpoints whose `Pachinko.authenticate` lets no guests in.
-        """
+        """`user` as a `str`, where no guests are let in. Raises `PachinkoError` if it is None."""
         if self._user is None:
             raise PachinkoError(
-                "conn.user_id is for clients that have a user, and this one has none: it is known "
-                "after @ws.authenticate without optional=True, or conn.user = ... in a connect "
-                "handler; for guests write: if conn.user is not None"
+                "this client has no user: it has one after @ws.authenticate without optional=True, "
+                "or conn.user = ...; where there are guests, write: if conn.user is not None"
             )
         return self._user
 
     def become(self, user: str | None) -> None:
         """Let messages to *user* reach the connection; the library does so for a late login.
 
-        Raises `Close` if `Hub.close_user` was called for *user* since the client has begun to
-        authenticate.
+        Raises `Close` as setting `user` does.
         """
         self.hub.state.registry.set_user(self, user)
         self._user = user
@@ -4359,10 +4354,9 @@ def check_namespace(name: object) -> None:
 
 @attrs.define(eq=False)
 class ClosedUser:
-    """A call of `Hub.close_user`, with the next one.
+    """A call of `Hub.close_user`, and the next one. A handshake has the latest call before it.
 
-    A handshake refers to the latest call before it. So calls are freed with the handshakes that
-    began before them, and a call costs the same with any number of handshakes in progress.
+    So calls last as long as handshakes before them, and cost the same with any number of these.
     """
 
     name: str
@@ -4425,10 +4419,7 @@ class Registry:
         self.retire(conn)
 
     def set_user(self, conn: Connection, user: str | None) -> None:
-        """Let messages to *user* reach *conn*. Called before ``conn.user`` changes.
-
-        Raises `Close` for a user that was closed since *conn* was expected.
-        """
+        """Let messages to *user* reach *conn*, or raise `Close`, before ``conn.user`` changes."""
         if conn.id in self.connections:
             if user is not None:
                 self._refuse_closed(conn, user)
@@ -4502,7 +4493,7 @@ class Registry:
     async def close(self, kind: Kind, name: str, close: Close) -> None:
         """Close the receivers, behind what was sent to them before, some in each turn of the loop.
 
-        Closes also a handshake in progress, if it is the connection, or turns out to be the user.
+        A handshake may be the connection of that *name*, or turn out to be of the user.
         """
         left = [*self.receivers(kind, name)]
         if kind is Kind.USER:
@@ -5400,7 +5391,7 @@ class Session:
     def on_close(self) -> None:
         """Read nothing more. End an authentication at once, and connect handlers after `linger`.
 
-        A connect handler ends at once if a method of the hub closes the connection.
+        They end at once, too, if `Registry.close` has closed the connection.
         """
         self.incoming.stop()
         is_connecting = self.outgoing.phase is Phase.CONNECTING
@@ -5886,8 +5877,11 @@ async def _run_handlers(session: Session, token: str | None) -> bool:
             deadline = await _authenticate(session, running, token, deadline)
             if conn.closed:
                 return False
-        conn.hub.state.registry.add(conn)
+        registry = conn.hub.state.registry
+        registry.add(conn)
         for running in routes.connect:
+            if conn.id not in registry.arriving:  # A method of the hub has closed it.
+                raise falcon.WebSocketDisconnected(conn.close_code)
             await _attend(session, running(conn, session.add_end), deadline)
             forget_cancellations()
         return True

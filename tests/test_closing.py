@@ -594,6 +594,40 @@ async def test_a_handler_that_swallows_the_close_lets_nobody_in() -> None:
     assert house.seen == ["arrive", "connect", "disconnect None 4401", "end"]
 
 
+@pytest.mark.parametrize("how", ["by itself", "in time", "swallowed"])
+async def test_no_connect_handler_begins_after_the_close(how: str) -> None:
+    """Not even if the one before has returned."""
+    house = House("connect")
+    house.admits()
+
+    @house.ws.connect
+    async def name(conn: Connection) -> None:
+        if how != "swallowed":
+            conn.user = "ada"
+        if how == "by itself":
+            await house.hub.close_user("ada", *OUT)
+        else:
+            await house.wait("connect")
+            with contextlib.suppress(Close):
+                conn.user = "ada"
+
+    @house.ws.connect
+    async def load(conn: Connection) -> None:
+        house.seen.append("begins")
+
+    async with serving(house.app) as server:
+        visitor = asyncio.create_task(visit(f"{server.url}/ws"))
+        if how != "by itself":
+            await house.reached("connect")
+            if how == "in time":
+                house.gates["connect"].set()  # It has what it waits for before it is cancelled.
+            await house.hub.close_user("ada", *OUT)
+            house.gates["connect"].set()
+        assert (await visitor)[1] == OUT
+        await house.empty()
+    assert [each for each in house.seen if each != "connect"] == ["arrive", "end"]
+
+
 async def test_the_end_of_a_connect_handler_is_not_waited_for() -> None:
     """A handler that waits is cancelled at once, not after its linger, and may clean up."""
     house = House(linger=60.0)
