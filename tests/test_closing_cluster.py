@@ -119,9 +119,8 @@ async def test_a_handshake_in_another_process_does_not_slip_through(
             one.ws._routes.connect.clear()  # They would set the user again.
 
         async def visit() -> Any:
-            headers = (
-                {} if step in ("connect", "first message") else {"Authorization": "Bearer ada"}
-            )
+            is_header = step in ("authenticate", "id")
+            headers = {"Authorization": "Bearer ada"} if is_header else {}
             async with connect(one.url, additional_headers=headers) as client:
                 if step == "first message":
                     await client.send("authenticate", {"token": "ada"})
@@ -173,16 +172,16 @@ async def test_what_crosses_the_broker() -> None:
             return await super().publish(subject, data)
 
     async with processes(Noting(), 1) as (one,):
-        (process,) = {each.hub.process for each in (one,)}
+        process = one.hub.process
         await one.hub.close_user("ada l.", 4401, "signed out")
-        await one.hub.close_user("", 1000)
+        await one.hub.close_user("", 4401)
         await one.hub.close("ab" * 12, 4401)
         await one.hub.close_group("room", 4401)
         await one.hub.close(process + "00" * 6, 4401)  # a connection of this process
     session = {"v": 1, "op": "close", "from": process, "session": 1}
     assert published == [
         ("pachinko.a.all", {**session, "to": "ada%20l%2E", "code": 4401, "reason": "signed out"}),
-        ("pachinko.a.all", {**session, "to": ""}),
+        ("pachinko.a.all", {**session, "to": "", "code": 4401}),
         (f"pachinko.p.{'ab' * 6}", {**session, "to": "ab" * 12, "code": 4401}),
         ("pachinko.g.room", {**session, "code": 4401}),
     ]
@@ -261,34 +260,35 @@ async def test_without_the_broker_it_fails_and_closes_nobody(
 ) -> None:
     """As `close_group`; a connection of this process is closed by its id. Later it works."""
     caplog.set_level(logging.CRITICAL, "pachinko")
-    async with running(kind) as broker, processes(broker.url) as (one, two):
-        async with one.client(user="ada") as a, one.client(user="ada") as b, two.client() as c:
-            broker.kill()
-            await until(lambda: one.hub.stats()["broker_down"])
-            foreign = next(iter(two.hub.connections)).id
-            for call in (
-                one.hub.close_user("ada", *OUT),
-                one.hub.close(foreign, *OUT),
-                one.hub.presence(user="ada"),
-            ):
-                with pytest.raises(PachinkoError):
-                    await call
-            conn = next(iter(one.hub.connections))
-            await one.hub.close(conn.id, *OUT)
-            ended = asyncio.wait(
-                [asyncio.create_task(each.closed()) for each in (a, b)],
-                return_when=asyncio.FIRST_COMPLETED, timeout=PATIENCE,
-            )  # fmt: skip
-            done, left = await ended
-            assert len(done) == len(left) == 1 and done.pop().result() == OUT
-            await broker.start()
-            await until(
-                lambda: not (one.hub.stats()["broker_down"] or two.hub.stats()["broker_down"])
-            )
-            await one.hub.close_user("ada", *OUT)
-            assert await left.pop() == OUT
-            await one.hub.close(foreign, *OUT)
-            assert (await ending(c))[1] == OUT
+    async with (
+        running(kind) as broker,
+        processes(broker.url) as (one, two),
+        one.client(user="ada") as a,
+        one.client(user="ada") as b,
+        two.client() as c,
+    ):
+        broker.kill()
+        await until(lambda: one.hub.stats()["broker_down"])
+        foreign = next(iter(two.hub.connections)).id
+        for call in (
+            one.hub.close_user("ada", *OUT),
+            one.hub.close(foreign, *OUT),
+            one.hub.presence(user="ada"),
+        ):
+            with pytest.raises(PachinkoError):
+                await call
+        await one.hub.close(next(iter(one.hub.connections)).id, *OUT)
+        done, left = await asyncio.wait(
+            [asyncio.create_task(each.closed()) for each in (a, b)],
+            return_when=asyncio.FIRST_COMPLETED, timeout=PATIENCE,
+        )  # fmt: skip
+        assert len(done) == len(left) == 1 and done.pop().result() == OUT
+        await broker.start()
+        await until(lambda: not any(each.hub.stats()["broker_down"] for each in (one, two)))
+        await one.hub.close_user("ada", *OUT)
+        assert await left.pop() == OUT
+        await one.hub.close(foreign, *OUT)
+        assert (await ending(c))[1] == OUT
 
 
 async def test_a_program_without_an_app_closes_users(broker: BrokerProcess) -> None:
@@ -298,14 +298,13 @@ async def test_a_program_without_an_app_closes_users(broker: BrokerProcess) -> N
         one.client(user="ada") as a,
         two.client(user="ada") as b,
         two.client(user="bob") as c,
+        Hub().open(broker.url) as script,
     ):
-        async with Hub().open(broker.url) as script:
-            await script.close_user("ada", *OUT)
-            assert await a.closed() == await b.closed() == OUT
-            (bob,) = await script.presence(user="bob")
-            call = script.call_threadsafe(script.close, bob.id, 4000)
-            await asyncio.wrap_future(call)
-            assert await c.closed() == (4000, "")
+        await script.close_user("ada", *OUT)
+        assert await a.closed() == await b.closed() == OUT
+        (bob,) = await script.presence(user="bob")
+        await asyncio.wrap_future(script.call_threadsafe(script.close, bob.id, 4000))
+        assert await c.closed() == (4000, "")
 
 
 async def test_a_connect_handler_that_closes_its_user_ends(broker: BrokerProcess) -> None:
