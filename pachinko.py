@@ -4507,11 +4507,11 @@ class Registry:
     def _close_some(self, left: list[Connection], close: Close) -> None:
         batch = left[-_TURN:]
         del left[-_TURN:]
-        for conn in batch:
-            self._close_one(conn, close)
         if left:
             soon, context = asyncio.get_running_loop().call_soon, contextvars.Context()
             soon(self._close_some, left, close, context=context)
+        for conn in batch:
+            self._close_one(conn, close)
 
     def _close_one(self, conn: Connection, close: Close) -> None:
         self.arriving.pop(conn.id, None)  # `Session.on_close` does not let it go on.
