@@ -4081,7 +4081,10 @@ class Connection:
 
     @property
     def user(self) -> str | None:
-        """Who it is, for `Hub.send_to_user`; set in authenticate or connect handlers."""
+        """Who it is, for `Hub.send_to_user`; set in authenticate or connect handlers.
+
+        Setting it raises `Close` if `Hub.close_user` has closed that user during the handshake.
+        """
         return self._user
 
     @user.setter
@@ -4093,8 +4096,21 @@ class Connection:
             raise PachinkoError("conn.user is set in a connect handler, before the client is in")
         self.become(user)
 
+    @property
+    def user_id(self) -> str:
+        """`user` as a `str`, where no guests are let in. Raises `PachinkoError` if it is None."""
+        if self._user is None:
+            raise PachinkoError(
+                "this client has no user: it has one after @ws.authenticate without optional=True, "
+                "or conn.user = ...; where there are guests, write: if conn.user is not None"
+            )
+        return self._user
+
     def become(self, user: str | None) -> None:
-        """Let messages to *user* reach the connection; the library does so for a late login."""
+        """Let messages to *user* reach the connection; the library does so for a late login.
+
+        Raises `Close` as setting `user` does.
+        """
         self.hub.state.registry.set_user(self, user)
         self._user = user
 
@@ -4276,8 +4292,8 @@ class Relay:
         return self._registry.deliver(kind, name, data, excluded)
 
     async def close(self, kind: Kind, name: str, close: Close) -> None:
-        """Close the receivers, behind what was sent to them before."""
-        self._registry.close(kind, name, close)
+        """Close the receivers, behind what was sent to them before, and handshakes of theirs."""
+        await self._registry.close(kind, name, close)
 
     async def ask(self, kind: Kind, name: str) -> list[Presence]:
         """Ask all processes which connections the group or the user of that *name* has."""
@@ -4336,6 +4352,30 @@ def check_namespace(name: object) -> None:
         raise PachinkoError(f"a namespace has 1 to 64 letters, digits, _ and -, got {name!r}")
 
 
+@attrs.define(eq=False)
+class ClosedUser:
+    """A call of `Hub.close_user`, and the next one. A handshake has the latest call before it.
+
+    So calls last as long as handshakes before them, and cost the same with any number of these.
+    """
+
+    name: str
+    close: Close
+    next: ClosedUser | None = None
+
+    def add(self, name: str, close: Close) -> ClosedUser:
+        """Note and return the next call."""
+        self.next = ClosedUser(name, close)
+        return self.next
+
+    def later(self, name: str) -> ClosedUser | None:
+        """Return the next call for the user *name*, if there is one."""
+        call = self.next
+        while call is not None and call.name != name:
+            call = call.next
+        return call
+
+
 class Registry:
     """The connections of this process, and the groups and users that they belong to.
 
@@ -4348,15 +4388,23 @@ class Registry:
         self.groups: dict[str, dict[Connection, Outgoing]] = {}  # members, by the group's name
         self.users: dict[str, dict[Connection, Outgoing]] = {}
         self._tables = {Kind.GROUP: self.groups, Kind.USER: self.users}
+        # Handshakes and late logins in progress, by id, with the latest closed user before them.
+        self.arriving: dict[str, tuple[Connection, ClosedUser]] = {}
+        self._latest = ClosedUser("", Close())
         self._joined: dict[Connection, set[str]] = {}
         self._relay = relay
         relay.start(self, process)
 
+    def expect(self, conn: Connection) -> None:
+        """Note that *conn* begins to say who it is, so that no closed user slips through."""
+        self.arriving[conn.id] = conn, self._latest
+
     def add(self, conn: Connection) -> None:
-        """Add *conn*, and let its user's messages reach it."""
-        self.connections[conn.id] = conn
+        """Add *conn*, and let its user's messages reach it. Raises `Close` for a closed user."""
         if conn.user is not None:
+            self._refuse_closed(conn, conn.user)
             self._enter(Kind.USER, conn.user, conn)
+        self.connections[conn.id] = conn
 
     def retire(self, conn: Connection) -> None:
         """Note that *conn* has ended. Only its groups are known from now on."""
@@ -4367,11 +4415,14 @@ class Registry:
         """Remove *conn* from all tables."""
         for group in tuple(self._joined.get(conn, ())):
             self.leave(group, conn)
+        self.arriving.pop(conn.id, None)
         self.retire(conn)
 
     def set_user(self, conn: Connection, user: str | None) -> None:
-        """Let messages to *user* reach *conn*. Called before ``conn.user`` changes."""
+        """Let messages to *user* reach *conn*, or raise `Close`, before ``conn.user`` changes."""
         if conn.id in self.connections:
+            if user is not None:
+                self._refuse_closed(conn, user)
             if conn.user is not None:
                 self._discard(Kind.USER, conn.user, conn)
             if user is not None:
@@ -4389,6 +4440,13 @@ class Registry:
             if not self._joined[conn]:
                 del self._joined[conn]
             self._discard(Kind.GROUP, group, conn)
+
+    def _refuse_closed(self, conn: Connection, user: str) -> None:
+        """Close *conn*, and raise that `Close`, if *user* was closed since it was expected."""
+        _, before = self.arriving.get(conn.id, (conn, self._latest))
+        if (closed := before.later(user)) is not None:
+            self._close_one(conn, closed.close)
+            raise Close(closed.close.code, closed.close.reason)
 
     def _enter(self, kind: Kind, name: str, conn: Connection) -> None:
         table = self._tables[kind]
@@ -4432,10 +4490,32 @@ class Registry:
             found = {conn: outgoing for conn, outgoing in found.items() if conn.id not in ids}
         return Outgoing.fan_out(found.values(), data, name if kind is Kind.GROUP else None)
 
-    def close(self, kind: Kind, name: str, close: Close) -> None:
-        """Close the receivers, behind what was sent to them before."""
-        for outgoing in tuple(self.receivers(kind, name).values()):
-            outgoing.close(close)
+    async def close(self, kind: Kind, name: str, close: Close) -> None:
+        """Close the receivers, behind what was sent to them before, some in each turn of the loop.
+
+        A handshake may be the connection of that *name*, or turn out to be of the user.
+        """
+        left = [*self.receivers(kind, name)]
+        if kind is Kind.USER:
+            self._latest = self._latest.add(name, close)
+        elif kind is Kind.CONNECTION and name in self.arriving:
+            left = [self.arriving[name][0]]
+        self._close_some(left, close)
+        while left:  # noqa: ASYNC110 - each turn closes some of them, even without us
+            await asyncio.sleep(0)
+
+    def _close_some(self, left: list[Connection], close: Close) -> None:
+        batch = left[-_TURN:]
+        del left[-_TURN:]
+        if left:
+            soon, context = asyncio.get_running_loop().call_soon, contextvars.Context()
+            soon(self._close_some, left, close, context=context)
+        for conn in batch:
+            self._close_one(conn, close)
+
+    def _close_one(self, conn: Connection, close: Close) -> None:
+        self.arriving.pop(conn.id, None)  # `Session.on_close` does not let it go on.
+        conn.outgoing.close(close)
 
 
 # ── hub state ─────────────────────────────────────────────────────────────────────────────────
@@ -4549,6 +4629,7 @@ class HubState:
     def enter(self, session: Session) -> None:
         """Note that the current task serves *session*."""
         self.serving[current_task()] = session
+        self.registry.expect(session.conn)
 
     def leave(self, session: Session) -> None:
         """Note that the current task has ended its service."""
@@ -4841,6 +4922,26 @@ class Hub:
         """Close every connection in *group*, behind what was sent to it before."""
         self._check("close_group", group, "group")
         await self.state.relay.close(Kind.GROUP, group, Close(code, reason))
+
+    async def close(
+        self, conn: Connection | str, code: int = 1000, reason: str | None = ""
+    ) -> None:
+        """Close one connection, given itself or by its id, behind what was sent to it before.
+
+        A handshake in progress is closed, too. Does nothing if the connection has ended. Raises
+        what `Close` does, and `PachinkoError` for a connection of an endpoint with another hub.
+        """
+        self._check("close", conn.id if isinstance(conn, Connection) else conn, "connection")
+        await self.state.relay.close(Kind.CONNECTION, self._id_of(conn), Close(code, reason))
+
+    async def close_user(self, user: str, code: int = 1000, reason: str | None = "") -> None:
+        """Close every connection of *user*, behind what was sent to it before.
+
+        A handshake or a login in progress that turns out to be *user* is closed as soon as that is
+        known. Clients that come later are let in: revoke what they come in with first.
+        """
+        self._check("close_user", user, "user")
+        await self.state.relay.close(Kind.USER, user, Close(code, reason))
 
     @typing.overload
     async def presence(self, group: str) -> list[Presence]: ...
@@ -5288,11 +5389,15 @@ class Session:
         self._ended: float = 0.0  # when messages ceased to flow, on the loop's clock
 
     def on_close(self) -> None:
-        """Read nothing more. End an authentication at once, and connect handlers after `linger`."""
+        """Read nothing more. End an authentication at once, and connect handlers after `linger`.
+
+        They end at once, too, if `Registry.close` has closed the connection.
+        """
         self.incoming.stop()
         is_connecting = self.outgoing.phase is Phase.CONNECTING
         if is_connecting and self._life and not self._life.is_around(asyncio.current_task()):
-            may_go_on = self.conn.id in self._hub_state.registry.connections
+            registry, id = self._hub_state.registry, self.conn.id
+            may_go_on = id in registry.connections and id in registry.arriving
             linger = self._limits.linger if may_go_on else 0
             self._life.end_at(asyncio.get_running_loop().time() + linger)
 
@@ -5749,6 +5854,7 @@ async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
             raise
         return False
     outgoing.open()
+    conn.hub.state.registry.arriving.pop(conn.id, None)
     if is_in:
         logger.debug("connected: %r", conn.req.path, extra={"connection_id": conn.id})
     else:
@@ -5771,8 +5877,11 @@ async def _run_handlers(session: Session, token: str | None) -> bool:
             deadline = await _authenticate(session, running, token, deadline)
             if conn.closed:
                 return False
-        conn.hub.state.registry.add(conn)
+        registry = conn.hub.state.registry
+        registry.add(conn)
         for running in routes.connect:
+            if conn.id not in registry.arriving:  # A method of the hub has closed it.
+                raise falcon.WebSocketDisconnected(conn.close_code)
             await _attend(session, running(conn, session.add_end), deadline)
             forget_cancellations()
         return True
@@ -6298,19 +6407,23 @@ class Pachinko(Lifecycle):
             if (token := token_of(payload)) is None:
                 wrong = {"path": "$.payload.token", "message": "expected str"}
                 raise invalid_payload("authenticate", [wrong])
-            expires_at = conn.expires_at
+            expires_at, registry = conn.expires_at, self._hub.state.registry
+            registry.expect(conn)
             try:
                 user = await user_of(function, conn, token)
+                is_guest = self._routes.takes_guests and conn.user is None
+                if is_guest and user is not None:
+                    conn.become(user)
             except BaseException as exc:  # A renewal that fails changes nothing.
                 conn.expires_at = expires_at
                 if isinstance(exc, (falcon.HTTPError, falcon.HTTPStatus)):
                     raise Close(3000 + exc.status_code) from None
                 raise
-            is_guest = self._routes.takes_guests and conn.user is None
-            if user is None or not (user == conn.user or is_guest):
+            finally:
+                registry.arriving.pop(conn.id, None)
+            if user is None or user != conn.user:
                 raise Close(UNAUTHENTICATED, "authentication failed")
-            if user != conn.user:
-                conn.become(user)
+            if is_guest:
                 await self._hub.state.reachable(conn)
 
         parameter = inspect.Parameter("payload", inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -1109,14 +1109,14 @@ class PeerMessage(msgspec.Struct, omit_defaults=True):
 
     v: int  # the format
     op: str
-    """``send`` or ``close``: to the receivers; ``who``: to the processes with members of a group,
-    ``whose``: to those with connections of a user, both answered with ``here``; ``beat``: to the
-    sender itself, as a sign of life."""
+    """``send`` or ``close``: to the receivers, or the one in ``to``; ``who``: to the processes
+    with members of a group, ``whose``: to those with connections of a user, both answered with
+    ``here``; ``beat``: to the sender itself, as a sign of life."""
     source: str = msgspec.field(name="from")  # the process that sends
     session: int = 0  # the number of the sender's session with the broker
     n: int = 0  # the message's number in its process
     exclude: list[str] = []  # the ids of connections that do not get it
-    to: str | None = None  # the id of the only connection that gets it
+    to: str | None = None  # the id of the only connection that gets it; or a user, quoted
     code: int = 1000
     reason: str = ""
     ask: int = 0  # the number of the question that this asks or answers
@@ -1151,9 +1151,14 @@ _decode_head = msgspec.json.Decoder(PeerMessage).decode
 _decode_carried = msgspec.json.Decoder(Carried).decode
 
 
+def quoted(name: str) -> str:
+    """Return *name*, any text, in ASCII. JSON could not have half of a surrogate pair."""
+    return urllib.parse.quote(name, safe="", errors="surrogatepass").replace(".", "%2E")
+
+
 def subject_of(namespace: str, kind: str, name: str) -> str:
     """Return the subject for *name*, any text. The subject has no wildcards of a broker."""
-    token = urllib.parse.quote(name, safe="", errors="surrogatepass").replace(".", "%2E")
+    token = quoted(name)
     if not 0 < len(token) <= _LONGEST_NAME:
         # No quoted name has an equals sign, so no digest is the token of another name.
         digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=20)
@@ -1317,15 +1322,27 @@ class Cluster(pachinko.Relay):
     async def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> None:
         to: str | None = None
         if kind is Kind.CONNECTION:
-            process = name[: len(self.process)] if _CONNECTION_ID.fullmatch(name) else None
-            if process in (None, self.process):
+            if (process := self._other_process(name)) is None:
                 await self._registry.deliver(kind, name, data, excluded)
                 return
             name, to = process, name
         await self._publish(kind, name, "send", frame=data, exclude=excluded, to=to)
 
+    def _other_process(self, id: str) -> str | None:
+        """Return the process of the connection *id*, or None if no other one can have it."""
+        process = id[: len(self.process)] if _CONNECTION_ID.fullmatch(id) else self.process
+        return process if process != self.process else None
+
     async def close(self, kind: Kind, name: str, close: pachinko.Close) -> None:
-        await self._publish(kind, name, "close", code=close.code, reason=close.reason)
+        to: str | None = None
+        if kind is Kind.CONNECTION:
+            if (process := self._other_process(name)) is None:
+                await self._registry.close(kind, name, close)
+                return
+            name, to = process, name
+        elif kind is Kind.USER:  # A process may have nothing but a handshake of that user.
+            kind, name, to = Kind.EVERYBODY, "all", quoted(name)
+        await self._publish(kind, name, "close", to=to, code=close.code, reason=close.reason)
 
     async def ask(self, kind: Kind, name: str) -> list[pachinko.Presence]:
         number = next(_questions)
@@ -1375,20 +1392,28 @@ class Cluster(pachinko.Relay):
         if message.op == "send":
             receiver = message.to or "" if kind is Kind.CONNECTION else name
             await self._registry.deliver(kind, receiver, frame, message.exclude)
-        elif message.op == "close" and kind is Kind.GROUP:
-            try:
-                close = pachinko.Close(message.code, message.reason)
-            except ValueError as exc:
-                raise Refused(str(exc)) from None
-            if close.reason != message.reason:  # Our processes send what `Close` has cut.
-                raise Refused("a close reason that no close frame can have")
-            self._registry.close(kind, name, close)
+        elif message.op == "close" and (
+            kind is Kind.GROUP or (kind is not Kind.USER and message.to is not None)
+        ):
+            await self._close(kind, name if kind is Kind.GROUP else cast(str, message.to), message)
         elif message.op == _QUESTIONS.get(kind):
             self._start_work(self._answer(kind, name, message))
         elif message.op == "here" and kind is Kind.CONNECTION:
             self._note_answer(message)
         else:
             raise Refused(f"{message.op!r} makes no sense here")
+
+    async def _close(self, kind: Kind, name: str, message: PeerMessage) -> None:
+        """Close what *message* names, a group, a connection or a user. Raises `Refused`."""
+        try:
+            if kind is Kind.EVERYBODY:
+                kind, name = Kind.USER, urllib.parse.unquote(name, errors="surrogatepass")
+            close = pachinko.Close(message.code, message.reason)
+        except ValueError as exc:  # also for a name that is no UTF-8
+            raise Refused(str(exc)) from None
+        if close.reason != message.reason:  # Our processes send what `Close` has cut.
+            raise Refused("a close reason that no close frame can have")
+        await self._registry.close(kind, name, close)
 
     async def _answer(self, kind: Kind, name: str, question: PeerMessage) -> None:
         """Answer who of a group or a user is in this process, in parts of a bounded size."""

@@ -247,6 +247,7 @@ async def use_connection(conn: Connection) -> None:
     assert_type(conn.groups, frozenset[str])
     assert_type(conn.closed, bool)
     assert_type(conn.user, str | None)
+    assert_type(conn.user_id, str)
     assert_type(conn.subprotocol, str | None)
     assert_type(conn.add_header("Set-Cookie", "a=1"), None)
     conn.add_header("X-A", 5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -258,6 +259,7 @@ async def use_connection(conn: Connection) -> None:
     assert_type(await conn.join("room:1"), None)
     assert_type(await conn.leave("room:1"), None)
     conn.user = 5  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    conn.user_id = "ada"  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
     conn.groups = frozenset()  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
     await conn.close("bye")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
@@ -269,6 +271,17 @@ async def use_hub(conn: Connection) -> None:
     await hub.send_to(conn.id, Say("hello"))
     await hub.send_to_user("ada", Say("hello"))
     await hub.close_group("room:1", 4000, "over")
+    assert_type(await hub.close(conn), None)
+    await hub.close(conn.id, 4000, "over")
+    await hub.close("an-id", code=4000, reason=None)
+    assert_type(await hub.close_user("ada", 4401, "signed out"), None)
+    await hub.close_user(conn.user_id)
+    await hub.send_to_user(conn.user_id, Say("hello"))
+    await hub.presence(user=conn.user_id)
+    await hub.send_to_user(conn.user, Say("hello"))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await hub.close_user(conn.user)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await hub.close(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await hub.close(conn, "bye")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     assert_type(hub.members("room:1"), frozenset[Connection])
     assert_type(hub.connections, frozenset[Connection])
     assert_type(hub.groups, frozenset[str])
@@ -330,6 +343,8 @@ def use_hub_from_a_thread(conn: Connection) -> None:
     assert_type(members.result(timeout=1), frozenset[Connection])
     assert_type(hub.call_threadsafe(conn.send, Say("hello")), concurrent.futures.Future[None])
     hub.call_threadsafe(setattr, conn, "expires_at", None)
+    assert_type(hub.call_threadsafe(hub.close, conn, 4000), concurrent.futures.Future[None])
+    assert_type(hub.call_threadsafe(hub.close_user, "ada"), concurrent.futures.Future[None])
     hub.call_threadsafe(hub.send)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     hub.call_threadsafe(hub.send, 1, "hello")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue,reportArgumentType]
 
