@@ -4238,7 +4238,7 @@ _MOST_QUESTIONS = 64  # to one client that wait at a time
 
 
 class Questions:
-    """The questions to one client that wait for an answer. Ids count up, so that none comes back."""
+    """The questions to one client that wait for an answer. No id is used again."""
 
     __slots__ = ("_count", "_open")
 
