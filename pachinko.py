@@ -62,8 +62,8 @@ Map: each section, what it is for, and those above it that it uses.
         outbox)
     incoming — the reading half (uses: errors, envelope and message, handshake, outgoing)
     connection — what a handler gets (uses: errors, envelope and message, handshake, outbox)
-    asking — the questions of the server to its clients (uses: errors, types, signatures, handlers,
-        limits, outbox, outgoing, connection)
+    asking — the questions of the server to its clients (uses: errors, types, unions, signatures,
+        handlers, limits, outbox, outgoing, connection)
     registry and relay — this process and all others (uses: errors, outgoing, asking)
     hub state — what a hub has while it runs (uses: errors, limits, outgoing, connection, registry
         and relay)

@@ -337,7 +337,7 @@ class Unknown:
         (5, "5"),
         ("Unlocked", "Unlocked"),
         ({"a": int}, "{'a': "),
-        ([int], "returns=[int]"),
+        ([int], "unhashable"),
         (Unlocked(datetime.datetime(2030, 1, 1)), "Unlocked("),
         (lambda value: value, "lambda"),
         (list["Nowhere"], "Nowhere"),  # type: ignore[name-defined]  # noqa: F821 - there is none
