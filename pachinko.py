@@ -1969,7 +1969,7 @@ class Codec:
 
     def __init__(self, converter: cattrs.Converter | None = None) -> None:
         self.converter: cattrs.Converter = strict_converter() if converter is None else converter
-        self.answers: dict[Any, Any] = {}  # the types of answers that are known to be right
+        self.answers: set[Any] = set()  # the types of answers that have passed `check`
         self._hasty = self.converter
         if converter is None:  # PERF: most payloads are valid. `_hasty` stops at an error
             self._hasty = self.converter.copy(detailed_validation=False)
@@ -4260,7 +4260,7 @@ class Questions:
         return id, waiting
 
     def forget(self, id: str) -> None:
-        """Forget the question *id*: an answer to it is late from now on."""
+        """Forget a question, so that an answer to it is late."""
         del self._open[id]
 
     def answer(self, frame: Frame) -> bool:
@@ -4306,20 +4306,16 @@ async def put_question(conn: Connection, type: str, frame: msgspec.Raw, seconds:
 
 
 def _no_question(conn: Connection, state: HubState) -> Exception:
-    """Return why *conn*, which is not open, is asked in vain: an error of the caller, or none."""
+    """Return why *conn*, which is not open, is not asked. Its own handlers should have known."""
     session = state.serving.get(current_task())
-    is_own = session is not None and session.conn is conn
-    if is_own and conn.outgoing.phase is Phase.CONNECTING:
-        return PachinkoError(
-            "a client cannot answer before it is in; ask it in an accepted handler:\n"
-            "@ws.accepted\nasync def arrived(conn): answer = await conn.ask(...)"
-        )
-    if is_own and conn.id not in state.registry.connections:
-        return PachinkoError(
-            "in a disconnect handler the client has gone, and cannot answer; ask it while it is "
-            "there, in a message handler or in @ws.accepted"
-        )
     is_early = conn.outgoing.phase is Phase.CONNECTING
+    is_handler = is_early or conn.id not in state.registry.connections
+    if session is not None and session.conn is conn and is_handler:
+        return PachinkoError(
+            "no client answers in its connect and disconnect handlers, before it is in or after it "
+            "has gone; ask it in a message handler, or write\n@ws.accepted\nasync def greet(conn): "
+            "answer = await conn.ask(...)"
+        )
     return NoAnswer(f"the client is {'not in yet' if is_early else 'gone'}, and was not asked")
 
 
@@ -4335,18 +4331,15 @@ def _payload_of(answer: Frame) -> Any:
 
 
 def answer_type(returns: Any, codec: Codec) -> Any:
-    """Return what to structure an answer as. Raises `PachinkoError` if that cannot be done."""
-    with contextlib.suppress(KeyError, TypeError):  # It is new, or has no hash.
-        return codec.answers[returns]
-    found = types.NoneType if returns is None else hashable(returns)
+    """Return the type of an answer that *returns* stands for. Raises `PachinkoError` for none."""
+    t = types.NoneType if returns is None else hashable(returns)
     try:
-        codec.check(found, _NOWHERE, [])
-        hash(found)
+        if t not in codec.answers:
+            codec.check(t, _NOWHERE, [])
+            codec.answers.add(t)
     except Exception as exc:  # A class, a hook or a converter of the application's may raise any.
         raise _payload_error(f"the answer, returns={shown(returns)[:80]},", exc) from exc
-    with contextlib.suppress(TypeError):
-        codec.answers[returns] = found
-    return found
+    return t
 
 
 # What `Relay.call` can do with a connection: a function of it and of arguments that JSON can carry.

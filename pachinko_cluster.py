@@ -1444,11 +1444,10 @@ class Cluster(pachinko.Relay):
         process = self._process_of(id)
         if process == self.process:
             return await super().call(id, method, *args)
-        frame, done = pack_call(method, *args), None
-        seconds = args[-1] if method == "ask" else None
+        seconds, done = (args[-1] if method == "ask" else None), None
         with self._question("done") as (number, answers), contextlib.suppress(TimeoutError):
+            fields: dict[str, Any] = {"frame": pack_call(method, *args), "to": id, "ask": number}
             async with asyncio.timeout(seconds) as limit:
-                fields: dict[str, Any] = {"frame": frame, "to": id, "ask": number}
                 reached = await self._publish(Kind.CONNECTION, process, "call", **fields)
                 if seconds is None:
                     limit.reschedule(asyncio.get_running_loop().time() + _BROKER_WAIT)

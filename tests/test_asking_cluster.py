@@ -24,7 +24,16 @@ from pachinko import (
     PachinkoError,
     message,
 )
-from pachinko_cluster import Done, PeerMessage, Refused, pack, pack_call, read_call, read_done
+from pachinko_cluster import (
+    Cluster,
+    Done,
+    PeerMessage,
+    Refused,
+    pack,
+    pack_call,
+    read_call,
+    read_done,
+)
 
 
 @message("unlocked")
@@ -246,6 +255,28 @@ async def test_an_answer_that_the_broker_does_not_take_is_told() -> None:
             await task
 
 
+async def test_an_answer_that_cannot_be_sent_leaves_who_asks_to_its_time_out(
+    own: list[Process], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The broker is away by then; the process that has the client goes on."""
+    one, two = own
+    publish = Cluster._publish
+
+    async def fail(self: Cluster, kind: Any, name: str, op: str, **fields: Any) -> Any:
+        if op == "done":
+            raise pachinko.BrokerAway("gone")
+        return await publish(self, kind, name, op, **fields)
+
+    monkeypatch.setattr(Cluster, "_publish", fail)
+    async with two.client() as client:
+        task = asyncio.ensure_future(one.hub.ask(await id_of(two), "unlock", timeout=0.5))
+        await answer(client, 5)
+        with pytest.raises(NoAnswer):
+            await task
+        await until(lambda: not cluster_of(two.hub)._work)
+    assert caplog.text == ""
+
+
 async def test_a_question_that_the_broker_does_not_take_is_told() -> None:
     """As for any other message."""
     async with running("nats") as broker, processes(broker.url) as (one, two), two.client():
@@ -409,6 +440,7 @@ TYPE = b'"dW5sb2Nr"'  # unlock
         b'["ask",' + TYPE + b',{"type":"unlock"},1e999]',
         b'["ask",' + TYPE + b',{"type":"unlock","group":"a"},1]',
         b'["ask",' + TYPE + b',{"type":5},1]',
+        b'["ask",' + TYPE + b',{"id":"a"},1]',
         b'["ask",' + TYPE + b",{},1]",
         b'["ask",' + TYPE + b",null,1]",
         b'["ask",' + TYPE + b',"{}",1]',
@@ -515,14 +547,14 @@ async def test_an_older_process_refuses_a_call_and_goes_on(
 ) -> None:
     """As it refuses each op that it does not know; who asks waits in vain."""
     one, two = own
-    take = pachinko_cluster.Cluster._take
+    take = Cluster._take
 
     async def older(self: Any, kind: Any, name: str, message: PeerMessage, frame: bytes) -> None:
         if message.op == "call":
             raise Refused(f"{message.op!r} makes no sense here")
         await take(self, kind, name, message, frame)
 
-    monkeypatch.setattr(pachinko_cluster.Cluster, "_take", older)
+    monkeypatch.setattr(Cluster, "_take", older)
     monkeypatch.setattr(pachinko_cluster, "_BROKER_WAIT", 0.2)
     async with two.client():
         id = await id_of(two)
@@ -530,3 +562,13 @@ async def test_an_older_process_refuses_a_call_and_goes_on(
             await one.hub.ask(id, "unlock", timeout=0.2)
         await one.hub.join("room", id)
         assert two.hub.stats()["refused"] == 2 and two.hub.groups == frozenset()
+
+
+async def test_a_question_of_another_library_has_the_id_of_this_one(own: list[Process]) -> None:
+    """However its JSON is written."""
+    _, two = own
+    async with two.client() as client:
+        id = await id_of(two)
+        frame = b'[ "ask" , ' + TYPE + b' , { "id" : "a" , "type" : "unlock" } , 100 ]'
+        await send(two, head(two, "call", frame, to=id, ask=1))
+        assert await client.receive() == {"id": "$1", "type": "unlock"}
