@@ -308,7 +308,8 @@ async def use_answers(conn: Connection) -> None:
     await conn.ask("name", timeout=None)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
     await hub.ask("name")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     await hub.ask(5, "name")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
-    len(await conn.ask("name", returns=int))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    number = await conn.ask("name", returns=int)
+    len(number)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 @ws.error(AnswerError)
