@@ -62,11 +62,13 @@ Map: each section, what it is for, and those above it that it uses.
         outbox)
     incoming — the reading half (uses: errors, envelope and message, handshake, outgoing)
     connection — what a handler gets (uses: errors, envelope and message, handshake, outbox)
-    registry and relay — this process and all others (uses: errors, outgoing)
+    asking — the questions of the server to its clients (uses: errors, types, unions, signatures,
+        handlers, limits, outbox, outgoing, connection)
+    registry and relay — this process and all others (uses: errors, outgoing, asking)
     hub state — what a hub has while it runs (uses: errors, limits, outgoing, connection, registry
         and relay)
     hub — reaches clients from any code (uses: errors, envelope and message, codec, scope, limits,
-        connection, registry and relay, hub state)
+        connection, asking, registry and relay, hub state)
     outcomes — what an exception means (uses: errors, envelope and message, signatures, limits)
     stream — a generator in progress (uses: errors, scope, limits, outgoing)
     session — decode a message, call its handler, answer (uses: errors, envelope and message,
@@ -149,8 +151,8 @@ from cattrs.gen.typeddicts import make_dict_structure_fn as make_typeddict_struc
 from msgspec import UNSET, UnsetType
 
 __all__ = [
-    "Backplane", "Close", "Connection", "Envelope", "Hub", "MessageError", "Pachinko",
-    "PachinkoError", "hub", "message",
+    "AnswerError", "Backplane", "Close", "Connection", "Envelope", "Hub", "MessageError",
+    "NoAnswer", "Pachinko", "PachinkoError", "hub", "message",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -181,6 +183,8 @@ Event = dict[str, Any]  # an ASGI event: {"type": "websocket.send", "text": "…
 #   │   └── BrokerAway  nobody's mistake: the broker between processes has not taken a message
 #   ├── MessageError    the client's mistake: it is told, and the connection stays open
 #   │   └── BadFrame    a text frame that is no message
+#   ├── AnswerError     a client's: it has answered a question of the server with an error
+#   ├── NoAnswer        nobody's mistake: a question that no client has answered
 #   └── Close           nobody's mistake: a handler ends the connection
 
 _MAX_ERRORS = 100  # errors in one reply; a frame of max_size has room for 100,000s
@@ -210,6 +214,29 @@ class MessageError(Exception):
         self.code: str = code
         self.message: str = message
         self.details: dict[str, Any] = details
+
+
+class AnswerError(Exception):
+    """An error that a client has sent in place of an answer, or an answer of a wrong type.
+
+    *code*, *message* and *details* are the client's words, "" and {} where it has none; ``str()``
+    shows nothing of them. For an answer that does not fit *returns* the code is
+    ``invalid_payload``, and the details have the wrong fields. A message handler that lets it pass
+    answers its own client with the code ``no_answer``.
+    """
+
+    def __init__(self, code: str, message: str = "", details: Mapping[str, Any] = {}) -> None:
+        super().__init__("a client has answered with an error: see its code, message and details")
+        self.code: str = code
+        self.message: str = message
+        self.details: dict[str, Any] = dict(details)
+
+
+class NoAnswer(TimeoutError):
+    """No answer to a question: in time, from a client that has gone, or for lack of such an id.
+
+    A message handler that lets it pass answers its own client with the code ``no_answer``.
+    """
 
 
 class Close(Exception):
@@ -1942,6 +1969,7 @@ class Codec:
 
     def __init__(self, converter: cattrs.Converter | None = None) -> None:
         self.converter: cattrs.Converter = strict_converter() if converter is None else converter
+        self.answers: set[Any] = set()  # the types of answers that have passed `check`
         self._hasty = self.converter
         if converter is None:  # PERF: most payloads are valid. `_hasty` stops at an error
             self._hasty = self.converter.copy(detailed_validation=False)
@@ -4186,6 +4214,21 @@ class Connection:
         if self._sends % _BURST == 0:
             await asyncio.sleep(0)  # Nothing above lets the loop run while a client keeps up.
 
+    @typing.overload
+    async def ask(
+        self, message: object, payload: object = None, *, timeout: float = ..., returns: type[T]
+    ) -> T: ...
+    @typing.overload
+    async def ask(
+        self, message: object, payload: object = None, *, timeout: float = ..., returns: Any = ...
+    ) -> Any: ...
+    async def ask(
+        self, message: object, payload: object = None, *, timeout: float = 10.0, returns: Any = Any
+    ) -> Any:
+        """Ask this client, and return its answer, as `Hub.ask` does."""
+        self._check("conn.ask")
+        return await self.hub.ask(self, message, payload, timeout=timeout, returns=returns)
+
     async def close(self, code: int = 1000, reason: str | None = "") -> None:
         """Begin to close, once, after what was sent before. Raises what `Close` does."""
         self._check("conn.close")
@@ -4200,6 +4243,125 @@ class Connection:
         """Remove the connection from *group*, as `Hub.leave` does."""
         self._check("conn.leave")
         await self.hub.leave(group, self)
+
+
+# ── asking ────────────────────────────────────────────────────────────────────────────────────
+#
+# The server asks a client under an id of its own, and waits for the answer with that id. Answers
+# go by a handler that waits, so that it may be the one who asks.
+
+_MOST_QUESTIONS = 64  # to one client that wait at a time
+
+
+class Questions:
+    """The questions to one client that wait for an answer. No id is used again."""
+
+    __slots__ = ("_count", "_open")
+
+    def __init__(self) -> None:
+        self._count = 0
+        # By id: the type of the answer, and what gets it, or None when the connection ends.
+        self._open: dict[object, tuple[str, asyncio.Future[Frame | None]]] = {}
+
+    def add(self, type: str) -> tuple[str, asyncio.Future[Frame | None]]:
+        """Return the id of a new question of *type*, and what its answer goes to."""
+        if len(self._open) >= _MOST_QUESTIONS:
+            raise PachinkoError(
+                f"at most {_MOST_QUESTIONS} questions to one client wait at a time; await the "
+                f"answer to one before the next, or ask with a shorter timeout"
+            )
+        self._count += 1
+        id, waiting = f"${self._count}", asyncio.get_running_loop().create_future()
+        self._open[id] = f"{type}.reply", waiting
+        return id, waiting
+
+    def forget(self, id: str) -> None:
+        """Forget a question, so that an answer to it is late."""
+        del self._open[id]
+
+    def answer(self, frame: Frame) -> bool:
+        """Give *frame* to who waits for it; return whether anybody does."""
+        type, waiting = self._open.get(frame.id, ("", None))
+        if waiting is None or waiting.done() or frame.type not in ("error", type):
+            return False
+        waiting.set_result(frame)
+        return True
+
+    def end(self) -> None:
+        """Tell all who wait that the connection has ended."""
+        for _, waiting in self._open.values():
+            if not waiting.done():
+                waiting.set_result(None)
+
+
+async def put_question(conn: Connection, type: str, frame: msgspec.Raw, seconds: float) -> Any:
+    """Send *frame*, of *type* and without an id; return the payload of the answer to it.
+
+    Raises `AnswerError` and `NoAnswer`, and `PachinkoError` where *conn* can never answer.
+    """
+    state = conn.hub.state
+    if conn.outgoing.phase is not Phase.OPEN:
+        raise _no_question(conn, state)
+    if (questions := state.questions.get(conn.id)) is None:
+        questions = state.questions[conn.id] = Questions()
+    id, answer = questions.add(type)
+    try:
+        async with asyncio.timeout(seconds):
+            event = text_event(b'%b,"id":"%b"}' % (bytes(frame)[:-1], id.encode()))
+            await conn.outgoing.send(event)
+            await answer
+    except (TimeoutError, falcon.WebSocketDisconnected):
+        pass  # If it is answered all the same, the answer counts.
+    finally:
+        questions.forget(id)
+    if not answer.done() or answer.cancelled():
+        raise NoAnswer(f"a client has not answered {type!r} within {seconds:g} s")
+    if (found := answer.result()) is None:
+        raise NoAnswer(f"the connection has ended before an answer to {type!r}")
+    return _payload_of(found)
+
+
+def _no_question(conn: Connection, state: HubState) -> Exception:
+    """Return why *conn*, which is not open, is not asked. Its own handlers should have known."""
+    session = state.serving.get(current_task())
+    is_early = conn.outgoing.phase is Phase.CONNECTING
+    is_handler = is_early or conn.id not in state.registry.connections
+    if session is not None and session.conn is conn and is_handler:
+        return PachinkoError(
+            "no client answers in its connect and disconnect handlers, before it is in or after it "
+            "has gone; ask it in a message handler, or write\n@ws.accepted\nasync def greet(conn): "
+            "answer = await conn.ask(...)"
+        )
+    return NoAnswer(f"the client is {'not in yet' if is_early else 'gone'}, and was not asked")
+
+
+def _payload_of(answer: Frame) -> Any:
+    """Return the payload of *answer*, null if it has none, or raise the `AnswerError` in it."""
+    payload = None if answer.payload is UNSET else answer.payload
+    if answer.type != "error":
+        return payload
+    said: dict[str, Any] = payload if isinstance(payload, dict) else {}
+    texts = {key: said[key] for key in ("code", "message") if isinstance(said.get(key), str)}
+    details = {key: value for key, value in said.items() if key not in texts}
+    raise AnswerError(texts.get("code", ""), texts.get("message", ""), details)
+
+
+def answer_type(returns: Any, codec: Codec) -> Any:
+    """Return the type of an answer that *returns* stands for. Raises `PachinkoError` for none."""
+    t = types.NoneType if returns is None else hashable(returns)
+    try:
+        if t not in codec.answers:
+            codec.check(t, _NOWHERE, [])
+            codec.answers.add(t)
+    except Exception as exc:  # A class, a hook or a converter of the application's may raise any.
+        raise _payload_error(f"the answer, returns={shown(returns)[:80]},", exc) from exc
+    return t
+
+
+# What `Relay.call` can do with a connection: a function of it and of arguments that JSON can carry.
+CALLS: dict[str, Callable[..., Awaitable[Any]]] = {
+    "join": Connection.join, "leave": Connection.leave, "ask": put_question,
+}  # fmt: skip
 
 
 # ── registry and relay ────────────────────────────────────────────────────────────────────────
@@ -4299,6 +4461,17 @@ class Relay:
         """Ask all processes which connections the group or the user of that *name* has."""
         members = self._registry.accepted(kind, name)
         return [Presence(conn.id, conn.user, self._process) for conn in members]
+
+    async def call(self, id: str, method: str, *args: Any) -> Any:
+        """Do one of `CALLS` with the connection *id*, wherever it is; return or raise what it does.
+
+        Raises `NoAnswer` if no connection has the id, and if its process does not answer: within 4
+        seconds, or for a question its own. From there come `MessageError`, `AnswerError`,
+        `NoAnswer` and `PachinkoError`; the last one also stands for a bug, which that process logs.
+        """
+        if (conn := self._registry.connections.get(id)) is None:
+            raise NoAnswer(f"there is no connection with the id {id!r}")
+        return await CALLS[method](conn, *args)
 
     def subscribe(self, kind: Kind, name: str) -> None:
         """Note that the first receiver of that name is in the registry."""
@@ -4541,6 +4714,7 @@ class HubState:
     calls: set[concurrent.futures.Future[Any]] = attrs.Factory(set)  # calls of threads, until done
     serving: dict[asyncio.Task[Any], Session] = attrs.Factory(dict)  # since the handshake, by task
     drains: list[asyncio.Task[None]] = attrs.Factory(list)  # one for each call of `Hub.drain`
+    questions: dict[str, Questions] = attrs.Factory(dict)  # by connection id, from its first one
     loop: asyncio.AbstractEventLoop | None = None  # the loop of the apps, while one runs
     broker: Given = None  # the broker that the first app was started with
     relay: Relay = attrs.Factory(Relay)
@@ -4802,21 +4976,28 @@ class Hub:
 
     def _check_own(self, conn: object, instead: str) -> None:
         if not isinstance(conn, Connection):
-            raise TypeError(f'write hub.join("room:1", conn); got {conn!r} for the connection')
+            raise TypeError(
+                f'write hub.join("room:1", conn), or its id; got {conn!r} for the connection'
+            )
         if conn.hub is not self:
             raise PachinkoError(f"this connection's endpoint has another hub; {instead}")
 
-    async def join(self, group: str, conn: Connection) -> None:
-        """Add *conn* to *group*. A group exists from its first member on.
+    async def join(self, group: str, conn: Connection | str) -> None:
+        """Add *conn*, a connection or an id of any process, to *group*.
 
+        A group exists from its first member on.
         When it returns, messages of all processes to the group arrive. If the broker does not
-        answer in 4 seconds, it returns; a ``gap`` comes later. Does nothing if *conn* has ended.
+        answer in 4 seconds, it returns; a ``gap`` comes later. Does nothing if *conn* has ended,
+        or if its process does not answer in 4 seconds.
 
         Raises `PachinkoError` for a connection of an endpoint with another hub, and if the broker
         does not permit the subscription. Raises `MessageError` (``too_many_groups``), which a
         handler may let pass to the client, for a connection that is in `max_groups` others.
         """
         self._check("join", group, "group")
+        if isinstance(conn, str):
+            await self._call(conn, "join", group)
+            return
         self._check_own(conn, "use conn.join(group)")
         state = self.state
         if conn.id not in state.registry.connections:
@@ -4836,11 +5017,18 @@ class Hub:
                 state.registry.leave(group, conn)
             raise
 
-    async def leave(self, group: str, conn: Connection) -> None:
-        """Remove *conn* from *group*. Does nothing if it is not a member."""
+    async def leave(self, group: str, conn: Connection | str) -> None:
+        """Remove *conn*, as in `join`, from *group*. Does nothing if it is not a member."""
         self._check("leave", group, "group")
+        if isinstance(conn, str):
+            await self._call(conn, "leave", group)
+            return
         self._check_own(conn, "use conn.leave(group)")
         self.state.registry.leave(group, conn)
+
+    async def _call(self, id: str, method: str, group: str) -> None:
+        with contextlib.suppress(NoAnswer):  # The connection, or its process, has ended.
+            await self.state.relay.call(id, method, group)
 
     def members(self, group: str) -> frozenset[Connection]:
         """Return the accepted connections of this process in *group*. Any thread may ask."""
@@ -4892,6 +5080,48 @@ class Hub:
         """
         self._check("send_to", conn.id if isinstance(conn, Connection) else conn, "connection")
         await self._send(Kind.CONNECTION, self._id_of(conn), message, payload)
+
+    @typing.overload
+    async def ask(
+        self, conn: Connection | str, message: object, payload: object = None, *,
+        timeout: float = ..., returns: type[T],
+    ) -> T: ...  # fmt: skip
+    @typing.overload
+    async def ask(
+        self, conn: Connection | str, message: object, payload: object = None, *,
+        timeout: float = ..., returns: Any = ...,
+    ) -> Any: ...  # fmt: skip
+    async def ask(
+        self, conn: Connection | str, message: object, payload: object = None, *,
+        timeout: float = 10.0, returns: Any = Any,
+    ) -> Any:  # fmt: skip
+        """Ask one client, given itself or by its id in any process; return its answer's payload.
+
+        The client gets the message with an id that begins with ``$``, and answers with
+        ``{"type":"<type>.reply","id":…,"payload":…}`` or an ``error``. *returns*: what the payload
+        has to be, any type that a handler may take. *timeout*: seconds, with the time for sending.
+
+        Raises `AnswerError` for an ``error`` and for a payload that is no *returns*; `NoAnswer`
+        after *timeout*, when the client has gone, and at once for an id of nobody; `PachinkoError`
+        in a connect or a disconnect handler of that client, for its 65th question at a time, and
+        for a type that no payload can have; `ValueError` for a *timeout* that is no number above 0.
+        """
+        id = self._id_of(conn)
+        self._check("ask", id, "connection")
+        if not (is_seconds(timeout) and timeout > 0):
+            raise ValueError(f"timeout is a number of seconds above 0, got {timeout!r}")
+        state, t = self.state, answer_type(returns, self.state.codec)
+        type, payload = split_message(message, payload)
+        question = type, msgspec.Raw(state.codec.encode(type, payload)), timeout
+        if isinstance(conn, Connection):
+            answer = await put_question(conn, *question)
+        else:
+            answer = await state.relay.call(id, "ask", *question)
+        try:
+            return answer if t is Any else state.codec.structure(answer, t, f"{type}.reply")
+        except MessageError as exc:
+            wrong = AnswerError(exc.code, exc.message, exc.details)
+        raise wrong
 
     async def send_to_user(self, user: str, message: object, payload: object = None) -> None:
         """Send to every connection of *user* (`Connection.user`)."""
@@ -5051,6 +5281,7 @@ hub: Hub = Hub()
 TYPE_SHOWN = 80  # characters of a type in an answer or a log: a client may send one of max_size
 # What a stop or a departure raises. A `TaskGroup` groups the `GeneratorExit` of its generator.
 _QUIET = (asyncio.CancelledError, GeneratorExit, falcon.WebSocketDisconnected)
+_UNANSWERED = (AnswerError, NoAnswer)
 
 
 def single(
@@ -5087,8 +5318,8 @@ def _errors_in(exc: BaseException) -> Iterator[BaseException]:
 def is_departure(exc: BaseException) -> bool:
     """Tell whether *exc* may come of the client's departure alone."""
     is_group = isinstance(exc, BaseExceptionGroup)
-    quiet = _QUIET if is_group else falcon.WebSocketDisconnected
-    return all(isinstance(each, quiet) for each in _errors_in(exc))
+    quiet = _QUIET if is_group else (falcon.WebSocketDisconnected,)
+    return all(isinstance(each, (*quiet, NoAnswer)) for each in _errors_in(exc))
 
 
 def outcome_of(exc: BaseException) -> MessageError | Close | None:
@@ -5097,6 +5328,8 @@ def outcome_of(exc: BaseException) -> MessageError | Close | None:
         status, title = exc.status_code, exc.title or ""
         details = {"status": status, "title": title, "description": exc.description}
         return MessageError(f"http_{status}", exc.description or title, **details)
+    if isinstance(exc, _UNANSWERED):
+        return MessageError("no_answer", "a client that was asked has not answered")
     return exc if isinstance(exc, (MessageError, Close)) else None
 
 
@@ -5105,8 +5338,14 @@ def is_status(exc: BaseException) -> bool:
     return isinstance(exc, falcon.HTTPStatus)
 
 
+def as_status(exc: BaseException) -> BaseException:
+    """Return *exc*, or 408 if a client has not answered: where no message is there to answer."""
+    return falcon.HTTPError(408) if isinstance(exc, _UNANSWERED) else exc
+
+
 def close_for(exc: BaseException, what: str, id: str | None) -> Close:
     """Return how *exc* from *what*, code around a connection, closes it. A bug is logged."""
+    exc = as_status(exc)
     if isinstance(exc, Close):
         return exc
     if isinstance(exc, (falcon.HTTPError, falcon.HTTPStatus)):
@@ -5245,8 +5484,8 @@ def log_failure(what: str, exc: BaseException, id: str | None, type: str | None 
 
 
 def is_away(exc: BaseException) -> bool:
-    """Tell whether *exc* needs no traceback: it hits every handler at once, and is logged once."""
-    return all(isinstance(each, BrokerAway) for each in _errors_in(exc))
+    """Tell whether *exc* needs no traceback: the program has no bug, and it may come often."""
+    return all(isinstance(each, (BrokerAway, *_UNANSWERED)) for each in _errors_in(exc))
 
 
 async def meaning_of(
@@ -5404,6 +5643,8 @@ class Session:
     def on_end(self) -> None:
         """Stop the streams; wake the reader, or give the handler in progress `linger` seconds."""
         task, self._ended = asyncio.current_task(), asyncio.get_running_loop().time()
+        if (questions := self._hub_state.questions.pop(self.conn.id, None)) is not None:
+            questions.end()
         for stream in tuple(self._streams.values()):
             if task is None or stream.task is not task:  # A timer has no task.
                 stream.stop()
@@ -5624,8 +5865,10 @@ class Session:
                 stream.stop()
                 return  # The rate limit never refuses this, because it lessens the load.
             id = None  # The stream that it meant has had its final answer.
-        if is_answer(type):  # It has come too late, or nobody has asked.
-            self._hub_state.counts["late"] += 1
+        if is_answer(type):
+            questions = self._hub_state.questions.get(self.conn.id)
+            if questions is None or not questions.answer(cast(Frame, frame)):
+                self._hub_state.counts["late"] += 1
             return
         if (refusal := self._exceed_rate(event, id, type)) is not None:
             await refusal
@@ -5836,7 +6079,7 @@ async def admit(session: Session, subprotocols: Sequence[str]) -> bool:
     try:
         is_in = await _run_handlers(session, token)
     except BaseException as exc:  # A handler may raise anything.
-        refused = single(exc, is_status)
+        refused = as_status(single(exc, is_status))
     try:
         if refused is not None:  # Above, the group that it is from would become its context.
             await _refuse(session, refused)
@@ -6009,8 +6252,8 @@ async def _authenticate(
             if user is not None and frame.id is not None:
                 reply = Sent("authenticate.reply", frame.id)
                 await session.outgoing.send(text_event(_encode(reply)))
-    except TimeoutError:
-        if session.is_late:
+    except TimeoutError as exc:
+        if session.is_late or isinstance(exc, NoAnswer):
             raise
         raise Close(UNAUTHENTICATED, f"not authenticated within {seconds:g} s") from None
     except MessageError as exc:

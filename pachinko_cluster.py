@@ -40,8 +40,8 @@ import re
 import ssl
 import sys
 import urllib.parse
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, cast
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from typing import Annotated, Any, Literal, cast
 
 import attrs
 import msgspec
@@ -49,10 +49,13 @@ from msgspec import UNSET, UnsetType
 
 import pachinko
 from pachinko import (
+    AnswerError,
     Backplane,
     Deliver,
     Kind,
     Lost,
+    MessageError,
+    NoAnswer,
     PachinkoError,
     Registry,
     create_task,
@@ -1111,12 +1114,13 @@ class PeerMessage(msgspec.Struct, omit_defaults=True):
     op: str
     """``send`` or ``close``: to the receivers, or the one in ``to``; ``who``: to the processes
     with members of a group, ``whose``: to those with connections of a user, both answered with
-    ``here``; ``beat``: to the sender itself, as a sign of life."""
+    ``here``; ``call``: to the process of a connection, answered with ``done``; ``beat``: to the
+    sender itself, as a sign of life. Older processes refuse a ``call``."""
     source: str = msgspec.field(name="from")  # the process that sends
     session: int = 0  # the number of the sender's session with the broker
     n: int = 0  # the message's number in its process
     exclude: list[str] = []  # the ids of connections that do not get it
-    to: str | None = None  # the id of the only connection that gets it; or a user, quoted
+    to: str | None = None  # the only connection that gets it, or is called; or a user, quoted
     code: int = 1000
     reason: str = ""
     ask: int = 0  # the number of the question that this asks or answers
@@ -1130,6 +1134,40 @@ class Carried(msgspec.Struct):
     type: str
     payload: msgspec.Raw | UnsetType = UNSET
     group: str | None = None
+
+
+_CROSSING: dict[str, type[Exception]] = {
+    each.__name__: each for each in (AnswerError, MessageError, NoAnswer, PachinkoError)
+}
+
+
+class Call(msgspec.Struct, array_like=True):
+    """The frame of a ``call``: one of `pachinko.CALLS`, and its arguments."""
+
+    method: Literal["join", "leave", "ask"]
+    name: bytes  # the group, or the type of the question; JSON could not carry any text
+    frame: msgspec.Raw = msgspec.Raw()  # the question, for clients
+    seconds: Annotated[float, msgspec.Meta(gt=0)] = 10.0  # to wait for its answer
+
+
+class Done(msgspec.Struct, omit_defaults=True):
+    """The frame of a ``done``: what a call has returned, or which error it has raised."""
+
+    result: Any = None
+    error: str | None = None  # one of `_CROSSING`
+    message: str = ""
+    code: str = ""
+    details: dict[str, Any] = {}
+
+    def outcome(self) -> Any:
+        """Return or raise what the call has returned or raised."""
+        if self.error is None:
+            return self.result
+        if self.error == "MessageError":
+            raise MessageError(self.code, self.message, **self.details)
+        if self.error == "AnswerError":
+            raise AnswerError(self.code, self.message, self.details)
+        raise _CROSSING[self.error](self.message)
 
 
 class Refused(Exception):
@@ -1149,6 +1187,8 @@ class Late(Refused):
 
 _decode_head = msgspec.json.Decoder(PeerMessage).decode
 _decode_carried = msgspec.json.Decoder(Carried).decode
+_decode_call = msgspec.json.Decoder(Call).decode
+_decode_done = msgspec.json.Decoder(Done).decode
 
 
 def quoted(name: str) -> str:
@@ -1199,6 +1239,48 @@ def check_carried(frame: bytes, group: str | None) -> None:
         raise Refused("a message for clients that names another group")
 
 
+def pack_call(method: str, name: str, *rest: object) -> bytes:
+    """Return the frame of a call of *method* with the arguments *name* and *rest*."""
+    return encode([method, name.encode(errors="surrogatepass"), *rest])
+
+
+def read_call(frame: bytes) -> tuple[Any, ...]:
+    """Return the method in *frame*, and its arguments. Raises `Refused`."""
+    try:
+        call = _decode_call(frame)
+        name = call.name.decode(errors="surrogatepass")
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
+        raise Refused(f"not a call of ours: {exc}") from None
+    if call.method != "ask":
+        return call.method, name
+    check_carried(bytes(call.frame), None)
+    return call.method, name, call.frame, call.seconds
+
+
+def read_done(frame: bytes) -> Done:
+    """Return what *frame* says of the end of a call. Raises `Refused`."""
+    try:
+        done = _decode_done(frame)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
+        raise Refused(f"not the end of a call: {exc}") from None
+    is_twice = not done.details.keys().isdisjoint(("self", "code", "message"))
+    if done.error not in (None, *_CROSSING) or (done.error == "MessageError" and is_twice):
+        raise Refused("not an error that crosses")
+    return done
+
+
+def done_with(exc: Exception, process: str) -> Done:
+    """Return what to answer to a call that has raised *exc* in *process*. A bug is logged."""
+    kind = next((name for name, cls in _CROSSING.items() if isinstance(exc, cls)), None)
+    if isinstance(exc, (AnswerError, MessageError)):
+        return Done(None, kind, exc.message, exc.code, exc.details)
+    if kind is None:
+        logger.error("a call from another process failed", exc_info=exc)
+        text = f"it has failed in the process {process}, whose log has the reason"
+        return Done(None, "PachinkoError", text)
+    return Done(None, kind, str(exc))
+
+
 # ── cluster relay ─────────────────────────────────────────────────────────────────────────────
 #
 # The relay sends peer messages by the link, and takes those of other processes: messages to
@@ -1239,7 +1321,8 @@ class Cluster(pachinko.Relay):
         self._refused = 0
         self._suspects: set[object] = set()  # the kinds of refused messages that have been logged
         self._work: set[asyncio.Task[None]] = set()  # sends that no caller waits for
-        self._asks: dict[int, asyncio.Queue[PeerMessage]] = {}  # answers, by question
+        # Answers, by their op and the number of the question.
+        self._asks: dict[tuple[str, int], asyncio.Queue[Any]] = {}
         self._gaps: dict[str, dict[pachinko.Connection, pachinko.Outgoing]] = {}  # to get one
         self._leases: dict[str, Lease] = {}  # a key is the name of a worker
         self._unread: dict[Address, frozenset[str]] = {}  # ids that got a gap for unread messages
@@ -1319,24 +1402,25 @@ class Cluster(pachinko.Relay):
         subject = subject_of(self._namespace, kind, name)
         return await self._link.publish(subject, functools.partial(self._pack, op=op, **fields))
 
+    def _process_of(self, id: str) -> str:
+        """Return the process of the connection *id*; this one for what is no id."""
+        return id[: len(self.process)] if _CONNECTION_ID.fullmatch(id) else self.process
+
     async def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> None:
         to: str | None = None
         if kind is Kind.CONNECTION:
-            if (process := self._other_process(name)) is None:
+            process = self._process_of(name)
+            if process == self.process:
                 await self._registry.deliver(kind, name, data, excluded)
                 return
             name, to = process, name
         await self._publish(kind, name, "send", frame=data, exclude=excluded, to=to)
 
-    def _other_process(self, id: str) -> str | None:
-        """Return the process of the connection *id*, or None if no other one can have it."""
-        process = id[: len(self.process)] if _CONNECTION_ID.fullmatch(id) else self.process
-        return process if process != self.process else None
-
     async def close(self, kind: Kind, name: str, close: pachinko.Close) -> None:
         to: str | None = None
         if kind is Kind.CONNECTION:
-            if (process := self._other_process(name)) is None:
+            process = self._process_of(name)
+            if process == self.process:
                 await self._registry.close(kind, name, close)
                 return
             name, to = process, name
@@ -1345,11 +1429,9 @@ class Cluster(pachinko.Relay):
         await self._publish(kind, name, "close", to=to, code=close.code, reason=close.reason)
 
     async def ask(self, kind: Kind, name: str) -> list[pachinko.Presence]:
-        number = next(_questions)
-        answers = self._asks[number] = asyncio.Queue[PeerMessage]()
         found: dict[str, pachinko.Presence] = {}
         unfinished: dict[str, bool] = {}  # whether more of a process's answer follows
-        try:
+        with self._question("here") as (number, answers):
             reached = await self._publish(kind, name, _QUESTIONS[kind], ask=number)
             loop = asyncio.get_running_loop()
             end, latest = (loop.time() + seconds for seconds in (_PRESENCE, _BROKER_WAIT))
@@ -1360,9 +1442,46 @@ class Cluster(pachinko.Relay):
                     unfinished[answer.source] = answer.more
                     for id, user in answer.members:
                         found[id] = pachinko.Presence(id, user, answer.source)
-        finally:
-            self._asks.pop(number, None)
         return list(found.values())
+
+    @contextlib.contextmanager
+    def _question(self, op: str) -> Generator[tuple[int, asyncio.Queue[Any]]]:
+        """Give a question a number, and a queue, which its answers of the kind *op* go to."""
+        key = op, next(_questions)
+        self._asks[key] = asyncio.Queue()
+        try:
+            yield key[1], self._asks[key]
+        finally:
+            del self._asks[key]
+
+    async def call(self, id: str, method: str, *args: Any) -> Any:
+        process = self._process_of(id)
+        if process == self.process:
+            return await super().call(id, method, *args)
+        seconds, done = (args[-1] if method == "ask" else None), None
+        with self._question("done") as (number, answers), contextlib.suppress(TimeoutError):
+            fields: dict[str, Any] = {"frame": pack_call(method, *args), "to": id, "ask": number}
+            async with asyncio.timeout(seconds) as limit:
+                reached = await self._publish(Kind.CONNECTION, process, "call", **fields)
+                if seconds is None:
+                    limit.reschedule(asyncio.get_running_loop().time() + _BROKER_WAIT)
+                done = await answers.get() if reached != 0 else None
+        if done is None:
+            raise NoAnswer(f"no answer from the connection {id}, or from its process")
+        return done.outcome()
+
+    async def _perform(self, call: PeerMessage, *work: Any) -> None:
+        """Call what another process has asked for, and tell it what comes of it."""
+        try:
+            done = Done(await super().call(call.to or "", *work))
+        except Exception as exc:  # The other process raises it, or learns of a bug.
+            done = done_with(exc, self.process)
+        too_large = Done(error="PachinkoError", message="the broker has not taken the answer")
+        for each in (done, too_large):
+            with contextlib.suppress(PachinkoError):
+                fields = {"frame": encode(each), "ask": call.ask}
+                await self._publish(Kind.CONNECTION, call.source, "done", **fields)
+                return
 
     async def receive(self, subject: str, data: bytes) -> None:
         """Read a message from the link, and refuse it or do what it says."""
@@ -1399,7 +1518,11 @@ class Cluster(pachinko.Relay):
         elif message.op == _QUESTIONS.get(kind):
             self._start_work(self._answer(kind, name, message))
         elif message.op == "here" and kind is Kind.CONNECTION:
-            self._note_answer(message)
+            self._note_answer(message, message)
+        elif message.op == "call" and kind is Kind.CONNECTION:
+            self._start_work(self._perform(message, *read_call(frame)))
+        elif message.op == "done" and kind is Kind.CONNECTION:
+            self._note_answer(message, read_done(frame))
         else:
             raise Refused(f"{message.op!r} makes no sense here")
 
@@ -1431,14 +1554,15 @@ class Cluster(pachinko.Relay):
             is_last = not members
             answer: dict[str, Any] = {"ask": question.ask, "members": part, "more": not is_last}
             if question.source == self.process:
-                self._note_answer(PeerMessage(_FORMAT, "here", self.process, **answer))
+                message = PeerMessage(_FORMAT, "here", self.process, **answer)
+                self._note_answer(message, message)
             else:
                 with contextlib.suppress(PachinkoError):  # the asking process then goes without
                     await self._publish(Kind.CONNECTION, question.source, "here", **answer)
 
-    def _note_answer(self, answer: PeerMessage) -> None:
-        if answer.ask in self._asks:
-            self._asks[answer.ask].put_nowait(answer)
+    def _note_answer(self, message: PeerMessage, answer: PeerMessage | Done) -> None:
+        if (asked := self._asks.get((message.op, message.ask))) is not None:
+            asked.put_nowait(answer)
 
     def _start_work(self, work: Coroutine[Any, Any, None]) -> None:
         task = create_task(work, is_detached=True)

@@ -14,7 +14,7 @@ from support import Client, connect, new_app, serving
 from test_docs import PAYLOADS, ROOT, clean_hub, load, spans, tables
 
 import pachinko
-from pachinko import Close, Connection, Hub, MessageError, Pachinko
+from pachinko import AnswerError, Close, Connection, Hub, MessageError, NoAnswer, Pachinko
 
 __all__ = ["clean_hub"]  # a fixture for each test, here too
 
@@ -36,6 +36,7 @@ def names() -> dict[str, Any]:
         "Mean": type("Mean", (float,), {}), "Moment": type("Moment", (datetime.datetime,), {}),
         "defaultdict": defaultdict, "circle": circle,
         "falcon": falcon, "Close": Close, "MessageError": MessageError,
+        "AnswerError": AnswerError, "NoAnswer": NoAnswer,
     }  # fmt: skip
     return {**vars(load(PAYLOADS)), **made}
 

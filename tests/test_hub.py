@@ -133,13 +133,13 @@ async def test_any_text_names_a_group() -> None:
 
 
 async def test_names_that_are_no_text_are_type_errors() -> None:
-    """Groups, users and ids are `str`, a member is a connection."""
+    """Groups, users and ids are `str`, a member is a connection or an id."""
     hub: Any = Hub()
     for call in (
         lambda: hub.join(1, None),
-        lambda: hub.join("a", "conn"),
+        lambda: hub.join("a", 5),
         lambda: hub.leave(None, None),
-        lambda: hub.leave("a", "conn"),
+        lambda: hub.leave("a", 5),
         lambda: hub.send(b"a", "x"),
         lambda: hub.send_to(7, "x"),
         lambda: hub.send_to_user(7, "x"),

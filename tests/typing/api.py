@@ -6,18 +6,20 @@ The lines with an ignored error must be errors: both checkers complain of a need
 import concurrent.futures
 import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, assert_type
+from typing import Annotated, Any, assert_type
 
 import attrs
 import falcon.asgi
 
 from pachinko import (
+    AnswerError,
     Backplane,
     Close,
     Connection,
     Envelope,
     Hub,
     MessageError,
+    NoAnswer,
     Pachinko,
     PachinkoError,
     hub,
@@ -293,7 +295,48 @@ async def use_hub(conn: Connection) -> None:
     assert_type(hub.draining, bool)
     await hub.drain(20)
     await hub.send(1, Say("hello"))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    await hub.join("room:1", "id")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    assert_type(await hub.join("room:1", conn.id), None)
+    assert_type(await hub.leave("room:1", conn.id), None)
+    await hub.join("room:1", 5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await hub.leave(5, conn)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def use_answers(conn: Connection) -> None:
+    assert_type(await conn.ask("name"), Any)
+    assert_type(await conn.ask("name", {"full": True}, timeout=5), Any)
+    assert_type(await conn.ask(Say("hello"), returns=Said), Said)
+    assert_type(await conn.ask("name", returns=str), str)
+    assert_type(await conn.ask("numbers", None, returns=list[int], timeout=2.5), list[int])
+    limited: int = await conn.ask("number", returns=Annotated[int, "a limit"])
+    assert_type(await hub.ask(conn, Say("hello")), Any)
+    assert_type(await hub.ask(conn.id, "name", returns=Said), Said)
+    assert_type(
+        await hub.ask(conn.id, "name", 5, timeout=limited, returns=dict[str, int]), dict[str, int]
+    )
+    asked = hub.call_threadsafe(hub.ask, conn.id, "name")
+    assert_type(asked.result(), Any)
+    await conn.ask()  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    await conn.ask("name", 5, 10.0)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    await conn.ask("name", timeout="10")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    await conn.ask("name", timeout=None)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    await hub.ask("name")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    await hub.ask(5, "name")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    number = await conn.ask("name", returns=int)
+    len(number)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+@ws.error(AnswerError)
+async def refused(conn: Connection, exc: AnswerError) -> MessageError:
+    assert_type(exc.code, str)
+    assert_type(exc.message, str)
+    assert_type(exc.details, dict[str, Any])
+    return MessageError("refused")
+
+
+def answers() -> None:
+    late: TimeoutError = NoAnswer("not in time")
+    AnswerError(late)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    AnswerError("locked", "no key", {"door": 4})
 
 
 class Own:
