@@ -2368,9 +2368,10 @@ def _is_sendable(t: Any, raw: tuple[type, ...]) -> bool:
     """Tell whether *t* is one of *raw*, None or a class with ``@message``, or may be one."""
     with contextlib.suppress(Exception):  # A ``type`` statement may name what is not there.
         members = [*map(bare_type, union_members(t))]
-        members = [each for each in members if not _is_one_of(raw, each)]
-        left = [each for each in members if each not in (str, bytes)]  # for a subclass, say
-        return (left == members or left not in ([], [types.NoneType])) and all(
+        taken = [each for each in members if _is_one_of(raw, each)]
+        # A function may be both, or return the other one in a subclass, say.
+        left = [each for each in members if each not in (str, bytes, *taken)]
+        return (bool(taken) or left == members or left not in ([], [types.NoneType])) and all(
             each in (types.NoneType, object) or message_type(class_of(each)) is not None
             or (class_of(each) is None and not is_leaf(each))
             for each in left
@@ -4205,9 +4206,10 @@ class Connection:
         if asyncio.get_running_loop() is not self.hub.state.loop:  # PERF: it mostly is.
             self._check("conn.send")
         type, payload = split_message(message, payload, takes_bytes=True)
-        event = {"type": "websocket.send", "bytes": payload}
         if type:
             event = text_event(self.hub.state.codec.encode(type, payload))
+        else:
+            event = {"type": "websocket.send", "bytes": payload}
         await self.outgoing.send(event)
         self._sends += 1
         if self._sends % _BURST == 0:

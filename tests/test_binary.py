@@ -13,6 +13,7 @@ import types
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import falcon.testing
 import pytest
 from brokers import BrokerProcess, environment, running
 from support import PATIENCE, Client, Server, Stalled, connect, new_app, serving, until
@@ -240,6 +241,26 @@ async def test_bytes_of_a_connect_handler_go_out_after_the_handshake() -> None:
         assert await frame(client) == b"one"
         assert (await client.receive())["type"] == "two"
         assert await frame(client) == b"three"
+
+
+async def test_bytes_are_what_falcons_test_client_receives() -> None:
+    """As data, in order with the texts."""
+    ws = endpoint()
+
+    @ws.binary
+    async def answer(conn: Connection, data: bytes) -> bytes:
+        await conn.hub.send("all", data)
+        await conn.send("text")
+        return b""
+
+    async with (
+        falcon.testing.ASGIConductor(ws._app) as conductor,
+        conductor.simulate_ws("/ws") as client,
+    ):
+        await client.send_data(DATA)
+        assert await client.receive_data() == DATA
+        assert (await client.receive_json())["type"] == "text"
+        assert await client.receive_data() == b""
 
 
 # To many

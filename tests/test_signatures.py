@@ -927,7 +927,10 @@ RETURNED: list[tuple[Any, bool, bool]] = [
     (bytes | None, False, True), (bytes | bytearray | memoryview, False, True),
     (Chunk, False, True), (Literal[b"a"], False, True), (NewType("Data", bytes), False, True),
     (Annotated[bytearray | None, "x"], False, True), (Said | bytes | None, True, True),
-    (bytes | str, False, False), (Literal["a", b"b"], False, False),
+    (Literal["a", b"b"], False, False),
+    # Both of them, from a function that is both
+    (bytes | str, True, True), (str | bytes | None, True, True), (Pong | Chunk, False, False),
+    (Said | str | bytes, True, True), (str | bytearray, False, True),
 ]  # fmt: skip
 
 
