@@ -2380,9 +2380,9 @@ def _is_sendable(t: Any, raw: tuple[type, ...]) -> bool:
 
 
 def _is_one_of(classes: tuple[type, ...], t: Any) -> bool:
-    """Tell whether each object of *t*, a class or a literal, is of one of *classes*."""
+    """Tell whether *t*, a class or a literal, has objects of *classes* only, and perhaps None."""
     if origin_of(t) is Literal:
-        return all(isinstance(value, classes) for value in get_args(t))
+        return all(isinstance(value, (*classes, types.NoneType)) for value in get_args(t))
     return inspect.isclass(cls := class_of(t)) and issubclass(cls, classes)
 
 

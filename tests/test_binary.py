@@ -20,7 +20,7 @@ from support import PATIENCE, Client, Server, Stalled, connect, new_app, serving
 
 import pachinko
 import pachinko_cluster
-from pachinko import Connection, Hub, Pachinko, PachinkoError, message
+from pachinko import Connection, Hub, Kind, Pachinko, PachinkoError, message
 from pachinko_cluster import Cluster
 
 DATA = b"\x00\xff\n{"
@@ -368,6 +368,7 @@ class Pong(str):
         ("ä☃\n\0", "ä☃\n\0"),
         ("half \ud83d a pair", "half \ufffd a pair"),
         (Pong("pong"), "pong"),
+        (Kind.GROUP, "g"),
         ("x" * 100_000, "x" * 100_000),
     ],
 )

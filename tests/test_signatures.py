@@ -900,6 +900,12 @@ def test_other_parameters_of_the_fallback_are_as_they_were(parameters: str) -> N
     assert endpoint().fallback(function) is function
 
 
+class TextColor(enum.StrEnum):
+    """Texts with names."""
+
+    RED = "red"
+
+
 class Pong(str):
     """A text of the application's own."""
 
@@ -920,6 +926,7 @@ RETURNED: list[tuple[Any, bool, bool]] = [
     (Literal["pong", 1], False, False),
     # A text from the fallback
     (str, True, False), (str | None, True, False), (Pong, True, False), (Literal["a"], True, False),
+    (Literal["a", None], True, False), (Literal[None], True, True), (TextColor, True, False),
     (Annotated[str, "x"], True, False), (NewType("Text", str), True, False),
     (Said | str, True, True),
     # Bytes from the binary handler
