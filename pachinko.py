@@ -814,6 +814,8 @@ _EXACT: dict[Any, Callable[[Any], Any]] = {  # classes, and what makes one of a 
     msgspec.Raw: msgspec.json.decode,  # only `msgspec.to_builtins` asks for this
 }
 _JSON_NAMES: dict[Any, str] = {dict: "object", list: "array", types.NoneType: "null"}
+# What goes out as it is: in a text frame if a fallback returns it, or in a binary frame.
+AS_THEY_ARE: dict[type, tuple[type, ...]] = {str: (str,), bytes: (bytes, bytearray, memoryview)}
 
 
 class Envelope(msgspec.Struct, frozen=True):  # PERF: attrs' takes three times as long to make.
@@ -875,6 +877,10 @@ class Sent(msgspec.Struct, omit_defaults=True, gc=False):
     payload: Any = UNSET
     group: str | None = None
     more: bool = False
+
+
+class Binary(bytes):
+    """The content of a binary frame. That of a text frame is plain `bytes`."""
 
 
 class BadFrame(MessageError):
@@ -1063,14 +1069,27 @@ def message_type(cls: Any) -> str | None:
     return cast("str | None", getattr(cls, "__dict__", {}).get("__message_type__"))
 
 
-def split_message(message: object, payload: object) -> tuple[str, object]:
-    """Return the type and payload of what a ``send`` was given. Raises `TypeError` with a hint."""
+def split_message(
+    message: object, payload: object, *, takes_bytes: bool = False
+) -> tuple[str, object]:
+    """Return the type and payload of what a ``send`` was given. Raises `TypeError` with a hint.
+
+    If it *takes_bytes*, these have the type ``""``, and the payload is a copy of what may change.
+    """
     cls = type(message)
     if (tagged := message_type(cls)) is not None:
         if payload is None:
             return tagged, message
         raise TypeError(f"{cls.__name__} is a whole message; send it without a payload beside it")
     if not isinstance(message, str):
+        if takes_bytes and isinstance(message, AS_THEY_ARE[bytes]):
+            if payload is not None:
+                raise TypeError(
+                    "bytes go out alone, as a binary frame; write send(data), or, as base64 in a "
+                    'message, send("file", {"data": data})'
+                )
+            # Servers take no subclass, whose own `__bytes__` could return anything.
+            return "", message if cls is bytes else bytes(memoryview(cast(bytes, message)))
         raise TypeError(
             f'a message is an object of a class with @message("…"), or a type and its payload, as '
             f'in send("said", {{"text": "hi"}}); got {cls.__name__}'
@@ -2356,29 +2375,43 @@ def check_taken(
 ) -> None:
     """Raise `PachinkoError` if *function* takes no *cls* second, or may not return what it says.
 
-    With *replies* it may return anything, else a ``@message`` object or None.
+    With *replies* it may return anything, else what `may_return` says.
     """
     signature = signature_of(function)
     for second in [*signature.parameters.values()][1:2]:
         if not admits(known_type(function, second.annotation, namespaces), cls):
             raise mistake(function, f"takes `{as_code(second)}`, but gets {cls.__name__}", example)
     returns = signature.return_annotation
-    if not (replies or _is_sendable(known_type(function, returns, namespaces))):
-        refused = "but may return a @message object or None"
+    if not (replies or _is_sendable(known_type(function, returns, namespaces), AS_THEY_ARE[cls])):
+        refused = f"but {may_return(cls)}"
         raise mistake(function, f"returns {type_as_code(returns)}, {refused}", example)
 
 
-def _is_sendable(t: Any) -> bool:
-    """Tell whether *t* is None or a class with ``@message``, or may be one."""
+def may_return(cls: type) -> str:
+    """Return what the fallback or the binary handler may return, which takes a *cls*."""
+    return f"may return {'a str' if cls is str else 'bytes'}, a @message object or None"
+
+
+def _is_sendable(t: Any, raw: tuple[type, ...]) -> bool:
+    """Tell whether *t* is one of *raw*, None or a class with ``@message``, or may be one."""
     with contextlib.suppress(Exception):  # A ``type`` statement may name what is not there.
         members = [*map(bare_type, union_members(t))]
-        left = [each for each in members if each not in (str, bytes)]  # for a subclass, say
-        return (left == members or left not in ([], [types.NoneType])) and all(
+        taken = [each for each in members if _is_one_of(raw, each)]
+        # A function may be both, or return the other one in a subclass, say.
+        left = [each for each in members if each not in (str, bytes, *taken)]
+        return (bool(taken) or left == members or left not in ([], [types.NoneType])) and all(
             each in (types.NoneType, object) or message_type(class_of(each)) is not None
             or (class_of(each) is None and not is_leaf(each))
             for each in left
         )  # fmt: skip
     return True
+
+
+def _is_one_of(classes: tuple[type, ...], t: Any) -> bool:
+    """Tell whether *t*, a class or a literal, has objects of *classes* only, and perhaps None."""
+    if origin_of(t) is Literal:
+        return all(isinstance(value, (*classes, types.NoneType)) for value in get_args(t))
+    return inspect.isclass(cls := class_of(t)) and issubclass(cls, classes)
 
 
 def path_types(path: str, app: Any) -> dict[str, Any]:
@@ -3397,13 +3430,20 @@ def text_event(data: bytes) -> Event:
     return {"type": "websocket.send", "text": data.decode()}
 
 
+def event_of(data: bytes) -> Event:
+    """Return the ASGI event that sends *data* as a text frame, or `Binary` as a binary one."""
+    if type(data) is Binary:
+        return {"type": "websocket.send", "bytes": bytes(data)}  # Servers take no subclass.
+    return text_event(data)
+
+
 @attrs.frozen(eq=False)
 class Waiting:
     """An event that waits for its turn to be written."""
 
     event: Event
     written: asyncio.Future[bool] | None = None  # tells a sender that waits whether it was
-    size: int = 0  # the bytes of a hub's message; 0 for all else, which is never dropped
+    size: int = 0  # the bytes of a hub's message, at least 1; 0 for all else, never dropped
     group: str | None = None
     close: Close | None = None  # Falcon's socket writes it instead of *event*
 
@@ -3692,7 +3732,7 @@ class Outgoing:
     @staticmethod
     async def fan_out(receivers: Iterable[Outgoing], data: bytes, group: str | None = None) -> None:
         """Start one write of *data*, for *group*, to each of *receivers*; wait for no client."""
-        waiting, is_crowded = Waiting(text_event(data), None, len(data), group), False
+        waiting, is_crowded = Waiting(event_of(data), None, len(data) or 1, group), False
         ready: list[Outgoing] = []
         try:
             for receiver in receivers:
@@ -4200,16 +4240,21 @@ class Connection:
             self._expiry = loop.call_later(min(left, _LOOK_AT_CLOCK), self._expire)
 
     async def send(self, message: object, payload: object = None) -> None:
-        """Send a ``@message`` object, or a type and its payload, to this client.
+        """Send a ``@message`` object, a type and its payload, or a binary frame, to this client.
 
-        Waits while the client is behind. Raises `falcon.WebSocketDisconnected` when the client has
-        gone, or stays behind for `send_timeout` seconds (and is then evicted with 1013). In a
-        connect handler it returns at once, and the message goes out after the handshake.
+        Bytes alone, a `bytearray` or a `memoryview` are a binary frame. Waits while the client is
+        behind. Raises `falcon.WebSocketDisconnected` when the client has gone, or stays behind for
+        `send_timeout` seconds (and is then evicted with 1013). In a connect handler it returns at
+        once, and the message goes out after the handshake.
         """
         if asyncio.get_running_loop() is not self.hub.state.loop:  # PERF: it mostly is.
             self._check("conn.send")
-        type, payload = split_message(message, payload)
-        await self.outgoing.send(text_event(self.hub.state.codec.encode(type, payload)))
+        type, payload = split_message(message, payload, takes_bytes=True)
+        if type:
+            event = text_event(self.hub.state.codec.encode(type, payload))
+        else:
+            event = {"type": "websocket.send", "bytes": payload}
+        await self.outgoing.send(event)
         self._sends += 1
         if self._sends % _BURST == 0:
             await asyncio.sleep(0)  # Nothing above lets the loop run while a client keeps up.
@@ -4450,7 +4495,7 @@ class Relay:
         """Disconnect, for good."""
 
     def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
-        """Begin to send the frame *data* to the receivers, but to no *excluded* id."""
+        """Begin to send the frame *data*, of text or `Binary`, to all but the *excluded* ids."""
         return self._registry.deliver(kind, name, data, excluded)
 
     async def close(self, kind: Kind, name: str, close: Close) -> None:
@@ -5059,7 +5104,8 @@ class Hub:
     ) -> None:
         """Send a ``@message`` object, or a type and its payload, to the members of *group*.
 
-        *exclude* leaves out a connection, an id, or several of them.
+        Bytes alone are a binary frame, here and wherever the hub sends. *exclude* leaves out a
+        connection, an id, or several of them.
         """
         self._check("send", group, "group")
         await self._send(Kind.GROUP, group, message, payload, exclude)
@@ -5132,8 +5178,10 @@ class Hub:
         self, kind: Kind, name: str, message: object, payload: object, exclude: Exclude = None
     ) -> None:
         """Encode once, and begin one write to each receiver, wherever it is."""
-        type, payload = split_message(message, payload)
-        data = self.state.codec.encode(type, payload, name if kind is Kind.GROUP else None)
+        type, payload = split_message(message, payload, takes_bytes=True)
+        group = name if kind is Kind.GROUP else None
+        codec = self.state.codec
+        data = codec.encode(type, payload, group) if type else Binary(cast(bytes, payload))
         excluded: list[str] = []
         if exclude is not None:
             several = (exclude,) if isinstance(exclude, (Connection, str)) else exclude
@@ -5848,10 +5896,14 @@ class Session:
             envelope, middleware = Envelope("", data), self.routes.middleware
             work = call_through(middleware, self.conn, envelope, innermost)
             result = await in_time(self._limits.handler_timeout, function, work)
-            if result is not None:
-                if message_type(type(result)) is None:
-                    raise TypeError(f"{place_of(function)} may return a @message object or None")
+            cls = str if isinstance(data, str) else bytes
+            if cls is str and isinstance(result, str):
+                text = whole(str.__str__(result))  # Servers take no subclass.
+                await self.outgoing.send({"type": "websocket.send", "text": text})
+            elif message_type(type(result)) or isinstance(result, AS_THEY_ARE[cls]):
                 await self.conn.send(result)
+            elif result is not None:
+                raise TypeError(f"{place_of(function)} {may_return(cls)}")
         except BaseException as exc:  # A bug is answered, not passed on.
             await self._fail(exc, None, None)
 
@@ -6725,13 +6777,19 @@ class Pachinko(Lifecycle):
         return read_connect(outer, self._path, kind, namespaces=namespaces, app=self._app)
 
     def fallback(self, function: F = _NO_FUNCTION) -> F:
-        """Give ``async def f(conn, frame: str)`` the text that no handler takes."""
+        """Give ``async def f(conn, frame: str)`` the text that no handler takes.
+
+        It returns a text, which is sent as it is, a ``@message`` object, or None.
+        """
         example = "@ws.fallback\nasync def other(conn, frame: str): ..."
         self._set_raw("fallback", function, str, caller_namespaces(), example, "the fallback")
         return function
 
     def binary(self, function: F = _NO_FUNCTION) -> F:
-        """Give ``async def f(conn, data: bytes)`` the binary frames."""
+        """Give ``async def f(conn, data: bytes)`` the binary frames.
+
+        It returns bytes, which are sent as a binary frame, a ``@message`` object, or None.
+        """
         example = "@ws.binary\nasync def upload(conn, data: bytes): ..."
         self._set_raw("binary", function, bytes, caller_namespaces(), example, "binary")
         return function

@@ -51,6 +51,7 @@ import pachinko
 from pachinko import (
     AnswerError,
     Backplane,
+    Binary,
     Deliver,
     Kind,
     Lost,
@@ -1098,11 +1099,12 @@ class Lease:
 
 # ── peer messages ─────────────────────────────────────────────────────────────────────────────
 #
-# A peer message is its head, a line of JSON, and after that the text frame for the clients. A
+# A peer message is its head, a line of JSON, and after that the frame for the clients. A
 # subject, such as "pachinko.g.room%3A1", is the namespace, the letter of a `Kind`, and a name.
 
 _QUESTIONS = {Kind.GROUP: "who", Kind.USER: "whose"}  # older processes know the first one only
-_FORMAT = 1  # the number of their format; older processes read no other
+_FORMAT = 1  # the number of their format; older processes read no other, and send a gap instead
+_BINARY = 2  # the format if the frame is a binary one
 _LONGEST_NAME = 120  # characters in a subject, which is part of a line of at most 4 KiB in NATS
 Address = tuple[Kind, str]  # the receivers of a subject; a connection has its process as a name
 
@@ -1129,7 +1131,7 @@ class PeerMessage(msgspec.Struct, omit_defaults=True):
 
 
 class Carried(msgspec.Struct):
-    """The parts of the text frame in a peer message that are checked."""
+    """The parts of a text frame in a peer message that are checked."""
 
     type: str
     payload: msgspec.Raw | UnsetType = UNSET
@@ -1207,7 +1209,7 @@ def subject_of(namespace: str, kind: str, name: str) -> str:
 
 
 def pack(message: PeerMessage, frame: bytes = b"") -> bytes:
-    """Return the bytes of *message*, with the text *frame* that it carries."""
+    """Return the bytes of *message*, with the *frame* that it carries."""
     return b"%b\n%b" % (encode(message), frame)
 
 
@@ -1219,17 +1221,21 @@ def unpack(data: bytes) -> tuple[PeerMessage, bytes]:
         message = _decode_head(head)
         if message.v == _FORMAT:
             return message, frame
+        if message.v == _BINARY:
+            return message, Binary(frame)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
         why = str(exc)
     with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
         version = msgspec.json.decode(head, type=dict[str, Any]).get("v")
-        if type(version) is int and version != _FORMAT:
-            raise Refused(f"it has format {version}, not {_FORMAT}", version)
+        if type(version) is int and version not in (_FORMAT, _BINARY):
+            raise Refused(f"it has format {version}, not {_FORMAT} or {_BINARY}", version)
     raise Refused(f"not a message of ours: {why}")
 
 
 def check_carried(frame: bytes, group: str | None) -> None:
     """Raise `Refused` for a *frame* that no client should get as a message of *group*."""
+    if type(frame) is Binary:
+        return  # Any bytes are right, and those of a group look like all others.
     try:
         carried = _decode_carried(frame)
         frame.decode()
@@ -1396,7 +1402,8 @@ class Cluster(pachinko.Relay):
 
     def _pack(self, session: int, op: str, frame: bytes = b"", **fields: Any) -> bytes:
         self._sent += 1
-        return pack(PeerMessage(_FORMAT, op, self.process, session, self._sent, **fields), frame)
+        format = _BINARY if type(frame) is Binary else _FORMAT
+        return pack(PeerMessage(format, op, self.process, session, self._sent, **fields), frame)
 
     async def _publish(self, kind: Kind, name: str, op: str, **fields: Any) -> int | None:
         subject = subject_of(self._namespace, kind, name)
@@ -1665,7 +1672,8 @@ class Eavesdropper(Cluster):
         self._unread.pop((kind, name), None)
         if message.op == "send":
             if kind is not Kind.CONNECTION:
-                self._lines.put_nowait(frame.decode())
+                is_text = type(frame) is not Binary
+                self._lines.put_nowait((frame if is_text else encode({"bytes": frame})).decode())
         elif message.op == "close" and kind is Kind.GROUP:
             _tell(f"its members were closed with {message.code} {message.reason}".rstrip())
         else:

@@ -4,9 +4,9 @@
     python3 examples/echo.py                # at ws://127.0.0.1:8000/echo, or as HOST and PORT say
     uvicorn --app-dir examples echo:app     # the same app, with uvicorn's own options
 
-No message type has a handler here, so the fallback gets all text, valid messages included. The only
-exception is ``complete``, which stops a stream and belongs to the library. ``conn.ws`` is Falcon's
-socket. It sends text and bytes unchanged.
+No message type has a handler here, so the fallback gets all text, valid messages included, but for
+the types that belong to the library, such as ``complete``. What a fallback or a binary handler
+returns is sent as it is.
 """
 
 import os
@@ -21,13 +21,13 @@ ws = Pachinko(app, "/echo", max_size=16 * 2**20)  # as much as most servers take
 
 
 @ws.fallback
-async def echo_text(conn: Connection, frame: str) -> None:
-    await conn.ws.send_text(frame)
+async def echo_text(conn: Connection, frame: str) -> str:
+    return frame
 
 
 @ws.binary
-async def echo_bytes(conn: Connection, data: bytes) -> None:
-    await conn.ws.send_data(data)
+async def echo_bytes(conn: Connection, data: bytes) -> bytes:
+    return data
 
 
 if __name__ == "__main__":

@@ -766,7 +766,7 @@ async def test_kinds_of_refused_messages_are_logged_up_to_a_bound(
     """A stranger may make up formats without end."""
     monkeypatch.setattr(pachinko_cluster, "_MAX_SUSPECTS", 3)
     async with processes(Own(), 1) as (one,):
-        for format in range(2, 9):
+        for format in range(3, 10):
             data = json.dumps({"v": format}).encode()
             await cluster_of(one.hub).receive(cluster_subject(one), data)
         assert one.hub.stats()["refused"] == 7
@@ -839,7 +839,7 @@ async def test_another_version_of_the_format(broker: BrokerProcess) -> None:
         processes(broker.url) as (one, two),
         one.client(group="room", user="ann") as client,
     ):
-        newer = b'{"v":2,"op":"send","from":"newer"}\n{"type":"x","group":"room"}'
+        newer = b'{"v":3,"op":"send","from":"newer"}\n{"type":"x","group":"room"}'
         for _ in range(2):
             for _ in range(3):
                 await publish_raw(two, Kind.GROUP, "room", newer)

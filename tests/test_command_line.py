@@ -353,10 +353,11 @@ async def test_what_is_behind_listen(capsys: pytest.CaptureFixture[str]) -> None
         sender.configure(broker.url)
         async with serving(app):
             listener = Eavesdropper(broker.url, "pachinko", "room")
-            printing = asyncio.create_task(listener.run(7))
+            printing = asyncio.create_task(listener.run(8))
             await until(lambda: has_told("listening"))
             await sender.broadcast("all")
             await sender.send("room", "one")
+            await sender.send("room", b"\xff\n")
             await sender.send_to(listener.process + "0" * 12, "nobody")
             assert await sender.presence("room") == []
             relay = sender.state.relay
@@ -365,7 +366,7 @@ async def test_what_is_behind_listen(capsys: pytest.CaptureFixture[str]) -> None
             for subject in ("pachinko.g.room", "pachinko.a.all"):
                 await raw.publish(subject, b"rubbish")
             for n in range(3):
-                await raw.publish("pachinko.g.room", b'{"v":2}')
+                await raw.publish("pachinko.g.room", b'{"v":3}')
                 if n == 1:
                     await sender.send("room", "between")
             await sender.close_group("room", 4000)
@@ -377,7 +378,9 @@ async def test_what_is_behind_listen(capsys: pytest.CaptureFixture[str]) -> None
             await asyncio.wait_for(printing, PATIENCE)
             await sender.send("room", "four")
     assert has_told("closed with 4000")
-    types = [json.loads(line)["type"] for line in texts[0].splitlines()]
+    lines = [json.loads(line) for line in texts[0].splitlines()]
+    assert lines.pop(2) == {"bytes": "/wo="}
+    types = [line["type"] for line in lines]
     assert types == ["all", "one", "gap", "between", "gap", "gap", "two"]
 
 

@@ -750,6 +750,19 @@ def test_what_is_no_message_is_refused(other: Any) -> None:
     assert str(exc.value).endswith(f"got {type(other).__name__}")
 
 
+@pytest.mark.parametrize("given", [b"ab", bytearray(b"ab"), memoryview(b"a-b-")[::2]])
+def test_bytes_have_no_type(given: Any) -> None:
+    """Where they are taken, what may change is copied. A payload beside them is a mistake."""
+    assert split_message(given, None, takes_bytes=True) == ("", b"ab")
+    _, taken = split_message(given, None, takes_bytes=True)
+    assert type(taken) is bytes and (taken is given) == (type(given) is bytes)
+    with pytest.raises(TypeError, match="bytes go out alone, as a binary frame; write send"):
+        split_message(given, {}, takes_bytes=True)
+    for payload in (None, {}):
+        with pytest.raises(TypeError, match=f"got {type(given).__name__}$"):
+            split_message(given, payload)
+
+
 def test_an_object_of_an_untagged_subclass_is_refused() -> None:
     """A subclass has no type, so that its object is no message."""
     with pytest.raises(TypeError, match="got Louder"):

@@ -64,3 +64,10 @@ async def test_whoever_waits_learns_that_the_outbox_was_cleared() -> None:
     assert sent.result() is False and texts(outbox) == []
     outbox.put(pachinko.Waiting({"type": "websocket.send"}, cancelled))
     assert outbox.take() is None
+
+
+def test_only_binary_content_makes_a_binary_frame() -> None:
+    """Servers may want exactly `bytes`; plain content is a text, whatever is in it."""
+    event = pachinko.event_of(pachinko.Binary(b"\xff"))
+    assert event == {"type": "websocket.send", "bytes": b"\xff"} and type(event["bytes"]) is bytes
+    assert pachinko.event_of(b"{}") == {"type": "websocket.send", "text": "{}"}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pachinko import Kind
+from pachinko import Binary, Kind
 from pachinko_cluster import PeerMessage, Refused, check_carried, pack, subject_of, unpack
 
 # Subjects
@@ -94,8 +94,10 @@ def test_processes_of_the_first_release_understand_it() -> None:
         (b'{"v":1}\n', "missing required field", None),
         (b'{"v":1,"op":5,"from":"p"}\n', "Expected `str`", None),
         (b'{"v":1,"op":"send","from":"p","exclude":"all"}', "Expected `array`", None),
-        (b'{"v":2,"op":"send","from":"p"}\n', "it has format 2, not 1", 2),
-        (b'{"v":2}\n', "it has format 2, not 1", 2),
+        (b'{"v":2}\n', "missing required field", None),
+        (b'{"v":3,"op":"send","from":"p"}\n', "it has format 3, not 1 or 2", 3),
+        (b'{"v":3}\n', "it has format 3, not 1", 3),
+        (b'{"v":0,"op":"send","from":"p"}\n', "it has format 0, not 1", 0),
         (b'{"v":3,"op":{}}', "it has format 3, not 1", 3),
         (b'{"v":"2"}', "not a message of ours", None),
         (b"[" * 100_000, "not a message of ours", None),
@@ -107,6 +109,16 @@ def test_what_is_no_peer_message_is_refused(data: bytes, why: str, version: int 
     with pytest.raises(Refused, match=why) as caught:
         unpack(data)
     assert caught.value.format == version
+
+
+def test_a_binary_frame_has_a_format_of_its_own() -> None:
+    """So that processes of earlier releases, which would decode it, announce a gap."""
+    message = PeerMessage(2, "send", "me", 1, 3)
+    for content in (b"", b"\n", b"\xff\x00\nrest", b'{"type":"x"}'):
+        again, frame = unpack(pack(message, Binary(content)))
+        assert (again, frame, type(frame)) == (message, content, Binary)
+        check_carried(frame, "a group")
+        assert type(unpack(pack(PeerMessage(1, "send", "me"), content))[1]) is bytes
 
 
 @given(st.binary(max_size=300))

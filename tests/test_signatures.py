@@ -900,27 +900,61 @@ def test_other_parameters_of_the_fallback_are_as_they_were(parameters: str) -> N
     assert endpoint().fallback(function) is function
 
 
-RETURNED: list[tuple[Any, bool]] = [
-    (None, True), (Said, True), (Said | None, True), (Any, True), (object, True), ("Thing", True),
-    (int, False), (str, False), (bytes, False), (dict[str, int], False), (Point, False),
-    (Literal[1], False), (list[Said], False), (Said | int, False), (Said | str, True),
-    (str | None, False), (bytes | str, False), (Said | bytes | None, True),
-    (Said | str | int, False), (Color, False), (Movie, False),
+class TextColor(enum.StrEnum):
+    """Texts with names."""
+
+    RED = "red"
+
+
+class Pong(str):
+    """A text of the application's own."""
+
+    __slots__ = ()
+
+
+class Chunk(bytes):
+    """Bytes of the application's own."""
+
+
+RETURNED: list[tuple[Any, bool, bool]] = [
+    (None, True, True), (Said, True, True), (Said | None, True, True), (Any, True, True),
+    (object, True, True), ("Thing", True, True), (int, False, False), (float, False, False),
+    (dict[str, int], False, False), (Point, False, False), (Literal[1], False, False),
+    (list[Said], False, False), (Said | int, False, False), (Said | str | int, False, False),
+    (Color, False, False), (Movie, False, False), (list[str], False, False),
+    (tuple[bytes, ...], False, False), (bytes | str | int, False, False),
+    (Literal["pong", 1], False, False),
+    # A text from the fallback
+    (str, True, False), (str | None, True, False), (Pong, True, False), (Literal["a"], True, False),
+    (Literal["a", None], True, False), (Literal[None], True, True), (TextColor, True, False),
+    (Annotated[str, "x"], True, False), (NewType("Text", str), True, False),
+    (Said | str, True, True),
+    # Bytes from the binary handler
+    (bytes, False, True), (bytearray, False, True), (memoryview, False, True),
+    (bytes | None, False, True), (bytes | bytearray | memoryview, False, True),
+    (Chunk, False, True), (Literal[b"a"], False, True), (NewType("Data", bytes), False, True),
+    (Annotated[bytearray | None, "x"], False, True), (Said | bytes | None, True, True),
+    (Literal["a", b"b"], False, False),
+    # Both of them, from a function that is both
+    (bytes | str, True, True), (str | bytes | None, True, True), (Pong | Chunk, False, False),
+    (Said | str | bytes, True, True), (str | bytearray, False, True),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("annotation", "fits"), RETURNED, ids=str)
-@pytest.mark.parametrize("decorator", ["fallback", "binary"])
-def test_they_return_a_message_or_nothing(decorator: str, annotation: Any, fits: bool) -> None:
+@pytest.mark.parametrize(("annotation", "text", "binary"), RETURNED, ids=str)
+def test_they_return_a_message_or_nothing_or_what_they_take(
+    annotation: Any, text: bool, binary: bool
+) -> None:
     """Anything else would be an ``internal_error`` each time."""
     function = build("async def f(conn, given) -> int: ...")
     function.__annotations__["return"] = annotation
-    register = getattr(endpoint(), decorator)
-    if fits:
-        assert register(function) is function
-    else:
-        text = refusal(lambda: register(function))
-        assert ", but may return a @message object or None; write\n@ws." in text
+    for decorator, fits, raw in (("fallback", text, "a str"), ("binary", binary, "bytes")):
+        register = getattr(endpoint(), decorator)
+        if fits:
+            assert register(function) is function
+        else:
+            said = refusal(lambda register=register: register(function))
+            assert f", but may return {raw}, a @message object or None; write\n@ws." in said
 
 
 @pytest.mark.parametrize(

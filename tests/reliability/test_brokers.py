@@ -1031,7 +1031,7 @@ async def publish_is_handled(broker: BrokerProcess, scene: Scene) -> None:
 
 def newer(body: bytes = b"") -> bytes:
     """A message of a format that is not known yet."""
-    return b'{"v":2,"kind":{"send":[]},"by":[1,2]}\n\x93\x01\x02' + body
+    return b'{"v":3,"kind":{"send":[]},"by":[1,2]}\n\x93\x01\x02' + body
 
 
 async def test_a_run_of_messages_of_another_format_is_one_gap(broker: BrokerProcess) -> None:

@@ -67,6 +67,10 @@ class Received:
     size: int
 
 
+class Chunk(bytes):
+    """A subclass, as an application may have."""
+
+
 @ws.worker
 async def clock() -> None:
     global beats  # noqa: PLW0603 - a worker's count
@@ -219,6 +223,17 @@ async def ticks(conn: Connection, *, pause: float = 0.0) -> AsyncIterator[int]:
                 await asyncio.sleep(pause)
     finally:
         log("stream closed", conn.params["room"])
+
+
+@ws.on("bytes")
+async def send_bytes(conn: Connection, *, size: int) -> None:
+    """Send *size* bytes, of each kind and by each call, with a text in between."""
+    data = bytes(number % 256 for number in range(size))
+    await conn.send(data)
+    await hub.send(group_of(conn), "between")
+    await hub.send(group_of(conn), Chunk(data))
+    await hub.send_to(conn, bytearray(data))
+    await conn.send(memoryview(data)[::-1])
 
 
 @ws.on("drop")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from app import LINGER, MAX_SIZE
-from observed import Observed
+from observed import EMPTY, Observed
 from process import GRACE, Process
 from support import PATIENCE, Client, Stalled, connect, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -84,6 +85,24 @@ class TestMessages:
         async with enter(server, room) as client:
             assert (await client.ask("sum", {"a": 1, "b": 2}))["payload"] == 3
             assert (await client.ask("sum", {"a": 1}))["payload"] == 1
+
+    @pytest.mark.parametrize("size", [1, 0, 70_000])
+    async def test_bytes_are_binary_frames(
+        self, server: Process, observed: Observed, room: str, size: int
+    ) -> None:
+        """Of any kind, in order with the texts; a server may leave out empty ones."""
+        data = bytes(number % 256 for number in range(size))
+        async with enter(server, room) as client, enter(server, room) as other:
+            await client.send("bytes", {"size": size})
+            await client.send("nothing", id=1)
+            seen = [data, "between", data, data, data[::-1], "nothing.reply"]
+            for each, expected in ((client, seen), (other, seen[1:3])):
+                for content in expected:
+                    if content == b"" and EMPTY in observed.failures:
+                        continue
+                    frame = await asyncio.wait_for(each.socket.recv(), PATIENCE)
+                    frame = json.loads(frame)["type"] if isinstance(frame, str) else frame
+                    assert frame == content
 
     @pytest.mark.parametrize(
         ("frame", "code"),

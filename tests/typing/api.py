@@ -162,6 +162,19 @@ async def upload(conn: Connection, data: bytes) -> None:
     await conn.send("size", {"bytes": len(data)})
 
 
+echo = Pachinko(app, "/echo")
+
+
+@echo.fallback
+async def echo_text(conn: Connection, frame: str) -> str:
+    return frame
+
+
+@echo.binary
+async def echo_bytes(conn: Connection, data: bytes) -> bytes | bytearray | memoryview | None:
+    return data or None
+
+
 @ws.middleware
 async def timed(
     conn: Connection, envelope: Envelope, call_next: Callable[[], Awaitable[Any]]
@@ -257,6 +270,7 @@ async def use_connection(conn: Connection) -> None:
     assert_type(conn.expires_at, float | None)
     conn.expires_at = 1_800_000_000
     assert_type(await conn.send(Say("hello")), None)
+    assert_type(await conn.send(b"hello"), None)
     assert_type(await conn.close(4000, "bye"), None)
     assert_type(await conn.join("room:1"), None)
     assert_type(await conn.leave("room:1"), None)
@@ -269,6 +283,10 @@ async def use_connection(conn: Connection) -> None:
 async def use_hub(conn: Connection) -> None:
     await hub.send("room:1", Say("hello"), exclude=[conn, "an-id"])
     await hub.broadcast("news", {"title": "Pachinko"}, exclude=conn.id)
+    await hub.send("room:1", b"hello", exclude=conn)
+    await hub.broadcast(bytearray(b"hello"))
+    await hub.send_to(conn.id, memoryview(b"hello"))
+    await hub.send_to_user("ada", b"hello")
     await hub.send_to(conn, "note")
     await hub.send_to(conn.id, Say("hello"))
     await hub.send_to_user("ada", Say("hello"))
