@@ -1235,7 +1235,7 @@ class Cluster(pachinko.Relay):
         self._suspects: set[object] = set()  # the kinds of refused messages that have been logged
         self._work: set[asyncio.Task[None]] = set()  # sends that no caller waits for
         self._asks: dict[int, asyncio.Queue[PeerMessage]] = {}  # answers, by question
-        self._gaps: dict[str, dict[pachinko.Connection, pachinko.Outgoing]] = {}  # to get one
+        self._gaps: dict[str, dict[pachinko.Member, pachinko.Receiver]] = {}  # to get one
         self._leases: dict[str, Lease] = {}  # a key is the name of a worker
         self._unread: dict[Address, frozenset[str]] = {}  # ids that got a gap for unread messages
 
@@ -1443,7 +1443,7 @@ class Cluster(pachinko.Relay):
     def restored(self, subject: str | None) -> None:
         """Begin to send each member a gap for each group. Called by the link after an outage."""
         registry = self._registry
-        alone: list[pachinko.Outgoing] = []  # connections in no group
+        alone: list[pachinko.Receiver] = []  # connections in no group
         if subject is None:
             self._gaps = {group: dict(members) for group, members in registry.groups.items()}
             conns = registry.connections.values()
@@ -1457,7 +1457,7 @@ class Cluster(pachinko.Relay):
                 alone = list(receivers.values())
         self._start_work(self._announce_all(alone))
 
-    async def _announce_all(self, alone: list[pachinko.Outgoing]) -> None:
+    async def _announce_all(self, alone: list[pachinko.Receiver]) -> None:
         await pachinko.Outgoing.fan_out(alone, gap_of(None))
         announced = 0
         while self._gaps:
