@@ -58,8 +58,8 @@ Map: each section, what it is for, and those above it that it uses.
     handshake — who may connect: origins and tokens (uses: errors)
     limits — time, rate and the options that bound a connection (uses: errors)
     outbox — what waits to be written to one client (uses: envelope and message)
-    outgoing — writes to one connection, or one event to many (uses: errors, handshake, limits,
-        outbox)
+    outgoing — writes to one connection, or one event to many (uses: errors, scope, handshake,
+        limits, outbox)
     incoming — the reading half (uses: errors, envelope and message, handshake, outgoing)
     connection — what a handler gets (uses: errors, envelope and message, handshake, outbox)
     asking — the questions of the server to its clients (uses: errors, types, unions, signatures,
@@ -67,12 +67,17 @@ Map: each section, what it is for, and those above it that it uses.
     registry and relay — this process and all others (uses: errors, outgoing, asking)
     hub state — what a hub has while it runs (uses: errors, limits, outgoing, connection, registry
         and relay)
+    listening — the messages to a group, without a connection (uses: errors, envelope and message,
+        outbox, outgoing, connection, registry and relay)
     hub — reaches clients from any code (uses: errors, envelope and message, codec, scope, limits,
         connection, asking, registry and relay, hub state)
     outcomes — what an exception means (uses: errors, envelope and message, signatures, limits)
     stream — a generator in progress (uses: errors, scope, limits, outgoing)
+    background — tasks of the application that end with a connection (uses: errors, scope, limits,
+        outcomes)
     session — decode a message, call its handler, answer (uses: errors, envelope and message,
-        signatures, scope, limits, outbox, outgoing, incoming, connection, outcomes, stream)
+        signatures, scope, limits, outbox, outgoing, incoming, connection, outcomes, stream,
+        background)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         signatures, handshake, limits, outbox, outgoing, outcomes)
     running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
@@ -3633,6 +3638,11 @@ class _Nobody:
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_: None
 
+    def create_task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = create_task(work)
+        task.cancel()
+        return task
+
 
 _NOBODY: Any = _Nobody()
 
@@ -3730,10 +3740,10 @@ class Outgoing:
         return falcon.WebSocketDisconnected(self.close_code or 1006)
 
     @staticmethod
-    async def fan_out(receivers: Iterable[Outgoing], data: bytes, group: str | None = None) -> None:
+    async def fan_out(receivers: Iterable[Receiver], data: bytes, group: str | None = None) -> None:
         """Start one write of *data*, for *group*, to each of *receivers*; wait for no client."""
         waiting, is_crowded = Waiting(event_of(data), None, len(data) or 1, group), False
-        ready: list[Outgoing] = []
+        ready: list[Any] = []  # A listener is never among them.
         try:
             for receiver in receivers:
                 if receiver.phase is _OPEN and not receiver.writing:
@@ -3855,6 +3865,10 @@ class Outgoing:
             self._enter(Phase.CLOSING)
         if not self.writing:
             self.write_next()
+
+    def create_task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Do what `Connection.create_task` says. The session knows what an error means."""
+        return self._session.create_task(work)
 
     def evict(self) -> None:
         """Give up on a client that is too slow."""
@@ -4279,6 +4293,27 @@ class Connection:
         self._check("conn.close")
         self.outgoing.close(Close(code, reason))
 
+    def create_task(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run *coroutine* in a task of the connection: ``conn.create_task(tick(conn))``.
+
+        The task is cancelled as soon as the client has gone or the server closes; disconnect
+        handlers begin when it has ended, or after `linger`. An error is logged, `Close` closes the
+        connection, and `falcon.WebSocketDisconnected` is quiet once that is over. If it is over
+        already, the task is cancelled at once. Raises `PachinkoError` in a disconnect handler,
+        `TypeError` for what is no coroutine.
+        """
+        if not isinstance(coroutine, Coroutine):
+            raise TypeError(
+                "conn.create_task takes a coroutine, the call of an `async def` without `yield`: "
+                f"write conn.create_task(tick(conn)), got {coroutine!r}"
+            )
+        try:
+            self._check("conn.create_task")
+            return self.outgoing.create_task(coroutine)
+        except Exception:  # Whoever is refused has nothing to await.
+            coroutine.close()
+            raise
+
     async def join(self, group: str) -> None:
         """Add the connection to *group*, as `Hub.join` does."""
         self._check("conn.join")
@@ -4420,6 +4455,8 @@ Deliver = Callable[[str, bytes], Awaitable[None]]
 Lost = Callable[["BaseException | None"], None]
 Sending = Coroutine[Any, Any, None]  # PERF: it is passed on, not awaited by each function
 Given = Union[str, "Backplane", None]  # a broker's URL, or a transport
+Member = Union["Connection", "Mailbox"]  # who gets the messages to a group
+Receiver = Union["Outgoing", "Mailbox"]  # where each of them gets these
 
 
 class Backplane(typing.Protocol):
@@ -4603,13 +4640,13 @@ class Registry:
 
     def __init__(self, relay: Relay, process: str) -> None:
         self.connections: dict[str, Connection] = {}  # authenticated ones, by id
-        self.groups: dict[str, dict[Connection, Outgoing]] = {}  # members, by the group's name
-        self.users: dict[str, dict[Connection, Outgoing]] = {}
+        self.groups: dict[str, dict[Member, Receiver]] = {}  # members, by the group's name
+        self.users: dict[str, dict[Member, Receiver]] = {}
         self._tables = {Kind.GROUP: self.groups, Kind.USER: self.users}
         # Handshakes and late logins in progress, by id, with the latest closed user before them.
         self.arriving: dict[str, tuple[Connection, ClosedUser]] = {}
         self._latest = ClosedUser("", Close())
-        self._joined: dict[Connection, set[str]] = {}
+        self._joined: dict[Member, set[str]] = {}
         self._relay = relay
         relay.start(self, process)
 
@@ -4646,12 +4683,12 @@ class Registry:
             if user is not None:
                 self._enter(Kind.USER, user, conn)
 
-    def join(self, group: str, conn: Connection) -> None:
-        """Add *conn*, a connection of this registry, to *group*."""
+    def join(self, group: str, conn: Member) -> None:
+        """Add *conn*, a connection of this registry or a listener, to *group*."""
         self._joined.setdefault(conn, set()).add(group)
         self._enter(Kind.GROUP, group, conn)
 
-    def leave(self, group: str, conn: Connection) -> None:
+    def leave(self, group: str, conn: Member) -> None:
         """Remove *conn* from *group*, if it is a member."""
         if group in self.groups_of(conn):
             self._joined[conn].discard(group)
@@ -4666,26 +4703,26 @@ class Registry:
             self._close_one(conn, closed.close)
             raise Close(closed.close.code, closed.close.reason)
 
-    def _enter(self, kind: Kind, name: str, conn: Connection) -> None:
+    def _enter(self, kind: Kind, name: str, conn: Member) -> None:
         table = self._tables[kind]
         if name not in table:
             table[name] = {}
             self._relay.subscribe(kind, name)
         table[name][conn] = conn.outgoing
 
-    def _discard(self, kind: Kind, name: str, conn: Connection) -> None:
+    def _discard(self, kind: Kind, name: str, conn: Member) -> None:
         table = self._tables[kind]
         del table[name][conn]
         if not table[name]:
             del table[name]
             self._relay.unsubscribe(kind, name)
 
-    def groups_of(self, conn: Connection) -> Set[str]:
+    def groups_of(self, conn: Member) -> Set[str]:
         """Return the groups that *conn* is in. It is not a copy."""
         return self._joined.get(conn, frozenset())
 
-    def receivers(self, kind: Kind, name: str) -> Mapping[Connection, Outgoing]:
-        """Return the connections here that a message to *name* is for. It may not be a copy."""
+    def receivers(self, kind: Kind, name: str) -> Mapping[Member, Receiver]:
+        """Return those here that a message to *name* is for. It may not be a copy."""
         if kind is Kind.CONNECTION:
             conn = self.connections.get(name)
             return {conn: conn.outgoing} if conn is not None else {}
@@ -4695,10 +4732,12 @@ class Registry:
 
     def accepted(self, kind: Kind, name: str) -> frozenset[Connection]:
         """Return the receivers that are in, and have not ended. Any thread may call it."""
-        found = tuple(self.receivers(kind, name).items())  # A loop over it could see a change.
+        found = tuple(self.receivers(kind, name))  # A loop over it could see a change.
         return frozenset(
-            conn for conn, outgoing in found if outgoing.is_answered and conn.id in self.connections
-        )
+            conn for conn in found
+            if isinstance(conn, Connection)
+            and conn.outgoing.is_answered and conn.id in self.connections
+        )  # fmt: skip
 
     def deliver(self, kind: Kind, name: str, data: bytes, excluded: Collection[str]) -> Sending:
         """Begin one write of the frame *data* to each receiver whose id is not *excluded*."""
@@ -4709,11 +4748,11 @@ class Registry:
         return Outgoing.fan_out(found.values(), data, name if kind is Kind.GROUP else None)
 
     async def close(self, kind: Kind, name: str, close: Close) -> None:
-        """Close the receivers, behind what was sent to them before, some in each turn of the loop.
+        """Close connections, behind what was sent to them before, some in each turn of the loop.
 
-        A handshake may be the connection of that *name*, or turn out to be of the user.
+        Listeners go on. A handshake may be the connection of that *name*, or turn out to be of the user.
         """
-        left = [*self.receivers(kind, name)]
+        left = [conn for conn in self.receivers(kind, name) if isinstance(conn, Connection)]
         if kind is Kind.USER:
             self._latest = self._latest.add(name, close)
         elif kind is Kind.CONNECTION and name in self.arriving:
@@ -4760,6 +4799,9 @@ class HubState:
     serving: dict[asyncio.Task[Any], Session] = attrs.Factory(dict)  # since the handshake, by task
     drains: list[asyncio.Task[None]] = attrs.Factory(list)  # one for each call of `Hub.drain`
     questions: dict[str, Questions] = attrs.Factory(dict)  # by connection id, from its first one
+    listeners: set[Mailbox] = attrs.Factory(set)
+    # Tasks of connections, by the connection's id: whether each has been cancelled.
+    tasks: dict[str, dict[asyncio.Task[Any], bool]] = attrs.Factory(dict)
     loop: asyncio.AbstractEventLoop | None = None  # the loop of the apps, while one runs
     broker: Given = None  # the broker that the first app was started with
     relay: Relay = attrs.Factory(Relay)
@@ -4805,6 +4847,9 @@ class HubState:
         for call in tuple(self.calls):
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 call.set_exception(PachinkoError("the hub has stopped before it was done"))
+        for listener in tuple(self.listeners):
+            with contextlib.suppress(RuntimeError):  # The loop has been closed.
+                listener.close()
         self._next = self.replace()
         return self._next
 
@@ -4864,17 +4909,18 @@ class HubState:
 
     async def close_all(self, seconds: float, caller: object) -> None:
         """Close all connections, as `Hub.drain` says, and do not wait for that of *caller*."""
-        sessions = random.sample(list(self.serving.values()), len(self.serving))
+        sessions = tuple(self.serving.values())
+        ends: list[Receiver] = [*(session.outgoing for session in sessions), *self.listeners]
         logger.info("draining %d connections in %g s", len(sessions), seconds)
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        for n, session in enumerate(sessions):
-            if session.outgoing.closed:
+        for n, each in enumerate(random.sample(ends, len(ends))):
+            if each.closed:
                 continue  # It has left by itself, and needs no turn.
-            early = begun + seconds * n / len(sessions) - loop.time()
+            early = begun + seconds * n / len(ends) - loop.time()
             if early > 0 or n % _TURN == 0:
                 await asyncio.sleep(early)
-            session.outgoing.close(Close(1012, "the server restarts"))
+            each.close(Close(1012, "the server restarts"))
         own = {s for task, s in self.serving.items() if caller in (task, *s.tasks)}
         await self.wait_for(set(sessions) - own)
 
@@ -4887,6 +4933,15 @@ class HubState:
             for task in stuck:
                 logger.error("not waiting any longer for %r, which does not end", task)
                 self.serving.pop(task, None)  # A shutdown after a drain does not wait once more.
+
+    def cancel_tasks(self, id: str) -> Set[asyncio.Task[Any]]:
+        """Cancel each task of the connection *id* once, but not the current one; return them."""
+        if (tasks := self.tasks.get(id)) is None:
+            return frozenset()
+        for task in [task for task, is_cancelled in tasks.items() if not is_cancelled]:
+            if task is not asyncio.current_task():
+                tasks[task] = task.cancel()
+        return frozenset(tasks)
 
 
 def _cancel(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], _: object) -> None:
@@ -4905,6 +4960,150 @@ def _tell(future: concurrent.futures.Future[Any], ended: asyncio.Task[Any]) -> N
             future.set_exception(exc)
         else:
             future.set_result(ended.result())
+
+
+# ── listening ─────────────────────────────────────────────────────────────────────────────────
+#
+# A listener gets the messages to a group, without a connection. Its mailbox takes the place of a
+# member in the registry, and does not refer to the listener: an application may just drop that.
+
+_MAILBOX, _MAILBOX_BYTES = 256, 1_048_576  # what may wait, as in an outbox by default
+_numbers = itertools.count(1)
+_decode_sent = msgspec.json.Decoder(Sent).decode
+
+
+class Mailbox:
+    """The messages to a group that a listener has not taken yet."""
+
+    phase: Phase = Phase.OPEN
+    # Nothing is written to a listener, so `Outgoing.fan_out` always calls `push`.
+    writing: Literal["", "handshake", "task", "writer"] = "writer"
+
+    def __init__(self, group: str, state: HubState) -> None:
+        """Begin to take messages. A hub that drains, or does not run, has none to take."""
+        self.group, self.loop = group, state.loop
+        self.id: str = f"listener {next(_numbers)}"  # A connection's id looks different.
+        self.closed: bool = state.loop is None or bool(state.drains)
+        self._state = state
+        self._queue = collections.deque[Waiting]()
+        self._size = 0  # bytes in the queue
+        self._has_gap = False  # in front of the queue
+        self._arrived = asyncio.Event()  # Something can be taken, or nothing more will come.
+        if not self.closed:
+            asyncio.get_running_loop()  # This raises before there is anything to undo.
+            state.listeners.add(self)
+            state.registry.join(group, self)
+
+    @property
+    def outgoing(self) -> Mailbox:
+        """Where the messages go, as for a connection."""
+        return self
+
+    async def subscribed(self) -> None:
+        """Wait until messages of other processes arrive. Raises what `Hub.join` does."""
+        try:
+            await self._state.relay.subscribed(Kind.GROUP, self.group)
+        except PachinkoError:
+            try:
+                await asyncio.sleep(0)  # Joins that wait read the reason before the leave.
+            finally:
+                self.close()
+            raise
+
+    def push(self, waiting: Waiting) -> bool:
+        """Add a message, and drop the oldest of too many; return whether it is half full."""
+        if self.closed:
+            return False
+        queue = self._queue
+        queue.append(waiting)
+        self._size += waiting.size
+        # A single message may be larger than that. A member gets it, too.
+        while len(queue) > _MAILBOX or (self._size > _MAILBOX_BYTES and len(queue) > 1):
+            self._size -= queue.popleft().size
+            self._has_gap = True
+        self._arrived.set()
+        return len(queue) > _MAILBOX / 2 or self._size > _MAILBOX_BYTES / 2
+
+    async def take(self) -> Envelope | None:
+        """Wait for a message and return it, or None when no more will come."""
+        while not (self._queue or self._has_gap):
+            if self.closed:
+                return None
+            self._arrived.clear()
+            await self._arrived.wait()
+        if not self._has_gap:
+            waiting = self._queue.popleft()
+            self._size -= waiting.size
+            if (data := waiting.event.get("bytes")) is not None:
+                return Envelope("", data, group=self.group)
+            # What a stranger has sent to the broker may be no value in Python.
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+                sent = _decode_sent(waiting.event["text"])
+                payload = None if sent.payload is UNSET else sent.payload
+                return Envelope(sent.type, payload, group=self.group)
+        self._has_gap = False
+        return Envelope("gap", {"group": self.group}, group=self.group)
+
+    def close(self, close: Close | None = None) -> None:
+        """End. What has arrived can still be taken."""
+        self.closed = True
+        self._state.listeners.discard(self)
+        if self._state.loop is not None:  # Otherwise the relay has ended, too.
+            self._state.registry.leave(self.group, self)
+        self._arrived.set()
+
+    def empty(self) -> None:
+        """Forget what has arrived."""
+        self._queue.clear()
+        self._has_gap = False
+
+
+def refuse_listening_elsewhere(loop: asyncio.AbstractEventLoop | None) -> None:
+    """Raise `PachinkoError` if *loop* is elsewhere."""
+    call = "`async def f()` with all of the `async for` in it, and hub.call_threadsafe(f"
+    refuse_elsewhere(loop, "the hub was listened to", call)
+
+
+class Listener(AsyncIterator[T]):
+    """What `Hub.listen` returns: the messages to a group, one after the other."""
+
+    def __init__(self, mailbox: Mailbox, heartbeat: float | None) -> None:
+        self._mailbox, self._heartbeat = mailbox, heartbeat
+        self._is_subscribed = False
+
+    async def __aenter__(self) -> Listener[T]:
+        """Wait until messages of all processes arrive. Raises `PachinkoError`."""
+        refuse_listening_elsewhere(self._mailbox.loop)
+        if not (self._is_subscribed or self._mailbox.closed):
+            await self._mailbox.subscribed()
+            self._is_subscribed = True
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def __anext__(self) -> T:
+        await self.__aenter__()
+        try:
+            async with asyncio.timeout(self._heartbeat):
+                envelope = await self._mailbox.take()
+        except TimeoutError:
+            return cast(T, None)
+        if envelope is None:
+            raise StopAsyncIteration
+        return cast(T, envelope)
+
+    async def aclose(self) -> None:
+        """Stop listening. What has arrived is forgotten."""
+        refuse_listening_elsewhere(self._mailbox.loop)
+        self._mailbox.close()
+        self._mailbox.empty()
+
+    def __del__(self) -> None:
+        # The garbage collector runs anywhere: in another thread, or in a loop over the registry.
+        if (loop := self._mailbox.loop) is not None and not self._mailbox.closed:
+            with contextlib.suppress(RuntimeError):  # The loop has been closed.
+                loop.call_soon_threadsafe(self._mailbox.close)
 
 
 # ── hub ───────────────────────────────────────────────────────────────────────────────────────
@@ -5096,7 +5295,7 @@ class Hub:
 
     @property
     def groups(self) -> frozenset[str]:
-        """The groups that have a member in this process. Any thread may ask."""
+        """The groups with a member or a listener in this process. Any thread may ask."""
         return frozenset(self.state.registry.groups)
 
     async def send(
@@ -5240,6 +5439,31 @@ class Hub:
         self._check("presence", name, "group" if user is None else "user")
         return await self.state.relay.ask(kind, name)
 
+    @typing.overload
+    def listen(self, group: str, *, heartbeat: None = None) -> Listener[Envelope]: ...
+    @typing.overload
+    def listen(self, group: str, *, heartbeat: float) -> Listener[Envelope | None]: ...
+    def listen(self, group: str, *, heartbeat: float | None = None) -> Listener[Any]:
+        """Get the messages to *group*: ``async for envelope in hub.listen("room:1"):``.
+
+        It listens from the call on, and to other processes once the first step, or the start of an
+        ``async with`` block, has begun. Each `Envelope` has the type, the payload as JSON and the
+        group; for bytes the type is ``""``. Broadcasts and messages to users do not come. Of more
+        than 256 messages or 1 MiB that wait, the oldest are dropped; a ``gap`` comes in their
+        place, and after an outage of the broker. With *heartbeat*, None comes after so many seconds
+        of silence. The iteration ends when the hub drains or stops; `close_group` does not end it.
+        `aclose`, the end of the block, or dropping what is returned unsubscribes.
+
+        Raises `PachinkoError` in another thread or event loop; at the first step, if the broker
+        does not permit the subscription. Raises `ValueError` for a *heartbeat* that is not above 0.
+        """
+        if isinstance(group, str):
+            refuse_listening_elsewhere(self.state.loop)
+        self._check("listen", group, "group")
+        if heartbeat is not None and not (is_seconds(heartbeat) and heartbeat > 0):
+            raise ValueError(f"heartbeat is a number of seconds above 0, got {heartbeat!r}")
+        return Listener[Any](Mailbox(group, self.state), heartbeat)
+
     @property
     def draining(self) -> bool:
         """Whether `drain` has been called: a health check may tell a load balancer to go away."""
@@ -5248,7 +5472,8 @@ class Hub:
     async def drain(self, seconds: float = 10.0) -> None:
         """Close all clients before a shutdown, with 1012, in random order, over *seconds*.
 
-        The pauses keep them from coming back all at once. New handshakes are refused from now on.
+        Listeners (`listen`) end likewise. The pauses keep clients from coming back all at once. New
+        handshakes are refused from now on.
         Returns when the disconnect handlers have ended, or hang: `linger` and 5 seconds after the
         last close. Raises `ValueError` for *seconds* below 0.
         """
@@ -5620,24 +5845,74 @@ class Stream:
 
 
 async def end_tasks(
-    tasks: Set[asyncio.Task[None]], streams: Mapping[Id, Stream], end: float, linger: float,
-    conn: Connection,
+    tasks: Set[asyncio.Task[Any]], own: Set[asyncio.Task[Any]], streams: Mapping[Id, Stream],
+    end: float, linger: float, conn: Connection,
 ) -> None:  # fmt: skip
-    """Give *tasks* up to *end* on the loop's clock. Those of *streams* have been cancelled."""
+    """Give *tasks* up to *end* on the loop's clock. *own* and *streams* have been cancelled."""
     left = end - asyncio.get_running_loop().time()
     try:
         await asyncio.wait(tasks, timeout=0 if current_task().cancelling() else max(0, left))
     finally:
-        left_streams = {stream.task for stream in streams.values()}
+        stopped = {*own, *(stream.task for stream in streams.values())}
         for task in tasks:
-            # A cancelled stream may clean up. Any other handler may have caught a time-out.
-            if task not in left_streams or not task.cancelling():
+            # A cancelled stream may clean up. A handler may have caught a time-out.
+            if task not in stopped or not task.cancelling():
                 task.cancel()
     patience = _GOODBYE if current_task().cancelling() else max(_GOODBYE, linger)
     _, stuck = await asyncio.wait(tasks, timeout=patience)
     for task in stuck:
         extra = {"connection_id": conn.id}
-        logger.error("a handler ignores its cancellation: %r", task, extra=extra)
+        what = "a task" if task in own else "a handler"
+        logger.error("%s ignores its cancellation: %r", what, task, extra=extra)
+
+
+# ── background ────────────────────────────────────────────────────────────────────────────────
+#
+# A task that the application starts for a connection (`Connection.create_task`) ends with it.
+
+
+def create_task_of(session: Session, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Start *work* in a task that the end of the connection cancels."""
+    conn, state = session.conn, session.conn.hub.state
+    has_ended = conn.id not in state.registry.connections and conn.outgoing.is_answered
+    if has_ended and state.serving.get(current_task()) is session:
+        raise PachinkoError(
+            "conn.create_task in a disconnect handler, where the tasks of the connection have "
+            "ended; await the coroutine there, or use a @ws.worker"
+        )
+    task = create_task(_report(work, conn))
+    tasks = state.tasks.setdefault(conn.id, {})
+    tasks[task] = (has_ended or conn.closed) and task.cancel()
+
+    def forget(task: asyncio.Task[T]) -> None:
+        work.close()  # It may have been cancelled before its first step.
+        del tasks[task]
+        if not tasks:
+            del state.tasks[conn.id]
+        if not task.cancelled():
+            task.exception()  # It has been logged. Otherwise asyncio logs it, too.
+
+    task.add_done_callback(forget)
+    return task
+
+
+async def _report(work: Coroutine[Any, Any, T], conn: Connection) -> T:
+    """Await *work*, log its bug, close the connection if it says so, and raise what it raises."""
+    error: BaseException | None = None
+    try:
+        return await work
+    except BaseException as exc:  # The application's code may raise anything.
+        error, what = single(exc), f"the task {getattr(work, '__qualname__', work)}"
+        pass_on(error, what, conn.id)
+        if isinstance(error, Close):
+            conn.outgoing.close(error)
+        elif not ((conn.closed or conn.ws.closed) and is_departure(exc)):
+            log_failure(what, error, conn.id)
+        if isinstance(exc, SystemExit):  # asyncio would end the loop, and with it the server.
+            raise RuntimeError("sys.exit() in a task of a connection") from exc
+        raise
+    finally:
+        del error  # It refers to this frame; a cycle would keep the connection.
 
 
 # ── session ───────────────────────────────────────────────────────────────────────────────────
@@ -5696,6 +5971,7 @@ class Session:
         for stream in tuple(self._streams.values()):
             if task is None or stream.task is not task:  # A timer has no task.
                 stream.stop()
+        self._hub_state.cancel_tasks(self.conn.id)
         # Without a close code the server may hold frames from before the end.
         may_go_on = self.is_handling or self.outgoing.close_code is None
         # A reader that has seen the end by itself needs no timer.
@@ -5747,6 +6023,8 @@ class Session:
             return await self.incoming.first_token()
         finally:
             self.is_handling = True
+
+    create_task = create_task_of
 
     def add_end(self, end: End) -> None:
         """Note what has to run when the connection is over."""
@@ -6061,10 +6339,11 @@ class Session:
         steps = [*self.routes.disconnect]
         if self.ends:  # The `on_disconnect` of a resource is also the end of its `on_connect`.
             steps += [end for end in reversed(self.ends) if end not in steps]
-        if self.tasks:
+        own = self._hub_state.cancel_tasks(self.conn.id)
+        if self.tasks or own:
             end, linger = self._ended + self._limits.linger, self._limits.linger
-            tasks = frozenset(self.tasks)
-            steps.insert(0, functools.partial(end_tasks, tasks, self._streams, end, linger))
+            tasks = own | self.tasks
+            steps.insert(0, functools.partial(end_tasks, tasks, own, self._streams, end, linger))
         is_ending = await take_leave(steps, self.conn) if steps else current_task().cancelling()
         extra = {"connection_id": self.conn.id}
         logger.debug("disconnected: %s", self.outgoing.close_code, extra=extra)

@@ -1329,7 +1329,7 @@ class Cluster(pachinko.Relay):
         self._work: set[asyncio.Task[None]] = set()  # sends that no caller waits for
         # Answers, by their op and the number of the question.
         self._asks: dict[tuple[str, int], asyncio.Queue[Any]] = {}
-        self._gaps: dict[str, dict[pachinko.Connection, pachinko.Outgoing]] = {}  # to get one
+        self._gaps: dict[str, dict[pachinko.Member, pachinko.Receiver]] = {}  # to get one
         self._leases: dict[str, Lease] = {}  # a key is the name of a worker
         self._unread: dict[Address, frozenset[str]] = {}  # ids that got a gap for unread messages
 
@@ -1599,7 +1599,7 @@ class Cluster(pachinko.Relay):
     def restored(self, subject: str | None) -> None:
         """Begin to send each member a gap for each group. Called by the link after an outage."""
         registry = self._registry
-        alone: list[pachinko.Outgoing] = []  # connections in no group
+        alone: list[pachinko.Receiver] = []  # connections in no group
         if subject is None:
             self._gaps = {group: dict(members) for group, members in registry.groups.items()}
             conns = registry.connections.values()
@@ -1613,7 +1613,7 @@ class Cluster(pachinko.Relay):
                 alone = list(receivers.values())
         self._start_work(self._announce_all(alone))
 
-    async def _announce_all(self, alone: list[pachinko.Outgoing]) -> None:
+    async def _announce_all(self, alone: list[pachinko.Receiver]) -> None:
         await pachinko.Outgoing.fan_out(alone, gap_of(None))
         announced = 0
         while self._gaps:
