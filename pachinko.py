@@ -6730,14 +6730,14 @@ class Pachinko(Lifecycle):
         self._register(self._include, other, steps, prefix, caller_namespaces())
         cls._freeze(other, cast(Any, frame).f_back)
 
-    def _steps_for(self, including: Pachinko, hub: Hub) -> list[Step]:
+    def _steps_for(self, including: Pachinko, its_hub: Hub) -> list[Step]:
         """Return what is registered here. Raises `PachinkoError` if it cannot be included."""
         cls = Pachinko
         given, usual = self._options(), cls._options(cls())
         wrong = [f"{name}=" for name in given if given[name] != usual[name]]
         if self._app is not None:
             wrong = ["an app and a path"]
-        elif self._hub is not hub:
+        elif self._hub not in (hub, its_hub):  # The hub of the module has not been chosen.
             wrong = ["another hub than the including one; give both the same"]
         if including is self or including in self._parts:
             raise PachinkoError("a Pachinko includes neither itself nor what includes it")
