@@ -1953,7 +1953,9 @@ class Codec:
 
     def frame_class(self, type: str, annotation: Any, handler: Any = None) -> FrameClass:
         """Make the class of the frames of *type*. If msgspec can, decoding builds the payload."""
-        is_open = getattr(handler, "only", None) is None  # Else that is asked before the payload.
+        is_open = (
+            getattr(handler, "only", None) is None
+        )  # A guard is asked before a payload is read.
         # msgspec may refuse the type, or a base class may use names that are local to a function.
         with contextlib.suppress(TypeError, NameError, AttributeError, NotImplementedError):
             if is_open and self._hasty is not self.converter and is_read_in_one_pass(annotation):
@@ -2467,7 +2469,7 @@ class Handler:
     def refusal(self, payload: Any, codec: Codec, exc: Exception) -> MessageError:
         """Return the error for a payload that msgspec refuses with *exc*."""
         try:  # cattrs lists every wrong field
-            if self.only is None:  # Else nobody has asked whether the client may know.
+            if self.only is None:  # A guard would have to be asked whether the client may know.
                 self.structure(payload, codec)
         except MessageError as error:
             return bare(error)

@@ -481,6 +481,33 @@ async def test_frames_as_they_are_have_the_error_handlers_of_their_file(kind: st
         assert (await client.receive())["payload"]["code"] == kind
 
 
+@pytest.mark.parametrize("whose", ["includer", "file"])
+async def test_an_error_of_middleware_goes_by_the_files_handlers(whose: str) -> None:
+    """Whichever middleware around the message has raised it."""
+    ws, other = endpoint(), Pachinko()
+    other.on("hi")(nothing)
+    ws.on("own")(nothing)
+    errors_of(other, KeyError, "file's")
+    ws.include(other)
+
+    async def fail(conn: Any, envelope: Any, call_next: Any) -> Any:
+        raise KeyError
+
+    if whose == "includer":
+        ws.middleware(fail)
+    else:
+        file = Pachinko()
+        file.on("more")(nothing)
+        file.middleware(fail)
+        errors_of(file, KeyError, "file's")
+        ws.include(file)
+    async with Session(ws) as client:
+        type = "hi" if whose == "includer" else "more"
+        assert (await client.ask(type))["payload"] == "file's"
+        answer = (await client.ask("own"))["payload"]
+        assert answer == "nothing" or answer["code"] == "internal_error"
+
+
 async def test_a_group_of_errors_goes_by_the_files_handlers() -> None:
     """Each error in it has a handler in the file, so that the first one counts."""
     ws, other = endpoint(), Pachinko()
