@@ -2862,6 +2862,8 @@ _PROVIDE = "@ws.provide\nasync def session(conn) -> AsyncIterator[Session]:\n   
 _ITERATORS = (AsyncIterator, AsyncIterable, AsyncGenerator)
 _ENDED = object()  # no coroutine yields it
 _AROUND = (*_ITERATORS, Iterator, Iterable, Generator)  # they stand around the provided type
+# The functions that `with_provided` has made, and those that they call.
+_inside: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class Contexts:
@@ -2951,25 +2953,32 @@ def create_task(work: Coroutine[Any, Any, T], *, is_detached: bool = False) -> a
 class Provider:
     """A function that makes the value of a type, for each call that takes it."""
 
-    function: Callable[..., Any]
+    function: Callable[..., Any]  # where files share it, each has a `Provider` for it
     takes: dict[str, Provider]  # providers of its own parameters, by name
     # For a generator it returns a context manager. Otherwise it is None.
     manage: Callable[..., contextlib.AbstractAsyncContextManager[Any]] | None
+    key: Any = attrs.field(init=False)  # the same for the same function
+
+    @key.default
+    def _key(self) -> Any:
+        function: Any = self.function
+        is_method = inspect.ismethod(function)
+        return (id(function.__self__), id(function.__func__)) if is_method else id(function)
 
 
 async def _provide(
     takes: dict[str, Provider], conn: Connection, stack: contextlib.AsyncExitStack,
-    made: dict[Provider, Any],
+    made: dict[Any, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Return the values that *takes* names; *stack* closes them. Each is *made* once a call."""
     for each in takes.values():
-        if each not in made:
+        if each.key not in made:
             values = await _provide(each.takes, conn, stack, made)
             if each.manage is not None:
-                made[each] = await stack.enter_async_context(each.manage(conn, **values))
+                made[each.key] = await stack.enter_async_context(each.manage(conn, **values))
             else:
-                made[each] = await each.function(conn, **values)
-    return {name: made[each] for name, each in takes.items()}
+                made[each.key] = await each.function(conn, **values)
+    return {name: made[each.key] for name, each in takes.items()}
 
 
 def with_provided(
@@ -2999,13 +3008,13 @@ def with_provided(
     signature = signature_of(function)
     left = [p for p in signature.parameters.values() if p.name not in takes]
     outer.__signature__ = signature.replace(parameters=left)
-    outer.registered = function
+    _inside[outer] = function
     return cast("Callable[..., Any]", outer)
 
 
 def registered(function: Any) -> Any:
     """Return what was registered as *function*, around which `with_provided` may have put more."""
-    return getattr(function, "registered", function)
+    return _inside.get(function, function) if inspect.isfunction(function) else function
 
 
 def _taken(
@@ -5342,7 +5351,7 @@ async def check_allowed(handler: Handler, conn: Connection) -> None:
     only: Any = handler.only
     try:
         allowed = only(conn)
-        if inspect.isawaitable(allowed):
+        if not isinstance(allowed, bool) and inspect.isawaitable(allowed):
             allowed = await allowed
         if not isinstance(allowed, bool):
             raise PachinkoError(f"a guard returns True or False, and not {allowed!r}")

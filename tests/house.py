@@ -92,7 +92,6 @@ STORED = {
     "_close_code": "of Falcon's socket, which has not seen the end",
     "__setattr__": "of the class of envelopes, which raises what attrs raises",
     "__signature__": "of a function around a handler, which takes less than the handler",
-    "registered": "of a function around a handler: the handler, which is compared",
     "_max_queue": "of Falcon's socket, whose queue is switched off",
     "_asgi_receive": "of Falcon's socket, whose queue is switched off",
 }

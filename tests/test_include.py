@@ -592,6 +592,84 @@ async def test_a_provider_may_be_shared(order: str) -> None:
         assert (await client.ask("in"))["payload"] == "Db"
 
 
+class Repository:
+    """What a provider makes of a `Db`."""
+
+    def __init__(self, db: Db) -> None:
+        self.db = db
+
+
+@pytest.mark.parametrize("how", ["function", "method", "object"])
+@pytest.mark.parametrize("order", ["a b", "b a"])
+async def test_a_shared_provider_makes_one_value_a_call(order: str, how: str) -> None:
+    """Also where a provider of another file takes it."""
+
+    @attrs.define
+    class Pool:
+        async def db(self, conn: Connection) -> Db:
+            return Db()
+
+        async def __call__(self, conn: Connection) -> Db:
+            return Db()
+
+    pool, ws, a, b = Pool(), endpoint(), Pachinko(), Pachinko()
+    for file in (a, b):
+        file.provide(provide_db if how == "function" else pool.db if how == "method" else pool)
+
+    @b.provide
+    async def repository(conn: Connection, *, db: Db) -> Repository:
+        return Repository(db)
+
+    for name in order.split():
+        ws.include({"a": a, "b": b}[name])
+
+    @ws.on("same")
+    async def same(conn: Connection, *, db: Db, repository: Repository) -> bool:
+        return repository.db is db
+
+    async with Session(ws) as client:
+        assert (await client.ask("same"))["payload"] is True
+
+
+def test_a_function_may_have_attributes_of_any_name() -> None:
+    """Two functions are the same by what they are, and not by what they carry."""
+    ws, other = endpoint(), Pachinko()
+
+    async def first(conn: Any) -> None: ...
+
+    async def second(conn: Any) -> None: ...
+
+    for function in (first, second):
+        vars(function).update(registered=True, __wrapped__=nothing)
+    ws.on("hi")(first)
+    other.on("hi")(second)
+    assert "'hi' has a handler: " in refusal(lambda: ws.include(other))
+
+
+@pytest.mark.parametrize("provided", [False, True])
+async def test_a_resource_may_be_on_both(provided: bool) -> None:
+    """Its methods are the same ones, also where they take a provided value."""
+    ws, other = endpoint(), Pachinko()
+
+    class Room:
+        async def on_hi(self, conn: Connection) -> None: ...
+
+        async def on_take(self, conn: Connection, *, db: Db) -> None: ...
+
+    class Plain:
+        async def on_hi(self, conn: Connection) -> None: ...
+
+    room: Any = Room() if provided else Plain()
+    for each in (ws, other):
+        each.provide(provide_db)
+        each.add_resource("room", room)
+    ws.include(other)
+    third = Pachinko()
+    third.provide(provide_db)
+    third.add_resource("room", type(room)())
+    assert "'room.hi' has a handler: " in refusal(lambda: ws.include(third))
+
+
 # What may be there once
 
 
