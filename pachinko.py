@@ -55,6 +55,8 @@ Map: each section, what it is for, and those above it that it uses.
         message, codec, signatures)
     scope — a context for each message, and what providers make for one call (uses: errors, types,
         unions, signatures, handlers)
+    include — what another Pachinko has, added to an endpoint (uses: errors, envelope and message,
+        signatures, handlers, scope)
     handshake — who may connect: origins and tokens (uses: errors)
     limits — time, rate and the options that bound a connection (uses: errors)
     outbox — what waits to be written to one client (uses: envelope and message)
@@ -72,6 +74,8 @@ Map: each section, what it is for, and those above it that it uses.
     hub — reaches clients from any code (uses: errors, envelope and message, codec, scope, limits,
         connection, asking, registry and relay, hub state)
     outcomes — what an exception means (uses: errors, envelope and message, signatures, limits)
+    guard — who may send a message type (uses: errors, types, unions, signatures, handlers,
+        outcomes)
     stream — a generator in progress (uses: errors, scope, limits, outgoing)
     background — tasks of the application that end with a connection (uses: errors, scope, limits,
         outcomes)
@@ -83,7 +87,8 @@ Map: each section, what it is for, and those above it that it uses.
     running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
         handlers, scope, limits, connection, hub state, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        signatures, handlers, scope, handshake, limits, outgoing, hub, session, admission, running)
+        signatures, handlers, scope, include, handshake, limits, outgoing, hub, guard, session,
+        admission, running)
 """
 
 from __future__ import annotations
@@ -2000,9 +2005,12 @@ class Codec:
 
     def frame_class(self, type: str, annotation: Any, handler: Any = None) -> FrameClass:
         """Make the class of the frames of *type*. If msgspec can, decoding builds the payload."""
+        is_open = (
+            getattr(handler, "only", None) is None
+        )  # A guard is asked before a payload is read.
         # msgspec may refuse the type, or a base class may use names that are local to a function.
         with contextlib.suppress(TypeError, NameError, AttributeError, NotImplementedError):
-            if self._hasty is not self.converter and is_read_in_one_pass(annotation):
+            if is_open and self._hasty is not self.converter and is_read_in_one_pass(annotation):
                 return frame_class(type, annotation, is_built=True, handler=handler)
         return frame_class(type, Any, handler=handler)
 
@@ -2487,6 +2495,7 @@ class Handler:
     returns: Any  # the declared type of a reply or of a stream's item, or None
     streams: bool
     is_concurrent: bool  # runs in a task of its own, as all streams do
+    only: Callable[[Connection], bool | Awaitable[bool]] | None = None  # who may send the type
     writers: dict[Any, Writer] = attrs.Factory(dict)  # a key is the class of a returned value
     hints: set[str] = attrs.Factory(set)  # the parameters about which a hint was logged
 
@@ -2526,7 +2535,8 @@ class Handler:
     def refusal(self, payload: Any, codec: Codec, exc: Exception) -> MessageError:
         """Return the error for a payload that msgspec refuses with *exc*."""
         try:  # cattrs lists every wrong field
-            self.structure(payload, codec)
+            if self.only is None:  # A guard would have to be asked whether the client may know.
+                self.structure(payload, codec)
         except MessageError as error:
             return bare(error)
         text, _, path = str(exc).rpartition(" - at ")
@@ -2827,6 +2837,9 @@ class Routes:
     leases: dict[str, Callable[[], Awaitable[None]]] = attrs.Factory(dict)  # workers, by lease
     providers: dict[Any, Provider] = attrs.Factory(dict)  # a key is the type that is provided
     is_scoped: bool = False  # there is a middleware or a provider: each message has a context
+    # The included routes around a message type, the fallback (`str`) and the binary handler
+    # (`bytes`), the outermost first; only those that have middleware or error handlers.
+    scopes: dict[Any, tuple[Routes, ...]] = attrs.Factory(dict)
     frames: list[FrameClass] = attrs.Factory(list)  # the classes of what `decode` returns
     # `decode` reads a text frame of a known type. A validator in a payload may raise anything.
     decode: Callable[[str], Received] = attrs.Factory(lambda: decoder_of(()))
@@ -2865,6 +2878,16 @@ class Routes:
         """Set the one function for *name*, or refuse a second one."""
         refuse_second(getattr(self, name), function, f"{what} has a handler")
         setattr(self, name, function)
+
+    def add_scope(self, key: Any, inner: tuple[Routes, ...]) -> None:
+        """Put the middleware and the error handlers of *inner* around what has this *key*."""
+        if inner:
+            self.scopes[key] = inner
+            self.is_scoped = self.is_scoped or any(each.middleware for each in inner)
+
+    def around(self, key: Any) -> tuple[Routes, ...]:
+        """Return all routes around what has this *key*, the outermost first."""
+        return (self, *self.scopes.get(key, ()))
 
     def set_optional(self, optional: bool) -> None:
         """Set whether `authenticate` lets guests in."""
@@ -2905,6 +2928,8 @@ _PROVIDE = "@ws.provide\nasync def session(conn) -> AsyncIterator[Session]:\n   
 _ITERATORS = (AsyncIterator, AsyncIterable, AsyncGenerator)
 _ENDED = object()  # no coroutine yields it
 _AROUND = (*_ITERATORS, Iterator, Iterable, Generator)  # they stand around the provided type
+# The functions that `with_provided` has made, and those that they call.
+_inside: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class Contexts:
@@ -2959,6 +2984,11 @@ def call_through(
     return middleware[0](conn, envelope, call_next) if middleware else innermost()
 
 
+def middleware_of(routes: Iterable[Routes]) -> list[Callable[..., Awaitable[Any]]]:
+    """Return the middleware of all *routes*, the outermost first."""
+    return [function for each in routes for function in each.middleware]
+
+
 @contextlib.asynccontextmanager
 async def closing(items: AsyncGenerator[Any]) -> AsyncGenerator[AsyncGenerator[Any]]:
     """Close *items* at the end of the block, whose own error counts."""
@@ -2989,25 +3019,32 @@ def create_task(work: Coroutine[Any, Any, T], *, is_detached: bool = False) -> a
 class Provider:
     """A function that makes the value of a type, for each call that takes it."""
 
-    function: Callable[..., Any]
+    function: Callable[..., Any]  # where files share it, each has a `Provider` for it
     takes: dict[str, Provider]  # providers of its own parameters, by name
     # For a generator it returns a context manager. Otherwise it is None.
     manage: Callable[..., contextlib.AbstractAsyncContextManager[Any]] | None
+    key: Any = attrs.field(init=False)  # the same for the same function
+
+    @key.default
+    def _key(self) -> Any:
+        function: Any = self.function
+        is_method = inspect.ismethod(function)
+        return (id(function.__self__), id(function.__func__)) if is_method else id(function)
 
 
 async def _provide(
     takes: dict[str, Provider], conn: Connection, stack: contextlib.AsyncExitStack,
-    made: dict[Provider, Any],
+    made: dict[Any, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Return the values that *takes* names; *stack* closes them. Each is *made* once a call."""
     for each in takes.values():
-        if each not in made:
+        if each.key not in made:
             values = await _provide(each.takes, conn, stack, made)
             if each.manage is not None:
-                made[each] = await stack.enter_async_context(each.manage(conn, **values))
+                made[each.key] = await stack.enter_async_context(each.manage(conn, **values))
             else:
-                made[each] = await each.function(conn, **values)
-    return {name: made[each] for name, each in takes.items()}
+                made[each.key] = await each.function(conn, **values)
+    return {name: made[each.key] for name, each in takes.items()}
 
 
 def with_provided(
@@ -3037,7 +3074,13 @@ def with_provided(
     signature = signature_of(function)
     left = [p for p in signature.parameters.values() if p.name not in takes]
     outer.__signature__ = signature.replace(parameters=left)
+    _inside[outer] = function
     return cast("Callable[..., Any]", outer)
+
+
+def registered(function: Any) -> Any:
+    """Return what was registered as *function*, around which `with_provided` may have put more."""
+    return _inside.get(function, function) if inspect.isfunction(function) else function
 
 
 def _taken(
@@ -3074,7 +3117,18 @@ def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tupl
     except Exception as exc:  # The annotation of an application may raise anything.
         raise PachinkoError(f"{place} provides an unknown type: {why(exc)}") from exc
     t = _provided_type(function, declared)
-    if (first := routes.providers.get(t)) is not None:
+    check_provider(t, function, routes, namespaces)
+    manage = contextlib.asynccontextmanager(function) if is_stream(function) else None
+    return t, Provider(function, _taken(function, routes.providers, namespaces), manage)
+
+
+def check_provider(t: Any, function: Any, routes: Routes, namespaces: Namespaces) -> None:
+    """Raise `PachinkoError` if another function provides *t*, or a handler takes it from clients.
+
+    Several files may share a provider, so *function* itself may be there already.
+    """
+    first = routes.providers.get(t)
+    if first is not None and first.function != function:
         cure = "give each a type of its own, by typing.NewType for example"
         refuse_second(first.function, function, f"{shown(t)} has a provider", cure)
     from_payload = [handler.function for handler in routes.handlers.values()]
@@ -3083,11 +3137,9 @@ def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tupl
         if t in [known_type(earlier, each, namespaces) for each in annotations]:
             source = " from its payload" if earlier in from_payload else ""
             raise PachinkoError(
-                f"{place_of(earlier)} takes {shown(t)}{source}; register {place} "
-                f"above the handlers that take what it provides"
+                f"{place_of(earlier)} takes {shown(t)}{source}; register {place_of(function)} "
+                f"above the handlers that take what it provides, on the same Pachinko"
             )
-    manage = contextlib.asynccontextmanager(function) if is_stream(function) else None
-    return t, Provider(function, _taken(function, routes.providers, namespaces), manage)
 
 
 def _provided_type(function: Any, t: Any) -> Any:
@@ -3108,6 +3160,84 @@ def _provided_type(function: Any, t: Any) -> Any:
     raise PachinkoError(
         f"{place_of(function)} {refused}; write `async def {name}(conn) -> {written}`"
     )
+
+
+# ── include ───────────────────────────────────────────────────────────────────────────────────
+#
+# Whoever includes another Pachinko registers anew what was registered there, for its own path and
+# codec, and under a prefix. The result is compared with what is there before anything is added.
+
+Step = tuple[Callable[..., None], tuple[Any, ...]]  # a method of Pachinko, and its arguments
+_PREFIX = re.compile(r"[\w-]+(\.[\w-]+)*")
+_ONCE = {"authenticate": "authenticate", "fallback": "the fallback", "binary": "binary"}
+_RAW: dict[str, type] = {"fallback": str, "binary": bytes}  # the keys in `Routes.scopes`
+
+
+def check_prefix(prefix: Any) -> None:
+    """Raise `PachinkoError` unless *prefix* is one of message types, or empty."""
+    if prefix != "" and not (isinstance(prefix, str) and _PREFIX.fullmatch(prefix)):
+        raise PachinkoError(
+            f"a prefix is a name, or several with dots between, and is joined by a dot; write "
+            f'ws.include(todos.ws, prefix="todo"), got prefix={prefix!r}'
+        )
+    if prefix:
+        check_type(prefix)
+
+
+def read_included(
+    routes: Routes, own: Routes, prefix: str, namespaces: Namespaces
+) -> dict[str, Handler]:
+    """Return the handlers of *own* that *routes* has not, under *prefix*, by their former types.
+
+    Raises `PachinkoError` if *routes* has another function for what may be there once.
+    """
+    pairs = [(what, getattr(routes, name), getattr(own, name)) for name, what in _ONCE.items()]
+    pairs += [(name.strip(), routes.leases.get(name), own.leases[name]) for name in own.leases]
+    for what, first, second in pairs:
+        is_same = registered(first) == registered(second)
+        if what == "authenticate":
+            is_same = is_same and routes.takes_guests == own.takes_guests
+        if second is not None and not is_same:
+            refuse_second(first, second, f"{what} has a handler")
+    for t in own.providers:
+        check_provider(t, own.providers[t].function, routes, namespaces)
+    for t in routes.providers.keys() - own.providers.keys():
+        check_provider(t, routes.providers[t].function, own, namespaces)
+    found = dict[str, Handler]()
+    for former, handler in own.handlers.items():
+        type = f"{prefix}.{former}" if prefix and former != "authenticate" else former
+        if type.endswith(".reply"):
+            place = place_of(handler.function)
+            raise PachinkoError(f"{place} would handle {type!r}, a reply; write another prefix")
+        if (there := routes.handlers.get(type)) is None:
+            found[former] = attrs.evolve(handler, type=type)
+        elif _kept(there) != _kept(handler):
+            refuse_second(there.function, handler.function, f"{type!r} has a handler")
+    return found
+
+
+def _kept(handler: Handler) -> tuple[Any, ...]:
+    """Return what two handlers of one type have in common if they are the same."""
+    return registered(handler.function), handler.only, handler.is_concurrent
+
+
+def add_included(routes: Routes, own: Routes, found: Mapping[str, Handler]) -> None:
+    """Add to *routes* what *own* has around its handlers *found*, and what may be there once."""
+
+    def inner(key: Any) -> tuple[Routes, ...]:
+        return tuple(each for each in own.around(key) if each.middleware or each.errors)
+
+    for former, handler in found.items():
+        routes.add_scope(handler.type, inner(former))
+    for name, what in _ONCE.items():
+        if getattr(routes, name) is None and getattr(own, name) is not None:
+            routes.set(name, getattr(own, name), what)
+            if name in _RAW:
+                routes.add_scope(_RAW[name], inner(_RAW[name]))
+            else:
+                routes.set_optional(own.takes_guests)
+    for t, provider in own.providers.items():
+        routes.add_provider(t, provider)
 
 
 # ── handshake ─────────────────────────────────────────────────────────────────────────────────
@@ -5762,10 +5892,15 @@ def is_away(exc: BaseException) -> bool:
 
 
 async def meaning_of(
-    exc: BaseException, routes: Routes, conn: Connection, what: str, type: str | None
+    exc: BaseException, routes: Iterable[Routes], conn: Connection, what: str, type: str | None
 ) -> Any:
-    """Return what *exc* means to an error handler of the application, or to the library."""
-    if (handler := routes.error_handler(exc)) is not None:
+    """Return what *exc* means to an error handler of the application, or to the library.
+
+    The error handlers of the first *routes* are asked first. What one raises goes to the next.
+    """
+    for each in routes:
+        if (handler := each.error_handler(exc)) is None:
+            continue
         try:
             return await handler(conn, exc)
         except BaseException as second:  # The error handler has a bug.
@@ -5789,6 +5924,57 @@ async def in_time(seconds: float | None, function: Callable[..., Any], call: Awa
             raise
     logger.warning("%s was stopped after %g s", place_of(function), seconds)
     raise MessageError("handler_timeout", f"not done within {seconds:g} s")
+
+
+# ── guard ─────────────────────────────────────────────────────────────────────────────────────
+#
+# A guard says whether a client may send a message type. It is asked before the payload is read.
+
+
+def check_guard(only: Any, name: str, namespaces: Namespaces) -> None:
+    """Raise `PachinkoError` unless *only*, of the message type *name*, can be asked."""
+    wrong = None
+    if not callable(only) or isinstance(only, (type, staticmethod)):
+        wrong = f"got {_other_than_a_function(only, '@ws')[0]}"
+    elif is_stream(only) or is_called_as(only, inspect.isgeneratorfunction):
+        wrong = f"{place_of(only)} has a `yield`"
+    else:
+        try:
+            signature = signature_of(only)
+            signature.bind(None)
+            positional = [p for p in parameters_of(only) if p.kind in _POSITIONAL]
+            returns = known_type(only, signature.return_annotation, namespaces)
+            if len(positional) > 1 or any(p.name == "self" for p in positional):
+                wrong = f"{place_of(only)} takes `{listed(positional)}`"
+            elif any(is_payload(known_type(only, p.annotation, namespaces)) for p in positional):
+                wrong = f"{place_of(only)} takes `{listed(positional)}`, but gets the connection"
+            elif is_leaf(returns) and not admits(returns, bool):
+                wrong = f"{place_of(only)} returns {shown(returns)}"
+        except Exception as exc:  # Some callables have no signature; an annotation may raise.
+            wrong = f"{place_of(only)} takes the wrong parameters: {exc}"
+    if wrong is not None:
+        raise PachinkoError(
+            f"only= takes a function of one connection that returns a bool, but {wrong}; write\n"
+            f'def is_admin(conn: Connection) -> bool: ...\n\n@ws.on("{name}", only=is_admin)'
+        )
+
+
+async def check_allowed(handler: Handler, conn: Connection) -> None:
+    """Raise `MessageError` unless *conn* may send the type of *handler*, or what its guard does."""
+    only: Any = handler.only
+    try:
+        allowed = only(conn)
+        if not isinstance(allowed, bool) and inspect.isawaitable(allowed):
+            allowed = await allowed
+        if not isinstance(allowed, bool):
+            raise PachinkoError(f"a guard returns True or False, and not {allowed!r}")
+    except Exception as exc:
+        note = f"It was raised by {place_of(only)}, which guards {handler.type!r} by only=."
+        if outcome_of(exc) is None and note not in getattr(exc, "__notes__", ()):
+            exc.add_note(note)
+        raise
+    if not allowed:
+        raise MessageError("forbidden", f"this client may not send {handler.type[:TYPE_SHOWN]!r}")
 
 
 # ── stream ────────────────────────────────────────────────────────────────────────────────────
@@ -6150,29 +6336,42 @@ class Session:
         return contexts.run(work)
 
     def _call(
-        self, handler: Handler, message: Received, stream: Stream | None = None
+        self, handler: Handler, message: Received, stream: Stream | None = None, asks: bool = True
     ) -> Awaitable[Any]:
         """Call the handler, through the middleware. The items of a *stream* are sent."""
         value = message.payload
         if value is UNSET or not message.is_built:
+            if asks and handler.only is not None:
+                return self._call_if_allowed(handler, message, stream)
             value = handler.structure(value, self._hub_state.codec)
         innermost: Callable[[], Any] = functools.partial(handler.call, self.conn, value)
         if stream is not None:
             reply = functools.partial(handler.reply, message.id, self._hub_state.codec, more=True)
             innermost = functools.partial(stream.send_all, innermost, reply, self.outgoing.send)
+        middleware = self.routes.middleware
+        if self.routes.scopes:
+            middleware = middleware_of(self.routes.around(handler.type))
         # No middleware sees a renewal, because its token is nobody else's business.
-        if not self.routes.middleware or handler.type == "authenticate":
+        if not middleware or handler.type == "authenticate":
             return cast("Awaitable[Any]", innermost())
         payload = value if handler.defaults is None else {**handler.defaults, **value}
         envelope = Envelope(handler.type, payload, message.id)
-        return call_through(self.routes.middleware, self.conn, envelope, innermost)
+        return call_through(middleware, self.conn, envelope, innermost)
+
+    async def _call_if_allowed(
+        self, handler: Handler, message: Received, stream: Stream | None
+    ) -> Any:
+        """Call the handler if its guard allows it."""
+        await check_allowed(handler, self.conn)
+        return await self._call(handler, message, stream, asks=False)
 
     async def _perform_raw(self, function: Callable[..., Any], data: str | bytes) -> None:
         """Call the fallback or the binary handler, and send what it returns."""
+        around = self.routes.around(str if isinstance(data, str) else bytes)
         try:
             innermost = functools.partial(function, self.conn, data)
-            envelope, middleware = Envelope("", data), self.routes.middleware
-            work = call_through(middleware, self.conn, envelope, innermost)
+            envelope = Envelope("", data)
+            work = call_through(middleware_of(around), self.conn, envelope, innermost)
             result = await in_time(self._limits.handler_timeout, function, work)
             cls = str if isinstance(data, str) else bytes
             if cls is str and isinstance(result, str):
@@ -6183,7 +6382,7 @@ class Session:
             elif result is not None:
                 raise TypeError(f"{place_of(function)} {may_return(cls)}")
         except BaseException as exc:  # A bug is answered, not passed on.
-            await self._fail(exc, None, None)
+            await self._fail(exc, None, None, around)
 
     async def _refuse(self, event: Event, exc: Any = None) -> None:
         """Find out why the text is no message for a handler, and answer that."""
@@ -6289,9 +6488,12 @@ class Session:
             type, _ = codec.writer_of(result, f"{type}.reply")
             await self._send(codec.encode(type, result, id=id))
 
-    async def _fail(self, raised: BaseException, type: str | None, id: Id | None) -> None:
-        """Answer *id* with what *raised* means; *type* is None for fallback and binary frames."""
-        exc = single(raised, self.routes.is_handled)
+    async def _fail(
+        self, raised: BaseException, type: str | None, id: Id | None, around: Any = None
+    ) -> None:
+        """Answer *id* with what *raised* means; *type* is None for frames with routes *around*."""
+        routes: tuple[Routes, ...] = (around or self.routes.around(type))[::-1]
+        exc = single(raised, lambda exc: any(each.is_handled(exc) for each in routes))
         what = f"the handler of {type!r}" if type else "the fallback or the binary handler"
         # If code of the application has cancelled a task beside the reader, its error is answered.
         is_beside = current_task() in self.tasks and not self.outgoing.closed
@@ -6308,7 +6510,7 @@ class Session:
         if isinstance(exc, asyncio.CancelledError):
             exc = raised  # Nobody has asked for it: a bug, and the log gets all of a group.
         try:
-            outcome = await meaning_of(exc, self.routes, self.conn, what, type)
+            outcome = await meaning_of(exc, routes, self.conn, what, type)
             if isinstance(outcome, Close):
                 self.outgoing.close(outcome)
             elif isinstance(outcome, MessageError):
@@ -6642,6 +6844,21 @@ class Lifecycle:
         self._is_working = False  # workers have been started
         self._workers: set[asyncio.Task[None]] = set()
         self._starts = 0  # lifespans that have begun
+        # What was registered, for whoever includes this, until it is attached or included.
+        self._steps: list[Step] = []
+        self._included_at: str | None = None  # the line that has included this
+        self._parts: dict[Lifecycle, tuple[str, ...]] = {}  # the included, with their prefixes
+
+    def _register(self, add: Any, *args: Any) -> None:
+        """Call *add*, a method, with *args*. Note both for whoever includes this."""
+        if self._included_at is not None:
+            raise PachinkoError(
+                f"{self._included_at} has included this Pachinko, by a copy of what was registered "
+                f"till then; register the rest above that line, or import its file above it"
+            )
+        add(*args)
+        if self._app is None:
+            self._steps.append((add.__func__, args))
 
     @typing.overload
     def worker(self, function: F, *, once: bool = ...) -> F: ...
@@ -6663,14 +6880,24 @@ class Lifecycle:
             return functools.partial(self.worker, once=once)
         decorator = "@ws.worker(once=True)" if once else "@ws.worker"
         check_function(function, f"{decorator}\nasync def clock(): ...", 0)
+        self._register(self._add_worker, function, once)
+        return function
+
+    def _add_worker(self, function: Any, once: bool | None) -> None:
+        is_late = self._is_late("worker")
+        self._add_workers([self._leased(function) if once else function], is_late)
+
+    def _is_late(self, method: str) -> bool:
+        """Tell whether a worker starts when it is added. Raises `PachinkoError` elsewhere."""
         is_late = self._is_working and self._loop is not None and self._loop.is_running()
         if is_late:
-            refuse_elsewhere(self._loop, "a worker was added", "hub.call_threadsafe(ws.worker")
-        run = self._leased(function) if once else function
-        self._routes.workers.append(run)
-        if is_late:
+            refuse_elsewhere(self._loop, "a worker was added", f"hub.call_threadsafe(ws.{method}")
+        return is_late
+
+    def _add_workers(self, workers: list[Any], is_late: bool) -> None:
+        self._routes.workers.extend(workers)
+        for run in workers if is_late else ():
             self._start_worker(run)
-        return function
 
     def _leased(self, function: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
         """Return a worker that runs *function* while this process has the lease for it."""
@@ -6929,7 +7156,7 @@ class Pachinko(Lifecycle):
         within *connect_timeout* seconds. *f* may have one ``yield``: what stands behind it runs
         after the disconnect handlers, the last handler's first, or when a later one refuses.
         """
-        self._routes.connect.append(self._read_end("connect", function, caller_namespaces()))
+        self._register(self._add_end, "connect", function, caller_namespaces())
         return function
 
     def accepted(self, function: F = _NO_FUNCTION) -> F:
@@ -6938,7 +7165,7 @@ class Pachinko(Lifecycle):
         It takes path parameters as connect handlers do. `Close` closes; `falcon.HTTPError` closes
         with 3000 and its status, a bug with 1011. Disconnect handlers run in each case.
         """
-        self._routes.accepted.append(self._read_end("accepted", function, caller_namespaces()))
+        self._register(self._add_end, "accepted", function, caller_namespaces())
         return function
 
     @typing.overload
@@ -6968,12 +7195,16 @@ class Pachinko(Lifecycle):
                 raise PachinkoError(
                     "write @ws.authenticate, or @ws.authenticate(optional=True), above the function"
                 )
-            return functools.partial(self._set_authenticate, optional=optional)
-        return cast(Callable[..., Any], self._set_authenticate(function, False))
+            return functools.partial(self._read_authenticate, optional=optional)
+        return cast(Callable[..., Any], self._read_authenticate(function, False))
 
-    def _set_authenticate(self, function: F, optional: bool) -> F:
+    def _read_authenticate(self, function: F, optional: bool) -> F:
         example = "@ws.authenticate\nasync def who(conn, token): ..."
         check_function(function, example, 2)
+        self._register(self._set_authenticate, function, optional)
+        return function
+
+    def _set_authenticate(self, function: Any, optional: bool) -> None:
         self._routes.set("authenticate", function, "authenticate")
         self._routes.set_optional(optional)
 
@@ -7003,14 +7234,18 @@ class Pachinko(Lifecycle):
         parameter = inspect.Parameter("payload", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         renewal = Handler("authenticate", function, again, Any, parameter, None, None, False, False)
         self._add_checked(renewal)
-        return function
 
-    def on(self, type: str | type[Any], *, concurrent: bool = False) -> Callable[[F], F]:
+    def on(
+        self, type: str | type[Any], *, concurrent: bool = False,
+        only: Callable[[Connection], bool | Awaitable[bool]] | None = None,
+    ) -> Callable[[F], F]:  # fmt: skip
         """Handle messages of *type*, a text or a class with ``@message``.
 
         ``(conn)``, ``(conn, payload)`` or ``(conn, *, field, …)``, each structured to its
         annotation. What it returns is the reply; an async generator is a stream. *concurrent* lets
-        it run beside other handlers of the connection.
+        it run beside other handlers of the connection. *only*, ``def f(conn) -> bool``, async or
+        not, says whether the client may send it. It is asked before anything is said about the
+        payload, and False is answered with the error ``forbidden``.
         """
         name, cls = (type, None) if isinstance(type, str) else (message_type(type), type)
         if name is None:
@@ -7020,12 +7255,21 @@ class Pachinko(Lifecycle):
             expected = "@ws.on takes a type or a class with @message: write"
             raise PachinkoError(f"{expected} {cure}; got {type!r}")
         namespaces = caller_namespaces()
+        if only is not None:
+            check_guard(only, name, namespaces)
 
         def register(function: F) -> F:
-            self._add_checked(self._read_handler(name, function, namespaces, cls, concurrent))
+            self._register(self._add_on, name, function, namespaces, cls, concurrent, only)
             return function
 
         return register
+
+    def _add_on(
+        self, type: str, function: Any, namespaces: Namespaces, cls: Any, concurrent: bool,
+        only: Any,
+    ) -> None:  # fmt: skip
+        handler = self._read_handler(type, function, namespaces, cls, concurrent)
+        self._add_checked(attrs.evolve(handler, only=only))
 
     def _read_handler(
         self, type: str, function: Any, namespaces: Namespaces, cls: Any, concurrent: bool
@@ -7044,8 +7288,12 @@ class Pachinko(Lifecycle):
 
     def disconnect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn)`` once at the end, with ``conn.close_code`` and its groups."""
-        self._routes.disconnect.append(self._read_end("disconnect", function, caller_namespaces()))
+        self._register(self._add_end, "disconnect", function, caller_namespaces())
         return function
+
+    def _add_end(self, kind: str, function: Any, namespaces: Namespaces) -> None:
+        """Add a connect, an accepted or a disconnect handler."""
+        getattr(self._routes, kind).append(self._read_end(kind, function, namespaces))
 
     def _read_end(self, kind: str, function: Any, namespaces: Namespaces) -> Any:
         """Check *function* as a handler of one end of a connection, without adding it."""
@@ -7061,7 +7309,8 @@ class Pachinko(Lifecycle):
         It returns a text, which is sent as it is, a ``@message`` object, or None.
         """
         example = "@ws.fallback\nasync def other(conn, frame: str): ..."
-        self._set_raw("fallback", function, str, caller_namespaces(), example, "the fallback")
+        what = "the fallback"
+        self._register(self._set_raw, "fallback", function, str, caller_namespaces(), example, what)
         return function
 
     def binary(self, function: F = _NO_FUNCTION) -> F:
@@ -7070,7 +7319,9 @@ class Pachinko(Lifecycle):
         It returns bytes, which are sent as a binary frame, a ``@message`` object, or None.
         """
         example = "@ws.binary\nasync def upload(conn, data: bytes): ..."
-        self._set_raw("binary", function, bytes, caller_namespaces(), example, "binary")
+        self._register(
+            self._set_raw, "binary", function, bytes, caller_namespaces(), example, "binary"
+        )
         return function
 
     def _set_raw(
@@ -7092,8 +7343,11 @@ class Pachinko(Lifecycle):
         """
         example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
         check_function(function, f"@ws.middleware\n{example}", 3)
-        self._routes.add_middleware(function)
+        self._register(self._add_middleware, function)
         return function
+
+    def _add_middleware(self, function: Any) -> None:
+        self._routes.add_middleware(function)
 
     def provide(self, function: F = _NO_FUNCTION) -> F:
         """Provide the values of a type T, by ``async def f(conn) -> AsyncIterator[T]: yield …``.
@@ -7104,8 +7358,11 @@ class Pachinko(Lifecycle):
         call or the last item of a stream, and an error is raised at the ``yield``. ``async def
         f(conn) -> T`` has nothing to close. Raises `PachinkoError`.
         """
-        self._routes.add_provider(*read_provider(function, self._routes, caller_namespaces()))
+        self._register(self._add_provider, function, caller_namespaces())
         return function
+
+    def _add_provider(self, function: Any, namespaces: Namespaces) -> None:
+        self._routes.add_provider(*read_provider(function, self._routes, namespaces))
 
     def error(self, exception: type[Exception]) -> Callable[[F], F]:
         """Call ``async def f(conn, exc)`` with an error of this class from a message handler.
@@ -7120,12 +7377,15 @@ class Pachinko(Lifecycle):
             example = f"@ws.error({name})\nasync def failed(conn, exc): ..."
             check_function(function, example, 2)
             check_taken(function, exception, caller_namespaces(), example)
-            first = self._routes.errors.get(exception)
-            refuse_second(first, function, f"{name} has a handler")
-            self._routes.errors[exception] = function
+            self._register(self._add_error, exception, function)
             return function
 
         return register
+
+    def _add_error(self, exception: type[Exception], function: Any) -> None:
+        first = self._routes.errors.get(exception)
+        refuse_second(first, function, f"{exception.__name__} has a handler")
+        self._routes.errors[exception] = function
 
     def add_resource(self, prefix: str, resource: object) -> None:
         """Route by class: ``on_send`` handles ``"<prefix>.send"``.
@@ -7134,7 +7394,10 @@ class Pachinko(Lifecycle):
         disconnect handler; the last one also runs if `on_connect` has returned and a later connect
         handler refuses. Where one method is refused, nothing of the resource is added.
         """
-        namespaces, handlers = caller_namespaces(), list[Handler]()
+        self._register(self._add_resource, prefix, resource, caller_namespaces())
+
+    def _add_resource(self, prefix: str, resource: object, namespaces: Namespaces) -> None:
+        handlers = list[Handler]()
         ends: dict[str, list[Any]] = {"connect": [], "accepted": [], "disconnect": []}
         for name, method in read_resource(prefix, resource):
             if name in ends:
@@ -7148,6 +7411,83 @@ class Pachinko(Lifecycle):
         self._routes.connect.extend(with_end(c, *leave) if leave else c for c in ends["connect"])
         self._routes.accepted.extend(ends["accepted"])
         self._routes.disconnect.extend(leave)
+
+    def include(self, other: Pachinko, prefix: str = "") -> None:
+        """Add a copy of all that is registered on *other*, a ``Pachinko()`` of another file.
+
+        It receives the message types of *other* with *prefix* and a dot before them. Middleware and
+        error handlers of *other* apply to its own handlers: middleware inside of this one's, error
+        handlers before this one's. Connect, accepted and disconnect handlers, providers and workers
+        are added in order, and once if *other* is included under several prefixes.
+
+        Nothing can be registered on *other* afterwards. Raises `PachinkoError`, and adds nothing,
+        if *other* has an app or options, if both have functions for what may be there once, or if
+        a handler does not suit the path or the hub's converter.
+        """
+        check_prefix(prefix)
+        if not isinstance(other, Pachinko):
+            raise PachinkoError(f"write ws.include(todos.ws), a Pachinko; got {other!r}")
+        if prefix in self._parts.get(other, ()):
+            raise PachinkoError(f"it is included with prefix={prefix!r} already; write another one")
+        cls, frame = Pachinko, inspect.currentframe()
+        steps = cls._steps_for(other, self, self._hub)
+        self._register(self._include, other, steps, prefix, caller_namespaces())
+        cls._freeze(other, cast(Any, frame).f_back)
+
+    def _steps_for(self, including: Pachinko, its_hub: Hub) -> list[Step]:
+        """Return what is registered here. Raises `PachinkoError` if it cannot be included."""
+        cls = Pachinko
+        given, usual = self._options(), cls._options(cls())
+        wrong = [f"{name}=" for name in given if given[name] != usual[name]]
+        if self._app is not None:
+            wrong = ["an app and a path"]
+        elif self._hub not in (hub, its_hub):  # The hub of the module has not been chosen.
+            wrong = ["another hub than the including one; give both the same"]
+        if including is self or including in self._parts:
+            raise PachinkoError("a Pachinko includes neither itself nor what includes it")
+        if wrong:
+            write = "ws = Pachinko()  # in todos.py: the including one has the path and the options"
+            raise PachinkoError(f"the included Pachinko has {', '.join(wrong)}; write\n{write}")
+        return self._steps
+
+    def _options(self) -> dict[str, Any]:
+        """Return the options by name."""
+        origins, trust = attrs.evolve(self._origins, trust_forwarded=False), self._origins
+        given = {"origins": origins, "trust_forwarded": trust.trust_forwarded}
+        return {**given, "subprotocols": self._subprotocols, **attrs.asdict(self._limits)}
+
+    def _freeze(self, frame: types.FrameType) -> None:
+        """Refuse what would be registered after *frame* has included this."""
+        self._included_at = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+    def _include(
+        self, other: Pachinko, steps: list[Step], prefix: str, namespaces: Namespaces
+    ) -> None:
+        """Do the *steps* of *other* on a stand-in for this one, compare, and add the result."""
+        cls, routes, parts = Pachinko, self._routes, {**self._parts}
+        own = cls._stand_in(cls(hub=self._hub), steps, self._app, self._path, parts)
+        found = read_included(routes, own, prefix, namespaces)
+        is_late = bool(own.workers) and self._is_late("include")
+        self._add_checked(*found.values())
+        add_included(routes, own, found)
+        if other not in self._parts:
+            for kind in ("connect", "accepted", "disconnect"):
+                getattr(routes, kind).extend(getattr(own, kind))
+            shared = [own.leases[name] for name in own.leases if name in routes.leases]
+            workers = [w for w in own.workers if getattr(w, "__wrapped__", None) not in shared]
+            routes.leases.update(own.leases)
+            self._add_workers(workers, is_late)
+        self._parts.update({each: self._parts.get(each, ()) for each in parts})
+        self._parts[other] = (*self._parts.get(other, ()), prefix)
+
+    def _stand_in(
+        self, steps: list[Step], app: Any, path: str | None, parts: dict[Any, Any]
+    ) -> Routes:
+        """Do *steps* here as on another's *app* and *path*, and return the routes."""
+        self._app, self._path, self._parts = app, path, parts
+        for add, args in steps:
+            add(self, *args)
+        return self._routes
 
     async def on_websocket(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, /, **params: Any

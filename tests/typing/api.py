@@ -222,6 +222,42 @@ ws.worker(clock, once=True)
 ws.worker(once=True)(5)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
 
 
+# Who may send a type, and what other files have registered.
+
+
+def is_admin(conn: Connection) -> bool:
+    return conn.user == "admin"
+
+
+async def is_member(conn: Connection) -> bool:
+    return conn.user is not None
+
+
+async def clear(conn: Connection, *, room: str) -> int:
+    return len(room)
+
+
+todos = Pachinko()
+clear = todos.on("clear", only=is_admin)(clear)
+todos.on(Say, only=is_member, concurrent=True)
+todos.on("clear", only=lambda conn: conn.user == "admin")
+todos.on("clear", only=None)
+todos.on("clear", only=True)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+todos.on("clear", only="admin")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+todos.on("clear", only=lambda: True)  # type: ignore[arg-type,misc]  # pyright: ignore[reportArgumentType]
+todos.on("clear", only=lambda conn: conn.user)  # type: ignore[arg-type,return-value]  # pyright: ignore[reportArgumentType]
+todos.on("clear", only=clear)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+todos.on("clear", is_admin)  # type: ignore[call-arg,arg-type]  # pyright: ignore[reportCallIssue]
+
+
+def include(other: Pachinko) -> None:
+    ws.include(todos)
+    ws.include(todos, "todo")
+    assert_type(other.include(todos, prefix="todo"), None)
+    ws.include("todos")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    ws.include(todos, prefix=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
 @ws.disconnect
 async def leave(conn: Connection) -> None:
     assert_type(conn.close_code, int | None)

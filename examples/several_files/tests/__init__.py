@@ -1,0 +1,1 @@
+"""The tests of the app, against a real server."""
