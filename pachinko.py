@@ -4320,14 +4320,29 @@ def open_relay(given: Given, namespace: str | None) -> Relay:
     check_namespace(namespace)
     if given is None or local is not None:
         return Relay()
+    return cast(Relay, from_companion("Cluster", "a broker")(given, namespace))
+
+
+def from_companion(name: str, what: str) -> Any:
+    """Return what the companion calls *name*. Raises `PachinkoError` if *what* lacks the file."""
     try:
-        companion = importlib.import_module("pachinko_cluster")
-    except ImportError as exc:
+        return getattr(importlib.import_module("pachinko_cluster"), name)
+    except (ImportError, AttributeError) as exc:  # It is missing, or of another version.
         raise PachinkoError(
-            "a broker needs pachinko_cluster.py of the same version: copy it to where pachinko.py "
+            f"{what} needs pachinko_cluster.py of the same version: copy it to where pachinko.py "
             f"is, or install both, in a checkout: python3 -m pip install . ({exc})"
         ) from exc
-    return cast(Relay, companion.Cluster(given, namespace))
+
+
+if typing.TYPE_CHECKING:
+    from pachinko_cluster import SyncHub as SyncHub
+else:  # To a type checker, such a function would give the module every name.
+
+    def __getattr__(name: str) -> Any:
+        """Return ``pachinko.SyncHub``, which the companion defines."""
+        if name != "SyncHub":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return from_companion(name, name)
 
 
 def check_namespace(name: object) -> None:
