@@ -420,6 +420,33 @@ def test_a_stopped_thread_is_told_again() -> None:
     thread.end()
 
 
+async def test_the_end_of_the_program_ends_all_threads() -> None:
+    """Each of them disconnects."""
+    async with running("nats") as broker:
+        hubs = [SyncHub(broker.url) for _ in range(3)]
+        for hub in hubs:
+            await call(hub.send, "room", "said")
+        assert len(threads()) == 3
+        await call(pachinko_cluster.stop_threads)
+        assert threads() == []
+        await call(hubs[0].send, "room", "said")
+        hubs[0].stop()
+
+
+async def test_another_process_leaves_the_thread_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork that Python has not noticed may take it for its own: neither a stop nor an end does."""
+    async with running("nats") as broker:
+        with SyncHub(broker.url) as hub:
+            await call(hub.send, "room", "said")
+            (thread,) = threads()
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 1)
+                assert not thread.is_ours
+                thread.end()
+            await call(hub.send, "room", "said")
+            assert threads() == [thread]
+
+
 # Where it is called
 
 
@@ -487,7 +514,7 @@ def wait(*pids):
 
 async def run(code: str, *arguments: str) -> tuple[int, str]:
     """Run a program that warns of what it leaves open; return its exit status and its output."""
-    command = [sys.executable, "-W", "error", "-X", "dev", "-c", PRELUDE + code, *arguments]
+    command = [sys.executable, "-W", "error", "-c", PRELUDE + code, *arguments]
 
     def work() -> tuple[int, str]:
         done = subprocess.run(
@@ -510,7 +537,9 @@ for n in range(3):
     wait(fork(lambda: hub.send("room", "said", n)))
 hub.send("room", "said", "parent again")
 """),
-    "of a child that has been forked": (["parent", "child", "grandchild", "child again", "parent again"], """
+    "of a child that has been forked": ([
+        "parent", "child", "grandchild", "child again", "parent again"
+    ], """
 hub.send("room", "said", "parent")
 def child():
     hub.send("room", "said", "child")
