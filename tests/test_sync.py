@@ -434,7 +434,7 @@ async def test_the_end_of_the_program_ends_all_threads() -> None:
 
 
 async def test_another_process_leaves_the_thread_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fork that Python has not noticed may take it for its own: neither a stop nor an end does."""
+    """After a fork that Python has not noticed, an end in the child is none in the parent."""
     async with running("nats") as broker:
         with SyncHub(broker.url) as hub:
             await call(hub.send, "room", "said")
@@ -458,6 +458,21 @@ async def test_a_call_in_an_event_loop() -> None:
     with pytest.raises(PachinkoError, match=r"`await hub\.presence\(\.\.\.\)`"):
         hub.presence(user="ada")
     assert threads() == []
+
+
+async def test_a_call_in_its_own_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for itself. A thread of gevent that sees this loop is another matter."""
+    async with running("nats") as broker:
+        with SyncHub(broker.url) as hub:
+            await call(hub.send, "room", "said")
+            (thread,) = threads()
+            inside = thread.hub.call_threadsafe(hub.send, "room", "said")
+            with pytest.raises(PachinkoError, match="would block the event loop"):
+                await asyncio.wrap_future(inside)
+            with monkeypatch.context() as patch:
+                patch.setattr(threading, "current_thread", threading.main_thread)
+                inside = thread.hub.call_threadsafe(pachinko_cluster.is_in_loop)
+                assert await asyncio.wrap_future(inside) is False
 
 
 def test_the_name_is_the_companions() -> None:

@@ -779,6 +779,30 @@ def test_a_flask_app_reaches_users(room: str, enter: Enter) -> None:
     assert "Traceback" not in flask.text
 
 
+GEVENT = """
+import gevent.monkey
+gevent.monkey.patch_all()
+import sys
+from pachinko import SyncHub
+
+hub = SyncHub()
+for round in range(2):  # In the second one, the hub is open.
+    calls = [gevent.spawn(hub.send_to_user, "Gevent", "notice", n) for n in range(20)]
+    ticks = gevent.spawn(gevent.sleep, 0)
+    gevent.joinall([*calls, ticks], raise_error=True)
+assert len(hub.presence(sys.argv[1])) == 1
+"""
+
+
+def test_greenlets_reach_users(cluster: Cluster, enter: Enter, room: str) -> None:
+    """A program of gevent shares a connection between its greenlets, and none blocks the others."""
+    needs("gevent")
+    ada = enter(cluster, 0, "Gevent")
+    done = run("-c", GEVENT, f"room:{room}", PACHINKO_BACKPLANE=cluster.broker)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(ada.next("notice") for _ in range(40)) == sorted([*range(20), *range(20)])
+
+
 DJANGO = """
 import sys
 import django
@@ -824,9 +848,9 @@ def test_tasks_of_celery_report_their_progress(
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as redis:
         try:
             until(lambda: is_open(port))
-            options = ["--pool", "prefork", "--concurrency", "2", "--without-gossip"]
+            options = ["--pool", "prefork", "--concurrency", "2", "--loglevel", "INFO"]
             worker = Program("-m", "celery", "-A", "tasks", "worker", *options, **variables)
-            with running(worker, "ready"):
+            with running(worker, r"celery@.* ready"):
                 send = "import tasks; [tasks.make_report.delay('Celery') for _ in range(4)]"
                 assert run("-c", send, **variables).returncode == 0
                 steps = [ada.next("progress") for _ in range(20)]
