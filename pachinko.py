@@ -66,13 +66,13 @@ Map: each section, what it is for, and those above it that it uses.
     connection — what a handler gets (uses: errors, envelope and message, handshake, outbox)
     asking — the questions of the server to its clients (uses: errors, types, unions, signatures,
         handlers, limits, outbox, outgoing, connection)
-    registry and relay — this process and all others (uses: errors, outgoing, asking)
+    registry and relay — this process and all others (uses: errors, outgoing, connection, asking)
     hub state — what a hub has while it runs (uses: errors, limits, outgoing, connection, registry
         and relay)
     listening — the messages to a group, without a connection (uses: errors, envelope and message,
         outbox, outgoing, connection, registry and relay)
     hub — reaches clients from any code (uses: errors, envelope and message, codec, scope, limits,
-        connection, asking, registry and relay, hub state)
+        connection, asking, registry and relay, hub state, listening)
     outcomes — what an exception means (uses: errors, envelope and message, signatures, limits)
     guard — who may send a message type (uses: errors, types, unions, signatures, handlers,
         outcomes)
@@ -80,7 +80,7 @@ Map: each section, what it is for, and those above it that it uses.
     background — tasks of the application that end with a connection (uses: errors, scope, limits,
         outcomes)
     session — decode a message, call its handler, answer (uses: errors, envelope and message,
-        signatures, scope, limits, outbox, outgoing, incoming, connection, outcomes, stream,
+        signatures, scope, limits, outbox, outgoing, incoming, connection, outcomes, guard, stream,
         background)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         signatures, handshake, limits, outbox, outgoing, outcomes)
@@ -4721,14 +4721,29 @@ def open_relay(given: Given, namespace: str | None) -> Relay:
     check_namespace(namespace)
     if given is None or local is not None:
         return Relay()
+    return cast(Relay, from_companion("Cluster", "a broker")(given, namespace))
+
+
+def from_companion(name: str, what: str) -> Any:
+    """Return what the companion calls *name*. Raises `PachinkoError` if *what* lacks the file."""
     try:
-        companion = importlib.import_module("pachinko_cluster")
-    except ImportError as exc:
+        return getattr(importlib.import_module("pachinko_cluster"), name)
+    except (ImportError, AttributeError) as exc:  # It is missing, or of another version.
         raise PachinkoError(
-            "a broker needs pachinko_cluster.py of the same version: copy it to where pachinko.py "
+            f"{what} needs pachinko_cluster.py of the same version: copy it to where pachinko.py "
             f"is, or install both, in a checkout: python3 -m pip install . ({exc})"
         ) from exc
-    return cast(Relay, companion.Cluster(given, namespace))
+
+
+if typing.TYPE_CHECKING:
+    from pachinko_cluster import SyncHub as SyncHub
+else:  # To a type checker, such a function would give the module every name.
+
+    def __getattr__(name: str) -> Any:
+        """Return ``pachinko.SyncHub``, which the companion defines."""
+        if name != "SyncHub":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return from_companion(name, name)
 
 
 def check_namespace(name: object) -> None:

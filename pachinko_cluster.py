@@ -1,7 +1,8 @@
 """The companion of Pachinko for apps of several processes, and the shell command ``pachinko``.
 
-No program imports it: `pachinko` loads it for a URL such as ``nats://host:4222`` or a `Backplane`,
-and the installed command starts `main`. An app that runs as one process does not need this file.
+No program imports it: `pachinko` loads it for a URL such as ``nats://host:4222``, for a `Backplane`
+and for ``pachinko.SyncHub``, and the installed command starts `main`. An app that runs as one
+process does not need this file.
 
 `Cluster` gives a message to a group a head and a subject, `Link` hands both to the broker as soon
 as it is connected, and `Nats` or `Redis` carries them. In each process that has subscribed to
@@ -18,6 +19,7 @@ Map: what each section does, and which of those above it each one uses.
     peer messages — what processes send to one another, as bytes (uses: pachinko)
     cluster relay — the `Relay` of an app with a broker
         (uses: broker URLs, NATS, Redis, link, leases, peer messages, pachinko)
+    sync hub — the sending half of a hub for code without an event loop (uses: link, pachinko)
     shell command — ``pachinko send``, ``listen`` and ``presence`` (uses: cluster relay, pachinko)
 """
 
@@ -25,7 +27,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -39,11 +43,14 @@ import random
 import re
 import ssl
 import sys
+import threading
+import typing
 import urllib.parse
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
+from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import attrs
+import cattrs
 import msgspec
 from msgspec import UNSET, UnsetType
 
@@ -53,6 +60,7 @@ from pachinko import (
     Backplane,
     Binary,
     Deliver,
+    Hub,
     Kind,
     Lost,
     MessageError,
@@ -65,7 +73,10 @@ from pachinko import (
     logger,
 )
 
-__all__ = ["main"]
+__all__ = ["SyncHub", "main"]
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 
 # ── broker URLs ───────────────────────────────────────────────────────────────────────────────
@@ -955,7 +966,9 @@ class Link:
                 await self._backplane.stop()
 
 
-def resolve(future: asyncio.Future[Any], result: Any = None) -> None:
+def resolve(
+    future: asyncio.Future[Any] | concurrent.futures.Future[Any], result: Any = None
+) -> None:
     """Give *future* its result, if it has none."""
     if not future.done():
         future.set_result(result)
@@ -1640,6 +1653,267 @@ def backplane_of(broker: Broker) -> Backplane:
             f"{broker.scheme}:// needs a library that is not installed: "
             f"python3 -m pip install {library}"
         ) from None
+
+
+# ── sync hub ──────────────────────────────────────────────────────────────────────────────────
+#
+# The loop of a `SyncHub` has a thread of its own. A fork copies no other thread than the one that
+# forks, so a child process starts a thread, and with it a connection, when it first needs one.
+
+_starting = threading.RLock()  # Only one thread at a time starts a `HubThread`.
+# A lock that another thread holds would stay locked in the child for ever. Windows has no fork.
+_at_fork = getattr(os, "register_at_fork", lambda **_: None)
+_at_fork(before=_starting.acquire, after_in_parent=_starting.release)
+_at_fork(after_in_child=_starting.release)
+# An import that another thread is in at the fork would never end in the child. The event loop needs
+# these two when it resolves names.
+_IMPORTED = concurrent.futures.ThreadPoolExecutor, "".encode("idna")
+
+
+class HubThread(threading.Thread):
+    """A thread with an event loop, in which *hub* is open until `end` is called."""
+
+    loop: asyncio.AbstractEventLoop | None = None
+
+    def __init__(self, hub: Hub) -> None:
+        super().__init__(name="pachinko", daemon=True)
+        self.hub: Hub = hub
+        self.opened: concurrent.futures.Future[str] = concurrent.futures.Future()
+        """Done when the attempt to open the hub has ended: empty, or why it has failed."""
+        self._over = concurrent.futures.Future[None]()
+        self._process = os.getpid()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it runs in this process. uWSGI forks so that Python does not notice."""
+        return self._process == os.getpid() and self.is_alive()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the hub could not be opened."""
+        return self.opened.done() and bool(self.opened.result())
+
+    def end(self) -> None:
+        """Begin to disconnect. Does nothing in another process than that of the thread."""
+        if self._process == os.getpid():
+            self._over.cancel()
+
+    def run(self) -> None:
+        try:
+            with asyncio.Runner() as runner:
+                runner.run(self._serve())
+        except asyncio.CancelledError:
+            resolve(self.opened, "the SyncHub was stopped before it was connected")
+        except Exception as exc:
+            # Without files left there is no event loop. At exit, the loop's own threads, which
+            # resolve names, have ended, but asyncio cannot start the thread that waits for that.
+            resolve(self.opened, f"the event loop has failed: {exc!r}")
+
+    async def _serve(self) -> None:
+        self.loop = loop = asyncio.get_running_loop()
+        task = pachinko.current_task()
+
+        def cancel(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # The loop has been closed.
+                loop.call_soon_threadsafe(task.cancel)
+
+        self._over.add_done_callback(cancel)
+        try:
+            async with self.hub.open():
+                self.opened.set_result("")
+                await loop.create_future()  # The hub reconnects by itself meanwhile.
+        except PachinkoError as exc:
+            self.opened.set_result(str(exc))
+
+
+@atexit.register
+def stop_threads() -> None:
+    """Disconnect at the end of the program. Threads that are killed would leave sockets open."""
+    alive = threading.enumerate()
+    threads = [each for each in alive if isinstance(each, HubThread) and each.is_ours]
+    for thread in threads:
+        thread.end()
+    for thread in threads:
+        thread.join(_BROKER_WAIT)
+
+
+def is_in_loop() -> bool:
+    """Return whether an event loop runs in this thread, which a call would block."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    # All threads of gevent are one of the system's, so each sees the loop of a `HubThread` there.
+    threads = [each for each in threading.enumerate() if isinstance(each, HubThread)]
+    return threading.current_thread() in threads or all(each.loop is not loop for each in threads)
+
+
+class SyncHub:
+    """The sending half of a `Hub` for code without an event loop: Flask, Django, Celery, a script.
+
+        hub = SyncHub()  # the broker that PACHINKO_BACKPLANE names
+        hub.send("room:1", "notice", {"text": "the report is ready"})
+
+    Each method does what that of `Hub` does, and returns when that is done. Any thread may call it;
+    all of them share one connection to the broker, which is made at the first call. So is that of a
+    process that has been forked. In the thread of a running event loop it is a `PachinkoError`.
+
+    *url*, *namespace* and *converter* are those of `Hub.configure`. Raises `PachinkoError` for a
+    mistake in them, and without a broker, since ``memory://`` reaches no other process. The methods
+    raise `PachinkoError` within 5 seconds when the broker is away; the next call tries again.
+    """
+
+    _thread: HubThread | None = None
+
+    def __init__(
+        self, url: str | Backplane | None = None, *,
+        namespace: str | None = None, converter: cattrs.Converter | None = None,
+    ) -> None:  # fmt: skip
+        url = Hub().state.choose(url)
+        if url is None or (isinstance(url, str) and url.startswith("memory://")):
+            raise PachinkoError(
+                'SyncHub() takes the broker that the app uses, SyncHub("nats://localhost:4222"), '
+                f"or finds it in {pachinko.ENVIRONMENT}; memory:// reaches no other process"
+            )
+        self._settings: dict[str, Any] = {
+            "url": url, "namespace": namespace, "converter": converter,
+        }  # fmt: skip
+        self._new_hub()
+
+    def __enter__(self) -> SyncHub:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def __del__(self) -> None:
+        if self._thread is not None:
+            self._thread.end()
+
+    def stop(self) -> None:
+        """Disconnect. Calls in progress raise `PachinkoError`; a later one connects again."""
+        with _starting:
+            thread, self._thread = self._thread, None
+        if thread is not None and thread.is_ours:
+            thread.end()
+            thread.join(_BROKER_WAIT)
+
+    def send(
+        self, group: str, message: object, payload: object = None, *,
+        exclude: str | Iterable[str] | None = None,
+    ) -> None:  # fmt: skip
+        """Send a ``@message`` object, or a type and its payload, to the members of *group*.
+
+        *exclude* leaves out the connection with an id, or several of them.
+        """
+        self._call(Hub.send, group, message, payload, exclude=exclude)
+
+    def broadcast(
+        self, message: object, payload: object = None, *,
+        exclude: str | Iterable[str] | None = None,
+    ) -> None:  # fmt: skip
+        """Send to every connection of every process."""
+        self._call(Hub.broadcast, message, payload, exclude=exclude)
+
+    def send_to(self, id: str, message: object, payload: object = None) -> None:
+        """Send to the connection with that *id*. Does nothing if it has ended."""
+        self._call(Hub.send_to, id, message, payload)
+
+    def send_to_user(self, user: str, message: object, payload: object = None) -> None:
+        """Send to every connection of *user*."""
+        self._call(Hub.send_to_user, user, message, payload)
+
+    def close_group(self, group: str, code: int = 1000, reason: str | None = "") -> None:
+        """Close every connection in *group*, behind what was sent to it before."""
+        self._call(Hub.close_group, group, code, reason)
+
+    def close(self, id: str, code: int = 1000, reason: str | None = "") -> None:
+        """Close the connection with that *id*. `stop` ends the `SyncHub` itself."""
+        self._call(Hub.close, id, code, reason)
+
+    def close_user(self, user: str, code: int = 1000, reason: str | None = "") -> None:
+        """Close every connection of *user*."""
+        self._call(Hub.close_user, user, code, reason)
+
+    def join(self, group: str, id: str) -> None:
+        """Add the connection with that *id* to *group*, in whichever process it is."""
+        self._call(Hub.join, group, id)
+
+    def leave(self, group: str, id: str) -> None:
+        """Remove the connection with that *id* from *group*."""
+        self._call(Hub.leave, group, id)
+
+    @typing.overload
+    def ask(
+        self, id: str, message: object, payload: object = None, *,
+        timeout: float = ..., returns: type[T],
+    ) -> T: ...  # fmt: skip
+    @typing.overload
+    def ask(
+        self, id: str, message: object, payload: object = None, *,
+        timeout: float = ..., returns: Any = ...,
+    ) -> Any: ...  # fmt: skip
+    def ask(
+        self, id: str, message: object, payload: object = None, *,
+        timeout: float = 10.0, returns: Any = Any,
+    ) -> Any:  # fmt: skip
+        """Ask the client with that connection *id*, and return the payload of its answer.
+
+        Waits *timeout* seconds for it. Raises what `Hub.ask` raises.
+        """
+        ask: Any = Hub.ask
+        return self._call(ask, id, message, payload, timeout=timeout, returns=returns)
+
+    @typing.overload
+    def presence(self, group: str) -> list[pachinko.Presence]: ...
+    @typing.overload
+    def presence(self, *, user: str) -> list[pachinko.Presence]: ...
+    def presence(
+        self, group: str | None = None, *, user: str | None = None
+    ) -> list[pachinko.Presence]:
+        """Ask for the accepted connections in *group*, or of *user*, of all processes."""
+        ask: Any = Hub.presence  # It refuses none and both.
+        found: list[pachinko.Presence] = self._call(ask, group, user=user)
+        return found
+
+    def _new_hub(self) -> Hub:
+        hub = Hub()
+        hub.configure(**self._settings)
+        return hub
+
+    def _call(
+        self, method: Callable[Concatenate[Hub, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Call *method* in the thread of the hub, and return what it returns or raises."""
+        if is_in_loop():
+            raise PachinkoError(
+                "a SyncHub would block the event loop that runs in this thread: write `await "
+                f"hub.{method.__name__}(...)`, with `from pachinko import hub`"
+            )
+        hub = self._open()
+        future = hub.call_threadsafe(method, hub, *args, **kwargs)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # An exception here, such as a KeyboardInterrupt, gives the call up.
+            del future  # An error has this frame in its traceback, and would refer to itself.
+
+    def _open(self) -> Hub:
+        """Return a hub that is open. Raises `PachinkoError` within 4 seconds."""
+        with _starting:
+            thread = self._thread
+            if thread is None or not thread.is_ours or thread.has_failed:
+                self._thread = thread = HubThread(self._new_hub())
+                try:
+                    thread.start()
+                except RuntimeError as exc:  # Since Python 3.12, there is no new one at exit.
+                    raise PachinkoError(f"a SyncHub needs a thread: {exc}") from None
+        concurrent.futures.wait([thread.opened], _BROKER_WAIT)
+        if not thread.opened.done():
+            raise pachinko.BrokerAway(f"the broker has not answered within {_BROKER_WAIT:g} s")
+        if thread.has_failed:
+            raise pachinko.BrokerAway(thread.opened.result())
+        return thread.hub
 
 
 # ── shell command ─────────────────────────────────────────────────────────────────────────────

@@ -99,7 +99,7 @@ def spans(cell: str) -> list[str]:
 
 def is_client(code: str) -> bool:
     """Whether *code* is a program of its own, and not a part of the page's app."""
-    return "websockets" in code
+    return "websockets" in code or "asyncio.run(" in code or "SyncHub(" in code
 
 
 @functools.cache
