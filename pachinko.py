@@ -5372,12 +5372,11 @@ class Hub:
             raise PachinkoError(f"this connection's endpoint has another hub; {instead}")
 
     async def join(self, group: str, conn: Connection | str) -> None:
-        """Add *conn*, a connection or an id of any process, to *group*.
+        """Add *conn*, or the connection of any process with that id, to *group*.
 
-        A group exists from its first member on.
-        When it returns, messages of all processes to the group arrive. If the broker does not
-        answer in 4 seconds, it returns; a ``gap`` comes later. Does nothing if *conn* has ended,
-        or if its process does not answer in 4 seconds.
+        A group exists from its first member on. When it returns, messages of all processes to it
+        arrive. If the broker does not answer in 4 seconds, it returns; a ``gap`` comes later. Does
+        nothing if *conn* has ended. A process that does not answer in 4 seconds counts as ended.
 
         Raises `PachinkoError` for a connection of an endpoint with another hub, and if the broker
         does not permit the subscription. Raises `MessageError` (``too_many_groups``), which a
@@ -5385,8 +5384,7 @@ class Hub:
         """
         self._check("join", group, "group")
         if isinstance(conn, str):
-            await self._call(conn, "join", group)
-            return
+            return await self._call(conn, "join", group)
         self._check_own(conn, "use conn.join(group)")
         state = self.state
         if conn.id not in state.registry.connections:
@@ -5407,11 +5405,10 @@ class Hub:
             raise
 
     async def leave(self, group: str, conn: Connection | str) -> None:
-        """Remove *conn*, as in `join`, from *group*. Does nothing if it is not a member."""
+        """Remove *conn*, given as in `join`, from *group*. Does nothing if it is no member."""
         self._check("leave", group, "group")
         if isinstance(conn, str):
-            await self._call(conn, "leave", group)
-            return
+            return await self._call(conn, "leave", group)
         self._check_own(conn, "use conn.leave(group)")
         self.state.registry.leave(group, conn)
 
@@ -5510,8 +5507,11 @@ class Hub:
         try:
             return answer if t is Any else state.codec.structure(answer, t, f"{type}.reply")
         except MessageError as exc:
-            wrong = AnswerError(exc.code, exc.message, exc.details)
-        raise wrong
+            wrong = AnswerError(bare(exc).code, exc.message, exc.details)
+        try:
+            raise wrong
+        finally:
+            del wrong  # It refers to this frame; a cycle would keep the connection.
 
     async def send_to_user(self, user: str, message: object, payload: object = None) -> None:
         """Send to every connection of *user* (`Connection.user`)."""

@@ -8,6 +8,7 @@ import datetime
 import logging
 import math
 import threading
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, Literal, NewType, TypedDict
 
@@ -17,6 +18,7 @@ import falcon
 import msgspec
 import pytest
 from support import PATIENCE, Client, Stalled, connect, new_app, serving, until
+from test_session import no_collection
 
 from pachinko import (
     AnswerError,
@@ -28,6 +30,8 @@ from pachinko import (
     PachinkoError,
     message,
 )
+
+__all__ = ["no_collection"]  # a fixture, here too
 
 ERRORS = (AnswerError, NoAnswer, PachinkoError, MessageError, TypeError, ValueError)
 Ask = Callable[[Connection], Awaitable[Any]]
@@ -1250,6 +1254,29 @@ async def test_a_connection_that_is_not_asked_has_nothing_of_this() -> None:
             assert list(desk.hub.state.questions) == [desk.conns[0].id]
         await until(lambda: not desk.hub.count)
         assert not desk.hub.state.questions
+
+
+@pytest.mark.parametrize("how", ["answer", "late", "error", "wrong", "gone"])
+@pytest.mark.usefixtures("no_collection")
+async def test_an_outcome_does_not_hold_the_connection_in_a_cycle(how: str) -> None:
+    """It is freed at its end, without the garbage collector."""
+    desk, seen = Desk(), weakref.WeakSet[Connection]()
+    desk.do = ask_in_vain(how)
+    async with serving(desk.app) as server:
+        async with desk.client(server.url) as client:
+            await client.send("raw", id=7)
+            if how == "gone":
+                await client.receive()
+                client.cut()
+            elif how == "answer":
+                await answer(client, 5)
+                assert (await client.receive())["payload"] == 5
+            else:
+                await fail(desk, client, how)
+                assert (await client.receive())["payload"] == FAILED
+            seen.update(desk.conns)
+            desk.conns.clear()
+        await until(lambda: not desk.hub.count and not seen)
 
 
 # Groups by id

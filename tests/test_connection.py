@@ -215,6 +215,7 @@ async def test_the_clock_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> 
 
 CALLS: dict[str, Any] = {
     "send": lambda conn: conn.send("stray", {"n": 1}),
+    "ask": lambda conn: conn.ask("stray"),
     "close": lambda conn: conn.close(4000),
     "join": lambda conn: conn.join("a"),
     "leave": lambda conn: conn.leave("room"),
