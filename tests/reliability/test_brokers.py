@@ -1115,7 +1115,7 @@ async def test_a_run_of_another_format_is_forgotten_with_its_group(broker: Broke
 
 async def test_processes_of_two_formats_side_by_side(broker: BrokerProcess) -> None:
     """While an update is rolled out each version serves its own clients; others are told."""
-    async with cluster(broker.url) as scene, Program(broker.url, "--format", "2") as program:
+    async with cluster(broker.url) as scene, Program(broker.url, "--format", "3") as program:
         new = [await meet(scene.stack, program.url, "program", (RED,)) for _ in range(2)]
         old = [member for member in scene.members if RED in member.stays]
         for n in range(10):
