@@ -2907,11 +2907,10 @@ def call_through(
     middleware: list[Callable[..., Awaitable[Any]]], conn: Connection, envelope: Envelope,
     innermost: Callable[[], Any],
 ) -> Awaitable[Any]:  # fmt: skip
-    """Call the outermost *middleware*, or *innermost* if there is none."""
-    call_next = innermost
+    """Call the outermost *middleware*, with *innermost* inside of all."""
     for each in middleware[:0:-1]:
-        call_next = functools.partial(each, conn, envelope, call_next)
-    return middleware[0](conn, envelope, call_next) if middleware else innermost()
+        innermost = functools.partial(each, conn, envelope, innermost)
+    return middleware[0](conn, envelope, innermost)
 
 
 def around(routes: Routes, key: Any) -> tuple[Routes, ...]:
@@ -5698,10 +5697,11 @@ class Session:
         """Call the fallback or the binary handler, and send what it returns."""
         routes = around(self.routes, str if isinstance(data, str) else bytes)
         try:
-            innermost = functools.partial(function, self.conn, data)
-            envelope = Envelope("", data)
-            work = call_through(middleware_of(routes), self.conn, envelope, innermost)
-            result = await in_time(self._limits.handler_timeout, function, work)
+            work: Any = functools.partial(function, self.conn, data)
+            if middleware := middleware_of(routes):
+                envelope = Envelope("", data)
+                work = functools.partial(call_through, middleware, self.conn, envelope, work)
+            result = await in_time(self._limits.handler_timeout, function, work())
             if result is not None:
                 if message_type(type(result)) is None:
                     raise TypeError(f"{place_of(function)} may return a @message object or None")
