@@ -2885,10 +2885,6 @@ class Routes:
             self.scopes[key] = inner
             self.is_scoped = self.is_scoped or any(each.middleware for each in inner)
 
-    def around(self, key: Any) -> tuple[Routes, ...]:
-        """Return all routes around what has this *key*, the outermost first."""
-        return (self, *self.scopes.get(key, ()))
-
     def set_optional(self, optional: bool) -> None:
         """Set whether `authenticate` lets guests in."""
         self.takes_guests = optional
@@ -2977,11 +2973,15 @@ def call_through(
     middleware: list[Callable[..., Awaitable[Any]]], conn: Connection, envelope: Envelope,
     innermost: Callable[[], Any],
 ) -> Awaitable[Any]:  # fmt: skip
-    """Call the outermost *middleware*, or *innermost* if there is none."""
-    call_next = innermost
+    """Call the outermost *middleware*, with *innermost* inside of all."""
     for each in middleware[:0:-1]:
-        call_next = functools.partial(each, conn, envelope, call_next)
-    return middleware[0](conn, envelope, call_next) if middleware else innermost()
+        innermost = functools.partial(each, conn, envelope, innermost)
+    return middleware[0](conn, envelope, innermost)
+
+
+def around(routes: Routes, key: Any) -> tuple[Routes, ...]:
+    """Return all routes around what has this *key* in `Routes.scopes`, the outermost first."""
+    return (routes, *routes.scopes.get(key, ()))
 
 
 def middleware_of(routes: Iterable[Routes]) -> list[Callable[..., Awaitable[Any]]]:
@@ -3225,7 +3225,7 @@ def add_included(routes: Routes, own: Routes, found: Mapping[str, Handler]) -> N
     """Add to *routes* what *own* has around its handlers *found*, and what may be there once."""
 
     def inner(key: Any) -> tuple[Routes, ...]:
-        return tuple(each for each in own.around(key) if each.middleware or each.errors)
+        return tuple(each for each in around(own, key) if each.middleware or each.errors)
 
     for former, handler in found.items():
         routes.add_scope(handler.type, inner(former))
@@ -5974,8 +5974,13 @@ def check_guard(only: Any, name: str, namespaces: Namespaces) -> None:
         )
 
 
-async def check_allowed(handler: Handler, conn: Connection) -> None:
-    """Raise `MessageError` unless *conn* may send the type of *handler*, or what its guard does."""
+async def call_if_allowed(
+    handler: Handler, conn: Connection, call: Callable[[], Awaitable[Any]]
+) -> Any:
+    """Return what *call* returns if the guard of *handler* allows it.
+
+    Raises `MessageError` if *conn* may not send the type, and what the guard itself raises.
+    """
     only: Any = handler.only
     try:
         allowed = only(conn)
@@ -5990,6 +5995,7 @@ async def check_allowed(handler: Handler, conn: Connection) -> None:
         raise
     if not allowed:
         raise MessageError("forbidden", f"this client may not send {handler.type[:TYPE_SHOWN]!r}")
+    return await call()
 
 
 # ── stream ────────────────────────────────────────────────────────────────────────────────────
@@ -6357,7 +6363,8 @@ class Session:
         value = message.payload
         if value is UNSET or not message.is_built:
             if asks and handler.only is not None:
-                return self._call_if_allowed(handler, message, stream)
+                call = functools.partial(self._call, handler, message, stream, False)
+                return call_if_allowed(handler, self.conn, call)
             value = handler.structure(value, self._hub_state.codec)
         innermost: Callable[[], Any] = functools.partial(handler.call, self.conn, value)
         if stream is not None:
@@ -6365,7 +6372,7 @@ class Session:
             innermost = functools.partial(stream.send_all, innermost, reply, self.outgoing.send)
         middleware = self.routes.middleware
         if self.routes.scopes:
-            middleware = middleware_of(self.routes.around(handler.type))
+            middleware = middleware_of(around(self.routes, handler.type))
         # No middleware sees a renewal, because its token is nobody else's business.
         if not middleware or handler.type == "authenticate":
             return cast("Awaitable[Any]", innermost())
@@ -6373,22 +6380,16 @@ class Session:
         envelope = Envelope(handler.type, payload, message.id)
         return call_through(middleware, self.conn, envelope, innermost)
 
-    async def _call_if_allowed(
-        self, handler: Handler, message: Received, stream: Stream | None
-    ) -> Any:
-        """Call the handler if its guard allows it."""
-        await check_allowed(handler, self.conn)
-        return await self._call(handler, message, stream, asks=False)
-
     async def _perform_raw(self, function: Callable[..., Any], data: str | bytes) -> None:
         """Call the fallback or the binary handler, and send what it returns."""
-        around = self.routes.around(str if isinstance(data, str) else bytes)
+        cls = str if isinstance(data, str) else bytes
+        routes = around(self.routes, cls)
         try:
-            innermost = functools.partial(function, self.conn, data)
-            envelope = Envelope("", data)
-            work = call_through(middleware_of(around), self.conn, envelope, innermost)
-            result = await in_time(self._limits.handler_timeout, function, work)
-            cls = str if isinstance(data, str) else bytes
+            work: Any = functools.partial(function, self.conn, data)
+            if middleware := middleware_of(routes):
+                envelope = Envelope("", data)
+                work = functools.partial(call_through, middleware, self.conn, envelope, work)
+            result = await in_time(self._limits.handler_timeout, function, work())
             if cls is str and isinstance(result, str):
                 text = whole(str.__str__(result))  # Servers take no subclass.
                 await self.outgoing.send({"type": "websocket.send", "text": text})
@@ -6397,7 +6398,7 @@ class Session:
             elif result is not None:
                 raise TypeError(f"{place_of(function)} {may_return(cls)}")
         except BaseException as exc:  # A bug is answered, not passed on.
-            await self._fail(exc, None, None, around)
+            await self._fail(exc, None, None, routes)
 
     async def _refuse(self, event: Event, exc: Any = None) -> None:
         """Find out why the text is no message for a handler, and answer that."""
@@ -6504,10 +6505,10 @@ class Session:
             await self._send(codec.encode(type, result, id=id))
 
     async def _fail(
-        self, raised: BaseException, type: str | None, id: Id | None, around: Any = None
+        self, raised: BaseException, type: str | None, id: Id | None, routes: Any = None
     ) -> None:
-        """Answer *id* with what *raised* means; *type* is None for frames with routes *around*."""
-        routes: tuple[Routes, ...] = (around or self.routes.around(type))[::-1]
+        """Answer *id* with what *raised* means. A frame without a *type* comes with *routes*."""
+        routes = (routes or around(self.routes, type))[::-1]
         exc = single(raised, lambda exc: any(each.is_handled(exc) for each in routes))
         what = f"the handler of {type!r}" if type else "the fallback or the binary handler"
         # If code of the application has cancelled a task beside the reader, its error is answered.

@@ -47,6 +47,8 @@ app = falcon.asgi.App()
 ws = Pachinko(app, "/pachinko")
 app_with_middleware = falcon.asgi.App()
 surrounded = Pachinko(app_with_middleware, "/pachinko")
+app_of_files = falcon.asgi.App()
+file, file_with_middleware, file_with_guards = Pachinko(), Pachinko(), Pachinko()
 
 
 @message("y")
@@ -66,8 +68,13 @@ async def arrive(conn: Connection) -> None:
 
 
 @surrounded.middleware
+@file_with_middleware.middleware
 async def pass_on(conn: Connection, envelope: Envelope, call_next: Callable[[], Any]) -> Any:
     return await call_next()
+
+
+def anybody(conn: Connection) -> bool:
+    return True
 
 
 class Turn:
@@ -86,6 +93,9 @@ def add_handlers(number: int) -> None:
 
     @ws.on(X)
     @surrounded.on(X)
+    @file.on(X)
+    @file_with_middleware.on(X)
+    @file_with_guards.on(X, only=anybody)
     async def typed(conn: Connection, msg: X) -> Y:
         return Y(msg.a, msg.b)
 
@@ -105,6 +115,12 @@ def add_handlers(number: int) -> None:
 
 for number in range(TYPES):
     add_handlers(number)
+
+
+for path, each in (
+    ("/file", file), ("/around", file_with_middleware), ("/only", file_with_guards),
+):  # fmt: skip
+    Pachinko(app_of_files, path).include(each)
 
 
 class Plain:
@@ -179,6 +195,7 @@ def messages(
     is_answered: bool = True,
     is_refused: bool = False,
     is_slow: bool = False,
+    path: str = "/pachinko",
 ) -> Work:
     """Messages that have all arrived when *to* asks for the first; or, if *is_slow*, none has."""
     id = '"id":7,' if is_answered else ""
@@ -188,7 +205,7 @@ def messages(
         texts = [f'{{"type":"{type}{n % TYPES}",{rest}}}' for n in range(times)]
         events = [{"type": "websocket.receive", "text": text} for text in texts]
         sent.clear()
-        await serve("/pachinko", *events, LEAVE, to=to, is_slow=is_slow)
+        await serve(path, *events, LEAVE, to=to, is_slow=is_slow)
         assert len(sent) == is_answered * times
         assert sum('"error"' in text for text in sent) == is_refused * times
 
@@ -272,6 +289,9 @@ async def measure() -> Figures:
         "fields and int reply": await cost(messages("fields")),
         "message without a reply": await cost(messages("silent", is_answered=False)),
         "middleware": await cost(messages("typed", to=app_with_middleware)),
+        "included": await cost(messages("typed", to=app_of_files, path="/file")),
+        "its own middleware": await cost(messages("typed", to=app_of_files, path="/around")),
+        "only=": await cost(messages("typed", to=app_of_files, path="/only")),
         "an unknown type": await cost(messages("unknown", is_refused=True)),
         "handler that suspends": await cost(messages("waiting")),
         "connect and disconnect": await cost(visits),

@@ -1028,10 +1028,13 @@ def test_an_app_that_includes_a_file_can_go() -> None:
     """The file stays in its module, and keeps no app of a test alive."""
     other = Pachinko()
     other.on("hi")(nothing)
-    ws = endpoint()
-    ws.include(other)
-    left = weakref.ref(ws)
-    del ws
+
+    def make() -> weakref.ref[Pachinko]:
+        ws = endpoint()
+        ws.include(other)
+        return weakref.ref(ws)
+
+    left = make()
     gc.collect()
     assert left() is None
 

@@ -58,6 +58,12 @@ def test_what_it_costs_has_a_limit(figures, case, column, limit):
     )
 
 
+@pytest.mark.parametrize("column", ["instructions", "C calls"])
+def test_a_message_of_an_included_file_costs_what_others_cost(figures, column):
+    """An app in several files is as fast as one in one file."""
+    assert figures["included"][column] == figures["typed message and reply"][column]
+
+
 @pytest.fixture(scope="module")
 def five():
     """The module `benchmarks.figures`, where what the benchmarks need is installed."""
