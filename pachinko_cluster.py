@@ -1544,33 +1544,35 @@ class HubThread(threading.Thread):
         try:
             with asyncio.Runner() as runner:
                 runner.run(self._serve())
-        except (Exception, asyncio.CancelledError) as exc:
+        except asyncio.CancelledError:
+            resolve(self.opened, "the SyncHub was stopped before it was connected")
+        except Exception as exc:
             # Without files left there is no event loop. At exit, the loop's own threads, which
             # resolve names, have ended, but asyncio cannot start the thread that waits for that.
-            resolve(self.opened, f"no event loop: {exc!r}")
+            resolve(self.opened, f"the event loop has failed: {exc!r}")
 
     async def _serve(self) -> None:
-        loop, task = asyncio.get_running_loop(), pachinko.current_task()
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        task = pachinko.current_task()
 
         def cancel(_: object) -> None:
             with contextlib.suppress(RuntimeError):  # The loop has been closed.
-                loop.call_soon_threadsafe(task.cancel)
+                self.loop.call_soon_threadsafe(task.cancel)
 
         self._over.add_done_callback(cancel)
         try:
             async with self.hub.open():
                 self.opened.set_result("")
-                await loop.create_future()  # The hub reconnects by itself meanwhile.
+                await self.loop.create_future()  # The hub reconnects by itself meanwhile.
         except PachinkoError as exc:
-            resolve(self.opened, str(exc))
-        finally:
-            resolve(self.opened, "the SyncHub was stopped before it was connected")
+            self.opened.set_result(str(exc))
 
 
 @atexit.register
 def stop_threads() -> None:
     """Disconnect at the end of the program. Threads that are killed would leave sockets open."""
-    threads = [each for each in threading.enumerate() if isinstance(each, HubThread)]
+    alive = threading.enumerate()
+    threads = [each for each in alive if isinstance(each, HubThread) and each.is_ours]
     for thread in threads:
         thread.end()
     for thread in threads:
@@ -1578,12 +1580,15 @@ def stop_threads() -> None:
 
 
 def is_in_loop() -> bool:
-    """Return whether an event loop runs in this thread."""
+    """Return whether an event loop runs in this thread, which a call would block."""
     try:
-        asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
     except RuntimeError:
         return False
-    return True
+    # All threads of gevent are one of the system's, so each sees the loop of a `HubThread` there.
+    if isinstance(threading.current_thread(), HubThread):
+        return True
+    return all(getattr(each, "loop", None) is not loop for each in threading.enumerate())
 
 
 class SyncHub:

@@ -9,15 +9,9 @@ a systemd timer counts as failed.
 """
 
 import argparse
-import asyncio
 import sys
 
-from pachinko import PachinkoError, hub
-
-
-async def notify(group: str, text: str) -> None:
-    async with hub.open():  # the broker that PACHINKO_BACKPLANE names
-        await hub.send(group, "notice", {"text": text})
+from pachinko import PachinkoError, SyncHub
 
 
 def main() -> None:
@@ -26,7 +20,8 @@ def main() -> None:
     parser.add_argument("text")
     given = parser.parse_args()
     try:
-        asyncio.run(notify(given.group, given.text))
+        with SyncHub() as hub:  # the broker that PACHINKO_BACKPLANE names
+            hub.send(given.group, "notice", {"text": given.text})
     except PachinkoError as exc:
         sys.exit(f"notify_cron: nobody was told: {exc}")
 

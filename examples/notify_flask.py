@@ -4,24 +4,21 @@
     PACHINKO_BACKPLANE=nats://localhost:4222 flask --app examples/notify_flask run
     curl -d "text=Your parcel is here" http://127.0.0.1:5000/users/Ada/notices
 
-Requests may run in parallel: their threads share the one in which the hub is open. With
-``async with hub.open():`` in the view, all but one of them would fail.
-
-Other WSGI frameworks do the same; ``hub_thread.py`` shows Django.
+Requests may run in parallel: their threads share one connection to the broker, which is made at the
+first request. So ``gunicorn --preload`` may fork before that. Other WSGI frameworks do the same.
 """
 
 from flask import Flask, request
-from hub_thread import HubThread
 
-from pachinko import PachinkoError, hub
+from pachinko import PachinkoError, SyncHub
 
 app = Flask(__name__)
-hub_thread = HubThread()  # the broker that PACHINKO_BACKPLANE names
+hub = SyncHub()  # the broker that PACHINKO_BACKPLANE names
 
 
 @app.post("/users/<user>/notices")
 def notify(user: str) -> dict[str, bool]:
-    hub_thread.call(hub.send_to_user, user, "notice", {"text": request.form["text"]})
+    hub.send_to_user(user, "notice", {"text": request.form["text"]})
     return {"sent": True}  # The user may not be connected.
 
 

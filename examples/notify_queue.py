@@ -12,12 +12,10 @@ import sys
 import threading
 import time
 
-from hub_thread import HubThread
-
-from pachinko import PachinkoError, hub
+from pachinko import PachinkoError, SyncHub
 
 STEPS = 5
-hub_thread = HubThread()  # the broker that PACHINKO_BACKPLANE names
+hub = SyncHub()  # the broker that PACHINKO_BACKPLANE names
 jobs = queue.Queue[str | None]()  # the users to make reports for; None ends a worker
 
 
@@ -31,7 +29,7 @@ def make_report(user: str) -> None:
 def tell(user: str, done: int) -> None:
     progress = {"job": "report", "done": done, "of": STEPS}
     try:
-        hub_thread.call(hub.send_to_user, user, "progress", progress)
+        hub.send_to_user(user, "progress", progress)
     except PachinkoError as exc:  # The job goes on when nobody can be told.
         logging.warning("%s was not told: %s", user, exc)
 

@@ -99,7 +99,7 @@ def spans(cell: str) -> list[str]:
 
 def is_client(code: str) -> bool:
     """Whether *code* is a program of its own, and not a part of the page's app."""
-    return "asyncio.run(" in code
+    return "asyncio.run(" in code or "SyncHub(" in code
 
 
 @functools.cache

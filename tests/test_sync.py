@@ -420,6 +420,33 @@ def test_a_stopped_thread_is_told_again() -> None:
     thread.end()
 
 
+async def test_the_end_of_the_program_ends_all_threads() -> None:
+    """Each of them disconnects."""
+    async with running("nats") as broker:
+        hubs = [SyncHub(broker.url) for _ in range(3)]
+        for hub in hubs:
+            await call(hub.send, "room", "said")
+        assert len(threads()) == 3
+        await call(pachinko_cluster.stop_threads)
+        assert threads() == []
+        await call(hubs[0].send, "room", "said")
+        hubs[0].stop()
+
+
+async def test_another_process_leaves_the_thread_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a fork that Python has not noticed, an end in the child is none in the parent."""
+    async with running("nats") as broker:
+        with SyncHub(broker.url) as hub:
+            await call(hub.send, "room", "said")
+            (thread,) = threads()
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 1)
+                assert not thread.is_ours
+                thread.end()
+            await call(hub.send, "room", "said")
+            assert threads() == [thread]
+
+
 # Where it is called
 
 
@@ -431,6 +458,21 @@ async def test_a_call_in_an_event_loop() -> None:
     with pytest.raises(PachinkoError, match=r"`await hub\.presence\(\.\.\.\)`"):
         hub.presence(user="ada")
     assert threads() == []
+
+
+async def test_a_call_in_its_own_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for itself. A thread of gevent that sees this loop is another matter."""
+    async with running("nats") as broker:
+        with SyncHub(broker.url) as hub:
+            await call(hub.send, "room", "said")
+            (thread,) = threads()
+            inside = thread.hub.call_threadsafe(hub.send, "room", "said")
+            with pytest.raises(PachinkoError, match="would block the event loop"):
+                await asyncio.wrap_future(inside)
+            with monkeypatch.context() as patch:
+                patch.setattr(threading, "current_thread", threading.main_thread)
+                inside = thread.hub.call_threadsafe(pachinko_cluster.is_in_loop)
+                assert await asyncio.wrap_future(inside) is False
 
 
 def test_the_name_is_the_companions() -> None:
@@ -487,7 +529,7 @@ def wait(*pids):
 
 async def run(code: str, *arguments: str) -> tuple[int, str]:
     """Run a program that warns of what it leaves open; return its exit status and its output."""
-    command = [sys.executable, "-W", "error", "-X", "dev", "-c", PRELUDE + code, *arguments]
+    command = [sys.executable, "-W", "error", "-c", PRELUDE + code, *arguments]
 
     def work() -> tuple[int, str]:
         done = subprocess.run(
@@ -510,7 +552,9 @@ for n in range(3):
     wait(fork(lambda: hub.send("room", "said", n)))
 hub.send("room", "said", "parent again")
 """),
-    "of a child that has been forked": (["parent", "child", "grandchild", "child again", "parent again"], """
+    "of a child that has been forked": ([
+        "parent", "child", "grandchild", "child again", "parent again"
+    ], """
 hub.send("room", "said", "parent")
 def child():
     hub.send("room", "said", "child")

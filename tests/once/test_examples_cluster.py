@@ -28,6 +28,7 @@ import pytest
 from brokers import find
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
 from test_chat import PATIENCE, chromium, free_port
+from test_docs import blocks
 from websockets.sync.client import ClientConnection, connect
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -778,74 +779,84 @@ def test_a_flask_app_reaches_users(room: str, enter: Enter) -> None:
     assert "Traceback" not in flask.text
 
 
-FORKS = """
-import os, sys, warnings
-from hub_thread import HubThread
-from pachinko import hub
+GEVENT = """
+import gevent.monkey
+gevent.monkey.patch_all()
+import sys
+from pachinko import SyncHub
 
-warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: there may be threads
-hub_thread = HubThread()
-room = sys.argv[1]
-
-def tell(text):
-    hub_thread.call(hub.send_to_user, "Forker", "notice", {"text": text})
-    assert len(hub_thread.call(hub.presence, room)) == 1
-
-if sys.argv[2] == "used":
-    tell("parent, before")
-for n in (1, 2):
-    if os.fork() == 0:
-        tell(f"child {n}")
-        sys.exit()
-    assert os.wait()[1] == 0
-tell("parent, after")
-hub_thread.close()
-tell("parent, reopened")
+hub = SyncHub()
+for round in range(2):  # In the second one, the hub is open.
+    calls = [gevent.spawn(hub.send_to_user, "Gevent", "notice", n) for n in range(20)]
+    ticks = gevent.spawn(gevent.sleep, 0)
+    gevent.joinall([*calls, ticks], raise_error=True)
+assert len(hub.presence(sys.argv[1])) == 1
 """
 
 
-@pytest.mark.parametrize("before", ["unused", "used"])
-def test_a_hub_in_a_thread_survives_a_fork(
-    cluster: Cluster, enter: Enter, room: str, before: str
-) -> None:
-    """Parent and children each have a connection of their own, made when it is first used."""
-    forker = enter(cluster, 1, "Forker")
-    path = os.pathsep.join([str(EXAMPLES), environment()["PYTHONPATH"]])
-    variables = {"PYTHONPATH": path, "PACHINKO_BACKPLANE": cluster.broker}
-    done = run("-W", "error", "-c", FORKS, f"room:{room}", before, **variables)
+def test_greenlets_reach_users(cluster: Cluster, enter: Enter, room: str) -> None:
+    """A program of gevent shares a connection between its greenlets, and none blocks the others."""
+    needs("gevent")
+    ada = enter(cluster, 0, "Gevent")
+    done = run("-c", GEVENT, f"room:{room}", PACHINKO_BACKPLANE=cluster.broker)
     assert (done.returncode, done.stderr) == (0, "")
-    expected = ["child 1", "child 2", "parent, after", "parent, reopened"]
-    if before == "used":
-        expected.insert(0, "parent, before")
-    assert [forker.next("notice")["text"] for _ in expected] == expected
+    assert sorted(ada.next("notice") for _ in range(40)) == sorted([*range(20), *range(20)])
 
 
 DJANGO = """
-import sys, textwrap
+import sys
 import django
 from django.conf import settings
 from django.test import RequestFactory
 
-import hub_thread as module
-
 settings.configure()
 django.setup()
-exec(textwrap.dedent(module.__doc__.partition("has:\\n")[2]))
-response = notify(RequestFactory().post("/", {"text": "from Django"}), sys.argv[1])
+exec(sys.argv[1])
+response = notify(RequestFactory().post("/", {"text": "from Django"}), sys.argv[2])
 print(response.status_code, response.content.decode())
 """
 
 
+def recipe(package: str) -> str:
+    """The code for *package* in ``docs/cluster.md``."""
+    needs(package)
+    (code,) = (c for c in blocks(ROOT / "docs" / "cluster.md", "python") if f"from {package}" in c)
+    return code
+
+
 def test_a_view_of_django_reaches_users(cluster: Cluster, enter: Enter) -> None:
-    """The view in the docstring works as it is printed there."""
-    needs("django")
+    """The view on the page works as it is printed there."""
     users = [enter(cluster, number, "Django") for number in (0, 1)]
-    path = os.pathsep.join([str(EXAMPLES), environment()["PYTHONPATH"]])
-    variables = {"PYTHONPATH": path, "PACHINKO_BACKPLANE": cluster.broker}
-    done = run("-c", DJANGO, "Django", **variables)
+    code = recipe("django")
+    done = run("-W", "error", "-c", DJANGO, code, "Django", PACHINKO_BACKPLANE=cluster.broker)
     assert (done.stdout, done.stderr) == ('200 {"sent": true}\n', "")
     for client in users:
         assert client.next("notice") == {"text": "from Django"}
+
+
+def test_tasks_of_celery_report_their_progress(
+    cluster: Cluster, enter: Enter, tmp_path: Path
+) -> None:
+    """The processes that Celery forks each have a connection of their own."""
+    port = free_port()
+    code = recipe("celery").replace("redis://localhost:6379", f"redis://127.0.0.1:{port}")
+    (tmp_path / "tasks.py").write_text(code)
+    path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
+    variables = {"PYTHONPATH": path, "PACHINKO_BACKPLANE": cluster.broker}
+    command = [find("redis"), "--bind", "127.0.0.1", "--save", "", "--port", str(port)]
+    ada = enter(cluster, 0, "Celery")
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as redis:
+        try:
+            until(lambda: is_open(port))
+            options = ["--pool", "prefork", "--concurrency", "2", "--loglevel", "INFO"]
+            worker = Program("-m", "celery", "-A", "tasks", "worker", *options, **variables)
+            with running(worker, r"celery@.* ready"):
+                send = "import tasks; [tasks.make_report.delay('Celery') for _ in range(4)]"
+                assert run("-c", send, **variables).returncode == 0
+                steps = [ada.next("progress") for _ in range(20)]
+                assert sorted(step["done"] for step in steps) == [1, 2, 3, 4, 5] * 4
+        finally:
+            redis.terminate()
 
 
 def take_screenshot(path: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, assert_type
 import attrs
 import falcon.asgi
 
+import pachinko
 from pachinko import (
     Backplane,
     Close,
@@ -20,6 +21,7 @@ from pachinko import (
     MessageError,
     Pachinko,
     PachinkoError,
+    SyncHub,
     hub,
     message,
 )
@@ -332,6 +334,34 @@ def use_hub_from_a_thread(conn: Connection) -> None:
     hub.call_threadsafe(setattr, conn, "expires_at", None)
     hub.call_threadsafe(hub.send)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     hub.call_threadsafe(hub.send, 1, "hello")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue,reportArgumentType]
+
+
+def use_hub_without_an_event_loop(conn: Connection) -> None:
+    assert_type(SyncHub(), SyncHub)
+    assert_type(pachinko.SyncHub(Own(), namespace="shop", converter=hub.converter), SyncHub)
+    with SyncHub("nats://localhost:4222") as sync_hub:
+        assert_type(sync_hub, SyncHub)
+        sync_hub.send("room:1", Say("hello"), exclude=["an-id", "another"])
+        sync_hub.broadcast("news", {"title": "Pachinko"}, exclude=conn.id)
+        sync_hub.send_to(conn.id, "note")
+        sync_hub.send_to_user("ada", Say("hello"))
+        sync_hub.close_group("room:1", 4000, "over")
+        assert_type(sync_hub.presence("room:1")[0].user, str | None)
+        assert_type(sync_hub.presence(user="ada")[0].id, str)
+    sync_hub.stop()
+
+
+def wrong_without_an_event_loop(sync_hub: SyncHub) -> None:
+    SyncHub(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    SyncHub("nats://localhost:4222", "shop")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    SyncHub(namespace=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    sync_hub.send(1, "hello")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    sync_hub.send("room:1")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    sync_hub.send("room:1", "hello", None, "id")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    sync_hub.presence()  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    sync_hub.presence("room:1", user="ada")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    sync_hub.members("room:1")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue,reportUnknownMemberType]
+    pachinko.SyncHubs()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue,reportUnknownMemberType]
 
 
 # Options and errors.
