@@ -230,6 +230,23 @@ def test_a_broker_needs_the_companion(place: Place, url: str) -> None:
     assert "pachinko_cluster.py" in text
 
 
+def test_sync_hub_is_there_with_the_companion(place: Place) -> None:
+    """Without the file it is a `PachinkoError`; other ways to look at the module need no file."""
+    found = place.prints(
+        "import inspect, sys, pachinko\nfrom pachinko import *\n"
+        "print(hasattr(pachinko, '__wrapped__'), 'SyncHub' in dir(pachinko))\n"
+        "inspect.getmembers(pachinko)\n"
+        "print('pachinko_cluster' in sys.modules)\n"
+        "try:\n    from pachinko import SyncHub\n"
+        "except PachinkoError as exc: print(exc)\n"
+        "else: print(SyncHub('nats://localhost:4222').send)\n"
+    )
+    assert found[:2] == ["False False", "False"]
+    missing = "SyncHub needs pachinko_cluster.py of the same version: copy it"
+    there = "<bound method SyncHub.send of <pachinko_cluster.SyncHub object at "
+    assert found[2].startswith(missing if place.kind == "alone" else there)
+
+
 @where_the_file_is
 def test_an_app_with_a_broker_does_not_start_without_the_companion(place: Place) -> None:
     """The server says why, and ends."""

@@ -853,8 +853,8 @@ def test_tasks_of_celery_report_their_progress(
             with running(worker, r"celery@.* ready"):
                 send = "import tasks; [tasks.make_report.delay('Celery') for _ in range(4)]"
                 assert run("-c", send, **variables).returncode == 0
-                steps = [ada.next("progress") for _ in range(20)]
-                assert sorted(step["done"] for step in steps) == [1, 2, 3, 4, 5] * 4
+                steps = [ada.next("progress")["done"] for _ in range(20)]
+                assert sorted(steps) == sorted([1, 2, 3, 4, 5] * 4)
         finally:
             redis.terminate()
 
