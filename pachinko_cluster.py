@@ -1517,6 +1517,8 @@ _IMPORTED = concurrent.futures.ThreadPoolExecutor, "".encode("idna")
 class HubThread(threading.Thread):
     """A thread with an event loop, in which *hub* is open until `end` is called."""
 
+    loop: asyncio.AbstractEventLoop | None = None
+
     def __init__(self, hub: Hub) -> None:
         super().__init__(name="pachinko", daemon=True)
         self.hub: Hub = hub
@@ -1552,18 +1554,18 @@ class HubThread(threading.Thread):
             resolve(self.opened, f"the event loop has failed: {exc!r}")
 
     async def _serve(self) -> None:
-        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        self.loop = loop = asyncio.get_running_loop()
         task = pachinko.current_task()
 
         def cancel(_: object) -> None:
             with contextlib.suppress(RuntimeError):  # The loop has been closed.
-                self.loop.call_soon_threadsafe(task.cancel)
+                loop.call_soon_threadsafe(task.cancel)
 
         self._over.add_done_callback(cancel)
         try:
             async with self.hub.open():
                 self.opened.set_result("")
-                await self.loop.create_future()  # The hub reconnects by itself meanwhile.
+                await loop.create_future()  # The hub reconnects by itself meanwhile.
         except PachinkoError as exc:
             self.opened.set_result(str(exc))
 
@@ -1586,9 +1588,8 @@ def is_in_loop() -> bool:
     except RuntimeError:
         return False
     # All threads of gevent are one of the system's, so each sees the loop of a `HubThread` there.
-    if isinstance(threading.current_thread(), HubThread):
-        return True
-    return all(getattr(each, "loop", None) is not loop for each in threading.enumerate())
+    threads = [each for each in threading.enumerate() if isinstance(each, HubThread)]
+    return threading.current_thread() in threads or all(each.loop is not loop for each in threads)
 
 
 class SyncHub:

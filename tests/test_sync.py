@@ -460,6 +460,31 @@ async def test_a_call_in_an_event_loop() -> None:
     assert threads() == []
 
 
+async def test_a_call_in_the_event_loop_of_another_thread() -> None:
+    """It is refused there as well, also if the thread looks like one of ours."""
+
+    class LoopThread(threading.Thread):
+        text = ""
+
+        def run(self) -> None:
+            asyncio.run(self.main())
+
+        async def main(self) -> None:
+            self.loop = asyncio.get_running_loop()
+            try:
+                hub.send("room", "said")
+            except PachinkoError as exc:
+                self.text = str(exc)
+
+    async with running("nats") as broker:
+        with SyncHub(broker.url) as hub:
+            await call(hub.send, "room", "said")
+            thread = LoopThread()
+            thread.start()
+            await call(thread.join)
+            assert "would block the event loop" in thread.text
+
+
 async def test_a_call_in_its_own_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would wait for itself. A thread of gevent that sees this loop is another matter."""
     async with running("nats") as broker:
