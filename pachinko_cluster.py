@@ -1671,6 +1671,43 @@ class SyncHub:
         """Close every connection in *group*, behind what was sent to it before."""
         self._call(Hub.close_group, group, code, reason)
 
+    def close(self, id: str, code: int = 1000, reason: str | None = "") -> None:
+        """Close the connection with that *id*. `stop` ends the `SyncHub` itself."""
+        self._call(Hub.close, id, code, reason)
+
+    def close_user(self, user: str, code: int = 1000, reason: str | None = "") -> None:
+        """Close every connection of *user*."""
+        self._call(Hub.close_user, user, code, reason)
+
+    def join(self, group: str, id: str) -> None:
+        """Add the connection with that *id* to *group*, in whichever process it is."""
+        self._call(Hub.join, group, id)
+
+    def leave(self, group: str, id: str) -> None:
+        """Remove the connection with that *id* from *group*."""
+        self._call(Hub.leave, group, id)
+
+    @typing.overload
+    def ask(
+        self, id: str, message: object, payload: object = None, *,
+        timeout: float = ..., returns: type[T],
+    ) -> T: ...  # fmt: skip
+    @typing.overload
+    def ask(
+        self, id: str, message: object, payload: object = None, *,
+        timeout: float = ..., returns: Any = ...,
+    ) -> Any: ...  # fmt: skip
+    def ask(
+        self, id: str, message: object, payload: object = None, *,
+        timeout: float = 10.0, returns: Any = Any,
+    ) -> Any:  # fmt: skip
+        """Ask the client with that connection *id*, and return the payload of its answer.
+
+        Waits *timeout* seconds for it. Raises what `Hub.ask` raises.
+        """
+        ask: Any = Hub.ask
+        return self._call(ask, id, message, payload, timeout=timeout, returns=returns)
+
     @typing.overload
     def presence(self, group: str) -> list[pachinko.Presence]: ...
     @typing.overload

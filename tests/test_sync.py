@@ -141,6 +141,32 @@ async def test_each_method_reaches_clients(kind: BrokerKind) -> None:
             assert await ada.closed() == (4000, "over")
 
 
+@each_broker
+async def test_each_method_for_one_connection(kind: BrokerKind) -> None:
+    """A client is asked, and its connection is put into groups and closed, by its id."""
+    async with scene(kind) as at, at.member() as ada, at.member("other", "bob") as bob:
+        id = await welcome(ada)
+        await welcome(bob)
+        with SyncHub(at.broker.url) as hub:
+            assert await call(hub.join, "more", id) is None
+            await call(hub.send, "more", "said", 1)
+            assert await heard(ada) == ("said", 1)
+            assert await call(hub.leave, "more", id) is None
+            await call(hub.send, "more", "said", 2)
+            asking = asyncio.create_task(call(hub.ask, id, "sum", {"a": 1}, returns=int))
+            question = await ada.receive()
+            assert (question["type"], question["payload"]) == ("sum", {"a": 1})
+            await ada.send("sum.reply", 5, question["id"])
+            assert await asking == 5
+            with pytest.raises(TimeoutError):
+                await call(lambda: hub.ask(id, "sum", timeout=0.1))
+            assert (await ada.receive())["type"] == "sum"
+            assert await call(hub.close, id, 4001, "over") is None
+            assert await ada.closed() == (4001, "over")
+            assert await call(hub.close_user, "bob", 4002, "out") is None
+            assert await bob.closed() == (4002, "out")
+
+
 async def test_what_the_hub_refuses_is_raised() -> None:
     """A wrong name, a payload without JSON, an id of nobody: as with the hub."""
     async with running("nats") as broker:

@@ -346,6 +346,12 @@ def use_hub_without_an_event_loop(conn: Connection) -> None:
         sync_hub.send_to(conn.id, "note")
         sync_hub.send_to_user("ada", Say("hello"))
         sync_hub.close_group("room:1", 4000, "over")
+        sync_hub.close(conn.id, 4000, "over")
+        sync_hub.close_user("ada", 4000, "over")
+        sync_hub.join("room:1", conn.id)
+        sync_hub.leave("room:1", conn.id)
+        assert_type(sync_hub.ask(conn.id, "sum", {"a": 1}, timeout=5, returns=int), int)
+        assert_type(sync_hub.ask(conn.id, Say("hello")), Any)
         assert_type(sync_hub.presence("room:1")[0].user, str | None)
         assert_type(sync_hub.presence(user="ada")[0].id, str)
     sync_hub.stop()
@@ -358,6 +364,8 @@ def wrong_without_an_event_loop(sync_hub: SyncHub) -> None:
     sync_hub.send(1, "hello")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     sync_hub.send("room:1")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     sync_hub.send("room:1", "hello", None, "id")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    sync_hub.close()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    sync_hub.join("room:1", 5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     sync_hub.presence()  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     sync_hub.presence("room:1", user="ada")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     sync_hub.members("room:1")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue,reportUnknownMemberType]
