@@ -5943,7 +5943,7 @@ class Session:
         own = self._hub_state.cancel_tasks(self.conn.id)
         if self.tasks or own:
             end, linger = self._ended + self._limits.linger, self._limits.linger
-            tasks = own | self.tasks
+            tasks = {*own, *self.tasks}
             steps.insert(0, functools.partial(end_tasks, tasks, own, self._streams, end, linger))
         is_ending = await take_leave(steps, self.conn) if steps else current_task().cancelling()
         extra = {"connection_id": self.conn.id}

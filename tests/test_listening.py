@@ -553,12 +553,11 @@ async def test_messages_that_cannot_be_read_are_one_gap() -> None:
             if n == 2:
                 second = hub.listen("room")
             await cluster.receive("pachinko.g.room", b'{"v":99}\n')
-        for payload in (rb'"\ud800"', b"[" * 3000 + b"]" * 3000):
-            frame = b'{"type":"x","group":"room","payload":%b}' % payload
-            await cluster.receive("pachinko.g.room", pack(PeerMessage(1, "send", "p"), frame))
+        frame = b'{"type":"x","group":"room","payload":1e400}'
+        await cluster.receive("pachinko.g.room", pack(PeerMessage(1, "send", "p"), frame))
         await hub.send("room", "end")
-        assert types_of([await step(first) for _ in "1234"]) == ["gap", "gap", "gap", "end"]
-        assert types_of([await step(second) for _ in "1234"]) == ["gap", "gap", "gap", "end"]
+        assert types_of([await step(first) for _ in "123"]) == ["gap", "gap", "end"]
+        assert types_of([await step(second) for _ in "123"]) == ["gap", "gap", "end"]
 
 
 class Denied(Own):
