@@ -43,7 +43,7 @@ def endpoint(**options: Any) -> Pachinko:
 
 
 def has_no_tasks(ws: Pachinko) -> bool:
-    return not ws._hub.state.tasks
+    return not ws._hub.state.background
 
 
 def _starting(tick: Tick) -> Any:
@@ -305,7 +305,7 @@ async def test_its_clean_up_is_not_cut_short() -> None:
 
 
 async def _connections(ws: Pachinko) -> frozenset[Connection]:
-    await until(lambda: ws._hub.connections and ws._hub.state.tasks)
+    await until(lambda: ws._hub.connections and ws._hub.state.background)
     return ws._hub.connections
 
 

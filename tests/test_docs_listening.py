@@ -124,10 +124,11 @@ async def test_a_shutdown_after_a_drain_is_not_held_up(example: Any) -> None:
 
 async def test_without_a_drain_the_servers_time_limit_ends_it(example: Any) -> None:
     """That of uvicorn cancels the response."""
-    async with serving(example.app, timeout_graceful_shutdown=0.1, log_level="critical") as server:
-        async with watching(server.port):
-            await until(lambda: hub.groups)
-            await server.stop()
+    server = Server(example.app, timeout_graceful_shutdown=0.1, log_level="critical")
+    await server.start()
+    async with watching(server.port):
+        await until(lambda: hub.groups)
+        await server.stop()
     assert not hub.groups
 
 
@@ -187,7 +188,7 @@ async def test_the_pages_task(caplog: pytest.LogCaptureFixture) -> None:
     async with serving(page.app) as server:
         async with connect(f"{server.url}/clock") as client:
             assert [(await client.receive())["type"] for _ in "12"] == ["tick", "tick"]
-        await until(lambda: not hub.state.tasks)
+        await until(lambda: not hub.state.background)
     assert not caplog.records
 
 
@@ -204,5 +205,3 @@ async def test_the_pages_listener() -> None:
         await asyncio.wait_for(asyncio.gather(bridge, state), PATIENCE)
     assert page.passed_on == [("said", {"text": "hi"})]
     assert page.shown == ["loaded", "said"]
-
-

@@ -281,7 +281,7 @@ async def listen() -> None:
         assert_type(await messages.aclose(), None)
     listening: AsyncIterator[Envelope] = hub.listen("room:1")
     await anext(listening)
-    hub.listen(1)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue,reportArgumentType]
+    hub.listen(1)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
     hub.listen("room:1", 5.0)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     await hub.listen("room:1")  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues]
 
