@@ -4946,7 +4946,7 @@ class HubState:
     questions: dict[str, Questions] = attrs.Factory(dict)  # by connection id, from its first one
     listeners: set[Mailbox] = attrs.Factory(set)
     # Tasks of connections, by the connection's id: whether each has been cancelled.
-    tasks: dict[str, dict[asyncio.Task[Any], bool]] = attrs.Factory(dict)
+    background: dict[str, dict[asyncio.Task[Any], bool]] = attrs.Factory(dict)
     loop: asyncio.AbstractEventLoop | None = None  # the loop of the apps, while one runs
     broker: Given = None  # the broker that the first app was started with
     relay: Relay = attrs.Factory(Relay)
@@ -5081,7 +5081,7 @@ class HubState:
 
     def cancel_tasks(self, id: str) -> Set[asyncio.Task[Any]]:
         """Cancel each task of the connection *id* once, but not the current one; return them."""
-        if (tasks := self.tasks.get(id)) is None:
+        if (tasks := self.background.get(id)) is None:
             return frozenset()
         for task in [task for task, is_cancelled in tasks.items() if not is_cancelled]:
             if task is not asyncio.current_task():
@@ -5129,7 +5129,7 @@ class Mailbox:
         self.group, self.loop = group, state.loop
         self.id: str = f"listener {next(_numbers)}"  # A connection's id looks different.
         self.closed: bool = state.loop is None or bool(state.drains)
-        self._state = state
+        self._hub_state = state
         self._queue = collections.deque[Waiting]()
         self._size = 0  # bytes in the queue
         self._has_gap = False  # in front of the queue
@@ -5147,7 +5147,7 @@ class Mailbox:
     async def subscribed(self) -> None:
         """Wait until messages of other processes arrive. Raises what `Hub.join` does."""
         try:
-            await self._state.relay.subscribed(Kind.GROUP, self.group)
+            await self._hub_state.relay.subscribed(Kind.GROUP, self.group)
         except PachinkoError:
             try:
                 await asyncio.sleep(0)  # Joins that wait read the reason before the leave.
@@ -5169,13 +5169,14 @@ class Mailbox:
         self._arrived.set()
         return len(queue) > _MAILBOX / 2 or self._size > _MAILBOX_BYTES / 2
 
-    async def take(self) -> Envelope | None:
-        """Wait for a message and return it, or None when no more will come."""
+    async def take(self, seconds: float | None) -> Envelope | None:
+        """Return the next message, or None when no more will come. Raises `TimeoutError`."""
         while not (self._queue or self._has_gap):
             if self.closed:
                 return None
             self._arrived.clear()
-            await self._arrived.wait()
+            async with asyncio.timeout(seconds):
+                await self._arrived.wait()
         if not self._has_gap:
             waiting = self._queue.popleft()
             self._size -= waiting.size
@@ -5192,9 +5193,9 @@ class Mailbox:
     def close(self, close: Close | None = None) -> None:
         """End. What has arrived can still be taken."""
         self.closed = True
-        self._state.listeners.discard(self)
-        if self._state.loop is not None:  # Otherwise the relay has ended, too.
-            self._state.registry.leave(self.group, self)
+        self._hub_state.listeners.discard(self)
+        if self._hub_state.loop is not None:  # Otherwise the relay has ended, too.
+            self._hub_state.registry.leave(self.group, self)
         self._arrived.set()
 
     def empty(self) -> None:
@@ -5230,8 +5231,7 @@ class Listener(AsyncIterator[T]):
     async def __anext__(self) -> T:
         await self.__aenter__()
         try:
-            async with asyncio.timeout(self._heartbeat):
-                envelope = await self._mailbox.take()
+            envelope = await self._mailbox.take(self._heartbeat)
         except TimeoutError:
             return cast(T, None)
         if envelope is None:
@@ -5591,13 +5591,13 @@ class Hub:
     def listen(self, group: str, *, heartbeat: float | None = None) -> Listener[Any]:
         """Get the messages to *group*: ``async for envelope in hub.listen("room:1"):``.
 
-        It listens from the call on, and to other processes once the first step, or the start of an
-        ``async with`` block, has begun. Each `Envelope` has the type, the payload as JSON and the
-        group; for bytes the type is ``""``. Broadcasts and messages to users do not come. Of more
-        than 256 messages or 1 MiB that wait, the oldest are dropped; a ``gap`` comes in their
+        It listens from the call on; with a broker once that has subscribed, for which the first
+        step waits, and so does ``async with hub.listen("room:1") as messages:``. An `Envelope` has
+        the type (``""`` for bytes), the payload as JSON and the group. Broadcasts do not come. Of
+        more than 256 messages or 1 MiB that wait, the oldest are dropped; a ``gap`` comes in their
         place, and after an outage of the broker. With *heartbeat*, None comes after so many seconds
-        of silence. The iteration ends when the hub drains or stops; `close_group` does not end it.
-        `aclose`, the end of the block, or dropping what is returned unsubscribes.
+        of silence. It ends when the hub drains or stops, and goes on after `close_group`. `aclose`,
+        the end of the block, or dropping what is returned unsubscribes.
 
         Raises `PachinkoError` in another thread or event loop; at the first step, if the broker
         does not permit the subscription. Raises `ValueError` for a *heartbeat* that is not above 0.
@@ -6088,14 +6088,14 @@ def create_task_of(session: Session, work: Coroutine[Any, Any, T]) -> asyncio.Ta
             "ended; await the coroutine there, or use a @ws.worker"
         )
     task = create_task(_report(work, conn))
-    tasks = state.tasks.setdefault(conn.id, {})
+    tasks = state.background.setdefault(conn.id, {})
     tasks[task] = (has_ended or conn.closed) and task.cancel()
 
     def forget(task: asyncio.Task[T]) -> None:
         work.close()  # It may have been cancelled before its first step.
         del tasks[task]
         if not tasks:
-            del state.tasks[conn.id]
+            del state.background[conn.id]
         if not task.cancelled():
             task.exception()  # It has been logged. Otherwise asyncio logs it, too.
 
@@ -6560,7 +6560,7 @@ class Session:
         own = self._hub_state.cancel_tasks(self.conn.id)
         if self.tasks or own:
             end, linger = self._ended + self._limits.linger, self._limits.linger
-            tasks = own | self.tasks
+            tasks = {*own, *self.tasks}
             steps.insert(0, functools.partial(end_tasks, tasks, own, self._streams, end, linger))
         is_ending = await take_leave(steps, self.conn) if steps else current_task().cancelling()
         extra = {"connection_id": self.conn.id}

@@ -3,6 +3,7 @@
 The lines with an ignored error must be errors: both checkers complain of a needless ignore.
 """
 
+import asyncio
 import concurrent.futures
 import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -316,6 +317,29 @@ async def use_connection(conn: Connection) -> None:
     conn.user_id = "ada"  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
     conn.groups = frozenset()  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
     await conn.close("bye")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def start_tasks(conn: Connection) -> None:
+    task = conn.create_task(add(conn, a=1))
+    assert_type(task, asyncio.Task[int])
+    assert_type(await task, int)
+    conn.create_task(add)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    conn.create_task(count(conn, to=3))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def listen() -> None:
+    async for envelope in hub.listen("room:1"):
+        assert_type(envelope, Envelope)
+    async for sign in hub.listen("room:1", heartbeat=5.0):
+        assert_type(sign, Envelope | None)
+    async with hub.listen("room:1") as messages:
+        assert_type(await anext(messages), Envelope)
+        assert_type(await messages.aclose(), None)
+    listening: AsyncIterator[Envelope] = hub.listen("room:1")
+    await anext(listening)
+    hub.listen(1)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    hub.listen("room:1", 5.0)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    await hub.listen("room:1")  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues]
 
 
 async def use_hub(conn: Connection) -> None:
