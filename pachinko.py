@@ -79,9 +79,8 @@ Map: each section, what it is for, and those above it that it uses.
     stream — a generator in progress (uses: errors, scope, limits, outgoing)
     background — tasks of the application that end with a connection (uses: errors, scope, limits,
         outcomes)
-    session — decode a message, call its handler, answer (uses: errors, envelope and message,
-        signatures, scope, limits, outbox, outgoing, incoming, connection, outcomes, guard, stream,
-        background)
+    session — decode a message, call its handler, answer (uses: errors, envelope and message, scope,
+        limits, outbox, outgoing, incoming, connection, asking, outcomes, guard, stream, background)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         signatures, handshake, limits, outbox, outgoing, outcomes)
     running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
@@ -4504,6 +4503,12 @@ class Questions:
                 waiting.set_result(None)
 
 
+def is_awaited(answer: Frame, conn: Connection) -> bool:
+    """Give *answer*, from *conn*, to who waits for it; return whether anybody does."""
+    questions = conn.hub.state.questions.get(conn.id)
+    return questions is not None and questions.answer(answer)
+
+
 async def put_question(conn: Connection, type: str, frame: msgspec.Raw, seconds: float) -> Any:
     """Send *frame*, of *type* and without an id; return the payload of the answer to it.
 
@@ -4895,7 +4900,8 @@ class Registry:
     async def close(self, kind: Kind, name: str, close: Close) -> None:
         """Close connections, behind what was sent to them before, some in each turn of the loop.
 
-        Listeners go on. A handshake may be the connection of that *name*, or turn out to be of the user.
+        Listeners go on. A handshake may be the connection of that *name*, or turn out to be of the
+        user.
         """
         left = [conn for conn in self.receivers(kind, name) if isinstance(conn, Connection)]
         if kind is Kind.USER:
@@ -5079,8 +5085,13 @@ class HubState:
                 logger.error("not waiting any longer for %r, which does not end", task)
                 self.serving.pop(task, None)  # A shutdown after a drain does not wait once more.
 
-    def cancel_tasks(self, id: str) -> Set[asyncio.Task[Any]]:
-        """Cancel each task of the connection *id* once, but not the current one; return them."""
+    def end_work(self, id: str) -> Set[asyncio.Task[Any]]:
+        """End the questions and the tasks of the connection *id*; return its tasks.
+
+        Each is cancelled once, and the current one never.
+        """
+        if (questions := self.questions.pop(id, None)) is not None:
+            questions.end()
         if (tasks := self.background.get(id)) is None:
             return frozenset()
         for task in [task for task, is_cancelled in tasks.items() if not is_cancelled]:
@@ -5926,6 +5937,17 @@ async def meaning_of(
     return outcome or internal_error()
 
 
+async def send_raw(result: object, function: Any, cls: type, conn: Connection) -> None:
+    """Send what *function*, which takes frames of the type *cls*, has returned."""
+    if cls is str and isinstance(result, str):
+        text = whole(str.__str__(result))  # Servers take no subclass.
+        await conn.outgoing.send({"type": "websocket.send", "text": text})
+    elif message_type(type(result)) or isinstance(result, AS_THEY_ARE[cls]):
+        await conn.send(result)
+    elif result is not None:
+        raise TypeError(f"{place_of(function)} {may_return(cls)}")
+
+
 async def in_time(seconds: float | None, function: Callable[..., Any], call: Awaitable[T]) -> T:
     """Return what *call*, of *function*, returns within so many seconds, or whenever it does."""
     if seconds is None:
@@ -6158,10 +6180,7 @@ class Session:
         self._ended: float = 0.0  # when messages ceased to flow, on the loop's clock
 
     def on_close(self) -> None:
-        """Read nothing more. End an authentication at once, and connect handlers after `linger`.
-
-        They end at once, too, if `Registry.close` has closed the connection.
-        """
+        """Read nothing more. End an authentication, or connect handlers that may `linger`."""
         self.incoming.stop()
         is_connecting = self.outgoing.phase is Phase.CONNECTING
         if is_connecting and self._life and not self._life.is_around(asyncio.current_task()):
@@ -6173,12 +6192,10 @@ class Session:
     def on_end(self) -> None:
         """Stop the streams; wake the reader, or give the handler in progress `linger` seconds."""
         task, self._ended = asyncio.current_task(), asyncio.get_running_loop().time()
-        if (questions := self._hub_state.questions.pop(self.conn.id, None)) is not None:
-            questions.end()
         for stream in tuple(self._streams.values()):
             if task is None or stream.task is not task:  # A timer has no task.
                 stream.stop()
-        self._hub_state.cancel_tasks(self.conn.id)
+        self._hub_state.end_work(self.conn.id)
         # Without a close code the server may hold frames from before the end.
         may_go_on = self.is_handling or self.outgoing.close_code is None
         # A reader that has seen the end by itself needs no timer.
@@ -6390,13 +6407,7 @@ class Session:
                 envelope = Envelope("", data)
                 work = functools.partial(call_through, middleware, self.conn, envelope, work)
             result = await in_time(self._limits.handler_timeout, function, work())
-            if cls is str and isinstance(result, str):
-                text = whole(str.__str__(result))  # Servers take no subclass.
-                await self.outgoing.send({"type": "websocket.send", "text": text})
-            elif message_type(type(result)) or isinstance(result, AS_THEY_ARE[cls]):
-                await self.conn.send(result)
-            elif result is not None:
-                raise TypeError(f"{place_of(function)} {may_return(cls)}")
+            await send_raw(result, function, cls, self.conn)
         except BaseException as exc:  # A bug is answered, not passed on.
             await self._fail(exc, None, None, routes)
 
@@ -6411,8 +6422,7 @@ class Session:
                 return  # The rate limit never refuses this, because it lessens the load.
             id = None  # The stream that it meant has had its final answer.
         if is_answer(type):
-            questions = self._hub_state.questions.get(self.conn.id)
-            if questions is None or not questions.answer(cast(Frame, frame)):
+            if not is_awaited(cast(Frame, frame), self.conn):
                 self._hub_state.counts["late"] += 1
             return
         if (refusal := self._exceed_rate(event, id, type)) is not None:
@@ -6557,7 +6567,7 @@ class Session:
         steps = [*self.routes.disconnect]
         if self.ends:  # The `on_disconnect` of a resource is also the end of its `on_connect`.
             steps += [end for end in reversed(self.ends) if end not in steps]
-        own = self._hub_state.cancel_tasks(self.conn.id)
+        own = self._hub_state.end_work(self.conn.id)
         if self.tasks or own:
             end, linger = self._ended + self._limits.linger, self._limits.linger
             tasks = {*own, *self.tasks}
