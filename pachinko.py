@@ -4205,10 +4205,13 @@ class Connection:
             )
         try:
             self._check("conn.create_task")
+            asyncio.get_running_loop()  # This raises if the app's loop does not run now.
             return self.outgoing.create_task(coroutine)
-        except Exception:  # Whoever is refused has nothing to await.
+        except (PachinkoError, RuntimeError) as exc:
             coroutine.close()
-            raise
+            call = "conn.hub.call_threadsafe(conn.create_task, ...)"
+            error = PachinkoError(f"{exc}; write {call} where the app runs")
+            raise (exc if isinstance(exc, PachinkoError) else error) from None
 
     async def join(self, group: str) -> None:
         """Add the connection to *group*, as `Hub.join` does."""
