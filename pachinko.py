@@ -4438,10 +4438,13 @@ class Connection:
             )
         try:
             self._check("conn.create_task")
+            asyncio.get_running_loop()  # This raises if the app's loop does not run now.
             return self.outgoing.create_task(coroutine)
-        except Exception:  # Whoever is refused has nothing to await.
+        except (PachinkoError, RuntimeError) as exc:
             coroutine.close()
-            raise
+            call = "conn.hub.call_threadsafe(conn.create_task, ...)"
+            error = PachinkoError(f"{exc}; write {call} where the app runs")
+            raise (exc if isinstance(exc, PachinkoError) else error) from None
 
     async def join(self, group: str) -> None:
         """Add the connection to *group*, as `Hub.join` does."""
@@ -5124,7 +5127,6 @@ def _tell(future: concurrent.futures.Future[Any], ended: asyncio.Task[Any]) -> N
 # member in the registry, and does not refer to the listener: an application may just drop that.
 
 _MAILBOX, _MAILBOX_BYTES = 256, 1_048_576  # what may wait, as in an outbox by default
-_numbers = itertools.count(1)
 _decode_sent = msgspec.json.Decoder(Sent).decode
 
 
@@ -5137,8 +5139,9 @@ class Mailbox:
 
     def __init__(self, group: str, state: HubState) -> None:
         """Begin to take messages. A hub that drains, or does not run, has none to take."""
-        self.group, self.loop = group, state.loop
-        self.id: str = f"listener {next(_numbers)}"  # A connection's id looks different.
+        self.group: str = group
+        self.loop: asyncio.AbstractEventLoop | None = state.loop
+        self.id: str = secrets.token_hex()  # Nobody knows it, so that no `exclude` has it.
         self.closed: bool = state.loop is None or bool(state.drains)
         self._hub_state = state
         self._queue = collections.deque[Waiting]()
