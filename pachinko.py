@@ -4823,7 +4823,8 @@ class Registry:
         """Remove *conn* from all tables."""
         for group in tuple(self._joined.get(conn, ())):
             self.leave(group, conn)
-        self.arriving.pop(conn.id, None)
+        if conn.id in self.arriving:
+            del self.arriving[conn.id]
         self.retire(conn)
 
     def set_user(self, conn: Connection, user: str | None) -> None:
@@ -4935,6 +4936,7 @@ class Registry:
 
 _FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, after `linger`
 ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the broker
+_NO_TASKS: frozenset[asyncio.Task[Any]] = frozenset()
 _turn = threading.RLock()  # Only one thread at a time starts or ends a hub.
 _OWN_HUB = 'give this app one of its own: Pachinko(app, "/ws", hub=Hub())'
 
@@ -5093,10 +5095,11 @@ class HubState:
 
         Each is cancelled once, and the current one never.
         """
-        if (questions := self.questions.pop(id, None)) is not None:
-            questions.end()
-        if (tasks := self.background.get(id)) is None:
-            return frozenset()
+        if id in self.questions:  # PERF: most connections have neither.
+            self.questions.pop(id).end()
+        if id not in self.background:
+            return _NO_TASKS
+        tasks = self.background[id]
         for task in [task for task, is_cancelled in tasks.items() if not is_cancelled]:
             if task is not asyncio.current_task():
                 tasks[task] = task.cancel()
