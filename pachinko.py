@@ -5137,7 +5137,8 @@ class Mailbox:
 
     def __init__(self, group: str, state: HubState) -> None:
         """Begin to take messages. A hub that drains, or does not run, has none to take."""
-        self.group, self.loop = group, state.loop
+        self.group: str = group
+        self.loop: asyncio.AbstractEventLoop | None = state.loop
         self.id: str = f"listener {next(_numbers)}"  # A connection's id looks different.
         self.closed: bool = state.loop is None or bool(state.drains)
         self._hub_state = state
