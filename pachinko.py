@@ -2004,9 +2004,7 @@ class Codec:
 
     def frame_class(self, type: str, annotation: Any, handler: Any = None) -> FrameClass:
         """Make the class of the frames of *type*. If msgspec can, decoding builds the payload."""
-        is_open = (
-            getattr(handler, "only", None) is None
-        )  # A guard is asked before a payload is read.
+        is_open = getattr(handler, "only", None) is None  # A guard is asked before it is read.
         # msgspec may refuse the type, or a base class may use names that are local to a function.
         with contextlib.suppress(TypeError, NameError, AttributeError, NotImplementedError):
             if is_open and self._hasty is not self.converter and is_read_in_one_pass(annotation):
@@ -2832,8 +2830,8 @@ class Routes:
     binary: Callable[..., Awaitable[Any]] | None = None
     middleware: list[Callable[..., Awaitable[Any]]] = attrs.Factory(list)
     errors: dict[type[Exception], Callable[..., Awaitable[Any]]] = attrs.Factory(dict)
-    workers: list[Callable[[], Awaitable[None]]] = attrs.Factory(list)
-    leases: dict[str, Callable[[], Awaitable[None]]] = attrs.Factory(dict)  # workers, by lease
+    # Each with the name of its lease, or None if every process runs it.
+    workers: list[tuple[str | None, Callable[[], Awaitable[None]]]] = attrs.Factory(list)
     providers: dict[Any, Provider] = attrs.Factory(dict)  # a key is the type that is provided
     is_scoped: bool = False  # there is a middleware or a provider: each message has a context
     # The included routes around a message type, the fallback (`str`) and the binary handler
@@ -2868,9 +2866,14 @@ class Routes:
         self.middleware.append(function)
         self.is_scoped = True
 
-    def add_provider(self, t: Any, provider: Provider) -> None:
-        """Pass what *provider* makes to the handlers that take a *t*."""
-        self.providers[t] = provider
+    def add_error(self, cls: type[Exception], function: Callable[..., Awaitable[Any]]) -> None:
+        """Call *function* with errors of *cls*, or refuse a second one."""
+        refuse_second(self.errors.get(cls), function, f"{cls.__name__} has a handler")
+        self.errors[cls] = function
+
+    def add_provider(self, provider: Provider) -> None:
+        """Pass what *provider* makes to the handlers that take its type."""
+        self.providers[provider.type] = provider
         self.is_scoped = True
 
     def set(self, name: str, function: Callable[..., Any], what: str) -> None:
@@ -3018,32 +3021,26 @@ def create_task(work: Coroutine[Any, Any, T], *, is_detached: bool = False) -> a
 class Provider:
     """A function that makes the value of a type, for each call that takes it."""
 
+    type: Any
     function: Callable[..., Any]  # where files share it, each has a `Provider` for it
     takes: dict[str, Provider]  # providers of its own parameters, by name
     # For a generator it returns a context manager. Otherwise it is None.
     manage: Callable[..., contextlib.AbstractAsyncContextManager[Any]] | None
-    key: Any = attrs.field(init=False)  # the same for the same function
-
-    @key.default
-    def _key(self) -> Any:
-        function: Any = self.function
-        is_method = inspect.ismethod(function)
-        return (id(function.__self__), id(function.__func__)) if is_method else id(function)
 
 
 async def _provide(
     takes: dict[str, Provider], conn: Connection, stack: contextlib.AsyncExitStack,
     made: dict[Any, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the values that *takes* names; *stack* closes them. Each is *made* once a call."""
+    """Return the values that *takes* names; *stack* closes them. One of each type is *made*."""
     for each in takes.values():
-        if each.key not in made:
+        if each.type not in made:
             values = await _provide(each.takes, conn, stack, made)
             if each.manage is not None:
-                made[each.key] = await stack.enter_async_context(each.manage(conn, **values))
+                made[each.type] = await stack.enter_async_context(each.manage(conn, **values))
             else:
-                made[each.key] = await each.function(conn, **values)
-    return {name: made[each.key] for name, each in takes.items()}
+                made[each.type] = await each.function(conn, **values)
+    return {name: made[each.type] for name, each in takes.items()}
 
 
 def with_provided(
@@ -3105,8 +3102,8 @@ def _taken(
     return takes
 
 
-def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tuple[Any, Provider]:
-    """Return the type that *function* provides, and its provider, or raise `PachinkoError`."""
+def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> Provider:
+    """Return what provides by *function*, or raise `PachinkoError`."""
     place = place_of(function)
     if not is_stream(function) and is_stream(inspect.unwrap(function)):
         raise PachinkoError(f"{place} is decorated; write it without @asynccontextmanager")
@@ -3118,7 +3115,7 @@ def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tupl
     t = _provided_type(function, declared)
     check_provider(t, function, routes, namespaces)
     manage = contextlib.asynccontextmanager(function) if is_stream(function) else None
-    return t, Provider(function, _taken(function, routes.providers, namespaces), manage)
+    return Provider(t, function, _taken(function, routes.providers, namespaces), manage)
 
 
 def check_provider(t: Any, function: Any, routes: Routes, namespaces: Namespaces) -> None:
@@ -3166,10 +3163,10 @@ def _provided_type(function: Any, t: Any) -> Any:
 # Whoever includes another Pachinko registers anew what was registered there, for its own path and
 # codec, and under a prefix. The result is compared with what is there before anything is added.
 
-Step = tuple[Callable[..., None], tuple[Any, ...]]  # a method of Pachinko, and its arguments
+Step = Callable[[Any], None]  # It registers something on a Pachinko.
 _PREFIX = re.compile(r"[\w-]+(\.[\w-]+)*")
-_ONCE = {"authenticate": "authenticate", "fallback": "the fallback", "binary": "binary"}
-_RAW: dict[str, type] = {"fallback": str, "binary": bytes}  # the keys in `Routes.scopes`
+ONCE = {"authenticate": "authenticate", "fallback": "the fallback", "binary": "binary"}
+RAW: dict[str, type] = {"fallback": str, "binary": bytes}  # the keys in `Routes.scopes`
 
 
 def check_prefix(prefix: Any) -> None:
@@ -3190,18 +3187,18 @@ def read_included(
 
     Raises `PachinkoError` if *routes* has another function for what may be there once.
     """
-    pairs = [(what, getattr(routes, name), getattr(own, name)) for name, what in _ONCE.items()]
-    pairs += [(name.strip(), routes.leases.get(name), own.leases[name]) for name in own.leases]
+    pairs = [(what, getattr(routes, name), getattr(own, name)) for name, what in ONCE.items()]
+    leases = dict(routes.workers)
+    pairs += [(name.strip(), leases.get(name), worker) for name, worker in own.workers if name]
     for what, first, second in pairs:
         is_same = registered(first) == registered(second)
         if what == "authenticate":
             is_same = is_same and routes.takes_guests == own.takes_guests
         if second is not None and not is_same:
             refuse_second(first, second, f"{what} has a handler")
-    for t in own.providers:
-        check_provider(t, own.providers[t].function, routes, namespaces)
-    for t in routes.providers.keys() - own.providers.keys():
-        check_provider(t, routes.providers[t].function, own, namespaces)
+    for providing, taking in ((own, routes), (routes, own)):
+        for t, provider in providing.providers.items():
+            check_provider(t, provider.function, taking, namespaces)
     found = dict[str, Handler]()
     for former, handler in own.handlers.items():
         type = f"{prefix}.{former}" if prefix and former != "authenticate" else former
@@ -3228,15 +3225,15 @@ def add_included(routes: Routes, own: Routes, found: Mapping[str, Handler]) -> N
 
     for former, handler in found.items():
         routes.add_scope(handler.type, inner(former))
-    for name, what in _ONCE.items():
+    for name, what in ONCE.items():
         if getattr(routes, name) is None and getattr(own, name) is not None:
             routes.set(name, getattr(own, name), what)
-            if name in _RAW:
-                routes.add_scope(_RAW[name], inner(_RAW[name]))
+            if name in RAW:
+                routes.add_scope(RAW[name], inner(RAW[name]))
             else:
                 routes.set_optional(own.takes_guests)
-    for t, provider in own.providers.items():
-        routes.add_provider(t, provider)
+    for provider in own.providers.values():
+        routes.add_provider(provider)
 
 
 # ── handshake ─────────────────────────────────────────────────────────────────────────────────
@@ -6876,16 +6873,16 @@ class Lifecycle:
         self._included_at: str | None = None  # the line that has included this
         self._parts: dict[Lifecycle, tuple[str, ...]] = {}  # the included, with their prefixes
 
-    def _register(self, add: Any, *args: Any) -> None:
-        """Call *add*, a method, with *args*. Note both for whoever includes this."""
+    def _register(self, add: Step) -> None:
+        """Call *add* with this. Note it for whoever includes this, and calls it with a copy."""
         if self._included_at is not None:
             raise PachinkoError(
                 f"{self._included_at} has included this Pachinko, by a copy of what was registered "
                 f"till then; register the rest above that line, or import its file above it"
             )
-        add(*args)
+        add(self)
         if self._app is None:
-            self._steps.append((add.__func__, args))
+            self._steps.append(add)
 
     @typing.overload
     def worker(self, function: F, *, once: bool = ...) -> F: ...
@@ -6907,43 +6904,32 @@ class Lifecycle:
             return functools.partial(self.worker, once=once)
         decorator = "@ws.worker(once=True)" if once else "@ws.worker"
         check_function(function, f"{decorator}\nasync def clock(): ...", 0)
-        self._register(self._add_worker, function, once)
+        self._register(
+            lambda self: self._add_workers([(self._lease_of(function) if once else None, function)])
+        )
         return function
 
-    def _add_worker(self, function: Any, once: bool | None) -> None:
-        is_late = self._is_late("worker")
-        self._add_workers([self._leased(function) if once else function], is_late)
-
-    def _is_late(self, method: str) -> bool:
-        """Tell whether a worker starts when it is added. Raises `PachinkoError` elsewhere."""
+    def _add_workers(self, workers: list[Any], method: str = "worker") -> None:
+        """Add *workers*, also to an app that has started. Raises `PachinkoError` elsewhere."""
         is_late = self._is_working and self._loop is not None and self._loop.is_running()
-        if is_late:
+        if is_late and workers:
             refuse_elsewhere(self._loop, "a worker was added", f"hub.call_threadsafe(ws.{method}")
-        return is_late
-
-    def _add_workers(self, workers: list[Any], is_late: bool) -> None:
         self._routes.workers.extend(workers)
-        for run in workers if is_late else ():
-            self._start_worker(run)
+        for each in workers if is_late else ():
+            self._start_worker(*each)
 
-    def _leased(self, function: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
-        """Return a worker that runs *function* while this process has the lease for it."""
+    def _lease_of(self, function: Callable[[], Awaitable[None]]) -> str:
+        """Return the name of the lease for *function*, or raise `PachinkoError` for a second."""
         inner = layers(function)[-1]
         qualname = getattr(inner, "__qualname__", type(inner).__qualname__)
         name = f"{self._path or ''} {inner.__module__}.{qualname}"
-        if (first := self._routes.leases.get(name)) is not None:
+        if (first := dict(self._routes.workers).get(name)) is not None:
             raise PachinkoError(
                 f"{name.strip()} is the name of two workers with once=True, and of their lease: "
                 f"{place_of(first)} and {place_of(function)}; write\n@ws.worker(once=True)\n"
                 "async def another_name(): ..."
             )
-        self._routes.leases[name] = function
-
-        @functools.wraps(function)
-        async def run() -> None:
-            await self._hub.state.relay.lease(name, function)
-
-        return run
+        return name
 
     @contextlib.asynccontextmanager
     async def running(self, *, alone: bool = False) -> AsyncGenerator[None, None]:
@@ -6989,7 +6975,7 @@ class Lifecycle:
         relay = self._hub.state.relay
         with contextlib.suppress(PachinkoError):  # The relay has logged it, and tries again.
             await relay.connected()
-        if self._routes.leases:
+        if any(lease for lease, _ in self._routes.workers):
             await relay.check_leases()
 
     async def _start_last(self, starts: int, scope: Any, event: Any) -> None:
@@ -7040,11 +7026,13 @@ class Lifecycle:
     def _start_workers(self) -> None:
         if not self._is_working:
             self._is_working = True
-            for function in self._routes.workers:
-                self._start_worker(function)
+            for each in self._routes.workers:
+                self._start_worker(*each)
 
-    def _start_worker(self, function: Callable[[], Awaitable[None]]) -> None:
-        task = create_task(_keep_working(function), is_detached=True)
+    def _start_worker(self, lease: str | None, function: Callable[[], Awaitable[None]]) -> None:
+        """Start *function*, to run while this process has the *lease* for it, if it needs one."""
+        run = (lambda: self._hub.state.relay.lease(lease, function)) if lease else function
+        task = create_task(_keep_working(run, place_of(function)), is_detached=True)
         self._workers.add(task)
         task.add_done_callback(self._workers.discard)
 
@@ -7081,10 +7069,10 @@ def _warn_of_workers() -> None:
         logger.warning(text, workers, ENVIRONMENT)
 
 
-async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
+async def _keep_working(function: Callable[[], Awaitable[None]], name: str) -> None:
     """Run a worker, and run it again when it fails, after ever longer pauses."""
     # Each attempt has a task of its own. If it swallows a cancellation, this task still knows.
-    backoffs, name = iter(_BACKOFFS), place_of(function)
+    backoffs = iter(_BACKOFFS)
 
     async def attempt() -> None:
         try:
@@ -7183,8 +7171,7 @@ class Pachinko(Lifecycle):
         within *connect_timeout* seconds. *f* may have one ``yield``: what stands behind it runs
         after the disconnect handlers, the last handler's first, or when a later one refuses.
         """
-        self._register(self._add_end, "connect", function, caller_namespaces())
-        return function
+        return self._add_end("connect", function, caller_namespaces())
 
     def accepted(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn, …)`` once the client is in, before its first message is handled.
@@ -7192,8 +7179,7 @@ class Pachinko(Lifecycle):
         It takes path parameters as connect handlers do. `Close` closes; `falcon.HTTPError` closes
         with 3000 and its status, a bug with 1011. Disconnect handlers run in each case.
         """
-        self._register(self._add_end, "accepted", function, caller_namespaces())
-        return function
+        return self._add_end("accepted", function, caller_namespaces())
 
     @typing.overload
     def authenticate(self, function: F) -> F: ...
@@ -7228,7 +7214,7 @@ class Pachinko(Lifecycle):
     def _read_authenticate(self, function: F, optional: bool) -> F:
         example = "@ws.authenticate\nasync def who(conn, token): ..."
         check_function(function, example, 2)
-        self._register(self._set_authenticate, function, optional)
+        self._register(lambda self: self._set_authenticate(function, optional))
         return function
 
     def _set_authenticate(self, function: Any, optional: bool) -> None:
@@ -7286,17 +7272,14 @@ class Pachinko(Lifecycle):
             check_guard(only, name, namespaces)
 
         def register(function: F) -> F:
-            self._register(self._add_on, name, function, namespaces, cls, concurrent, only)
+            def add(self: Any) -> None:
+                handler = self._read_handler(name, function, namespaces, cls, concurrent)
+                self._add_checked(attrs.evolve(handler, only=only))
+
+            self._register(add)
             return function
 
         return register
-
-    def _add_on(
-        self, type: str, function: Any, namespaces: Namespaces, cls: Any, concurrent: bool,
-        only: Any,
-    ) -> None:  # fmt: skip
-        handler = self._read_handler(type, function, namespaces, cls, concurrent)
-        self._add_checked(attrs.evolve(handler, only=only))
 
     def _read_handler(
         self, type: str, function: Any, namespaces: Namespaces, cls: Any, concurrent: bool
@@ -7315,12 +7298,16 @@ class Pachinko(Lifecycle):
 
     def disconnect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn)`` once at the end, with ``conn.close_code`` and its groups."""
-        self._register(self._add_end, "disconnect", function, caller_namespaces())
-        return function
+        return self._add_end("disconnect", function, caller_namespaces())
 
-    def _add_end(self, kind: str, function: Any, namespaces: Namespaces) -> None:
+    def _add_end(self, kind: str, function: F, namespaces: Namespaces) -> F:
         """Add a connect, an accepted or a disconnect handler."""
-        getattr(self._routes, kind).append(self._read_end(kind, function, namespaces))
+
+        def add(self: Any) -> None:
+            getattr(self._routes, kind).append(self._read_end(kind, function, namespaces))
+
+        self._register(add)
+        return function
 
     def _read_end(self, kind: str, function: Any, namespaces: Namespaces) -> Any:
         """Check *function* as a handler of one end of a connection, without adding it."""
@@ -7336,9 +7323,7 @@ class Pachinko(Lifecycle):
         It returns a text, which is sent as it is, a ``@message`` object, or None.
         """
         example = "@ws.fallback\nasync def other(conn, frame: str): ..."
-        what = "the fallback"
-        self._register(self._set_raw, "fallback", function, str, caller_namespaces(), example, what)
-        return function
+        return self._set_raw("fallback", function, caller_namespaces(), example)
 
     def binary(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, data: bytes)`` the binary frames.
@@ -7346,19 +7331,19 @@ class Pachinko(Lifecycle):
         It returns bytes, which are sent as a binary frame, a ``@message`` object, or None.
         """
         example = "@ws.binary\nasync def upload(conn, data: bytes): ..."
-        self._register(
-            self._set_raw, "binary", function, bytes, caller_namespaces(), example, "binary"
-        )
-        return function
+        return self._set_raw("binary", function, caller_namespaces(), example)
 
-    def _set_raw(
-        self, name: str, function: Any, taken: type, namespaces: Namespaces, example: str, what: str
-    ) -> None:
-        """Set the one handler of frames as they are, which takes a value of the type *taken*."""
-        outer = with_provided(function, self._routes.providers, namespaces)
-        check_function(outer, example, 2)
-        check_taken(outer, taken, namespaces, example, replies=False)
-        self._routes.set(name, outer, what)
+    def _set_raw(self, name: str, function: F, namespaces: Namespaces, example: str) -> F:
+        """Set the one handler of frames as they are: texts for the fallback, or bytes."""
+
+        def add(self: Any) -> None:
+            outer = with_provided(function, self._routes.providers, namespaces)
+            check_function(outer, example, 2)
+            check_taken(outer, RAW[name], namespaces, example, replies=False)
+            self._routes.set(name, outer, ONCE[name])
+
+        self._register(add)
+        return function
 
     def middleware(self, function: F = _NO_FUNCTION) -> F:
         """Put ``async def f(conn, envelope, call_next)`` around each message, in its own context.
@@ -7370,11 +7355,8 @@ class Pachinko(Lifecycle):
         """
         example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
         check_function(function, f"@ws.middleware\n{example}", 3)
-        self._register(self._add_middleware, function)
+        self._register(lambda self: self._routes.add_middleware(function))
         return function
-
-    def _add_middleware(self, function: Any) -> None:
-        self._routes.add_middleware(function)
 
     def provide(self, function: F = _NO_FUNCTION) -> F:
         """Provide the values of a type T, by ``async def f(conn) -> AsyncIterator[T]: yield …``.
@@ -7385,11 +7367,13 @@ class Pachinko(Lifecycle):
         call or the last item of a stream, and an error is raised at the ``yield``. ``async def
         f(conn) -> T`` has nothing to close. Raises `PachinkoError`.
         """
-        self._register(self._add_provider, function, caller_namespaces())
-        return function
+        namespaces = caller_namespaces()
 
-    def _add_provider(self, function: Any, namespaces: Namespaces) -> None:
-        self._routes.add_provider(*read_provider(function, self._routes, namespaces))
+        def add(self: Any) -> None:
+            self._routes.add_provider(read_provider(function, self._routes, namespaces))
+
+        self._register(add)
+        return function
 
     def error(self, exception: type[Exception]) -> Callable[[F], F]:
         """Call ``async def f(conn, exc)`` with an error of this class from a message handler.
@@ -7404,15 +7388,10 @@ class Pachinko(Lifecycle):
             example = f"@ws.error({name})\nasync def failed(conn, exc): ..."
             check_function(function, example, 2)
             check_taken(function, exception, caller_namespaces(), example)
-            self._register(self._add_error, exception, function)
+            self._register(lambda self: self._routes.add_error(exception, function))
             return function
 
         return register
-
-    def _add_error(self, exception: type[Exception], function: Any) -> None:
-        first = self._routes.errors.get(exception)
-        refuse_second(first, function, f"{exception.__name__} has a handler")
-        self._routes.errors[exception] = function
 
     def add_resource(self, prefix: str, resource: object) -> None:
         """Route by class: ``on_send`` handles ``"<prefix>.send"``.
@@ -7421,7 +7400,8 @@ class Pachinko(Lifecycle):
         disconnect handler; the last one also runs if `on_connect` has returned and a later connect
         handler refuses. Where one method is refused, nothing of the resource is added.
         """
-        self._register(self._add_resource, prefix, resource, caller_namespaces())
+        namespaces = caller_namespaces()
+        self._register(lambda self: self._add_resource(prefix, resource, namespaces))
 
     def _add_resource(self, prefix: str, resource: object, namespaces: Namespaces) -> None:
         handlers = list[Handler]()
@@ -7456,10 +7436,11 @@ class Pachinko(Lifecycle):
             raise PachinkoError(f"write ws.include(todos.ws), a Pachinko; got {other!r}")
         if prefix in self._parts.get(other, ()):
             raise PachinkoError(f"it is included with prefix={prefix!r} already; write another one")
-        cls, frame = Pachinko, inspect.currentframe()
+        cls, namespaces = Pachinko, caller_namespaces()
         steps = cls._steps_for(other, self, self._hub)
-        self._register(self._include, other, steps, prefix, caller_namespaces())
-        cls._freeze(other, cast(Any, frame).f_back)
+        self._register(lambda self: self._include(other, steps, prefix, namespaces))
+        line = traceback.extract_stack(limit=2)[0]
+        cls._freeze(other, f"{line.filename}:{line.lineno}")
 
     def _steps_for(self, including: Pachinko, its_hub: Hub) -> list[Step]:
         """Return what is registered here. Raises `PachinkoError` if it cannot be included."""
@@ -7483,9 +7464,9 @@ class Pachinko(Lifecycle):
         given = {"origins": origins, "trust_forwarded": trust.trust_forwarded}
         return {**given, "subprotocols": self._subprotocols, **attrs.asdict(self._limits)}
 
-    def _freeze(self, frame: types.FrameType) -> None:
-        """Refuse what would be registered after *frame* has included this."""
-        self._included_at = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    def _freeze(self, line: str) -> None:
+        """Refuse what would be registered after *line* has included this."""
+        self._included_at = line
 
     def _include(
         self, other: Pachinko, steps: list[Step], prefix: str, namespaces: Namespaces
@@ -7494,26 +7475,24 @@ class Pachinko(Lifecycle):
         cls, routes, parts = Pachinko, self._routes, {**self._parts}
         own = cls._stand_in(cls(hub=self._hub), steps, self._app, self._path, parts)
         found = read_included(routes, own, prefix, namespaces)
-        is_late = bool(own.workers) and self._is_late("include")
-        self._add_checked(*found.values())
-        add_included(routes, own, found)
         if other not in self._parts:
+            leased = [worker for worker in routes.workers if worker[0]]
+            self._add_workers([each for each in own.workers if each not in leased], "include")
             for kind in ("connect", "accepted", "disconnect"):
                 getattr(routes, kind).extend(getattr(own, kind))
-            shared = [own.leases[name] for name in own.leases if name in routes.leases]
-            workers = [w for w in own.workers if getattr(w, "__wrapped__", None) not in shared]
-            routes.leases.update(own.leases)
-            self._add_workers(workers, is_late)
-        self._parts.update({each: self._parts.get(each, ()) for each in parts})
-        self._parts[other] = (*self._parts.get(other, ()), prefix)
+        self._add_checked(*found.values())
+        add_included(routes, own, found)
+        for each in (*parts, other):
+            self._parts.setdefault(each, ())
+        self._parts[other] += (prefix,)
 
     def _stand_in(
         self, steps: list[Step], app: Any, path: str | None, parts: dict[Any, Any]
     ) -> Routes:
         """Do *steps* here as on another's *app* and *path*, and return the routes."""
         self._app, self._path, self._parts = app, path, parts
-        for add, args in steps:
-            add(self, *args)
+        for add in steps:
+            add(self)
         return self._routes
 
     async def on_websocket(
