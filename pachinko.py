@@ -2492,6 +2492,7 @@ class Handler:
     returns: Any  # the declared type of a reply or of a stream's item, or None
     streams: bool
     is_concurrent: bool  # runs in a task of its own, as all streams do
+    types: Collection[Any] = ()  # of all parameters, as far as they are known
     only: Callable[[Connection], bool | Awaitable[bool]] | None = None  # who may send the type
     writers: dict[Any, Writer] = attrs.Factory(dict)  # a key is the class of a returned value
     hints: set[str] = attrs.Factory(set)  # the parameters about which a hint was logged
@@ -2589,7 +2590,7 @@ def read_handler(
         (lambda conn, value: function(conn, **value)) if fields
         else function if parameter else (lambda conn, _: function(conn)),
         annotation, parameter, defaults if fields else None, returns, streams,
-        is_concurrent=streams or concurrent,
+        is_concurrent=streams or concurrent, types=hints.values(),
     )  # fmt: skip
 
 
@@ -2876,20 +2877,17 @@ class Routes:
         self.providers[provider.type] = provider
         self.is_scoped = True
 
-    def set(self, name: str, function: Callable[..., Any], what: str) -> None:
+    def set(self, name: str, function: Any, what: str, *, takes_guests: bool = False) -> None:
         """Set the one function for *name*, or refuse a second one."""
         refuse_second(getattr(self, name), function, f"{what} has a handler")
         setattr(self, name, function)
+        self.takes_guests = self.takes_guests or takes_guests
 
     def add_scope(self, key: Any, inner: tuple[Routes, ...]) -> None:
         """Put the middleware and the error handlers of *inner* around what has this *key*."""
         if inner:
             self.scopes[key] = inner
             self.is_scoped = self.is_scoped or any(each.middleware for each in inner)
-
-    def set_optional(self, optional: bool) -> None:
-        """Set whether `authenticate` lets guests in."""
-        self.takes_guests = optional
 
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
         """Return the handler for the class of *exc* or its nearest base class, or None."""
@@ -3123,15 +3121,17 @@ def check_provider(t: Any, function: Any, routes: Routes, namespaces: Namespaces
 
     Several files may share a provider, so *function* itself may be there already.
     """
-    first = routes.providers.get(t)
-    if first is not None and first.function != function:
+    if (first := routes.providers.get(t)) is not None:
         cure = "give each a type of its own, by typing.NewType for example"
-        refuse_second(first.function, function, f"{shown(t)} has a provider", cure)
-    from_payload = [handler.function for handler in routes.handlers.values()]
-    for earlier in (*from_payload, *routes.connect, *routes.accepted, *routes.disconnect):
-        annotations = [p.annotation for p in parameters_of(earlier)]
-        if t in [known_type(earlier, each, namespaces) for each in annotations]:
-            source = " from its payload" if earlier in from_payload else ""
+        if first.function != function:
+            refuse_second(first.function, function, f"{shown(t)} has a provider", cure)
+        return  # What takes it has been compared with the first one.
+    taken = [(each.function, each.types, " from its payload") for each in routes.handlers.values()]
+    for end in (*routes.connect, *routes.accepted, *routes.disconnect):
+        annotations = [p.annotation for p in parameters_of(end)]
+        taken.append((end, [known_type(end, each, namespaces) for each in annotations], ""))
+    for earlier, found, source in taken:
+        if t in found:
             raise PachinkoError(
                 f"{place_of(earlier)} takes {shown(t)}{source}; register {place_of(function)} "
                 f"above the handlers that take what it provides, on the same Pachinko"
@@ -3227,11 +3227,8 @@ def add_included(routes: Routes, own: Routes, found: Mapping[str, Handler]) -> N
         routes.add_scope(handler.type, inner(former))
     for name, what in ONCE.items():
         if getattr(routes, name) is None and getattr(own, name) is not None:
-            routes.set(name, getattr(own, name), what)
-            if name in RAW:
-                routes.add_scope(RAW[name], inner(RAW[name]))
-            else:
-                routes.set_optional(own.takes_guests)
+            routes.set(name, getattr(own, name), what, takes_guests=own.takes_guests)
+            routes.add_scope(RAW.get(name), inner(RAW.get(name)))
     for provider in own.providers.values():
         routes.add_provider(provider)
 
@@ -7218,8 +7215,7 @@ class Pachinko(Lifecycle):
         return function
 
     def _set_authenticate(self, function: Any, optional: bool) -> None:
-        self._routes.set("authenticate", function, "authenticate")
-        self._routes.set_optional(optional)
+        self._routes.set("authenticate", function, "authenticate", takes_guests=optional)
 
         async def again(conn: Connection, payload: Any) -> None:
             if (token := token_of(payload)) is None:
