@@ -3187,34 +3187,43 @@ def read_included(
 
     Raises `PachinkoError` if *routes* has another function for what may be there once.
     """
-    pairs = [(what, getattr(routes, name), getattr(own, name)) for name, what in ONCE.items()]
-    leases = dict(routes.workers)
-    pairs += [(name.strip(), leases.get(name), worker) for name, worker in own.workers if name]
-    for what, first, second in pairs:
-        is_same = registered(first) == registered(second)
-        if what == "authenticate":
-            is_same = is_same and routes.takes_guests == own.takes_guests
-        if second is not None and not is_same:
-            refuse_second(first, second, f"{what} has a handler")
+    dotted = prefix and f"{prefix}."
+    types = {former: f"{dotted}{former}" for former in own.handlers}
+    types |= {"authenticate": "authenticate"}
+    for former, handler in own.handlers.items():
+        if types[former].endswith(".reply"):
+            place, reply = place_of(handler.function), f"{types[former]!r}, a reply"
+            raise PachinkoError(f"{place} would handle {reply}; write another prefix")
+    there = _once(routes, (), dict(zip(routes.handlers, routes.handlers, strict=True)))
+    for what, second in _once(own, (own,), types).items():
+        if what in there and there[what] != second:
+            refuse_second(there[what][0], second[0], f"{what} has a handler")
     for providing, taking in ((own, routes), (routes, own)):
         for t, provider in providing.providers.items():
             check_provider(t, provider.function, taking, namespaces)
-    found = dict[str, Handler]()
-    for former, handler in own.handlers.items():
-        type = f"{prefix}.{former}" if prefix and former != "authenticate" else former
-        if type.endswith(".reply"):
-            place = place_of(handler.function)
-            raise PachinkoError(f"{place} would handle {type!r}, a reply; write another prefix")
-        if (there := routes.handlers.get(type)) is None:
-            found[former] = attrs.evolve(handler, type=type)
-        elif _kept(there) != _kept(handler):
-            refuse_second(there.function, handler.function, f"{type!r} has a handler")
+    new = [former for former in own.handlers if types[former] not in routes.handlers]
+    return {former: attrs.evolve(own.handlers[former], type=types[former]) for former in new}
+
+
+def _once(
+    routes: Routes, outer: tuple[Routes, ...], types: Mapping[str, str]
+) -> dict[str, tuple[Any, ...]]:
+    """Return by name what may be there once: the function, and what else has to be the same."""
+
+    def inner(key: Any) -> list[Any]:
+        around = [*outer, *routes.scopes.get(key, ())]
+        return [(each.middleware, each.errors) for each in around if each.middleware or each.errors]
+
+    found: dict[str, tuple[Any, ...]] = {name.strip(): (f,) for name, f in routes.workers if name}
+    for name, key in RAW.items():
+        if (function := getattr(routes, name)) is not None:
+            found[ONCE[name]] = registered(function), inner(key)
+    for type, handler in routes.handlers.items():
+        options: Any = handler.only, handler.is_concurrent, inner(type)
+        if type == "authenticate":  # No middleware sees it.
+            options = routes.takes_guests
+        found[repr(types[type])] = registered(handler.function), options
     return found
-
-
-def _kept(handler: Handler) -> tuple[Any, ...]:
-    """Return what two handlers of one type have in common if they are the same."""
-    return registered(handler.function), handler.only, handler.is_concurrent
 
 
 def add_included(routes: Routes, own: Routes, found: Mapping[str, Handler]) -> None:

@@ -52,6 +52,9 @@ async def nothing(conn: Any) -> str:
 async def two(conn: Any, other: Any) -> None: ...
 
 
+async def three(conn: Any, envelope: Any, call_next: Any) -> None: ...
+
+
 async def provide_db(conn: Connection) -> AsyncIterator[Db]:
     yield Db()
 
@@ -770,6 +773,30 @@ def test_the_same_function_with_other_options_is_refused(option: str) -> None:
         ws.on("hi", **options)(nothing)
         other.on("hi")(nothing)
     assert " has a handler: " in refusal(lambda: ws.include(other))
+
+
+@pytest.mark.parametrize("around", ["middleware", "error"])
+@pytest.mark.parametrize("kind", ["on", "fallback", "binary"])
+def test_the_same_function_with_other_functions_around_it_is_refused(
+    kind: str, around: str
+) -> None:
+    """A middleware may say who gets through; which file is included first does not matter."""
+
+    def file(is_inside: bool) -> Pachinko:
+        common, outer = Pachinko(), Pachinko()
+        (common.on("hi")(nothing) if kind == "on" else getattr(common, kind)(two))
+        outer.include(common)
+        if is_inside and around == "middleware":
+            outer.middleware(three)
+        elif is_inside:
+            outer.error(KeyError)(two)
+        return outer
+
+    for first in (True, False):
+        ws = endpoint()
+        ws.include(file(first))
+        assert " has a handler: " in refusal(lambda ws=ws, is_=not first: ws.include(file(is_)))
+        ws.include(file(first))
 
 
 def test_an_error_handler_for_the_same_class_is_the_files_own() -> None:
