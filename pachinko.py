@@ -84,7 +84,7 @@ Map: each section, what it is for, and those above it that it uses.
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         signatures, handshake, limits, outbox, outgoing, outcomes)
     running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
-        handlers, scope, limits, connection, hub state, outcomes)
+        scope, limits, connection, hub state, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
         signatures, handlers, scope, include, handshake, limits, outgoing, hub, guard, session,
         admission, running)
@@ -3164,6 +3164,7 @@ def _provided_type(function: Any, t: Any) -> Any:
 # codec, and under a prefix. The result is compared with what is there before anything is added.
 
 Step = Callable[[Any], None]  # It registers something on a Pachinko.
+Parts = dict["Lifecycle", tuple[str, ...]]  # the included, with their prefixes
 _PREFIX = re.compile(r"[\w-]+(\.[\w-]+)*")
 ONCE = {"authenticate": "authenticate", "fallback": "the fallback", "binary": "binary"}
 RAW: dict[str, type] = {"fallback": str, "binary": bytes}  # the keys in `Routes.scopes`
@@ -3188,13 +3189,12 @@ def read_included(
     Raises `PachinkoError` if *routes* has another function for what may be there once.
     """
     dotted = prefix and f"{prefix}."
-    types = {former: f"{dotted}{former}" for former in own.handlers}
-    types |= {"authenticate": "authenticate"}
+    types = {former: dotted + former for former in own.handlers} | {"authenticate": "authenticate"}
     for former, handler in own.handlers.items():
         if types[former].endswith(".reply"):
             place, reply = place_of(handler.function), f"{types[former]!r}, a reply"
             raise PachinkoError(f"{place} would handle {reply}; write another prefix")
-    there = _once(routes, (), dict(zip(routes.handlers, routes.handlers, strict=True)))
+    there = _once(routes, (), {})
     for what, second in _once(own, (own,), types).items():
         if what in there and there[what] != second:
             refuse_second(there[what][0], second[0], f"{what} has a handler")
@@ -3222,7 +3222,7 @@ def _once(
         options: Any = handler.only, handler.is_concurrent, inner(type)
         if type == "authenticate":  # No middleware sees it.
             options = routes.takes_guests
-        found[repr(types[type])] = registered(handler.function), options
+        found[repr(types.get(type, type))] = registered(handler.function), options
     return found
 
 
@@ -6858,6 +6858,8 @@ async def welcome(session: Session) -> None:
 _NO_FUNCTION: Any = None  # `ws.connect()` decorates it, and is refused for its parentheses
 # A key is the id of an app, and a path. A Pachinko holds its app, so that no id is used again.
 _attached: weakref.WeakValueDictionary[tuple[int, str], Lifecycle] = weakref.WeakValueDictionary()
+# The lines that have included others. Nothing more can be registered on these.
+_included_at: weakref.WeakKeyDictionary[Lifecycle, str] = weakref.WeakKeyDictionary()
 _SERVER = re.compile(r"(?:^|[\\/])(gunicorn|granian)(?:[\\/]__main__\.py|\.exe)?$")
 _WORKERS = re.compile(r"(?:^| )(?:--workers[ =]|-w[ =]?)(\d+)")
 _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start
@@ -6866,25 +6868,24 @@ _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed wo
 class Lifecycle:
     """Starts and stops the hub, the workers and the connections of an endpoint."""
 
-    def __init__(self, app: Any, path: str | None, hub: Hub, limits: Limits) -> None:
+    def __init__(
+        self, app: Any, path: str | None, hub: Hub, limits: Limits, routes: Routes, parts: Parts
+    ) -> None:
         self._app, self._path, self._hub, self._limits = app, path, hub, limits
-        self._routes = Routes()
+        self._routes, self._parts = routes, parts
         self._loop: asyncio.AbstractEventLoop | None = None  # once started
         self._runs = 0  # lifespans and `running` blocks in progress
         self._is_working = False  # workers have been started
         self._workers: set[asyncio.Task[None]] = set()
         self._starts = 0  # lifespans that have begun
-        # What was registered, for whoever includes this, until it is attached or included.
-        self._steps: list[Step] = []
-        self._included_at: str | None = None  # the line that has included this
-        self._parts: dict[Lifecycle, tuple[str, ...]] = {}  # the included, with their prefixes
+        self._steps: list[Step] = []  # for whoever includes this, unless it has an app
 
     def _register(self, add: Step) -> None:
         """Call *add* with this. Note it for whoever includes this, and calls it with a copy."""
-        if self._included_at is not None:
+        if self in _included_at:
             raise PachinkoError(
-                f"{self._included_at} has included this Pachinko, by a copy of what was registered "
-                f"till then; register the rest above that line, or import its file above it"
+                f"{_included_at[self]} has included this Pachinko, by a copy of what was "
+                f"registered till then; register the rest above that line, or import its file above"
             )
         add(self)
         if self._app is None:
@@ -7153,7 +7154,7 @@ class Pachinko(Lifecycle):
         )  # fmt: skip
         if not isinstance(hub, Hub):
             raise PachinkoError(f"write hub=Hub() for a hub of its own, got {hub!r}")
-        super().__init__(app, path, hub, limits)
+        super().__init__(app, path, hub, limits, Routes(), {})
         self._origins = read_origins(origins, trust_forwarded)
         self._subprotocols = (*texts(subprotocols, "subprotocols"), _WIRE_FORMAT)
         if app is not None or path is not None:
@@ -7445,7 +7446,7 @@ class Pachinko(Lifecycle):
         steps = cls._steps_for(other, self, self._hub)
         self._register(lambda self: self._include(other, steps, prefix, namespaces))
         line = traceback.extract_stack(limit=2)[0]
-        cls._freeze(other, f"{line.filename}:{line.lineno}")
+        _included_at[other] = f"{line.filename}:{line.lineno}"
 
     def _steps_for(self, including: Pachinko, its_hub: Hub) -> list[Step]:
         """Return what is registered here. Raises `PachinkoError` if it cannot be included."""
@@ -7469,16 +7470,14 @@ class Pachinko(Lifecycle):
         given = {"origins": origins, "trust_forwarded": trust.trust_forwarded}
         return {**given, "subprotocols": self._subprotocols, **attrs.asdict(self._limits)}
 
-    def _freeze(self, line: str) -> None:
-        """Refuse what would be registered after *line* has included this."""
-        self._included_at = line
-
     def _include(
         self, other: Pachinko, steps: list[Step], prefix: str, namespaces: Namespaces
     ) -> None:
         """Do the *steps* of *other* on a stand-in for this one, compare, and add the result."""
-        cls, routes, parts = Pachinko, self._routes, {**self._parts}
-        own = cls._stand_in(cls(hub=self._hub), steps, self._app, self._path, parts)
+        routes, own, parts, stand_in = self._routes, Routes(), {**self._parts}, Pachinko()
+        Lifecycle.__init__(stand_in, self._app, self._path, self._hub, self._limits, own, parts)
+        for add in steps:
+            add(stand_in)
         found = read_included(routes, own, prefix, namespaces)
         if other not in self._parts:
             leased = [worker for worker in routes.workers if worker[0]]
@@ -7490,15 +7489,6 @@ class Pachinko(Lifecycle):
         for each in (*parts, other):
             self._parts.setdefault(each, ())
         self._parts[other] += (prefix,)
-
-    def _stand_in(
-        self, steps: list[Step], app: Any, path: str | None, parts: dict[Any, Any]
-    ) -> Routes:
-        """Do *steps* here as on another's *app* and *path*, and return the routes."""
-        self._app, self._path, self._parts = app, path, parts
-        for add in steps:
-            add(self)
-        return self._routes
 
     async def on_websocket(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, /, **params: Any
