@@ -5985,9 +5985,8 @@ def check_guard(only: Any, name: str, namespaces: Namespaces) -> None:
             signature.bind(None)
             positional = [p for p in parameters_of(only) if p.kind in _POSITIONAL]
             returns = known_type(only, signature.return_annotation, namespaces)
-            if len(positional) > 1 or any(p.name == "self" for p in positional):
-                wrong = f"{place_of(only)} takes `{listed(positional)}`"
-            elif any(is_payload(known_type(only, p.annotation, namespaces)) for p in positional):
+            t = known_type(only, positional[0].annotation, namespaces) if positional else Any
+            if len(positional) > 1 or is_payload(t) or any(p.name == "self" for p in positional):
                 wrong = f"{place_of(only)} takes `{listed(positional)}`, but gets the connection"
             elif is_leaf(returns) and not admits(returns, bool):
                 wrong = f"{place_of(only)} returns {shown(returns)}"
@@ -6880,8 +6879,8 @@ class Lifecycle:
         self._starts = 0  # lifespans that have begun
         self._steps: list[Step] = []  # for whoever includes this, unless it has an app
 
-    def _register(self, add: Step) -> None:
-        """Call *add* with this. Note it for whoever includes this, and calls it with a copy."""
+    def _register(self, function: T, add: Step) -> T:
+        """Call *add* with this; return *function*. Whoever includes this calls it with a copy."""
         if self in _included_at:
             raise PachinkoError(
                 f"{_included_at[self]} has included this Pachinko, by a copy of what was "
@@ -6890,6 +6889,7 @@ class Lifecycle:
         add(self)
         if self._app is None:
             self._steps.append(add)
+        return function
 
     @typing.overload
     def worker(self, function: F, *, once: bool = ...) -> F: ...
@@ -6911,10 +6911,11 @@ class Lifecycle:
             return functools.partial(self.worker, once=once)
         decorator = "@ws.worker(once=True)" if once else "@ws.worker"
         check_function(function, f"{decorator}\nasync def clock(): ...", 0)
-        self._register(
-            lambda self: self._add_workers([(self._lease_of(function) if once else None, function)])
-        )
-        return function
+
+        def add(self: Any) -> None:
+            self._add_workers([(self._lease_of(function) if once else None, function)])
+
+        return self._register(function, add)
 
     def _add_workers(self, workers: list[Any], method: str = "worker") -> None:
         """Add *workers*, also to an app that has started. Raises `PachinkoError` elsewhere."""
@@ -7221,8 +7222,7 @@ class Pachinko(Lifecycle):
     def _read_authenticate(self, function: F, optional: bool) -> F:
         example = "@ws.authenticate\nasync def who(conn, token): ..."
         check_function(function, example, 2)
-        self._register(lambda self: self._set_authenticate(function, optional))
-        return function
+        return self._register(function, lambda self: self._set_authenticate(function, optional))
 
     def _set_authenticate(self, function: Any, optional: bool) -> None:
         self._routes.set("authenticate", function, "authenticate", takes_guests=optional)
@@ -7282,8 +7282,7 @@ class Pachinko(Lifecycle):
                 handler = self._read_handler(name, function, namespaces, cls, concurrent)
                 self._add_checked(attrs.evolve(handler, only=only))
 
-            self._register(add)
-            return function
+            return self._register(function, add)
 
         return register
 
@@ -7312,8 +7311,7 @@ class Pachinko(Lifecycle):
         def add(self: Any) -> None:
             getattr(self._routes, kind).append(self._read_end(kind, function, namespaces))
 
-        self._register(add)
-        return function
+        return self._register(function, add)
 
     def _read_end(self, kind: str, function: Any, namespaces: Namespaces) -> Any:
         """Check *function* as a handler of one end of a connection, without adding it."""
@@ -7348,8 +7346,7 @@ class Pachinko(Lifecycle):
             check_taken(outer, RAW[name], namespaces, example, replies=False)
             self._routes.set(name, outer, ONCE[name])
 
-        self._register(add)
-        return function
+        return self._register(function, add)
 
     def middleware(self, function: F = _NO_FUNCTION) -> F:
         """Put ``async def f(conn, envelope, call_next)`` around each message, in its own context.
@@ -7361,8 +7358,7 @@ class Pachinko(Lifecycle):
         """
         example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
         check_function(function, f"@ws.middleware\n{example}", 3)
-        self._register(lambda self: self._routes.add_middleware(function))
-        return function
+        return self._register(function, lambda self: self._routes.add_middleware(function))
 
     def provide(self, function: F = _NO_FUNCTION) -> F:
         """Provide the values of a type T, by ``async def f(conn) -> AsyncIterator[T]: yield …``.
@@ -7378,8 +7374,7 @@ class Pachinko(Lifecycle):
         def add(self: Any) -> None:
             self._routes.add_provider(read_provider(function, self._routes, namespaces))
 
-        self._register(add)
-        return function
+        return self._register(function, add)
 
     def error(self, exception: type[Exception]) -> Callable[[F], F]:
         """Call ``async def f(conn, exc)`` with an error of this class from a message handler.
@@ -7394,8 +7389,9 @@ class Pachinko(Lifecycle):
             example = f"@ws.error({name})\nasync def failed(conn, exc): ..."
             check_function(function, example, 2)
             check_taken(function, exception, caller_namespaces(), example)
-            self._register(lambda self: self._routes.add_error(exception, function))
-            return function
+            return self._register(
+                function, lambda self: self._routes.add_error(exception, function)
+            )
 
         return register
 
@@ -7407,7 +7403,7 @@ class Pachinko(Lifecycle):
         handler refuses. Where one method is refused, nothing of the resource is added.
         """
         namespaces = caller_namespaces()
-        self._register(lambda self: self._add_resource(prefix, resource, namespaces))
+        self._register(None, lambda self: self._add_resource(prefix, resource, namespaces))
 
     def _add_resource(self, prefix: str, resource: object, namespaces: Namespaces) -> None:
         handlers = list[Handler]()
@@ -7444,7 +7440,7 @@ class Pachinko(Lifecycle):
             raise PachinkoError(f"it is included with prefix={prefix!r} already; write another one")
         cls, namespaces = Pachinko, caller_namespaces()
         steps = cls._steps_for(other, self, self._hub)
-        self._register(lambda self: self._include(other, steps, prefix, namespaces))
+        self._register(None, lambda self: self._include(other, steps, prefix, namespaces))
         line = traceback.extract_stack(limit=2)[0]
         _included_at[other] = f"{line.filename}:{line.lineno}"
 
