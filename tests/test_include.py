@@ -595,6 +595,36 @@ async def test_a_provider_may_be_shared(order: str) -> None:
         assert (await client.ask("in"))["payload"] == "Db"
 
 
+def test_an_include_does_not_read_again_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An app of many files starts as fast as its handlers are read."""
+    read, resolve = list[Any](), pachinko.resolve
+
+    def note(function: Any, *args: Any) -> Any:
+        read.append(function)
+        return resolve(function, *args)
+
+    ws, counts = endpoint(), list[int]()
+    for number in range(3):
+        file = Pachinko()
+        file.provide(provide_db)
+
+        async def own(conn: Connection) -> Any: ...
+
+        own.__annotations__["return"] = type("Own", (), {})
+        file.provide(own)
+        for name in ("a", "b", "c"):
+
+            async def take(conn: Connection, *, text: str, db: Db) -> None: ...
+
+            file.on(name)(take)
+        with monkeypatch.context() as patch:
+            patch.setattr(pachinko, "resolve", note)
+            ws.include(file, prefix=f"f{number}")
+        counts.append(len(read))
+        read.clear()
+    assert counts[0] == counts[1] == counts[2]
+
+
 class Repository:
     """What a provider makes of a `Db`."""
 
