@@ -550,7 +550,7 @@ def test_what_closes_a_coroutine_goes_on_up_without_a_task() -> None:
             pachinko.pass_on(kind(), "a handler", "id")
 
     async def close_later() -> Any:
-        coroutine: Any = pachinko._keep_working(forever)
+        coroutine: Any = pachinko._keep_working(forever, "forever")
         asyncio.get_running_loop().call_soon(lambda: None)
         coroutine.send(None)
         return coroutine
