@@ -5944,7 +5944,7 @@ async def send_raw(result: object, function: Any, cls: type, conn: Connection) -
     elif message_type(type(result)) or isinstance(result, AS_THEY_ARE[cls]):
         await conn.send(result)
     elif result is not None:
-        raise TypeError(f"{place_of(function)} {may_return(cls)}")
+        raise TypeError(f"{place_of(function)} {may_return(cls)}; got {type(result).__name__}")
 
 
 async def in_time(seconds: float | None, function: Callable[..., Any], call: Awaitable[T]) -> T:
