@@ -1101,7 +1101,7 @@ def split_message(
             return "", message if cls is bytes else bytes(memoryview(cast(bytes, message)))
         raise TypeError(
             f'a message is an object of a class with @message("…"), or a type and its payload, as '
-            f'in send("said", {{"text": "hi"}}); got {cls.__name__}'
+            f'in send("said", {{"text": "hi"}}); got {message if cls is type else cls.__name__}'
         )
     if not message or (payload is None and any(map(str.isspace, message))):
         raise TypeError(f'{message!r} is no message type; write send("text", {message!r})')
@@ -1971,6 +1971,8 @@ def advise(t: Any) -> str:
     with contextlib.suppress(Exception):  # a name in them may not be known yet
         annotations = inspect.get_annotations(cls)
     below = next((leaf for leaf in _LEAVES if cls and issubclass(cls, leaf)), None)
+    if type(t).__module__ == "builtins" and not isinstance(t, type):
+        return f"{name} is no type; write a class such as bool, or list[int]"
     if isinstance(t, TypeVar):
         return f"{name} has no type; write the class that has it with its argument, as Box[int]"
     if form in _FORMS and getattr(cls, "__module__", "typing") in _FORM_MODULES:
@@ -1986,9 +1988,8 @@ def advise(t: Any) -> str:
     if annotations and cls.__init__ is object.__init__ and cls.__new__ is object.__new__:
         return f"put @attrs.frozen above {name}"
     return (
-        f"{name} has no JSON of its own; register a hook that makes one, as docs/payloads.md "
-        f"shows; or, if it is a class of yours, declare its fields and put @attrs.frozen above "
-        f"{name}"
+        f"{name} has no JSON of its own; register a hook that makes one, as docs/payloads.md shows;"
+        f" or, if it is a class of yours, declare its fields and put @attrs.frozen above {name}"
     )
 
 
@@ -2100,6 +2101,7 @@ class Codec:
         except Exception as exc:  # A hook may raise anything.
             path, what, reason = unsendable(payload, shape, exc, self.converter)
         cure = "; raise it instead" if isinstance(payload, BaseException) else ""
+        cure = "; write `await` in front of it" if isinstance(payload, Awaitable) else cure
         raise TypeError(f"{path}: cannot send a {what}{cure}") from reason
 
 
@@ -4549,9 +4551,8 @@ def _no_question(conn: Connection, state: HubState) -> Exception:
     is_handler = is_early or conn.id not in state.registry.connections
     if session is not None and session.conn is conn and is_handler:
         return PachinkoError(
-            "no client answers in its connect and disconnect handlers, before it is in or after it "
-            "has gone; ask it in a message handler, or write\n@ws.accepted\nasync def greet(conn): "
-            "answer = await conn.ask(...)"
+            "no client answers in its own connect and disconnect handlers; ask it in a message "
+            "handler, or write\n@ws.accepted\nasync def greet(conn): answer = await conn.ask(...)"
         )
     return NoAnswer(f"the client is {'not in yet' if is_early else 'gone'}, and was not asked")
 
@@ -5383,13 +5384,13 @@ class Hub:
                 'own writes `async with hub.open("nats://localhost:4222"):` around its calls'
             )
 
-    def _check_own(self, conn: object, instead: str) -> None:
+    def _check_own(self, conn: object, instead: str) -> str:
+        """Return the id of *conn*. Refuse what is no connection of this hub."""
         if not isinstance(conn, Connection):
-            raise TypeError(
-                f'write hub.join("room:1", conn), or its id; got {conn!r} for the connection'
-            )
+            raise TypeError(f'write hub.join("room:1", conn), or its id; got {conn!r}')
         if conn.hub is not self:
             raise PachinkoError(f"this connection's endpoint has another hub; {instead}")
+        return conn.id
 
     async def join(self, group: str, conn: Connection | str) -> None:
         """Add *conn*, or the connection of any process with that id, to *group*.
@@ -5510,8 +5511,8 @@ class Hub:
 
         Raises `AnswerError` for an ``error`` and for a payload that is no *returns*; `NoAnswer`
         after *timeout*, when the client has gone, and at once for an id of nobody; `PachinkoError`
-        in a connect or a disconnect handler of that client, for its 65th question at a time, and
-        for a type that no payload can have; `ValueError` for a *timeout* that is no number above 0.
+        in a connect or disconnect handler of that client, for its 65th question at a time, a
+        reserved type, and *returns* that no payload can be; `ValueError` for a wrong *timeout*.
         """
         id = self._id_of(conn)
         self._check("ask", id, "connection")
@@ -5519,6 +5520,7 @@ class Hub:
             raise ValueError(f"timeout is a number of seconds above 0, got {timeout!r}")
         state, t = self.state, answer_type(returns, self.state.codec)
         type, payload = split_message(message, payload)
+        check_type(type)
         question = type, msgspec.Raw(state.codec.encode(type, payload)), timeout
         if isinstance(conn, Connection):
             answer = await put_question(conn, *question)
@@ -5555,10 +5557,7 @@ class Hub:
         await self.state.relay.send(kind, name, data, excluded)
 
     def _id_of(self, item: Connection | str) -> str:
-        if not isinstance(item, Connection):
-            return item
-        self._check_own(item, "use its id, or the hub that it was given")
-        return item.id
+        return self._check_own(item, "use conn.hub") if isinstance(item, Connection) else item
 
     async def close_group(self, group: str, code: int = 1000, reason: str | None = "") -> None:
         """Close every connection in *group*, behind what was sent to it before."""
@@ -5954,7 +5953,7 @@ async def send_raw(result: object, function: Any, cls: type, conn: Connection) -
     elif message_type(type(result)) or isinstance(result, AS_THEY_ARE[cls]):
         await conn.send(result)
     elif result is not None:
-        raise TypeError(f"{place_of(function)} {may_return(cls)}")
+        raise TypeError(f"{place_of(function)} {may_return(cls)}; got {type(result).__name__}")
 
 
 async def in_time(seconds: float | None, function: Callable[..., Any], call: Awaitable[T]) -> T:
@@ -6451,8 +6450,9 @@ class Session:
         elif isinstance(frame, BadFrame):
             await self._send_error(frame, frame.id)
         else:
-            error = MessageError("unknown_type", f"no handler for {frame.type[:TYPE_SHOWN]!r}")
-            await self._send_error(error, frame.id, frame.type)
+            hint = "; answers end in '.reply'" if str(frame.id).startswith("$") else ""
+            text = f"no handler for {frame.type[:TYPE_SHOWN]!r}{hint}"
+            await self._send_error(MessageError("unknown_type", text), frame.id, frame.type)
 
     def _exceed_rate(
         self, event: Event, id: Id | None, type: str | None = None

@@ -593,6 +593,29 @@ async def test_an_error_that_is_returned_should_be_raised(
     assert f"cannot send a {type(error).__name__}; raise it instead" in caplog.text
 
 
+async def load() -> int:
+    return 5
+
+
+@pytest.mark.parametrize("make", [load, lambda: asyncio.ensure_future(load())])
+async def test_what_should_have_been_awaited_is_named(
+    make: Callable[[], Any], caplog: LogCapture
+) -> None:
+    """The client gets `internal_error`; the log says what to write."""
+    ws, given = endpoint(), list[Any]()
+
+    @ws.on("give")
+    async def give(conn: Connection) -> Any:
+        given.append(make())
+        return given[-1]
+
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        assert (await client.ask("give"))["payload"]["code"] == "internal_error"
+        assert await given[0] == 5
+    what = type(given[0]).__name__
+    assert f"cannot send a {what}; write `await` in front of it" in caplog.text
+
+
 @pytest.mark.parametrize("streams", [False, True])
 async def test_a_task_that_the_application_cancels_is_answered(streams: bool) -> None:
     """A concurrent handler or a stream may say what has become of it; the connection goes on."""

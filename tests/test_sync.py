@@ -315,7 +315,11 @@ async def test_a_broker_that_lets_in_and_does_not_answer() -> None:
         ({"url": "memory://"}, "nats://localhost", "memory:// reaches no other process"),
         ({"url": "http://ada:s3cret@localhost"}, None, "a backplane is a URL such as"),
         ({"url": ""}, "nats://localhost", "a backplane is a URL such as"),
-        ({}, "nats://ada:s3cret@local host", "a backplane is a URL such as"),
+        (
+            {},
+            "nats://ada:s3cret@local host",
+            "URL such as .* in PACHINKO_BACKPLANE",
+        ),
         ({"url": "redis://:s3cret@localhost?no=1"}, None, "another option"),
         ({"url": "nats://localhost?no=1"}, None, "knows the options"),
         ({"url": "nats://localhost", "namespace": "a.b"}, None, "a namespace has"),
@@ -332,6 +336,15 @@ def test_a_mistake_fails_at_the_construction(
         SyncHub(**arguments)
     assert "s3cret" not in str(caught.value)
     gc.collect()  # what is left of it does not fail
+
+
+@pytest.mark.parametrize("url", [Hub(), SyncHub, 5, ["nats://localhost"]])
+def test_what_is_no_broker_is_refused(url: Any) -> None:
+    """With both right forms, and its class."""
+    text = r'write a URL, such as "nats://localhost:4222", or give an object with `async def` start'
+    with pytest.raises(TypeError, match=text) as caught:
+        SyncHub(url)
+    assert str(caught.value).endswith(f"got {type(url).__name__}")
 
 
 @pytest.mark.parametrize("wrong", [{"url": 5}, {"url": Silent}, {"converter": 5}])
