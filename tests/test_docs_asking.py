@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 from collections.abc import AsyncIterator
 from typing import Any
 
+import playwright.async_api
 import pytest
 from support import Client, Server, connect, serving, until
 from test_docs import ROOT, blocks, clean_hub, load, spans, tables
 
-from pachinko import hub
+from pachinko import AnswerError, hub
 
 __all__ = ["clean_hub"]  # a fixture for each test, here too
 
@@ -48,6 +51,33 @@ async def test_a_handler_goes_on_with_the_answer(page: Any, server: Server) -> N
         error = await client.receive()
         assert error["id"] == 2 and error["payload"]["code"] == "no_answer"
         assert page.files == {"b.txt"}
+
+
+async def test_a_page_answers(server: Server) -> None:
+    """It answers a question that it knows, one that it does not know, and one that fails."""
+    (code,) = blocks(PAGE, "js")
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if path is None:
+        pytest.fail("this test needs Chromium: apt-get install chromium, or set CHROMIUM")
+    async with playwright.async_api.async_playwright() as play:
+        browser = await play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = await browser.new_page()
+        page.on("dialog", lambda dialog: asyncio.ensure_future(dialog.accept()))
+        await page.goto(f"http://127.0.0.1:{server.port}/")
+        socket = f"const socket = new WebSocket('{server.url}/shelf');"
+        fail = "answers.fail = async () => { throw new Error('no idea'); };"
+        await page.evaluate(f"() => {{ {socket}\n{code}\n{fail} }}")
+        await until(lambda: hub.connections)
+        (conn,) = hub.connections
+        assert await hub.ask(conn, "confirm", {"text": "Sure?"}, returns=bool) is True
+        for type, said in (("what", "unknown_question"), ("toString", "unknown_question")):
+            with pytest.raises(AnswerError) as raised:
+                await hub.ask(conn, type)
+            assert raised.value.code == said
+        with pytest.raises(AnswerError) as raised:
+            await hub.ask(conn, "fail")
+        assert (raised.value.code, raised.value.message) == ("failed", "Error: no idea")
+        await browser.close()
 
 
 async def test_the_client_in_python_says_yes(page: Any, server: Server) -> None:
