@@ -3513,7 +3513,7 @@ def _is_count(value: Any) -> bool:
 
 def is_seconds(value: Any) -> bool:
     """Return whether *value* is a finite number of seconds, at least 0."""
-    return type(value) in (int, float) and 0 <= value < math.inf
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max
 
 
 def _is_period(value: Any) -> bool:
