@@ -5476,8 +5476,8 @@ class Hub:
 
         Raises `PachinkoError` for a connection of an endpoint with another hub.
         """
-        self._check("send_to", conn.id if isinstance(conn, Connection) else conn, "connection")
-        await self._send(Kind.CONNECTION, self._id_of(conn), message, payload)
+        self._check("send_to", id := self._id_of(conn), "connection")
+        await self._send(Kind.CONNECTION, id, message, payload)
 
     @typing.overload
     async def ask(
@@ -5504,8 +5504,7 @@ class Hub:
         in a connect or a disconnect handler of that client, for its 65th question at a time, and
         for a type that no payload can have; `ValueError` for a *timeout* that is no number above 0.
         """
-        id = self._id_of(conn)
-        self._check("ask", id, "connection")
+        self._check("ask", id := self._id_of(conn), "connection")
         if not (is_seconds(timeout) and timeout > 0):
             raise ValueError(f"timeout is a number of seconds above 0, got {timeout!r}")
         state, t = self.state, answer_type(returns, self.state.codec)
@@ -5518,11 +5517,7 @@ class Hub:
         try:
             return answer if t is Any else state.codec.structure(answer, t, f"{type}.reply")
         except MessageError as exc:
-            wrong = AnswerError(bare(exc).code, exc.message, exc.details)
-        try:
-            raise wrong
-        finally:
-            del wrong  # It refers to this frame; a cycle would keep the connection.
+            raise AnswerError(bare(exc).code, exc.message, exc.details) from None
 
     async def send_to_user(self, user: str, message: object, payload: object = None) -> None:
         """Send to every connection of *user* (`Connection.user`)."""
@@ -5564,8 +5559,8 @@ class Hub:
         A handshake in progress is closed, too. Does nothing if the connection has ended. Raises
         what `Close` does, and `PachinkoError` for a connection of an endpoint with another hub.
         """
-        self._check("close", conn.id if isinstance(conn, Connection) else conn, "connection")
-        await self.state.relay.close(Kind.CONNECTION, self._id_of(conn), Close(code, reason))
+        self._check("close", id := self._id_of(conn), "connection")
+        await self.state.relay.close(Kind.CONNECTION, id, Close(code, reason))
 
     async def close_user(self, user: str, code: int = 1000, reason: str | None = "") -> None:
         """Close every connection of *user*, behind what was sent to it before.

@@ -205,7 +205,8 @@ async def test_a_stranger_closes_nobody_by_rubbish(broker: BrokerProcess) -> Non
             (everybody, {"to": "ada", "code": "4000"}),
             (everybody, {"to": "ada", "reason": "x" * 124}),
             (everybody, {"to": "ada", "reason": 5}),
-            (everybody, {"to": "ada", "v": 2}),
+            (everybody, {"to": "ada", "v": 2}),  # that of a binary frame
+            (everybody, {"to": "ada", "v": 3}),
             (own, {}),
             (own, {"to": conn.id, "code": 1006}),
             (own, {"to": conn.id, "reason": "ü" * 62}),
