@@ -1015,7 +1015,7 @@ def message(type: str) -> Callable[[type[T]], type[T]]:
     """
     if not isinstance(type, str):
         raise PachinkoError(f'@message takes a type; write @message("say") above {type!r}')
-    check_type(type)
+    type = check_type(type)
     namespaces = caller_namespaces()
 
     def tag(cls: Any) -> Any:
@@ -1063,14 +1063,18 @@ def _check_defaults(cls: Any) -> None:
             )
 
 
-def check_type(type: str) -> None:
-    """Raise `PachinkoError` for a message type that is empty or reserved for the library."""
+def check_type(type: str) -> str:
+    """Return *type*, perhaps a member of an enum, as it is on the wire.
+
+    Raises `PachinkoError` for a message type that is empty or reserved for the library.
+    """
     if not type or type in _RESERVED or type.startswith("$") or type.endswith(".reply"):
         raise PachinkoError(
             f'{type!r} is reserved, as are "", {", ".join(sorted(_RESERVED))}, "$…" and "….reply"; '
             f'choose another message type, such as "chat.say"'
             f"{', or write @ws.authenticate' if type == 'authenticate' else ''}"
         )
+    return whole(type)
 
 
 def message_type(cls: Any) -> str | None:
@@ -3204,7 +3208,7 @@ def read_included(
         check_provider(t, routes.providers[t].function, own, namespaces)
     found = dict[str, Handler]()
     for former, handler in own.handlers.items():
-        type = f"{prefix}.{former}" if prefix and former != "authenticate" else former
+        type = f"{whole(prefix)}.{former}" if prefix and former != "authenticate" else former
         if type.endswith(".reply"):
             place = place_of(handler.function)
             raise PachinkoError(f"{place} would handle {type!r}, a reply; write another prefix")
@@ -4481,7 +4485,7 @@ class Questions:
             )
         self._count += 1
         id, waiting = f"${self._count}", asyncio.get_running_loop().create_future()
-        self._open[id] = f"{type}.reply", waiting
+        self._open[id] = f"{whole(type)}.reply", waiting
         return id, waiting
 
     def forget(self, id: str) -> None:
@@ -7296,7 +7300,7 @@ class Pachinko(Lifecycle):
         self, type: str, function: Any, namespaces: Namespaces, cls: Any, concurrent: bool
     ) -> Handler:
         """Check *function* as the handler of *type*, without adding it."""
-        check_type(type)
+        type = check_type(type)
         function = with_provided(function, self._routes.providers, namespaces)
         if (first := self._routes.handlers.get(type)) is not None:
             refuse_second(first.function, function, f"{type!r} has a handler")
@@ -7424,7 +7428,7 @@ class Pachinko(Lifecycle):
             if name in ends:
                 ends[name].append(self._read_end(name, method, namespaces))
             else:
-                type = f"{prefix}.{name}"
+                type = f"{whole(prefix)}.{name}"
                 handlers.append(self._read_handler(type, method, namespaces, None, False))
         self._add_checked(*handlers)
         # The resource's own `on_disconnect`, if there is one, is the end of its `on_connect`.

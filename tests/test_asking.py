@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import enum
 import logging
 import math
 import threading
@@ -41,6 +42,10 @@ Ask = Callable[[Connection], Awaitable[Any]]
 class Unlock:
     door: int
     codes: list[str] = attrs.field(factory=list[str])
+
+
+class Types(str, enum.Enum):  # noqa: UP042 - its members are formatted as their names
+    UNLOCK = "unlock"
 
 
 @message("unlocked")
@@ -171,6 +176,8 @@ async def test_each_connection_counts_for_itself() -> None:
         (("unlock", []), {"type": "unlock", "payload": []}),
         (('a "quoted" type', 0), {"type": 'a "quoted" type', "payload": 0}),
         (("ä☃", "é\n"), {"type": "ä☃", "payload": "é\n"}),
+        (("half \ud83d", 5), {"type": "half \ufffd", "payload": 5}),
+        ((Types.UNLOCK, Types.UNLOCK), {"type": "unlock", "payload": "unlock"}),
         ((Unlock(4),), {"type": "unlock", "payload": {"door": 4, "codes": []}}),
         (("open", Unlock(4, ["x"])), {"type": "open", "payload": {"door": 4, "codes": ["x"]}}),
     ],
