@@ -3208,7 +3208,7 @@ def read_included(
         check_provider(t, routes.providers[t].function, own, namespaces)
     found = dict[str, Handler]()
     for former, handler in own.handlers.items():
-        type = f"{whole(prefix)}.{former}" if prefix and former != "authenticate" else former
+        type = f"{prefix}.{former}" if prefix and former != "authenticate" else former
         if type.endswith(".reply"):
             place = place_of(handler.function)
             raise PachinkoError(f"{place} would handle {type!r}, a reply; write another prefix")
@@ -7456,7 +7456,7 @@ class Pachinko(Lifecycle):
             raise PachinkoError(f"it is included with prefix={prefix!r} already; write another one")
         cls, frame = Pachinko, inspect.currentframe()
         steps = cls._steps_for(other, self, self._hub)
-        self._register(self._include, other, steps, prefix, caller_namespaces())
+        self._register(self._include, other, steps, whole(prefix), caller_namespaces())
         cls._freeze(other, cast(Any, frame).f_back)
 
     def _steps_for(self, including: Pachinko, its_hub: Hub) -> list[Step]:
