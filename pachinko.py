@@ -3176,15 +3176,14 @@ _ONCE = {"authenticate": "authenticate", "fallback": "the fallback", "binary": "
 _RAW: dict[str, type] = {"fallback": str, "binary": bytes}  # the keys in `Routes.scopes`
 
 
-def check_prefix(prefix: Any) -> None:
-    """Raise `PachinkoError` unless *prefix* is one of message types, or empty."""
+def check_prefix(prefix: Any) -> str:
+    """Return *prefix* as on the wire; `PachinkoError` unless it is one of types, or empty."""
     if prefix != "" and not (isinstance(prefix, str) and _PREFIX.fullmatch(prefix)):
         raise PachinkoError(
             f"a prefix is a name, or several with dots between, and is joined by a dot; write "
             f'ws.include(todos.ws, prefix="todo"), got prefix={prefix!r}'
         )
-    if prefix:
-        check_type(prefix)
+    return check_type(prefix) if prefix else ""
 
 
 def read_included(
@@ -7449,14 +7448,14 @@ class Pachinko(Lifecycle):
         if *other* has an app or options, if both have functions for what may be there once, or if
         a handler does not suit the path or the hub's converter.
         """
-        check_prefix(prefix)
+        prefix = check_prefix(prefix)
         if not isinstance(other, Pachinko):
             raise PachinkoError(f"write ws.include(todos.ws), a Pachinko; got {other!r}")
         if prefix in self._parts.get(other, ()):
             raise PachinkoError(f"it is included with prefix={prefix!r} already; write another one")
         cls, frame = Pachinko, inspect.currentframe()
         steps = cls._steps_for(other, self, self._hub)
-        self._register(self._include, other, steps, whole(prefix), caller_namespaces())
+        self._register(self._include, other, steps, prefix, caller_namespaces())
         cls._freeze(other, cast(Any, frame).f_back)
 
     def _steps_for(self, including: Pachinko, its_hub: Hub) -> list[Step]:
