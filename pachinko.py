@@ -84,7 +84,7 @@ Map: each section, what it is for, and those above it that it uses.
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         signatures, handshake, limits, outbox, outgoing, outcomes)
     running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
-        handlers, scope, limits, connection, hub state, outcomes)
+        scope, limits, connection, hub state, outcomes)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
         signatures, handlers, scope, include, handshake, limits, outgoing, hub, guard, session,
         admission, running)
@@ -1105,7 +1105,7 @@ def split_message(
             return "", message if cls is bytes else bytes(memoryview(cast(bytes, message)))
         raise TypeError(
             f'a message is an object of a class with @message("…"), or a type and its payload, as '
-            f'in send("said", {{"text": "hi"}}); got {cls.__name__}'
+            f'in send("said", {{"text": "hi"}}); got {message if cls is type else cls.__name__}'
         )
     if not message or (payload is None and any(map(str.isspace, message))):
         raise TypeError(f'{message!r} is no message type; write send("text", {message!r})')
@@ -1975,6 +1975,8 @@ def advise(t: Any) -> str:
     with contextlib.suppress(Exception):  # a name in them may not be known yet
         annotations = inspect.get_annotations(cls)
     below = next((leaf for leaf in _LEAVES if cls and issubclass(cls, leaf)), None)
+    if type(t).__module__ == "builtins" and not isinstance(t, type):
+        return f"{name} is no type; write a class such as bool, or list[int]"
     if isinstance(t, TypeVar):
         return f"{name} has no type; write the class that has it with its argument, as Box[int]"
     if form in _FORMS and getattr(cls, "__module__", "typing") in _FORM_MODULES:
@@ -1990,9 +1992,8 @@ def advise(t: Any) -> str:
     if annotations and cls.__init__ is object.__init__ and cls.__new__ is object.__new__:
         return f"put @attrs.frozen above {name}"
     return (
-        f"{name} has no JSON of its own; register a hook that makes one, as docs/payloads.md "
-        f"shows; or, if it is a class of yours, declare its fields and put @attrs.frozen above "
-        f"{name}"
+        f"{name} has no JSON of its own; register a hook that makes one, as docs/payloads.md shows;"
+        f" or, if it is a class of yours, declare its fields and put @attrs.frozen above {name}"
     )
 
 
@@ -2008,9 +2009,7 @@ class Codec:
 
     def frame_class(self, type: str, annotation: Any, handler: Any = None) -> FrameClass:
         """Make the class of the frames of *type*. If msgspec can, decoding builds the payload."""
-        is_open = (
-            getattr(handler, "only", None) is None
-        )  # A guard is asked before a payload is read.
+        is_open = getattr(handler, "only", None) is None  # A guard is asked before it is read.
         # msgspec may refuse the type, or a base class may use names that are local to a function.
         with contextlib.suppress(TypeError, NameError, AttributeError, NotImplementedError):
             if is_open and self._hasty is not self.converter and is_read_in_one_pass(annotation):
@@ -2106,6 +2105,7 @@ class Codec:
         except Exception as exc:  # A hook may raise anything.
             path, what, reason = unsendable(payload, shape, exc, self.converter)
         cure = "; raise it instead" if isinstance(payload, BaseException) else ""
+        cure = "; write `await` in front of it" if isinstance(payload, Awaitable) else cure
         raise TypeError(f"{path}: cannot send a {what}{cure}") from reason
 
 
@@ -2498,6 +2498,7 @@ class Handler:
     returns: Any  # the declared type of a reply or of a stream's item, or None
     streams: bool
     is_concurrent: bool  # runs in a task of its own, as all streams do
+    types: Collection[Any] = ()  # of all parameters, as far as they are known
     only: Callable[[Connection], bool | Awaitable[bool]] | None = None  # who may send the type
     writers: dict[Any, Writer] = attrs.Factory(dict)  # a key is the class of a returned value
     hints: set[str] = attrs.Factory(set)  # the parameters about which a hint was logged
@@ -2595,7 +2596,7 @@ def read_handler(
         (lambda conn, value: function(conn, **value)) if fields
         else function if parameter else (lambda conn, _: function(conn)),
         annotation, parameter, defaults if fields else None, returns, streams,
-        is_concurrent=streams or concurrent,
+        is_concurrent=streams or concurrent, types=hints.values(),
     )  # fmt: skip
 
 
@@ -2836,8 +2837,8 @@ class Routes:
     binary: Callable[..., Awaitable[Any]] | None = None
     middleware: list[Callable[..., Awaitable[Any]]] = attrs.Factory(list)
     errors: dict[type[Exception], Callable[..., Awaitable[Any]]] = attrs.Factory(dict)
-    workers: list[Callable[[], Awaitable[None]]] = attrs.Factory(list)
-    leases: dict[str, Callable[[], Awaitable[None]]] = attrs.Factory(dict)  # workers, by lease
+    # Each with the name of its lease, or None if every process runs it.
+    workers: list[tuple[str | None, Callable[[], Awaitable[None]]]] = attrs.Factory(list)
     providers: dict[Any, Provider] = attrs.Factory(dict)  # a key is the type that is provided
     is_scoped: bool = False  # there is a middleware or a provider: each message has a context
     # The included routes around a message type, the fallback (`str`) and the binary handler
@@ -2872,25 +2873,27 @@ class Routes:
         self.middleware.append(function)
         self.is_scoped = True
 
-    def add_provider(self, t: Any, provider: Provider) -> None:
-        """Pass what *provider* makes to the handlers that take a *t*."""
-        self.providers[t] = provider
+    def add_error(self, cls: type[Exception], function: Callable[..., Awaitable[Any]]) -> None:
+        """Call *function* with errors of *cls*, or refuse a second one."""
+        refuse_second(self.errors.get(cls), function, f"{cls.__name__} has a handler")
+        self.errors[cls] = function
+
+    def add_provider(self, provider: Provider) -> None:
+        """Pass what *provider* makes to the handlers that take its type."""
+        self.providers[provider.type] = provider
         self.is_scoped = True
 
-    def set(self, name: str, function: Callable[..., Any], what: str) -> None:
+    def set(self, name: str, function: Any, what: str, *, takes_guests: bool = False) -> None:
         """Set the one function for *name*, or refuse a second one."""
         refuse_second(getattr(self, name), function, f"{what} has a handler")
         setattr(self, name, function)
+        self.takes_guests = self.takes_guests or takes_guests
 
     def add_scope(self, key: Any, inner: tuple[Routes, ...]) -> None:
         """Put the middleware and the error handlers of *inner* around what has this *key*."""
         if inner:
             self.scopes[key] = inner
             self.is_scoped = self.is_scoped or any(each.middleware for each in inner)
-
-    def set_optional(self, optional: bool) -> None:
-        """Set whether `authenticate` lets guests in."""
-        self.takes_guests = optional
 
     def error_handler(self, exc: BaseException) -> Callable[..., Awaitable[Any]] | None:
         """Return the handler for the class of *exc* or its nearest base class, or None."""
@@ -3022,32 +3025,26 @@ def create_task(work: Coroutine[Any, Any, T], *, is_detached: bool = False) -> a
 class Provider:
     """A function that makes the value of a type, for each call that takes it."""
 
+    type: Any
     function: Callable[..., Any]  # where files share it, each has a `Provider` for it
     takes: dict[str, Provider]  # providers of its own parameters, by name
     # For a generator it returns a context manager. Otherwise it is None.
     manage: Callable[..., contextlib.AbstractAsyncContextManager[Any]] | None
-    key: Any = attrs.field(init=False)  # the same for the same function
-
-    @key.default
-    def _key(self) -> Any:
-        function: Any = self.function
-        is_method = inspect.ismethod(function)
-        return (id(function.__self__), id(function.__func__)) if is_method else id(function)
 
 
 async def _provide(
     takes: dict[str, Provider], conn: Connection, stack: contextlib.AsyncExitStack,
     made: dict[Any, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the values that *takes* names; *stack* closes them. Each is *made* once a call."""
+    """Return the values that *takes* names; *stack* closes them. One of each type is *made*."""
     for each in takes.values():
-        if each.key not in made:
+        if each.type not in made:
             values = await _provide(each.takes, conn, stack, made)
             if each.manage is not None:
-                made[each.key] = await stack.enter_async_context(each.manage(conn, **values))
+                made[each.type] = await stack.enter_async_context(each.manage(conn, **values))
             else:
-                made[each.key] = await each.function(conn, **values)
-    return {name: made[each.key] for name, each in takes.items()}
+                made[each.type] = await each.function(conn, **values)
+    return {name: made[each.type] for name, each in takes.items()}
 
 
 def with_provided(
@@ -3109,8 +3106,8 @@ def _taken(
     return takes
 
 
-def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tuple[Any, Provider]:
-    """Return the type that *function* provides, and its provider, or raise `PachinkoError`."""
+def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> Provider:
+    """Return what provides by *function*, or raise `PachinkoError`."""
     place = place_of(function)
     if not is_stream(function) and is_stream(inspect.unwrap(function)):
         raise PachinkoError(f"{place} is decorated; write it without @asynccontextmanager")
@@ -3122,7 +3119,7 @@ def read_provider(function: Any, routes: Routes, namespaces: Namespaces) -> tupl
     t = _provided_type(function, declared)
     check_provider(t, function, routes, namespaces)
     manage = contextlib.asynccontextmanager(function) if is_stream(function) else None
-    return t, Provider(function, _taken(function, routes.providers, namespaces), manage)
+    return Provider(t, function, _taken(function, routes.providers, namespaces), manage)
 
 
 def check_provider(t: Any, function: Any, routes: Routes, namespaces: Namespaces) -> None:
@@ -3130,15 +3127,17 @@ def check_provider(t: Any, function: Any, routes: Routes, namespaces: Namespaces
 
     Several files may share a provider, so *function* itself may be there already.
     """
-    first = routes.providers.get(t)
-    if first is not None and first.function != function:
+    if (first := routes.providers.get(t)) is not None:
         cure = "give each a type of its own, by typing.NewType for example"
-        refuse_second(first.function, function, f"{shown(t)} has a provider", cure)
-    from_payload = [handler.function for handler in routes.handlers.values()]
-    for earlier in (*from_payload, *routes.connect, *routes.accepted, *routes.disconnect):
-        annotations = [p.annotation for p in parameters_of(earlier)]
-        if t in [known_type(earlier, each, namespaces) for each in annotations]:
-            source = " from its payload" if earlier in from_payload else ""
+        if first.function != function:
+            refuse_second(first.function, function, f"{shown(t)} has a provider", cure)
+        return  # What takes it has been compared with the first one.
+    taken = [(each.function, each.types, " from its payload") for each in routes.handlers.values()]
+    for end in (*routes.connect, *routes.accepted, *routes.disconnect):
+        annotations = [p.annotation for p in parameters_of(end)]
+        taken.append((end, [known_type(end, each, namespaces) for each in annotations], ""))
+    for earlier, found, source in taken:
+        if t in found:
             raise PachinkoError(
                 f"{place_of(earlier)} takes {shown(t)}{source}; register {place_of(function)} "
                 f"above the handlers that take what it provides, on the same Pachinko"
@@ -3170,10 +3169,11 @@ def _provided_type(function: Any, t: Any) -> Any:
 # Whoever includes another Pachinko registers anew what was registered there, for its own path and
 # codec, and under a prefix. The result is compared with what is there before anything is added.
 
-Step = tuple[Callable[..., None], tuple[Any, ...]]  # a method of Pachinko, and its arguments
+Step = Callable[[Any], None]  # It registers something on a Pachinko.
+Parts = dict["Lifecycle", tuple[str, ...]]  # the included, with their prefixes
 _PREFIX = re.compile(r"[\w-]+(\.[\w-]+)*")
-_ONCE = {"authenticate": "authenticate", "fallback": "the fallback", "binary": "binary"}
-_RAW: dict[str, type] = {"fallback": str, "binary": bytes}  # the keys in `Routes.scopes`
+ONCE = {"authenticate": "authenticate", "fallback": "the fallback", "binary": "binary"}
+RAW: dict[str, type] = {"fallback": str, "binary": bytes}  # the keys in `Routes.scopes`
 
 
 def check_prefix(prefix: Any) -> str:
@@ -3193,34 +3193,42 @@ def read_included(
 
     Raises `PachinkoError` if *routes* has another function for what may be there once.
     """
-    pairs = [(what, getattr(routes, name), getattr(own, name)) for name, what in _ONCE.items()]
-    pairs += [(name.strip(), routes.leases.get(name), own.leases[name]) for name in own.leases]
-    for what, first, second in pairs:
-        is_same = registered(first) == registered(second)
-        if what == "authenticate":
-            is_same = is_same and routes.takes_guests == own.takes_guests
-        if second is not None and not is_same:
-            refuse_second(first, second, f"{what} has a handler")
-    for t in own.providers:
-        check_provider(t, own.providers[t].function, routes, namespaces)
-    for t in routes.providers.keys() - own.providers.keys():
-        check_provider(t, routes.providers[t].function, own, namespaces)
-    found = dict[str, Handler]()
+    dotted = prefix and f"{prefix}."
+    types = {former: dotted + former for former in own.handlers} | {"authenticate": "authenticate"}
     for former, handler in own.handlers.items():
-        type = f"{prefix}.{former}" if prefix and former != "authenticate" else former
-        if type.endswith(".reply"):
-            place = place_of(handler.function)
-            raise PachinkoError(f"{place} would handle {type!r}, a reply; write another prefix")
-        if (there := routes.handlers.get(type)) is None:
-            found[former] = attrs.evolve(handler, type=type)
-        elif _kept(there) != _kept(handler):
-            refuse_second(there.function, handler.function, f"{type!r} has a handler")
+        if types[former].endswith(".reply"):
+            place, reply = place_of(handler.function), f"{types[former]!r}, a reply"
+            raise PachinkoError(f"{place} would handle {reply}; write another prefix")
+    there = _once(routes, (), {})
+    for what, second in _once(own, (own,), types).items():
+        if what in there and there[what] != second:
+            refuse_second(there[what][0], second[0], f"{what} has a handler")
+    for providing, taking in ((own, routes), (routes, own)):
+        for t, provider in providing.providers.items():
+            check_provider(t, provider.function, taking, namespaces)
+    new = [former for former in own.handlers if types[former] not in routes.handlers]
+    return {former: attrs.evolve(own.handlers[former], type=types[former]) for former in new}
+
+
+def _once(
+    routes: Routes, outer: tuple[Routes, ...], types: Mapping[str, str]
+) -> dict[str, tuple[Any, ...]]:
+    """Return by name what may be there once: the function, and what else has to be the same."""
+
+    def inner(key: Any) -> list[Any]:
+        around = [*outer, *routes.scopes.get(key, ())]
+        return [(each.middleware, each.errors) for each in around if each.middleware or each.errors]
+
+    found: dict[str, tuple[Any, ...]] = {name.strip(): (f,) for name, f in routes.workers if name}
+    for name, key in RAW.items():
+        if (function := getattr(routes, name)) is not None:
+            found[ONCE[name]] = registered(function), inner(key)
+    for type, handler in routes.handlers.items():
+        options: Any = handler.only, handler.is_concurrent, inner(type)
+        if type == "authenticate":  # No middleware sees it.
+            options = routes.takes_guests
+        found[repr(types.get(type, type))] = registered(handler.function), options
     return found
-
-
-def _kept(handler: Handler) -> tuple[Any, ...]:
-    """Return what two handlers of one type have in common if they are the same."""
-    return registered(handler.function), handler.only, handler.is_concurrent
 
 
 def add_included(routes: Routes, own: Routes, found: Mapping[str, Handler]) -> None:
@@ -3231,15 +3239,12 @@ def add_included(routes: Routes, own: Routes, found: Mapping[str, Handler]) -> N
 
     for former, handler in found.items():
         routes.add_scope(handler.type, inner(former))
-    for name, what in _ONCE.items():
+    for name, what in ONCE.items():
         if getattr(routes, name) is None and getattr(own, name) is not None:
-            routes.set(name, getattr(own, name), what)
-            if name in _RAW:
-                routes.add_scope(_RAW[name], inner(_RAW[name]))
-            else:
-                routes.set_optional(own.takes_guests)
-    for t, provider in own.providers.items():
-        routes.add_provider(t, provider)
+            routes.set(name, getattr(own, name), what, takes_guests=own.takes_guests)
+            routes.add_scope(RAW.get(name), inner(RAW.get(name)))
+    for provider in own.providers.values():
+        routes.add_provider(provider)
 
 
 # ── handshake ─────────────────────────────────────────────────────────────────────────────────
@@ -4441,10 +4446,13 @@ class Connection:
             )
         try:
             self._check("conn.create_task")
+            asyncio.get_running_loop()  # This raises if the app's loop does not run now.
             return self.outgoing.create_task(coroutine)
-        except Exception:  # Whoever is refused has nothing to await.
+        except (PachinkoError, RuntimeError) as exc:
             coroutine.close()
-            raise
+            call = "conn.hub.call_threadsafe(conn.create_task, ...)"
+            error = PachinkoError(f"{exc}; write {call} where the app runs")
+            raise (exc if isinstance(exc, PachinkoError) else error) from None
 
     async def join(self, group: str) -> None:
         """Add the connection to *group*, as `Hub.join` does."""
@@ -4484,7 +4492,7 @@ class Questions:
             )
         self._count += 1
         id, waiting = f"${self._count}", asyncio.get_running_loop().create_future()
-        self._open[id] = f"{whole(type)}.reply", waiting
+        self._open[id] = f"{type}.reply", waiting
         return id, waiting
 
     def forget(self, id: str) -> None:
@@ -4546,9 +4554,8 @@ def _no_question(conn: Connection, state: HubState) -> Exception:
     is_handler = is_early or conn.id not in state.registry.connections
     if session is not None and session.conn is conn and is_handler:
         return PachinkoError(
-            "no client answers in its connect and disconnect handlers, before it is in or after it "
-            "has gone; ask it in a message handler, or write\n@ws.accepted\nasync def greet(conn): "
-            "answer = await conn.ask(...)"
+            "no client answers in its own connect and disconnect handlers; ask it in a message "
+            "handler, or write\n@ws.accepted\nasync def greet(conn): answer = await conn.ask(...)"
         )
     return NoAnswer(f"the client is {'not in yet' if is_early else 'gone'}, and was not asked")
 
@@ -4823,7 +4830,8 @@ class Registry:
         """Remove *conn* from all tables."""
         for group in tuple(self._joined.get(conn, ())):
             self.leave(group, conn)
-        self.arriving.pop(conn.id, None)
+        if conn.id in self.arriving:
+            del self.arriving[conn.id]
         self.retire(conn)
 
     def set_user(self, conn: Connection, user: str | None) -> None:
@@ -4935,6 +4943,7 @@ class Registry:
 
 _FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, after `linger`
 ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the broker
+_NO_TASKS: frozenset[asyncio.Task[Any]] = frozenset()
 _turn = threading.RLock()  # Only one thread at a time starts or ends a hub.
 _OWN_HUB = 'give this app one of its own: Pachinko(app, "/ws", hub=Hub())'
 
@@ -5093,10 +5102,11 @@ class HubState:
 
         Each is cancelled once, and the current one never.
         """
-        if (questions := self.questions.pop(id, None)) is not None:
-            questions.end()
-        if (tasks := self.background.get(id)) is None:
-            return frozenset()
+        if id in self.questions:  # PERF: most connections have neither.
+            self.questions.pop(id).end()
+        if id not in self.background:
+            return _NO_TASKS
+        tasks = self.background[id]
         for task in [task for task, is_cancelled in tasks.items() if not is_cancelled]:
             if task is not asyncio.current_task():
                 tasks[task] = task.cancel()
@@ -5127,7 +5137,6 @@ def _tell(future: concurrent.futures.Future[Any], ended: asyncio.Task[Any]) -> N
 # member in the registry, and does not refer to the listener: an application may just drop that.
 
 _MAILBOX, _MAILBOX_BYTES = 256, 1_048_576  # what may wait, as in an outbox by default
-_numbers = itertools.count(1)
 _decode_sent = msgspec.json.Decoder(Sent).decode
 
 
@@ -5140,8 +5149,9 @@ class Mailbox:
 
     def __init__(self, group: str, state: HubState) -> None:
         """Begin to take messages. A hub that drains, or does not run, has none to take."""
-        self.group, self.loop = group, state.loop
-        self.id: str = f"listener {next(_numbers)}"  # A connection's id looks different.
+        self.group: str = group
+        self.loop: asyncio.AbstractEventLoop | None = state.loop
+        self.id: str = secrets.token_hex()  # Nobody knows it, so that no `exclude` has it.
         self.closed: bool = state.loop is None or bool(state.drains)
         self._hub_state = state
         self._queue = collections.deque[Waiting]()
@@ -5377,13 +5387,13 @@ class Hub:
                 'own writes `async with hub.open("nats://localhost:4222"):` around its calls'
             )
 
-    def _check_own(self, conn: object, instead: str) -> None:
+    def _check_own(self, conn: object, instead: str) -> str:
+        """Return the id of *conn*. Refuse what is no connection of this hub."""
         if not isinstance(conn, Connection):
-            raise TypeError(
-                f'write hub.join("room:1", conn), or its id; got {conn!r} for the connection'
-            )
+            raise TypeError(f'write hub.join("room:1", conn), or its id; got {conn!r}')
         if conn.hub is not self:
             raise PachinkoError(f"this connection's endpoint has another hub; {instead}")
+        return conn.id
 
     async def join(self, group: str, conn: Connection | str) -> None:
         """Add *conn*, or the connection of any process with that id, to *group*.
@@ -5504,14 +5514,15 @@ class Hub:
 
         Raises `AnswerError` for an ``error`` and for a payload that is no *returns*; `NoAnswer`
         after *timeout*, when the client has gone, and at once for an id of nobody; `PachinkoError`
-        in a connect or a disconnect handler of that client, for its 65th question at a time, and
-        for a type that no payload can have; `ValueError` for a *timeout* that is no number above 0.
+        in a connect or disconnect handler of that client, for its 65th question at a time, a
+        reserved type, and *returns* that no payload can be; `ValueError` for a wrong *timeout*.
         """
         self._check("ask", id := self._id_of(conn), "connection")
         if not (is_seconds(timeout) and timeout > 0):
             raise ValueError(f"timeout is a number of seconds above 0, got {timeout!r}")
         state, t = self.state, answer_type(returns, self.state.codec)
         type, payload = split_message(message, payload)
+        type = check_type(type)
         question = type, msgspec.Raw(state.codec.encode(type, payload)), timeout
         if isinstance(conn, Connection):
             answer = await put_question(conn, *question)
@@ -5544,10 +5555,7 @@ class Hub:
         await self.state.relay.send(kind, name, data, excluded)
 
     def _id_of(self, item: Connection | str) -> str:
-        if not isinstance(item, Connection):
-            return item
-        self._check_own(item, "use its id, or the hub that it was given")
-        return item.id
+        return self._check_own(item, "use conn.hub") if isinstance(item, Connection) else item
 
     async def close_group(self, group: str, code: int = 1000, reason: str | None = "") -> None:
         """Close every connection in *group*, behind what was sent to it before."""
@@ -5943,7 +5951,7 @@ async def send_raw(result: object, function: Any, cls: type, conn: Connection) -
     elif message_type(type(result)) or isinstance(result, AS_THEY_ARE[cls]):
         await conn.send(result)
     elif result is not None:
-        raise TypeError(f"{place_of(function)} {may_return(cls)}")
+        raise TypeError(f"{place_of(function)} {may_return(cls)}; got {type(result).__name__}")
 
 
 async def in_time(seconds: float | None, function: Callable[..., Any], call: Awaitable[T]) -> T:
@@ -5979,9 +5987,8 @@ def check_guard(only: Any, name: str, namespaces: Namespaces) -> None:
             signature.bind(None)
             positional = [p for p in parameters_of(only) if p.kind in _POSITIONAL]
             returns = known_type(only, signature.return_annotation, namespaces)
-            if len(positional) > 1 or any(p.name == "self" for p in positional):
-                wrong = f"{place_of(only)} takes `{listed(positional)}`"
-            elif any(is_payload(known_type(only, p.annotation, namespaces)) for p in positional):
+            t = known_type(only, positional[0].annotation, namespaces) if positional else Any
+            if len(positional) > 1 or is_payload(t) or any(p.name == "self" for p in positional):
                 wrong = f"{place_of(only)} takes `{listed(positional)}`, but gets the connection"
             elif is_leaf(returns) and not admits(returns, bool):
                 wrong = f"{place_of(only)} returns {shown(returns)}"
@@ -6441,8 +6448,9 @@ class Session:
         elif isinstance(frame, BadFrame):
             await self._send_error(frame, frame.id)
         else:
-            error = MessageError("unknown_type", f"no handler for {frame.type[:TYPE_SHOWN]!r}")
-            await self._send_error(error, frame.id, frame.type)
+            hint = "; answers end in '.reply'" if str(frame.id).startswith("$") else ""
+            text = f"no handler for {frame.type[:TYPE_SHOWN]!r}{hint}"
+            await self._send_error(MessageError("unknown_type", text), frame.id, frame.type)
 
     def _exceed_rate(
         self, event: Event, id: Id | None, type: str | None = None
@@ -6852,6 +6860,8 @@ async def welcome(session: Session) -> None:
 _NO_FUNCTION: Any = None  # `ws.connect()` decorates it, and is refused for its parentheses
 # A key is the id of an app, and a path. A Pachinko holds its app, so that no id is used again.
 _attached: weakref.WeakValueDictionary[tuple[int, str], Lifecycle] = weakref.WeakValueDictionary()
+# The lines that have included others. Nothing more can be registered on these.
+_included_at: weakref.WeakKeyDictionary[Lifecycle, str] = weakref.WeakKeyDictionary()
 _SERVER = re.compile(r"(?:^|[\\/])(gunicorn|granian)(?:[\\/]__main__\.py|\.exe)?$")
 _WORKERS = re.compile(r"(?:^| )(?:--workers[ =]|-w[ =]?)(\d+)")
 _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start
@@ -6860,29 +6870,29 @@ _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed wo
 class Lifecycle:
     """Starts and stops the hub, the workers and the connections of an endpoint."""
 
-    def __init__(self, app: Any, path: str | None, hub: Hub, limits: Limits) -> None:
+    def __init__(
+        self, app: Any, path: str | None, hub: Hub, limits: Limits, routes: Routes, parts: Parts
+    ) -> None:
         self._app, self._path, self._hub, self._limits = app, path, hub, limits
-        self._routes = Routes()
+        self._routes, self._parts = routes, parts
         self._loop: asyncio.AbstractEventLoop | None = None  # once started
         self._runs = 0  # lifespans and `running` blocks in progress
         self._is_working = False  # workers have been started
         self._workers: set[asyncio.Task[None]] = set()
         self._starts = 0  # lifespans that have begun
-        # What was registered, for whoever includes this, until it is attached or included.
-        self._steps: list[Step] = []
-        self._included_at: str | None = None  # the line that has included this
-        self._parts: dict[Lifecycle, tuple[str, ...]] = {}  # the included, with their prefixes
+        self._steps: list[Step] = []  # for whoever includes this, unless it has an app
 
-    def _register(self, add: Any, *args: Any) -> None:
-        """Call *add*, a method, with *args*. Note both for whoever includes this."""
-        if self._included_at is not None:
+    def _register(self, function: T, add: Step) -> T:
+        """Call *add* with this; return *function*. Whoever includes this calls it with a copy."""
+        if self in _included_at:
             raise PachinkoError(
-                f"{self._included_at} has included this Pachinko, by a copy of what was registered "
-                f"till then; register the rest above that line, or import its file above it"
+                f"{_included_at[self]} has included this Pachinko, by a copy of what was "
+                f"registered till then; register the rest above that line, or import its file above"
             )
-        add(*args)
+        add(self)
         if self._app is None:
-            self._steps.append((add.__func__, args))
+            self._steps.append(add)
+        return function
 
     @typing.overload
     def worker(self, function: F, *, once: bool = ...) -> F: ...
@@ -6904,43 +6914,33 @@ class Lifecycle:
             return functools.partial(self.worker, once=once)
         decorator = "@ws.worker(once=True)" if once else "@ws.worker"
         check_function(function, f"{decorator}\nasync def clock(): ...", 0)
-        self._register(self._add_worker, function, once)
-        return function
 
-    def _add_worker(self, function: Any, once: bool | None) -> None:
-        is_late = self._is_late("worker")
-        self._add_workers([self._leased(function) if once else function], is_late)
+        def add(self: Any) -> None:
+            self._add_workers([(self._lease_of(function) if once else None, function)])
 
-    def _is_late(self, method: str) -> bool:
-        """Tell whether a worker starts when it is added. Raises `PachinkoError` elsewhere."""
+        return self._register(function, add)
+
+    def _add_workers(self, workers: list[Any], method: str = "worker") -> None:
+        """Add *workers*, also to an app that has started. Raises `PachinkoError` elsewhere."""
         is_late = self._is_working and self._loop is not None and self._loop.is_running()
-        if is_late:
+        if is_late and workers:
             refuse_elsewhere(self._loop, "a worker was added", f"hub.call_threadsafe(ws.{method}")
-        return is_late
-
-    def _add_workers(self, workers: list[Any], is_late: bool) -> None:
         self._routes.workers.extend(workers)
-        for run in workers if is_late else ():
-            self._start_worker(run)
+        for each in workers if is_late else ():
+            self._start_worker(*each)
 
-    def _leased(self, function: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
-        """Return a worker that runs *function* while this process has the lease for it."""
+    def _lease_of(self, function: Callable[[], Awaitable[None]]) -> str:
+        """Return the name of the lease for *function*, or raise `PachinkoError` for a second."""
         inner = layers(function)[-1]
         qualname = getattr(inner, "__qualname__", type(inner).__qualname__)
         name = f"{self._path or ''} {inner.__module__}.{qualname}"
-        if (first := self._routes.leases.get(name)) is not None:
+        if (first := dict(self._routes.workers).get(name)) is not None:
             raise PachinkoError(
                 f"{name.strip()} is the name of two workers with once=True, and of their lease: "
                 f"{place_of(first)} and {place_of(function)}; write\n@ws.worker(once=True)\n"
                 "async def another_name(): ..."
             )
-        self._routes.leases[name] = function
-
-        @functools.wraps(function)
-        async def run() -> None:
-            await self._hub.state.relay.lease(name, function)
-
-        return run
+        return name
 
     @contextlib.asynccontextmanager
     async def running(self, *, alone: bool = False) -> AsyncGenerator[None, None]:
@@ -6986,7 +6986,7 @@ class Lifecycle:
         relay = self._hub.state.relay
         with contextlib.suppress(PachinkoError):  # The relay has logged it, and tries again.
             await relay.connected()
-        if self._routes.leases:
+        if any(lease for lease, _ in self._routes.workers):
             await relay.check_leases()
 
     async def _start_last(self, starts: int, scope: Any, event: Any) -> None:
@@ -7037,11 +7037,13 @@ class Lifecycle:
     def _start_workers(self) -> None:
         if not self._is_working:
             self._is_working = True
-            for function in self._routes.workers:
-                self._start_worker(function)
+            for each in self._routes.workers:
+                self._start_worker(*each)
 
-    def _start_worker(self, function: Callable[[], Awaitable[None]]) -> None:
-        task = create_task(_keep_working(function), is_detached=True)
+    def _start_worker(self, lease: str | None, function: Callable[[], Awaitable[None]]) -> None:
+        """Start *function*, to run while this process has the *lease* for it, if it needs one."""
+        run = (lambda: self._hub.state.relay.lease(lease, function)) if lease else function
+        task = create_task(_keep_working(run, place_of(function)), is_detached=True)
         self._workers.add(task)
         task.add_done_callback(self._workers.discard)
 
@@ -7078,10 +7080,10 @@ def _warn_of_workers() -> None:
         logger.warning(text, workers, ENVIRONMENT)
 
 
-async def _keep_working(function: Callable[[], Awaitable[None]]) -> None:
+async def _keep_working(function: Callable[[], Awaitable[None]], name: str) -> None:
     """Run a worker, and run it again when it fails, after ever longer pauses."""
     # Each attempt has a task of its own. If it swallows a cancellation, this task still knows.
-    backoffs, name = iter(_BACKOFFS), place_of(function)
+    backoffs = iter(_BACKOFFS)
 
     async def attempt() -> None:
         try:
@@ -7156,7 +7158,7 @@ class Pachinko(Lifecycle):
         )  # fmt: skip
         if not isinstance(hub, Hub):
             raise PachinkoError(f"write hub=Hub() for a hub of its own, got {hub!r}")
-        super().__init__(app, path, hub, limits)
+        super().__init__(app, path, hub, limits, Routes(), {})
         self._origins = read_origins(origins, trust_forwarded)
         self._subprotocols = (*texts(subprotocols, "subprotocols"), _WIRE_FORMAT)
         if app is not None or path is not None:
@@ -7180,8 +7182,7 @@ class Pachinko(Lifecycle):
         within *connect_timeout* seconds. *f* may have one ``yield``: what stands behind it runs
         after the disconnect handlers, the last handler's first, or when a later one refuses.
         """
-        self._register(self._add_end, "connect", function, caller_namespaces())
-        return function
+        return self._add_end("connect", function, caller_namespaces())
 
     def accepted(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn, …)`` once the client is in, before its first message is handled.
@@ -7189,8 +7190,7 @@ class Pachinko(Lifecycle):
         It takes path parameters as connect handlers do. `Close` closes; `falcon.HTTPError` closes
         with 3000 and its status, a bug with 1011. Disconnect handlers run in each case.
         """
-        self._register(self._add_end, "accepted", function, caller_namespaces())
-        return function
+        return self._add_end("accepted", function, caller_namespaces())
 
     @typing.overload
     def authenticate(self, function: F) -> F: ...
@@ -7225,12 +7225,10 @@ class Pachinko(Lifecycle):
     def _read_authenticate(self, function: F, optional: bool) -> F:
         example = "@ws.authenticate\nasync def who(conn, token): ..."
         check_function(function, example, 2)
-        self._register(self._set_authenticate, function, optional)
-        return function
+        return self._register(function, lambda self: self._set_authenticate(function, optional))
 
     def _set_authenticate(self, function: Any, optional: bool) -> None:
-        self._routes.set("authenticate", function, "authenticate")
-        self._routes.set_optional(optional)
+        self._routes.set("authenticate", function, "authenticate", takes_guests=optional)
 
         async def again(conn: Connection, payload: Any) -> None:
             if (token := token_of(payload)) is None:
@@ -7283,17 +7281,13 @@ class Pachinko(Lifecycle):
             check_guard(only, name, namespaces)
 
         def register(function: F) -> F:
-            self._register(self._add_on, name, function, namespaces, cls, concurrent, only)
-            return function
+            def add(self: Any) -> None:
+                handler = self._read_handler(name, function, namespaces, cls, concurrent)
+                self._add_checked(attrs.evolve(handler, only=only))
+
+            return self._register(function, add)
 
         return register
-
-    def _add_on(
-        self, type: str, function: Any, namespaces: Namespaces, cls: Any, concurrent: bool,
-        only: Any,
-    ) -> None:  # fmt: skip
-        handler = self._read_handler(type, function, namespaces, cls, concurrent)
-        self._add_checked(attrs.evolve(handler, only=only))
 
     def _read_handler(
         self, type: str, function: Any, namespaces: Namespaces, cls: Any, concurrent: bool
@@ -7312,12 +7306,15 @@ class Pachinko(Lifecycle):
 
     def disconnect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn)`` once at the end, with ``conn.close_code`` and its groups."""
-        self._register(self._add_end, "disconnect", function, caller_namespaces())
-        return function
+        return self._add_end("disconnect", function, caller_namespaces())
 
-    def _add_end(self, kind: str, function: Any, namespaces: Namespaces) -> None:
+    def _add_end(self, kind: str, function: F, namespaces: Namespaces) -> F:
         """Add a connect, an accepted or a disconnect handler."""
-        getattr(self._routes, kind).append(self._read_end(kind, function, namespaces))
+
+        def add(self: Any) -> None:
+            getattr(self._routes, kind).append(self._read_end(kind, function, namespaces))
+
+        return self._register(function, add)
 
     def _read_end(self, kind: str, function: Any, namespaces: Namespaces) -> Any:
         """Check *function* as a handler of one end of a connection, without adding it."""
@@ -7333,9 +7330,7 @@ class Pachinko(Lifecycle):
         It returns a text, which is sent as it is, a ``@message`` object, or None.
         """
         example = "@ws.fallback\nasync def other(conn, frame: str): ..."
-        what = "the fallback"
-        self._register(self._set_raw, "fallback", function, str, caller_namespaces(), example, what)
-        return function
+        return self._set_raw("fallback", function, caller_namespaces(), example)
 
     def binary(self, function: F = _NO_FUNCTION) -> F:
         """Give ``async def f(conn, data: bytes)`` the binary frames.
@@ -7343,19 +7338,18 @@ class Pachinko(Lifecycle):
         It returns bytes, which are sent as a binary frame, a ``@message`` object, or None.
         """
         example = "@ws.binary\nasync def upload(conn, data: bytes): ..."
-        self._register(
-            self._set_raw, "binary", function, bytes, caller_namespaces(), example, "binary"
-        )
-        return function
+        return self._set_raw("binary", function, caller_namespaces(), example)
 
-    def _set_raw(
-        self, name: str, function: Any, taken: type, namespaces: Namespaces, example: str, what: str
-    ) -> None:
-        """Set the one handler of frames as they are, which takes a value of the type *taken*."""
-        outer = with_provided(function, self._routes.providers, namespaces)
-        check_function(outer, example, 2)
-        check_taken(outer, taken, namespaces, example, replies=False)
-        self._routes.set(name, outer, what)
+    def _set_raw(self, name: str, function: F, namespaces: Namespaces, example: str) -> F:
+        """Set the one handler of frames as they are: texts for the fallback, or bytes."""
+
+        def add(self: Any) -> None:
+            outer = with_provided(function, self._routes.providers, namespaces)
+            check_function(outer, example, 2)
+            check_taken(outer, RAW[name], namespaces, example, replies=False)
+            self._routes.set(name, outer, ONCE[name])
+
+        return self._register(function, add)
 
     def middleware(self, function: F = _NO_FUNCTION) -> F:
         """Put ``async def f(conn, envelope, call_next)`` around each message, in its own context.
@@ -7367,11 +7361,7 @@ class Pachinko(Lifecycle):
         """
         example = "async def timed(conn, envelope, call_next):\n    return await call_next()"
         check_function(function, f"@ws.middleware\n{example}", 3)
-        self._register(self._add_middleware, function)
-        return function
-
-    def _add_middleware(self, function: Any) -> None:
-        self._routes.add_middleware(function)
+        return self._register(function, lambda self: self._routes.add_middleware(function))
 
     def provide(self, function: F = _NO_FUNCTION) -> F:
         """Provide the values of a type T, by ``async def f(conn) -> AsyncIterator[T]: yield …``.
@@ -7382,11 +7372,12 @@ class Pachinko(Lifecycle):
         call or the last item of a stream, and an error is raised at the ``yield``. ``async def
         f(conn) -> T`` has nothing to close. Raises `PachinkoError`.
         """
-        self._register(self._add_provider, function, caller_namespaces())
-        return function
+        namespaces = caller_namespaces()
 
-    def _add_provider(self, function: Any, namespaces: Namespaces) -> None:
-        self._routes.add_provider(*read_provider(function, self._routes, namespaces))
+        def add(self: Any) -> None:
+            self._routes.add_provider(read_provider(function, self._routes, namespaces))
+
+        return self._register(function, add)
 
     def error(self, exception: type[Exception]) -> Callable[[F], F]:
         """Call ``async def f(conn, exc)`` with an error of this class from a message handler.
@@ -7401,15 +7392,11 @@ class Pachinko(Lifecycle):
             example = f"@ws.error({name})\nasync def failed(conn, exc): ..."
             check_function(function, example, 2)
             check_taken(function, exception, caller_namespaces(), example)
-            self._register(self._add_error, exception, function)
-            return function
+            return self._register(
+                function, lambda self: self._routes.add_error(exception, function)
+            )
 
         return register
-
-    def _add_error(self, exception: type[Exception], function: Any) -> None:
-        first = self._routes.errors.get(exception)
-        refuse_second(first, function, f"{exception.__name__} has a handler")
-        self._routes.errors[exception] = function
 
     def add_resource(self, prefix: str, resource: object) -> None:
         """Route by class: ``on_send`` handles ``"<prefix>.send"``.
@@ -7418,7 +7405,8 @@ class Pachinko(Lifecycle):
         disconnect handler; the last one also runs if `on_connect` has returned and a later connect
         handler refuses. Where one method is refused, nothing of the resource is added.
         """
-        self._register(self._add_resource, prefix, resource, caller_namespaces())
+        namespaces = caller_namespaces()
+        self._register(None, lambda self: self._add_resource(prefix, resource, namespaces))
 
     def _add_resource(self, prefix: str, resource: object, namespaces: Namespaces) -> None:
         handlers = list[Handler]()
@@ -7453,10 +7441,11 @@ class Pachinko(Lifecycle):
             raise PachinkoError(f"write ws.include(todos.ws), a Pachinko; got {other!r}")
         if prefix in self._parts.get(other, ()):
             raise PachinkoError(f"it is included with prefix={prefix!r} already; write another one")
-        cls, frame = Pachinko, inspect.currentframe()
+        cls, namespaces = Pachinko, caller_namespaces()
         steps = cls._steps_for(other, self, self._hub)
-        self._register(self._include, other, steps, prefix, caller_namespaces())
-        cls._freeze(other, cast(Any, frame).f_back)
+        self._register(None, lambda self: self._include(other, steps, prefix, namespaces))
+        line = traceback.extract_stack(limit=2)[0]
+        _included_at[other] = f"{line.filename}:{line.lineno}"
 
     def _steps_for(self, including: Pachinko, its_hub: Hub) -> list[Step]:
         """Return what is registered here. Raises `PachinkoError` if it cannot be included."""
@@ -7480,38 +7469,25 @@ class Pachinko(Lifecycle):
         given = {"origins": origins, "trust_forwarded": trust.trust_forwarded}
         return {**given, "subprotocols": self._subprotocols, **attrs.asdict(self._limits)}
 
-    def _freeze(self, frame: types.FrameType) -> None:
-        """Refuse what would be registered after *frame* has included this."""
-        self._included_at = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
     def _include(
         self, other: Pachinko, steps: list[Step], prefix: str, namespaces: Namespaces
     ) -> None:
         """Do the *steps* of *other* on a stand-in for this one, compare, and add the result."""
-        cls, routes, parts = Pachinko, self._routes, {**self._parts}
-        own = cls._stand_in(cls(hub=self._hub), steps, self._app, self._path, parts)
+        routes, own, parts, stand_in = self._routes, Routes(), {**self._parts}, Pachinko()
+        Lifecycle.__init__(stand_in, self._app, self._path, self._hub, self._limits, own, parts)
+        for add in steps:
+            add(stand_in)
         found = read_included(routes, own, prefix, namespaces)
-        is_late = bool(own.workers) and self._is_late("include")
-        self._add_checked(*found.values())
-        add_included(routes, own, found)
         if other not in self._parts:
+            leased = [worker for worker in routes.workers if worker[0]]
+            self._add_workers([each for each in own.workers if each not in leased], "include")
             for kind in ("connect", "accepted", "disconnect"):
                 getattr(routes, kind).extend(getattr(own, kind))
-            shared = [own.leases[name] for name in own.leases if name in routes.leases]
-            workers = [w for w in own.workers if getattr(w, "__wrapped__", None) not in shared]
-            routes.leases.update(own.leases)
-            self._add_workers(workers, is_late)
-        self._parts.update({each: self._parts.get(each, ()) for each in parts})
-        self._parts[other] = (*self._parts.get(other, ()), prefix)
-
-    def _stand_in(
-        self, steps: list[Step], app: Any, path: str | None, parts: dict[Any, Any]
-    ) -> Routes:
-        """Do *steps* here as on another's *app* and *path*, and return the routes."""
-        self._app, self._path, self._parts = app, path, parts
-        for add, args in steps:
-            add(self, *args)
-        return self._routes
+        self._add_checked(*found.values())
+        add_included(routes, own, found)
+        for each in (*parts, other):
+            self._parts.setdefault(each, ())
+        self._parts[other] += (prefix,)
 
     async def on_websocket(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, /, **params: Any

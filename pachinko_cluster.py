@@ -88,8 +88,8 @@ SCHEMES = ("memory", "nats", "tls", "redis", "rediss")  # all but the first have
 _WRONG_URL = (
     'a backplane is a URL such as "nats://localhost:4222" or "redis://:secret@host:6379"; known '
     f'are {", ".join(f"{scheme}://" for scheme in SCHEMES)}. "/", "@", "?", "#" and "%" in a '
-    'password are written "%2F", "%40", "%3F", "%23", "%25". The one given is not shown, for it '
-    "may hold a password"
+    'password are written "%2F", "%40", "%3F", "%23", "%25". The one given, in PACHINKO_BACKPLANE '
+    "or in code, is not shown, for it may hold a password"
 )
 _URL = re.compile(rf"({'|'.join(SCHEMES[1:])})://([^?#]+)(?:\?([^#@]*))?")
 _REASON_SHOWN = 200  # characters of an error: a server of another protocol may say anything
@@ -1329,7 +1329,7 @@ class Cluster(pachinko.Relay):
         found = (getattr(given, name, None) for name in methods)
         if inspect.isclass(given) or not all(map(inspect.iscoroutinefunction, found)):
             raise TypeError(
-                f'write hub.configure("nats://localhost:4222"), or give it an object with '
+                f'write a URL, such as "nats://localhost:4222", or give an object with '
                 f"`async def` {', '.join(methods)}; got {type(given).__name__}"
             )
         self._backplane: Backplane = given

@@ -334,6 +334,19 @@ async def test_all_wrong_fields_of_an_answer_are_told() -> None:
         assert paths == {"$.payload.door", "$.payload.codes[0]", "$.payload.codes[2]"}
 
 
+@pytest.mark.parametrize("type", ["error", "complete", "gap", "unlock.reply", "$ping"])
+async def test_a_question_of_a_reserved_type_is_refused(type: str) -> None:
+    """No client could tell it from what else has that type. Nothing is sent."""
+    desk = Desk()
+    async with desk.client() as client:
+        for ask in (asks(type), lambda conn: desk.hub.ask(conn.id, type)):
+            desk.do = ask
+            await client.send("go")
+            outcome = await desk.outcome()
+            assert isinstance(outcome, PachinkoError) and "is reserved" in str(outcome)
+        assert await client.ask("$ping") == {"type": "$pong", "id": 1}
+
+
 class Unknown:
     def __init__(self, n: int) -> None: ...
 
@@ -345,12 +358,13 @@ class Unknown:
         (list[Unknown], "register a hook"),
         (complex, "write float"),
         (Callable[[], int], "Callable"),
-        (5, "5"),
-        ("Unlocked", "Unlocked"),
+        (5, "5 is no type"),
+        ("Unlocked", "'Unlocked' is no type"),
         ({"a": int}, "{'a': "),
         ([int], "unhashable"),
+        ((int, str), "is no type"),
         (Unlocked(datetime.datetime(2030, 1, 1)), "Unlocked("),
-        (lambda value: value, "lambda"),
+        (lambda value: value, "lambda> is no type"),
         (list["Nowhere"], "Nowhere"),  # type: ignore[name-defined]  # noqa: F821 - there is none
         (msgspec.UnsetType, "Unset"),
     ],
@@ -630,7 +644,9 @@ async def test_a_message_that_is_no_answer_may_have_the_id_of_a_question() -> No
         assert desk.waiting == 1
         await client.send("unlock.reply", 5, "$1")
         assert await desk.outcome() == 5
-        assert (await client.ask("unlock", id="$1"))["payload"]["code"] == "unknown_type"
+        error = (await client.ask("unlock", id="$1"))["payload"]
+        assert error["code"] == "unknown_type" and "answers end in '.reply'" in error["message"]
+        assert ".reply" not in (await client.ask("unlock", id=1))["payload"]["message"]
 
 
 async def test_who_is_cancelled_forgets_the_question() -> None:

@@ -390,12 +390,12 @@ async def test_a_fallback_answers_with_a_text(given: Any, expected: str) -> None
 @pytest.mark.parametrize(
     ("sent", "returned", "says"),
     [
-        ("?", b"bytes", "may return a str, a @message object or None"),
+        ("?", b"bytes", "may return a str, a @message object or None; got bytes"),
         ("?", bytearray(), "may return a str, a @message object or None"),
-        ("?", 0, "may return a str, a @message object or None"),
-        (b"?", "text", "may return bytes, a @message object or None"),
+        ("?", 0, "may return a str, a @message object or None; got int"),
+        (b"?", "text", "may return bytes, a @message object or None; got str"),
         (b"?", "", "may return bytes, a @message object or None"),
-        (b"?", [b""], "may return bytes, a @message object or None"),
+        (b"?", [b""], "may return bytes, a @message object or None; got list"),
     ],
 )
 async def test_anything_else_is_a_bug(

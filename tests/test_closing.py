@@ -233,7 +233,7 @@ async def test_a_connection_of_another_hub_is_refused() -> None:
     async with serving(house.app) as server, connect(server.url + "/ws") as client:
         await client.ask("where")
         (conn,) = house.hub.connections
-        with pytest.raises(PachinkoError, match="another hub; use its id"):
+        with pytest.raises(PachinkoError, match=r"another hub; use conn\.hub"):
             await other.close(conn)
         await other.close(conn.id)
         await client.ask("where")

@@ -220,6 +220,7 @@ CALLS: dict[str, Any] = {
     "join": lambda conn: conn.join("a"),
     "leave": lambda conn: conn.leave("room"),
     "add_header": lambda conn: conn.add_header("x-name", "ada"),
+    "create_task": lambda conn: conn.create_task(conn.send("stray")),
 }
 SET = {"user": "eve", "expires_at": 0.0}
 LIBRARYS_OWN = {"become", "choose", "stop_expiry"}

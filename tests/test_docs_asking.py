@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support import Client, Server, connect, serving, until
-from test_docs import ROOT, clean_hub, load, spans, tables
+from test_docs import ROOT, blocks, clean_hub, load, spans, tables
 
 from pachinko import hub
 
@@ -48,6 +48,23 @@ async def test_a_handler_goes_on_with_the_answer(page: Any, server: Server) -> N
         error = await client.receive()
         assert error["id"] == 2 and error["payload"]["code"] == "no_answer"
         assert page.files == {"b.txt"}
+
+
+async def test_the_client_in_python_says_yes(page: Any, server: Server) -> None:
+    """To each question, until it is closed."""
+    (code,) = (code for code in blocks(PAGE, "python") if "def say_yes" in code)
+    client: dict[str, Any] = {}
+    exec(compile(code, PAGE, "exec", dont_inherit=True), client)
+    thread = asyncio.to_thread(client["say_yes"], server.url + "/shelf")
+    running = asyncio.ensure_future(thread)
+    await until(lambda: hub.connections)
+    (conn,) = hub.connections
+    for _ in range(2):
+        assert await hub.ask(conn, "confirm", {"text": "?"}, returns=bool) is True
+    await conn.send("error", {"code": "none"})
+    await hub.close(conn)
+    await running
+    assert hub.stats()["late"] == 0
 
 
 async def delete(server: Server, id: str) -> tuple[str, Any]:
@@ -95,4 +112,4 @@ async def test_a_client_is_invited_by_its_id(server: Server) -> None:
 
 def test_the_tables_have_their_rows() -> None:
     """A row for each thing that may happen."""
-    assert len(tables(PAGE, "What happens", "The call")) == 12
+    assert len(tables(PAGE, "What happens", "The call")) == 13

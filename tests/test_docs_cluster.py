@@ -41,7 +41,18 @@ def test_the_table_of_engines_has_all() -> None:
     assert named == {"nats", "redis"} <= set(extras)
 
 
-async def test_a_handler_that_answers_when_the_engine_is_away() -> None:
+async def status(server: Server, path: str) -> str:
+    """The status that a GET is answered with."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+    head = (await reader.read()).decode()
+    writer.close()
+    return head.split()[1]
+
+
+async def test_a_handler_that_answers_when_the_engine_is_away(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Before, the message goes out; then the client is told to try again."""
     async with running("nats") as engine:
         page = load(CLUSTER)
@@ -54,6 +65,24 @@ async def test_a_handler_that_answers_when_the_engine_is_away() -> None:
             assert answer["payload"]["code"] == "try_again"
             async with connect(f"{server.url}/ws") as other:  # is let in all the same
                 assert (await other.ask("say", {"text": "hi"}))["payload"]["code"] == "try_again"
+            assert [record.levelname for record in caplog.records if record.name == page.__name__]
+
+
+class Sending:
+    async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        await hub.send("lobby", "said")
+
+
+async def test_a_responder_that_answers_when_the_engine_is_away() -> None:
+    """With 200 before, and with 503."""
+    async with running("nats") as engine:
+        page = load.__wrapped__(CLUSTER)  # An app that runs takes no route.
+        page.app.add_route("/send", Sending())
+        hub.configure(engine.url)
+        async with serving(page.app) as server:
+            assert await status(server, "/send") == "200"
+            engine.kill()
+            assert await status(server, "/send") == "503"
 
 
 @pytest.mark.parametrize(("page", "kind"), [(CLUSTER, "redis"), (README, "nats")])

@@ -52,6 +52,9 @@ async def nothing(conn: Any) -> str:
 async def two(conn: Any, other: Any) -> None: ...
 
 
+async def three(conn: Any, envelope: Any, call_next: Any) -> None: ...
+
+
 async def provide_db(conn: Connection) -> AsyncIterator[Db]:
     yield Db()
 
@@ -592,6 +595,36 @@ async def test_a_provider_may_be_shared(order: str) -> None:
         assert (await client.ask("in"))["payload"] == "Db"
 
 
+def test_an_include_does_not_read_again_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An app of many files starts as fast as its handlers are read."""
+    read, resolve = list[Any](), pachinko.resolve
+
+    def note(function: Any, *args: Any) -> Any:
+        read.append(function)
+        return resolve(function, *args)
+
+    ws, counts = endpoint(), list[int]()
+    for number in range(3):
+        file = Pachinko()
+        file.provide(provide_db)
+
+        async def own(conn: Connection) -> Any: ...
+
+        own.__annotations__["return"] = type("Own", (), {})
+        file.provide(own)
+        for name in ("a", "b", "c"):
+
+            async def take(conn: Connection, *, text: str, db: Db) -> None: ...
+
+            file.on(name)(take)
+        with monkeypatch.context() as patch:
+            patch.setattr(pachinko, "resolve", note)
+            ws.include(file, prefix=f"f{number}")
+        counts.append(len(read))
+        read.clear()
+    assert counts[0] == counts[1] == counts[2]
+
+
 class Repository:
     """What a provider makes of a `Db`."""
 
@@ -770,6 +803,30 @@ def test_the_same_function_with_other_options_is_refused(option: str) -> None:
         ws.on("hi", **options)(nothing)
         other.on("hi")(nothing)
     assert " has a handler: " in refusal(lambda: ws.include(other))
+
+
+@pytest.mark.parametrize("around", ["middleware", "error"])
+@pytest.mark.parametrize("kind", ["on", "fallback", "binary"])
+def test_the_same_function_with_other_functions_around_it_is_refused(
+    kind: str, around: str
+) -> None:
+    """A middleware may say who gets through; which file is included first does not matter."""
+
+    def file(is_inside: bool) -> Pachinko:
+        common, outer = Pachinko(), Pachinko()
+        (common.on("hi")(nothing) if kind == "on" else getattr(common, kind)(two))
+        outer.include(common)
+        if is_inside and around == "middleware":
+            outer.middleware(three)
+        elif is_inside:
+            outer.error(KeyError)(two)
+        return outer
+
+    for first in (True, False):
+        ws = endpoint()
+        ws.include(file(first))
+        assert " has a handler: " in refusal(lambda ws=ws, is_=not first: ws.include(file(is_)))
+        ws.include(file(first))
 
 
 def test_an_error_handler_for_the_same_class_is_the_files_own() -> None:
@@ -1064,5 +1121,5 @@ async def test_a_worker_of_two_endpoints_has_two_leases() -> None:
     for path in ("/a", "/b"):
         ws = Pachinko(app, path, hub=hub)
         ws.include(other)
-        names += ws._routes.leases
+        names += [str(lease) for lease, _ in ws._routes.workers]
     assert [name.partition(" ")[0] for name in names] == ["/a", "/b"]

@@ -550,7 +550,7 @@ def test_what_closes_a_coroutine_goes_on_up_without_a_task() -> None:
             pachinko.pass_on(kind(), "a handler", "id")
 
     async def close_later() -> Any:
-        coroutine: Any = pachinko._keep_working(forever)
+        coroutine: Any = pachinko._keep_working(forever, "forever")
         asyncio.get_running_loop().call_soon(lambda: None)
         coroutine.send(None)
         return coroutine
@@ -591,6 +591,29 @@ async def test_an_error_that_is_returned_should_be_raised(
     async with serving(ws._app) as server, connect(server.url + "/ws") as client:
         assert (await client.ask("give"))["payload"]["code"] == "internal_error"
     assert f"cannot send a {type(error).__name__}; raise it instead" in caplog.text
+
+
+async def load() -> int:
+    return 5
+
+
+@pytest.mark.parametrize("make", [load, lambda: asyncio.ensure_future(load())])
+async def test_what_should_have_been_awaited_is_named(
+    make: Callable[[], Any], caplog: LogCapture
+) -> None:
+    """The client gets `internal_error`; the log says what to write."""
+    ws, given = endpoint(), list[Any]()
+
+    @ws.on("give")
+    async def give(conn: Connection) -> Any:
+        given.append(make())
+        return given[-1]
+
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        assert (await client.ask("give"))["payload"]["code"] == "internal_error"
+        assert await given[0] == 5
+    what = type(given[0]).__name__
+    assert f"cannot send a {what}; write `await` in front of it" in caplog.text
 
 
 @pytest.mark.parametrize("streams", [False, True])
