@@ -1015,7 +1015,7 @@ def message(type: str) -> Callable[[type[T]], type[T]]:
     """
     if not isinstance(type, str):
         raise PachinkoError(f'@message takes a type; write @message("say") above {type!r}')
-    check_type(type)
+    type = check_type(type)
     namespaces = caller_namespaces()
 
     def tag(cls: Any) -> Any:
@@ -1063,14 +1063,18 @@ def _check_defaults(cls: Any) -> None:
             )
 
 
-def check_type(type: str) -> None:
-    """Raise `PachinkoError` for a message type that is empty or reserved for the library."""
+def check_type(type: str) -> str:
+    """Return *type*, perhaps a member of an enum, as it is on the wire.
+
+    Raises `PachinkoError` for a message type that is empty or reserved for the library.
+    """
     if not type or type in _RESERVED or type.startswith("$") or type.endswith(".reply"):
         raise PachinkoError(
             f'{type!r} is reserved, as are "", {", ".join(sorted(_RESERVED))}, "$…" and "….reply"; '
             f'choose another message type, such as "chat.say"'
             f"{', or write @ws.authenticate' if type == 'authenticate' else ''}"
         )
+    return whole(type)
 
 
 def message_type(cls: Any) -> str | None:
@@ -3172,15 +3176,14 @@ ONCE = {"authenticate": "authenticate", "fallback": "the fallback", "binary": "b
 RAW: dict[str, type] = {"fallback": str, "binary": bytes}  # the keys in `Routes.scopes`
 
 
-def check_prefix(prefix: Any) -> None:
-    """Raise `PachinkoError` unless *prefix* is one of message types, or empty."""
+def check_prefix(prefix: Any) -> str:
+    """Return *prefix* as on the wire; `PachinkoError` unless it is one of types, or empty."""
     if prefix != "" and not (isinstance(prefix, str) and _PREFIX.fullmatch(prefix)):
         raise PachinkoError(
             f"a prefix is a name, or several with dots between, and is joined by a dot; write "
             f'ws.include(todos.ws, prefix="todo"), got prefix={prefix!r}'
         )
-    if prefix:
-        check_type(prefix)
+    return check_type(prefix) if prefix else ""
 
 
 def read_included(
@@ -3518,7 +3521,7 @@ def _is_count(value: Any) -> bool:
 
 def is_seconds(value: Any) -> bool:
     """Return whether *value* is a finite number of seconds, at least 0."""
-    return type(value) in (int, float) and 0 <= value < math.inf
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max
 
 
 def _is_period(value: Any) -> bool:
@@ -5486,8 +5489,8 @@ class Hub:
 
         Raises `PachinkoError` for a connection of an endpoint with another hub.
         """
-        self._check("send_to", conn.id if isinstance(conn, Connection) else conn, "connection")
-        await self._send(Kind.CONNECTION, self._id_of(conn), message, payload)
+        self._check("send_to", id := self._id_of(conn), "connection")
+        await self._send(Kind.CONNECTION, id, message, payload)
 
     @typing.overload
     async def ask(
@@ -5514,13 +5517,12 @@ class Hub:
         in a connect or disconnect handler of that client, for its 65th question at a time, a
         reserved type, and *returns* that no payload can be; `ValueError` for a wrong *timeout*.
         """
-        id = self._id_of(conn)
-        self._check("ask", id, "connection")
+        self._check("ask", id := self._id_of(conn), "connection")
         if not (is_seconds(timeout) and timeout > 0):
             raise ValueError(f"timeout is a number of seconds above 0, got {timeout!r}")
         state, t = self.state, answer_type(returns, self.state.codec)
         type, payload = split_message(message, payload)
-        check_type(type)
+        type = check_type(type)
         question = type, msgspec.Raw(state.codec.encode(type, payload)), timeout
         if isinstance(conn, Connection):
             answer = await put_question(conn, *question)
@@ -5529,11 +5531,7 @@ class Hub:
         try:
             return answer if t is Any else state.codec.structure(answer, t, f"{type}.reply")
         except MessageError as exc:
-            wrong = AnswerError(bare(exc).code, exc.message, exc.details)
-        try:
-            raise wrong
-        finally:
-            del wrong  # It refers to this frame; a cycle would keep the connection.
+            raise AnswerError(bare(exc).code, exc.message, exc.details) from None
 
     async def send_to_user(self, user: str, message: object, payload: object = None) -> None:
         """Send to every connection of *user* (`Connection.user`)."""
@@ -5572,8 +5570,8 @@ class Hub:
         A handshake in progress is closed, too. Does nothing if the connection has ended. Raises
         what `Close` does, and `PachinkoError` for a connection of an endpoint with another hub.
         """
-        self._check("close", conn.id if isinstance(conn, Connection) else conn, "connection")
-        await self.state.relay.close(Kind.CONNECTION, self._id_of(conn), Close(code, reason))
+        self._check("close", id := self._id_of(conn), "connection")
+        await self.state.relay.close(Kind.CONNECTION, id, Close(code, reason))
 
     async def close_user(self, user: str, code: int = 1000, reason: str | None = "") -> None:
         """Close every connection of *user*, behind what was sent to it before.
@@ -7295,7 +7293,7 @@ class Pachinko(Lifecycle):
         self, type: str, function: Any, namespaces: Namespaces, cls: Any, concurrent: bool
     ) -> Handler:
         """Check *function* as the handler of *type*, without adding it."""
-        check_type(type)
+        type = check_type(type)
         function = with_provided(function, self._routes.providers, namespaces)
         if (first := self._routes.handlers.get(type)) is not None:
             refuse_second(first.function, function, f"{type!r} has a handler")
@@ -7417,7 +7415,7 @@ class Pachinko(Lifecycle):
             if name in ends:
                 ends[name].append(self._read_end(name, method, namespaces))
             else:
-                type = f"{prefix}.{name}"
+                type = f"{whole(prefix)}.{name}"
                 handlers.append(self._read_handler(type, method, namespaces, None, False))
         self._add_checked(*handlers)
         # The resource's own `on_disconnect`, if there is one, is the end of its `on_connect`.
@@ -7438,7 +7436,7 @@ class Pachinko(Lifecycle):
         if *other* has an app or options, if both have functions for what may be there once, or if
         a handler does not suit the path or the hub's converter.
         """
-        check_prefix(prefix)
+        prefix = check_prefix(prefix)
         if not isinstance(other, Pachinko):
             raise PachinkoError(f"write ws.include(todos.ws), a Pachinko; got {other!r}")
         if prefix in self._parts.get(other, ()):

@@ -1229,12 +1229,12 @@ def pack(message: PeerMessage, frame: bytes = b"") -> bytes:
 def unpack(data: bytes) -> tuple[PeerMessage, bytes]:
     """Return the peer message and the frame in *data*. Raises `Refused`."""
     head, _, frame = data.partition(b"\n")
-    why = ""
+    why = "only what is sent to clients is binary"
     try:
         message = _decode_head(head)
         if message.v == _FORMAT:
             return message, frame
-        if message.v == _BINARY:
+        if message.v == _BINARY and message.op == "send":
             return message, Binary(frame)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
         why = str(exc)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import enum
 import logging
 import math
 import threading
@@ -41,6 +42,10 @@ Ask = Callable[[Connection], Awaitable[Any]]
 class Unlock:
     door: int
     codes: list[str] = attrs.field(factory=list[str])
+
+
+class Types(str, enum.Enum):  # noqa: UP042 - its members are formatted as their names
+    UNLOCK = "unlock"
 
 
 @message("unlocked")
@@ -171,6 +176,8 @@ async def test_each_connection_counts_for_itself() -> None:
         (("unlock", []), {"type": "unlock", "payload": []}),
         (('a "quoted" type', 0), {"type": 'a "quoted" type', "payload": 0}),
         (("ä☃", "é\n"), {"type": "ä☃", "payload": "é\n"}),
+        (("half \ud83d", 5), {"type": "half \ufffd", "payload": 5}),
+        ((Types.UNLOCK, Types.UNLOCK), {"type": "unlock", "payload": "unlock"}),
         ((Unlock(4),), {"type": "unlock", "payload": {"door": 4, "codes": []}}),
         (("open", Unlock(4, ["x"])), {"type": "open", "payload": {"door": 4, "codes": ["x"]}}),
     ],
@@ -464,7 +471,7 @@ async def test_a_question_that_is_not_answered_times_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "timeout", [0, -1, -0.5, None, math.nan, math.inf, -math.inf, "10", True, [1], 10j]
+    "timeout", [0, -1, -0.5, None, math.nan, math.inf, -math.inf, 10**400, "10", True, [1], 10j]
 )
 async def test_every_wait_is_bounded_by_a_number_above_zero(timeout: Any) -> None:
     """Anything else is refused, by the connection and by the hub, and nothing is sent."""

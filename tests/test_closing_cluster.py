@@ -212,6 +212,7 @@ async def test_a_stranger_closes_nobody_by_rubbish(broker: BrokerProcess) -> Non
             (own, {"to": 5}),
             ((Kind.USER, "ada"), {}),
             ((Kind.USER, "ada"), {"to": "ada"}),
+            (everybody, {"to": "ada", "v": 2}),  # A close has no binary frame.
         ]
         for address, fields in wrong:
             await publish_raw(two, *address, json.dumps({**head, **fields}).encode())

@@ -142,4 +142,4 @@ async def test_a_client_is_invited_by_its_id(server: Server) -> None:
 
 def test_the_tables_have_their_rows() -> None:
     """A row for each thing that may happen."""
-    assert len(tables(PAGE, "What happens", "The call")) == 14
+    assert len(tables(PAGE, "What happens", "The call")) == 13

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import enum
 import functools
 import gc
 import re
@@ -645,6 +646,57 @@ def test_a_reserved_type_is_refused(type: str) -> None:
     text = refusal(lambda: endpoint().on(type)(nothing))
     assert text.startswith(f"{type!r} is reserved")
     assert 'such as "chat.say"' in text
+
+
+class Types(str, enum.Enum):  # noqa: UP042 - its members are formatted as their names
+    ROOM, SAY = "room", "room.say"
+
+
+class Names(enum.StrEnum):
+    ROOM, SAY = "room", "room.say"
+
+
+class Text(str):
+    def __format__(self, spec: str) -> str:
+        return "another text"
+
+
+@pytest.mark.parametrize("kind", [Types, Names, Text])
+@pytest.mark.parametrize("how", ["on", "message", "stream", "resource", "include"])
+async def test_a_type_may_be_a_member_of_an_enum(kind: Any, how: str) -> None:
+    """It is what it is on the wire, for whatever registers it."""
+    ws, inner = endpoint("/ws"), Pachinko()
+    if how == "on":
+        ws.on(kind("room.say"))(nothing)
+    elif how == "message":
+        cls: Any = message(kind("room.say"))(type("Said", (), {}))
+        ws.on(cls)(nothing)
+    elif how == "stream":
+
+        @ws.on(kind("room.say"))
+        async def count(conn: Any) -> AsyncIterator[int]:
+            yield 1
+
+    elif how == "resource":
+
+        class Room:
+            async def on_say(self, conn: Any) -> None: ...
+
+        ws.add_resource(kind("room"), Room())
+    else:
+        inner.on("say")(nothing)
+        ws.include(inner, prefix=kind("room"))
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        answer = await client.ask("room.say")
+        assert answer["type"] == "room.say.reply" and answer["id"] == 1
+
+
+@pytest.mark.parametrize("type", [Types("room"), Names("room")])
+def test_two_handlers_of_one_type_are_told_by_the_type_on_the_wire(type: Any) -> None:
+    """However it is written."""
+    ws = endpoint()
+    ws.on("room")(nothing)
+    assert refusal(lambda: ws.on(type)(nothing)).startswith("'room' has a handler")
 
 
 def test_an_unknown_name_in_an_annotation_is_refused() -> None:

@@ -396,7 +396,7 @@ async def test_a_wrong_name_is_told_at_the_call(group: Any) -> None:
         assert hub.groups == frozenset()
 
 
-@pytest.mark.parametrize("heartbeat", [0, -1, float("nan"), float("inf"), "5", True])
+@pytest.mark.parametrize("heartbeat", [0, -1, float("nan"), float("inf"), 10**400, "5", True])
 async def test_a_wrong_heartbeat_is_told_at_the_call(heartbeat: Any) -> None:
     """It is a number of seconds."""
     async with running_hub() as hub:

@@ -95,6 +95,8 @@ def test_processes_of_the_first_release_understand_it() -> None:
         (b'{"v":1,"op":5,"from":"p"}\n', "Expected `str`", None),
         (b'{"v":1,"op":"send","from":"p","exclude":"all"}', "Expected `array`", None),
         (b'{"v":2}\n', "missing required field", None),
+        (b'{"v":2,"op":"close","from":"p","to":"ada"}\n', "only what is sent", None),
+        (b'{"v":2,"op":"done","from":"p","ask":1}\n{}', "only what is sent", None),
         (b'{"v":3,"op":"send","from":"p"}\n', "it has format 3, not 1 or 2", 3),
         (b'{"v":3}\n', "it has format 3, not 1", 3),
         (b'{"v":0,"op":"send","from":"p"}\n', "it has format 0, not 1", 0),
