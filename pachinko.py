@@ -4520,14 +4520,16 @@ def is_awaited(answer: Frame, conn: Connection) -> bool:
     return questions is not None and questions.answer(answer)
 
 
-async def put_question(conn: Connection, type: str, frame: msgspec.Raw, seconds: float) -> Any:
+async def put_question(
+    conn: Connection, type: str, frame: msgspec.Raw, seconds: float, is_by_id: bool = True
+) -> Any:
     """Send *frame*, of *type* and without an id; return the payload of the answer to it.
 
     Raises `AnswerError` and `NoAnswer`, and `PachinkoError` where *conn* can never answer.
     """
     state = conn.hub.state
     if conn.outgoing.phase is not Phase.OPEN:
-        raise _no_question(conn, state)
+        raise _no_question(conn, state, is_by_id)
     if (questions := state.questions.get(conn.id)) is None:
         questions = state.questions[conn.id] = Questions()
     id, answer = questions.add(type)
@@ -4547,12 +4549,14 @@ async def put_question(conn: Connection, type: str, frame: msgspec.Raw, seconds:
     return _payload_of(found)
 
 
-def _no_question(conn: Connection, state: HubState) -> Exception:
+def _no_question(conn: Connection, state: HubState, is_by_id: bool) -> Exception:
     """Return why *conn*, which is not open, is not asked. Its own handlers should have known."""
     session = state.serving.get(current_task())
+    is_own = session is not None and session.conn is conn
     is_early = conn.outgoing.phase is Phase.CONNECTING
-    is_handler = is_early or conn.id not in state.registry.connections
-    if session is not None and session.conn is conn and is_handler:
+    # A task of a connect handler has the connection. Whoever has the id only may be too early.
+    is_over = is_own and conn.id not in state.registry.connections
+    if is_over or (is_early and (is_own or not is_by_id)):
         return PachinkoError(
             "no client answers in its own connect and disconnect handlers; ask it in a message "
             "handler, or write\n@ws.accepted\nasync def greet(conn): answer = await conn.ask(...)"
@@ -5525,7 +5529,7 @@ class Hub:
         type = check_type(type)
         question = type, msgspec.Raw(state.codec.encode(type, payload)), timeout
         if isinstance(conn, Connection):
-            answer = await put_question(conn, *question)
+            answer = await put_question(conn, *question, is_by_id=False)
         else:
             answer = await state.relay.call(id, "ask", *question)
         try:

@@ -834,7 +834,7 @@ async def test_where_no_client_can_answer_the_program_is_told_where_to_ask(
 
 
 async def test_a_handshake_in_progress_is_not_asked_by_others() -> None:
-    """It is no mistake of theirs, and they need not wait."""
+    """By its id it is no mistake, and they need not wait; a task of its handler is too early."""
     desk, gate = Desk(), asyncio.Event()
 
     @desk.ws.connect
@@ -849,9 +849,10 @@ async def test_a_handshake_in_progress_is_not_asked_by_others() -> None:
         task = asyncio.ensure_future(come(server.url))
         await until(lambda: desk.conns)
         (conn,) = desk.conns
-        for call in (conn.ask("unlock"), desk.hub.ask(conn.id, "unlock")):
-            with pytest.raises(NoAnswer, match="not in yet"):
-                await call
+        with pytest.raises(NoAnswer, match="not in yet"):
+            await desk.hub.ask(conn.id, "unlock")
+        with pytest.raises(PachinkoError, match="accepted"):
+            await conn.ask("unlock")
         gate.set()
         await until(lambda: desk.hub.connections)
         assert await desk.hub.ask(conn.id, "unlock") == 5
