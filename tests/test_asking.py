@@ -1067,6 +1067,7 @@ async def test_it_is_one_outcome_wherever_a_message_is_handled(
 
 async def group_of(*errors: Exception) -> None:
     async def fail(exc: Exception) -> None:
+        await asyncio.sleep(0)  # An eager task would fail before its group has another.
         raise exc
 
     async with asyncio.TaskGroup() as group:

@@ -375,7 +375,7 @@ async def test_many_connections_of_a_user_do_not_hold_up_the_loop(
         conns = house.hub.connections
         closing = asyncio.create_task(house.hub.close_user("ada", *OUT))
         await asyncio.sleep(0)  # one turn of the loop
-        assert sum(conn.closed for conn in conns) == 3
+        assert 0 < sum(conn.closed for conn in conns) < len(conns)
         closing.cancel()
         for client in clients:
             assert await client.closed() == OUT
