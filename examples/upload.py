@@ -81,9 +81,9 @@ async def begin(conn: Connection, *, name: str, size: int, type: str = "") -> No
 @ws.on("upload.abort")
 @ws.disconnect
 async def end(conn: Connection) -> None:
-    upload, conn.context.upload = conn.context.upload, None
-    if upload is not None:
+    if (upload := conn.context.upload) is not None:
         await asyncio.to_thread(upload.end)
+        conn.context.upload = None  # Not before: if this is cancelled, it is called once more.
 
 
 @ws.binary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import hashlib
 import importlib.util
@@ -168,6 +169,25 @@ async def test_who_leaves_while_a_thread_writes_leaves_no_file(
         await until(lambda: upload.is_over)
     await until(lambda: not hub.state.serving)
     upload.write(b"late")
+    assert files(tmp_path) == []
+
+
+async def test_who_leaves_before_a_thread_is_free_leaves_no_file(
+    example: types.ModuleType, tmp_path: Path
+) -> None:
+    """A call that is cancelled before a thread takes it is made again when the client has gone."""
+    one_thread, may_go_on = concurrent.futures.ThreadPoolExecutor(1), threading.Event()
+    asyncio.get_running_loop().set_default_executor(one_thread)
+    conn = types.SimpleNamespace(context=types.SimpleNamespace())
+    conn.context.upload = example.Upload("a", 1, "")
+    conn.context.upload.write(b"a")
+    one_thread.submit(may_go_on.wait, PATIENCE)
+    abort = asyncio.create_task(example.end(conn))
+    await asyncio.sleep(0)  # It waits for a thread from now on.
+    abort.cancel()
+    await asyncio.wait([abort])
+    may_go_on.set()
+    await example.end(conn)
     assert files(tmp_path) == []
 
 
