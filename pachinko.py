@@ -4947,7 +4947,6 @@ class Registry:
 
 _FAREWELL = 5.0  # seconds for disconnect handlers at a shutdown, after `linger`
 ENVIRONMENT = "PACHINKO_BACKPLANE"  # the variable with the URL of the broker
-_NO_TASKS: frozenset[asyncio.Task[Any]] = frozenset()
 _turn = threading.RLock()  # Only one thread at a time starts or ends a hub.
 _OWN_HUB = 'give this app one of its own: Pachinko(app, "/ws", hub=Hub())'
 
@@ -5109,7 +5108,7 @@ class HubState:
         if id in self.questions:  # PERF: most connections have neither.
             self.questions.pop(id).end()
         if id not in self.background:
-            return _NO_TASKS
+            return frozenset()
         tasks = self.background[id]
         for task in [task for task, is_cancelled in tasks.items() if not is_cancelled]:
             if task is not asyncio.current_task():
@@ -6123,11 +6122,12 @@ def create_task_of(session: Session, work: Coroutine[Any, Any, T]) -> asyncio.Ta
     tasks[task] = (has_ended or conn.closed) and task.cancel()
 
     def forget(task: asyncio.Task[T]) -> None:
-        work.close()  # It may have been cancelled before its first step.
         del tasks[task]
         if not tasks:
             del state.background[conn.id]
-        if not task.cancelled():
+        if task.cancelled():
+            work.close()  # It may not have begun.
+        else:
             task.exception()  # It has been logged. Otherwise asyncio logs it, too.
 
     task.add_done_callback(forget)

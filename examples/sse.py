@@ -13,6 +13,7 @@ import signal
 from collections.abc import AsyncIterator
 
 import falcon.asgi
+import msgspec
 
 from pachinko import Connection, Pachinko, hub, message
 
@@ -63,7 +64,8 @@ class Events:
             if envelope is None:
                 yield None  # Falcon sends a comment.
             else:
-                yield falcon.asgi.SSEvent(event=envelope.type, json=envelope.payload)
+                data = msgspec.json.encode(envelope.payload)  # "null" if there is none
+                yield falcon.asgi.SSEvent(event=envelope.type, data=data)
 
 
 class Page:

@@ -155,6 +155,30 @@ async def test_a_refused_client_has_no_tasks(refusal: Exception) -> None:
     assert tick.log == ["begun", "cancelled"] and has_no_tasks(ws)
 
 
+async def test_a_coroutine_that_is_started_twice_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    """The second task fails, and the first one is none the worse for it."""
+    ws, may_end = endpoint(), asyncio.Event()
+
+    async def work() -> int:
+        await may_end.wait()
+        return 5
+
+    @ws.on("start")
+    async def start(conn: Connection) -> int:
+        once = work()
+        first, second = conn.create_task(once), conn.create_task(once)
+        await asyncio.wait([second])
+        assert isinstance(second.exception(), RuntimeError)
+        await until(lambda: len(*ws._hub.state.background.values()) == 1)
+        may_end.set()
+        return await first
+
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        assert (await client.ask("start"))["payload"] == 5
+    (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert "already" in caplog.text and "work failed" in record.message
+
+
 BUGS: list[Any] = [
     KeyError("bug"), MessageError("nobody"), falcon.HTTPNotFound(), SystemExit(3),
     asyncio.CancelledError(), ExceptionGroup("g", [KeyError("bug")]),

@@ -66,9 +66,9 @@ class Events:
         while True:
             line = await self.line()
             assert line, "the response has ended"
-            if line.startswith("event: "):
+            if line.startswith("event:"):
                 data = await self.line()
-                return line.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+                return line.removeprefix("event:").strip(), json.loads(data.removeprefix("data: "))
 
     async def end(self) -> None:
         """Read to the end of the response, which is complete."""
@@ -103,6 +103,23 @@ async def test_the_room_is_shown_as_events(example: Any, http: str) -> None:
         async with watching(server.port, "silent"):
             await until(lambda: hub.groups == {"room:silent"})
         await until(lambda: not hub.groups)
+
+
+@pytest.mark.parametrize(
+    ("message", "event"),
+    [
+        (("typing",), ("typing", None)),
+        (("count", 0), ("count", 0)),
+        (("said", {"text": "é\r\n\u2028"}), ("said", {"text": "é\r\n\u2028"})),
+        ((b"hi",), ("", "aGk=")),
+    ],
+)
+async def test_any_message_is_an_event_with_data(example: Any, message: Any, event: Any) -> None:
+    """An `EventSource` ignores events without."""
+    async with serving(example.app) as server, watching(server.port) as events:
+        await until(lambda: hub.groups)
+        await hub.send("room:1", *message)
+        assert await events.event() == event
 
 
 async def test_a_heartbeat_is_a_comment(example: Any) -> None:
