@@ -1329,8 +1329,9 @@ class Cluster(pachinko.Relay):
         found = (getattr(given, name, None) for name in methods)
         if inspect.isclass(given) or not all(map(inspect.iscoroutinefunction, found)):
             raise TypeError(
-                'write hub.configure("nats://localhost:4222"), SyncHub("nats://localhost:4222"), or '
-                f"give an object with `async def` {', '.join(methods)}; got {type(given).__name__}"
+                'write hub.configure("nats://localhost:4222"), SyncHub("nats://localhost:4222"), '
+                f"or give an object with `async def` {', '.join(methods)}; got "
+                f"{type(given).__name__}"
             )
         self._backplane: Backplane = given
         self._namespace = "pachinko" if namespace is None else namespace
