@@ -5075,12 +5075,14 @@ class HubState:
 
     async def close_all(self, seconds: float, caller: object) -> None:
         """Close all connections, as `Hub.drain` says, and do not wait for that of *caller*."""
-        sessions = tuple(self.serving.values())
-        ends: list[Receiver] = [*(session.outgoing for session in sessions), *self.listeners]
+        sessions = random.sample(list(self.serving.values()), len(self.serving))
+        ends: list[Receiver] = [session.outgoing for session in sessions]
+        for listener in self.listeners:
+            ends.insert(random.randint(0, len(ends)), listener)
         logger.info("draining %d connections in %g s", len(sessions), seconds)
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        for n, each in enumerate(random.sample(ends, len(ends))):
+        for n, each in enumerate(ends):
             if each.closed:
                 continue  # It has left by itself, and needs no turn.
             early = begun + seconds * n / len(ends) - loop.time()
