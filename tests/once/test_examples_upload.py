@@ -25,7 +25,7 @@ from support import PATIENCE, Client, Server, connect, serving, until
 
 from pachinko import hub
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "upload.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "upload.py"
 CHUNK = 65_536
 CONTENT = bytes(range(256)) * 1000
 
