@@ -6020,7 +6020,7 @@ async def call_if_allowed(
             allowed = await allowed
         if not isinstance(allowed, bool):
             raise PachinkoError(f"a guard returns True or False, and not {allowed!r}")
-    except Exception as exc:
+    except Exception as exc:  # A guard may raise anything; it is raised again.
         note = f"It was raised by {place_of(only)}, which guards {handler.type!r} by only=."
         if outcome_of(exc) is None and note not in getattr(exc, "__notes__", ()):
             exc.add_note(note)

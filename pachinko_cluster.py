@@ -1705,7 +1705,7 @@ class HubThread(threading.Thread):
                 runner.run(self._serve())
         except asyncio.CancelledError:
             resolve(self.opened, "the SyncHub was stopped before it was connected")
-        except Exception as exc:
+        except Exception as exc:  # The callers that wait have to learn of it.
             # Without files left there is no event loop. At exit, the loop's own threads, which
             # resolve names, have ended, but asyncio cannot start the thread that waits for that.
             resolve(self.opened, f"the event loop has failed: {exc!r}")

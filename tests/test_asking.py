@@ -87,7 +87,7 @@ class Desk:
             outcome = await self.do(conn)
         except ERRORS as exc:
             outcome = exc
-        except BaseException as exc:
+        except BaseException as exc:  # it is noted, and raised again
             self.outcomes.put_nowait(exc)
             raise
         self.outcomes.put_nowait(outcome)
@@ -806,7 +806,7 @@ async def test_where_no_client_can_answer_the_program_is_told_where_to_ask(
         try:
             ask = conn.ask if by == "conn" else lambda type: desk.hub.ask(conn, type)
             await ask("unlock")
-        except Exception as exc:
+        except Exception as exc:  # the test looks at its class
             desk.outcomes.put_nowait(exc)
 
     if where == "authenticate":

@@ -86,7 +86,7 @@ async def test_a_task_ends_before_the_disconnect_handlers(where: str) -> None:
             if where == "on":
                 await client.send("start")
             await until(lambda: "begun" in tick.log)
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # time for an early cancellation to show
             assert tick.log == ["begun"]
         await until(lambda: "disconnect" in tick.log)
     assert tick.log == ["begun", "cancelled", "disconnect"]
@@ -308,7 +308,7 @@ async def test_its_clean_up_is_not_cut_short() -> None:
         try:
             await asyncio.Event().wait()
         finally:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # the clean-up takes its time
             log.append("clean")
 
     @ws.accepted

@@ -87,7 +87,7 @@ def noting(ws: Pachinko, name: str, notes: list[Any]) -> None:
         notes.append((name, envelope.type, envelope.payload))
         try:
             result = await call_next()
-        except Exception as exc:
+        except Exception as exc:  # it is noted, and raised again
             notes.append((name, type(exc).__name__))
             raise
         notes.append((name, result))

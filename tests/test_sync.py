@@ -595,7 +595,7 @@ def fork(work):
     if pid == 0:
         try:
             work()
-        except Exception:
+        except Exception:  # whatever fails in the child is shown
             sys.excepthook(*sys.exc_info())
             sys.stderr.flush()
             os._exit(1)

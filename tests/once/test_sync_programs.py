@@ -202,7 +202,7 @@ def work():
     with contextlib.suppress(PachinkoError):
         hub.send("room", "said")
 threading.Thread(target=work, daemon=True).start()
-time.sleep(0.3)
+time.sleep(0.3)  # the thread waits by then; nobody can tell
 print("failed")
 """,
     "the broker is away": "os.kill(broker, signal.SIGKILL)\nquietly()",

@@ -21,7 +21,7 @@ async def running() -> AsyncGenerator[str, None]:
         task = asyncio.create_task(server.serve([sock]))
         while not server.started:
             assert not task.done()
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # uvicorn tells nobody that it has started
         yield f"ws://127.0.0.1:{sock.getsockname()[1]}/ws"
         server.should_exit = True
         await task
