@@ -102,6 +102,7 @@ import contextvars
 import dataclasses
 import enum
 import functools
+import gc
 import importlib
 import inspect
 import itertools
@@ -161,7 +162,7 @@ from msgspec import UNSET, UnsetType
 
 __all__ = [
     "AnswerError", "Backplane", "Close", "Connection", "Envelope", "Hub", "MessageError",
-    "NoAnswer", "Pachinko", "PachinkoError", "hub", "message",
+    "NoAnswer", "Pachinko", "PachinkoError", "Refused", "hub", "message", "simulate",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -3398,6 +3399,32 @@ def token_of(payload: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
+# ── clock ─────────────────────────────────────────────────────────────────────────────────────
+#
+# STUB
+
+
+class Clock:
+    ahead: float = 0.0
+
+    def time(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+class MovableClock(Clock):
+    def advance(self, seconds: float) -> None:
+        self.ahead += seconds
+
+    def next_due(self) -> float | None:
+        return None
+
+    def is_own(self, timer: object) -> bool:
+        return True
+
+
+clock: Clock = Clock()
+
+
 # ── limits ────────────────────────────────────────────────────────────────────────────────────
 #
 # One connection is bounded by time, by the rate of messages, and by the options of its endpoint.
@@ -5722,6 +5749,7 @@ TYPE_SHOWN = 80  # characters of a type in an answer or a log: a client may send
 # What a stop or a departure raises. A `TaskGroup` groups the `GeneratorExit` of its generator.
 _QUIET = (asyncio.CancelledError, GeneratorExit, falcon.WebSocketDisconnected)
 _UNANSWERED = (AnswerError, NoAnswer)
+bug_hooks: list[Callable[[str, BaseException], None]] = []  # what simulations do with a bug
 
 
 def single(
@@ -5911,6 +5939,7 @@ def forget_cancellations() -> None:
 
 def log_failure(what: str, exc: BaseException, id: str | None, type: str | None = None) -> None:
     """Log a bug in the application with its traceback; *id* is that of the connection."""
+    tell_of_bug(what, exc)
     extra = {"connection_id": id, "message_type": type}
     if type == "authenticate":  # The text may hold a token. The log gets the class and the place.
         for each in _errors_in(exc):
@@ -5921,6 +5950,13 @@ def log_failure(what: str, exc: BaseException, id: str | None, type: str | None 
         logger.error("%s failed: %s", what, exc, extra=extra)
     else:
         logger.error("%s failed", what, exc_info=exc, extra=extra)
+
+
+def tell_of_bug(what: str, exc: BaseException) -> None:
+    """Tell the simulations of *exc*, if it is a bug; *what* has raised it."""
+    if not is_away(exc):
+        for hook in bug_hooks:
+            hook(what, exc)
 
 
 def is_away(exc: BaseException) -> bool:
@@ -6164,8 +6200,8 @@ class Session:
     """What one connection does: the handler in progress, its streams, tasks and limits."""
 
     __slots__ = (
-        "_contexts", "_ended", "_hub_state", "_is_serving", "_life", "_limits", "_rate", "_streams",
-        "conn", "ends", "incoming", "is_handling", "outgoing", "routes", "tasks",
+        "_contexts", "_ended", "_hub_state", "_life", "_limits", "_rate", "_streams",
+        "conn", "ends", "incoming", "is_handling", "is_serving", "outgoing", "routes", "tasks",
     )  # fmt: skip
 
     def __init__(
@@ -6181,7 +6217,7 @@ class Session:
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
         self.conn: Connection = Connection(hub, req, ws, params, id, self.outgoing)
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
-        self._is_serving = False  # messages are handled
+        self.is_serving: bool = False  # messages are handled
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
         self.ends: tuple[End, ...] = ()  # ends of connect handlers, in order
         self._streams: dict[Id, Stream] = _NONE
@@ -6240,7 +6276,7 @@ class Session:
             if frame.type in ("complete", "$ping") or is_answer(frame.type):
                 return self._refuse(event)
             handler = self.routes.handlers.get(frame.type)
-            if handler is not None and handler.is_concurrent and self._is_serving:
+            if handler is not None and handler.is_concurrent and self.is_serving:
                 with contextlib.suppress(Exception, SystemExit):  # It is refused in its turn.
                     return self._handle(event, handler, self.routes.decode(event["text"]))
         type = frame.type if isinstance(frame, Frame) else None
@@ -6290,7 +6326,7 @@ class Session:
         # PERF: reading is inlined. A coroutine or a call of its own would add 3 % to a message.
         incoming, receive, routes = self.incoming, self.incoming.receive, self.routes
         is_cancelled, rate, self.is_handling = current_task().cancelling, self._rate, False
-        self._is_serving = True
+        self.is_serving = True
         # No text of at most this length is too deep or too large: a character has up to 4 bytes.
         max_size, is_timed = self._limits.max_size, self._limits.handler_timeout is not None
         short = min(2 * _MAX_DEPTH, max_size // 4)
@@ -7018,11 +7054,21 @@ class Lifecycle:
                 self._loop = None
                 await self._hub.state.stop(self)
 
-    async def _close_all(self) -> None:
+    @property
+    def hub(self) -> Hub:
+        """The hub of the endpoint."""
+        return self._hub
+
+    def end_workers(self) -> Sequence[asyncio.Task[None]]:
+        """Cancel the workers; return their tasks."""
         workers, self._is_working = tuple(self._workers), False
         self._workers.clear()
         for worker in workers:
             worker.cancel()
+        return workers
+
+    async def _close_all(self) -> None:
+        workers = self.end_workers()
         serving = self._hub.state.serving.values()
         sessions = [each for each in serving if each.outgoing.limits is self._limits]
         for session in sessions:
@@ -7052,6 +7098,11 @@ class Lifecycle:
         task = create_task(_keep_working(run, place_of(function)), is_detached=True)
         self._workers.add(task)
         task.add_done_callback(self._workers.discard)
+
+
+def endpoints_of(app: object) -> list[Lifecycle]:
+    """Return those that were made with *app* and a path, in their order."""
+    return [each for (of, _), each in _attached.items() if of == id(app)]
 
 
 def count_workers() -> int:
@@ -7113,6 +7164,7 @@ async def _keep_working(function: Callable[[], Awaitable[None]], name: str) -> N
             if time.monotonic() - started > _BACKOFFS[-1]:
                 backoffs = iter(_BACKOFFS)
             backoff = next(backoffs, _BACKOFFS[-1])
+            tell_of_bug(f"worker {name}", exc)
             what, info = ("failed", exc) if not is_away(exc) else (f"failed: {exc}", None)
             logger.error("worker %s %s; again in %g s", name, what, backoff, exc_info=info)
         await asyncio.sleep(backoff)
@@ -7529,3 +7581,1221 @@ class Pachinko(Lifecycle):
         """Notice that a later ``add_route`` has taken the path (Falcon's middleware)."""
         if resource is not self and req.uri_template == self._path and self._path is not None:
             logger.warning("a later app.add_route has replaced the Pachinko at %s", self._path)
+
+
+# ── settling ──────────────────────────────────────────────────────────────────────────────────
+#
+# A test can know that nothing more will come: nothing in the event loop can run, and nothing of the
+# application waits for the outside, that is for a timer, a thread or a socket.
+
+# The simulation that the code in progress belongs to. Workers have an empty context, and so none.
+_simulation: contextvars.ContextVar[object] = contextvars.ContextVar("simulation", default=None)
+_LOOKS = 2  # in a row that find nothing to run: the loop polls sockets and timers between the two
+_BLIND_LOOKS = 10  # on a loop that does not say what it will run, such as uvloop's
+_PAUSE = 0.001  # seconds between two looks while an application waits for the outside
+# Code in which a task waits for what other code of the loop will do.
+_INSIDE = (
+    "asyncio.locks", "asyncio.queues", "asyncio.tasks", "asyncio.taskgroups", "falcon", __name__,
+)  # fmt: skip
+_LIBRARIES = frozenset({"asyncio", "contextlib", "falcon", "pachinko", "pachinko_cluster"})
+
+
+@attrs.define(eq=False)
+class Wait:
+    """A wait of a test until *is_over*, or until nothing can make it so."""
+
+    is_over: Callable[[], object]
+    owner: object  # the simulation
+    until: float  # on the loop's clock
+    hurries: bool  # The library's time limits come early.
+    ended: asyncio.Future[bool]
+
+
+class Watcher:
+    """Watches an event loop for all tests in it: two of them would keep each other awake."""
+
+    def __init__(self) -> None:
+        self._waits: list[Wait] = []
+        self._quiet = 0  # looks in a row that have found nothing to run
+        self._next: asyncio.Handle | None = None
+
+    async def wait(
+        self, is_over: Callable[[], object], owner: object, seconds: float, hurries: bool = False
+    ) -> bool:
+        """Return True once *is_over*, or False at rest. Raises `TimeoutError` with what goes on.
+
+        At rest nothing can run by itself, and nothing of the application of *owner* waits for the
+        outside. With *hurries*, the library's own time limits come early instead of a rest.
+        """
+        loop = asyncio.get_running_loop()
+        wait = Wait(is_over, owner, loop.time() + seconds, hurries, loop.create_future())
+        self._waits.append(wait)
+        self._quiet = 0
+        self._look_later(loop)
+        try:
+            return await wait.ended
+        finally:
+            self._waits.remove(wait)
+
+    def _look_later(self, loop: asyncio.AbstractEventLoop, seconds: float = 0.0) -> None:
+        if self._next is not None:
+            self._next.cancel()
+        later = functools.partial(loop.call_later, seconds) if seconds else loop.call_soon
+        self._next = later(self._look, loop)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End the waits that are over, and all of them at rest."""
+        self._next = None
+        self._end_if(lambda wait: wait.is_over(), True)
+        self._quiet = self._quiet + 1 if _is_quiet(loop) else 0
+        is_resting = self._quiet >= (_LOOKS if hasattr(loop, "_ready") else _BLIND_LOOKS)
+        outside = outside_of(loop) if is_resting and self._open else []
+        if is_resting:
+            if any(wait.hurries for wait in self._open) and (due := clock.next_due()) is not None:
+                clock.advance(due)
+                self._quiet = 0
+            else:
+                busy = {id(owner) for owner, _ in outside}
+                self._end_if(lambda wait: id(wait.owner) not in busy, False)
+        if late := [wait for wait in self._open if wait.until <= loop.time()]:
+            going_on = outside or [*outside_of(loop), (None, "something runs all the time")]
+            for wait in late:
+                texts = [text for owner, text in going_on if owner in (wait.owner, None)]
+                wait.ended.set_exception(TimeoutError("; ".join(texts)))
+        if self._open:
+            self._look_later(loop, _PAUSE if outside else 0.0)
+
+    @property
+    def _open(self) -> list[Wait]:
+        return [wait for wait in self._waits if not wait.ended.done()]
+
+    def _end_if(self, condition: Callable[[Wait], object], result: bool) -> None:
+        for wait in self._open:
+            if condition(wait):
+                wait.ended.set_result(result)
+
+
+_watchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Watcher] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def watcher() -> Watcher:
+    """Return the watcher of the running loop."""
+    return _watchers.setdefault(asyncio.get_running_loop(), Watcher())
+
+
+def _is_quiet(loop: asyncio.AbstractEventLoop) -> bool:
+    """Tell whether nothing in *loop* is about to run, as far as it can be known."""
+    ready: Any = getattr(loop, "_ready", None)
+    if ready is not None:
+        return not ready
+    waits = [getattr(task, "_fut_waiter", None) for task in asyncio.all_tasks(loop)]
+    return all(future is not None and not future.done() for future in waits)
+
+
+def outside_of(loop: asyncio.AbstractEventLoop) -> list[tuple[object, str]]:
+    """Return what waits for the outside: of which simulation, and a text that says where.
+
+    A task shows it by what it waits for, and by the context that it gave its callback. A future
+    that is anybody's counts if the loop has sockets and no code of asyncio made the future.
+    """
+    timers: list[Any] = [
+        timer for timer in getattr(loop, "_scheduled", ())
+        if not timer.cancelled() and timer._context.get(_simulation) is not None
+        and not clock.is_own(timer)
+    ]  # fmt: skip
+    selector: Any = getattr(loop, "_selector", None)
+    has_sockets = selector is not None and len(selector.get_map()) > 1  # one is the loop's own
+    found: list[tuple[object, str]] = []
+    for task in asyncio.all_tasks(loop):
+        future: Any = getattr(task, "_fut_waiter", None)
+        callbacks: list[Any] = getattr(future, "_callbacks", None) or []
+        owners = [context.get(_simulation) for _, context in callbacks]
+        if not any(owners):
+            continue
+        frames = [*frames_of(task.get_coro())]
+        inner, what = frames[-1], ""
+        own = [timer for timer in timers if _is_for(timer, task, future)]
+        if own or inner.f_code is asyncio.sleep.__code__:
+            what = "a timer"
+        elif any(getattr(each, "__name__", "") == "_call_check_cancel" for each, _ in callbacks):
+            what = "a thread"
+        elif has_sockets and type(future) is asyncio.Future:
+            is_inside = inner.f_globals.get("__name__", "").startswith(_INSIDE)
+            what = "" if is_inside else "a socket, it seems"
+        if what:
+            found.append((next(filter(None, owners)), f"{place_in(frames)} waits for {what}"))
+        timers = [timer for timer in timers if timer not in own]
+    return found + [
+        (each._context.get(_simulation), f"a timer will call {each._callback!r}") for each in timers
+    ]
+
+
+def _is_for(timer: Any, task: object, future: object) -> bool:
+    """Tell whether *timer* ends what *task* waits for, which is *future*, or cancels it."""
+    of = getattr(timer._callback, "__self__", None)
+    return any(arg is future for arg in timer._args) or getattr(of, "_task", None) is task
+
+
+def frames_of(waiting: Any) -> Iterator[types.FrameType]:
+    """Yield the frames of a suspended coroutine, from the outermost to where it waits."""
+    while waiting is not None:
+        kind = next((kind for kind in ("cr", "gi", "ag") if hasattr(waiting, f"{kind}_frame")), "")
+        if not kind:  # What `__await__` or `__anext__` returns hides whose it is.
+            hidden = gc.get_referents(waiting)
+            found = (
+                each for each in hidden if hasattr(each, "cr_frame") or inspect.isasyncgen(each)
+            )
+            waiting = next(found, None)
+            continue
+        frame: types.FrameType = getattr(waiting, f"{kind}_frame")
+        yield frame
+        waiting = getattr(waiting, "gi_yieldfrom" if kind == "gi" else f"{kind}_await")
+        if waiting is None and frame.f_code is rest_of.__code__:  # It steps a coroutine by hand.
+            waiting = frame.f_locals["steps"]
+
+
+def place_in(frames: Sequence[types.FrameType]) -> str:
+    """Return where code of the application waits, from its outermost function to the inner ones."""
+    own = [f for f in frames if f.f_globals.get("__name__", "").split(".")[0] not in _LIBRARIES]
+    places = (f"{f.f_code.co_qualname} ({f.f_code.co_filename}:{f.f_lineno})" for f in own)
+    return " → ".join(places) or frames[0].f_code.co_qualname
+
+
+# ── client ────────────────────────────────────────────────────────────────────────────────────
+#
+# A client of a simulated application stands on both sides of the line: a test calls it, and the
+# application gets its `receive` and `send` as those of a server (ASGI, WebSocket).
+
+_SHOWN = 200  # characters of a frame in a transcript
+_BUG = 1011  # Falcon's close code for an error that nobody handles
+
+
+class Refused(Exception):
+    """A handshake that was refused, or accepted and closed before the client was in.
+
+    *status* is that of HTTP, and *headers* are those of the refusal; or *code* is that of the close
+    frame. The other one is None. *reason* is the text that came with it.
+    """
+
+    def __init__(
+        self, status: int | None, code: int | None, reason: str, headers: Iterable[Header] = ()
+    ) -> None:
+        what = f"HTTP {status}" if status is not None else f"closed with {code}"
+        super().__init__(f"{what}: {reason}" if reason else what)
+        self.status: int | None = status
+        self.code: int | None = code
+        self.reason: str = reason
+        self.headers: dict[str, str] = dict(headers)
+
+
+Answers = collections.deque[tuple[Envelope, bool]]  # each with whether more will come
+
+
+class Client:
+    """A client of a simulated application.
+
+    Methods that wait fail with an `AssertionError` as soon as nothing can come any more, or after
+    *timeout* seconds. They take nothing then.
+    """
+
+    def __init__(self, process: Process, scope: Event, name: str) -> None:
+        self.scope: Event = scope
+        self.name: str = name
+        self.subprotocol: str | None = None  # the one that the server has chosen
+        self.headers: dict[str, str] = {}  # of the handshake's answer, in lower case
+        self.is_accepted: bool = False
+        self.refusal: Refused | None = None
+        self.end: tuple[int, str] | None = None  # code and reason of whoever closed first
+        self.connection: Connection | None = None
+        self.is_orphaned: bool = False  # Its process was killed, and does nothing more.
+        self._process = process
+        self._inbox = collections.deque[Envelope]()
+        self._calls: dict[object, Answers | None] = {}  # by id; None if nobody wants the answers
+        self._answerers: dict[str, Callable[[Any], Any]] = {}
+        self._ids = itertools.count(1)
+        self._events = collections.deque[Event]([{"type": "websocket.connect"}])  # for the server
+        self._reader: asyncio.Future[None] | None = None
+        self._flows = asyncio.Event()  # The client reads.
+        self._flows.set()
+
+    def __repr__(self) -> str:
+        return f"<Client {self.name} {self.scope['path']}>"
+
+    @property
+    def received(self) -> list[Envelope]:
+        """What has come and was not taken. A frame that is no message has the type ``""``."""
+        return [*self._inbox]
+
+    @property
+    def conn(self) -> Connection:
+        """The server's side of it. Raises `PachinkoError` if a Falcon responder serves it."""
+        if self.connection is None:
+            raise PachinkoError(f"no Pachinko serves {self.scope['path']}")
+        return self.connection
+
+    async def send(self, message: object, payload: object = None, *, id: Id | None = None) -> None:
+        """Send a ``@message`` object, a type and its payload, or bytes, as `Connection.send` does.
+
+        This and all that sends raises `AssertionError` once the connection has ended.
+        """
+        type, payload = split_message(message, payload, takes_bytes=True)
+        if type:
+            self._send_message(type, payload, id)
+        else:
+            await self.send_bytes(cast(bytes, payload))
+
+    async def send_text(self, text: str) -> None:
+        """Send *text* in a frame, as it is."""
+        self._send_frame("text", text)
+
+    async def send_bytes(self, data: bytes) -> None:
+        """Send *data* in a binary frame."""
+        self._send_frame("bytes", bytes(data))
+
+    def _send_message(self, type: str, payload: object, id: Id | None) -> None:
+        frame = self._process.codec.encode(type, payload, id=id)
+        self._send_frame("text", frame.decode())
+
+    def _send_frame(self, kind: str, content: str | bytes) -> None:
+        if self.end is not None:
+            raise self.failure("nothing can be sent")
+        self._process.sim.note(self.name, "→", content)
+        self._push({"type": "websocket.receive", kind: content})
+
+    @typing.overload
+    async def receive(self, expected: type[T], *, timeout: float | None = None) -> T: ...
+    @typing.overload
+    async def receive(self, expected: str, *, timeout: float | None = None) -> Any: ...
+    @typing.overload
+    async def receive(self, *, timeout: float | None = None) -> Envelope: ...
+    async def receive(self, expected: Any = None, *, timeout: float | None = None) -> Any:
+        """Take the next message, which has to be of the *expected* type.
+
+        A class with ``@message`` gives an object of it, a type the payload as JSON, and nothing the
+        whole `Envelope`. Answers to `request`, `stream` and `answer` do not come here.
+        """
+        name = expected if isinstance(expected, str) else message_type(expected)
+        if name is None and expected is not None:
+            write = 'write receive(Said), a class with @message, receive("said") or receive()'
+            raise TypeError(f"{write}; got {expected!r}")
+        what = "a message" if name is None else repr(name)
+        while not self._inbox:
+            await self._wait(lambda: self._inbox, timeout, what)
+        envelope = self._inbox[0]
+        if name is not None and envelope.type != name:
+            later = [shorten(each) for each in self._inbox if each.type == name][:1]
+            after = f"; {later[0]} comes behind it" if later else ""
+            raise self.failure(f"{what} was expected, but {shorten(envelope)} came{after}")
+        taken: Any = envelope if name is None else envelope.payload
+        if not (expected is None or isinstance(expected, str)):
+            taken = self._structured(envelope, expected)
+        self._inbox.popleft()
+        return taken
+
+    def _structured(self, envelope: Envelope, returns: Any) -> Any:
+        codec = self._process.codec
+        t = answer_type(returns, codec)
+        try:
+            return envelope.payload if t is Any else codec.structure(envelope.payload, t, "")
+        except MessageError as exc:
+            wrong = "; ".join(f"{e['path']}: {e['message']}" for e in exc.details["errors"])
+        raise self.failure(f"{shorten(envelope)} is no {shown(t)}: {wrong}")
+
+    @typing.overload
+    async def request(
+        self, message: object, payload: object = None, *, returns: type[T],
+        timeout: float | None = None,
+    ) -> T: ...  # fmt: skip
+    @typing.overload
+    async def request(
+        self, message: object, payload: object = None, *, returns: Any = ...,
+        timeout: float | None = None,
+    ) -> Any: ...  # fmt: skip
+    async def request(
+        self, message: object, payload: object = None, *, returns: Any = Any,
+        timeout: float | None = None,
+    ) -> Any:  # fmt: skip
+        """Send a message with an id; return the payload of its answer, as *returns*.
+
+        Raises `MessageError` for an answer that is an error.
+        """
+        type, id = self._call(message, payload)
+        try:
+            answer, more = await self.next_answer(type, id, timeout)
+            if more or answer.type == "complete":
+                raise self.failure(f"{type!r} is answered by a stream: use stream({type!r}, …)")
+            return self._structured(answer, returns)
+        finally:
+            self.leave(id)
+
+    def stream(
+        self, message: object, payload: object = None, *, timeout: float | None = None
+    ) -> Items:
+        """Send a message with an id; return the items of its answer, for ``async for``.
+
+        Leaving the loop sends ``complete``. Raises `MessageError` where the stream fails.
+        """
+        type, id = self._call(message, payload)
+        return Items(self, type, id, timeout)
+
+    def _call(self, message: object, payload: object) -> tuple[str, int]:
+        """Send a message under a new id; return its type and the id."""
+        type, payload = split_message(message, payload)
+        id = next(self._ids)
+        self._send_message(type, payload, id)
+        self._calls[id] = collections.deque()
+        return type, id
+
+    async def next_answer(
+        self, type: str, id: int, timeout: float | None
+    ) -> tuple[Envelope, bool]:  # fmt: skip
+        """Return the next answer to the message *id* of *type*, and whether more will come."""
+        answers = cast(Answers, self._calls[id])
+        if not answers:
+            await self._wait(lambda: answers, timeout, f"an answer to {type!r}")
+        answer, more = answers.popleft()
+        if not more:
+            del self._calls[id]
+        if answer.type == "error":
+            said = dict(answer.payload)
+            error = MessageError(said.pop("code"), said.pop("message"), **said)
+            is_bug = error.code == internal_error().code
+            raise error from (self._process.sim.latest_bug() if is_bug else None)
+        return answer, more
+
+    def leave(self, id: int, send: str = "") -> None:
+        """Ignore what is still to come in answer to the message *id*, and *send* so."""
+        if self._calls.get(id) is not None:
+            self._calls[id] = None
+            if send and self.end is None:
+                self._send_message(send, None, id)
+
+    def answer(self, type: str, function: Callable[[Any], Any]) -> None:
+        """Answer each question of *type* (`Connection.ask`) with what *function* returns.
+
+        It gets the payload as JSON, and may be async. A `MessageError` that it raises is sent.
+        A question without an answerer is received as other messages are, and answered by
+        ``send("<type>.reply", …, id=question.id)``.
+        """
+        self._answerers[check_type(type)] = function
+
+    async def _answer(self, question: Envelope) -> None:
+        type, payload = f"{question.type}.reply", None
+        try:
+            payload = self._answerers[question.type](question.payload)
+            if inspect.isawaitable(payload):
+                payload = await payload
+        except MessageError as exc:
+            type, payload = "error", {"code": exc.code, "message": exc.message, **exc.details}
+        except Exception as exc:  # The test has a bug.
+            self._process.sim.note_bug(f"the answer to {question.type!r}", exc)
+            return
+        if self.end is None:
+            self._send_message(type, payload, question.id)
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        """Close, and wait until the disconnect handlers have ended, or nothing more can run."""
+        self._leave(code, reason, f"left with {code} {reason}".rstrip())
+        await self._process.sim.wait(lambda: self._process.has_left(self), None, "its end")
+
+    def cut(self) -> None:
+        """Lose the connection without a word. The server gets the close code 1006."""
+        self._leave(1006, "", "cut")
+
+    def stall(self) -> None:
+        """Read nothing more, so that the server's writes wait. A close frame still arrives."""
+        self._flows.clear()
+
+    def resume(self) -> None:
+        """Read on after `stall`."""
+        self._flows.set()
+
+    async def closed(self, *, timeout: float | None = None) -> tuple[int, str]:
+        """Wait for the end of the connection; return its close code and reason."""
+        if self.end is None:
+            await self._wait(lambda: self.end, timeout, "the end of the connection")
+        return cast("tuple[int, str]", self.end)
+
+    async def _wait(self, is_over: Callable[[], object], timeout: float | None, what: str) -> None:
+        """Wait until *is_over*. Raises `AssertionError` if *what* cannot come any more."""
+        await self._process.sim.wait(lambda: is_over() or self.end, timeout, what)
+        if not is_over():
+            raise self.failure(f"{what} was expected, and nothing more can come")
+
+    def failure(self, text: str) -> AssertionError:
+        if self.end is not None:
+            text += f", since the connection has ended with {self.end[0]} {self.end[1]}".rstrip()
+        return self._process.sim.failure(f"{self.name}: {text}")
+
+    # What the application calls, as it calls a server, and what happens to the line
+
+    def _push(self, event: Event) -> None:
+        self._events.append(event)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _leave(self, code: int, reason: str, text: str) -> None:
+        """End the connection from this side, if it has not ended."""
+        if self.end is None:
+            self._end(code, reason, text)
+
+    def _end(self, code: int, reason: str, text: str) -> None:
+        self.end = code, reason
+        self._process.sim.note(self.name, "✕", text)
+        self._push({"type": "websocket.disconnect", "code": code, "reason": reason})
+        self._flows.set()
+
+    def orphan(self) -> None:
+        """Lose the server, whose process was killed: it neither reads nor writes any more."""
+        self._leave(1006, "", "its process was killed")
+        self.is_orphaned = True
+
+    def shut(self) -> None:
+        """End the connection from the server's side, as a server does when it stops."""
+        if self.end is None:
+            self._end(1012, "", "closed with 1012, as the server stops")
+        self.is_orphaned = False
+        self._wake()
+
+    async def asgi_receive(self) -> Event:
+        """Return the next event for the application (ASGI, WebSocket: Receive)."""
+        while not self._events or self.is_orphaned:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        event = self._events[0]
+        if event["type"] != "websocket.disconnect":  # It stays, for whoever asks again.
+            self._events.popleft()
+        return event
+
+    async def asgi_send(self, event: Event) -> None:
+        """Take an event of the application (ASGI, WebSocket: Send)."""
+        kind = event["type"]
+        if kind == "websocket.send":
+            if not self._flows.is_set():
+                await self._flows.wait()
+            if self.end is not None:
+                raise ConnectionResetError("the client has gone")  # ASGI 2.4 wants an `OSError`.
+            self._take(event)
+        elif kind == "websocket.accept":
+            self.is_accepted, self.subprotocol = True, event.get("subprotocol")
+            self.headers = _texts(event.get("headers"))
+            self._process.sim.note(self.name, "←", "accepted")
+        elif kind == "websocket.close":
+            self._take_close(event.get("code", 1000), event.get("reason") or "")
+        elif kind == "websocket.http.response.start":
+            self.refusal = Refused(event["status"], None, "", _texts(event.get("headers")))
+        else:  # The only other event is the body of the refusal.
+            self._take_body(event.get("body", b""))
+
+    def _take(self, event: Event) -> None:
+        """Take a frame from the server."""
+        text = event.get("text")
+        self._process.sim.note(self.name, "←", event["bytes"] if text is None else text)
+        envelope, more = read_frame(event["bytes"] if text is None else text)
+        if envelope.id is not None and envelope.id in self._calls:
+            answers = self._calls[envelope.id]
+            if answers is not None:
+                answers.append((envelope, more))
+            elif not more:
+                del self._calls[envelope.id]
+        elif envelope.type in self._answerers and str(envelope.id).startswith("$"):
+            create_task(self._answer(envelope), is_detached=True)
+        else:
+            self._inbox.append(envelope)
+
+    def _take_close(self, code: int, reason: str) -> None:
+        """Take the close frame, or the refusal of the handshake, which servers make HTTP 403."""
+        bug = sys.exc_info()[1]  # Falcon closes while it handles an error.
+        if code == _BUG and bug is not None:
+            self._process.sim.note_bug(f"the handshake of {self.name}", bug)
+        if not self.is_accepted:
+            self.refusal = Refused(403, None, f"the application has closed with {code} {reason}")
+            self.refusal.__cause__ = bug
+        if self.end is None:
+            self._end(code, reason, f"closed with {code} {reason}".rstrip())
+
+    def _take_body(self, body: bytes) -> None:
+        refusal, text = cast(Refused, self.refusal), body.decode(errors="replace")
+        with contextlib.suppress(msgspec.MsgspecError, KeyError, TypeError):
+            said = msgspec.json.decode(body)  # the JSON of `falcon.HTTPError`
+            text = said.get("description") or said["title"]
+        self.refusal = Refused(refusal.status, None, refusal.reason + text, refusal.headers)
+        if self.end is None:
+            self._end(1006, "", f"refused with HTTP {refusal.status} {text}")
+
+
+class Items(AsyncIterator[Any]):
+    """What `Client.stream` returns: the payloads of its items, one after the other."""
+
+    def __init__(self, client: Client, type: str, id: int, timeout: float | None) -> None:
+        self._client, self._type, self._id, self._timeout = client, type, id, timeout
+        self._loop = asyncio.get_running_loop()
+        self._is_over = False
+
+    async def __anext__(self) -> Any:
+        if self._is_over:
+            raise StopAsyncIteration
+        try:
+            answer, more = await self._client.next_answer(self._type, self._id, self._timeout)
+        except MessageError:
+            self._is_over = True
+            raise
+        if more:
+            return answer.payload
+        self._is_over = True
+        if answer.type != "complete":
+            raise self._client.failure(
+                f"{self._type!r} is no stream: use request({self._type!r}, …)"
+            )
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Send ``complete``, unless the stream has ended."""
+        self._leave()
+
+    def _leave(self) -> None:
+        self._is_over = True
+        self._client.leave(self._id, "complete")
+
+    def __del__(self) -> None:  # The interpreter calls it where a loop is left.
+        if not self._is_over:
+            with contextlib.suppress(RuntimeError):  # The loop has been closed.
+                self._loop.call_soon_threadsafe(self._client.leave, self._id, "complete")
+
+
+def _texts(headers: Iterable[tuple[bytes, bytes]] | None) -> dict[str, str]:
+    return {
+        name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers or ()
+    }
+
+
+def read_frame(content: str | bytes, group: str | None = None) -> tuple[Envelope, bool]:
+    """Return the message in a frame of the server, and whether it is an item of a stream."""
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+        if isinstance(content, str):
+            sent = _decode_sent(content)
+            payload = None if sent.payload is UNSET else sent.payload
+            return Envelope(sent.type, payload, sent.id, sent.group), sent.more
+    return Envelope("", content, group=group), False  # A fallback may send any text.
+
+
+def shorten(content: object) -> str:
+    """Return *content*, a frame or an envelope, for people, and not more than they read."""
+    if isinstance(content, Envelope):
+        payload = "" if content.payload is None else " " + encode(content.payload).decode()
+        content = f"{content.type!r}{payload}" if content.type else repr(content.payload)
+    text = content if isinstance(content, str) else repr(content)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
+
+
+# ── simulate ──────────────────────────────────────────────────────────────────────────────────
+#
+# A simulation is the server of an application in a test. It calls the application for the lifespan
+# and for each connection, without a socket, and knows when nothing more will come.
+
+_TRANSCRIPT = 200  # lines of a transcript that are kept
+_TITLE = "Transcript (seconds, client, → to the server, ← from it, ✕ the end):"
+_MOST_BUGS = 20  # that are kept, each with its stack frames
+App = Callable[[Any, Any, Any], Awaitable[None]]
+_simulations: set[Simulation] = set()
+
+
+class Tap:
+    """Stands for a *relay*, and notes what is sent."""
+
+    def __init__(self, relay: Relay, note: Callable[[Kind, str, bytes], None]) -> None:
+        self._relay, self._note = relay, note
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._relay, name)
+
+    def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
+        """Note the frame, and begin to send it."""
+        self._note(kind, name, data)
+        return self._relay.send(kind, name, data, excluded)
+
+
+class Process:
+    """A process of a simulated application: ``async with sim.process() as other``, or ``await``."""
+
+    def __init__(self, sim: Simulation, make: Callable[[], App]) -> None:
+        self.sim: Simulation = sim
+        self.hubs: list[Hub] = []
+        self._make = make
+        self._app: Any = None  # once it has begun to start
+        self._states: list[HubState] = []
+        self._links: list[Any] = []  # its connections to the broker
+        self._clients: list[Client] = []
+        self._lifespan: asyncio.Task[None] | None = None
+        self._events = asyncio.Queue[Event]()  # for the lifespan
+        self._answers = asyncio.Queue[Event]()  # of the lifespan
+        self._state: dict[str, Any] = {}  # what the lifespan hands to connections (ASGI, Lifespan)
+        self._is_over = False
+
+    @property
+    def hub(self) -> Hub:
+        """The hub of the application's first `Pachinko`."""
+        return self.hubs[0] if self.hubs else hub
+
+    @property
+    def codec(self) -> Codec:
+        """What encodes its messages."""
+        return self.hub.state.codec
+
+    def __await__(self) -> Generator[Any, Any, Process]:
+        return self.begin().__await__()
+
+    async def __aenter__(self) -> Process:
+        return await self.begin()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def begin(self) -> Process:
+        """Start, if it has not begun. Raises `PachinkoError` if the application does not start."""
+        if self._app is None:
+            self._app = self._make()
+            self.hubs = [*dict.fromkeys(each.hub for each in endpoints_of(self._app))]
+            self.sim.add(self)
+            running = {each for each in _hubs if each.state.loop is not None}
+            await self._start_hubs(self.hubs)
+            answer = await self._tell("startup")
+            if answer["type"] == "lifespan.startup.failed":
+                raise PachinkoError(f"the application has failed to start: {answer.get('message')}")
+            loop = asyncio.get_running_loop()
+            own = (each for each in _hubs if each.state.loop is loop and each not in running)
+            found = [each for each in own if each not in self.hubs]  # of a mounted application
+            self.hubs += found
+            await self._start_hubs(found)
+        return self
+
+    async def _start_hubs(self, hubs: Iterable[Hub]) -> None:
+        for each in hubs:
+            state = each.state
+            link = self.sim.new_link(state, self.hubs.index(each))
+            state.start(self, link)
+            state.relay = cast(Relay, Tap(state.relay, self.sim.note_sent))
+            self._states.append(state)
+            self._links += [link] if link is not None else []
+            await state.relay.connected()
+
+    async def _tell(self, what: Literal["startup", "shutdown"]) -> Event:
+        """Tell the application *what* happens; return its answer."""
+        if self._lifespan is None:
+            scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": self._state}
+            self._lifespan = self._create_task(
+                self._app(scope, self._events.get, self._answers.put), self
+            )
+        lifespan = self._lifespan
+        self._events.put_nowait({"type": f"lifespan.{what}"})
+        await self.sim.wait(
+            lambda: not self._answers.empty() or lifespan.done(), None, f"the {what}",
+            owner=self, hurries=what == "shutdown",
+        )  # fmt: skip
+        if not self._answers.empty():
+            return self._answers.get_nowait()
+        if not lifespan.done():
+            raise self.sim.failure(f"the {what} does not end: {where(lifespan)}")
+        return {"type": "lifespan is not supported"}  # A server goes on, too (ASGI, Lifespan).
+
+    def _create_task(self, work: Any, owner: object) -> asyncio.Task[Any]:
+        """Start *work*, an application's coroutine, in a context that says whose it is."""
+        context = contextvars.copy_context()
+        context.run(_simulation.set, owner)
+        return asyncio.get_running_loop().create_task(work, context=context)
+
+    async def connect(
+        self, path: str, *, token: str | None = None,
+        headers: Mapping[str, str] | Iterable[Header] | None = None,
+        cookies: Mapping[str, str] | None = None, origin: str | None = None,
+        query: str | Mapping[str, Any] | None = None, subprotocols: Iterable[str] = (),
+        timeout: float | None = None,
+    ) -> Client:  # fmt: skip
+        """Connect a client to *path*, and return it once it is in: its accepted handlers have ended.
+
+        *token* goes into ``Authorization: Bearer``. *query*: of the URL, also as a dict. Where the
+        server waits for the client first, for a message ``authenticate`` say, it is returned, too.
+        Raises `Refused`.
+        """
+        await self.begin()
+        given = [*(headers.items() if isinstance(headers, Mapping) else headers or ())]
+        given += [("Authorization", f"Bearer {token}")] if token is not None else []
+        given += [("Cookie", "; ".join(f"{k}={v}" for k, v in cookies.items()))] if cookies else []
+        given += [("Origin", origin)] if origin is not None else []
+        scope = {**scope_of(path, query, given, subprotocols), "state": {**self._state}}
+        client = Client(self, scope, self.sim.next_name())
+        self._clients.append(client)
+        self.sim.note(client.name, "→", f"GET {path}")
+        work = self._app(scope, client.asgi_receive, client.asgi_send)
+        client.task = self._create_task(work, self.sim)
+        try:
+            await self.sim.wait(
+                lambda: self._is_decided(client), timeout, f"{client.name}'s handshake"
+            )
+            self._check_in(client)
+        except BaseException:
+            client.cut()
+            raise
+        return client
+
+    def _is_decided(self, client: Client) -> bool:
+        """Tell whether *client* is in, or will never be."""
+        sessions = (state.serving.get(client.task) for state in self._states)
+        session = next(filter(None, sessions), None)
+        if session is not None:
+            client.connection = session.conn
+        is_in = client.is_accepted and session is not None and session.is_serving
+        return is_in or client.end is not None or client.task.done()
+
+    def _check_in(self, client: Client) -> None:
+        """Raise `Refused` if *client* is not in, and `AssertionError` if nobody answers it."""
+        if client.refusal is not None:
+            raise client.refusal
+        if client.end is not None:
+            raise Refused(None, *client.end)
+        if client.task.done() and not client.is_accepted:
+            raise Refused(
+                500, None, "the application has not answered"
+            ) from client.task.exception()
+        if not client.is_accepted:
+            raise self.sim.failure(
+                f"{client.name}: nobody answers the handshake: {where(client.task)}"
+            )
+
+    def has_left(self, client: Client) -> bool:
+        """Tell whether nothing of the application runs for *client* any more."""
+        return client.task.done()
+
+    def kill(self) -> None:
+        """End the process at once. None of its code learns of it; its clients get 1006."""
+        for link in self._links:
+            link.kill()
+        for client in self._clients:
+            client.orphan()
+        for each in endpoints_of(self._app):
+            each.end_workers()
+
+    async def stop(self) -> None:
+        """Shut the process down, as a server does. Time limits of the library are not waited for."""
+        if self._app is None or self._is_over:
+            return
+        self._is_over = True
+        tasks = [client.task for client in self._clients]
+        try:
+            for client in self._clients:
+                if client.is_orphaned:
+                    client.shut()
+            if self._lifespan is not None and not self._lifespan.done():
+                await self._tell("shutdown")
+            for client in self._clients:
+                client.shut()
+            await self.sim.wait(lambda: all(t.done() for t in tasks), None, "the end", hurries=True)
+            if left := [where(task) for task in tasks if not task.done()]:
+                raise self.sim.failure("the application does not end: " + "; ".join(left))
+        finally:
+            for task in [*tasks, self._lifespan]:
+                if task is not None and not task.done():
+                    task.cancel()
+            for state in self._states:
+                await state.stop(self)
+
+
+def where(task: asyncio.Task[Any]) -> str:
+    """Return where *task* waits."""
+    return place_in([*frames_of(task.get_coro())])
+
+
+def scope_of(
+    path: str, query: str | Mapping[str, Any] | None, headers: Sequence[Header],
+    subprotocols: Iterable[str],
+) -> Event:  # fmt: skip
+    """Return the scope of a handshake (ASGI, WebSocket: Connection Scope)."""
+    if not isinstance(path, str) or not path.startswith("/"):
+        raise PachinkoError(f'a path has a leading slash: sim.connect("/ws"), got {path!r}')
+    path, _, in_path = path.partition("?")
+    if isinstance(query, Mapping):
+        query = urllib.parse.urlencode(query, doseq=True)
+    offered = texts(subprotocols, "subprotocols")
+    names = {name.lower() for name, _ in headers}
+    usual = [("Host", "localhost"), ("User-Agent", "pachinko")]
+    usual += [("Sec-WebSocket-Protocol", ", ".join(offered))] if offered else []
+    sent = [*(each for each in usual if each[0].lower() not in names), *headers]
+    return {
+        "type": "websocket", "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1", "scheme": "ws",
+        "server": ("localhost", 80), "client": ("127.0.0.1", 50_000),
+        "root_path": "", "path": urllib.parse.unquote(path), "raw_path": path.encode(),
+        "query_string": "&".join(filter(None, (in_path, query))).encode(),
+        "headers": [(n.lower().encode("latin-1"), v.encode("latin-1")) for n, v in sent],
+        "subprotocols": [*offered], "extensions": {"websocket.http.response": {}},
+    }  # fmt: skip
+
+
+@attrs.define(eq=False)
+class Expected:
+    """The bugs that a test expects: of any of *classes*."""
+
+    classes: tuple[type[BaseException], ...]
+    found: list[BaseException] = attrs.Factory(list)
+    is_over: bool = False  # The block has ended.
+
+
+class Moved:
+    """What `Simulation.advance` returns. Awaiting it settles."""
+
+    def __init__(self, sim: Simulation) -> None:
+        self._sim = sim
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._sim.settle().__await__()
+
+
+class Simulation(Process):
+    """A simulated application: its first process, and what all of them share. See `simulate`."""
+
+    def __init__(self, app: Any, timeout: float) -> None:
+        self.timeout: float = timeout
+        self._factory = _factory_of(app)
+        super().__init__(self, self._factory or (lambda: app))
+        self._processes: list[Process] = []
+        self._broker: Any = None
+        self._numbers = itertools.count(1)
+        self._sent: list[tuple[str, bytes]] = []  # the groups and the frames
+        self._lines = collections.deque[tuple[float, str, str, object]](maxlen=_TRANSCRIPT)
+        self._bugs: list[tuple[str, BaseException]] = []
+        self._expected: list[Expected] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._begun = 0.0
+        self._thread: LoopThread | None = None
+
+    async def __aenter__(self) -> Simulation:
+        if self._loop is not None:
+            raise PachinkoError("a simulation runs once: write async with simulate(app) as sim")
+        self._loop = asyncio.get_running_loop()
+        self._begun = self._loop.time()
+        _use_clock(self, True)
+        bug_hooks.append(self.note_bug)
+        try:
+            await self.begin()
+        except BaseException:
+            await self._end()
+            raise
+        return self
+
+    async def __aexit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
+        transcript = self.transcript()  # without the lines of the end
+        error = await self._end()
+        unmet = [each for each in self._expected if not each.found]
+        if exc is not None:
+            self._explain(exc, transcript)
+        elif self._bugs:
+            bugs = [bug for _, bug in self._bugs]
+            text = "; ".join(f"{what} has failed: {bug!r}" for what, bug in self._bugs)
+            cause = bugs[0] if len(bugs) == 1 else BaseExceptionGroup("bugs", bugs)
+            raise self.failure(text) from cause
+        elif error is not None:
+            raise error
+        elif unmet:
+            names = " or ".join(cls.__name__ for cls in unmet[0].classes)
+            raise self.failure(f"no {names} has come, which sim.bugs expects")
+
+    async def _end(self) -> BaseException | None:
+        """Stop all processes, and let go of everything; return what has gone wrong with it."""
+        error = None
+        for process in reversed(self._processes):
+            try:
+                await process.stop()
+            except Exception as exc:  # The next one is stopped all the same.
+                error = error or exc
+        _use_clock(self, False)
+        bug_hooks.remove(self.note_bug)
+        return error
+
+    def _explain(self, exc: BaseException, transcript: str) -> None:
+        """Add to *exc*, with which the test fails, what it does not say."""
+        if isinstance(exc, AssertionError) and _TITLE not in str(exc):
+            exc.add_note(transcript)
+        for what, bug in self._bugs:
+            if bug is not exc.__cause__:
+                text = "".join(traceback.format_exception(bug))
+                exc.add_note(f"{what} has failed meanwhile:\n{text}")
+
+    def __enter__(self) -> Any:
+        self._thread = LoopThread()
+        try:
+            return self._thread.call(self.__aenter__)
+        except BaseException:
+            self._thread.stop()
+            raise
+
+    def __exit__(self, *exc: Any) -> None:
+        thread = cast(LoopThread, self._thread)
+        try:
+            thread.call(self.__aexit__, *exc)
+        finally:
+            thread.stop()
+
+    @property
+    def broker(self) -> Any:
+        """The broker between the processes. Its `lose` and `restore` are an outage of it."""
+        if self._broker is None:
+            self._broker = from_companion("SimulatedBroker", "sim.broker")()
+        return self._broker
+
+    def process(self) -> Process:
+        """Start another process of the application, which `simulate` has a function for.
+
+        Raises `PachinkoError` where it has none, and if the application has no hub of its own.
+        """
+        if self._factory is None:
+            raise PachinkoError(
+                "a second process needs a function that makes the application, with a hub of its "
+                'own: write simulate(make_app), and in it Pachinko(app, "/ws", hub=Hub())'
+            )
+        return Process(self, self._factory)
+
+    async def settle(self, *, timeout: float | None = None) -> None:
+        """Wait until every frame is handled, every outbox is empty, and nothing can run.
+
+        A stalled client's outbox, and workers that sleep, do not count. Raises `AssertionError`
+        after *timeout* seconds, and names what waits for a timer, a thread or a socket.
+        """
+        await self.wait(lambda: False, timeout, "an end of all that runs")
+
+    def advance(self, seconds: float) -> Moved:
+        """Move the clock of the library, at once: rates, time limits, `expires_at`, back-offs.
+
+        The clocks of the event loop and of the application are not moved. ``await`` settles, too.
+        All simulations at a time have one clock. Raises `ValueError` for *seconds* below 0.
+        """
+        cast(MovableClock, clock).advance(seconds)
+        return Moved(self)
+
+    def published(self, group: str) -> list[Envelope]:
+        """Return what was sent to *group* by hubs, of any process, in order."""
+        frames = [frame for name, frame in self._sent if name == group]
+        contents = [bytes(each) if type(each) is Binary else each.decode() for each in frames]
+        return [read_frame(content, group)[0] for content in contents]
+
+    @contextlib.contextmanager
+    def bugs(self, *classes: type[BaseException]) -> Iterator[list[BaseException]]:
+        """Expect a bug of one of *classes* in the application: ``with sim.bugs(KeyError):``.
+
+        Other bugs fail the test at the end of the simulation, and so does the lack of this one.
+        It may come in the block, or later. Gives the list of those that have come.
+        """
+        expected = Expected(classes or (Exception,))
+        self._expected.append(expected)
+        try:
+            yield expected.found
+        finally:
+            expected.is_over = True
+            if expected.found:
+                self._expected.remove(expected)
+
+    def transcript(self) -> str:
+        """Return what has crossed the lines, with the seconds since the start."""
+        lines = [
+            f"{at:9.3f} {name} {arrow} {shorten(what)}" for at, name, arrow, what in self._lines
+        ]
+        return "\n".join([_TITLE, *lines])
+
+    # What its clients and processes use
+
+    async def wait(
+        self, is_over: Callable[[], object], timeout: float | None, what: str, *,
+        owner: object = None, hurries: bool = False,
+    ) -> bool:  # fmt: skip
+        """Return True once *is_over*, or False if nothing can make it so."""
+        if asyncio.get_running_loop() is not self._loop:
+            raise PachinkoError("a simulation is used in the event loop that it was entered in")
+        seconds = self.timeout if timeout is None else timeout
+        try:
+            return await watcher().wait(is_over, owner or self, seconds, hurries)
+        except TimeoutError as exc:
+            late = str(exc)
+        raise self.failure(f"{what} has not come within {seconds:g} s: {late}")
+
+    def failure(self, text: str) -> AssertionError:
+        """Return the error of a test that cannot go on."""
+        error = AssertionError(f"{text}\n{self.transcript()}")
+        error.__cause__ = self.latest_bug()
+        return error
+
+    def note(self, name: str, arrow: str, what: object) -> None:
+        """Add a line to the transcript."""
+        at = cast(asyncio.AbstractEventLoop, self._loop).time() - self._begun
+        self._lines.append((at, name, arrow, what))
+
+    def note_sent(self, kind: Kind, name: str, data: bytes) -> None:
+        """Note a frame that a hub sends."""
+        if kind is Kind.GROUP:
+            self._sent.append((name, data))
+
+    def note_bug(self, what: str, exc: BaseException) -> None:
+        """Note a bug of the application, if it is this one's, unless the test expects it."""
+        if _simulation.get() not in (None, self, *self._processes):
+            return
+        for expected in self._expected:
+            if all(isinstance(each, expected.classes) for each in _errors_in(exc)):
+                expected.found.append(exc)
+                if expected.is_over:
+                    self._expected.remove(expected)
+                return
+        if all(exc is not bug for _, bug in self._bugs) and len(self._bugs) < _MOST_BUGS:
+            self._bugs.append((what, exc))
+
+    def latest_bug(self) -> BaseException | None:
+        """Return the latest bug that nobody expects."""
+        return self._bugs[-1][1] if self._bugs else None
+
+    def next_name(self) -> str:
+        """Return the name of a new client in transcripts."""
+        return f"#{next(self._numbers)}"
+
+    def add(self, process: Process) -> None:
+        """Note *process*. Raises `PachinkoError` if it has the hub of another one."""
+        others = [hub for each in self._processes for hub in each.hubs]
+        if any(hub in others for hub in process.hubs):
+            raise PachinkoError(
+                "two processes never share a hub, so that the function that makes the application "
+                'makes a hub, too: Pachinko(app, "/ws", hub=Hub())'
+            )
+        self._processes.append(process)
+
+    def new_link(self, state: HubState, number: int) -> Any:
+        """Return the connection to the broker for the hub *number* of a process, or None.
+
+        The hubs of one process are as far apart as they are without a broker.
+        """
+        given = state.choose()
+        if isinstance(given, str) and _MEMORY.fullmatch(given):
+            return None
+        try:
+            return self.broker.connection(str(number))
+        except PachinkoError:
+            if given is not None or self._factory is not None:
+                raise
+            return None  # The module is used alone.
+
+
+def _factory_of(app: Any) -> Callable[[], App] | None:
+    """Return *app* if it makes an application, or None if it is one."""
+    if isinstance(app, falcon.asgi.App):
+        return None
+    try:
+        if not callable(app):
+            raise TypeError
+        inspect.signature(app).bind()
+    except TypeError:
+        with contextlib.suppress(TypeError):
+            inspect.signature(app).bind(None, None, None)
+            return None
+        raise PachinkoError(
+            "write simulate(app), an ASGI application, or simulate(make_app), a function that "
+            f"returns one; got {app!r}"
+        ) from None
+    return cast(Callable[[], App], app)
+
+
+def _use_clock(sim: Simulation, is_used: bool) -> None:
+    """Let the library go by a clock that can be moved, while there is a simulation."""
+    global clock
+    if is_used and not _simulations:
+        clock = MovableClock()
+    (_simulations.add if is_used else _simulations.discard)(sim)
+    if not _simulations:
+        clock = Clock()
+
+
+class LoopThread:
+    """An event loop in a thread of its own, for a test that has none."""
+
+    def __init__(self) -> None:
+        begun = concurrent.futures.Future[asyncio.AbstractEventLoop]()
+        self._end = asyncio.Event()
+
+        async def run() -> None:
+            begun.set_result(asyncio.get_running_loop())
+            await self._end.wait()
+
+        self._thread = threading.Thread(target=asyncio.run, args=[run()], daemon=True)
+        self._thread.start()
+        self._loop = begun.result()
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call *function* in the loop, and return what it returns, once that has been awaited."""
+
+        async def work() -> Any:
+            result = function(*args, **kwargs)
+            return await result if inspect.isawaitable(result) else result
+
+        return self.blocking(asyncio.run_coroutine_threadsafe(work(), self._loop).result())
+
+    def blocking(self, value: Any) -> Any:
+        """Return *value*, or what calls its methods in the loop and waits for them."""
+        is_ours = isinstance(value, (Process, Client, Items, Listener, Hub, Connection))
+        is_broker = type(value).__module__ == "pachinko_cluster"
+        return Blocking(value, self) if is_ours or is_broker else value
+
+    def stop(self) -> None:
+        """End the loop, and the thread."""
+        self._loop.call_soon_threadsafe(self._end.set)
+        self._thread.join()
+
+
+class Blocking:
+    """Stands for an object of a simulation, in a test without an event loop."""
+
+    __slots__ = ("_target", "_thread")
+
+    def __init__(self, target: Any, thread: LoopThread) -> None:
+        object.__setattr__(self, "_target", target)
+        object.__setattr__(self, "_thread", thread)
+
+    def __repr__(self) -> str:
+        return repr(self._target)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._target, name)
+        if not inspect.isroutine(value):
+            return self._thread.blocking(value)
+        return functools.partial(self._thread.call, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self._thread.call(setattr, self._target, name, value)
+
+    def __enter__(self) -> Any:
+        return self._thread.call(self._target.__aenter__)
+
+    def __exit__(self, *exc: object) -> None:
+        self._thread.call(self._target.__aexit__, *exc)
+
+    def __iter__(self) -> Blocking:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return self._thread.call(self._target.__anext__)
+        except StopAsyncIteration:
+            raise StopIteration from None
+
+
+def simulate(app: Any, *, timeout: float = 5.0) -> Simulation:
+    """Run an application in a test: ``async with simulate(app) as sim:``, without a socket.
+
+    *app*: an ASGI application, or a function that makes one; `Simulation.process` calls it again.
+    *timeout*: seconds that each wait may take; only an application that waits for the outside takes
+    any. ``with simulate(app) as sim:`` has the same names, blocking.
+
+    At the end the application is shut down. A bug in it fails the test then, unless
+    `Simulation.bugs` expects it. Raises `PachinkoError` if the application does not start.
+    """
+    if not (is_seconds(timeout) and timeout > 0):
+        raise ValueError(f"timeout is a number of seconds above 0, got {timeout!r}")
+    return Simulation(app, timeout)
