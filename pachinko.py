@@ -3399,32 +3399,6 @@ def token_of(payload: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
-# ── clock ─────────────────────────────────────────────────────────────────────────────────────
-#
-# STUB
-
-
-class Clock:
-    ahead: float = 0.0
-
-    def time(self) -> float:
-        return asyncio.get_running_loop().time()
-
-
-class MovableClock(Clock):
-    def advance(self, seconds: float) -> None:
-        self.ahead += seconds
-
-    def next_due(self) -> float | None:
-        return None
-
-    def is_own(self, timer: object) -> bool:
-        return True
-
-
-clock: Clock = Clock()
-
-
 # ── limits ────────────────────────────────────────────────────────────────────────────────────
 #
 # One connection is bounded by time, by the rate of messages, and by the options of its endpoint.
@@ -8193,16 +8167,12 @@ def shorten(content: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
 
 
-# ── simulate ──────────────────────────────────────────────────────────────────────────────────
+# ── process ───────────────────────────────────────────────────────────────────────────────────
 #
-# A simulation is the server of an application in a test. It calls the application for the lifespan
-# and for each connection, without a socket, and knows when nothing more will come.
+# A process of a simulated application calls it for its lifespan and for each connection, as a
+# server does, but without a socket.
 
-_TRANSCRIPT = 200  # lines of a transcript that are kept
-_TITLE = "Transcript (seconds, client, → to the server, ← from it, ✕ the end):"
-_MOST_BUGS = 20  # that are kept, each with its stack frames
 App = Callable[[Any, Any, Any], Awaitable[None]]
-_simulations: set[Simulation] = set()
 
 
 class Tap:
@@ -8434,6 +8404,17 @@ def scope_of(
         "headers": [(n.lower().encode("latin-1"), v.encode("latin-1")) for n, v in sent],
         "subprotocols": [*offered], "extensions": {"websocket.http.response": {}},
     }  # fmt: skip
+
+
+# ── simulate ──────────────────────────────────────────────────────────────────────────────────
+#
+# A simulation is what a test has of an application: its processes, the broker between them, the
+# time, a transcript, and the bugs.
+
+_TRANSCRIPT = 200  # lines of a transcript that are kept
+_TITLE = "Transcript (seconds, client, → to the server, ← from it, ✕ the end):"
+_MOST_BUGS = 20  # that are kept, each with its stack frames
+_simulations: set[Simulation] = set()
 
 
 @attrs.define(eq=False)
