@@ -682,6 +682,8 @@ class Link:
         self._lost: asyncio.Future[BaseException | None]
         self._attempted = asyncio.Event()  # not set while callers wait for an attempt to connect
         self._turn = asyncio.Lock()  # keeps the callers of `connected` in order
+        # Wait before the next attempt to connect. A backplane may know better when it is due.
+        self._pause: Callable[[float], Awaitable[None]] = getattr(backplane, "pause", asyncio.sleep)
         self._task: asyncio.Task[None] = create_task(self._run(), is_detached=True)
 
     async def stop(self) -> None:
@@ -867,7 +869,7 @@ class Link:
                 await self._close()
                 if loop.time() - begun > _RECONNECT[-1]:  # a broker may let us in, then drop us
                     delays = iter(_RECONNECT)
-                await asyncio.sleep(random.uniform(0.5, 1.0) * next(delays, _RECONNECT[-1]))
+                await self._pause(random.uniform(0.5, 1.0) * next(delays, _RECONNECT[-1]))
         finally:
             self._end(None)
             await self._close()
@@ -1008,8 +1010,8 @@ class Lease:
         have forgotten a lease whose holder goes on. Raises `TimeoutError`, and what the broker's
         `lease` raises.
         """
-        now = asyncio.get_running_loop().time
-        async with asyncio.timeout(_RENEW):
+        now = pachinko.clock.time
+        with pachinko.WaitLimit(now() + _RENEW):
             await self._link.connected()
             session, begun = self._link.session, now()
             if waits and session != self._session and begun < self._answered + LEASE:
@@ -1056,19 +1058,19 @@ class Lease:
 
     async def _acquire(self) -> float:
         """Wait for the lease. Returns when to stop if no renewal succeeds, in the loop's time."""
-        now = asyncio.get_running_loop().time
         while True:
-            deadline = now() + _HOLD
-            if await self._try(LEASE, waits=not self._is_kept) and now() < deadline:
+            deadline = pachinko.clock.time() + _HOLD
+            is_ours = await self._try(LEASE, waits=not self._is_kept)
+            if is_ours and pachinko.clock.time() < deadline:
                 return deadline
-            await asyncio.sleep(_TRY)
+            await pachinko.clock.sleep(_TRY)
 
     async def _renew(self) -> None:
         """Renew the lease, until it is given up or lost."""
-        now, pause = asyncio.get_running_loop().time, _RENEW
+        pause = _RENEW
         while True:
-            await asyncio.sleep(pause)
-            deadline = now() + _HOLD
+            await pachinko.clock.sleep(pause)
+            deadline = pachinko.clock.time() + _HOLD
             is_ours = await self._try(LEASE)
             if is_ours:
                 self._timer.cancel()
@@ -1094,8 +1096,8 @@ class Lease:
     def _set_deadline(self, deadline: float) -> None:
         # In a process that was paused, the loop calls the timers that are due before it runs the
         # tasks that wake. So the worker is cancelled first.
-        loop, why = asyncio.get_running_loop(), f"it was not renewed for {_HOLD:g} s"
-        self._timer = loop.call_at(deadline, self._lose, why)
+        why = f"it was not renewed for {_HOLD:g} s"
+        self._timer = pachinko.clock.call_at(deadline, self._lose, why)
 
     def _lose(self, why: str) -> None:
         """Stop the worker, because another process may run it soon."""
@@ -1106,8 +1108,8 @@ class Lease:
         self._renewals.cancel()
         self._timer.cancel()
         text = "worker %s goes on without its lease: it ignores its cancellation"
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(LEASE - _HOLD, logger.error, text, self._place)
+        when = pachinko.clock.time() + LEASE - _HOLD
+        self._timer = pachinko.clock.call_at(when, logger.error, text, self._place)
 
 
 # ── peer messages ─────────────────────────────────────────────────────────────────────────────
