@@ -1107,6 +1107,7 @@ class Leasing(typing.Protocol):
 
         Raises `PachinkoError` if the broker cannot have leases, or does not permit this one.
         """
+        ...
 
 
 class Lease:

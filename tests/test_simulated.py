@@ -209,6 +209,29 @@ async def test_a_delivery_that_catches_its_cancellation_is_the_last() -> None:
     assert log == [b"1", b"2"] and asyncio.all_tasks() == before
 
 
+@pytest.mark.parametrize("end", ["lose", "kill", "stop"])
+async def test_a_delivery_may_end_its_own_connection(end: str) -> None:
+    """It is the last one, and the task ends with it."""
+    broker, log, before = SimulatedBroker(), list[bytes](), asyncio.all_tasks()
+    connection = broker.connection()
+
+    async def deliver(subject: str, data: bytes) -> None:
+        log.append(data)
+        if end == "lose":
+            broker.lose()
+        elif end == "kill":
+            connection.kill()
+        else:
+            await connection.stop()
+
+    await connection.start(deliver, log.append)  # type: ignore[arg-type]  # it takes anything
+    await connection.subscribe("a")
+    for data in (b"1", b"2"):
+        await connection.publish("a", data)
+    await turns()
+    assert log[:1] == [b"1"] and b"2" not in log and asyncio.all_tasks() == before
+
+
 # Loss
 
 
