@@ -793,7 +793,8 @@ class Link:
         self._lost: asyncio.Future[BaseException | None]
         self._attempted = asyncio.Event()  # not set while callers wait for an attempt to connect
         self._turn = asyncio.Lock()  # keeps the callers of `connected` in order
-        self._pause = getattr(backplane, "pause", asyncio.sleep)  # of a simulated broker
+        # Wait before the next attempt to connect. A backplane may know better when it is due.
+        self._pause: Callable[[float], Awaitable[None]] = getattr(backplane, "pause", asyncio.sleep)
         self._task: asyncio.Task[None] = create_task(self._run(), is_detached=True)
 
     async def stop(self) -> None:
