@@ -13,6 +13,7 @@ Map: what each section does, and which of those above it each one uses.
     broker URLs — reads a URL, and keeps its password out of errors (uses: pachinko)
     NATS — a backplane by nats-py (uses: broker URLs, pachinko)
     Redis — a backplane by redis-py (uses: broker URLs, pachinko)
+    simulated broker — a broker in memory, for tests (uses: pachinko)
     link — keeps a process connected and subscribed, whatever the broker does
         (uses: broker URLs, pachinko)
     leases — run a worker in one process at a time (uses: broker URLs, pachinko)
@@ -634,6 +635,116 @@ class Redis:
             await connection.close()
 
 
+# ── simulated broker ──────────────────────────────────────────────────────────────────────────
+#
+# `pachinko.simulate` runs several processes in one event loop, and this is their broker.
+
+
+class SimulatedBroker:
+    """A broker in memory. An outage loses what is not yet delivered, and leases outlast it."""
+
+    def __init__(self) -> None:
+        self.connections: dict[SimulatedConnection, Lost] = {}  # the open ones, in order
+        self.is_there: asyncio.Event = asyncio.Event()
+        self.is_there.set()
+        self.leases: dict[str, tuple[str, float]] = {}  # the holder's token, and when it expires
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether `lose` was called after the last `restore`."""
+        return not self.is_there.is_set()
+
+    def connection(self) -> SimulatedConnection:
+        """Return a `Backplane` for one process, not yet started."""
+        return SimulatedConnection(self)
+
+    def lose(self) -> None:
+        """End all connections, and refuse new ones until `restore` is called."""
+        self.is_there.clear()
+        for each in tuple(self.connections):
+            each.cut("the simulated broker is lost")
+
+    def restore(self) -> None:
+        """Accept connections again. Those who wait for that connect at once."""
+        self.is_there.set()
+
+
+class SimulatedConnection:
+    """A `Backplane` on a `SimulatedBroker`, for one process."""
+
+    def __init__(self, broker: SimulatedBroker) -> None:
+        self._broker = broker
+        self._is_refused = False  # The latest attempt to connect was.
+        self.subjects: set[str] = set()
+        self.messages: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()  # to be delivered
+        self._pump: asyncio.Task[None] | None = None
+
+    async def start(self, deliver: Deliver, lost: Lost) -> None:
+        self._is_refused = self._broker.is_lost
+        if self._is_refused:
+            raise ConnectionRefusedError("the simulated broker is lost")
+        self._pump = create_task(self._deliver(deliver), is_detached=True)
+        self._broker.connections[self] = lost
+
+    async def publish(self, subject: str, data: bytes) -> int:
+        connections = self._connected().connections
+        receivers = [each for each in connections if subject in each.subjects]
+        for each in receivers:
+            each.messages.put_nowait((subject, data))
+        return len(receivers)
+
+    async def subscribe(self, subject: str) -> None:
+        self._connected()
+        self.subjects.add(subject)
+
+    async def unsubscribe(self, subject: str) -> None:
+        self.subjects.discard(subject)
+
+    async def lease(self, key: str, token: str, seconds: float) -> bool:
+        leases, now = self._connected().leases, pachinko.clock.time()
+        holder, end = leases.get(key, (token, now))
+        if holder != token and now < end:
+            return False
+        leases[key] = token, now + seconds
+        return seconds > 0
+
+    async def pause(self, seconds: float) -> None:
+        """Wait between two attempts to connect: after a refusal, until the broker is restored."""
+        if self._is_refused:  # The attempt after a loss comes at once, since callers wait for it.
+            await self._broker.is_there.wait()
+
+    async def stop(self) -> None:
+        self.cut()
+        if self._pump is not None:
+            await asyncio.wait([self._pump])
+
+    def cut(self, why: str | None = None) -> None:
+        """End the connection. The process is told *why* if that is not what it has asked for."""
+        lost = self._broker.connections.pop(self, None)
+        self.subjects.clear()
+        self.messages = asyncio.Queue()
+        if self._pump is not None:
+            self._pump.cancel()
+        if lost is not None and why is not None:
+            lost(ConnectionResetError(why))
+
+    def kill(self) -> None:
+        """End the connection, for good, as if the process had been killed. Its leases expire."""
+        self.cut("the process has been killed")
+        self._broker = SimulatedBroker()
+        self._broker.lose()  # It is never restored.
+
+    def _connected(self) -> SimulatedBroker:
+        if self not in self._broker.connections:
+            raise ConnectionResetError("not connected to the simulated broker")
+        return self._broker
+
+    async def _deliver(self, deliver: Deliver) -> None:
+        messages = self.messages
+        while messages is self.messages:  # A `deliver` may have caught its cancellation.
+            await deliver(*await messages.get())
+
+
 # ── link ──────────────────────────────────────────────────────────────────────────────────────
 #
 # The link keeps the process connected. It knows subjects and bytes, but not what they mean.
@@ -989,10 +1100,21 @@ _FAILURES = 3  # in a row, until one is logged: the first may only tell that the
 _tokens = itertools.count(1)
 
 
+class Leasing(typing.Protocol):
+    """A `Backplane` whose broker has leases."""
+
+    async def lease(self, key: str, token: str, seconds: float) -> bool:
+        """Take or renew the lease *key* for *token*, or give it up, as `Lease.request` says.
+
+        Raises `PachinkoError` if the broker cannot have leases, or does not permit this one.
+        """
+        ...
+
+
 class Lease:
     """The right to run one worker, which *process* wants by the name *key*."""
 
-    def __init__(self, broker: Nats | Redis, link: Link, key: str, process: str) -> None:
+    def __init__(self, broker: Leasing, link: Link, key: str, process: str) -> None:
         self._broker, self._link, self._key, self._process = broker, link, key, process
         self._token = self._new_token()
         self._session, self._answered = 0, -math.inf  # the broker's latest answer: session and time
@@ -1403,14 +1525,14 @@ class Cluster(pachinko.Relay):
 
     def _new_lease(self, name: str) -> Lease:
         """Return the lease for the worker *name*. Raises `PachinkoError` if there are no leases."""
-        if not isinstance(self._backplane, (Nats, Redis)):
+        if not inspect.iscoroutinefunction(getattr(self._backplane, "lease", None)):
             raise PachinkoError(
                 f"a worker with once=True needs leases, and {type(self._backplane).__name__} has "
                 "none: use nats:// (with JetStream) or redis://, or write @ws.worker, which runs "
                 "in each process"
             )
         key = subject_of(self._namespace, "lease", name)
-        return Lease(self._backplane, self._link, key, self.process)
+        return Lease(cast(Leasing, self._backplane), self._link, key, self.process)
 
     def stats(self) -> dict[str, int]:
         down = int(not self._link.is_connected)

@@ -509,6 +509,30 @@ async def test_a_backplane_of_ones_own_has_no_leases() -> None:
     assert "needs leases, and Own has none: use nats:// (with JetStream) or redis://" in text
 
 
+@pytest.mark.parametrize("lease", [None, lambda *_: True, "a lease"])
+async def test_only_a_coroutine_function_gives_leases(lease: Any) -> None:
+    """An attribute of that name that is something else is no lease."""
+    own = Own()
+    own.lease = lease  # type: ignore[attr-defined]  # a program may have it
+    assert "needs leases, and Own has none" in await refusal(own)
+
+
+async def test_a_backplane_of_ones_own_may_have_leases() -> None:
+    """It is asked as NATS and Redis are: the worker runs when it says so, and gives that up."""
+    asked: list[tuple[str, float]] = []
+
+    class Granting(Own):
+        async def lease(self, key: str, token: str, seconds: float) -> bool:
+            asked.append((key, seconds))
+            return bool(seconds)
+
+    scene = Scene(Granting())
+    async with scene.process("a"):
+        await until(lambda: scene.here)
+    assert asked[2][0] == asked[-1][0] != asked[0][0]
+    assert [seconds for _, seconds in asked] == [pachinko_cluster.LEASE, 0] * 2
+
+
 async def test_without_a_lifespan_the_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """There no start can fail: clients are served, and the worker is tried again."""
     scene = Scene(Own())
