@@ -91,6 +91,13 @@ Map: each section, what it is for, and those above it that it uses.
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
         signatures, handlers, scope, include, handshake, limits, outgoing, hub, guard, session,
         admission, running)
+    settling — what an event loop can still do by itself (uses: clock, outgoing)
+    client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
+        asking, listening, outcomes)
+    process — a process of a simulated application (uses: errors, handshake, registry and relay,
+        hub, running, settling, client)
+    simulate — the test client (uses: errors, envelope and message, clock, connection, registry and
+        relay, listening, hub, outcomes, settling, client, process)
 """
 
 from __future__ import annotations
@@ -3477,7 +3484,7 @@ class MovableTimer:
         """Make the *call* in the present context, *at* a time on the loop's own clock."""
         self.at: float = at
         self.loop: asyncio.AbstractEventLoop = running_loop()
-        self._pending, self._context = clock.pending, contextvars.copy_context()
+        self._pending, self._origin = clock.pending, contextvars.copy_context()
         self._call: Callable[[], object] = call
         self._handle: asyncio.Handle | None = None
         self.move(0.0)
@@ -3487,9 +3494,9 @@ class MovableTimer:
         self._unschedule()
         self.at -= seconds
         if self.at <= self.loop.time() + _ROUNDING:
-            self._handle = self.loop.call_soon(self._run, context=self._context)
+            self._handle = self.loop.call_soon(self._run, context=self._origin)
         else:
-            self._handle = self.loop.call_at(self.at, self._run, context=self._context)
+            self._handle = self.loop.call_at(self.at, self._run, context=self._origin)
         self._pending[id(self._handle)] = self
 
     def cancel(self) -> None:
@@ -3583,20 +3590,20 @@ class TimeLimit:
     _is_exact: typing.ClassVar[bool] = _COUNTS_CANCELLATIONS
     _when: float | None = None
     expired: bool = False
-    _task: asyncio.Task[Any] | None = None
+    _guarded: asyncio.Task[Any] | None = None
     _timer: Timer | None = None
     _own: int = 0  # how often this limit has cancelled the task
     _others: int = 0  # cancellations that the task counted before these
 
     def __enter__(self) -> TimeLimit:
-        self._task = current_task()
-        self._others = self._task.cancelling()
+        self._guarded = current_task()
+        self._others = self._guarded.cancelling()
         if self._when is not None:
             self.end_at(self._when)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: object, traceback: object) -> None:
-        task, self._task = cast("asyncio.Task[Any]", self._task), None
+        task, self._guarded = cast("asyncio.Task[Any]", self._guarded), None
         if self._timer is None:  # Nothing has ended the block.
             return
         self._timer.cancel()
@@ -3612,7 +3619,7 @@ class TimeLimit:
 
         Does nothing after the block or the expiry.
         """
-        if self._task is None or self.expired:
+        if self._guarded is None or self.expired:
             return
         if self._timer is not None:
             if cast(float, self._when) <= when:
@@ -3626,10 +3633,10 @@ class TimeLimit:
 
     def is_around(self, task: object) -> bool:
         """Return whether *task* is inside the block."""
-        return self._task is task
+        return self._guarded is task
 
     def _expire(self) -> None:
-        task = cast("asyncio.Task[Any]", self._task)
+        task = cast("asyncio.Task[Any]", self._guarded)
         if not self.expired:
             self.expired = True
             # Otherwise some of the cancellations counted now may have been caught.
@@ -7739,6 +7746,11 @@ _INSIDE = (
 _LIBRARIES = frozenset({"asyncio", "contextlib", "falcon", "pachinko", "pachinko_cluster"})
 
 
+def _clock() -> MovableClock:
+    """Return the library's clock, which can be moved while there is a simulation."""
+    return cast(MovableClock, clock)
+
+
 @attrs.define(eq=False)
 class Wait:
     """A wait of a test until *is_over*, or until nothing can make it so."""
@@ -7790,8 +7802,11 @@ class Watcher:
         is_resting = self._quiet >= (_LOOKS if hasattr(loop, "_ready") else _BLIND_LOOKS)
         outside = outside_of(loop) if is_resting and self._open else []
         if is_resting:
-            if any(wait.hurries for wait in self._open) and (due := clock.next_due()) is not None:
-                clock.advance(due)
+            if (
+                any(wait.hurries for wait in self._open)
+                and (due := _clock().next_due()) is not None
+            ):
+                _clock().advance(due)
                 self._quiet = 0
             else:
                 busy = {id(owner) for owner, _ in outside}
@@ -7842,7 +7857,7 @@ def outside_of(loop: asyncio.AbstractEventLoop) -> list[tuple[object, str]]:
     timers: list[Any] = [
         timer for timer in getattr(loop, "_scheduled", ())
         if not timer.cancelled() and timer._context.get(_simulation) is not None
-        and not clock.is_own(timer)
+        and not _clock().is_own(timer)
     ]  # fmt: skip
     selector: Any = getattr(loop, "_selector", None)
     has_sockets = selector is not None and len(selector.get_map()) > 1  # one is the loop's own
@@ -7907,7 +7922,7 @@ def place_in(frames: Sequence[types.FrameType]) -> str:
 # A client of a simulated application stands on both sides of the line: a test calls it, and the
 # application gets its `receive` and `send` as those of a server (ASGI, WebSocket).
 
-_SHOWN = 200  # characters of a frame in a transcript
+_FRAME_SHOWN = 200  # characters of a frame in a transcript
 _BUG = 1011  # Falcon's close code for an error that nobody handles
 
 
@@ -7919,7 +7934,7 @@ class Refused(Exception):
     """
 
     def __init__(
-        self, status: int | None, code: int | None, reason: str, headers: Iterable[Header] = ()
+        self, status: int | None, code: int | None, reason: str, headers: Mapping[str, str] = {}
     ) -> None:
         what = f"HTTP {status}" if status is not None else f"closed with {code}"
         super().__init__(f"{what}: {reason}" if reason else what)
@@ -7929,6 +7944,7 @@ class Refused(Exception):
         self.headers: dict[str, str] = dict(headers)
 
 
+App = Callable[[Any, Any, Any], Coroutine[Any, Any, None]]  # ASGI's
 Answers = collections.deque[tuple[Envelope, bool]]  # each with whether more will come
 
 
@@ -7947,7 +7963,8 @@ class Client:
         self.is_accepted: bool = False
         self.refusal: Refused | None = None
         self.end: tuple[int, str] | None = None  # code and reason of whoever closed first
-        self.connection: Connection | None = None
+        self.task: asyncio.Task[None]  # the application's, from `begin` on
+        self._conn: Connection | None = None
         self.is_orphaned: bool = False  # Its process was killed, and does nothing more.
         self._process = process
         self._inbox = collections.deque[Envelope]()
@@ -7970,9 +7987,9 @@ class Client:
     @property
     def conn(self) -> Connection:
         """The server's side of it. Raises `PachinkoError` if a Falcon responder serves it."""
-        if self.connection is None:
+        if self._conn is None:
             raise PachinkoError(f"no Pachinko serves {self.scope['path']}")
-        return self.connection
+        return self._conn
 
     async def send(self, message: object, payload: object = None, *, id: Id | None = None) -> None:
         """Send a ``@message`` object, a type and its payload, or bytes, as `Connection.send` does.
@@ -8170,6 +8187,20 @@ class Client:
 
     # What the application calls, as it calls a server, and what happens to the line
 
+    def begin(self, app: App, context: contextvars.Context) -> None:
+        """Let *app* serve the client, in *context*."""
+        work: Any = app(self.scope, self.asgi_receive, self.asgi_send)
+        self.task = asyncio.get_running_loop().create_task(work, context=context)
+        self.task.add_done_callback(self._note_end)
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            self._process.sim.note_bug(f"the application, for {self.name},", exc)
+
+    def meet(self, conn: Connection) -> None:
+        """Note the server's side."""
+        self._conn = conn
+
     def _push(self, event: Event) -> None:
         self._events.append(event)
         self._wake()
@@ -8329,15 +8360,13 @@ def shorten(content: object) -> str:
         payload = "" if content.payload is None else " " + encode(content.payload).decode()
         content = f"{content.type!r}{payload}" if content.type else repr(content.payload)
     text = content if isinstance(content, str) else repr(content)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
+    return text if len(text) <= _FRAME_SHOWN else f"{text[:_FRAME_SHOWN]}… ({len(text)} characters)"
 
 
 # ── process ───────────────────────────────────────────────────────────────────────────────────
 #
 # A process of a simulated application calls it for its lifespan and for each connection, as a
 # server does, but without a socket.
-
-App = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 class Tap:
@@ -8369,7 +8398,7 @@ class Process:
         self._lifespan: asyncio.Task[None] | None = None
         self._events = asyncio.Queue[Event]()  # for the lifespan
         self._answers = asyncio.Queue[Event]()  # of the lifespan
-        self._state: dict[str, Any] = {}  # what the lifespan hands to connections (ASGI, Lifespan)
+        self._shared: dict[str, Any] = {}  # what the lifespan hands to connections (ASGI, Lifespan)
         self._is_over = False
 
     @property
@@ -8422,9 +8451,10 @@ class Process:
     async def _tell(self, what: Literal["startup", "shutdown"]) -> Event:
         """Tell the application *what* happens; return its answer."""
         if self._lifespan is None:
-            scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": self._state}
-            self._lifespan = self._create_task(
-                self._app(scope, self._events.get, self._answers.put), self
+            scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": self._shared}
+            self._lifespan = asyncio.get_running_loop().create_task(
+                self._app(scope, self._events.get, self._answers.put),
+                context=self._context_of(self),
             )
         lifespan = self._lifespan
         self._events.put_nowait({"type": f"lifespan.{what}"})
@@ -8438,11 +8468,11 @@ class Process:
             raise self.sim.failure(f"the {what} does not end: {where(lifespan)}")
         return {"type": "lifespan is not supported"}  # A server goes on, too (ASGI, Lifespan).
 
-    def _create_task(self, work: Any, owner: object) -> asyncio.Task[Any]:
-        """Start *work*, an application's coroutine, in a context that says whose it is."""
+    def _context_of(self, owner: object) -> contextvars.Context:
+        """Return a context for code of the application, which says whose it is."""
         context = contextvars.copy_context()
         context.run(_simulation.set, owner)
-        return asyncio.get_running_loop().create_task(work, context=context)
+        return context
 
     async def connect(
         self, path: str, *, token: str | None = None,
@@ -8451,23 +8481,23 @@ class Process:
         query: str | Mapping[str, Any] | None = None, subprotocols: Iterable[str] = (),
         timeout: float | None = None,
     ) -> Client:  # fmt: skip
-        """Connect a client to *path*, and return it once it is in: its accepted handlers have ended.
+        """Connect a client to *path*; return it once it is in, and its accepted handlers have ended.
 
         *token* goes into ``Authorization: Bearer``. *query*: of the URL, also as a dict. Where the
         server waits for the client first, for a message ``authenticate`` say, it is returned, too.
         Raises `Refused`.
         """
         await self.begin()
-        given = [*(headers.items() if isinstance(headers, Mapping) else headers or ())]
+        pairs: Any = headers.items() if isinstance(headers, Mapping) else headers or ()
+        given: list[Header] = [*pairs]
         given += [("Authorization", f"Bearer {token}")] if token is not None else []
         given += [("Cookie", "; ".join(f"{k}={v}" for k, v in cookies.items()))] if cookies else []
         given += [("Origin", origin)] if origin is not None else []
-        scope = {**scope_of(path, query, given, subprotocols), "state": {**self._state}}
+        scope = {**scope_of(path, query, given, subprotocols), "state": {**self._shared}}
         client = Client(self, scope, self.sim.next_name())
         self._clients.append(client)
         self.sim.note(client.name, "→", f"GET {path}")
-        work = self._app(scope, client.asgi_receive, client.asgi_send)
-        client.task = self._create_task(work, self.sim)
+        client.begin(self._app, self._context_of(self.sim))
         try:
             await self.sim.wait(
                 lambda: self._is_decided(client), timeout, f"{client.name}'s handshake"
@@ -8483,7 +8513,7 @@ class Process:
         sessions = (state.serving.get(client.task) for state in self._states)
         session = next(filter(None, sessions), None)
         if session is not None:
-            client.connection = session.conn
+            client.meet(session.conn)
         is_in = client.is_accepted and session is not None and session.is_serving
         return is_in or client.end is not None or client.task.done()
 
@@ -8516,7 +8546,7 @@ class Process:
             each.end_workers()
 
     async def stop(self) -> None:
-        """Shut the process down, as a server does. Time limits of the library are not waited for."""
+        """Shut the process down, as a server does. The library's time limits come at once."""
         if self._app is None or self._is_over:
             return
         self._is_over = True
@@ -8590,6 +8620,10 @@ class Expected:
     found: list[BaseException] = attrs.Factory(list)
     is_over: bool = False  # The block has ended.
 
+    def end(self) -> None:
+        """Note the end of the block."""
+        self.is_over = True
+
 
 class Moved:
     """What `Simulation.advance` returns. Awaiting it settles."""
@@ -8633,7 +8667,8 @@ class Simulation(Process):
             raise
         return self
 
-    async def __aexit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
+        exc = cast("BaseException | None", exc_info[1])
         transcript = self.transcript()  # without the lines of the end
         error = await self._end()
         unmet = [each for each in self._expected if not each.found]
@@ -8719,7 +8754,7 @@ class Simulation(Process):
         The clocks of the event loop and of the application are not moved. ``await`` settles, too.
         All simulations at a time have one clock. Raises `ValueError` for *seconds* below 0.
         """
-        cast(MovableClock, clock).advance(seconds)
+        _clock().advance(seconds)
         return Moved(self)
 
     def published(self, group: str) -> list[Envelope]:
@@ -8729,7 +8764,7 @@ class Simulation(Process):
         return [read_frame(content, group)[0] for content in contents]
 
     @contextlib.contextmanager
-    def bugs(self, *classes: type[BaseException]) -> Iterator[list[BaseException]]:
+    def bugs(self, *classes: type[BaseException]) -> Generator[list[BaseException]]:
         """Expect a bug of one of *classes* in the application: ``with sim.bugs(KeyError):``.
 
         Other bugs fail the test at the end of the simulation, and so does the lack of this one.
@@ -8740,7 +8775,7 @@ class Simulation(Process):
         try:
             yield expected.found
         finally:
-            expected.is_over = True
+            expected.end()
             if expected.found:
                 self._expected.remove(expected)
 
@@ -8851,7 +8886,7 @@ def _factory_of(app: Any) -> Callable[[], App] | None:
 
 def _use_clock(sim: Simulation, is_used: bool) -> None:
     """Let the library go by a clock that can be moved, while there is a simulation."""
-    global clock
+    global clock  # noqa: PLW0603 - a program has one
     if is_used and not _simulations:
         clock = MovableClock()
     (_simulations.add if is_used else _simulations.discard)(sim)

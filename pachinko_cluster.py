@@ -654,9 +654,12 @@ class SimulatedBroker:
         """Whether `lose` was called after the last `restore`."""
         return not self.is_there.is_set()
 
-    def connection(self) -> SimulatedConnection:
-        """Return a `Backplane` for one process, not yet started."""
-        return SimulatedConnection(self)
+    def connection(self, channel: str = "") -> SimulatedConnection:
+        """Return a `Backplane`, not yet started, for one hub of a process.
+
+        It reaches those with the same *channel* only.
+        """
+        return SimulatedConnection(self, channel)
 
     def lose(self) -> None:
         """End all connections, and refuse new ones until `restore` is called."""
@@ -672,8 +675,9 @@ class SimulatedBroker:
 class SimulatedConnection:
     """A `Backplane` on a `SimulatedBroker`, for one process."""
 
-    def __init__(self, broker: SimulatedBroker) -> None:
+    def __init__(self, broker: SimulatedBroker, channel: str) -> None:
         self._broker = broker
+        self.channel: str = channel
         self._is_refused = False  # The latest attempt to connect was.
         self.subjects: set[str] = set()
         self.messages: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()  # to be delivered
@@ -688,7 +692,8 @@ class SimulatedConnection:
 
     async def publish(self, subject: str, data: bytes) -> int:
         connections = self._connected().connections
-        receivers = [each for each in connections if subject in each.subjects]
+        others = [each for each in connections if each.channel == self.channel]
+        receivers = [each for each in others if subject in each.subjects]
         for each in receivers:
             each.messages.put_nowait((subject, data))
         return len(receivers)
@@ -702,6 +707,7 @@ class SimulatedConnection:
 
     async def lease(self, key: str, token: str, seconds: float) -> bool:
         leases, now = self._connected().leases, pachinko.clock.time()
+        key = f"{self.channel}.{key}"
         holder, end = leases.get(key, (token, now))
         if holder != token and now < end:
             return False
