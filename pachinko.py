@@ -110,6 +110,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
+import difflib
 import enum
 import functools
 import gc
@@ -7857,7 +7858,7 @@ def _running(loop: asyncio.AbstractEventLoop) -> list[tuple[None, str]]:
 
 
 @attrs.frozen(eq=False)
-class Waiting:
+class Parked:
     """A task that waits: whose it is, in which code, and for what."""
 
     owner: object  # the simulation, or None
@@ -7866,13 +7867,13 @@ class Waiting:
     leaves: list[Any]  # *future*, or the futures that it stands for
 
 
-def _waiting(task: asyncio.Task[Any]) -> Waiting:
+def _waiting(task: asyncio.Task[Any]) -> Parked:
     future: Any = getattr(task, "_fut_waiter", None)
     # The context of a task is that of the callback that wakes it.
     owners = [context.get(_simulation) for _, context in _callbacks_of(future)]
     frames = [*frames_of(task.get_coro())]
     leaves = _leaves_of(future, frames)
-    return Waiting(next(filter(None, owners), None), frames, future, leaves)
+    return Parked(next(filter(None, owners), None), frames, future, leaves)
 
 
 def _callbacks_of(future: Any) -> list[tuple[Any, contextvars.Context]]:
@@ -7955,7 +7956,7 @@ def _has_threads(known: Container[threading.Thread]) -> bool:
     return any(name != "_worker" for name in names)
 
 
-def _outside(waiting: Waiting, is_open: bool) -> str:
+def _outside(waiting: Parked, is_open: bool) -> str:
     """Return what of the outside a task waits for, if no timer shows it, or ""."""
     code = waiting.frames[-1].f_code if waiting.frames else None
     module = _module_of(waiting.frames[-1]) if waiting.frames else ""
@@ -8057,10 +8058,12 @@ class Client:
         self._conn: Connection | None = None
         self.is_orphaned: bool = False  # Its process was killed, and does nothing more.
         self._process = process
+        process.sim.clients.append(self)
         self._inbox = collections.deque[Envelope]()
         self._calls: dict[object, Answers | None] = {}  # by id; None if nobody wants the answers
         self._answerers: dict[str, Callable[[Any], Any]] = {}
-        self._ids = itertools.count(1)
+        self._answering = set[asyncio.Task[None]]()
+        self._ids = map("request-{}".format, itertools.count(1))  # A test may send its own ids.
         self._events = collections.deque[Event]([{"type": "websocket.connect"}])  # for the server
         self._reader: asyncio.Future[None] | None = None
         self._flows = asyncio.Event()  # The client reads.
@@ -8094,11 +8097,13 @@ class Client:
 
     async def send_text(self, text: str) -> None:
         """Send *text* in a frame, as it is."""
+        if not isinstance(text, str):
+            raise TypeError(f"send_text takes a str, got {text!r}; write send_bytes, or send")
         self._send_frame("text", text)
 
     async def send_bytes(self, data: bytes) -> None:
         """Send *data* in a binary frame."""
-        self._send_frame("bytes", bytes(data))
+        self._send_frame("bytes", bytes(memoryview(data)))
 
     def _send_message(self, type: str, payload: object, id: Id | None) -> None:
         frame = self._process.codec.encode(type, payload, id=id)
@@ -8127,18 +8132,28 @@ class Client:
             write = 'write receive(Said), a class with @message, receive("said") or receive()'
             raise TypeError(f"{write}; got {expected!r}")
         what = "a message" if name is None else repr(name)
+        check_timeout(timeout)
         while not self._inbox:
-            await self._wait(lambda: self._inbox, timeout, what)
+            await self._wait(lambda: self._inbox, timeout, what, name)
         envelope = self._inbox[0]
         if name is not None and envelope.type != name:
-            later = [shorten(each) for each in self._inbox if each.type == name][:1]
-            after = f"; {later[0]} comes behind it" if later else ""
-            raise self.failure(f"{what} was expected, but {shorten(envelope)} came{after}")
+            near = self._near(name)
+            raise self.failure(f"{what} was expected, but {shorten(envelope)} came{near}")
         taken: Any = envelope if name is None else envelope.payload
         if not (expected is None or isinstance(expected, str)):
             taken = self._structured(envelope, expected)
         self._inbox.popleft()
         return taken
+
+    def _near(self, name: str) -> str:
+        """Say where a message *name* is, or else one with a similar type."""
+        own = {each.type: f"{shorten(each)} comes later" for each in reversed(self._inbox)}
+        came = {
+            each.type: f"{client.name} has got {shorten(each)}"
+            for client in self._process.sim.clients for each in client.received
+        } | own  # fmt: skip
+        nearest = [name] if name in came else difflib.get_close_matches(name, came, 1)
+        return "".join(f"; {came[each]}" for each in nearest)
 
     def _structured(self, envelope: Envelope, returns: Any) -> Any:
         codec = self._process.codec
@@ -8167,7 +8182,7 @@ class Client:
 
         Raises `MessageError` for an answer that is an error.
         """
-        type, id = self._call(message, payload)
+        type, id = self._call(message, payload, timeout)
         try:
             answer, more = await self.next_answer(type, id, timeout)
             if more or answer.type == "complete":
@@ -8183,40 +8198,46 @@ class Client:
 
         Leaving the loop sends ``complete``. Raises `MessageError` where the stream fails.
         """
-        type, id = self._call(message, payload)
+        type, id = self._call(message, payload, timeout)
         return Items(self, type, id, timeout)
 
-    def _call(self, message: object, payload: object) -> tuple[str, int]:
+    def _call(self, message: object, payload: object, timeout: float | None) -> tuple[str, str]:
         """Send a message under a new id; return its type and the id."""
+        check_timeout(timeout)
         type, payload = split_message(message, payload)
         id = next(self._ids)
         self._send_message(type, payload, id)
         self._calls[id] = collections.deque()
         return type, id
 
+    def is_calling(self, id: str) -> bool:
+        """Tell whether an answer to the message *id* may come, or has come and was not taken."""
+        return self._calls.get(id) is not None
+
     async def next_answer(
-        self, type: str, id: int, timeout: float | None
+        self, type: str, id: str, timeout: float | None
     ) -> tuple[Envelope, bool]:  # fmt: skip
         """Return the next answer to the message *id* of *type*, and whether more will come."""
         answers = cast(Answers, self._calls[id])
-        if not answers:
+        while not answers:
             await self._wait(lambda: answers, timeout, f"an answer to {type!r}")
         answer, more = answers.popleft()
         if not more:
             del self._calls[id]
         if answer.type == "error":
-            said = dict(answer.payload)
-            error = MessageError(said.pop("code"), said.pop("message"), **said)
+            said = {**answer.payload} if isinstance(answer.payload, dict) else {}
+            error = MessageError(said.pop("code", ""), said.pop("message", ""))
+            error.details.update(said)
             is_bug = error.code == internal_error().code
             raise error from (self._process.sim.latest_bug() if is_bug else None)
         return answer, more
 
-    def leave(self, id: int, send: str = "") -> None:
-        """Ignore what is still to come in answer to the message *id*, and *send* so."""
-        if self._calls.get(id) is not None:
+    def leave(self, id: str) -> None:
+        """Ignore what is still to come in answer to the message *id*, and say so."""
+        if self.is_calling(id):
             self._calls[id] = None
-            if send and self.end is None:
-                self._send_message(send, None, id)
+            if self.end is None:
+                self._send_message("complete", None, id)
 
     def answer(self, type: str, function: Callable[[Any], Any]) -> None:
         """Answer each question of *type* (`Connection.ask`) with what *function* returns.
@@ -8228,18 +8249,19 @@ class Client:
         self._answerers[check_type(type)] = function
 
     async def _answer(self, question: Envelope) -> None:
+        _simulation.set(self._process.sim)  # `settle` waits for it.
         type, payload = f"{question.type}.reply", None
         try:
-            payload = self._answerers[question.type](question.payload)
-            if inspect.isawaitable(payload):
-                payload = await payload
-        except MessageError as exc:
-            type, payload = "error", {"code": exc.code, "message": exc.message, **exc.details}
+            try:
+                payload = self._answerers[question.type](question.payload)
+                if inspect.isawaitable(payload):
+                    payload = await payload
+            except MessageError as exc:
+                type, payload = "error", {**exc.details, "code": exc.code, "message": exc.message}
+            if self.end is None:
+                self._send_message(type, payload, question.id)
         except Exception as exc:  # The test has a bug.
             self._process.sim.note_bug(f"the answer to {question.type!r}", exc)
-            return
-        if self.end is None:
-            self._send_message(type, payload, question.id)
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close, and wait until the disconnect handlers have ended, or nothing more can run."""
@@ -8260,15 +8282,23 @@ class Client:
 
     async def closed(self, *, timeout: float | None = None) -> tuple[int, str]:
         """Wait for the end of the connection; return its close code and reason."""
+        check_timeout(timeout)
         if self.end is None:
             await self._wait(lambda: self.end, timeout, "the end of the connection")
         return cast("tuple[int, str]", self.end)
 
-    async def _wait(self, is_over: Callable[[], object], timeout: float | None, what: str) -> None:
+    async def _wait(
+        self,
+        is_over: Callable[[], object],
+        timeout: float | None,
+        what: str,
+        type: str | None = None,
+    ) -> None:
         """Wait until *is_over*. Raises `AssertionError` if *what* cannot come any more."""
         await self._process.sim.wait(lambda: is_over() or self.end, timeout, what)
         if not is_over():
-            raise self.failure(f"{what} was expected, and nothing more can come")
+            near = self._near(type) if type else ""
+            raise self.failure(f"{what} was expected, and nothing more can come{near}")
 
     def failure(self, text: str) -> AssertionError:
         if self.end is not None:
@@ -8286,6 +8316,8 @@ class Client:
     def _note_end(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._process.sim.note_bug(f"the application, for {self.name},", exc)
+        if self.is_accepted and self.end is None:
+            self._end(1006, "", "the application has returned and not closed")
 
     def meet(self, conn: Connection) -> None:
         """Note the server's side."""
@@ -8309,6 +8341,8 @@ class Client:
         self._process.sim.note(self.name, "✕", text)
         self._push({"type": "websocket.disconnect", "code": code, "reason": reason})
         self._flows.set()
+        for task in self._answering - {asyncio.current_task()}:
+            task.cancel()
 
     def orphan(self) -> None:
         """Lose the server, whose process was killed: it neither reads nor writes any more."""
@@ -8336,7 +8370,7 @@ class Client:
         """Take an event of the application (ASGI, WebSocket: Send)."""
         kind = event["type"]
         if kind == "websocket.send":
-            if not self._flows.is_set():
+            while not self._flows.is_set():
                 await self._flows.wait()
             if self.end is not None:
                 raise ConnectionResetError("the client has gone")  # ASGI 2.4 wants an `OSError`.
@@ -8364,7 +8398,9 @@ class Client:
             elif not more:
                 del self._calls[envelope.id]
         elif envelope.type in self._answerers and str(envelope.id).startswith("$"):
-            create_task(self._answer(envelope), is_detached=True)
+            task = create_task(self._answer(envelope), is_detached=True)
+            self._answering.add(task)
+            task.add_done_callback(self._answering.discard)
         else:
             self._inbox.append(envelope)
 
@@ -8381,9 +8417,9 @@ class Client:
 
     def _take_body(self, body: bytes) -> None:
         refusal, text = cast(Refused, self.refusal), body.decode(errors="replace")
-        with contextlib.suppress(msgspec.MsgspecError, KeyError, TypeError):
-            said = msgspec.json.decode(body)  # the JSON of `falcon.HTTPError`
-            text = said.get("description") or said["title"]
+        with contextlib.suppress(msgspec.MsgspecError):
+            said = msgspec.json.decode(body, type=dict[str, Any])  # that of `falcon.HTTPError`
+            text = str(said.get("description") or said.get("title") or text)
         self.refusal = Refused(refusal.status, None, refusal.reason + text, refusal.headers)
         if self.end is None:
             self._end(1006, "", f"refused with HTTP {refusal.status} {text}")
@@ -8392,40 +8428,49 @@ class Client:
 class Items(AsyncIterator[Any]):
     """What `Client.stream` returns: the payloads of its items, one after the other."""
 
-    def __init__(self, client: Client, type: str, id: int, timeout: float | None) -> None:
+    def __init__(self, client: Client, type: str, id: str, timeout: float | None) -> None:
         self._client, self._type, self._id, self._timeout = client, type, id, timeout
         self._loop = asyncio.get_running_loop()
-        self._is_over = False
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return Loop(self)
 
     async def __anext__(self) -> Any:
-        if self._is_over:
+        if not self._client.is_calling(self._id):
             raise StopAsyncIteration
-        try:
-            answer, more = await self._client.next_answer(self._type, self._id, self._timeout)
-        except MessageError:
-            self._is_over = True
-            raise
+        answer, more = await self._client.next_answer(self._type, self._id, self._timeout)
         if more:
             return answer.payload
-        self._is_over = True
-        if answer.type != "complete":
-            raise self._client.failure(
-                f"{self._type!r} is no stream: use request({self._type!r}, …)"
-            )
-        raise StopAsyncIteration
+        if answer.type == "complete":
+            raise StopAsyncIteration
+        raise self._client.failure(f"{self._type!r} is no stream: use request({self._type!r}, …)")
 
     async def aclose(self) -> None:
         """Send ``complete``, unless the stream has ended."""
-        self._leave()
+        self._client.leave(self._id)
 
-    def _leave(self) -> None:
-        self._is_over = True
-        self._client.leave(self._id, "complete")
-
-    def __del__(self) -> None:  # The interpreter calls it where a loop is left.
-        if not self._is_over:
+    def drop(self) -> None:
+        """Do what `aclose` does, from any thread."""
+        if asyncio._get_running_loop() is self._loop:
+            self._client.leave(self._id)
+        elif self._client.is_calling(self._id):
             with contextlib.suppress(RuntimeError):  # The loop has been closed.
-                self._loop.call_soon_threadsafe(self._client.leave, self._id, "complete")
+                self._loop.call_soon_threadsafe(self._client.leave, self._id)
+
+    __del__ = drop
+
+
+class Loop(AsyncIterator[Any]):
+    """What ``async for`` keeps of a stream. The interpreter drops it where the loop is left."""
+
+    def __init__(self, items: Items) -> None:
+        self._items = items
+
+    def __anext__(self) -> Coroutine[Any, Any, Any]:
+        return self._items.__anext__()
+
+    def __del__(self) -> None:
+        self._items.drop()
 
 
 def _texts(headers: Iterable[tuple[bytes, bytes]] | None) -> dict[str, str]:
@@ -8450,7 +8495,14 @@ def shorten(content: object) -> str:
         payload = "" if content.payload is None else " " + encode(content.payload).decode()
         content = f"{content.type!r}{payload}" if content.type else repr(content.payload)
     text = content if isinstance(content, str) else repr(content)
-    return text if len(text) <= _FRAME_SHOWN else f"{text[:_FRAME_SHOWN]}… ({len(text)} characters)"
+    short = text[:_FRAME_SHOWN].encode(errors="backslashreplace").decode()  # for half pairs
+    return short if len(text) <= _FRAME_SHOWN else f"{short}… ({len(text)} characters)"
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Raise `ValueError` unless *timeout* is None, or seconds above 0."""
+    if timeout is not None and not (is_seconds(timeout) and timeout > 0):
+        raise ValueError(f"timeout is a number of seconds above 0, got {timeout!r}")
 
 
 # ── process ───────────────────────────────────────────────────────────────────────────────────
@@ -8734,6 +8786,7 @@ class Simulation(Process):
         super().__init__(self, self._factory or (lambda: app))
         self._processes: list[Process] = []
         self._broker: Any = None
+        self.clients: list[Client] = []  # of all processes
         self._numbers = itertools.count(1)
         self._sent: list[tuple[str, bytes]] = []  # the groups and the frames
         self._lines = collections.deque[tuple[float, str, str, object]](maxlen=_TRANSCRIPT)
@@ -8885,6 +8938,7 @@ class Simulation(Process):
         """Return True once *is_over*, or False if nothing can make it so."""
         if asyncio.get_running_loop() is not self._loop:
             raise PachinkoError("a simulation is used in the event loop that it was entered in")
+        check_timeout(timeout)
         seconds = self.timeout if timeout is None else timeout
         try:
             return await watcher().wait(is_over, owner or self, seconds, hurries)

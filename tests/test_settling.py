@@ -342,7 +342,7 @@ OUTSIDE = [*TIMERS, *THREADS, *OTHERS]
 
 @pytest.mark.parametrize("work", OUTSIDE)
 async def test_what_comes_from_the_outside_is_waited_for(
-    work: Callable[[float], Coroutine[Any, Any, None]]
+    work: Callable[[float], Coroutine[Any, Any, None]],
 ) -> None:
     """A handler that waits for the outside can still send, and `settle` waits for it."""
     app, ws = app_of()
@@ -366,7 +366,7 @@ async def test_what_comes_from_the_outside_is_waited_for(
 
 @pytest.mark.parametrize("work", [*TIMERS, subprocess, socket])
 async def test_what_does_not_come_from_the_outside_is_named(
-    work: Callable[[float], Coroutine[Any, Any, None]]
+    work: Callable[[float], Coroutine[Any, Any, None]],
 ) -> None:
     """After the time-out the error has the handler's name, its file and the line."""
     app, ws = app_of()
