@@ -93,7 +93,7 @@ Map: each section, what it is for, and those above it that it uses.
         admission, running)
     settling — what an event loop can still do by itself (uses: clock, outgoing)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
-        asking, listening, outcomes)
+        clock, asking, listening, outcomes, settling)
     process — a process of a simulated application (uses: errors, handshake, registry and relay,
         hub, running, settling, client)
     simulate — the test client (uses: errors, envelope and message, clock, connection, registry and
@@ -8430,7 +8430,7 @@ class Items(AsyncIterator[Any]):
 
     def __init__(self, client: Client, type: str, id: str, timeout: float | None) -> None:
         self._client, self._type, self._id, self._timeout = client, type, id, timeout
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return Loop(self)
@@ -8451,11 +8451,10 @@ class Items(AsyncIterator[Any]):
 
     def drop(self) -> None:
         """Do what `aclose` does, from any thread."""
-        if asyncio._get_running_loop() is self._loop:
-            self._client.leave(self._id)
-        elif self._client.is_calling(self._id):
-            with contextlib.suppress(RuntimeError):  # The loop has been closed.
-                self._loop.call_soon_threadsafe(self._client.leave, self._id)
+        is_here = threading.get_ident() == self._thread
+        call = contextvars.Context().run if is_here else self._loop.call_soon_threadsafe
+        with contextlib.suppress(RuntimeError):  # The loop has been closed.
+            call(self._client.leave, self._id)
 
     __del__ = drop
 

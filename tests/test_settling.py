@@ -14,8 +14,8 @@ import falcon.asgi
 import pytest
 from support import PATIENCE
 
-import pachinko
 from pachinko import Hub, Pachinko, simulate
+import contextlib
 
 Handler = Callable[[Any], Coroutine[Any, Any, None]]
 SHORT = 0.15  # seconds that a test waits for what does not come
@@ -155,10 +155,8 @@ async def deadline(seconds: float) -> None:
 
 
 async def wait_for(seconds: float) -> None:
-    try:
+    with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(asyncio.Event().wait(), seconds)
-    except TimeoutError:
-        pass
 
 
 async def wait(seconds: float) -> None:
