@@ -3526,8 +3526,9 @@ class MovableClock(Clock):
     @property
     def timers(self) -> list[MovableTimer]:
         """The pending timers of the running loop, the earliest one first."""
+        loop = running_loop()
         every = [timer() for timer in self.pending.valuerefs()]  # Other threads may add some.
-        own = [timer for timer in every if timer is not None and timer.loop is running_loop()]
+        own = [timer for timer in every if timer is not None and timer.loop is loop]
         return sorted(own, key=lambda timer: timer.at)
 
     def next_due(self) -> float | None:
