@@ -3448,16 +3448,12 @@ class Clock:
             return left
         over = running_loop().create_future()
 
-        def note(future: W) -> None:
-            left.discard(future)
-            if not left:
-                end()
-
-        def end() -> None:
-            if not over.done():
+        def note(*done: W) -> None:
+            left.difference_update(done)
+            if not (over.done() or (done and left)):  # The timer calls it with nothing done.
                 over.set_result(None)
 
-        timer = self.call_at(self.time() + max(0.0, seconds), end)
+        timer = self.call_at(self.time() + max(0.0, seconds), note)
         for future in left:
             future.add_done_callback(note)
         try:
@@ -3996,7 +3992,7 @@ class Outgoing:
             return self._send_later(event)
         try:
             # PERF: the server's `send` mostly ends in its first step, and that takes 0.3 µs here.
-            # A coroutine with a time limit takes 3.7 µs (CPython 3.13) or 6.2 µs (3.11).
+            # A coroutine with `asyncio.timeout` takes 3.4 µs (CPython 3.13) or 6.0 µs (3.11).
             for waits_for in (steps := self.asgi_send(event).__await__()):  # only if it waits
                 self.writing = "writer"
                 return self._send_rest(rest_of(steps, waits_for))

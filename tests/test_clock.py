@@ -7,18 +7,24 @@ import contextvars
 import gc
 import itertools
 import math
+import re
 import socket
 import threading
 import time
+import types
 import weakref
 from collections.abc import Awaitable, Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+import falcon
+import house
 import pytest
 import websockets.exceptions
 from support import PATIENCE, Stalled, connect, new_app, serving, session_of, until
 
 import pachinko
+import pachinko_cluster
 from pachinko import Clock, Connection, Hub, MovableClock, NoAnswer, Pachinko, WaitLimit
 
 HOUR = 3600.0
@@ -200,7 +206,7 @@ async def test_wait_leaves_nothing_behind(clock: Clock) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     future.remove_done_callback(print)
-    assert not future._callbacks  # type: ignore[attr-defined]  # no public name tells of them
+    assert not future._callbacks
     if isinstance(clock, MovableClock):
         assert not clock.timers
 
@@ -214,6 +220,53 @@ async def test_a_wait_that_is_over_twice_ends_once(clock: Clock) -> None:
     loop.call_soon(future.set_result, None)
     time.sleep(0.005)  # noqa: ASYNC251 - the timer is to be due as well
     assert await waiting == set()
+
+
+# Nothing passes it by
+
+PASSES_BY = re.compile(
+    r"asyncio\.(timeout|timeout_at|wait|wait_for)\(|asyncio\.sleep\((?!0\))|call_later|"
+    r"(?<!clock)\.call_at\(|loop(\(\))?\.time\b|time\.(time|monotonic)\(\)(?! \+ (clock|3600))"
+)
+
+
+def passing_by(module: types.ModuleType, is_free: Callable[[str], bool]) -> list[str]:
+    """Each line that waits for time or measures it by itself, in a section that is not free."""
+    text = Path(str(module.__file__)).read_text("utf-8")
+    starts = house.banners(text)
+    found = [(n, line) for n, line in enumerate(text.splitlines(), 1) if PASSES_BY.search(line)]
+    homes = [(next((s for n, s in reversed(starts) if n <= at), ""), line) for at, line in found]
+    return [line for name, line in homes if not is_free(name)]
+
+
+def test_all_of_the_library_goes_by_it() -> None:
+    """Only the clock itself asks the event loop, and the test client, which knows both."""
+    is_free = lambda name: name == "clock" or "simulat" in name.lower()  # noqa: E731 - it is short
+    assert passing_by(pachinko, is_free) == []
+    assert passing_by(pachinko_cluster, lambda name: name != "leases") == []
+
+
+@pytest.mark.parametrize(
+    ("line", "is_found"),
+    [
+        ("async with asyncio.timeout(5):", True),
+        ("await asyncio.sleep(seconds)", True),
+        ("await asyncio.sleep(0)", False),
+        ("await asyncio.wait(tasks, timeout=5)", True),
+        ("await clock.wait(tasks, 5)", False),
+        ("loop.call_later(5, f)", True),
+        ("loop.call_at(when, f)", True),
+        ("clock.call_at(when, f)", False),
+        ("asyncio.get_running_loop().time()", True),
+        ("now = loop.time", True),
+        ("time.monotonic()", True),
+        ("time.monotonic() + clock.ahead", False),
+        ("time.time()", True),
+    ],
+)
+def test_what_passes_it_by_is_found(line: str, is_found: bool) -> None:
+    """In each way that asyncio and the standard library have."""
+    assert bool(PASSES_BY.search(line)) is is_found
 
 
 # A time limit around code of the library
@@ -329,12 +382,11 @@ async def test_a_call_may_ask_for_another_one() -> None:
 async def test_time_goes_on_between_the_moves() -> None:
     """What a move has not reached is called when its time has really come."""
     clock, called = MovableClock(), asyncio.Event()
-    clock.call_at(clock.time() + HOUR + 0.01, called.set)
+    when = clock.time() + HOUR + 0.01
+    clock.call_at(when, called.set)
     clock.advance(HOUR)
-    await asyncio.sleep(0)
-    assert not called.is_set()
     await asyncio.wait_for(called.wait(), PATIENCE)
-    assert clock.timers == []
+    assert clock.time() >= when - 1e-5 and clock.timers == []
 
 
 async def test_a_call_that_is_made_or_cancelled_is_forgotten() -> None:
@@ -406,16 +458,16 @@ async def test_its_own_handles_are_known_among_those_of_the_loop() -> None:
 async def test_sleep_and_wait_are_moved() -> None:
     """Each returns when the clock has reached its end."""
     clock, never = MovableClock(), asyncio.get_running_loop().create_future()
-    sleeping = asyncio.create_task(clock.sleep(60))
-    waiting = asyncio.create_task(clock.wait([never], 120))
+    sleeping = asyncio.create_task(clock.sleep(HOUR))
+    waiting = asyncio.create_task(clock.wait([never], 2 * HOUR))
     await asyncio.sleep(0)
-    clock.advance(59)
+    clock.advance(HOUR - 60)
     await asyncio.sleep(0.001)
     assert not sleeping.done() and not waiting.done()
-    clock.advance(1)
-    await sleeping
-    assert not waiting.done() and 59 < (clock.next_due() or 0.0) <= 60
     clock.advance(60)
+    await sleeping
+    assert not waiting.done() and HOUR - PATIENCE < (clock.next_due() or 0.0) <= HOUR
+    clock.advance(HOUR)
     assert await waiting == {never}
 
 
@@ -559,7 +611,7 @@ async def test_a_slow_client_is_evicted(moved: MovableClock, is_behind: bool) ->
             await until(lambda: conn.closed)
             assert (await client.read_all()).endswith(b"\x88\x0a\x03\xf5too slow")
             if is_behind:
-                with pytest.raises(pachinko.falcon.WebSocketDisconnected):
+                with pytest.raises(falcon.WebSocketDisconnected):
                     await behind
             await until(lambda: not ws._hub.state.serving)
         assert limit.expired and ws._hub.stats()["evicted"] == 1
@@ -572,21 +624,21 @@ async def test_a_question_times_out(moved: MovableClock) -> None:
     @ws.on("go")
     async def go(conn: Connection) -> Any:
         try:
-            return await conn.ask("unlock", timeout=60)
+            return await conn.ask("unlock", timeout=HOUR)
         except NoAnswer as exc:
             return str(exc)
 
     async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
         await client.send("go", id=1)
         question = await client.receive()
-        moved.advance(59)
+        moved.advance(HOUR - 60)
         await client.send("unlock.reply", "open", question["id"])
         assert (await client.receive())["payload"] == "open"
         await client.send("go", id=2)
         await client.receive()
-        moved.advance(60)
+        moved.advance(HOUR)
         answer = await client.receive()
-        assert answer["payload"] == "a client has not answered 'unlock' within 60 s"
+        assert answer["payload"] == "a client has not answered 'unlock' within 3600 s"
 
 
 async def test_a_heartbeat_comes() -> None:
@@ -731,7 +783,7 @@ async def test_a_worker_begins_again(moved: MovableClock) -> None:
             await until(lambda: moved.timers)
             pause = moved.next_due() or 0.0
             moved.advance(pause + 0.001)
-            await until(lambda n=n: len(starts) == n + 1)  # type: ignore[misc]  # a default binds it
+            await until(lambda n=n: len(starts) == n + 1)
         pauses = [b - a for a, b in itertools.pairwise(starts)]
         assert pauses == sorted(pauses) and pauses[-1] > pauses[0]
 
@@ -751,6 +803,55 @@ async def test_a_drain_is_moved(moved: MovableClock) -> None:
         moved.advance(HOUR / 2)
         await drain
         assert [(await client.closed())[0] for client in (one, two)] == [1012, 1012]
+
+
+class Broker:
+    """Gives a lease, as long as it answers; and is the link to itself."""
+
+    is_connected, session = True, 1
+
+    def __init__(self) -> None:
+        self.asked = list[float]()
+        self.answers = asyncio.Event()
+        self.answers.set()
+
+    async def connected(self) -> None: ...
+
+    async def lease(self, key: str, token: str, seconds: float) -> bool:
+        self.asked.append(seconds)
+        await self.answers.wait()
+        return True
+
+
+async def test_a_lease_is_moved(moved: MovableClock) -> None:
+    """It is renewed in time; without an answer its worker is stopped, and begins again."""
+    broker, began, ended = Broker(), list[str](), list[str]()
+    lease = pachinko_cluster.Lease(cast(Any, broker), cast(Any, broker), "key", "process")
+
+    async def work() -> None:
+        began.append("")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("")
+
+    holding = asyncio.create_task(lease.run(work))
+    await until(lambda: began)
+    for n in (2, 3, 4):
+        moved.advance(pachinko_cluster._RENEW)
+        await until(lambda n=n: len(broker.asked) == n)
+    assert not ended and broker.asked == [pachinko_cluster.LEASE] * 4
+    broker.answers.clear()
+    moved.advance(pachinko_cluster._RENEW)
+    await until(lambda: len(broker.asked) == 5)
+    moved.advance(pachinko_cluster._HOLD)
+    await until(lambda: ended)
+    broker.answers.set()
+    await until(lambda: len(began) == 2)
+    holding.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await holding
+    assert len(ended) == 2 and broker.asked[-1] == 0 and moved.timers == []
 
 
 async def test_it_is_looked_up_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
