@@ -4197,9 +4197,8 @@ class Outgoing:
         if self.goodbye is not None:
             is_urgent = self.close_code in (1012, 1013)  # a shutdown, or a slow client
             patience = _GOODBYE if is_urgent else self.limits.send_timeout
-            if await clock.wait(
-                [self.goodbye], patience
-            ):  # If the server has refused the frame, Falcon closes after the responder.
+            if await clock.wait([self.goodbye], patience):
+                # If the server has refused the frame, Falcon closes after the responder.
                 mark_closed(self._ws, self.close_code)
 
     def release(self) -> None:
