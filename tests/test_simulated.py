@@ -665,3 +665,28 @@ async def test_nothing_is_logged_but_the_outage(caplog: pytest.LogCaptureFixture
         await until(lambda: all(map(is_connected, some)))
     assert all("the simulated broker is lost" in each.message for each in caplog.records)
     assert not any(each.exc_info for each in caplog.records)
+
+
+async def test_a_process_that_is_stopped_as_it_is_killed_says_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A program that is killed writes no log."""
+    connection = SimulatedBroker().connection()
+    async with Hub().open(connection):
+        connection.kill()
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
+
+
+async def test_a_hub_may_be_opened_again_on_its_connection() -> None:
+    """Also if it was closed during an outage."""
+    broker = SimulatedBroker()
+    connection = broker.connection()
+    for is_lost in (False, True, False):
+        async with Hub().open(connection) as hub, hub.listen("room") as messages:
+            await hub.send("room", Said("hi"))
+            assert (await anext(messages)).type == "said"
+            if is_lost:
+                broker.lose()
+                await turns(20)
+        broker.restore()
+        assert not broker.connections
