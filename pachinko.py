@@ -7795,21 +7795,24 @@ class Watcher:
         """End the waits that are over, and all of them at rest."""
         self._next = None
         self._end_if(lambda wait: wait.is_over(), True)
-        self._quiet = self._quiet + 1 if _is_quiet(loop) else 0
-        is_resting = self._quiet >= (_LOOKS if hasattr(loop, "_ready") else _BLIND_LOOKS)
+        ready: Any = getattr(loop, "_ready", None)
+        self._quiet = 0 if (_running(loop) if ready is None else ready) else self._quiet + 1
+        is_resting = self._quiet >= (_BLIND_LOOKS if ready is None else _LOOKS)
         outside = outside_of(loop, self._threads) if is_resting and self._open else []
         if is_resting:
-            if (
-                any(wait.hurries for wait in self._open)
-                and (due := _clock().next_due()) is not None
-            ):
+            due = _clock().next_due() if any(wait.hurries for wait in self._open) else None
+            if due is not None:
                 _clock().advance(due)
                 self._quiet = 0
             else:
                 busy = {id(owner) for owner, _ in outside}
                 self._end_if(lambda wait: id(wait.owner) not in busy, False)
         if late := [wait for wait in self._open if wait.until <= loop.time()]:
-            going_on = outside or [*outside_of(loop, self._threads), *_running(loop)]
+            running = [Parked(each).place for each in _running(loop)] or ["something"]
+            going_on = outside or [
+                *outside_of(loop, self._threads),
+                *((None, f"{each} runs all the time") for each in running),
+            ]
             for wait in late:
                 texts = [text for owner, text in going_on if owner in (wait.owner, None)]
                 wait.ended.set_exception(TimeoutError("; ".join(texts)))
@@ -7836,40 +7839,41 @@ def watcher() -> Watcher:
     return _watchers.setdefault(asyncio.get_running_loop(), Watcher())
 
 
-def _is_quiet(loop: asyncio.AbstractEventLoop) -> bool:
-    """Tell whether nothing in *loop* is about to run, as far as it can be known."""
-    ready: Any = getattr(loop, "_ready", None)
-    if ready is not None:
-        return not ready
-    waits = [getattr(task, "_fut_waiter", None) for task in asyncio.all_tasks(loop)]
-    return all(future is not None and not future.done() for future in waits)
-
-
-def _running(loop: asyncio.AbstractEventLoop) -> list[tuple[None, str]]:
-    """Return where the tasks are that are about to run."""
+def _running(loop: asyncio.AbstractEventLoop) -> list[asyncio.Task[Any]]:
+    """Return the tasks that are about to run."""
     waits = {task: getattr(task, "_fut_waiter", None) for task in asyncio.all_tasks(loop)}
-    tasks = [task for task, future in waits.items() if future is None or future.done()]
-    places = [place_in([*frames_of(task.get_coro())]) for task in tasks] or ["something"]
-    return [(None, f"{place} runs all the time") for place in places]
+    return [task for task, future in waits.items() if future is None or future.done()]
 
 
-@attrs.frozen(eq=False)
 class Parked:
-    """A task that waits: whose it is, in which code, and for what."""
+    """A *task* that waits: whose it is, in which code, and for what."""
 
-    owner: object  # the simulation, or None
-    frames: list[types.FrameType]
-    future: Any
-    leaves: list[Any]  # *future*, or the futures that it stands for
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self.future: Any = getattr(task, "_fut_waiter", None)
+        self.frames = [*frames_of(task.get_coro())]
+        self.leaves = _leaves_of(self.future, self.frames)  # the futures that it stands for
+        # The context of a task is that of the callback that wakes it.
+        owners = (context.get(_simulation) for _, context in _callbacks_of(self.future))
+        self.owner: object = next(filter(None, owners), None)  # the simulation
 
+    @property
+    def place(self) -> str:
+        """Where code of the application waits, from its outermost function to the inner ones."""
+        return place_in(self.frames)
 
-def _waiting(task: asyncio.Task[Any]) -> Parked:
-    future: Any = getattr(task, "_fut_waiter", None)
-    # The context of a task is that of the callback that wakes it.
-    owners = [context.get(_simulation) for _, context in _callbacks_of(future)]
-    frames = [*frames_of(task.get_coro())]
-    leaves = _leaves_of(future, frames)
-    return Parked(next(filter(None, owners), None), frames, future, leaves)
+    def waits_for(self, is_open: bool) -> str:
+        """Return what of the outside it waits for, if no timer shows it, or ""."""
+        inner = self.frames[-1] if self.frames else None
+        if inner is not None and inner.f_code is asyncio.sleep.__code__:
+            return "a timer"  # of a loop that does not show it
+        callbacks = [each for leaf in self.leaves for each, _ in _callbacks_of(leaf)]
+        if any(getattr(each, "__name__", "") == "_call_check_cancel" for each in callbacks):
+            return "a thread"
+        module = _module_of(inner)
+        is_inside = module in _INSIDE or module.split(".")[0] in _LIBRARIES - {"asyncio"}
+        futures = [each for each in self.leaves if type(each) is asyncio.Future]
+        is_bare = any(each is not self.future or not is_inside for each in futures)
+        return "a socket or a thread, it seems" if is_open and is_bare else ""
 
 
 def _callbacks_of(future: Any) -> list[tuple[Any, contextvars.Context]]:
@@ -7901,12 +7905,12 @@ def outside_of(
     A task shows it by what it waits for. A future that is anybody's counts, if no code of asyncio
     has made it, and if the loop has sockets or the application threads that are not *known*.
     """
-    timers: list[Any] = [
-        timer for timer in getattr(loop, "_scheduled", ())
+    timers: dict[int, Any] = {
+        id(timer): timer for timer in getattr(loop, "_scheduled", ())
         if not timer.cancelled() and not _clock().is_own(timer)
-    ]  # fmt: skip
-    ends = {id(each): timer for timer in timers for each in _ended_by(timer)}
-    tasks = {task: _waiting(task) for task in asyncio.all_tasks(loop)}
+    }  # fmt: skip
+    ends = {id(each): key for key, timer in timers.items() for each in _ended_by(timer)}
+    tasks = {task: Parked(task) for task in asyncio.all_tasks(loop)}
     # Where several tasks wait for one future, that of a simulation is the one that counts.
     ordered = sorted(tasks, key=lambda task: tasks[task].owner is not None)
     waiters = {id(leaf): task for task in ordered for leaf in tasks[task].leaves}
@@ -7914,23 +7918,24 @@ def outside_of(
     # One socket is the loop's own. A loop that does not show its sockets may have some.
     is_open = selector is None or len(selector.get_map()) > 1 or _has_threads(known)
     found: list[tuple[object, str]] = []
-    for task, waiting in tasks.items():
-        ended = task, waiting.future, *waiting.leaves
-        own = [ends[id(each)] for each in ended if id(each) in ends]
-        timers = [timer for timer in timers if timer not in own]
-        if what := "a timer" if own else _outside(waiting, is_open):
+    used = set[int | None]()
+    for task, parked in tasks.items():
+        keys = [ends.get(id(each)) for each in (task, parked.future, *parked.leaves)]
+        own = {key for key in keys if key in timers}
+        used |= own
+        if what := "a timer" if own else parked.waits_for(is_open):
             chain = [task]
             while (waiter := waiters.get(id(chain[0]), task)) not in chain:
                 chain.insert(0, waiter)
             owner = next(filter(None, (tasks[each].owner for each in chain)), None)
-            places = " → ".join(place_in(tasks[each].frames) for each in chain)
+            places = " → ".join(tasks[each].place for each in chain)
             found.append((owner, f"{places} waits for {what}"))
-    calls = [(each._context.get(_simulation), each._callback) for each in timers]
-    found += [(owner, f"a timer will call {callback!r}") for owner, callback in calls]
-    # Nothing says for whom such a call is made.
-    callers = {owner for owner, _ in calls}
+    # Nothing says for whom the other timers are.
+    others = [timer for key, timer in timers.items() if key not in used]
+    callers = {timer._context.get(_simulation): timer._callback for timer in others}
+    found += [(owner, f"a timer will call {callback!r}") for owner, callback in callers.items()]
     found += [
-        (each.owner, f"{place_in(each.frames)} waits") for each in tasks.values()
+        (each.owner, f"{each.place} waits") for each in tasks.values()
         if each.owner in callers and any(map(_is_own, each.frames))
     ]  # fmt: skip
     return [each for each in found if each[0] is not None]
@@ -7938,8 +7943,8 @@ def outside_of(
 
 def _ended_by(timer: Any) -> Iterator[object]:
     """Yield what *timer* may end: a future that it resolves, or a task that it cancels."""
-    yield from timer._args or ()
-    yield getattr(getattr(timer._callback, "__self__", None), "_task", None)
+    yield from filter(asyncio.isfuture, timer._args or ())
+    yield getattr(getattr(timer._callback, "__self__", None), "_task", timer)
 
 
 def _has_threads(known: Container[threading.Thread]) -> bool:
@@ -7952,24 +7957,8 @@ def _has_threads(known: Container[threading.Thread]) -> bool:
     return any(name != "_worker" for name in names)
 
 
-def _outside(waiting: Parked, is_open: bool) -> str:
-    """Return what of the outside a task waits for, if no timer shows it, or ""."""
-    code = waiting.frames[-1].f_code if waiting.frames else None
-    module = _module_of(waiting.frames[-1]) if waiting.frames else ""
-    if code is asyncio.sleep.__code__:  # The loop does not show its timers.
-        return "a timer"
-    callbacks = [each for leaf in waiting.leaves for each, _ in _callbacks_of(leaf)]
-    if any(getattr(each, "__name__", "") == "_call_check_cancel" for each in callbacks):
-        return "a thread"
-    root = module.split(".")[0]
-    is_inside = module in _INSIDE or (root in _LIBRARIES and root != "asyncio")
-    futures = [each for each in waiting.leaves if type(each) is asyncio.Future]
-    is_bare = any(each is not waiting.future or not is_inside for each in futures)
-    return "a socket or a thread, it seems" if is_open and is_bare else ""
-
-
-def _module_of(frame: types.FrameType) -> str:
-    return cast(str, frame.f_globals.get("__name__", ""))
+def _module_of(frame: types.FrameType | None) -> str:
+    return "" if frame is None else cast(str, frame.f_globals.get("__name__", ""))
 
 
 def frames_of(waiting: Any) -> Iterator[types.FrameType]:
@@ -7978,9 +7967,7 @@ def frames_of(waiting: Any) -> Iterator[types.FrameType]:
         kind = next((kind for kind in ("cr", "gi", "ag") if hasattr(waiting, f"{kind}_frame")), "")
         if not kind:  # What `__await__` or `__anext__` returns hides whose it is.
             hidden = gc.get_referents(waiting)
-            found = (
-                each for each in hidden if hasattr(each, "cr_frame") or inspect.isasyncgen(each)
-            )
+            found = (x for x in hidden if hasattr(x, "cr_frame") or inspect.isasyncgen(x))
             waiting = next(found, None)
             continue
         frame: types.FrameType | None = getattr(waiting, f"{kind}_frame")
