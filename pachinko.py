@@ -93,7 +93,7 @@ Map: each section, what it is for, and those above it that it uses.
         admission, running)
     settling — what an event loop can still do by itself (uses: clock, outgoing)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
-        clock, asking, listening, outcomes, settling)
+        asking, listening, outcomes, settling)
     process — a process of a simulated application (uses: errors, handshake, registry and relay,
         hub, running, settling, client)
     simulate — the test client (uses: errors, envelope and message, clock, connection, registry and
@@ -109,6 +109,7 @@ import collections
 import concurrent.futures
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import difflib
 import enum
@@ -7747,6 +7748,12 @@ def _clock() -> MovableClock:
     return cast(MovableClock, clock)
 
 
+def check_timeout(timeout: float | None) -> None:
+    """Raise `ValueError` unless *timeout* is None, or seconds above 0."""
+    if timeout is not None and not (is_seconds(timeout) and timeout > 0):
+        raise ValueError(f"timeout is a number of seconds above 0, got {timeout!r}")
+
+
 @attrs.define(eq=False)
 class Wait:
     """A wait of a test until *is_over*, or until nothing can make it so."""
@@ -7881,7 +7888,7 @@ def _callbacks_of(future: Any) -> list[tuple[Any, contextvars.Context]]:
 
 
 def _leaves_of(future: Any, frames: Sequence[types.FrameType]) -> list[Any]:
-    """Return *future*, or those that `gather`, `shield`, `wait` or a group wait for in its place."""
+    """Return *future*, or those that `gather`, `shield`, `wait` or a group wait for instead."""
     inner: list[Any] = []
     for frame in frames:
         if _module_of(frame) in ("asyncio.tasks", "asyncio.taskgroups"):
@@ -8019,7 +8026,7 @@ class Refused(Exception):
 
 
 App = Callable[[Any, Any, Any], Coroutine[Any, Any, None]]  # ASGI's
-Answers = collections.deque[tuple[Envelope, bool]]  # each with whether more will come
+Answer = tuple[Envelope, bool]  # with whether more will come
 
 
 class Client:
@@ -8043,7 +8050,8 @@ class Client:
         self._process = process
         process.sim.clients.append(self)
         self._inbox = collections.deque[Envelope]()
-        self._calls: dict[object, Answers | None] = {}  # by id; None if nobody wants the answers
+        # By id. Nobody wants the answers where it has None.
+        self._calls: dict[object, collections.deque[Answer] | None] = {}
         self._answerers: dict[str, Callable[[Any], Any]] = {}
         self._answering = set[asyncio.Task[None]]()
         self._ids = map("request-{}".format, itertools.count(1))  # A test may send its own ids.
@@ -8117,11 +8125,11 @@ class Client:
         what = "a message" if name is None else repr(name)
         check_timeout(timeout)
         while not self._inbox:
-            await self._wait(lambda: self._inbox, timeout, what, name)
+            await self._wait(lambda: self._inbox, timeout, what, name or "")
         envelope = self._inbox[0]
         if name is not None and envelope.type != name:
-            near = self._near(name)
-            raise self.failure(f"{what} was expected, but {shorten(envelope)} came{near}")
+            came = f"{shorten(envelope)} came{self._near(name)}"
+            raise self.failure(f"{what} was expected, but {came}")
         taken: Any = envelope if name is None else envelope.payload
         if not (expected is None or isinstance(expected, str)):
             taken = self._structured(envelope, expected)
@@ -8129,14 +8137,14 @@ class Client:
         return taken
 
     def _near(self, name: str) -> str:
-        """Say where a message *name* is, or else one with a similar type."""
+        """Say where a message *name* is, or else one with a similar type, if there is one."""
         own = {each.type: f"{shorten(each)} comes later" for each in reversed(self._inbox)}
         came = {
             each.type: f"{client.name} has got {shorten(each)}"
             for client in self._process.sim.clients for each in client.received
         } | own  # fmt: skip
         nearest = [name] if name in came else difflib.get_close_matches(name, came, 1)
-        return "".join(f"; {came[each]}" for each in nearest)
+        return f"; {came[nearest[0]]}" if name and nearest else ""
 
     def _structured(self, envelope: Envelope, returns: Any) -> Any:
         codec = self._process.codec
@@ -8197,11 +8205,9 @@ class Client:
         """Tell whether an answer to the message *id* may come, or has come and was not taken."""
         return self._calls.get(id) is not None
 
-    async def next_answer(
-        self, type: str, id: str, timeout: float | None
-    ) -> tuple[Envelope, bool]:  # fmt: skip
+    async def next_answer(self, type: str, id: str, timeout: float | None) -> Answer:
         """Return the next answer to the message *id* of *type*, and whether more will come."""
-        answers = cast(Answers, self._calls[id])
+        answers = cast("collections.deque[Answer]", self._calls[id])
         while not answers:
             await self._wait(lambda: answers, timeout, f"an answer to {type!r}")
         answer, more = answers.popleft()
@@ -8248,12 +8254,12 @@ class Client:
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close, and wait until the disconnect handlers have ended, or nothing more can run."""
-        self._leave(code, reason, f"left with {code} {reason}".rstrip())
+        self._end(code, reason, f"left with {code} {reason}".rstrip())
         await self._process.sim.wait(lambda: self._process.has_left(self), None, "its end")
 
     def cut(self) -> None:
         """Lose the connection without a word. The server gets the close code 1006."""
-        self._leave(1006, "", "cut")
+        self._end(1006, "", "cut")
 
     def stall(self) -> None:
         """Read nothing more, so that the server's writes wait. A close frame still arrives."""
@@ -8266,22 +8272,17 @@ class Client:
     async def closed(self, *, timeout: float | None = None) -> tuple[int, str]:
         """Wait for the end of the connection; return its close code and reason."""
         check_timeout(timeout)
-        if self.end is None:
-            await self._wait(lambda: self.end, timeout, "the end of the connection")
+        await self._wait(lambda: self.end, timeout, "the end of the connection")
         return cast("tuple[int, str]", self.end)
 
     async def _wait(
-        self,
-        is_over: Callable[[], object],
-        timeout: float | None,
-        what: str,
-        type: str | None = None,
+        self, is_over: Callable[[], object], timeout: float | None, what: str, near: str = ""
     ) -> None:
         """Wait until *is_over*. Raises `AssertionError` if *what* cannot come any more."""
         await self._process.sim.wait(lambda: is_over() or self.end, timeout, what)
         if not is_over():
-            near = self._near(type) if type else ""
-            raise self.failure(f"{what} was expected, and nothing more can come{near}")
+            text = f"{what} was expected, and nothing more can come{self._near(near)}"
+            raise self.failure(text)
 
     def failure(self, text: str) -> AssertionError:
         if self.end is not None:
@@ -8299,7 +8300,7 @@ class Client:
     def _note_end(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._process.sim.note_bug(f"the application, for {self.name},", exc)
-        if self.is_accepted and self.end is None:
+        if self.is_accepted:
             self._end(1006, "", "the application has returned and not closed")
 
     def meet(self, conn: Connection) -> None:
@@ -8314,12 +8315,10 @@ class Client:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    def _leave(self, code: int, reason: str, text: str) -> None:
-        """End the connection from this side, if it has not ended."""
-        if self.end is None:
-            self._end(code, reason, text)
-
     def _end(self, code: int, reason: str, text: str) -> None:
+        """End the connection, if it has not ended."""
+        if self.end is not None:
+            return
         self.end = code, reason
         self._process.sim.note(self.name, "✕", text)
         self._push({"type": "websocket.disconnect", "code": code, "reason": reason})
@@ -8329,13 +8328,12 @@ class Client:
 
     def orphan(self) -> None:
         """Lose the server, whose process was killed: it neither reads nor writes any more."""
-        self._leave(1006, "", "its process was killed")
+        self._end(1006, "", "its process was killed")
         self.is_orphaned = True
 
     def shut(self) -> None:
         """End the connection from the server's side, as a server does when it stops."""
-        if self.end is None:
-            self._end(1012, "", "closed with 1012, as the server stops")
+        self._end(1012, "", "closed with 1012, as the server stops")
         self.is_orphaned = False
         self._wake()
 
@@ -8371,9 +8369,9 @@ class Client:
 
     def _take(self, event: Event) -> None:
         """Take a frame from the server."""
-        text = event.get("text")
-        self._process.sim.note(self.name, "←", event["bytes"] if text is None else text)
-        envelope, more = read_frame(event["bytes"] if text is None else text)
+        content = event["bytes"] if event.get("text") is None else event["text"]
+        self._process.sim.note(self.name, "←", content)
+        envelope, more = read_frame(content)
         if envelope.id is not None and envelope.id in self._calls:
             answers = self._calls[envelope.id]
             if answers is not None:
@@ -8395,8 +8393,7 @@ class Client:
         if not self.is_accepted:
             self.refusal = Refused(403, None, f"the application has closed with {code} {reason}")
             self.refusal.__cause__ = bug
-        if self.end is None:
-            self._end(code, reason, f"closed with {code} {reason}".rstrip())
+        self._end(code, reason, f"closed with {code} {reason}".rstrip())
 
     def _take_body(self, body: bytes) -> None:
         refusal, text = cast(Refused, self.refusal), body.decode(errors="replace")
@@ -8404,8 +8401,7 @@ class Client:
             said = msgspec.json.decode(body, type=dict[str, Any])  # that of `falcon.HTTPError`
             text = str(said.get("description") or said.get("title") or text)
         self.refusal = Refused(refusal.status, None, refusal.reason + text, refusal.headers)
-        if self.end is None:
-            self._end(1006, "", f"refused with HTTP {refusal.status} {text}")
+        self._end(1006, "", f"refused with HTTP {refusal.status} {text}")
 
 
 class Items(AsyncIterator[Any]):
@@ -8414,9 +8410,13 @@ class Items(AsyncIterator[Any]):
     def __init__(self, client: Client, type: str, id: str, timeout: float | None) -> None:
         self._client, self._type, self._id, self._timeout = client, type, id, timeout
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
+        self._whole: Items | None = None  # which this one is a copy of
 
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return Loop(self)
+    def __aiter__(self) -> Items:
+        # Only the loop has this copy, which the interpreter drops where the loop is left.
+        items = copy.copy(self)
+        items._whole = self
+        return items
 
     async def __anext__(self) -> Any:
         if not self._client.is_calling(self._id):
@@ -8442,23 +8442,8 @@ class Items(AsyncIterator[Any]):
     __del__ = drop
 
 
-class Loop(AsyncIterator[Any]):
-    """What ``async for`` keeps of a stream. The interpreter drops it where the loop is left."""
-
-    def __init__(self, items: Items) -> None:
-        self._items = items
-
-    def __anext__(self) -> Coroutine[Any, Any, Any]:
-        return self._items.__anext__()
-
-    def __del__(self) -> None:
-        self._items.drop()
-
-
 def _texts(headers: Iterable[tuple[bytes, bytes]] | None) -> dict[str, str]:
-    return {
-        name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers or ()
-    }
+    return {n.decode("latin-1").lower(): v.decode("latin-1") for n, v in headers or ()}
 
 
 def read_frame(content: str | bytes, group: str | None = None) -> tuple[Envelope, bool]:
@@ -8479,12 +8464,6 @@ def shorten(content: object) -> str:
     text = content if isinstance(content, str) else repr(content)
     short = text[:_FRAME_SHOWN].encode(errors="backslashreplace").decode()  # for half pairs
     return short if len(text) <= _FRAME_SHOWN else f"{short}… ({len(text)} characters)"
-
-
-def check_timeout(timeout: float | None) -> None:
-    """Raise `ValueError` unless *timeout* is None, or seconds above 0."""
-    if timeout is not None and not (is_seconds(timeout) and timeout > 0):
-        raise ValueError(f"timeout is a number of seconds above 0, got {timeout!r}")
 
 
 # ── process ───────────────────────────────────────────────────────────────────────────────────

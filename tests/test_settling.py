@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import threading
 import time
@@ -15,7 +16,6 @@ import pytest
 from support import PATIENCE
 
 from pachinko import Hub, Pachinko, simulate
-import contextlib
 
 Handler = Callable[[Any], Coroutine[Any, Any, None]]
 SHORT = 0.15  # seconds that a test waits for what does not come
