@@ -109,7 +109,6 @@ import collections
 import concurrent.futures
 import contextlib
 import contextvars
-import copy
 import dataclasses
 import difflib
 import enum
@@ -5319,6 +5318,19 @@ _MAILBOX, _MAILBOX_BYTES = 256, 1_048_576  # what may wait, as in an outbox by d
 _decode_sent = msgspec.json.Decoder(Sent).decode
 
 
+def read_frame(content: str | bytes, group: str | None = None) -> tuple[Envelope, bool]:
+    """Return the message in a frame of the server, and whether it is an item of a stream.
+
+    A binary frame has the type "", and so has a text that is no message: a fallback sends any.
+    """
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+        if isinstance(content, str):
+            sent = _decode_sent(content)
+            payload = None if sent.payload is UNSET else sent.payload
+            return Envelope(sent.type, payload, sent.id, group or sent.group), sent.more
+    return Envelope("", content, group=group), False
+
+
 class Mailbox:
     """The messages to a group that a listener has not taken yet."""
 
@@ -5383,13 +5395,12 @@ class Mailbox:
         if not self._has_gap:
             waiting = self._queue.popleft()
             self._size -= waiting.size
-            if (data := waiting.event.get("bytes")) is not None:
-                return Envelope("", data, group=self.group)
+            data = waiting.event.get("bytes")
+            content = waiting.event["text"] if data is None else data
+            envelope, _ = read_frame(content, self.group)
             # What a stranger has sent to the broker may be no value in Python.
-            with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
-                sent = _decode_sent(waiting.event["text"])
-                payload = None if sent.payload is UNSET else sent.payload
-                return Envelope(sent.type, payload, group=self.group)
+            if envelope.type or data is not None:
+                return envelope
         self._has_gap = False
         return Envelope("gap", {"group": self.group}, group=self.group)
 
@@ -8097,8 +8108,7 @@ class Client:
         self._send_frame("bytes", bytes(memoryview(data)))
 
     def _send_message(self, type: str, payload: object, id: Id | None) -> None:
-        frame = self._process.codec.encode(type, payload, id=id)
-        self._send_frame("text", frame.decode())
+        self._send_frame("text", self._process.codec.encode(type, payload, id=id).decode())
 
     def _send_frame(self, kind: str, content: str | bytes) -> None:
         if self.end is not None:
@@ -8128,11 +8138,10 @@ class Client:
             await self._wait(lambda: self._inbox, timeout, what, name or "")
         envelope = self._inbox[0]
         if name is not None and envelope.type != name:
-            came = f"{shorten(envelope)} came{self._near(name)}"
-            raise self.failure(f"{what} was expected, but {came}")
-        taken: Any = envelope if name is None else envelope.payload
-        if not (expected is None or isinstance(expected, str)):
-            taken = self._structured(envelope, expected)
+            near = self._near(name)
+            raise self.failure(f"{what} was expected, but {shorten(envelope)} came{near}")
+        wanted = Any if isinstance(expected, str) else expected
+        taken = envelope if expected is None else self._structured(envelope, wanted)
         self._inbox.popleft()
         return taken
 
@@ -8271,7 +8280,6 @@ class Client:
 
     async def closed(self, *, timeout: float | None = None) -> tuple[int, str]:
         """Wait for the end of the connection; return its close code and reason."""
-        check_timeout(timeout)
         await self._wait(lambda: self.end, timeout, "the end of the connection")
         return cast("tuple[int, str]", self.end)
 
@@ -8281,8 +8289,7 @@ class Client:
         """Wait until *is_over*. Raises `AssertionError` if *what* cannot come any more."""
         await self._process.sim.wait(lambda: is_over() or self.end, timeout, what)
         if not is_over():
-            text = f"{what} was expected, and nothing more can come{self._near(near)}"
-            raise self.failure(text)
+            raise self.failure(f"{what} was expected, and nothing more can come{self._near(near)}")
 
     def failure(self, text: str) -> AssertionError:
         if self.end is not None:
@@ -8307,11 +8314,8 @@ class Client:
         """Note the server's side."""
         self._conn = conn
 
-    def _push(self, event: Event) -> None:
-        self._events.append(event)
-        self._wake()
-
-    def _wake(self) -> None:
+    def _push(self, *events: Event) -> None:
+        self._events += events
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
@@ -8335,7 +8339,7 @@ class Client:
         """End the connection from the server's side, as a server does when it stops."""
         self._end(1012, "", "closed with 1012, as the server stops")
         self.is_orphaned = False
-        self._wake()
+        self._push()
 
     async def asgi_receive(self) -> Event:
         """Return the next event for the application (ASGI, WebSocket: Receive)."""
@@ -8407,16 +8411,16 @@ class Client:
 class Items(AsyncIterator[Any]):
     """What `Client.stream` returns: the payloads of its items, one after the other."""
 
-    def __init__(self, client: Client, type: str, id: str, timeout: float | None) -> None:
+    def __init__(
+        self, client: Client, type: str, id: str, timeout: float | None, whole: Items | None = None
+    ) -> None:
         self._client, self._type, self._id, self._timeout = client, type, id, timeout
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
-        self._whole: Items | None = None  # which this one is a copy of
+        self._whole = whole  # It is kept with its part.
 
     def __aiter__(self) -> Items:
-        # Only the loop has this copy, which the interpreter drops where the loop is left.
-        items = copy.copy(self)
-        items._whole = self
-        return items
+        # Nothing but the loop has this one. The interpreter drops it where the loop is left.
+        return Items(self._client, self._type, self._id, self._timeout, self)
 
     async def __anext__(self) -> Any:
         if not self._client.is_calling(self._id):
@@ -8444,16 +8448,6 @@ class Items(AsyncIterator[Any]):
 
 def _texts(headers: Iterable[tuple[bytes, bytes]] | None) -> dict[str, str]:
     return {n.decode("latin-1").lower(): v.decode("latin-1") for n, v in headers or ()}
-
-
-def read_frame(content: str | bytes, group: str | None = None) -> tuple[Envelope, bool]:
-    """Return the message in a frame of the server, and whether it is an item of a stream."""
-    with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
-        if isinstance(content, str):
-            sent = _decode_sent(content)
-            payload = None if sent.payload is UNSET else sent.payload
-            return Envelope(sent.type, payload, sent.id, sent.group), sent.more
-    return Envelope("", content, group=group), False  # A fallback may send any text.
 
 
 def shorten(content: object) -> str:
