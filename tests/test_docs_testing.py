@@ -21,7 +21,7 @@ import falcon.asgi
 import falcon.testing
 import pytest
 from support import PATIENCE
-from test_docs import README, ROOT, blocks, clean_hub, load, tables
+from test_docs import README, ROOT, blocks, clean_hub, load, prose, spans, tables
 
 from pachinko import Connection, Hub, Pachinko, simulate
 
@@ -92,9 +92,9 @@ async def test_a_plain_assert_has_the_transcript(page: Any) -> None:
 # Test frameworks
 
 
-def run_pytest(folder: Path, *arguments: str) -> str:
-    """Run the page's part on frameworks by pytest; return what it prints."""
-    folder.joinpath("test_page.py").write_text("\n".join([APP, FIRST, FRAMEWORKS]))
+def run_pytest(folder: Path, mark: str, *arguments: str) -> str:
+    """Run the page's part on frameworks, and *mark*, by pytest; return what it prints."""
+    folder.joinpath("test_page.py").write_text("\n".join([APP, FIRST, FRAMEWORKS, mark]))
     folder.joinpath("pytest.ini").touch()
     command = [sys.executable, "-W", "error", "-m", "pytest", "-rA", "-p", "no:cacheprovider"]
     path = os.pathsep.join([str(ROOT), *sys.path])
@@ -109,17 +109,17 @@ def run_pytest(folder: Path, *arguments: str) -> str:
 async def test_pytest_asyncio_and_unittest(tmp_path: Path) -> None:
     """All tests pass in the automatic mode."""
     mode = ("asyncio_mode=auto", "asyncio_default_fixture_loop_scope=function")
-    said = await asyncio.to_thread(run_pytest, tmp_path, *(f"-o{each}" for each in mode))
+    said = await asyncio.to_thread(run_pytest, tmp_path, "", *(f"-o{each}" for each in mode))
     for name in ("test_divide", "TestDivide::test_divide", "test_with_fixture", "test_without"):
         assert f"PASSED test_page.py::{name}" in said
 
 
 async def test_anyio(tmp_path: Path) -> None:
     """Tests and fixtures work with its plugin alone."""
-    said = await asyncio.to_thread(
-        run_pytest, tmp_path, "-p", "no:asyncio", "-k", "fixture or unittest or without"
-    )
-    for name in ("test_with_fixture[asyncio]", "test_without_async"):
+    (mark,) = (each for each in spans(prose(PAGE)) if "pytestmark" in each)
+    without = ("-p", "no:asyncio", "-k", "not TestDivide")
+    said = await asyncio.to_thread(run_pytest, tmp_path, mark, *without)
+    for name in ("test_divide[asyncio]", "test_with_fixture[asyncio]", "test_without_async"):
         assert f"PASSED test_page.py::{name}" in said
 
 
@@ -300,6 +300,15 @@ async def test_falcons_test_client_is_refused(page: Any) -> None:
 async def test_the_readme() -> None:
     """Its test passes with its app."""
     await load(README).test_sum()
+
+
+async def test_the_readmes_question() -> None:
+    """Its handler goes on with the client's answer."""
+    async with simulate(load(README).app) as sim:
+        client = await sim.connect("/ws/lobby")
+        for sure, answer in ((True, "bye"), (False, "stay")):
+            client.answer("confirm", lambda _, sure=sure: sure)
+            assert await client.request("leave") == answer
 
 
 def test_the_pages_lead_here() -> None:
