@@ -60,31 +60,31 @@ async def test_the_first_test(page: Any) -> None:
 @pytest.mark.parametrize("code", RECIPES, ids=lambda code: code.strip().partition("\n")[0])
 async def test_a_recipe(code: str, page: Any) -> None:
     """Each holds: with the page's app and two clients, or with an app that it makes itself."""
-    async with contextlib.AsyncExitStack() as stack:
-        if "make_app()" not in code and "falcon.asgi.App()" not in code:
-            page.sim = await stack.enter_async_context(simulate(page.make_app))
-            await run(CLIENTS, page)
+    makes_its_app = "make_app()" in code or "falcon.asgi.App()" in code
+    await (run if makes_its_app else run_recipe)(code, page)
+
+
+async def run_recipe(code: str, page: Any) -> None:
+    """Run *code* with the page's app and two clients."""
+    async with simulate(page.make_app) as page.sim:
+        await run(CLIENTS, page)
         await run(code, page)
 
 
 async def test_what_a_failure_shows(page: Any) -> None:
     """The transcript is the one on the page, but for the times."""
     with pytest.raises(AssertionError) as caught:
-        async with simulate(page.make_app) as page.sim:
-            await run(CLIENTS, page)
-            await run(FAILS, page)
+        await run_recipe(FAILS, page)
     (shown,) = (block.strip("\n") for block in blocks(PAGE, "text"))
-    said = f"AssertionError: {caught.value}"
     times = re.compile(r"^ +\d+\.\d{3} ", re.MULTILINE)
-    assert times.sub("", said) == times.sub("", shown) and len(times.findall(shown)) == 6
+    assert times.sub("", f"AssertionError: {caught.value}") == times.sub("", shown)
+    assert len(times.findall(shown)) == 6
 
 
 async def test_a_plain_assert_has_the_transcript(page: Any) -> None:
     """As a note."""
     with pytest.raises(AssertionError) as caught:
-        async with simulate(page.make_app) as page.sim:
-            await run(CLIENTS, page)
-            raise AssertionError
+        await run_recipe("assert not sim", page)
     (note,) = caught.value.__notes__
     assert note.startswith("Transcript") and "#2 ← accepted" in note
 
@@ -147,6 +147,10 @@ async def lock(conn: Connection) -> None:
 async def sleep(conn: Connection) -> None:
     await asyncio.sleep(0.02)
     await conn.send("done")
+
+
+async def sleep_long(conn: Connection) -> None:
+    await asyncio.sleep(PATIENCE)
 
 
 async def sleep_in_a_task(conn: Connection) -> None:
@@ -252,16 +256,24 @@ async def settle(handler: Handler, seconds: float) -> str:
         try:
             await sim.settle(timeout=seconds)
         except AssertionError as exc:
-            assert "runs all the time" in str(exc) or handler.__name__ in str(exc)
-            return "fails after `timeout`"
+            return str(exc)
         return "waits" if [each.type for each in client.received] == ["done"] else "returns"
 
 
 @pytest.mark.parametrize(("handler", "says"), EACH, ids=lambda each: getattr(each, "__name__", ""))
 async def test_what_settle_knows(handler: Handler, says: str) -> None:
     """Each kind of wait of the table is one that settle waits for, or not."""
-    seconds = 0.05 if handler is never_rests else PATIENCE
-    assert (await settle(handler, seconds)).startswith(says.partition(",")[0])
+    done = await settle(handler, 0.05 if handler is never_rests else PATIENCE)
+    if says == "fails after `timeout`":
+        assert "within 0.05 s: something runs all the time" in done
+    else:
+        assert done == says.partition(",")[0]
+
+
+async def test_settle_names_what_waits() -> None:
+    """With its file and line."""
+    said = await settle(sleep_long, 0.05)
+    assert f"sleep_long ({__file__}:" in said and "waits for a timer" in said
 
 
 @pytest.mark.parametrize("handler", [sleep, to_thread, timeout, stream])
