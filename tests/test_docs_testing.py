@@ -227,7 +227,9 @@ KNOWN: dict[str, list[Handler]] = {
     "a client, another task, an `asyncio.Event`, a `Queue`, a `Lock`": [
         other_task, event, queue, lock,
     ],
-    "a time limit of the library; a worker waits for anything": [other_task],
+    "a time limit of the library; a worker, or a task of the app's startup, waits for anything": [
+        other_task,
+    ],
     "`asyncio.sleep`, `asyncio.timeout`, `loop.call_later`": [
         sleep, sleep_in_a_task, timeout, call_later,
     ],
@@ -240,9 +242,17 @@ ROWS = tables(PAGE, "A task of the app waits for", "and `settle`") if PAGE.exist
 EACH = [(handler, says) for waits, says in ROWS for handler in KNOWN[waits]]
 
 
+class Poller:
+    async def process_startup(self, scope: object, event: object) -> None:
+        self.task = asyncio.create_task(asyncio.sleep(1000))
+
+    async def process_shutdown(self, scope: object, event: object) -> None:
+        self.task.cancel()
+
+
 async def settle(handler: Handler, seconds: float) -> str:
     """Say what `settle` does while *handler* is in progress."""
-    app = falcon.asgi.App()
+    app = falcon.asgi.App(middleware=[Poller()])
     ws = Pachinko(app, "/ws", hub=Hub(), linger=0.05)
     ws.on("go")(handler)
 
