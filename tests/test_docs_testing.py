@@ -234,7 +234,9 @@ KNOWN: dict[str, list[Handler]] = {
         sleep, sleep_in_a_task, timeout, call_later,
     ],
     "a thread: `asyncio.to_thread`, `loop.run_in_executor`": [to_thread, in_executor],
-    "a socket, a subprocess": [stream, subprocess_],
+    "a socket; from Python 3.12 on a subprocess": [
+        stream, *([subprocess_] if sys.version_info >= (3, 12) else []),
+    ],
     "an `asyncio.Event` that a thread sets by `loop.call_soon_threadsafe`": [unseen_thread],
     "nothing, since it runs all the time": [never_rests],
 }  # fmt: skip
