@@ -8524,6 +8524,8 @@ class Process:
         self._answers = asyncio.Queue[Event]()  # of the lifespan
         self._shared: dict[str, Any] = {}  # what the lifespan hands to connections (ASGI, Lifespan)
         self._is_over = False
+        # Whose the lifespan's tasks are. They may wait for ever, as workers may.
+        self.life: object = object()
 
     @property
     def hub(self) -> Hub:
@@ -8578,13 +8580,13 @@ class Process:
             scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": self._shared}
             self._lifespan = asyncio.get_running_loop().create_task(
                 self._app(scope, self._events.get, self._answers.put),
-                context=self._context_of(self),
+                context=self._context_of(self.life),
             )
         lifespan = self._lifespan
         self._events.put_nowait({"type": f"lifespan.{what}"})
         await self.sim.wait(
             lambda: not self._answers.empty() or lifespan.done(), None, f"the {what}",
-            owner=self, hurries=what == "shutdown",
+            owner=self.life, hurries=what == "shutdown",
         )  # fmt: skip
         if not self._answers.empty():
             return self._answers.get_nowait()
@@ -8946,7 +8948,7 @@ class Simulation(Process):
 
     def note_bug(self, what: str, exc: BaseException) -> None:
         """Note a bug of the application, if it is this one's, unless the test expects it."""
-        if _simulation.get() not in (None, self, *self._processes):
+        if _simulation.get() not in (None, self, *(each.life for each in self._processes)):
             return
         for expected in self._expected:
             if all(isinstance(each, expected.classes) for each in _errors_in(exc)):
