@@ -139,6 +139,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Container,
     Coroutine,
     Generator,
     Iterable,
@@ -7735,10 +7736,8 @@ _simulation: contextvars.ContextVar[object] = contextvars.ContextVar("simulation
 _LOOKS = 2  # in a row that find nothing to run: the loop polls sockets and timers between the two
 _BLIND_LOOKS = 10  # on a loop that does not say what it will run, such as uvloop's
 _PAUSE = 0.001  # seconds between two looks while an application waits for the outside
-# Code in which a task waits for what other code of the loop will do.
-_INSIDE = (
-    "asyncio.locks", "asyncio.queues", "asyncio.tasks", "asyncio.taskgroups", "falcon", __name__,
-)  # fmt: skip
+# Code of asyncio in which a task waits for what other code of the loop will do.
+_INSIDE = frozenset({"asyncio.locks", "asyncio.queues", "asyncio.tasks", "asyncio.taskgroups"})
 _LIBRARIES = frozenset({"asyncio", "contextlib", "falcon", "pachinko", "pachinko_cluster"})
 
 
@@ -7765,6 +7764,7 @@ class Watcher:
         self._waits: list[Wait] = []
         self._quiet = 0  # looks in a row that have found nothing to run
         self._next: asyncio.Handle | None = None
+        self._threads = weakref.WeakSet(threading.enumerate())  # that are none of an application
 
     async def wait(
         self, is_over: Callable[[], object], owner: object, seconds: float, hurries: bool = False
@@ -7796,7 +7796,7 @@ class Watcher:
         self._end_if(lambda wait: wait.is_over(), True)
         self._quiet = self._quiet + 1 if _is_quiet(loop) else 0
         is_resting = self._quiet >= (_LOOKS if hasattr(loop, "_ready") else _BLIND_LOOKS)
-        outside = outside_of(loop) if is_resting and self._open else []
+        outside = outside_of(loop, self._threads) if is_resting and self._open else []
         if is_resting:
             if (
                 any(wait.hurries for wait in self._open)
@@ -7808,7 +7808,7 @@ class Watcher:
                 busy = {id(owner) for owner, _ in outside}
                 self._end_if(lambda wait: id(wait.owner) not in busy, False)
         if late := [wait for wait in self._open if wait.until <= loop.time()]:
-            going_on = outside or [*outside_of(loop), (None, "something runs all the time")]
+            going_on = outside or [*outside_of(loop, self._threads), *_running(loop)]
             for wait in late:
                 texts = [text for owner, text in going_on if owner in (wait.owner, None)]
                 wait.ended.set_exception(TimeoutError("; ".join(texts)))
@@ -7844,48 +7844,131 @@ def _is_quiet(loop: asyncio.AbstractEventLoop) -> bool:
     return all(future is not None and not future.done() for future in waits)
 
 
-def outside_of(loop: asyncio.AbstractEventLoop) -> list[tuple[object, str]]:
+def _running(loop: asyncio.AbstractEventLoop) -> list[tuple[None, str]]:
+    """Return where the tasks are that are about to run."""
+    waits = {task: getattr(task, "_fut_waiter", None) for task in asyncio.all_tasks(loop)}
+    tasks = [task for task, future in waits.items() if future is None or future.done()]
+    places = [place_in([*frames_of(task.get_coro())]) for task in tasks] or ["something"]
+    return [(None, f"{place} runs all the time") for place in places]
+
+
+@attrs.frozen(eq=False)
+class Waiting:
+    """A task that waits: whose it is, in which code, and for what."""
+
+    owner: object  # the simulation, or None
+    frames: list[types.FrameType]
+    future: Any
+    leaves: list[Any]  # *future*, or the futures that it stands for
+
+
+def _waiting(task: asyncio.Task[Any]) -> Waiting:
+    future: Any = getattr(task, "_fut_waiter", None)
+    # The context of a task is that of the callback that wakes it.
+    owners = [context.get(_simulation) for _, context in _callbacks_of(future)]
+    frames = [*frames_of(task.get_coro())]
+    leaves = _leaves_of(future, frames)
+    return Waiting(next(filter(None, owners), None), frames, future, leaves)
+
+
+def _callbacks_of(future: Any) -> list[tuple[Any, contextvars.Context]]:
+    return getattr(future, "_callbacks", None) or []
+
+
+def _leaves_of(future: Any, frames: Sequence[types.FrameType]) -> list[Any]:
+    """Return *future*, or those that `gather`, `shield`, `wait` or a group wait for in its place."""
+    inner: list[Any] = []
+    for frame in frames:
+        if _module_of(frame) in ("asyncio.tasks", "asyncio.taskgroups"):
+            for value in frame.f_locals.values():
+                several: Any = getattr(value, "_tasks", getattr(value, "_todo", value))
+                inner += several if isinstance(several, set) else [several]
+    inner += getattr(future, "_children", ())
+    for callback, _ in _callbacks_of(future):
+        if getattr(callback, "__name__", "") == "_outer_done_callback":  # that of `shield`
+            inner += [cell.cell_contents for cell in callback.__closure__]
+    awaited = [each for each in inner if asyncio.isfuture(each) and not each.done()]
+    others = [each for each in awaited if each is not future]
+    return [leaf for each in others for leaf in _leaves_of(each, ())] or [future]
+
+
+def outside_of(
+    loop: asyncio.AbstractEventLoop, known: Container[threading.Thread]
+) -> list[tuple[object, str]]:
     """Return what waits for the outside: of which simulation, and a text that says where.
 
-    A task shows it by what it waits for, and by the context that it gave its callback. A future
-    that is anybody's counts if the loop has sockets and no code of asyncio made the future.
+    A task shows it by what it waits for. A future that is anybody's counts, if no code of asyncio
+    has made it, and if the loop has sockets or the application threads that are not *known*.
     """
     timers: list[Any] = [
         timer for timer in getattr(loop, "_scheduled", ())
-        if not timer.cancelled() and timer._context.get(_simulation) is not None
-        and not _clock().is_own(timer)
+        if not timer.cancelled() and not _clock().is_own(timer)
     ]  # fmt: skip
+    ends = {id(each): timer for timer in timers for each in _ended_by(timer)}
+    tasks = {task: _waiting(task) for task in asyncio.all_tasks(loop)}
+    # Where several tasks wait for one future, that of a simulation is the one that counts.
+    ordered = sorted(tasks, key=lambda task: tasks[task].owner is not None)
+    waiters = {id(leaf): task for task in ordered for leaf in tasks[task].leaves}
     selector: Any = getattr(loop, "_selector", None)
-    has_sockets = selector is not None and len(selector.get_map()) > 1  # one is the loop's own
+    # One socket is the loop's own. A loop that does not show its sockets may have some.
+    is_open = selector is None or len(selector.get_map()) > 1 or _has_threads(known)
     found: list[tuple[object, str]] = []
-    for task in asyncio.all_tasks(loop):
-        future: Any = getattr(task, "_fut_waiter", None)
-        callbacks: list[Any] = getattr(future, "_callbacks", None) or []
-        owners = [context.get(_simulation) for _, context in callbacks]
-        if not any(owners):
-            continue
-        frames = [*frames_of(task.get_coro())]
-        inner, what = frames[-1], ""
-        own = [timer for timer in timers if _is_for(timer, task, future)]
-        if own or inner.f_code is asyncio.sleep.__code__:
-            what = "a timer"
-        elif any(getattr(each, "__name__", "") == "_call_check_cancel" for each, _ in callbacks):
-            what = "a thread"
-        elif has_sockets and type(future) is asyncio.Future:
-            is_inside = inner.f_globals.get("__name__", "").startswith(_INSIDE)
-            what = "" if is_inside else "a socket, it seems"
-        if what:
-            found.append((next(filter(None, owners)), f"{place_in(frames)} waits for {what}"))
+    for task, waiting in tasks.items():
+        ended = task, waiting.future, *waiting.leaves
+        own = [ends[id(each)] for each in ended if id(each) in ends]
         timers = [timer for timer in timers if timer not in own]
-    return found + [
-        (each._context.get(_simulation), f"a timer will call {each._callback!r}") for each in timers
-    ]
+        if what := "a timer" if own else _outside(waiting, is_open):
+            chain = [task]
+            while (waiter := waiters.get(id(chain[0]), task)) not in chain:
+                chain.insert(0, waiter)
+            owner = next(filter(None, (tasks[each].owner for each in chain)), None)
+            places = " → ".join(place_in(tasks[each].frames) for each in chain)
+            found.append((owner, f"{places} waits for {what}"))
+    calls = [(each._context.get(_simulation), each._callback) for each in timers]
+    found += [(owner, f"a timer will call {callback!r}") for owner, callback in calls]
+    # Nothing says for whom such a call is made.
+    callers = {owner for owner, _ in calls}
+    found += [
+        (each.owner, f"{place_in(each.frames)} waits") for each in tasks.values()
+        if each.owner in callers and any(map(_is_own, each.frames))
+    ]  # fmt: skip
+    return [each for each in found if each[0] is not None]
 
 
-def _is_for(timer: Any, task: object, future: object) -> bool:
-    """Tell whether *timer* ends what *task* waits for, which is *future*, or cancels it."""
-    of = getattr(timer._callback, "__self__", None)
-    return any(arg is future for arg in timer._args) or getattr(of, "_task", None) is task
+def _ended_by(timer: Any) -> Iterator[object]:
+    """Yield what *timer* may end: a future that it resolves, or a task that it cancels."""
+    yield from timer._args or ()
+    yield getattr(getattr(timer._callback, "__self__", None), "_task", None)
+
+
+def _has_threads(known: Container[threading.Thread]) -> bool:
+    """Tell whether a thread runs that is not *known*, and is not an idle one of an executor."""
+    frames = sys._current_frames()
+    names = [
+        frames[each.ident].f_code.co_name for each in threading.enumerate()
+        if each not in known and each.ident in frames
+    ]  # fmt: skip
+    return any(name != "_worker" for name in names)
+
+
+def _outside(waiting: Waiting, is_open: bool) -> str:
+    """Return what of the outside a task waits for, if no timer shows it, or ""."""
+    code = waiting.frames[-1].f_code if waiting.frames else None
+    module = _module_of(waiting.frames[-1]) if waiting.frames else ""
+    if code is asyncio.sleep.__code__:  # The loop does not show its timers.
+        return "a timer"
+    callbacks = [each for leaf in waiting.leaves for each, _ in _callbacks_of(leaf)]
+    if any(getattr(each, "__name__", "") == "_call_check_cancel" for each in callbacks):
+        return "a thread"
+    root = module.split(".")[0]
+    is_inside = module in _INSIDE or (root in _LIBRARIES and root != "asyncio")
+    futures = [each for each in waiting.leaves if type(each) is asyncio.Future]
+    is_bare = any(each is not waiting.future or not is_inside for each in futures)
+    return "a socket or a thread, it seems" if is_open and is_bare else ""
+
+
+def _module_of(frame: types.FrameType) -> str:
+    return cast(str, frame.f_globals.get("__name__", ""))
 
 
 def frames_of(waiting: Any) -> Iterator[types.FrameType]:
@@ -7899,7 +7982,9 @@ def frames_of(waiting: Any) -> Iterator[types.FrameType]:
             )
             waiting = next(found, None)
             continue
-        frame: types.FrameType = getattr(waiting, f"{kind}_frame")
+        frame: types.FrameType | None = getattr(waiting, f"{kind}_frame")
+        if frame is None:  # A coroutine in C has none.
+            return
         yield frame
         waiting = getattr(waiting, "gi_yieldfrom" if kind == "gi" else f"{kind}_await")
         if waiting is None and frame.f_code is rest_of.__code__:  # It steps a coroutine by hand.
@@ -7908,9 +7993,14 @@ def frames_of(waiting: Any) -> Iterator[types.FrameType]:
 
 def place_in(frames: Sequence[types.FrameType]) -> str:
     """Return where code of the application waits, from its outermost function to the inner ones."""
-    own = [f for f in frames if f.f_globals.get("__name__", "").split(".")[0] not in _LIBRARIES]
+    own = [*filter(_is_own, frames)] or frames[:1]
     places = (f"{f.f_code.co_qualname} ({f.f_code.co_filename}:{f.f_lineno})" for f in own)
-    return " → ".join(places) or frames[0].f_code.co_qualname
+    return " → ".join(places) or "a task"
+
+
+def _is_own(frame: types.FrameType) -> bool:
+    """Tell whether *frame* is of the application's code."""
+    return _module_of(frame).split(".")[0] not in _LIBRARIES
 
 
 # ── client ────────────────────────────────────────────────────────────────────────────────────
