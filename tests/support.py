@@ -7,7 +7,7 @@ import base64
 import collections
 import contextlib
 import contextvars
-import http
+import http.client
 import itertools
 import json
 import os
@@ -169,6 +169,11 @@ class Simulated:
 
         await self.app(scope, receive, noting)
 
+    async def spend(self, seconds: float) -> None:
+        """Let so much time pass for the library, once all that can run now has run."""
+        await self.sim.settle()
+        await self.sim.advance(seconds)
+
     async def stop(self) -> None:
         """Shut down as on SIGTERM, and wait for it."""
         await self.sim.stop()
@@ -200,7 +205,9 @@ class Line:
         self.frames = collections.deque[str | bytes]()
         self.end: tuple[int, str] | None = None  # of a connection that was never open
         self.body = b""
-        self.transport = types.SimpleNamespace(abort=lambda: self.client.cut())
+        # A dict, such as a `Client` has, holds one header of each name.
+        self.response = types.SimpleNamespace(headers=websockets.datastructures.Headers())
+        self.transport = self
 
     @classmethod
     async def connect(
@@ -223,8 +230,8 @@ class Line:
             else:
                 raise websockets.exceptions.InvalidStatus(
                     websockets.http11.Response(
-                        exc.status, http.HTTPStatus(exc.status).phrase,
-                        websockets.datastructures.Headers(exc.headers), line.body,
+                        exc.status, http.client.responses.get(exc.status, ""),
+                        line.response.headers, line.body,
                     )
                 ) from exc  # fmt: skip
         finally:
@@ -233,6 +240,8 @@ class Line:
 
     def note(self, event: Any) -> None:
         """Note an *event* of the application."""
+        for name, value in event.get("headers") or ():
+            self.response.headers[name.decode("latin-1")] = value.decode("latin-1")
         if event["type"] == "websocket.send":
             text = event.get("text")
             self.frames.append(event["bytes"] if text is None else text)
@@ -258,25 +267,33 @@ class Line:
             await self.client.send_bytes(content)
 
     async def recv(self) -> str | bytes:
-        """Return the next frame. Raises `ConnectionClosed`, and `AssertionError` if none comes."""
-        if self.end is not None and not self.frames:
-            raise self._closed()
-        if self.end is None:
+        """Return the next frame. Raises `ConnectionClosed`."""
+        while self.end is None:
             try:
                 await self.client.receive()
+                return self.frames.popleft()
             except AssertionError:
-                if self._end is not None:
+                if self.client.end is not None:
                     raise self._closed() from None
-                raise
-        return self.frames.popleft()
+                await asyncio.sleep(0.005)  # Another task of the test may bring it about.
+        if self.frames:
+            return self.frames.popleft()
+        raise self._closed()
 
     async def wait_closed(self) -> None:
-        if self.end is None:
-            await self.client.closed()
+        while self._end is None:
+            with contextlib.suppress(AssertionError):
+                await self.client.closed()
+                return
+            await asyncio.sleep(0.005)
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         if self._end is None:
             await self.client.close(code, reason)
+
+    def abort(self) -> None:
+        if self.end is None:
+            self.client.cut()
 
     @property
     def close_code(self) -> int | None:
@@ -289,11 +306,6 @@ class Line:
     @property
     def subprotocol(self) -> str | None:
         return self.client.subprotocol
-
-    @property
-    def response(self) -> Any:
-        headers = websockets.datastructures.Headers(self.client.headers)
-        return types.SimpleNamespace(headers=headers)
 
 
 class Stalled:

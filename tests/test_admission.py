@@ -228,7 +228,7 @@ async def test_a_first_message_without_a_good_token_is_refused(payload: Any) -> 
 async def test_the_client_has_to_authenticate_in_time() -> None:
     """Else it is closed with 3401."""
     door = Door(auth_timeout=0.05)
-    async with serving(door.ws._app) as server, door.visit(server.url) as client:
+    async with simulated(door.ws._app) as server, door.visit(server.url) as client:
         await client.send("whoami", id=1)
         assert await client.closed() == (3401, "not authenticated within 0.05 s")
     assert door.seen == [None]
@@ -631,7 +631,7 @@ async def test_a_caught_failure_of_a_task_group_is_no_cancellation(ends: str) ->
     async def whoami(conn: Connection) -> str | None:
         return conn.user
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         await authenticate(client)
         if ends == "ann":
             assert (await client.ask("whoami"))["payload"] == "ann"
@@ -1405,7 +1405,7 @@ async def test_a_handshake_that_takes_too_long_after_the_accept_is_closed() -> N
     async def load(conn: Connection) -> None:
         await may_go_on.wait()
 
-    async with serving(door.ws._app) as server:
+    async with simulated(door.ws._app) as server:
         async with door.visit(server.url) as client:
             await asyncio.sleep(0.4)  # longer than the time that connect handlers have
             await authenticate(client)
@@ -1566,7 +1566,7 @@ async def test_an_http_error_has_its_status(
     exception: Any, code: int, headers: Any, body: Any, where: str
 ) -> None:
     """Its headers and its body as well, where the server can send them."""
-    async with serving(refusing(exception, where)._app) as server:
+    async with simulated(refusing(exception, where)._app) as server:
         got, sent, payload = await status(f"{server.url}/ws")
         assert got == code
         assert {name: sent[name] for name in headers} == headers
@@ -1660,7 +1660,7 @@ async def test_headers_go_with_the_answer() -> None:
     async def late(conn: Connection) -> None:
         conn.add_header("X-Late", "1")
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(f"{server.url}/ws") as client:
             assert client.socket.response is not None
             headers = client.socket.response.headers

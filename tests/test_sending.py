@@ -28,7 +28,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import UNSET, UnsetType
-from support import PATIENCE, Client, Server, Stalled, connect, new_app, serving, session_of, until
+from support import (
+    PATIENCE,
+    Client,
+    Server,
+    Simulated,
+    Stalled,
+    connect,
+    new_app,
+    serving,
+    session_of,
+    simulated,
+    until,
+)
 
 import pachinko
 from pachinko import Connection, Hub, MessageError, Outgoing, Pachinko
@@ -102,6 +114,15 @@ async def served(ws: Pachinko, wrap: Wrap | None = None) -> AsyncIterator[Server
     app = ws._app if wrap is None else around(ws._app, wrap)
     async with serving(app) as server:
         server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        yield server
+        await written(ws)
+
+
+@contextlib.asynccontextmanager
+async def spoken(ws: Pachinko, wrap: Wrap | None = None) -> AsyncIterator[Simulated]:
+    """The same without a socket, for clients that read."""
+    app = ws._app if wrap is None else around(ws._app, wrap)
+    async with simulated(app) as server:
         yield server
         await written(ws)
 
@@ -277,7 +298,7 @@ async def test_every_send_works_behind_an_asgi_middleware(wrap: Wrap, how: str) 
         return wrapped
 
     async with (
-        served(ws, watched) as server,
+        spoken(ws, watched) as server,
         connect(f"{server.url}/one") as one,
         connect(f"{server.url}/two") as two,
     ):
@@ -433,7 +454,7 @@ async def test_a_send_that_fails_costs_its_client_alone(pause: bool, how: str) -
         return wrapped
 
     async with (
-        served(ws, wrap) as server,
+        spoken(ws, wrap) as server,
         connect(f"{server.url}/0") as one,
         connect(f"{server.url}/1") as two,
         connect(f"{server.url}/bad") as bad,
@@ -464,7 +485,7 @@ async def test_a_reply_that_fails_ends_its_connection(pause: bool) -> None:
 
         return wrapped
 
-    async with served(ws, wrap) as server, connect(f"{server.url}/bad") as client:
+    async with spoken(ws, wrap) as server, connect(f"{server.url}/bad") as client:
         await client.send("echo", 1)
         await client.closed()
         await until(lambda: not ws._hub.state.serving)
@@ -488,7 +509,7 @@ async def test_a_middlewares_timeout_around_receive_closes_the_connection() -> N
         except Exception as exc:  # noted whatever it is: the test expects none
             failures.append(exc)
 
-    async with serving(app) as server, connect(f"{server.url}/idle") as client:
+    async with simulated(app) as server, connect(f"{server.url}/idle") as client:
         await client.closed()
         await until(lambda: not ws._hub.state.serving)
     assert len(left) == 1 and failures == []
@@ -617,7 +638,7 @@ async def test_what_is_sent_behind_a_group_send_comes_behind_it() -> None:
 async def test_a_close_behind_a_group_send_comes_behind_it() -> None:
     """The message first, then the close frame."""
     ws, _ = endpoint()
-    async with served(ws) as server, connect(f"{server.url}/one") as client:
+    async with spoken(ws) as server, connect(f"{server.url}/one") as client:
         await until(lambda: ws._hub.connections)
         await ws._hub.send("all", "n", "last")
         await named(ws, "one").close(4000)
@@ -1263,7 +1284,7 @@ async def sending(value: Any) -> AsyncIterator[tuple[Client, list[str]]]:
     async def mend(conn: Connection, exc: KeyError) -> Any:
         return value
 
-    async with served(ws) as server, connect(f"{server.url}/ada") as client:
+    async with spoken(ws) as server, connect(f"{server.url}/ada") as client:
         yield client, WAYS
 
 
@@ -1409,7 +1430,7 @@ async def test_a_declared_reply_is_looked_into_by_its_declaration(
 
     reply.__annotations__["return"] = declared
     ws.on("reply")(reply)
-    async with served(ws) as server, connect(f"{server.url}/ada") as client:
+    async with spoken(ws) as server, connect(f"{server.url}/ada") as client:
         for id in (1, 2):
             answer = await client.ask("reply", id=id)
             assert (answer["payload"]["code"], answer["id"]) == ("internal_error", id)
@@ -1441,7 +1462,7 @@ async def test_a_group_whose_name_is_no_utf8_is_sent_to() -> None:
     async def join(conn: Connection) -> None:
         await conn.join("\ud83d")
 
-    async with served(ws) as server, connect(f"{server.url}/ada") as client:
+    async with spoken(ws) as server, connect(f"{server.url}/ada") as client:
         await client.ask("join")
         await ws._hub.send("\ud83d", "n\ud83d", "\ud83d")
         assert await client.receive() == {"type": "n\ufffd", "group": "\ufffd", "payload": "\ufffd"}
@@ -1459,6 +1480,6 @@ async def test_a_worker_sends_half_a_surrogate_pair() -> None:
         await until(lambda: ws._hub.members("all"))
         await ws._hub.send("all", "n", {"text": "\ud83d"})
 
-    async with served(ws) as server, connect(f"{server.url}/ada") as client:
+    async with spoken(ws) as server, connect(f"{server.url}/ada") as client:
         assert (await client.receive())["payload"] == {"text": "\ufffd"}
     assert begun == [1]
