@@ -3456,16 +3456,12 @@ class Clock:
             return left
         over = running_loop().create_future()
 
-        def note(future: W) -> None:
-            left.discard(future)
-            if not left:
-                end()
-
-        def end() -> None:
-            if not over.done():
+        def note(*done: W) -> None:
+            left.difference_update(done)
+            if not (over.done() or (done and left)):  # The timer calls it with nothing done.
                 over.set_result(None)
 
-        timer = self.call_at(self.time() + max(0.0, seconds), end)
+        timer = self.call_at(self.time() + max(0.0, seconds), note)
         for future in left:
             future.add_done_callback(note)
         try:
@@ -3534,8 +3530,9 @@ class MovableClock(Clock):
     @property
     def timers(self) -> list[MovableTimer]:
         """The pending timers of the running loop, the earliest one first."""
+        loop = running_loop()
         every = [timer() for timer in self.pending.valuerefs()]  # Other threads may add some.
-        own = [timer for timer in every if timer is not None and timer.loop is running_loop()]
+        own = [timer for timer in every if timer is not None and timer.loop is loop]
         return sorted(own, key=lambda timer: timer.at)
 
     def next_due(self) -> float | None:
@@ -4003,7 +4000,7 @@ class Outgoing:
             return self._send_later(event)
         try:
             # PERF: the server's `send` mostly ends in its first step, and that takes 0.3 µs here.
-            # A coroutine with a time limit takes 3.7 µs (CPython 3.13) or 6.2 µs (3.11).
+            # A coroutine with `asyncio.timeout` takes 3.4 µs (CPython 3.13) or 6.0 µs (3.11).
             for waits_for in (steps := self.asgi_send(event).__await__()):  # only if it waits
                 self.writing = "writer"
                 return self._send_rest(rest_of(steps, waits_for))
@@ -4208,9 +4205,8 @@ class Outgoing:
         if self.goodbye is not None:
             is_urgent = self.close_code in (1012, 1013)  # a shutdown, or a slow client
             patience = _GOODBYE if is_urgent else self.limits.send_timeout
-            if await clock.wait(
-                [self.goodbye], patience
-            ):  # If the server has refused the frame, Falcon closes after the responder.
+            if await clock.wait([self.goodbye], patience):
+                # If the server has refused the frame, Falcon closes after the responder.
                 mark_closed(self._ws, self.close_code)
 
     def release(self) -> None:
