@@ -94,8 +94,8 @@ Map: each section, what it is for, and those above it that it uses.
     settling — what an event loop can still do by itself (uses: clock, outgoing)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
         asking, listening, outcomes, settling)
-    process — a process of a simulated application (uses: errors, handshake, registry and relay,
-        hub, running, settling, client)
+    process — a process of a simulated application (uses: errors, scope, handshake, hub, running,
+        settling, client)
     simulate — the test client (uses: errors, envelope and message, clock, connection, registry and
         relay, listening, hub, outcomes, settling, client, process)
 """
@@ -7063,6 +7063,10 @@ _included_at: weakref.WeakKeyDictionary[Lifecycle, str] = weakref.WeakKeyDiction
 _SERVER = re.compile(r"(?:^|[\\/])(gunicorn|granian)(?:[\\/]__main__\.py|\.exe)?$")
 _WORKERS = re.compile(r"(?:^| )(?:--workers[ =]|-w[ =]?)(\d+)")
 _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start
+# Starts the hub of an endpoint. In the code of a simulated process it is the simulation's.
+hub_starter: contextvars.ContextVar[Callable[[Lifecycle], None]] = contextvars.ContextVar(
+    "hub_starter", default=lambda each: each.hub.state.start(each)
+)
 
 
 class Lifecycle:
@@ -7215,6 +7219,15 @@ class Lifecycle:
         """The hub of the endpoint."""
         return self._hub
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it has started, and not stopped."""
+        return self._loop is not None
+
+    def has_worker(self, task: object) -> bool:
+        """Tell whether *task* is one of the workers."""
+        return task in self._workers
+
     def end_workers(self) -> Sequence[asyncio.Task[None]]:
         """Cancel the workers; return their tasks."""
         workers, self._is_working = tuple(self._workers), False
@@ -7235,7 +7248,7 @@ class Lifecycle:
         """Start once in each loop: with the lifespan, or else with the first connection."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            contextvars.Context().run(self._hub.state.start, self)
+            contextvars.Context().run(hub_starter.get(), self)
             if self._hub.state.broker is None:
                 _warn_of_workers()
             self._loop, self._runs, self._is_working = loop, 0, False
@@ -7254,11 +7267,6 @@ class Lifecycle:
         task = create_task(_keep_working(run, place_of(function)), is_detached=True)
         self._workers.add(task)
         task.add_done_callback(self._workers.discard)
-
-
-def endpoints_of(app: object) -> list[Lifecycle]:
-    """Return those that were made with *app* and a path, in their order."""
-    return [each for (of, _), each in _attached.items() if of == id(app)]
 
 
 def count_workers() -> int:
@@ -8466,37 +8474,31 @@ def shorten(content: object) -> str:
 # server does, but without a socket.
 
 
-class Tap:
-    """Stands for a *relay*, and notes what is sent."""
-
-    def __init__(self, relay: Relay, note: Callable[[Kind, str, bytes], None]) -> None:
-        self._relay, self._note = relay, note
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._relay, name)
-
-    def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
-        """Note the frame, and begin to send it."""
-        self._note(kind, name, data)
-        return self._relay.send(kind, name, data, excluded)
-
-
 class Process:
     """A process of a simulated application: ``async with sim.process() as other``, or ``await``."""
 
     def __init__(self, sim: Simulation, make: Callable[[], App]) -> None:
         self.sim: Simulation = sim
-        self.hubs: list[Hub] = []
+        self.endpoints: list[Lifecycle] = []  # those that have started, in order
         self._make = make
         self._app: Any = None  # once it has begun to start
-        self._states: list[HubState] = []
-        self._links: list[Any] = []  # its connections to the broker
+        self._refusal: PachinkoError | None = None  # why a hub has not started
+        self._is_up = False  # It has started.
+        self._is_over = False  # It was killed or stopped.
+        self._has_stopped = False
+        self._links: dict[Relay, Any] = {}  # its connections to the broker
         self._clients: list[Client] = []
         self._lifespan: asyncio.Task[None] | None = None
         self._events = asyncio.Queue[Event]()  # for the lifespan
         self._answers = asyncio.Queue[Event]()  # of the lifespan
         self._shared: dict[str, Any] = {}  # what the lifespan hands to connections (ASGI, Lifespan)
-        self._is_over = False
+        # Whose the lifespan's tasks are. They may wait for ever, as workers may.
+        self.life: object = object()
+
+    @property
+    def hubs(self) -> list[Hub]:
+        """The hubs that have started, in order."""
+        return [*dict.fromkeys(each.hub for each in self.endpoints)]
 
     @property
     def hub(self) -> Hub:
@@ -8519,56 +8521,74 @@ class Process:
 
     async def begin(self) -> Process:
         """Start, if it has not begun. Raises `PachinkoError` if the application does not start."""
+        if self._is_over:
+            raise PachinkoError("this process has ended; await sim.process() starts another one")
         if self._app is None:
-            self._app = self._make()
-            self.hubs = [*dict.fromkeys(each.hub for each in endpoints_of(self._app))]
-            self.sim.add(self)
-            running = {each for each in _hubs if each.state.loop is not None}
-            await self._start_hubs(self.hubs)
-            answer = await self._tell("startup")
-            if answer["type"] == "lifespan.startup.failed":
-                raise PachinkoError(f"the application has failed to start: {answer.get('message')}")
-            loop = asyncio.get_running_loop()
-            own = (each for each in _hubs if each.state.loop is loop and each not in running)
-            found = [each for each in own if each not in self.hubs]  # of a mounted application
-            self.hubs += found
-            await self._start_hubs(found)
+            app = self._make()
+            if not callable(app):
+                raise PachinkoError(f"the function that makes the application returned {app!r}")
+            self.sim.add(self, app)
+            self._app = app
+            await self._tell("startup")
+            self._is_up = True
         return self
 
-    async def _start_hubs(self, hubs: Iterable[Hub]) -> None:
-        for each in hubs:
-            state = each.state
-            link = self.sim.new_link(state, self.hubs.index(each))
-            state.start(self, link)
-            state.relay = cast(Relay, Tap(state.relay, self.sim.note_sent))
-            self._states.append(state)
-            self._links += [link] if link is not None else []
-            await state.relay.connected()
+    def _start_hub(self, endpoint: Lifecycle) -> None:
+        """Start the hub of *endpoint* with the simulation's broker, and note what it sends."""
+        hub = endpoint.hub
+        try:
+            self.sim.claim(self, hub)
+        except PachinkoError as exc:
+            self._refusal = exc
+            raise
+        if endpoint not in self.endpoints:
+            self.endpoints.append(endpoint)
+        link = self.sim.new_link(hub.state, self.hubs.index(hub))
+        hub.state.start(endpoint, link)
+        relay = hub.state.relay
+        if relay not in self._links:
+            self._links[relay] = link
+            vars(relay)["send"] = functools.partial(self._send, relay.send)
 
-    async def _tell(self, what: Literal["startup", "shutdown"]) -> Event:
-        """Tell the application *what* happens; return its answer."""
+    def _send(
+        self, send: Callable[..., Sending], kind: Kind, name: str, data: bytes, excluded: list[str]
+    ) -> Sending:
+        self.sim.note_sent(kind, name, data)
+        return send(kind, name, data, excluded)
+
+    async def _tell(self, what: Literal["startup", "shutdown"]) -> None:
+        """Tell the application *what* happens. Raises `PachinkoError` if it answers that it failed.
+
+        A server goes on if an application does not take the event (ASGI, Lifespan).
+        """
         if self._lifespan is None:
             scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": self._shared}
             self._lifespan = asyncio.get_running_loop().create_task(
                 self._app(scope, self._events.get, self._answers.put),
-                context=self._context_of(self),
+                context=self._context_of(self.life),
             )
         lifespan = self._lifespan
         self._events.put_nowait({"type": f"lifespan.{what}"})
         await self.sim.wait(
             lambda: not self._answers.empty() or lifespan.done(), None, f"the {what}",
-            owner=self, hurries=what == "shutdown",
+            owner=self.life, hurries=what == "shutdown",
         )  # fmt: skip
+        exc = lifespan.exception() if lifespan.done() and not lifespan.cancelled() else None
         if not self._answers.empty():
-            return self._answers.get_nowait()
-        if not lifespan.done():
+            answer = self._answers.get_nowait()
+            if answer["type"] == f"lifespan.{what}.failed":
+                text = f"the {what} of the application has failed: {answer.get('message')}"
+                raise self._refusal or PachinkoError(text) from exc
+        elif not lifespan.done():
             raise self.sim.failure(f"the {what} does not end: {where(lifespan)}")
-        return {"type": "lifespan is not supported"}  # A server goes on, too (ASGI, Lifespan).
+        elif exc is not None and self._events.empty():
+            raise PachinkoError(f"the {what} of the application has failed: {exc!r}") from exc
 
     def _context_of(self, owner: object) -> contextvars.Context:
         """Return a context for code of the application, which says whose it is."""
         context = contextvars.copy_context()
         context.run(_simulation.set, owner)
+        context.run(hub_starter.set, self._start_hub)
         return context
 
     async def connect(
@@ -8578,7 +8598,7 @@ class Process:
         query: str | Mapping[str, Any] | None = None, subprotocols: Iterable[str] = (),
         timeout: float | None = None,
     ) -> Client:  # fmt: skip
-        """Connect a client to *path*; return it once it is in, and its accepted handlers have ended.
+        """Connect a client to *path*; return it once it is in, behind its accepted handlers.
 
         *token* goes into ``Authorization: Bearer``. *query*: of the URL, also as a dict. Where the
         server waits for the client first, for a message ``authenticate`` say, it is returned, too.
@@ -8607,11 +8627,13 @@ class Process:
 
     def _is_decided(self, client: Client) -> bool:
         """Tell whether *client* is in, or will never be."""
-        sessions = (state.serving.get(client.task) for state in self._states)
-        session = next(filter(None, sessions), None)
-        if session is not None:
+        found = (each.state.serving.get(client.task) for each in self.hubs)
+        if (session := next(filter(None, found), None)) is not None:
             client.meet(session.conn)
-        is_in = client.is_accepted and session is not None and session.is_serving
+            # Code that awaits the client's first message, a token, does not handle anything.
+            is_in = client.is_accepted and (session.is_serving or not session.is_handling)
+        else:  # With a hub, a middleware may have accepted what a Pachinko will serve.
+            is_in = client.is_accepted and not self.endpoints
         return is_in or client.end is not None or client.task.done()
 
     def _check_in(self, client: Client) -> None:
@@ -8635,36 +8657,43 @@ class Process:
 
     def kill(self) -> None:
         """End the process at once. None of its code learns of it; its clients get 1006."""
-        for link in self._links:
+        self._is_over = True
+        for link in filter(None, self._links.values()):
             link.kill()
         for client in self._clients:
             client.orphan()
-        for each in endpoints_of(self._app):
+        for each in self.endpoints:
             each.end_workers()
 
     async def stop(self) -> None:
         """Shut the process down, as a server does. The library's time limits come at once."""
-        if self._app is None or self._is_over:
+        if self._app is None or self._has_stopped:
             return
-        self._is_over = True
+        self._is_over = self._has_stopped = True
         tasks = [client.task for client in self._clients]
         try:
             for client in self._clients:
                 if client.is_orphaned:
                     client.shut()
-            if self._lifespan is not None and not self._lifespan.done():
+            if self._is_up:
                 await self._tell("shutdown")
             for client in self._clients:
                 client.shut()
-            await self.sim.wait(lambda: all(t.done() for t in tasks), None, "the end", hurries=True)
+            await self._wait_for(tasks)
             if left := [where(task) for task in tasks if not task.done()]:
                 raise self.sim.failure("the application does not end: " + "; ".join(left))
         finally:
-            for task in [*tasks, self._lifespan]:
-                if task is not None and not task.done():
-                    task.cancel()
-            for state in self._states:
-                await state.stop(self)
+            tasks += [self._lifespan] if self._lifespan is not None else []
+            for task in tasks:
+                task.cancel()
+            # An application without a lifespan, or one that has failed, has not stopped its hubs.
+            ends = (each.process_shutdown(None, None) for each in self.endpoints if each.is_running)
+            await self._wait_for([*tasks, *map(create_task, ends)])
+
+    async def _wait_for(self, tasks: list[asyncio.Task[None]]) -> None:
+        await self.sim.wait(
+            lambda: all(task.done() for task in tasks), None, "the end", hurries=True
+        )
 
 
 def where(task: asyncio.Task[Any]) -> str:
@@ -8706,20 +8735,33 @@ def scope_of(
 _TRANSCRIPT = 200  # lines of a transcript that are kept
 _TITLE = "Transcript (seconds, client, → to the server, ← from it, ✕ the end):"
 _MOST_BUGS = 20  # that are kept, each with its stack frames
-_simulations: set[Simulation] = set()
+_simulations: set[Simulation] = set()  # those in use, in any thread
+_using = threading.Lock()
 
 
-@attrs.define(eq=False)
-class Expected:
-    """The bugs that a test expects: of any of *classes*."""
+class Expected(contextlib.AbstractContextManager[list[BaseException]]):
+    """The bugs that a test expects: of any of *classes*. `Simulation.bugs` returns it."""
 
-    classes: tuple[type[BaseException], ...]
-    found: list[BaseException] = attrs.Factory(list)
-    is_over: bool = False  # The block has ended.
+    def __init__(self, classes: tuple[type[BaseException], ...]) -> None:
+        self.classes: tuple[type[BaseException], ...] = classes
+        self.found: list[BaseException] = []
+        self._is_over = False  # The block has ended.
 
-    def end(self) -> None:
-        """Note the end of the block."""
-        self.is_over = True
+    def __enter__(self) -> list[BaseException]:
+        return self.found
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
+
+    def take(self, exc: BaseException) -> bool:
+        """Note *exc* if it is expected. After the block, one is if none came before."""
+        is_one = any(
+            all(isinstance(each, self.classes) for each in errors)
+            for errors in ([exc], _errors_in(exc))
+        )
+        is_taken = is_one and not (self._is_over and self.found)
+        self.found.extend([exc] if is_taken else [])
+        return is_taken
 
 
 class Moved:
@@ -8740,6 +8782,7 @@ class Simulation(Process):
         self._factory = _factory_of(app)
         super().__init__(self, self._factory or (lambda: app))
         self._processes: list[Process] = []
+        self._owners: dict[int, Process] = {}  # of applications and hubs, by their identity
         self._broker: Any = None
         self.clients: list[Client] = []  # of all processes
         self._numbers = itertools.count(1)
@@ -8766,43 +8809,51 @@ class Simulation(Process):
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        exc = cast("BaseException | None", exc_info[1])
+        failure = first = cast("BaseException | None", exc_info[1])
         transcript = self.transcript()  # without the lines of the end
-        error = await self._end()
-        unmet = [each for each in self._expected if not each.found]
-        if exc is not None:
-            self._explain(exc, transcript)
-        elif self._bugs:
-            bugs = [bug for _, bug in self._bugs]
-            text = "; ".join(f"{what} has failed: {bug!r}" for what, bug in self._bugs)
-            cause = bugs[0] if len(bugs) == 1 else BaseExceptionGroup("bugs", bugs)
-            raise self.failure(text) from cause
-        elif error is not None:
-            raise error
-        elif unmet:
-            names = " or ".join(cls.__name__ for cls in unmet[0].classes)
-            raise self.failure(f"no {names} has come, which sim.bugs expects")
+        try:
+            await self._end()
+        except Exception as exc:
+            failure = failure or exc
+        if failure is not None:
+            self._explain(failure, transcript)
+        else:
+            failure = self._verdict()
+        if failure is not None and failure is not first:
+            raise failure
 
-    async def _end(self) -> BaseException | None:
-        """Stop all processes, and let go of everything; return what has gone wrong with it."""
-        error = None
-        for process in reversed(self._processes):
-            try:
-                await process.stop()
-            except Exception as exc:  # The next one is stopped all the same.
-                error = error or exc
-        _use_clock(self, False)
-        bug_hooks.remove(self.note_bug)
-        return error
+    async def _end(self) -> None:
+        """Stop all processes, whatever goes wrong with one of them, and let go of everything."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(bug_hooks.remove, self.note_bug)
+            stack.callback(_use_clock, self, False)
+            for process in self._processes:
+                stack.push_async_callback(process.stop)
 
-    def _explain(self, exc: BaseException, transcript: str) -> None:
-        """Add to *exc*, with which the test fails, what it does not say."""
-        if isinstance(exc, AssertionError) and _TITLE not in str(exc):
-            exc.add_note(transcript)
+    def _verdict(self) -> AssertionError | None:
+        """Return the error of a test that has found no fault by itself, if there is a bug."""
+        bugs = [bug for _, bug in self._bugs]
+        if bugs:
+            failure = self.failure(
+                "; ".join(f"{what} has failed: {bug!r}" for what, bug in self._bugs)
+            )
+            failure.__cause__ = bugs[0] if len(bugs) == 1 else BaseExceptionGroup("bugs", bugs)
+            return failure
+        for each in self._expected:
+            if not each.found:
+                names = " or ".join(cls.__name__ for cls in each.classes)
+                return self.failure(f"no {names} has come, which sim.bugs expects")
+        return None
+
+    def _explain(self, failure: BaseException, transcript: str) -> None:
+        """Add to *failure*, with which the test fails, what it does not say."""
+        for exc in _errors_in(failure):
+            if isinstance(exc, AssertionError) and _TITLE not in str(exc):
+                exc.add_note(transcript)
         for what, bug in self._bugs:
-            if bug is not exc.__cause__:
+            if bug is not failure.__cause__:
                 text = "".join(traceback.format_exception(bug))
-                exc.add_note(f"{what} has failed meanwhile:\n{text}")
+                failure.add_note(f"{what} has failed meanwhile:\n{text}")
 
     def __enter__(self) -> Any:
         self._thread = LoopThread()
@@ -8852,6 +8903,7 @@ class Simulation(Process):
         The clocks of the event loop and of the application are not moved. ``await`` settles, too.
         All simulations at a time have one clock. Raises `ValueError` for *seconds* below 0.
         """
+        self._check_in_use()
         _clock().advance(seconds)
         return Moved(self)
 
@@ -8861,21 +8913,17 @@ class Simulation(Process):
         contents = [bytes(each) if type(each) is Binary else each.decode() for each in frames]
         return [read_frame(content, group)[0] for content in contents]
 
-    @contextlib.contextmanager
-    def bugs(self, *classes: type[BaseException]) -> Generator[list[BaseException]]:
+    def bugs(self, *classes: type[BaseException]) -> Expected:
         """Expect a bug of one of *classes* in the application: ``with sim.bugs(KeyError):``.
 
         Other bugs fail the test at the end of the simulation, and so does the lack of this one.
         It may come in the block, or later. Gives the list of those that have come.
         """
+        if not all(isinstance(cls, type) and issubclass(cls, BaseException) for cls in classes):
+            raise PachinkoError(f"write with sim.bugs(KeyError), classes of errors; got {classes}")
         expected = Expected(classes or (Exception,))
         self._expected.append(expected)
-        try:
-            yield expected.found
-        finally:
-            expected.end()
-            if expected.found:
-                self._expected.remove(expected)
+        return expected
 
     def transcript(self) -> str:
         """Return what has crossed the lines, with the seconds since the start."""
@@ -8891,8 +8939,7 @@ class Simulation(Process):
         owner: object = None, hurries: bool = False,
     ) -> bool:  # fmt: skip
         """Return True once *is_over*, or False if nothing can make it so."""
-        if asyncio.get_running_loop() is not self._loop:
-            raise PachinkoError("a simulation is used in the event loop that it was entered in")
+        self._check_in_use()
         check_timeout(timeout)
         seconds = self.timeout if timeout is None else timeout
         try:
@@ -8900,6 +8947,13 @@ class Simulation(Process):
         except TimeoutError as exc:
             late = str(exc)
         raise self.failure(f"{what} has not come within {seconds:g} s: {late}")
+
+    def _check_in_use(self) -> None:
+        if self not in _simulations or asyncio.get_running_loop() is not self._loop:
+            raise PachinkoError(
+                "a simulation is used inside of its block, async with simulate(app) as sim, and in "
+                "the event loop that it was entered in"
+            )
 
     def failure(self, text: str) -> AssertionError:
         """Return the error of a test that cannot go on."""
@@ -8919,16 +8973,30 @@ class Simulation(Process):
 
     def note_bug(self, what: str, exc: BaseException) -> None:
         """Note a bug of the application, if it is this one's, unless the test expects it."""
-        if _simulation.get() not in (None, self, *self._processes):
-            return
-        for expected in self._expected:
-            if all(isinstance(each, expected.classes) for each in _errors_in(exc)):
-                expected.found.append(exc)
-                if expected.is_over:
-                    self._expected.remove(expected)
+        if self._is_own() and not any(exc is bug for bug in self._noted()):
+            if any(expected.take(exc) for expected in self._expected):
                 return
-        if all(exc is not bug for _, bug in self._bugs) and len(self._bugs) < _MOST_BUGS:
-            self._bugs.append((what, exc))
+            if len(self._bugs) < _MOST_BUGS:
+                self._bugs.append((what, exc))
+
+    def _noted(self) -> Iterator[BaseException]:
+        """Yield the bugs that have come: one may be told of by several parts of the library."""
+        yield from (bug for _, bug in self._bugs)
+        yield from itertools.chain.from_iterable(each.found for each in self._expected)
+
+    def _is_own(self) -> bool:
+        """Tell whether the code in progress is that of the application, or of no simulation."""
+        if asyncio.get_running_loop() is not self._loop:
+            return False
+        owner, task = _simulation.get(), asyncio.current_task()
+        if owner is None:  # Workers have an empty context.
+            owner = next((sim for sim in (*_simulations,) if sim.has_worker(task)), self)
+        return owner in (self, *(each.life for each in self._processes))
+
+    def has_worker(self, task: object) -> bool:
+        """Tell whether *task* is a worker of the application."""
+        endpoints = (each for process in self._processes for each in process.endpoints)
+        return any(each.has_worker(task) for each in endpoints)
 
     def latest_bug(self) -> BaseException | None:
         """Return the latest bug that nobody expects."""
@@ -8938,15 +9006,18 @@ class Simulation(Process):
         """Return the name of a new client in transcripts."""
         return f"#{next(self._numbers)}"
 
-    def add(self, process: Process) -> None:
-        """Note *process*. Raises `PachinkoError` if it has the hub of another one."""
-        others = [hub for each in self._processes for hub in each.hubs]
-        if any(hub in others for hub in process.hubs):
-            raise PachinkoError(
-                "two processes never share a hub, so that the function that makes the application "
-                'makes a hub, too: Pachinko(app, "/ws", hub=Hub())'
-            )
+    def add(self, process: Process, app: object) -> None:
+        """Note *process*, which serves *app*."""
+        self.claim(process, app)
         self._processes.append(process)
+
+    def claim(self, process: Process, part: object) -> None:
+        """Raise `PachinkoError` if *part*, an application or a hub, is another process's."""
+        if self._owners.setdefault(id(part), process) is not process:
+            raise PachinkoError(
+                "two processes never share an application or a hub, so that the function that "
+                'makes the application makes a hub, too: Pachinko(app, "/ws", hub=Hub())'
+            )
 
     def new_link(self, state: HubState, number: int) -> Any:
         """Return the connection to the broker for the hub *number* of a process, or None.
@@ -8966,31 +9037,33 @@ class Simulation(Process):
 
 def _factory_of(app: Any) -> Callable[[], App] | None:
     """Return *app* if it makes an application, or None if it is one."""
-    if isinstance(app, falcon.asgi.App):
+    if not inspect.iscoroutinefunction(app) and _takes(app):
+        return cast(Callable[[], App], app)
+    if _takes(app, "scope", "receive", "send"):
         return None
+    raise PachinkoError(
+        "write simulate(app), an ASGI application, or simulate(make_app), a function that returns "
+        f"one and is not async; got {app!r}"
+    )
+
+
+def _takes(function: Any, *args: str) -> bool:
     try:
-        if not callable(app):
-            raise TypeError
-        inspect.signature(app).bind()
-    except TypeError:
-        with contextlib.suppress(TypeError):
-            inspect.signature(app).bind(None, None, None)
-            return None
-        raise PachinkoError(
-            "write simulate(app), an ASGI application, or simulate(make_app), a function that "
-            f"returns one; got {app!r}"
-        ) from None
-    return cast(Callable[[], App], app)
+        inspect.signature(function).bind(*args)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _use_clock(sim: Simulation, is_used: bool) -> None:
     """Let the library go by a clock that can be moved, while there is a simulation."""
     global clock  # noqa: PLW0603 - a program has one
-    if is_used and not _simulations:
-        clock = MovableClock()
-    (_simulations.add if is_used else _simulations.discard)(sim)
-    if not _simulations:
-        clock = Clock()
+    with _using:
+        if is_used and not _simulations:
+            clock = MovableClock()
+        (_simulations.add if is_used else _simulations.discard)(sim)
+        if not _simulations:
+            clock = Clock()
 
 
 class LoopThread:
@@ -9012,13 +9085,16 @@ class LoopThread:
         """Call *function* in the loop, and return what it returns, once that has been awaited."""
 
         async def work() -> Any:
-            result = function(*args, **kwargs)
+            given = {name: _target_of(value) for name, value in kwargs.items()}
+            result = function(*map(_target_of, args), **given)
             return await result if inspect.isawaitable(result) else result
 
         return self.blocking(asyncio.run_coroutine_threadsafe(work(), self._loop).result())
 
     def blocking(self, value: Any) -> Any:
         """Return *value*, or what calls its methods in the loop and waits for them."""
+        if isinstance(value, (list, frozenset)):
+            return type(value)(map(self.blocking, value))
         is_ours = isinstance(value, (Process, Client, Items, Listener, Hub, Connection))
         is_broker = type(value).__module__ == "pachinko_cluster"
         return Blocking(value, self) if is_ours or is_broker else value
@@ -9040,6 +9116,12 @@ class Blocking:
 
     def __repr__(self) -> str:
         return repr(self._target)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._target == _target_of(other))
+
+    def __hash__(self) -> int:
+        return hash(self._target)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._target, name)
@@ -9064,6 +9146,10 @@ class Blocking:
             return self._thread.call(self._target.__anext__)
         except StopAsyncIteration:
             raise StopIteration from None
+
+
+def _target_of(value: Any) -> Any:
+    return object.__getattribute__(value, "_target") if isinstance(value, Blocking) else value
 
 
 def simulate(app: Any, *, timeout: float = 5.0) -> Simulation:

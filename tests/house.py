@@ -98,7 +98,6 @@ STORED = {
     "__cause__": "an exception that is kept must not keep its stack frames",
     "__context__": "an exception that is kept must not keep its stack frames",
     "__traceback__": "an exception that is kept must not keep its stack frames",
-    "relay": "of a hub's state: a simulation takes notes in front of it",
     "type": "of an attrs field: attrs lets a class's transformer resolve it so",
     "user": "of a connection: a property, as an application sets it",
     "expires_at": "of a connection: a property, as an application sets it",
