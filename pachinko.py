@@ -7833,6 +7833,7 @@ class Watcher:
             else:
                 busy = {id(owner) for owner, _ in outside}
                 self._end_if(lambda wait: id(wait.owner) not in busy, False)
+                self._quiet = 0  # What comes from the outside takes some turns of a blind loop.
         if late := [wait for wait in self._open if wait.until <= loop.time()]:
             running = [Parked(each).place for each in _running(loop)] or ["something"]
             going_on = outside or [
