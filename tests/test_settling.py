@@ -537,7 +537,7 @@ async def test_workers_do_not_count_unless_a_handler_waits_for_them() -> None:
 
     @ws.on("go")
     async def go(conn: Any, *, task: str) -> None:
-        await tasks[task]
+        await asyncio.wait([tasks[task]])
 
     async with simulate(app) as sim:
         ada = await sim.connect("/ws")
