@@ -363,7 +363,11 @@ async def test_what_comes_from_the_outside_is_waited_for(
         assert time.monotonic() - begun < SHORT
 
 
-@pytest.mark.parametrize("work", [*TIMERS, subprocess, socket])
+# A timer that nobody waits for may be one that a library keeps. It counts where it comes in time.
+NAMED = [each for each in [*TIMERS, subprocess, socket] if each is not call_later]
+
+
+@pytest.mark.parametrize("work", NAMED)
 async def test_what_does_not_come_from_the_outside_is_named(
     work: Callable[[float], Coroutine[Any, Any, None]],
 ) -> None:
@@ -727,3 +731,25 @@ async def test_a_cancelled_wait_is_watched_no_more() -> None:
         await asyncio.wait(waits)
         assert waits[0].cancelled()
         assert [type(each.exception()) for each in waits[1:]] == [AssertionError] * 2
+
+
+async def test_a_timer_that_comes_again_is_named_with_the_handlers_that_may_wait_for_it() -> None:
+    """Nothing says who does."""
+    app, ws = app_of()
+    timers: list[asyncio.TimerHandle] = []
+
+    @ws.on("go")
+    async def go(conn: Any) -> None:
+        beat()
+        await asyncio.Event().wait()
+
+    def beat() -> None:
+        timers[:] = [asyncio.get_running_loop().call_later(0.01, beat)]
+
+    async with simulate(app) as sim:
+        ada = await sim.connect("/ws")
+        await ada.send("go")
+        with pytest.raises(AssertionError, match=r"a timer will call .*beat.*; .*go \(.*\) waits"):
+            await sim.settle(timeout=SHORT)
+        timers[0].cancel()
+        await sim.settle()
