@@ -8006,15 +8006,12 @@ def outside_of(
             owner = next(filter(None, (tasks[each].owner for each in chain)), None)
             places = " → ".join(tasks[each].place for each in chain)
             found.append((owner, f"{places} waits for {what}"))
-    # Nothing says for whom the other timers are.
     rest = (timer for key, timer in timers.items() if key not in used)
     others = [timer for timer in rest if timer.when() <= until]
-    callers = {timer._context.get(_simulation): timer._callback for timer in others}
-    found += [(owner, f"a timer will call {callback!r}") for owner, callback in callers.items()]
     found += [
-        (each.owner, f"{each.place} waits") for each in tasks.values()
-        if each.owner in callers and any(map(_is_own, each.frames))
-    ]  # fmt: skip
+        (timer._context.get(_simulation), f"a timer will call {timer._callback!r}")
+        for timer in others
+    ]
     return [each for each in found if each[0] is not None]
 
 
@@ -8058,6 +8055,14 @@ def frames_of(waiting: Any) -> Iterator[types.FrameType]:
             waiting = frame.f_locals["steps"]
 
 
+def handled_by_falcon() -> BaseException | None:
+    """Return the error that Falcon's `App._handle_exception` handles while it closes a socket."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "_handle_exception":
+        frame = frame.f_back
+    return None if frame is None else cast("BaseException | None", frame.f_locals.get("ex"))
+
+
 def place_in(frames: Sequence[types.FrameType]) -> str:
     """Return where code of the application waits, from its outermost function to the inner ones."""
     own = [*filter(_is_own, frames)] or frames[:1]
@@ -8099,6 +8104,7 @@ class Refused(Exception):
 
 App = Callable[[Any, Any, Any], Coroutine[Any, Any, None]]  # ASGI's
 Answer = tuple[Envelope, bool]  # with whether more will come
+Answers = collections.deque[Answer]
 
 
 class Client:
@@ -8122,8 +8128,7 @@ class Client:
         self._process = process
         process.sim.clients.append(self)
         self._inbox = collections.deque[Envelope]()
-        # By id. Nobody wants the answers where it has None.
-        self._calls: dict[object, collections.deque[Answer] | None] = {}
+        self._calls: dict[object, Answers | None] = {}  # by id; None if nobody wants the answers
         self._answerers: dict[str, Callable[[Any], Any]] = {}
         self._answering = set[asyncio.Task[None]]()
         self._ids = map("request-{}".format, itertools.count(1))  # A test may send its own ids.
@@ -8272,10 +8277,7 @@ class Client:
         return type, id
 
     async def next_answer(self, type: str, id: str, timeout: float | None) -> Answer:
-        """Return the next answer to the message *id* of *type*, and whether more will come.
-
-        Raises `StopAsyncIteration` after the last one, or if the test has left them.
-        """
+        """Return the next answer to the message *id*. Raises `StopAsyncIteration` after the last."""
         if (answers := self._calls.get(id)) is None:
             raise StopAsyncIteration
         while not answers:
@@ -8455,7 +8457,7 @@ class Client:
 
     def _take_close(self, code: int, reason: str) -> None:
         """Take the close frame, or the refusal of the handshake, which servers make HTTP 403."""
-        bug = sys.exc_info()[1]  # Falcon closes while it handles an error.
+        bug = handled_by_falcon()
         if code == _BUG and bug is not None:
             self._process.sim.note_bug(f"the handshake of {self.name}", bug)
         if not self.is_accepted:

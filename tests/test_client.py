@@ -13,13 +13,7 @@ import pytest
 from support import PATIENCE
 
 from pachinko import (
-    Close,
-    Envelope,
-    Hub,
-    MessageError,
-    Pachinko,
-    message,
-    simulate,
+    Close, Envelope, Hub, MessageError, Pachinko, PachinkoError, Refused, message, simulate,
 )  # fmt: skip
 
 SHORT = 0.1  # seconds that a test waits for what does not come
@@ -735,10 +729,102 @@ async def test_the_conn_is_the_servers_side(room: Room) -> None:
         assert "all" in ada.conn.groups
         assert repr(ada) == f"<Client {ada.name} /ws>"
 
-    class Responder:
-        async def on_websocket(self, req: Any, ws: Any) -> None:
-            await ws.accept(subprotocol="b", headers={"X-Seen": "yes"})
-            await ws.send_text("\ud800" if req.get_param("half") else "no JSON")
-            await ws.receive_text()
 
-    room.app.add_route("/plain", Responder())
+class Responder:
+    """Falcon's own way, for an application that is not a Pachinko's."""
+
+    async def on_websocket(self, req: Any, ws: Any) -> None:
+        if (status := req.get_param("refuse")) is not None:
+            raise falcon.HTTPError(status, title="Full", description=req.get_param("why"))
+        if req.get_param("close") is not None:
+            return
+        await ws.accept(subprotocol="b", headers={"X-Seen": "yes"})
+        if req.get_param("bug") is not None:
+            raise KeyError("lost")
+        for text in ("no JSON", "\ud800", "[1]"):
+            await ws.send_text(text)
+        await ws.send_data(b"\x00")
+        await ws.receive_text()
+
+
+async def test_a_falcon_responder_has_a_client_too() -> None:
+    """What it sends are envelopes without a type, and it has no `conn`."""
+    app = falcon.asgi.App()
+    app.add_route("/plain", Responder())
+    async with simulate(app) as sim:
+        ada = await sim.connect("/plain", subprotocols=["a", "b"])
+        assert (ada.subprotocol, ada.headers["x-seen"]) == ("b", "yes")
+        await sim.settle()
+        assert [each.payload for each in ada.received] == ["no JSON", "\ud800", "[1]", b"\x00"]
+        with pytest.raises(PachinkoError, match="no Pachinko serves /plain"):
+            _ = ada.conn
+        await ada.send_text("enough")
+        assert (await ada.closed())[0] == 1000
+
+
+async def test_a_bug_of_a_responder_closes_and_fails_the_test() -> None:
+    """The bug is the cause."""
+    app = falcon.asgi.App()
+    app.add_route("/plain", Responder())
+    async with simulate(app) as sim:
+        with sim.bugs(KeyError):
+            ada = await sim.connect("/plain?bug")
+            assert (await ada.closed())[0] == 1011
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"), [("refuse=418&why=tea", "tea"), ("refuse=503", "Full")]
+)
+async def test_a_refusal_has_a_status_and_a_reason(query: str, reason: str, room: Room) -> None:
+    """They are those of `falcon.HTTPError`."""
+
+    @room.ws.connect
+    async def refuse(conn: Any) -> None:
+        get = conn.req.get_param
+        raise falcon.HTTPError(get("refuse"), title="Full", description=get("why"))
+
+    async with entered(room) as sim:
+        with pytest.raises(Refused) as refused:
+            await sim.connect("/ws?" + query)
+        assert refused.value.status == int(query[7:10])
+        assert refused.value.reason == reason
+
+
+def raw(*events: dict[str, Any]) -> Any:
+    """Return an ASGI application that answers a handshake with *events*."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            for event in events:
+                await send({**event, "type": f"websocket.{event['type']}"})
+            await receive()
+
+    return app
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"plain", b"[1]", b"5", b"null", b'{"title":null}', b'{"title":5}', b"\xff"]
+)
+async def test_a_refusal_may_have_any_body(body: bytes) -> None:
+    """It is the reason, if it is no JSON of `falcon.HTTPError`."""
+    app = raw(
+        {"type": "http.response.start", "status": 404, "headers": [(b"X-A", b"1")]},
+        {"type": "http.response.body", "body": body},
+    )
+    async with simulate(app) as sim:
+        with pytest.raises(Refused) as refused:
+            await sim.connect("/")
+        assert (refused.value.status, refused.value.headers) == (404, {"x-a": "1"})
+        expected = "5" if b'title":5' in body else body.decode(errors="replace")
+        assert refused.value.reason == expected
+
+
+@pytest.mark.parametrize("accept", [{"type": "accept"}, {"type": "accept", "subprotocol": None}])
+async def test_an_application_that_returns_has_lost_its_client(accept: dict[str, Any]) -> None:
+    """It has not closed, and its client gets 1006."""
+    async with simulate(raw(accept, {"type": "send", "text": "bye", "bytes": None})) as sim:
+        ada = await sim.connect("/")
+        await ada.send_text("bye")
+        assert await ada.closed() == (1006, "")
+        assert (await ada.receive()).payload == "bye"

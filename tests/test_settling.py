@@ -731,25 +731,3 @@ async def test_a_cancelled_wait_is_watched_no_more() -> None:
         await asyncio.wait(waits)
         assert waits[0].cancelled()
         assert [type(each.exception()) for each in waits[1:]] == [AssertionError] * 2
-
-
-async def test_a_timer_that_comes_again_is_named_with_the_handlers_that_may_wait_for_it() -> None:
-    """Nothing says who does."""
-    app, ws = app_of()
-    timers: list[asyncio.TimerHandle] = []
-
-    @ws.on("go")
-    async def go(conn: Any) -> None:
-        beat()
-        await asyncio.Event().wait()
-
-    def beat() -> None:
-        timers[:] = [asyncio.get_running_loop().call_later(0.01, beat)]
-
-    async with simulate(app) as sim:
-        ada = await sim.connect("/ws")
-        await ada.send("go")
-        with pytest.raises(AssertionError, match=r"a timer will call .*beat.*; .*go \(.*\) waits"):
-            await sim.settle(timeout=SHORT)
-        timers[0].cancel()
-        await sim.settle()
