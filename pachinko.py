@@ -93,7 +93,7 @@ Map: each section, what it is for, and those above it that it uses.
         admission, running)
     settling — what an event loop can still do by itself (uses: clock, outgoing)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
-        asking, listening, outcomes)
+        clock, asking, listening, outcomes, settling)
     process — a process of a simulated application (uses: errors, scope, handshake, hub, running,
         settling, client)
     simulate — the test client (uses: errors, envelope and message, clock, connection, registry and
@@ -110,6 +110,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
+import difflib
 import enum
 import functools
 import gc
@@ -139,6 +140,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Container,
     Coroutine,
     Generator,
     Iterable,
@@ -7743,10 +7745,8 @@ _simulation: contextvars.ContextVar[object] = contextvars.ContextVar("simulation
 _LOOKS = 2  # in a row that find nothing to run: the loop polls sockets and timers between the two
 _BLIND_LOOKS = 10  # on a loop that does not say what it will run, such as uvloop's
 _PAUSE = 0.001  # seconds between two looks while an application waits for the outside
-# Code in which a task waits for what other code of the loop will do.
-_INSIDE = (
-    "asyncio.locks", "asyncio.queues", "asyncio.tasks", "asyncio.taskgroups", "falcon", __name__,
-)  # fmt: skip
+# Code of asyncio in which a task waits for what other code of the loop will do.
+_INSIDE = frozenset({"asyncio.locks", "asyncio.queues", "asyncio.tasks", "asyncio.taskgroups"})
 _LIBRARIES = frozenset({"asyncio", "contextlib", "falcon", "pachinko", "pachinko_cluster"})
 
 
@@ -7773,6 +7773,7 @@ class Watcher:
         self._waits: list[Wait] = []
         self._quiet = 0  # looks in a row that have found nothing to run
         self._next: asyncio.Handle | None = None
+        self._threads = weakref.WeakSet(threading.enumerate())  # that are none of an application
 
     async def wait(
         self, is_over: Callable[[], object], owner: object, seconds: float, hurries: bool = False
@@ -7802,21 +7803,24 @@ class Watcher:
         """End the waits that are over, and all of them at rest."""
         self._next = None
         self._end_if(lambda wait: wait.is_over(), True)
-        self._quiet = self._quiet + 1 if _is_quiet(loop) else 0
-        is_resting = self._quiet >= (_LOOKS if hasattr(loop, "_ready") else _BLIND_LOOKS)
-        outside = outside_of(loop) if is_resting and self._open else []
+        ready: Any = getattr(loop, "_ready", None)
+        self._quiet = 0 if (_running(loop) if ready is None else ready) else self._quiet + 1
+        is_resting = self._quiet >= (_BLIND_LOOKS if ready is None else _LOOKS)
+        outside = outside_of(loop, self._threads) if is_resting and self._open else []
         if is_resting:
-            if (
-                any(wait.hurries for wait in self._open)
-                and (due := _clock().next_due()) is not None
-            ):
+            due = _clock().next_due() if any(wait.hurries for wait in self._open) else None
+            if due is not None:
                 _clock().advance(due)
                 self._quiet = 0
             else:
                 busy = {id(owner) for owner, _ in outside}
                 self._end_if(lambda wait: id(wait.owner) not in busy, False)
         if late := [wait for wait in self._open if wait.until <= loop.time()]:
-            going_on = outside or [*outside_of(loop), (None, "something runs all the time")]
+            running = [Parked(each).place for each in _running(loop)] or ["something"]
+            going_on = outside or [
+                *outside_of(loop, self._threads),
+                *((None, f"{each} runs all the time") for each in running),
+            ]
             for wait in late:
                 texts = [text for owner, text in going_on if owner in (wait.owner, None)]
                 wait.ended.set_exception(TimeoutError("; ".join(texts)))
@@ -7843,57 +7847,126 @@ def watcher() -> Watcher:
     return _watchers.setdefault(asyncio.get_running_loop(), Watcher())
 
 
-def _is_quiet(loop: asyncio.AbstractEventLoop) -> bool:
-    """Tell whether nothing in *loop* is about to run, as far as it can be known."""
-    ready: Any = getattr(loop, "_ready", None)
-    if ready is not None:
-        return not ready
-    waits = [getattr(task, "_fut_waiter", None) for task in asyncio.all_tasks(loop)]
-    return all(future is not None and not future.done() for future in waits)
+def _running(loop: asyncio.AbstractEventLoop) -> list[asyncio.Task[Any]]:
+    """Return the tasks that are about to run."""
+    waits = {task: getattr(task, "_fut_waiter", None) for task in asyncio.all_tasks(loop)}
+    return [task for task, future in waits.items() if future is None or future.done()]
 
 
-def outside_of(loop: asyncio.AbstractEventLoop) -> list[tuple[object, str]]:
+class Parked:
+    """A *task* that waits: whose it is, in which code, and for what."""
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self.future: Any = getattr(task, "_fut_waiter", None)
+        self.frames = [*frames_of(task.get_coro())]
+        self.leaves = _leaves_of(self.future, self.frames)  # the futures that it stands for
+        # The context of a task is that of the callback that wakes it.
+        owners = (context.get(_simulation) for _, context in _callbacks_of(self.future))
+        self.owner: object = next(filter(None, owners), None)  # the simulation
+
+    @property
+    def place(self) -> str:
+        """Where code of the application waits, from its outermost function to the inner ones."""
+        return place_in(self.frames)
+
+    def waits_for(self, is_open: bool) -> str:
+        """Return what of the outside it waits for, if no timer shows it, or ""."""
+        inner = self.frames[-1] if self.frames else None
+        if inner is not None and inner.f_code is asyncio.sleep.__code__:
+            return "a timer"  # of a loop that does not show it
+        callbacks = [each for leaf in self.leaves for each, _ in _callbacks_of(leaf)]
+        if any(getattr(each, "__name__", "") == "_call_check_cancel" for each in callbacks):
+            return "a thread"
+        module = _module_of(inner)
+        is_inside = module in _INSIDE or module.split(".")[0] in _LIBRARIES - {"asyncio"}
+        futures = [each for each in self.leaves if type(each) is asyncio.Future]
+        is_bare = any(each is not self.future or not is_inside for each in futures)
+        return "a socket or a thread, it seems" if is_open and is_bare else ""
+
+
+def _callbacks_of(future: Any) -> list[tuple[Any, contextvars.Context]]:
+    return getattr(future, "_callbacks", None) or []
+
+
+def _leaves_of(future: Any, frames: Sequence[types.FrameType]) -> list[Any]:
+    """Return *future*, or those that `gather`, `shield`, `wait` or a group wait for in its place."""
+    inner: list[Any] = []
+    for frame in frames:
+        if _module_of(frame) in ("asyncio.tasks", "asyncio.taskgroups"):
+            for value in frame.f_locals.values():
+                several: Any = getattr(value, "_tasks", getattr(value, "_todo", value))
+                inner += several if isinstance(several, set) else [several]
+    inner += getattr(future, "_children", ())
+    for callback, _ in _callbacks_of(future):
+        if getattr(callback, "__name__", "") == "_outer_done_callback":  # that of `shield`
+            inner += [cell.cell_contents for cell in callback.__closure__]
+    awaited = [each for each in inner if asyncio.isfuture(each) and not each.done()]
+    others = [each for each in awaited if each is not future]
+    return [leaf for each in others for leaf in _leaves_of(each, ())] or [future]
+
+
+def outside_of(
+    loop: asyncio.AbstractEventLoop, known: Container[threading.Thread]
+) -> list[tuple[object, str]]:
     """Return what waits for the outside: of which simulation, and a text that says where.
 
-    A task shows it by what it waits for, and by the context that it gave its callback. A future
-    that is anybody's counts if the loop has sockets and no code of asyncio made the future.
+    A task shows it by what it waits for. A future that is anybody's counts, if no code of asyncio
+    has made it, and if the loop has sockets or the application threads that are not *known*.
     """
-    timers: list[Any] = [
-        timer for timer in getattr(loop, "_scheduled", ())
-        if not timer.cancelled() and timer._context.get(_simulation) is not None
-        and not _clock().is_own(timer)
-    ]  # fmt: skip
+    timers: dict[int, Any] = {
+        id(timer): timer for timer in getattr(loop, "_scheduled", ())
+        if not timer.cancelled() and not _clock().is_own(timer)
+    }  # fmt: skip
+    ends = {id(each): key for key, timer in timers.items() for each in _ended_by(timer)}
+    tasks = {task: Parked(task) for task in asyncio.all_tasks(loop)}
+    # Where several tasks wait for one future, that of a simulation is the one that counts.
+    ordered = sorted(tasks, key=lambda task: tasks[task].owner is not None)
+    waiters = {id(leaf): task for task in ordered for leaf in tasks[task].leaves}
     selector: Any = getattr(loop, "_selector", None)
-    has_sockets = selector is not None and len(selector.get_map()) > 1  # one is the loop's own
+    # One socket is the loop's own. A loop that does not show its sockets may have some.
+    is_open = selector is None or len(selector.get_map()) > 1 or _has_threads(known)
     found: list[tuple[object, str]] = []
-    for task in asyncio.all_tasks(loop):
-        future: Any = getattr(task, "_fut_waiter", None)
-        callbacks: list[Any] = getattr(future, "_callbacks", None) or []
-        owners = [context.get(_simulation) for _, context in callbacks]
-        if not any(owners):
-            continue
-        frames = [*frames_of(task.get_coro())]
-        inner, what = frames[-1], ""
-        own = [timer for timer in timers if _is_for(timer, task, future)]
-        if own or inner.f_code is asyncio.sleep.__code__:
-            what = "a timer"
-        elif any(getattr(each, "__name__", "") == "_call_check_cancel" for each, _ in callbacks):
-            what = "a thread"
-        elif has_sockets and type(future) is asyncio.Future:
-            is_inside = inner.f_globals.get("__name__", "").startswith(_INSIDE)
-            what = "" if is_inside else "a socket, it seems"
-        if what:
-            found.append((next(filter(None, owners)), f"{place_in(frames)} waits for {what}"))
-        timers = [timer for timer in timers if timer not in own]
-    return found + [
-        (each._context.get(_simulation), f"a timer will call {each._callback!r}") for each in timers
-    ]
+    used = set[int | None]()
+    for task, parked in tasks.items():
+        keys = [ends.get(id(each)) for each in (task, parked.future, *parked.leaves)]
+        own = {key for key in keys if key in timers}
+        used |= own
+        if what := "a timer" if own else parked.waits_for(is_open):
+            chain = [task]
+            while (waiter := waiters.get(id(chain[0]), task)) not in chain:
+                chain.insert(0, waiter)
+            owner = next(filter(None, (tasks[each].owner for each in chain)), None)
+            places = " → ".join(tasks[each].place for each in chain)
+            found.append((owner, f"{places} waits for {what}"))
+    # Nothing says for whom the other timers are.
+    others = [timer for key, timer in timers.items() if key not in used]
+    callers = {timer._context.get(_simulation): timer._callback for timer in others}
+    found += [(owner, f"a timer will call {callback!r}") for owner, callback in callers.items()]
+    found += [
+        (each.owner, f"{each.place} waits") for each in tasks.values()
+        if each.owner in callers and any(map(_is_own, each.frames))
+    ]  # fmt: skip
+    return [each for each in found if each[0] is not None]
 
 
-def _is_for(timer: Any, task: object, future: object) -> bool:
-    """Tell whether *timer* ends what *task* waits for, which is *future*, or cancels it."""
-    of = getattr(timer._callback, "__self__", None)
-    return any(arg is future for arg in timer._args) or getattr(of, "_task", None) is task
+def _ended_by(timer: Any) -> Iterator[object]:
+    """Yield what *timer* may end: a future that it resolves, or a task that it cancels."""
+    yield from filter(asyncio.isfuture, timer._args or ())
+    yield getattr(getattr(timer._callback, "__self__", None), "_task", timer)
+
+
+def _has_threads(known: Container[threading.Thread]) -> bool:
+    """Tell whether a thread runs that is not *known*, and is not an idle one of an executor."""
+    frames = sys._current_frames()
+    names = [
+        frames[each.ident].f_code.co_name for each in threading.enumerate()
+        if each not in known and each.ident in frames
+    ]  # fmt: skip
+    return any(name != "_worker" for name in names)
+
+
+def _module_of(frame: types.FrameType | None) -> str:
+    return "" if frame is None else cast(str, frame.f_globals.get("__name__", ""))
 
 
 def frames_of(waiting: Any) -> Iterator[types.FrameType]:
@@ -7902,12 +7975,12 @@ def frames_of(waiting: Any) -> Iterator[types.FrameType]:
         kind = next((kind for kind in ("cr", "gi", "ag") if hasattr(waiting, f"{kind}_frame")), "")
         if not kind:  # What `__await__` or `__anext__` returns hides whose it is.
             hidden = gc.get_referents(waiting)
-            found = (
-                each for each in hidden if hasattr(each, "cr_frame") or inspect.isasyncgen(each)
-            )
+            found = (x for x in hidden if hasattr(x, "cr_frame") or inspect.isasyncgen(x))
             waiting = next(found, None)
             continue
-        frame: types.FrameType = getattr(waiting, f"{kind}_frame")
+        frame: types.FrameType | None = getattr(waiting, f"{kind}_frame")
+        if frame is None:  # A coroutine in C has none.
+            return
         yield frame
         waiting = getattr(waiting, "gi_yieldfrom" if kind == "gi" else f"{kind}_await")
         if waiting is None and frame.f_code is rest_of.__code__:  # It steps a coroutine by hand.
@@ -7916,9 +7989,14 @@ def frames_of(waiting: Any) -> Iterator[types.FrameType]:
 
 def place_in(frames: Sequence[types.FrameType]) -> str:
     """Return where code of the application waits, from its outermost function to the inner ones."""
-    own = [f for f in frames if f.f_globals.get("__name__", "").split(".")[0] not in _LIBRARIES]
+    own = [*filter(_is_own, frames)] or frames[:1]
     places = (f"{f.f_code.co_qualname} ({f.f_code.co_filename}:{f.f_lineno})" for f in own)
-    return " → ".join(places) or frames[0].f_code.co_qualname
+    return " → ".join(places) or "a task"
+
+
+def _is_own(frame: types.FrameType) -> bool:
+    """Tell whether *frame* is of the application's code."""
+    return _module_of(frame).split(".")[0] not in _LIBRARIES
 
 
 # ── client ────────────────────────────────────────────────────────────────────────────────────
@@ -7971,10 +8049,12 @@ class Client:
         self._conn: Connection | None = None
         self.is_orphaned: bool = False  # Its process was killed, and does nothing more.
         self._process = process
+        process.sim.clients.append(self)
         self._inbox = collections.deque[Envelope]()
         self._calls: dict[object, Answers | None] = {}  # by id; None if nobody wants the answers
         self._answerers: dict[str, Callable[[Any], Any]] = {}
-        self._ids = itertools.count(1)
+        self._answering = set[asyncio.Task[None]]()
+        self._ids = map("request-{}".format, itertools.count(1))  # A test may send its own ids.
         self._events = collections.deque[Event]([{"type": "websocket.connect"}])  # for the server
         self._reader: asyncio.Future[None] | None = None
         self._flows = asyncio.Event()  # The client reads.
@@ -8008,11 +8088,13 @@ class Client:
 
     async def send_text(self, text: str) -> None:
         """Send *text* in a frame, as it is."""
+        if not isinstance(text, str):
+            raise TypeError(f"send_text takes a str, got {text!r}; write send_bytes, or send")
         self._send_frame("text", text)
 
     async def send_bytes(self, data: bytes) -> None:
         """Send *data* in a binary frame."""
-        self._send_frame("bytes", bytes(data))
+        self._send_frame("bytes", bytes(memoryview(data)))
 
     def _send_message(self, type: str, payload: object, id: Id | None) -> None:
         frame = self._process.codec.encode(type, payload, id=id)
@@ -8041,18 +8123,28 @@ class Client:
             write = 'write receive(Said), a class with @message, receive("said") or receive()'
             raise TypeError(f"{write}; got {expected!r}")
         what = "a message" if name is None else repr(name)
+        check_timeout(timeout)
         while not self._inbox:
-            await self._wait(lambda: self._inbox, timeout, what)
+            await self._wait(lambda: self._inbox, timeout, what, name)
         envelope = self._inbox[0]
         if name is not None and envelope.type != name:
-            later = [shorten(each) for each in self._inbox if each.type == name][:1]
-            after = f"; {later[0]} comes behind it" if later else ""
-            raise self.failure(f"{what} was expected, but {shorten(envelope)} came{after}")
+            near = self._near(name)
+            raise self.failure(f"{what} was expected, but {shorten(envelope)} came{near}")
         taken: Any = envelope if name is None else envelope.payload
         if not (expected is None or isinstance(expected, str)):
             taken = self._structured(envelope, expected)
         self._inbox.popleft()
         return taken
+
+    def _near(self, name: str) -> str:
+        """Say where a message *name* is, or else one with a similar type."""
+        own = {each.type: f"{shorten(each)} comes later" for each in reversed(self._inbox)}
+        came = {
+            each.type: f"{client.name} has got {shorten(each)}"
+            for client in self._process.sim.clients for each in client.received
+        } | own  # fmt: skip
+        nearest = [name] if name in came else difflib.get_close_matches(name, came, 1)
+        return "".join(f"; {came[each]}" for each in nearest)
 
     def _structured(self, envelope: Envelope, returns: Any) -> Any:
         codec = self._process.codec
@@ -8081,7 +8173,7 @@ class Client:
 
         Raises `MessageError` for an answer that is an error.
         """
-        type, id = self._call(message, payload)
+        type, id = self._call(message, payload, timeout)
         try:
             answer, more = await self.next_answer(type, id, timeout)
             if more or answer.type == "complete":
@@ -8097,40 +8189,46 @@ class Client:
 
         Leaving the loop sends ``complete``. Raises `MessageError` where the stream fails.
         """
-        type, id = self._call(message, payload)
+        type, id = self._call(message, payload, timeout)
         return Items(self, type, id, timeout)
 
-    def _call(self, message: object, payload: object) -> tuple[str, int]:
+    def _call(self, message: object, payload: object, timeout: float | None) -> tuple[str, str]:
         """Send a message under a new id; return its type and the id."""
+        check_timeout(timeout)
         type, payload = split_message(message, payload)
         id = next(self._ids)
         self._send_message(type, payload, id)
         self._calls[id] = collections.deque()
         return type, id
 
+    def is_calling(self, id: str) -> bool:
+        """Tell whether an answer to the message *id* may come, or has come and was not taken."""
+        return self._calls.get(id) is not None
+
     async def next_answer(
-        self, type: str, id: int, timeout: float | None
+        self, type: str, id: str, timeout: float | None
     ) -> tuple[Envelope, bool]:  # fmt: skip
         """Return the next answer to the message *id* of *type*, and whether more will come."""
         answers = cast(Answers, self._calls[id])
-        if not answers:
+        while not answers:
             await self._wait(lambda: answers, timeout, f"an answer to {type!r}")
         answer, more = answers.popleft()
         if not more:
             del self._calls[id]
         if answer.type == "error":
-            said = dict(answer.payload)
-            error = MessageError(said.pop("code"), said.pop("message"), **said)
+            said = {**answer.payload} if isinstance(answer.payload, dict) else {}
+            error = MessageError(said.pop("code", ""), said.pop("message", ""))
+            error.details.update(said)
             is_bug = error.code == internal_error().code
             raise error from (self._process.sim.latest_bug() if is_bug else None)
         return answer, more
 
-    def leave(self, id: int, send: str = "") -> None:
-        """Ignore what is still to come in answer to the message *id*, and *send* so."""
-        if self._calls.get(id) is not None:
+    def leave(self, id: str) -> None:
+        """Ignore what is still to come in answer to the message *id*, and say so."""
+        if self.is_calling(id):
             self._calls[id] = None
-            if send and self.end is None:
-                self._send_message(send, None, id)
+            if self.end is None:
+                self._send_message("complete", None, id)
 
     def answer(self, type: str, function: Callable[[Any], Any]) -> None:
         """Answer each question of *type* (`Connection.ask`) with what *function* returns.
@@ -8142,18 +8240,19 @@ class Client:
         self._answerers[check_type(type)] = function
 
     async def _answer(self, question: Envelope) -> None:
+        _simulation.set(self._process.sim)  # `settle` waits for it.
         type, payload = f"{question.type}.reply", None
         try:
-            payload = self._answerers[question.type](question.payload)
-            if inspect.isawaitable(payload):
-                payload = await payload
-        except MessageError as exc:
-            type, payload = "error", {"code": exc.code, "message": exc.message, **exc.details}
+            try:
+                payload = self._answerers[question.type](question.payload)
+                if inspect.isawaitable(payload):
+                    payload = await payload
+            except MessageError as exc:
+                type, payload = "error", {**exc.details, "code": exc.code, "message": exc.message}
+            if self.end is None:
+                self._send_message(type, payload, question.id)
         except Exception as exc:  # The test has a bug.
             self._process.sim.note_bug(f"the answer to {question.type!r}", exc)
-            return
-        if self.end is None:
-            self._send_message(type, payload, question.id)
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close, and wait until the disconnect handlers have ended, or nothing more can run."""
@@ -8174,15 +8273,23 @@ class Client:
 
     async def closed(self, *, timeout: float | None = None) -> tuple[int, str]:
         """Wait for the end of the connection; return its close code and reason."""
+        check_timeout(timeout)
         if self.end is None:
             await self._wait(lambda: self.end, timeout, "the end of the connection")
         return cast("tuple[int, str]", self.end)
 
-    async def _wait(self, is_over: Callable[[], object], timeout: float | None, what: str) -> None:
+    async def _wait(
+        self,
+        is_over: Callable[[], object],
+        timeout: float | None,
+        what: str,
+        type: str | None = None,
+    ) -> None:
         """Wait until *is_over*. Raises `AssertionError` if *what* cannot come any more."""
         await self._process.sim.wait(lambda: is_over() or self.end, timeout, what)
         if not is_over():
-            raise self.failure(f"{what} was expected, and nothing more can come")
+            near = self._near(type) if type else ""
+            raise self.failure(f"{what} was expected, and nothing more can come{near}")
 
     def failure(self, text: str) -> AssertionError:
         if self.end is not None:
@@ -8200,6 +8307,8 @@ class Client:
     def _note_end(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._process.sim.note_bug(f"the application, for {self.name},", exc)
+        if self.is_accepted and self.end is None:
+            self._end(1006, "", "the application has returned and not closed")
 
     def meet(self, conn: Connection) -> None:
         """Note the server's side."""
@@ -8223,6 +8332,8 @@ class Client:
         self._process.sim.note(self.name, "✕", text)
         self._push({"type": "websocket.disconnect", "code": code, "reason": reason})
         self._flows.set()
+        for task in self._answering - {asyncio.current_task()}:
+            task.cancel()
 
     def orphan(self) -> None:
         """Lose the server, whose process was killed: it neither reads nor writes any more."""
@@ -8250,7 +8361,7 @@ class Client:
         """Take an event of the application (ASGI, WebSocket: Send)."""
         kind = event["type"]
         if kind == "websocket.send":
-            if not self._flows.is_set():
+            while not self._flows.is_set():
                 await self._flows.wait()
             if self.end is not None:
                 raise ConnectionResetError("the client has gone")  # ASGI 2.4 wants an `OSError`.
@@ -8278,7 +8389,9 @@ class Client:
             elif not more:
                 del self._calls[envelope.id]
         elif envelope.type in self._answerers and str(envelope.id).startswith("$"):
-            create_task(self._answer(envelope), is_detached=True)
+            task = create_task(self._answer(envelope), is_detached=True)
+            self._answering.add(task)
+            task.add_done_callback(self._answering.discard)
         else:
             self._inbox.append(envelope)
 
@@ -8295,9 +8408,9 @@ class Client:
 
     def _take_body(self, body: bytes) -> None:
         refusal, text = cast(Refused, self.refusal), body.decode(errors="replace")
-        with contextlib.suppress(msgspec.MsgspecError, KeyError, TypeError):
-            said = msgspec.json.decode(body)  # the JSON of `falcon.HTTPError`
-            text = said.get("description") or said["title"]
+        with contextlib.suppress(msgspec.MsgspecError):
+            said = msgspec.json.decode(body, type=dict[str, Any])  # that of `falcon.HTTPError`
+            text = str(said.get("description") or said.get("title") or text)
         self.refusal = Refused(refusal.status, None, refusal.reason + text, refusal.headers)
         if self.end is None:
             self._end(1006, "", f"refused with HTTP {refusal.status} {text}")
@@ -8306,40 +8419,48 @@ class Client:
 class Items(AsyncIterator[Any]):
     """What `Client.stream` returns: the payloads of its items, one after the other."""
 
-    def __init__(self, client: Client, type: str, id: int, timeout: float | None) -> None:
+    def __init__(self, client: Client, type: str, id: str, timeout: float | None) -> None:
         self._client, self._type, self._id, self._timeout = client, type, id, timeout
-        self._loop = asyncio.get_running_loop()
-        self._is_over = False
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return Loop(self)
 
     async def __anext__(self) -> Any:
-        if self._is_over:
+        if not self._client.is_calling(self._id):
             raise StopAsyncIteration
-        try:
-            answer, more = await self._client.next_answer(self._type, self._id, self._timeout)
-        except MessageError:
-            self._is_over = True
-            raise
+        answer, more = await self._client.next_answer(self._type, self._id, self._timeout)
         if more:
             return answer.payload
-        self._is_over = True
-        if answer.type != "complete":
-            raise self._client.failure(
-                f"{self._type!r} is no stream: use request({self._type!r}, …)"
-            )
-        raise StopAsyncIteration
+        if answer.type == "complete":
+            raise StopAsyncIteration
+        raise self._client.failure(f"{self._type!r} is no stream: use request({self._type!r}, …)")
 
     async def aclose(self) -> None:
         """Send ``complete``, unless the stream has ended."""
-        self._leave()
+        self._client.leave(self._id)
 
-    def _leave(self) -> None:
-        self._is_over = True
-        self._client.leave(self._id, "complete")
+    def drop(self) -> None:
+        """Do what `aclose` does, from any thread."""
+        is_here = threading.get_ident() == self._thread
+        call = contextvars.Context().run if is_here else self._loop.call_soon_threadsafe
+        with contextlib.suppress(RuntimeError):  # The loop has been closed.
+            call(self._client.leave, self._id)
 
-    def __del__(self) -> None:  # The interpreter calls it where a loop is left.
-        if not self._is_over:
-            with contextlib.suppress(RuntimeError):  # The loop has been closed.
-                self._loop.call_soon_threadsafe(self._client.leave, self._id, "complete")
+    __del__ = drop
+
+
+class Loop(AsyncIterator[Any]):
+    """What ``async for`` keeps of a stream. The interpreter drops it where the loop is left."""
+
+    def __init__(self, items: Items) -> None:
+        self._items = items
+
+    def __anext__(self) -> Coroutine[Any, Any, Any]:
+        return self._items.__anext__()
+
+    def __del__(self) -> None:
+        self._items.drop()
 
 
 def _texts(headers: Iterable[tuple[bytes, bytes]] | None) -> dict[str, str]:
@@ -8364,7 +8485,14 @@ def shorten(content: object) -> str:
         payload = "" if content.payload is None else " " + encode(content.payload).decode()
         content = f"{content.type!r}{payload}" if content.type else repr(content.payload)
     text = content if isinstance(content, str) else repr(content)
-    return text if len(text) <= _FRAME_SHOWN else f"{text[:_FRAME_SHOWN]}… ({len(text)} characters)"
+    short = text[:_FRAME_SHOWN].encode(errors="backslashreplace").decode()  # for half pairs
+    return short if len(text) <= _FRAME_SHOWN else f"{short}… ({len(text)} characters)"
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Raise `ValueError` unless *timeout* is None, or seconds above 0."""
+    if timeout is not None and not (is_seconds(timeout) and timeout > 0):
+        raise ValueError(f"timeout is a number of seconds above 0, got {timeout!r}")
 
 
 # ── process ───────────────────────────────────────────────────────────────────────────────────
@@ -8389,6 +8517,8 @@ class Process:
         self._events = asyncio.Queue[Event]()  # for the lifespan
         self._answers = asyncio.Queue[Event]()  # of the lifespan
         self._shared: dict[str, Any] = {}  # what the lifespan hands to connections (ASGI, Lifespan)
+        # Whose the lifespan's tasks are. They may wait for ever, as workers may.
+        self.life: object = object()
 
     @property
     def hubs(self) -> list[Hub]:
@@ -8450,13 +8580,13 @@ class Process:
             scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": self._shared}
             self._lifespan = asyncio.get_running_loop().create_task(
                 self._app(scope, self._events.get, self._answers.put),
-                context=self._context_of(self),
+                context=self._context_of(self.life),
             )
         lifespan = self._lifespan
         self._events.put_nowait({"type": f"lifespan.{what}"})
         await self.sim.wait(
             lambda: not self._answers.empty() or lifespan.done(), None, f"the {what}",
-            owner=self, hurries=what == "shutdown",
+            owner=self.life, hurries=what == "shutdown",
         )  # fmt: skip
         exc = lifespan.exception() if lifespan.done() and not lifespan.cancelled() else None
         if not self._answers.empty():
@@ -8673,6 +8803,7 @@ class Simulation(Process):
         self.processes: list[Process] = []  # itself first
         self._owners: dict[int, Process] = {}  # of applications and hubs, by their identity
         self._broker: Any = None
+        self.clients: list[Client] = []  # of all processes
         self.numbers: Iterator[int] = itertools.count(1)  # of clients, in transcripts
         self._sent: list[tuple[str, bytes]] = []  # the groups and the frames
         self._lines = collections.deque[tuple[float, str, str, object]](maxlen=_TRANSCRIPT)
@@ -8826,6 +8957,7 @@ class Simulation(Process):
     ) -> bool:  # fmt: skip
         """Return True once *is_over*, or False if nothing can make it so."""
         self._check_in_use()
+        check_timeout(timeout)
         seconds = self.timeout if timeout is None else timeout
         try:
             return await watcher().wait(is_over, owner or self, seconds, hurries)
@@ -8873,8 +9005,8 @@ class Simulation(Process):
         if owner is None:  # Workers have an empty context.
             every = (each for sim in (*_simulations,) for each in sim.processes)
             has_it = (p for p in every if any(each.has_worker(task) for each in p.endpoints))
-            owner = next(has_it, self)
-        return owner in (self, *self.processes)
+            owner = next((each.life for each in has_it), self)
+        return owner in (self, *(each.life for each in self.processes))
 
     def latest_bug(self) -> BaseException | None:
         """Return the latest bug that nobody expects."""

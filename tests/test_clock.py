@@ -241,7 +241,7 @@ def passing_by(module: types.ModuleType, is_free: Callable[[str], bool]) -> list
 
 def test_all_of_the_library_goes_by_it() -> None:
     """Only the clock itself asks the event loop, and the test client, which knows both."""
-    is_free = {"clock", "settling"}.__contains__
+    is_free = {"clock", "settling", "simulate"}.__contains__
     assert passing_by(pachinko, is_free) == []
     assert passing_by(pachinko_cluster, lambda name: name != "leases") == []
 

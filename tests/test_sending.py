@@ -31,7 +31,7 @@ from msgspec import UNSET, UnsetType
 from support import PATIENCE, Client, Server, Stalled, connect, new_app, serving, session_of, until
 
 import pachinko
-from pachinko import Connection, Hub, MessageError, Outgoing, Pachinko
+from pachinko import Connection, Envelope, Hub, MessageError, Outgoing, Pachinko, simulate
 
 BIG = "x" * 300_000  # more than the buffers on the way to a client of `served` hold
 LONG = 60.0  # seconds that no test waits for
@@ -1219,11 +1219,17 @@ SENT = [*((value, json.loads(json.dumps(value))) for value in LIKE_JSON), *OTHER
 
 
 WAYS = ["reply", "item", "push", "group", "one", "everybody", "refused", "mended"]
+Ask = Callable[[str], Awaitable[Envelope]]  # a way, to the first message that comes back
 
 
 @contextlib.asynccontextmanager
-async def sending(value: Any) -> AsyncIterator[tuple[Client, list[str]]]:
-    """A client of an endpoint with a message type for each way to send *value*, and the types."""
+async def sending(
+    value: Any, *bugs: type[BaseException]
+) -> AsyncIterator[tuple[Ask, Callable[[], Awaitable[Envelope]]]]:
+    """An endpoint with a message type for each way to send *value*: its client's ask and receive.
+
+    A handler that sends it may fail with one of *bugs*.
+    """
     ws, _ = endpoint()
     hub = ws._hub
 
@@ -1263,21 +1269,28 @@ async def sending(value: Any) -> AsyncIterator[tuple[Client, list[str]]]:
     async def mend(conn: Connection, exc: KeyError) -> Any:
         return value
 
-    async with served(ws) as server, connect(f"{server.url}/ada") as client:
-        yield client, WAYS
+    async with simulate(ws._app) as sim:
+        client = await sim.connect("/ada")
+
+        async def ask(way: str) -> Envelope:
+            with sim.bugs(*bugs) if bugs else contextlib.nullcontext():
+                await client.send(way, id=7)
+                return await client.receive()
+
+        yield ask, client.receive
 
 
 @pytest.mark.parametrize(("value", "sent"), SENT)
 async def test_what_json_can_say_goes_out_by_every_way(value: Any, sent: Any) -> None:
     """Replies, items, messages, group messages and errors go out alike, as `json.dumps` has it."""
-    async with sending(value) as (client, ways):
-        for way in ways:
-            answer = await client.ask(way, id=7)
-            payload = answer.get("payload")
+    async with sending(value) as (ask, receive):
+        for way in WAYS:
+            answer = await ask(way)
+            payload = answer.payload
             assert (payload["value"] if way == "refused" else payload) == sent, answer
             rest = {"push": 1, "group": 1, "one": 1, "everybody": 1, "item": 1}.get(way, 0)
             for _ in range(rest):
-                assert (await client.receive())["id"] == 7
+                assert (await receive()).id == 7
 
 
 class Odd:
@@ -1338,10 +1351,10 @@ async def test_what_cannot_go_out_is_named_with_its_path(
     value: Any, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whoever sends gets it as an exception. In a handler it is a bug, and the log has it."""
-    async with sending(value) as (client, ways):
-        for way in ways:
-            answer = await client.ask(way, id=7)
-            assert (answer["payload"]["code"], answer["id"]) == ("internal_error", 7)
+    async with sending(value, TypeError) as (ask, _):
+        for way in WAYS:
+            answer = await ask(way)
+            assert (answer.payload["code"], answer.id) == ("internal_error", 7)
             path = text.replace("$.payload", "$.payload.value") if way == "refused" else text
             assert f"TypeError: {path}\n" in caplog.text
             caplog.clear()
@@ -1372,9 +1385,9 @@ async def test_what_contains_itself_is_an_error(
 ) -> None:
     """A circle, or an abyss, ends in a clear error, and the connection goes on."""
     text = "TypeError: $.payload: nested too deeply, or a part of itself\n"
-    async with sending(value) as (client, ways):
-        for way in ways:
-            assert (await client.ask(way, id=7))["payload"]["code"] == "internal_error"
+    async with sending(value, TypeError) as (ask, _):
+        for way in WAYS:
+            assert (await ask(way)).payload["code"] == "internal_error"
             assert text in caplog.text
             caplog.clear()
 
@@ -1409,10 +1422,13 @@ async def test_a_declared_reply_is_looked_into_by_its_declaration(
 
     reply.__annotations__["return"] = declared
     ws.on("reply")(reply)
-    async with served(ws) as server, connect(f"{server.url}/ada") as client:
+    async with simulate(ws._app) as sim:
+        client = await sim.connect("/ada")
         for id in (1, 2):
-            answer = await client.ask("reply", id=id)
-            assert (answer["payload"]["code"], answer["id"]) == ("internal_error", id)
+            with sim.bugs(TypeError):
+                await client.send("reply", id=id)
+                answer = await client.receive()
+            assert (answer.payload["code"], answer.id) == ("internal_error", id)
     assert f"TypeError: {text}\n" in caplog.text
 
 
