@@ -8828,17 +8828,19 @@ class Simulation(Process):
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        failure = first = cast("BaseException | None", exc_info[1])
-        transcript = self.transcript()  # without the lines of the end
+        first = cast("BaseException | None", exc_info[1])
+        transcript, last = self.transcript(), None  # without the lines of the end
         try:
             await self._end()
         except Exception as exc:
-            failure = failure or exc
-        if failure is not None:
+            last = exc
+        if (failure := first or last) is not None:
             self._explain(failure, transcript)
         else:
             failure = self._verdict()
-        if failure is not None and failure is not first:
+        if first is not None and last is not None:
+            first.add_note(f"The end has failed, too: {last}".partition("\n")[0])
+        if first is None and failure is not None:
             raise failure
 
     async def _end(self) -> None:
@@ -9111,8 +9113,6 @@ class LoopThread:
 
 class Blocking:
     """Stands for an object of a simulation, in a test without an event loop."""
-
-    __slots__ = ("target", "thread")
 
     def __init__(self, target: Any, thread: LoopThread) -> None:
         object.__setattr__(self, "target", target)

@@ -756,15 +756,13 @@ async def test_a_close_refuses(where: str) -> None:
 async def test_a_bug_refuses_and_fails_the_test(where: str) -> None:
     """The bug is the cause of both errors."""
     bug = ZeroDivisionError("bug")
-    refusal = None
+    sim = simulate(refusing(where, lambda: bug))
+    await sim.__aenter__()
+    with pytest.raises(Refused) as refused:
+        await sim.connect("/ws", token="x")
     with pytest.raises(AssertionError, match="ZeroDivisionError") as caught:
-        async with simulate(refusing(where, lambda: bug)) as sim:
-            with pytest.raises(Refused) as refused:
-                await sim.connect("/ws", token="x")
-            refusal = refused.value
-    assert caught.value.__cause__ is bug
-    assert refusal is not None
-    assert refusal.__cause__ is bug
+        await sim.__aexit__(None, None, None)
+    assert caught.value.__cause__ is refused.value.__cause__ is bug
 
 
 @each_part
@@ -921,12 +919,13 @@ async def test_a_bug_of_an_application_fails_the_test() -> None:
         if scope["type"] == "websocket":
             raise bug
 
+    sim = simulate(broken)
+    await sim.__aenter__()
+    with pytest.raises(Refused) as refused:
+        await sim.connect("/ws")
     with pytest.raises(AssertionError, match="the application, for #1, has failed") as caught:
-        async with simulate(broken) as sim:
-            with pytest.raises(Refused) as refused:
-                await sim.connect("/ws")
-            assert refused.value.__cause__ is bug
-    assert caught.value.__cause__ is bug
+        await sim.__aexit__(None, None, None)
+    assert caught.value.__cause__ is refused.value.__cause__ is bug
 
 
 async def test_a_connect_that_is_cancelled_leaves() -> None:
