@@ -179,6 +179,8 @@ __all__ = [
 __version__ = "0.1.0"
 
 logger: logging.Logger = logging.getLogger("pachinko")
+# A failing test shows its own lines, and not those of its client (pytest's name for that).
+__tracebackhide__: Any = operator.methodcaller("errisinstance", AssertionError)
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -3482,7 +3484,8 @@ class MovableTimer:
         """Make the *call* in the present context, *at* a time on the loop's own clock."""
         self.at: float = at
         self.loop: asyncio.AbstractEventLoop = running_loop()
-        self._pending, self._origin = clock.pending, contextvars.copy_context()
+        self.origin: contextvars.Context = contextvars.copy_context()
+        self._pending = clock.pending
         self._call: Callable[[], object] = call
         self._handle: asyncio.Handle | None = None
         self.move(0.0)
@@ -3492,9 +3495,9 @@ class MovableTimer:
         self._unschedule()
         self.at -= seconds
         if self.at <= self.loop.time() + _ROUNDING:
-            self._handle = self.loop.call_soon(self._run, context=self._origin)
+            self._handle = self.loop.call_soon(self._run, context=self.origin)
         else:
-            self._handle = self.loop.call_at(self.at, self._run, context=self._origin)
+            self._handle = self.loop.call_at(self.at, self._run, context=self.origin)
         self._pending[id(self._handle)] = self
 
     def cancel(self) -> None:
@@ -7755,6 +7758,11 @@ def _clock() -> MovableClock:
     return cast(MovableClock, clock)
 
 
+def never() -> bool:
+    """Return False: what `Watcher.wait` waits for where a rest is meant."""
+    return False
+
+
 @attrs.define(eq=False)
 class Wait:
     """A wait of a test until *is_over*, or until nothing can make it so."""
@@ -7762,7 +7770,7 @@ class Wait:
     is_over: Callable[[], object]
     owner: object  # the simulation
     until: float  # on the loop's clock
-    hurries: bool  # The library's time limits come early.
+    hurries: Callable[[object], bool] | None  # whose time limits come early, and need no time
     ended: asyncio.Future[bool]
 
 
@@ -7774,14 +7782,17 @@ class Watcher:
         self._quiet = 0  # looks in a row that have found nothing to run
         self._next: asyncio.Handle | None = None
         self._threads = weakref.WeakSet(threading.enumerate())  # that are none of an application
+        self._left = 0.0  # seconds that the clock of the library is still to be moved
+        self._held: list[Callable[[], None]] = []  # what waits for that
 
     async def wait(
-        self, is_over: Callable[[], object], owner: object, seconds: float, hurries: bool = False
-    ) -> bool:
+        self, is_over: Callable[[], object], owner: object, seconds: float,
+        hurries: Callable[[object], bool] | None = None,
+    ) -> bool:  # fmt: skip
         """Return True once *is_over*, or False at rest. Raises `TimeoutError` with what goes on.
 
         At rest nothing can run by itself, and nothing of the application of *owner* waits for the
-        outside. With *hurries*, the library's own time limits come early instead of a rest.
+        outside. Time limits of the library whose owner *hurries* takes come early instead.
         """
         loop = asyncio.get_running_loop()
         wait = Wait(is_over, owner, loop.time() + seconds, hurries, loop.create_future())
@@ -7792,6 +7803,38 @@ class Watcher:
             return await wait.ended
         finally:
             self._waits.remove(wait)
+
+    def advance(self, seconds: float) -> None:
+        """Move the clock of the library, once at rest: from timer to timer, as time does."""
+        self._left += seconds
+        self._quiet = 0
+        self._look_later(asyncio.get_running_loop())
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call *function* now, or once the clock has been moved."""
+        if self._left:
+            self._held.append(function)
+        else:
+            function()
+
+    def _move(self) -> None:
+        due = _clock().next_due()
+        seconds = self._left if due is None else min(self._left, due)
+        self._left -= seconds
+        _clock().advance(seconds)
+        if not self._left:
+            held, self._held = self._held, []
+            for function in held:
+                function()
+
+    def _hurry(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Let the first time limit come early that a wait *hurries*; return whether there is one."""
+        tests = [wait.hurries for wait in self._open if wait.hurries is not None]
+        for timer in _clock().timers if tests else ():
+            if any(test(timer.origin.get(_simulation)) for test in tests):
+                timer.move(max(0.0, timer.at - loop.time()))
+                return True
+        return False
 
     def _look_later(self, loop: asyncio.AbstractEventLoop, seconds: float = 0.0) -> None:
         if self._next is not None:
@@ -7806,25 +7849,31 @@ class Watcher:
         ready: Any = getattr(loop, "_ready", None)
         self._quiet = 0 if (_running(loop) if ready is None else ready) else self._quiet + 1
         is_resting = self._quiet >= (_BLIND_LOOKS if ready is None else _LOOKS)
-        outside = outside_of(loop, self._threads) if is_resting and self._open else []
+        until = max((wait.until for wait in self._open), default=0.0)
+        outside = outside_of(loop, until, self._threads) if is_resting and self._open else []
         if is_resting:
-            due = _clock().next_due() if any(wait.hurries for wait in self._open) else None
-            if due is not None:
-                _clock().advance(due)
+            if self._left:
+                self._move()
+                self._quiet = 0
+            elif self._hurry(loop):
                 self._quiet = 0
             else:
                 busy = {id(owner) for owner, _ in outside}
-                self._end_if(lambda wait: id(wait.owner) not in busy, False)
+                ending = [wait for wait in self._open if id(wait.owner) not in busy]
+                # A task of the test that settles goes on before those that wait for something.
+                first = [wait for wait in ending if wait.is_over is never] or ending
+                self._end_if(first.__contains__, False)
+                self._quiet = 0
         if late := [wait for wait in self._open if wait.until <= loop.time()]:
             running = [Parked(each).place for each in _running(loop)] or ["something"]
             going_on = outside or [
-                *outside_of(loop, self._threads),
+                *outside_of(loop, until, self._threads),
                 *((None, f"{each} runs all the time") for each in running),
             ]
             for wait in late:
                 texts = [text for owner, text in going_on if owner in (wait.owner, None)]
                 wait.ended.set_exception(TimeoutError("; ".join(texts)))
-        if self._open:
+        if self._open or self._left:
             self._look_later(loop, _PAUSE if outside else 0.0)
 
     @property
@@ -7906,12 +7955,13 @@ def _leaves_of(future: Any, frames: Sequence[types.FrameType]) -> list[Any]:
 
 
 def outside_of(
-    loop: asyncio.AbstractEventLoop, known: Container[threading.Thread]
+    loop: asyncio.AbstractEventLoop, until: float, known: Container[threading.Thread]
 ) -> list[tuple[object, str]]:
     """Return what waits for the outside: of which simulation, and a text that says where.
 
     A task shows it by what it waits for. A future that is anybody's counts, if no code of asyncio
-    has made it, and if the loop has sockets or the application threads that are not *known*.
+    has made it, and if the loop has sockets or the application threads that are not *known*. A
+    timer that no task waits for counts if it is due *until* then: a library may keep some.
     """
     timers: dict[int, Any] = {
         id(timer): timer for timer in getattr(loop, "_scheduled", ())
@@ -7939,7 +7989,8 @@ def outside_of(
             places = " → ".join(tasks[each].place for each in chain)
             found.append((owner, f"{places} waits for {what}"))
     # Nothing says for whom the other timers are.
-    others = [timer for key, timer in timers.items() if key not in used]
+    rest = (timer for key, timer in timers.items() if key not in used)
+    others = [timer for timer in rest if timer.when() <= until]
     callers = {timer._context.get(_simulation): timer._callback for timer in others}
     found += [(owner, f"a timer will call {callback!r}") for owner, callback in callers.items()]
     found += [
@@ -8315,6 +8366,9 @@ class Client:
         self._conn = conn
 
     def _push(self, event: Event) -> None:
+        watcher().call(functools.partial(self._deliver, event))
+
+    def _deliver(self, event: Event) -> None:
         self._events.append(event)
         self._wake()
 
@@ -8586,7 +8640,7 @@ class Process:
         self._events.put_nowait({"type": f"lifespan.{what}"})
         await self.sim.wait(
             lambda: not self._answers.empty() or lifespan.done(), None, f"the {what}",
-            owner=self.life, hurries=what == "shutdown",
+            owner=self.life, hurries=self.sim.owns if what == "shutdown" else None,
         )  # fmt: skip
         exc = lifespan.exception() if lifespan.done() and not lifespan.cancelled() else None
         if not self._answers.empty():
@@ -8713,7 +8767,7 @@ class Process:
 
     async def _wait_for(self, tasks: list[asyncio.Task[None]]) -> bool:
         are_done = lambda: all(task.done() for task in tasks)  # noqa: E731 - it is short
-        return await self.sim.wait(are_done, None, "the end", hurries=True)
+        return await self.sim.wait(are_done, None, "the end", hurries=self.sim.owns)
 
 
 def where(task: asyncio.Task[Any]) -> str:
@@ -8828,10 +8882,10 @@ class Simulation(Process):
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        first = cast("BaseException | None", exc_info[1])
-        transcript, last = self.transcript(), None  # without the lines of the end
+        first, last = cast("BaseException | None", exc_info[1]), None
+        transcript = self.transcript()  # without the lines of the end
         try:
-            await self._end()
+            await self._end(settles=first is None)
         except Exception as exc:
             last = exc
         if (failure := first or last) is not None:
@@ -8843,13 +8897,16 @@ class Simulation(Process):
         if first is None and failure is not None:
             raise failure
 
-    async def _end(self) -> None:
+    async def _end(self, settles: bool = False) -> None:
         """Stop all processes, whatever goes wrong with one of them, and let go of everything."""
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(bug_hooks.remove, self.note_bug)
             stack.callback(_use_clock, self, False)
             for process in self.processes:
                 stack.push_async_callback(process.stop)
+            if settles:  # What was sent last is handled. Nothing of the outside is waited for.
+                with contextlib.suppress(TimeoutError):
+                    await watcher().wait(never, None, self.timeout)
 
     def _verdict(self) -> AssertionError | None:
         """Return the error of a test that has found no fault by itself, if there is a bug."""
@@ -8867,7 +8924,8 @@ class Simulation(Process):
     def _explain(self, failure: BaseException, transcript: str) -> None:
         """Add to *failure*, with which the test fails, what it does not say."""
         for exc in _errors_in(failure):
-            if isinstance(exc, AssertionError) and _TITLE not in str(exc):
+            is_ours = isinstance(exc, (AssertionError, MessageError, Refused))
+            if is_ours and _TITLE not in str(exc):
                 exc.add_note(transcript)
         for what, bug in self._bugs:
             if bug is not failure.__cause__:
@@ -8914,16 +8972,22 @@ class Simulation(Process):
         A stalled client's outbox, and workers that sleep, do not count. Raises `AssertionError`
         after *timeout* seconds, and names what waits for a timer, a thread or a socket.
         """
-        await self.wait(lambda: False, timeout, "an end of all that runs")
+        await self.wait(never, timeout, "an end of all that runs")
 
     def advance(self, seconds: float) -> Moved:
-        """Move the clock of the library, at once: rates, time limits, `expires_at`, back-offs.
+        """Move the clock of the library: rates, time limits, `expires_at`, back-offs.
 
-        The clocks of the event loop and of the application are not moved. ``await`` settles, too.
-        All simulations at a time have one clock. Raises `ValueError` for *seconds* below 0.
+        What is in progress comes to rest first; then the clock goes from timer to timer; what
+        clients send meanwhile waits for it. ``await`` settles, too. The clocks of the event loop
+        and of the application stay. All simulations at a time have one clock.
+
+        Raises `ValueError` unless *seconds* is a finite number, at least 0.
         """
         self._check_in_use()
-        _clock().advance(seconds)
+        if not is_seconds(seconds):
+            raise ValueError(f"seconds is a finite number, at least 0; got {seconds!r}")
+        self.note("", "…", f"{seconds:g} s pass on the clock of the library")
+        watcher().advance(seconds)
         return Moved(self)
 
     def published(self, group: str) -> list[Envelope]:
@@ -8955,7 +9019,7 @@ class Simulation(Process):
 
     async def wait(
         self, is_over: Callable[[], object], timeout: float | None, what: str, *,
-        owner: object = None, hurries: bool = False,
+        owner: object = None, hurries: Callable[[object], bool] | None = None,
     ) -> bool:  # fmt: skip
         """Return True once *is_over*, or False if nothing can make it so."""
         self._check_in_use()
@@ -9008,6 +9072,10 @@ class Simulation(Process):
             every = (each for sim in (*_simulations,) for each in sim.processes)
             has_it = (p for p in every if any(each.has_worker(task) for each in p.endpoints))
             owner = next((each.life for each in has_it), self)
+        return self.owns(owner)
+
+    def owns(self, owner: object) -> bool:
+        """Tell whether code of *owner* is that of the application."""
         return owner in (self, *(each.life for each in self.processes))
 
     def latest_bug(self) -> BaseException | None:

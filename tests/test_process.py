@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
@@ -139,6 +140,8 @@ def run_by_its_mount() -> App:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             await receive()
+            async with ws.running():
+                pass  # It may run more than once.
             async with ws.running():
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
@@ -525,6 +528,41 @@ async def test_the_hub_is_that_of_the_first_pachinko() -> None:
         await sim.settle()
         assert [len(each.received) for each in (one, two, three, four)] == [1, 0, 1, 0]
         assert four.conn.hub in other.hubs
+
+
+async def test_several_pachinkos_may_have_one_hub() -> None:
+    """What it sends is noted once."""
+    app = falcon.asgi.App()
+    hub = Hub()
+    room(app, "/a", hub=hub)
+    room(app, "/b", hub=hub)
+    async with simulate(app) as sim:
+        ada, bob = await sim.connect("/a"), await sim.connect("/b")
+        await ada.send("say", "hi")
+        assert await bob.receive(Said) == Said("hi")
+        assert len(sim.published("room")) == 1
+
+
+async def test_processes_without_a_broker_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``memory://`` says."""
+    monkeypatch.setenv("PACHINKO_BACKPLANE", "memory://")
+    async with simulate(falcon_app) as sim, sim.process() as other:
+        ada, bob = await sim.connect("/ws"), await other.connect("/ws")
+        await ada.send("say", "hi")
+        await sim.settle()
+        assert bob.received == []
+
+
+async def test_one_process_needs_no_companion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An app is simulated where the module is used alone; several processes are not."""
+    monkeypatch.setitem(sys.modules, "pachinko_cluster", None)
+    async with simulate(falcon_app()) as sim:
+        await sim.connect("/ws")
+        with pytest.raises(PachinkoError, match="pachinko_cluster"):
+            sim.broker.lose()
+    with pytest.raises(PachinkoError, match="pachinko_cluster"):
+        async with simulate(falcon_app):
+            pytest.fail("it has not started")
 
 
 async def test_a_responder_of_falcon_is_simulated() -> None:

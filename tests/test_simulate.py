@@ -554,9 +554,11 @@ def test_simulations_in_other_threads_have_their_own_bugs() -> None:
 
     def run(name: str) -> None:
         try:
-            with simulate(failing_worker() if name == "bad" else talking()) as sim:
+            with simulate(talking()) as sim:
+                ada = sim.connect("/ws")
                 both.wait(15)
-                sim.connect("/ws")
+                if name == "bad":
+                    ada.send("fail", "key")
                 sim.settle()
                 both.wait(15)
         except AssertionError as exc:
