@@ -8310,7 +8310,7 @@ class Client:
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close, and wait until the disconnect handlers have ended, or nothing more can run."""
         self._leave(code, reason, f"left with {code} {reason}".rstrip())
-        await self._process.sim.wait(lambda: self._process.has_left(self), None, "its end")
+        await self._process.sim.wait(self.task.done, None, "its end")
 
     def cut(self) -> None:
         """Lose the connection without a word. The server gets the close code 1006."""
@@ -8608,7 +8608,8 @@ class Process:
             app = self._make()
             if not callable(app):
                 raise PachinkoError(f"the function that makes the application returned {app!r}")
-            self.sim.add(self, app)
+            self.sim.claim(self, app)
+            self.sim.processes.append(self)
             self._app = app
             await self._tell("startup")
             self._is_up = True
@@ -8688,9 +8689,8 @@ class Process:
         self.sim.note(client.name, "→", f"GET {path}")
         client.begin(self._app, self._context_of(self.sim))
         try:
-            await self.sim.wait(
-                lambda: self._is_decided(client), timeout, f"{client.name}'s handshake"
-            )
+            is_decided = functools.partial(self._is_decided, client)
+            await self.sim.wait(is_decided, timeout, f"{client.name}'s handshake")
             self._check_in(client)
         except BaseException as exc:
             client.cut()
@@ -8719,13 +8719,8 @@ class Process:
         if client.task.done() and not client.is_accepted:
             raise Refused(500, None, "the application has not answered")
         if not client.is_accepted:
-            raise self.sim.failure(
-                f"{client.name}: nobody answers the handshake: {where(client.task)}"
-            )
-
-    def has_left(self, client: Client) -> bool:
-        """Tell whether nothing of the application runs for *client* any more."""
-        return client.task.done()
+            text = f"nobody answers the handshake: {where(client.task)}"
+            raise self.sim.failure(f"{client.name}: {text}")
 
     def kill(self) -> None:
         """End the process at once. None of its code learns of it; its clients get 1006."""
@@ -8833,8 +8828,9 @@ class Expected(contextlib.AbstractContextManager[list[BaseException]]):
 
     def take(self, exc: BaseException) -> bool:
         """Note *exc* if it is expected. After the block, one is if none came before."""
-        is_one = all(isinstance(each, self.classes) for each in _errors_in(exc))
-        is_taken = (is_one or isinstance(exc, self.classes)) and not (self._is_over and self.found)
+        is_one = isinstance(exc, self.classes)  # a class may be that of a group
+        is_one = is_one or all(isinstance(each, self.classes) for each in _errors_in(exc))
+        is_taken = is_one and not (self._is_over and self.found)
         self.found += [exc] if is_taken else []
         return is_taken
 
@@ -9083,11 +9079,6 @@ class Simulation(Process):
     def latest_bug(self) -> BaseException | None:
         """Return the latest bug that nobody expects."""
         return self._bugs[-1][1] if self._bugs else None
-
-    def add(self, process: Process, app: object) -> None:
-        """Note *process*, which serves *app*."""
-        self.claim(process, app)
-        self.processes.append(process)
 
     def claim(self, process: Process, part: object) -> None:
         """Raise `PachinkoError` if *part*, an application or a hub, is another process's."""
