@@ -19,7 +19,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import falcon.asgi
@@ -35,11 +35,11 @@ SCOPE = {
     "query_string": b"", "headers": [(b"host", b"localhost")],
 }  # fmt: skip
 
-Work = Callable[[int], Awaitable[None]]  # to be done so many times
+Work = Callable[[int], Coroutine[Any, Any, None]]  # to be done so many times
 Kind = Mapping[str, Work]  # of one client, by the name of the work
 
 
-def make_app() -> falcon.asgi.App:
+def make_app() -> Any:
     app = falcon.asgi.App()
     ws = Pachinko(app, "/ws", hub=Hub())
 
@@ -106,7 +106,7 @@ async def line(app: Any) -> Line:
 
 
 @contextlib.asynccontextmanager
-async def lifespan(app: Any) -> AsyncIterator[None]:
+async def lifespan(app: Any) -> AsyncGenerator[None, None]:
     it = Line(app, {"type": "lifespan", "asgi": {"version": "3.0"}}, "lifespan.startup")
     await it.answer
     yield
@@ -115,7 +115,7 @@ async def lifespan(app: Any) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def by_hand() -> AsyncIterator[Kind]:
+async def by_hand() -> AsyncGenerator[Kind, None]:
     app = make_app()
     async with lifespan(app):
         client = await line(app)
@@ -149,7 +149,7 @@ async def by_hand() -> AsyncIterator[Kind]:
 
 
 @contextlib.asynccontextmanager
-async def simulated() -> AsyncIterator[Kind]:
+async def simulated() -> AsyncGenerator[Kind, None]:
     async with simulate(make_app) as sim:
         client = await sim.connect("/ws")
         crowd = [await sim.connect("/ws") for _ in range(MEMBERS)]
@@ -185,7 +185,7 @@ async def simulated() -> AsyncIterator[Kind]:
 
 
 @contextlib.asynccontextmanager
-async def of_falcon() -> AsyncIterator[Kind]:
+async def of_falcon() -> AsyncGenerator[Kind, None]:
     async with (
         falcon.testing.ASGIConductor(make_app()) as conductor,
         conductor.simulate_ws("/ws") as client,
@@ -210,7 +210,7 @@ async def of_falcon() -> AsyncIterator[Kind]:
 
 
 @contextlib.asynccontextmanager
-async def of_starlette() -> AsyncIterator[Kind]:
+async def of_starlette() -> AsyncGenerator[Kind, None]:
     client_of = importlib.import_module("starlette.testclient").TestClient
     # It is not entered, since Falcon does not end its lifespan. Each connection has a loop.
     with client_of(make_app()).websocket_connect("/ws") as client:
@@ -230,7 +230,7 @@ async def of_starlette() -> AsyncIterator[Kind]:
 
 
 @contextlib.asynccontextmanager
-async def of_channels() -> AsyncIterator[Kind]:
+async def of_channels() -> AsyncGenerator[Kind, None]:
     communicator = importlib.import_module("channels.testing").WebsocketCommunicator
     app = make_app()
     async with lifespan(app):
