@@ -7911,13 +7911,18 @@ _watchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Watcher] = (
 
 def watcher() -> Watcher:
     """Return the watcher of the running loop."""
-    return _watchers.setdefault(asyncio.get_running_loop(), Watcher())
+    loop = asyncio.get_running_loop()
+    return _watchers.get(loop) or _watchers.setdefault(loop, Watcher())
 
 
 def _running(loop: asyncio.AbstractEventLoop) -> list[asyncio.Task[Any]]:
     """Return the tasks that are about to run."""
     waits = {task: getattr(task, "_fut_waiter", None) for task in asyncio.all_tasks(loop)}
     return [task for task, future in waits.items() if future is None or future.done()]
+
+
+class Silence(asyncio.Future[None]):
+    """What an application waits for until its client sends something: nothing of the outside."""
 
 
 class Parked:
@@ -7986,7 +7991,10 @@ def outside_of(
         if not timer.cancelled() and not _clock().is_own(timer)
     }  # fmt: skip
     ends = {id(each): key for key, timer in timers.items() for each in _ended_by(timer)}
-    tasks = {task: Parked(task) for task in asyncio.all_tasks(loop)}
+    tasks = {
+        task: Parked(task) for task in asyncio.all_tasks(loop)
+        if type(getattr(task, "_fut_waiter", None)) is not Silence
+    }  # fmt: skip
     # Where several tasks wait for one future, that of a simulation is the one that counts.
     ordered = sorted(tasks, key=lambda task: tasks[task].owner is not None)
     waiters = {id(leaf): task for task in ordered for leaf in tasks[task].leaves}
@@ -8408,7 +8416,7 @@ class Client:
     async def asgi_receive(self) -> Event:
         """Return the next event for the application (ASGI, WebSocket: Receive)."""
         while not self._events or self.is_orphaned:
-            self._reader = asyncio.get_running_loop().create_future()
+            self._reader = Silence()
             await self._reader
         event = self._events[0]
         if event["type"] != "websocket.disconnect":  # It stays, for whoever asks again.
@@ -8555,7 +8563,7 @@ class Process:
     @property
     def hub(self) -> Hub:
         """The hub of the application's first `Pachinko`."""
-        return self.hubs[0] if self.hubs else hub
+        return self.endpoints[0].hub if self.endpoints else hub
 
     @property
     def codec(self) -> Codec:
