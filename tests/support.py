@@ -1,10 +1,14 @@
-"""Real servers and clients for the tests."""
+"""Real servers and clients for the tests, and simulated ones of the same shape."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import collections
 import contextlib
+import contextvars
+import http.client
+import itertools
 import json
 import os
 import socket
@@ -16,9 +20,13 @@ from urllib.parse import urlsplit
 import falcon.asgi
 import uvicorn
 import websockets.asyncio.client
+import websockets.datastructures
 import websockets.exceptions
+import websockets.frames
+import websockets.http11
 
-from pachinko import Connection, Session
+import pachinko
+from pachinko import Connection, Refused, Session, simulate
 
 PATIENCE = 15  # seconds: for what takes milliseconds, on a slow and noisy machine
 
@@ -130,9 +138,176 @@ def session_of(conn: Connection) -> Session:
 @contextlib.asynccontextmanager
 async def connect(url: str, **options: Any) -> AsyncIterator[Client]:
     """A connected client; it is closed at the end."""
+    if url.startswith("sim:"):
+        line = await Line.connect(url, **options)
+        yield Client(line)  # type: ignore[arg-type]  # It has what a `Client` uses.
+        await line.close()
+        return
     options = {"compression": None, "ping_interval": None, "proxy": None, **options}
     async with websockets.asyncio.client.connect(url, **options) as socket:
         yield Client(socket)
+
+
+_simulations = dict[str, pachinko.Simulation]()  # by the beginning of their URLs
+_line = contextvars.ContextVar["Line | None"]("line", default=None)
+
+
+class Simulated:
+    """An application in a simulation, with what tests use of a `Server`."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.sim = simulate(self._tapped, timeout=PATIENCE)
+        self.url = f"sim://{id(self)}"
+
+    async def _tapped(self, scope: Any, receive: Any, send: Any) -> None:
+        """Call the application, and note each event of it as it is."""
+        line = _line.get() if scope["type"] == "websocket" else None
+
+        async def noting(event: Any) -> None:
+            await send(event)
+            if line is not None:
+                line.note(event)
+
+        await self.app(scope, receive, noting)
+
+    async def spend(self, seconds: float) -> None:
+        """Let so much time pass for the library, once all that can run now has run."""
+        await self.sim.settle()
+        await self.sim.advance(seconds)
+
+    async def stop(self) -> None:
+        """Shut down as on SIGTERM, and wait for it."""
+        await self.sim.stop()
+
+
+@contextlib.asynccontextmanager
+async def simulated(app: Any) -> AsyncIterator[Simulated]:
+    """A simulation of *app* in place of `serving`, where no socket is needed.
+
+    Bugs of the application fail no test: those that have any look for them in the log.
+    """
+    server = Simulated(app)
+    _simulations[server.url] = server.sim
+    with server.sim.bugs(BaseException) as bugs:
+        try:
+            async with server.sim:
+                yield server
+                bugs.append(Exception("none is wanted"))
+        finally:
+            del _simulations[server.url]
+
+
+class Line:
+    """A client of a simulation, with the names of websockets' connections."""
+
+    client: pachinko.Client
+
+    def __init__(self) -> None:
+        self.frames = collections.deque[str | bytes]()
+        self.end: tuple[int, str] | None = None  # of a connection that was never open
+        self.body = b""
+        # A dict, such as a `Client` has, holds one header of each name.
+        self.response = types.SimpleNamespace(headers=websockets.datastructures.Headers())
+        self.transport = self
+
+    @classmethod
+    async def connect(
+        cls, url: str, *, additional_headers: Any = None, origin: str | None = None,
+        subprotocols: Any = (), max_queue: Any = None,
+    ) -> Line:  # fmt: skip
+        """Connect to *url*. Raises what websockets raises for a refusal."""
+        line, parts = cls(), urlsplit(url)
+        sim = _simulations[f"{parts.scheme}://{parts.netloc}"]
+        path = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        headers = websockets.datastructures.Headers(additional_headers or {})
+        token = _line.set(line)
+        try:
+            line.client = await sim.connect(
+                path, headers=[*headers.raw_items()], origin=origin, subprotocols=subprotocols or ()
+            )
+        except Refused as exc:
+            if exc.status is None:
+                line.end = (exc.code or 1006, exc.reason)
+            else:
+                raise websockets.exceptions.InvalidStatus(
+                    websockets.http11.Response(
+                        exc.status, http.client.responses.get(exc.status, ""),
+                        line.response.headers, line.body,
+                    )
+                ) from exc  # fmt: skip
+        finally:
+            _line.reset(token)
+        return line
+
+    def note(self, event: Any) -> None:
+        """Note an *event* of the application."""
+        for name, value in event.get("headers") or ():
+            self.response.headers[name.decode("latin-1")] = value.decode("latin-1")
+        if event["type"] == "websocket.send":
+            text = event.get("text")
+            self.frames.append(event["bytes"] if text is None else text)
+        elif event["type"] == "websocket.http.response.body":
+            self.body += event.get("body", b"")
+
+    @property
+    def _end(self) -> tuple[int, str] | None:
+        return self.end or self.client.end
+
+    def _closed(self) -> websockets.exceptions.ConnectionClosed:
+        code, reason = self._end or (1006, "")
+        return websockets.exceptions.ConnectionClosedError(
+            None if code == 1006 else websockets.frames.Close(code, reason), None
+        )
+
+    async def send(self, content: str | bytes) -> None:
+        if self._end is not None:
+            raise self._closed()
+        if isinstance(content, str):
+            await self.client.send_text(content)
+        else:
+            await self.client.send_bytes(content)
+
+    async def recv(self) -> str | bytes:
+        """Return the next frame. Raises `ConnectionClosed`."""
+        while self.end is None:
+            try:
+                await self.client.receive()
+                return self.frames.popleft()
+            except AssertionError:
+                if self.client.end is not None:
+                    raise self._closed() from None
+                await asyncio.sleep(0.005)  # Another task of the test may bring it about.
+        if self.frames:
+            return self.frames.popleft()
+        raise self._closed()
+
+    async def wait_closed(self) -> None:
+        while self._end is None:
+            with contextlib.suppress(AssertionError):
+                await self.client.closed()
+                return
+            await asyncio.sleep(0.005)
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        if self._end is None:
+            await self.client.close(code, reason)
+
+    def abort(self) -> None:
+        if self.end is None:
+            self.client.cut()
+
+    @property
+    def close_code(self) -> int | None:
+        return (self._end or (None, ""))[0]
+
+    @property
+    def close_reason(self) -> str | None:
+        return (self._end or (None, ""))[1]
+
+    @property
+    def subprotocol(self) -> str | None:
+        return self.client.subprotocol
 
 
 class Stalled:
@@ -188,9 +363,10 @@ class Stalled:
 
 async def until(condition: Callable[[], object]) -> None:
     """Wait until *condition* holds; fail when it does not within `PATIENCE`."""
+    turns = itertools.count()
     async with asyncio.timeout(PATIENCE):
         while not condition():
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0 if next(turns) < 50 else 0.005)
 
 
 def new_app() -> falcon.asgi.App[Any, Any]:

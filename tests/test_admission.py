@@ -18,7 +18,17 @@ import falcon.asgi
 import falcon.testing
 import pytest
 import websockets.exceptions
-from support import PATIENCE, Client, Stalled, connect, new_app, serving, session_of, until
+from support import (
+    PATIENCE,
+    Client,
+    Stalled,
+    connect,
+    new_app,
+    serving,
+    session_of,
+    simulated,
+    until,
+)
 from test_handshake import endpoint
 
 import pachinko
@@ -78,7 +88,7 @@ async def authenticate(client: Client, token: Any = "t-ann", id: Any = None) -> 
 async def test_a_token_in_the_handshake(options: Any, subprotocol: str | None) -> None:
     """The function is asked once, before connect; the token is never chosen as subprotocol."""
     door = Door(subprotocols=["v1", "t-ann"])
-    async with serving(door.ws._app) as server:
+    async with simulated(door.ws._app) as server:
         async with door.visit(server.url, **options) as client:
             assert client.socket.subprotocol == subprotocol
             assert (await client.receive())["type"] == "welcome"
@@ -102,7 +112,7 @@ async def test_a_cookie_is_the_functions_own_business() -> None:
     async def arrive(conn: Connection) -> None:
         await conn.send("hello", conn.user)
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         options = {"additional_headers": {"Cookie": "session=ann"}}
         async with connect(f"{server.url}/ws", **options) as client:
             assert (await client.receive())["payload"] == "ann"
@@ -112,7 +122,7 @@ async def test_a_cookie_is_the_functions_own_business() -> None:
 async def test_a_refused_token_closes_with_3401(options: Any) -> None:
     """After an accept, so that a browser can tell; no connect or disconnect handler runs."""
     door = Door()
-    async with serving(door.ws._app) as server:
+    async with simulated(door.ws._app) as server:
         async with door.visit(server.url, **options) as client:
             assert await client.closed() == (3401, "authentication failed")
         await until(lambda: not door.ws._hub.state.serving)
@@ -123,7 +133,7 @@ async def test_a_refused_token_closes_with_3401(options: Any) -> None:
 async def test_the_first_message_may_bring_the_token() -> None:
     """It is accepted first, asked again, and told; then connect handlers run."""
     door = Door()
-    async with serving(door.ws._app) as server:
+    async with simulated(door.ws._app) as server:
         async with door.visit(server.url) as client:
             await until(lambda: door.seen == [None])
             assert not door.ws._hub.connections
@@ -150,7 +160,7 @@ async def test_messages_before_it_are_held(is_behind: bool) -> None:
         await asyncio.sleep(0)  # reads ahead
         return number
 
-    async with serving(door.ws._app) as server, door.visit(server.url) as client:
+    async with simulated(door.ws._app) as server, door.visit(server.url) as client:
         for number in range(8):
             await client.send("n", number, id=number)
         if is_behind:
@@ -166,7 +176,7 @@ async def test_messages_before_it_are_held(is_behind: bool) -> None:
 async def test_a_ninth_message_before_it_is_one_too_many() -> None:
     """Whoever talks on without a token is closed with 3401."""
     door = Door()
-    async with serving(door.ws._app) as server, door.visit(server.url) as client:
+    async with simulated(door.ws._app) as server, door.visit(server.url) as client:
         for number in range(9):
             await client.send("whoami", id=number)
         assert await client.closed() == (3401, "authenticate first")
@@ -177,7 +187,7 @@ async def test_a_ninth_message_before_it_is_one_too_many() -> None:
 async def test_what_is_held_is_bounded_in_bytes(data: Any) -> None:
     """All together are at most *max_size* bytes."""
     door = Door(max_size=1000)
-    async with serving(door.ws._app) as server, door.visit(server.url) as client:
+    async with simulated(door.ws._app) as server, door.visit(server.url) as client:
         await client.raw(data)
         await client.raw(data)
         assert (await client.closed())[0] == 1009
@@ -193,7 +203,7 @@ async def test_rubbish_before_it_is_held_as_well(first: Any) -> None:
         door.seen.append(data)
         raise MessageError("binary")
 
-    async with serving(door.ws._app) as server, door.visit(server.url) as client:
+    async with simulated(door.ws._app) as server, door.visit(server.url) as client:
         await client.raw(first)
         await authenticate(client, id=1)
         assert (await client.receive())["type"] == "authenticate.reply"
@@ -209,7 +219,7 @@ async def test_rubbish_before_it_is_held_as_well(first: Any) -> None:
 async def test_a_first_message_without_a_good_token_is_refused(payload: Any) -> None:
     """The function sees only texts; no handler runs."""
     door = Door()
-    async with serving(door.ws._app) as server, door.visit(server.url) as client:
+    async with simulated(door.ws._app) as server, door.visit(server.url) as client:
         await client.send("authenticate", payload, id=1)
         assert await client.closed() == (3401, "authentication failed")
     assert door.seen in ([None], [None, "bad"])
@@ -218,7 +228,7 @@ async def test_a_first_message_without_a_good_token_is_refused(payload: Any) -> 
 async def test_the_client_has_to_authenticate_in_time() -> None:
     """Else it is closed with 3401."""
     door = Door(auth_timeout=0.05)
-    async with serving(door.ws._app) as server, door.visit(server.url) as client:
+    async with simulated(door.ws._app) as server, door.visit(server.url) as client:
         await client.send("whoami", id=1)
         assert await client.closed() == (3401, "not authenticated within 0.05 s")
     assert door.seen == [None]
@@ -244,7 +254,7 @@ async def test_the_function_has_to_answer_in_time(options: Any) -> None:
 async def test_a_client_may_leave_before_it_authenticates() -> None:
     """Nothing of it stays, and no handler runs."""
     door = Door()
-    async with serving(door.ws._app) as server:
+    async with simulated(door.ws._app) as server:
         for leave in (Client.cut, Client.close):
             async with door.visit(server.url) as client:
                 await client.send("whoami")
@@ -272,7 +282,7 @@ async def test_a_client_may_leave_while_the_function_is_asked() -> None:
     async def arrive(conn: Connection) -> None:
         seen.append("connect")
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(f"{server.url}/ws") as client:
             await authenticate(client)
             await until(lambda: next(iter(ws._hub.state.serving.values())).incoming._ahead)
@@ -296,7 +306,7 @@ async def test_a_client_that_leaves_connect_handlers_is_no_bug(
         await until(lambda: conn.closed)
         await conn.send("late")
 
-    async with serving(door.ws._app) as server:
+    async with simulated(door.ws._app) as server:
         async with door.visit(server.url) as client:
             await authenticate(client)
             await begun.wait()
@@ -320,7 +330,7 @@ async def test_a_client_may_leave_during_connect_handlers() -> None:
     async def save(conn: Connection) -> None:
         door.seen.append(("saved", conn.closed))
 
-    async with serving(door.ws._app) as server:
+    async with simulated(door.ws._app) as server:
         async with door.visit(server.url) as client:
             await authenticate(client)
             await client.send("save")
@@ -365,7 +375,7 @@ async def test_a_connect_handler_may_refuse_after_the_first_message(
         await asyncio.sleep(0.01)  # reads ahead meanwhile
         raise exception
 
-    async with serving(door.ws._app) as server:
+    async with simulated(door.ws._app) as server:
         async with door.visit(server.url) as client:
             await authenticate(client, id=1)
             with pytest.raises(websockets.exceptions.ConnectionClosed):
@@ -427,7 +437,7 @@ async def test_the_function_may_refuse_with_an_http_error() -> None:
         raise ex
 
     ws._app.add_error_handler(falcon.HTTPTooManyRequests, handle)
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         with pytest.raises(websockets.exceptions.InvalidStatus):
             async with connect(f"{server.url}/ws", **bearer("t")):
                 pass
@@ -441,7 +451,7 @@ async def test_the_function_may_refuse_with_an_http_error() -> None:
 async def test_the_function_may_close() -> None:
     """`Close`, raised or called, is what the client sees."""
     ws, called = failing({"t": Close(4010, "banned")})
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(f"{server.url}/ws", **bearer("t")) as client:
             assert await client.closed() == (4010, "banned")
         async with connect(f"{server.url}/ws") as client:
@@ -458,7 +468,7 @@ async def test_the_function_may_close() -> None:
             raise Close(4012, "too late")
         return "ann"
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         for query in ("", "?raise=1"):
             async with connect(f"{server.url}/ws{query}", **bearer("t")) as client:
                 assert await client.closed() == (4011, "closed")
@@ -477,7 +487,7 @@ BUGS: dict[str, BaseException] = {
 async def test_a_bug_in_the_function_refuses(token: str, caplog: pytest.LogCaptureFixture) -> None:
     """It is logged with its traceback, and the server goes on."""
     ws, called = failing(BUGS)
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         with pytest.raises(websockets.exceptions.InvalidStatus):
             async with connect(f"{server.url}/ws", **bearer(token)):
                 pass
@@ -504,7 +514,7 @@ async def test_a_user_is_a_text(user: Any, caplog: pytest.LogCaptureFixture) -> 
     async def who(conn: Connection, token: str | None) -> Any:
         return user
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         with pytest.raises(websockets.exceptions.InvalidStatus):
             async with connect(f"{server.url}/ws"):
                 pass
@@ -523,7 +533,7 @@ async def test_the_function_cannot_join_a_group(caplog: pytest.LogCaptureFixture
             await conn.join("secrets")
         return None
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(f"{server.url}/ws", **bearer("bad")) as client:
             await client.closed()
             assert not ws._hub.state.registry.users
@@ -545,7 +555,7 @@ async def test_the_function_may_go_on_after_it_has_closed() -> None:
         seen.append("noted")
         return None
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         assert await client.closed() == (4001, "banned")
     assert seen == ["noted"]
 
@@ -592,7 +602,7 @@ async def test_what_a_task_group_refuses_with_is_freed_at_once(
     gc.collect()
     gc.disable()
     try:
-        async with serving(ws._app) as server:
+        async with simulated(ws._app) as server:
             with pytest.raises(websockets.exceptions.InvalidStatus):
                 async with connect(f"{server.url}/ws"):
                     pass
@@ -621,7 +631,7 @@ async def test_a_caught_failure_of_a_task_group_is_no_cancellation(ends: str) ->
     async def whoami(conn: Connection) -> str | None:
         return conn.user
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         await authenticate(client)
         if ends == "ann":
             assert (await client.ask("whoami"))["payload"] == "ann"
@@ -672,7 +682,7 @@ async def test_the_user_may_be_changed_while_it_is_being_closed() -> None:
     async def leave(conn: Connection) -> None:
         codes.append(conn.close_code)
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         visitor = asyncio.create_task(closed(f"{server.url}/ws"))
         await until(lambda: ws._hub.state.serving)
         draining = asyncio.create_task(ws._hub.drain(0))
@@ -698,7 +708,7 @@ async def test_an_accept_that_takes_its_time_is_not_cancelled() -> None:
 
         await ws._app(scope, receive, slowly if scope["type"] == "websocket" else send)  # type: ignore[misc]  # Falcon's types differ
 
-    async with serving(slow) as server:
+    async with simulated(slow) as server:
         assert await closed(f"{server.url}/ws") == (3401, "not authenticated within 0.02 s")
 
 
@@ -716,7 +726,7 @@ async def test_what_is_read_ahead_of_a_stranger_is_bounded_in_bytes() -> None:
     async def x(conn: Connection, payload: str) -> int:
         return len(payload)
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         await authenticate(client)
         (session,) = ws._hub.state.serving.values()
         for id in range(6):
@@ -798,7 +808,7 @@ def test_a_wrong_function_is_refused() -> None:
 async def test_it_may_be_registered_while_the_app_runs() -> None:
     """As other handlers may."""
     door_less = endpoint()
-    async with serving(door_less._app) as server:
+    async with simulated(door_less._app) as server:
 
         @door_less.authenticate
         async def who(conn: Connection, token: str | None) -> str | None:
@@ -823,7 +833,7 @@ async def test_a_browser_like_token_round_trips() -> None:
         await conn.send("hello", conn.user)
 
     async with (
-        serving(ws._app) as server,
+        simulated(ws._app) as server,
         connect(f"{server.url}/ws", subprotocols=["bearer", token]) as client,
     ):
         assert (await client.receive())["payload"] == "ann"
@@ -848,7 +858,7 @@ async def test_the_first_message_may_follow_what_a_middleware_has_accepted() -> 
     async def name(conn: Connection) -> str | None:
         return conn.user
 
-    async with serving(app) as server, connect(server.url + "/ws") as client:
+    async with simulated(app) as server, connect(server.url + "/ws") as client:
         await client.send("authenticate", {"token": "ada"})
         assert (await client.ask("who"))["payload"] == "ada"
 
@@ -885,7 +895,7 @@ async def test_an_accepted_handler_runs_once_the_client_is_in() -> None:
     async def echo(conn: Connection, payload: Any) -> Any:
         return payload
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(f"{server.url}/ws/a/5") as client:
             await client.send("echo", 1, id=1)
             assert (await client.receive())["payload"] == 5
@@ -948,7 +958,7 @@ async def test_what_an_accepted_handler_raises_ends_the_connection(
     async def leave(conn: Connection) -> None:
         seen.append(conn.close_code)
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         with contextlib.suppress(websockets.exceptions.ConnectionClosed):
             await client.send("x")
         assert (await client.receive())["type"] == "hello"
@@ -1023,7 +1033,7 @@ async def test_a_scope_around_a_yield_may_end_the_connection(
     async def leave(conn: Connection) -> None:
         seen.append(conn.close_code)
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         await client.send("wait" if is_busy else "idle")
         assert await client.closed() == closed_with
         await until(lambda: not ws._hub.state.serving)
@@ -1112,7 +1122,7 @@ async def test_accepted_handlers_run_for_messages_that_a_client_has_left(
         door.seen.append("saved")
         await asyncio.Event().wait()  # It is cancelled, as its client has gone.
 
-    async with serving(door.ws._app) as server:
+    async with simulated(door.ws._app) as server:
         async with door.visit(server.url) as client:
             await authenticate(client)
             if leaves_message:
@@ -1196,7 +1206,7 @@ def lived(**options: Any) -> tuple[Pachinko, list[Any]]:
 async def test_the_rest_of_a_connect_handler_runs_after_the_disconnect_handlers() -> None:
     """The last one that was begun ends first."""
     ws, seen = lived()
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         for query in ("", "?how=return"):
             seen.clear()
             async with connect(f"{server.url}/ws/a{query}"):
@@ -1212,7 +1222,7 @@ async def test_the_rest_of_a_connect_handler_runs_after_the_disconnect_handlers(
 async def test_a_later_refusal_undoes_what_has_been_done(how: str) -> None:
     """Also by the resource's `on_disconnect`; other disconnect handlers do not run."""
     ws, seen = lived()
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         if how == "close":
             assert await closed(f"{server.url}/ws/a?how={how}") == (4003, "")
         else:
@@ -1226,7 +1236,7 @@ async def test_a_later_refusal_undoes_what_has_been_done(how: str) -> None:
 async def test_a_handshake_that_ends_early_is_undone(how: str) -> None:
     """The client leaves, the time is over, or the server stops."""
     ws, seen = lived(linger=0.05, connect_timeout=0.2 if how == "late" else 60)
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         visitor = asyncio.create_task(abandoned(f"{server.url}/ws/a?how=hang"))
         await until(lambda: "hangs" in seen)
         if how == "cut":
@@ -1267,7 +1277,7 @@ async def test_a_task_that_is_cancelled_while_it_undoes_ends() -> None:
     async def refuse(conn: Connection) -> None:
         raise falcon.HTTPForbidden
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         visitor = asyncio.create_task(abandoned(f"{server.url}/ws"))
         await until(lambda: seen)
         (task,) = ws._hub.state.serving
@@ -1289,7 +1299,7 @@ async def test_a_failed_accept_runs_everything_behind() -> None:
 
         await ws._app(scope, receive, fail if scope["type"] == "websocket" else send)  # type: ignore[misc]  # Falcon's types differ
 
-    async with serving(failing) as server:
+    async with simulated(failing) as server:
         await abandoned(f"{server.url}/ws/a")
         await until(lambda: not ws._hub.state.serving)
     assert seen[-4:] == ["down", "disconnect", "end of second", "end of first, 1006"]
@@ -1317,7 +1327,7 @@ async def test_a_bug_behind_the_yield_is_logged(caplog: pytest.LogCaptureFixture
         finally:
             seen.append("twice")
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(f"{server.url}/ws"):
             pass
         await until(lambda: not ws._hub.state.serving)
@@ -1395,7 +1405,7 @@ async def test_a_handshake_that_takes_too_long_after_the_accept_is_closed() -> N
     async def load(conn: Connection) -> None:
         await may_go_on.wait()
 
-    async with serving(door.ws._app) as server:
+    async with simulated(door.ws._app) as server:
         async with door.visit(server.url) as client:
             await asyncio.sleep(0.4)  # longer than the time that connect handlers have
             await authenticate(client)
@@ -1416,7 +1426,7 @@ async def test_a_time_out_of_the_handlers_own_is_a_bug() -> None:
         async with asyncio.timeout(0.01):
             await asyncio.Event().wait()
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         assert (await status(f"{server.url}/ws"))[0] == 403  # as any bug
 
 
@@ -1434,7 +1444,7 @@ async def test_clients_that_leave_during_the_handshake_are_noticed() -> None:
         finally:
             running -= 1
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         visitors = [asyncio.create_task(abandoned(f"{server.url}/ws")) for _ in range(100)]
         await until(lambda: running == 100)
         assert ws._hub.count == 100
@@ -1461,7 +1471,7 @@ async def test_a_handler_after_the_departure_has_linger_as_well() -> None:
         seen.append("second")
         await asyncio.Event().wait()
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         visitor = asyncio.create_task(abandoned(f"{server.url}/ws"))
         await until(lambda: seen)
         visitor.cancel()
@@ -1488,7 +1498,7 @@ async def test_a_client_that_leaves_during_a_slow_accept_is_not_closed_once_more
 
         await ws._app(scope, receive, slowly if scope["type"] == "websocket" else send)  # type: ignore[misc]  # Falcon's types differ
 
-    async with serving(slow) as server:
+    async with simulated(slow) as server:
         async with connect(f"{server.url}/ws") as client:
             await is_waiting.wait()
             client.cut()
@@ -1556,7 +1566,7 @@ async def test_an_http_error_has_its_status(
     exception: Any, code: int, headers: Any, body: Any, where: str
 ) -> None:
     """Its headers and its body as well, where the server can send them."""
-    async with serving(refusing(exception, where)._app) as server:
+    async with simulated(refusing(exception, where)._app) as server:
         got, sent, payload = await status(f"{server.url}/ws")
         assert got == code
         assert {name: sent[name] for name in headers} == headers
@@ -1569,7 +1579,7 @@ async def test_an_http_error_has_its_status(
 async def test_a_header_that_is_none_is_left_out() -> None:
     """A line break in one would begin another."""
     bad = {"X-Bad": "a\r\nSet-Cookie: x=1", "X-Odd": "\u20ac", "a b": "c", "X-Good": "yes"}
-    async with serving(refusing(falcon.HTTPForbidden(headers=bad))._app) as server:
+    async with simulated(refusing(falcon.HTTPForbidden(headers=bad))._app) as server:
         code, headers, _ = await status(f"{server.url}/ws")
         assert code == 403 and headers["X-Good"] == "yes"
         assert not {"x-bad", "set-cookie", "x-odd", "a b"} & {name.lower() for name in headers}
@@ -1582,7 +1592,7 @@ async def test_without_the_extension_every_refusal_is_403() -> None:
     async def without_extension(scope: Any, receive: Any, send: Any) -> None:
         await ws._app({**scope, "extensions": None}, receive, send)
 
-    async with serving(without_extension) as server:
+    async with simulated(without_extension) as server:
         assert (await status(f"{server.url}/ws"))[0] == 403
 
 
@@ -1606,7 +1616,7 @@ async def test_an_error_handler_of_the_app_is_asked_first(how: str, code: int | 
                 await ws.close(3404)
 
     ws._app.add_error_handler(falcon.HTTPForbidden, handle)
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         for options in ({}, {"origin": "https://evil.example"}):
             if code is None:
                 async with connect(f"{server.url}/ws", **options) as client:
@@ -1621,7 +1631,7 @@ async def test_an_error_handler_of_the_app_is_asked_first(how: str, code: int | 
 async def test_origin_and_drain_have_a_status() -> None:
     """403, and 503 with a time to come back after."""
     ws = endpoint()
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         code, _, body = await status(f"{server.url}/ws", origin="https://evil.example")
         assert (code, body["description"]) == (403, "pages of this origin may not connect")
         await ws._hub.drain(0)
@@ -1650,7 +1660,7 @@ async def test_headers_go_with_the_answer() -> None:
     async def late(conn: Connection) -> None:
         conn.add_header("X-Late", "1")
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(f"{server.url}/ws") as client:
             assert client.socket.response is not None
             headers = client.socket.response.headers
@@ -1681,7 +1691,7 @@ async def test_what_is_no_header_is_refused(name: Any, value: Any) -> None:
             conn.add_header(name, value)
         seen.append(str(caught.value))
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws"):
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws"):
         assert len(seen) == 1 and repr(name) in seen[0]
 
 
@@ -1695,7 +1705,7 @@ async def test_a_header_comes_before_the_accept() -> None:
             conn.add_header("X-A", "1")
         texts.append(str(caught.value))
 
-    async with serving(door.ws._app) as server, door.visit(server.url) as client:
+    async with simulated(door.ws._app) as server, door.visit(server.url) as client:
         await authenticate(client)
         assert (await client.receive())["type"] == "welcome"
     assert texts[0].startswith("conn.add_header comes before the answer to the handshake")
@@ -1733,7 +1743,7 @@ async def test_a_server_without_headers_lets_the_client_in(
             send = Granian(send).send
         await ws._app(scope, receive, send)
 
-    async with serving(served) as running:
+    async with simulated(served) as running:
         for _ in range(2):
             async with connect(f"{running.url}/ws") as client:
                 assert client.socket.response is not None
@@ -1763,7 +1773,7 @@ async def test_the_subprotocol_that_was_chosen(offered: Any, chosen: str) -> Non
         return "ann"
 
     async with (
-        serving(ws._app) as server,
+        simulated(ws._app) as server,
         connect(f"{server.url}/ws", subprotocols=offered) as client,
     ):
         assert client.socket.subprotocol == chosen
@@ -1786,7 +1796,7 @@ async def test_no_subprotocol_is_none() -> None:
     async def which(conn: Connection) -> str | None:
         return conn.subprotocol
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         for offered, query in ((None, ""), (["v2"], ""), (["v1", "theirs"], "?accept=1")):
             async with connect(f"{server.url}/ws{query}", subprotocols=offered) as client:
                 assert "payload" not in await client.ask("which")
@@ -1822,7 +1832,7 @@ async def test_a_guest_is_let_in_at_once_and_may_log_in_later() -> None:
     """`send_to_user` and presence reach it before the reply, and it stays who it is."""
     ws, seen = inn()
     hub = ws._hub
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         assert "payload" not in await client.ask("whoami")
         assert await hub.presence(user="ann") == []
         await authenticate(client, "bug", id=2)
@@ -1847,7 +1857,7 @@ async def test_a_guest_is_let_in_at_once_and_may_log_in_later() -> None:
 async def test_a_guest_with_a_bad_token_is_refused(token: str, code: int) -> None:
     """In the handshake, and in a later message."""
     ws, seen = inn()
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         if token == "bad":
             async with connect(f"{server.url}/ws", **bearer(token)) as client:
                 assert (await client.closed())[0] == code
@@ -1867,7 +1877,7 @@ async def test_a_guest_whom_a_connect_handler_has_named_stays_that() -> None:
     async def name(conn: Connection) -> None:
         conn.user = "guest 7"
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         assert (await client.ask("whoami"))["payload"] == "guest 7"
         await authenticate(client, "t-ann")
         assert (await client.closed())[0] == 3401
@@ -1908,7 +1918,7 @@ async def test_the_count_has_handshakes_in_it() -> None:
             return False
 
     is_over = asyncio.Event()
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         tasks = [asyncio.create_task(visit(f"{server.url}/ws", is_over)) for _ in range(60)]
         await until(lambda: len(ws._hub.connections) == 10)
         await until(lambda: ws._hub.count == 10)
@@ -1930,7 +1940,7 @@ async def test_presence_of_a_user() -> None:
         assert conn.user is not None
         left.append(len(await ws._hub.presence(user=conn.user)))
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         url = f"{server.url}/ws?user="
         async with connect(f"{url}ann") as one, connect(f"{url}ann"), connect(f"{url}bob"):
             await until(lambda: len(ws._hub.connections) == 3)

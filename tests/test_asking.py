@@ -18,7 +18,7 @@ import cattrs
 import falcon
 import msgspec
 import pytest
-from support import PATIENCE, Client, Stalled, connect, new_app, serving, until
+from support import PATIENCE, Client, Stalled, connect, new_app, serving, simulated, until
 from test_session import no_collection
 
 from pachinko import (
@@ -110,7 +110,7 @@ class Desk:
             async with connect(url + "/ws") as client:
                 yield client
             return
-        async with serving(self.app) as server, connect(server.url + "/ws") as client:
+        async with simulated(self.app) as server, connect(server.url + "/ws") as client:
             yield client
 
 
@@ -154,7 +154,7 @@ async def test_each_connection_counts_for_itself() -> None:
     """And no answer goes to the question of another one."""
     desk = Desk()
     async with (
-        serving(desk.app) as server,
+        simulated(desk.app) as server,
         desk.client(server.url) as a,
         desk.client(server.url) as b,
     ):
@@ -753,7 +753,7 @@ async def test_two_clients_may_ask_each_other() -> None:
 
     desk.do = ask_all
     async with (
-        serving(desk.app) as server,
+        simulated(desk.app) as server,
         desk.client(server.url) as a,
         desk.client(server.url) as b,
     ):
@@ -845,7 +845,7 @@ async def test_a_handshake_in_progress_is_not_asked_by_others() -> None:
         async with desk.client(url) as client:
             await answer(client, 5)
 
-    async with serving(desk.app) as server:
+    async with simulated(desk.app) as server:
         task = asyncio.ensure_future(come(server.url))
         await until(lambda: desk.conns)
         (conn,) = desk.conns
@@ -862,7 +862,7 @@ async def test_a_handshake_in_progress_is_not_asked_by_others() -> None:
 async def test_another_client_may_be_asked_in_connect_and_disconnect_handlers() -> None:
     """One that is in."""
     desk = Desk()
-    async with serving(desk.app) as server, desk.client(server.url) as client:
+    async with simulated(desk.app) as server, desk.client(server.url) as client:
         await until(lambda: desk.hub.connections)
         first = desk.conns[0].id
 
@@ -1194,7 +1194,7 @@ async def test_a_handshake_whose_question_to_another_client_is_not_answered_is_r
             await ask()
             return "ada"
 
-    async with serving(desk.app) as server, desk.client(server.url) as client:
+    async with simulated(desk.app) as server, desk.client(server.url) as client:
         await until(lambda: desk.hub.connections)
         first.append(desk.conns[0].id)
         task = asyncio.ensure_future(connect(server.url + "/ws").__aenter__())
@@ -1267,7 +1267,7 @@ async def test_a_handler_that_is_stopped_is_told_of_its_own_time_limit() -> None
 async def test_a_connection_that_is_not_asked_has_nothing_of_this() -> None:
     """And one that was asked leaves nothing behind."""
     desk = Desk()
-    async with serving(desk.app) as server:
+    async with simulated(desk.app) as server:
         async with desk.client(server.url) as client:
             await client.ask("$ping")
             await client.send("unlock.reply", id="$1")

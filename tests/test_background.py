@@ -12,7 +12,7 @@ from typing import Any
 
 import falcon
 import pytest
-from support import PATIENCE, connect, new_app, serving, until
+from support import PATIENCE, connect, new_app, serving, simulated, until
 
 import pachinko
 from pachinko import Close, Connection, Hub, MessageError, Pachinko, PachinkoError
@@ -81,7 +81,7 @@ async def test_a_task_ends_before_the_disconnect_handlers(where: str) -> None:
     async def leave(conn: Connection) -> None:
         tick.log.append("disconnect")
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(server.url + "/ws") as client:
             if where == "on":
                 await client.send("start")
@@ -147,7 +147,7 @@ async def test_a_refused_client_has_no_tasks(refusal: Exception) -> None:
         await until(lambda: tick.log)
         raise refusal
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         with contextlib.suppress(Exception):  # a refusal or a close, each of its kind
             async with connect(server.url + "/ws") as client:
                 await client.closed()
@@ -173,7 +173,7 @@ async def test_a_coroutine_that_is_started_twice_goes_on(caplog: pytest.LogCaptu
         may_end.set()
         return await first
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         assert (await client.ask("start"))["payload"] == 5
     (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
     assert "already" in caplog.text and "work failed" in record.message
@@ -203,7 +203,7 @@ async def test_a_bug_is_logged(bug: Any, caplog: pytest.LogCaptureFixture) -> No
         await asyncio.wait([task])
         seen.append(task)
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         assert (await client.ask("start"))["type"] == "before"
         assert (await client.receive())["type"] == "start.reply"
         (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
@@ -228,7 +228,7 @@ async def test_close_closes(close: Exception, caplog: pytest.LogCaptureFixture) 
     async def start(conn: Connection) -> None:
         conn.create_task(end())
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         assert (await client.closed())[0] == 4001
     assert not caplog.records
 
@@ -246,7 +246,7 @@ async def test_a_task_may_close_its_connection_and_go_on() -> None:
     async def start(conn: Connection) -> None:
         conn.create_task(end(conn))
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         assert (await client.closed())[0] == 4001
         await until(lambda: has_no_tasks(ws))
     assert log == ["closed"]
@@ -268,7 +268,7 @@ async def test_a_departure_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
     async def start(conn: Connection) -> None:
         conn.create_task(tick(conn))
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(server.url + "/ws") as client:
             await client.receive()
             client.cut()
@@ -292,7 +292,7 @@ async def test_a_bug_in_its_clean_up_is_logged(caplog: pytest.LogCaptureFixture)
         await asyncio.sleep(0)
         raise falcon.HTTPForbidden
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         with pytest.raises(Exception, match="403"):
             async with connect(server.url + "/ws"):
                 pass
@@ -319,7 +319,7 @@ async def test_its_clean_up_is_not_cut_short() -> None:
     async def leave(conn: Connection) -> None:
         log.append("disconnect")
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(server.url + "/ws") as client:
             (conn,) = await _connections(ws)
             await conn.close(4000)
@@ -354,7 +354,7 @@ async def test_one_that_ignores_its_cancellation_is_logged(
     async def leave(conn: Connection) -> None:
         left.set()
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(server.url + "/ws"):
             await _connections(ws)
         await asyncio.wait_for(left.wait(), PATIENCE)
@@ -381,7 +381,7 @@ async def test_a_task_in_a_disconnect_handler_is_refused(caplog: pytest.LogCaptu
     async def leave(conn: Connection) -> None:
         refused(conn)
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(server.url + "/ws"):
             pass
         await until(lambda: len(errors) == 2)
@@ -398,7 +398,7 @@ async def test_on_a_connection_that_is_over_it_is_cancelled() -> None:
         ticks[0].start(conn)
         kept.append(conn)
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(server.url + "/ws") as client:
             await client.send("start")
             assert (await client.closed())[0] == 4000
@@ -420,7 +420,7 @@ async def test_elsewhere_while_disconnect_handlers_run_it_is_cancelled() -> None
         leaving.append(conn)
         await goes_on.wait()
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(server.url + "/ws"):
             pass
         await until(lambda: leaving)
@@ -438,7 +438,7 @@ async def _generator() -> AsyncIterator[int]:
 async def test_what_is_no_coroutine_is_refused(wrong: Any) -> None:
     """With the cure."""
     ws = endpoint()
-    async with serving(ws._app) as server, connect(server.url + "/ws"):
+    async with simulated(ws._app) as server, connect(server.url + "/ws"):
         await until(lambda: ws._hub.connections)
         (conn,) = ws._hub.connections
         with pytest.raises(TypeError, match=r"write conn\.create_task\(tick\(conn\)\)"):
@@ -448,7 +448,7 @@ async def test_what_is_no_coroutine_is_refused(wrong: Any) -> None:
 async def test_another_thread_is_refused() -> None:
     """It calls `Hub.call_threadsafe`, which returns the task."""
     ws, tick = endpoint(), Tick()
-    async with serving(ws._app) as server, connect(server.url + "/ws"):
+    async with simulated(ws._app) as server, connect(server.url + "/ws"):
         await until(lambda: ws._hub.connections)
         (conn,) = ws._hub.connections
         with pytest.raises(PachinkoError, match=r"call_threadsafe\(conn\.create_task"):
@@ -472,7 +472,7 @@ async def test_they_do_not_count_for_max_concurrent() -> None:
         variable.set("of the caller")
         return [await task for task in [conn.create_task(work(n)) for n in range(20)]]
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         answer = await client.ask("sum")
         assert answer["payload"] == [[n, "of the caller"] for n in range(20)]
         assert has_no_tasks(ws)
@@ -491,7 +491,7 @@ async def test_it_begins_after_its_caller_goes_on() -> None:
 
     loop.set_task_factory(eager)
     try:
-        async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+        async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
             await client.send("start")
             await until(lambda: tick.log)
     finally:
@@ -510,5 +510,5 @@ async def test_a_handler_that_awaits_a_failed_task_fails_with_it() -> None:
     async def buy(conn: Connection) -> int:
         return await conn.create_task(fail())
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         assert (await client.ask("buy"))["payload"]["code"] == "sold_out"

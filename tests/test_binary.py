@@ -16,7 +16,7 @@ from typing import Any
 import falcon.testing
 import pytest
 from brokers import BrokerProcess, environment, running
-from support import PATIENCE, Client, Server, Stalled, connect, new_app, serving, until
+from support import PATIENCE, Client, Server, Stalled, connect, new_app, serving, simulated, until
 
 import pachinko
 import pachinko_cluster
@@ -58,7 +58,7 @@ def endpoint(**options: Any) -> Pachinko:
 @contextlib.asynccontextmanager
 async def talking(ws: Pachinko, query: str = "") -> AsyncIterator[Client]:
     """A client of a server for one endpoint."""
-    async with serving(ws._app) as server, connect(f"{server.url}/ws{query}") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws{query}") as client:
         await until(lambda: ws._hub.members("all"))
         yield client
 
@@ -270,7 +270,7 @@ async def test_who_is_excluded_gets_no_bytes() -> None:
     """By the connection, by its id, or by several of them."""
     ws = endpoint()
     async with (
-        serving(ws._app) as server,
+        simulated(ws._app) as server,
         connect(server.url + "/ws?user=ada") as ada,
         connect(server.url + "/ws?user=bob") as bob,
     ):
@@ -460,7 +460,7 @@ async def test_an_answer_to_a_client_that_has_gone_is_quiet(
     async def leave(conn: Connection) -> None:
         ended.set()
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         for sent in ("x", b"x"):
             for event in (is_called, may_go_on, ended):
                 event.clear()

@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import gc
 import struct
-import threading
 import weakref
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from support import PATIENCE, Client, Stalled, connect, new_app, serving, until
+from support import PATIENCE, Client, Stalled, connect, new_app, serving, simulated, until
 
 import pachinko
 from pachinko import Close, Connection, Hub, Pachinko, PachinkoError
@@ -108,7 +107,7 @@ async def test_one_connection_is_closed(by: str) -> None:
     """Behind what was sent before, with its code and reason; others stay."""
     house = House()
     house.tabs()
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         url = f"{server.url}/ws?user=ada"
         async with connect(url) as one, connect(url) as other:
             id = (await one.ask("where"))["payload"]
@@ -129,7 +128,7 @@ async def test_all_connections_of_a_user_are_closed() -> None:
     """Whatever their groups; other users and guests stay; a second call finds nobody."""
     house = House()
     house.tabs()
-    async with serving(house.app) as server, contextlib.AsyncExitStack() as stack:
+    async with simulated(house.app) as server, contextlib.AsyncExitStack() as stack:
         ada, others = [
             [await stack.enter_async_context(connect(server.url + "/ws" + each)) for each in some]
             for some in (("?user=ada", "?user=ada&group=x"), ("?user=bob", "", "?user=Ada&group=x"))
@@ -160,7 +159,7 @@ async def test_any_text_names_a_user(name: str) -> None:
         conn.user = conn.req.get_param("other") or name
 
     async with (
-        serving(house.app) as server,
+        simulated(house.app) as server,
         connect(f"{server.url}/ws") as one,
         connect(f"{server.url}/ws?other=A") as other,
     ):
@@ -175,7 +174,7 @@ async def test_what_the_defaults_are() -> None:
     """A normal closure without a reason; None is no reason; a long one is cut."""
     house = House()
     house.tabs()
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         for args, seen in (
             ((), (1000, "Normal Closure")),  # Falcon's
             ((4000, None), (4000, "")),
@@ -197,7 +196,7 @@ async def test_a_wrong_code_is_refused(wrong: int) -> None:
     """As `Close` refuses it, whether anybody is there or not; nobody is closed."""
     house = House()
     house.tabs()
-    async with serving(house.app) as server, connect(server.url + "/ws?user=ada") as client:
+    async with simulated(house.app) as server, connect(server.url + "/ws?user=ada") as client:
         id = (await client.ask("where"))["payload"]
         for call in (house.hub.close, house.hub.close_user):
             for name in (id, "ada", "nobody"):
@@ -230,7 +229,7 @@ async def test_a_connection_of_another_hub_is_refused() -> None:
     """Open or ended; by its id it is nobody here."""
     house, other = House(), Hub()
     house.tabs()
-    async with serving(house.app) as server, connect(server.url + "/ws") as client:
+    async with simulated(house.app) as server, connect(server.url + "/ws") as client:
         await client.ask("where")
         (conn,) = house.hub.connections
         with pytest.raises(PachinkoError, match=r"another hub; use conn\.hub"):
@@ -250,7 +249,7 @@ async def test_before_an_app_runs_nobody_is_reached(caplog: pytest.LogCaptureFix
     await house.hub.close_user("ada", 4000)
     await house.hub.close("some id", 4000)
     assert caplog.text.count("reaches nobody") == 1
-    async with serving(house.app) as server, connect(server.url + "/ws?user=ada") as client:
+    async with simulated(house.app) as server, connect(server.url + "/ws?user=ada") as client:
         assert (await client.ask("where"))["type"] == "where.reply"
 
 
@@ -259,7 +258,7 @@ async def test_a_thread_uses_call_threadsafe(method: str) -> None:
     """A direct call is told so, and the future tells what `Close` refuses."""
     house = House()
     house.tabs()
-    async with serving(house.app) as server, connect(server.url + "/ws?user=ada") as client:
+    async with simulated(house.app) as server, connect(server.url + "/ws?user=ada") as client:
         id = (await client.ask("where"))["payload"]
         call: Any = getattr(house.hub, method)
         name = id if method == "close" else "ada"
@@ -271,10 +270,8 @@ async def test_a_thread_uses_call_threadsafe(method: str) -> None:
             refused.append(house.hub.call_threadsafe(call, name, 5).exception(PATIENCE))
             house.hub.call_threadsafe(call, name, 4000, "from afar").result(PATIENCE)
 
-        thread = threading.Thread(target=work)
-        thread.start()
+        await asyncio.to_thread(work)
         assert await client.closed() == (4000, "from afar")
-        await asyncio.to_thread(thread.join)
         assert isinstance(refused[0], ValueError)
 
 
@@ -292,7 +289,7 @@ async def test_a_handler_may_close_its_own_user() -> None:
         house.seen.append("handled")
         return "a reply"
 
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         url = server.url + "/ws?user=ada"
         async with connect(url) as client, connect(url) as tab:
             await client.send("sign-out", id=1)
@@ -312,7 +309,7 @@ async def test_a_disconnect_handler_may_close_its_user() -> None:
         await house.hub.close_user(conn.user_id, *OUT)
         await house.hub.close(conn, *OUT)
 
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         url = server.url + "/ws?user=ada"
         async with connect(url) as one, connect(url) as two, connect(url) as three:
             await until(lambda: len(house.hub.connections) == 3)
@@ -369,7 +366,7 @@ async def test_many_connections_of_a_user_do_not_hold_up_the_loop(
     monkeypatch.setattr(pachinko, "_TURN", 3)
     house = House()
     house.tabs()
-    async with serving(house.app) as server, contextlib.AsyncExitStack() as stack:
+    async with simulated(house.app) as server, contextlib.AsyncExitStack() as stack:
         url = server.url + "/ws?user=ada"
         clients = [await stack.enter_async_context(connect(url)) for _ in range(11)]
         conns = house.hub.connections
@@ -429,7 +426,7 @@ async def test_a_user_who_comes_later_is_let_in(way: str) -> None:
     """To refuse it is the application's business."""
     house = House()
     house.asks()
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         await house.hub.close_user("ada", *OUT)
         visitor = asyncio.create_task(visit(f"{server.url}/ws", **WAYS[way]))
         await until(lambda: house.hub.connections)
@@ -441,7 +438,7 @@ async def test_a_client_that_waits_with_its_first_message_does_not_slip_through(
     """Its handshake has begun before."""
     house = House()
     house.asks()
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         async with connect(f"{server.url}/ws") as client:
             await house.hub.close_user("ada", *OUT)
             await client.send("authenticate", {"token": "t-ada"})
@@ -541,7 +538,7 @@ async def test_a_connect_handler_does_not_let_a_closed_user_in(
     house = House("connect")
     house.admits()
     prepare(house)
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         visitor = asyncio.create_task(visit(f"{server.url}/ws"))
         await house.reached("connect")
         await house.hub.close_user("ada", *OUT)
@@ -561,7 +558,7 @@ async def test_a_user_who_was_changed_before_the_call_is_not_closed() -> None:
         conn.user = "bob"
         await house.wait("connect")
 
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         visitor = asyncio.create_task(visit(f"{server.url}/ws"))
         await house.reached("connect")
         await house.hub.close_user("ada", *OUT)
@@ -584,7 +581,7 @@ async def test_a_handler_that_swallows_the_close_lets_nobody_in() -> None:
             conn.user = "ada"
         assert conn.closed and conn.user is None
 
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         visitor = asyncio.create_task(visit(f"{server.url}/ws"))
         await house.reached("connect")
         await house.hub.close_user("ada", *OUT)
@@ -615,7 +612,7 @@ async def test_no_connect_handler_begins_after_the_close(how: str) -> None:
     async def load(conn: Connection) -> None:
         house.seen.append("begins")
 
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         visitor = asyncio.create_task(visit(f"{server.url}/ws"))
         if how != "by itself":
             await house.reached("connect")
@@ -641,7 +638,7 @@ async def test_the_end_of_a_connect_handler_is_not_waited_for() -> None:
         finally:
             house.seen.append("cleans up")
 
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         visitor = asyncio.create_task(visit(f"{server.url}/ws"))
         await house.reached("waits")
         await house.hub.close_user("ada", *OUT)
@@ -661,7 +658,7 @@ async def test_a_member_that_is_connecting_is_closed_with_its_group() -> None:
         await house.wait("joined")
         await asyncio.Event().wait()
 
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         visitor = asyncio.create_task(visit(f"{server.url}/ws"))
         await house.reached("joined")
         await house.hub.send("room", "last")
@@ -699,7 +696,7 @@ async def test_a_client_between_connect_handlers_and_accept_is_closed(by: str) -
         house.seen.append("welcome")
 
     slow = Slow(house.app)
-    async with serving(slow) as server:
+    async with simulated(slow) as server:
         visitor = asyncio.create_task(visit(f"{server.url}/ws?user=ada"))
         await asyncio.wait_for(slow.asked.wait(), PATIENCE)
         ((conn, _),) = house.hub.state.registry.arriving.values()
@@ -733,7 +730,7 @@ async def test_a_handshake_is_closed_by_its_id(step: str) -> None:
     async def load(conn: Connection) -> None:
         await asyncio.Event().wait()
 
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         visitor = asyncio.create_task(visit(f"{server.url}/ws"))
         await until(lambda: ids and (step != "connect" or house.seen))
         await house.hub.close(ids[0], *OUT)
@@ -753,7 +750,7 @@ async def test_a_handshake_may_close_itself() -> None:
         house.seen.append("done")
         return "ada"
 
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         assert (await visit(f"{server.url}/ws"))[1] == OUT
     assert house.seen == ["done"]
 
@@ -776,7 +773,7 @@ async def test_a_handshake_that_closes_its_own_user_is_closed_too(step: str) -> 
         await house.hub.close_user("ada", *OUT)
         conn.user = "ada"
 
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         assert (await visit(f"{server.url}/ws"))[1] == OUT
         await house.empty()
 
@@ -786,7 +783,7 @@ async def test_a_guest_whose_login_is_being_checked_does_not_slip_through() -> N
     house = House("authenticate")
     house.asks(optional=True)
     house.admits()
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         url = f"{server.url}/ws"
         async with connect(url) as client, connect(url) as bob:
             await client.send("authenticate", {"token": "t-ada"}, id=1)
@@ -806,7 +803,7 @@ async def test_a_guest_who_was_there_before_may_log_in_later() -> None:
     """A call before its login has begun does not count, however old the connection is."""
     house = House()
     house.asks(optional=True)
-    async with serving(house.app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(house.app) as server, connect(f"{server.url}/ws") as client:
         await until(lambda: house.hub.connections)
         await house.hub.close_user("ada", *OUT)
         answer = await client.ask("authenticate", {"token": "t-ada"})
@@ -828,7 +825,7 @@ async def test_a_login_that_fails_leaves_nothing_behind(ends: str) -> None:
             raise KeyError
         return None
 
-    async with serving(house.app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(house.app) as server, connect(f"{server.url}/ws") as client:
         await client.send("authenticate", {"token": ends}, id=1)
         await house.reached("authenticate")
         assert len(house.hub.state.registry.arriving) == 1
@@ -844,7 +841,7 @@ async def test_a_user_whose_renewal_is_being_checked_is_closed() -> None:
     """At once; the answer to the renewal is lost."""
     house = House()
     house.asks()
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         headers = {"Authorization": "Bearer t-ada"}
         async with connect(f"{server.url}/ws", additional_headers=headers) as client:
             await house.reached("authenticate")
@@ -869,7 +866,7 @@ async def test_the_function_may_set_the_user_by_itself() -> None:
         return None
 
     house.admits()
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         visitor = asyncio.create_task(visit(f"{server.url}/ws"))
         await house.reached("authenticate")
         await house.hub.close_user("ada", *OUT)
@@ -896,7 +893,7 @@ async def test_a_client_that_reconnects_in_a_loop_is_let_in_after_the_call_only(
             _, (code, _) = await visit(url, **WAYS["header"])
             codes.append(code)
 
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         loops = [asyncio.create_task(loop(f"{server.url}/ws")) for _ in range(5)]
         await until(lambda: len(house.hub.connections) == 5)
         await house.hub.close_user("ada", *OUT)
@@ -970,7 +967,7 @@ async def test_user_id_is_the_user_or_a_mistake() -> None:
     async def failed(conn: Connection, exc: PachinkoError) -> str:
         return str(exc)
 
-    async with serving(house.app) as server:
+    async with simulated(house.app) as server:
         async with connect(f"{server.url}/ws") as guest:
             text = (await guest.ask("whoami"))["payload"]
             assert "if conn.user is not None" in text and "@ws.authenticate without" in text
@@ -990,6 +987,6 @@ async def test_an_empty_name_is_a_user() -> None:
         conn.user = ""
         seen.append(conn.user_id)
 
-    async with serving(house.app) as server, connect(f"{server.url}/ws"):
+    async with simulated(house.app) as server, connect(f"{server.url}/ws"):
         pass
     assert seen == [""]

@@ -13,7 +13,7 @@ import falcon
 import falcon.asgi
 import falcon.testing
 import pytest
-from support import PATIENCE, connect, new_app, serving, until
+from support import PATIENCE, connect, new_app, serving, simulated, until
 from test_admission import Door, authenticate, bearer, endpoint
 
 import pachinko
@@ -30,7 +30,7 @@ async def test_it_expires() -> None:
         conn.expires_at = time.time() + 0.05
         assert conn.expires_at
 
-    async with serving(door.ws._app) as server:
+    async with simulated(door.ws._app) as server:
         async with door.visit(server.url, **bearer("t-ann")) as client:
             assert await client.closed() == (3401, "the authentication has expired")
         await until(lambda: not door.ws._hub.state.serving)
@@ -52,7 +52,7 @@ async def test_what_has_expired_is_not_let_in(options: Any) -> None:
     async def handler(conn: Connection) -> None:
         called.append("a handler")
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws", **options) as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws", **options) as client:
         if not options:
             await authenticate(client)
         assert await client.closed() == (3401, "the authentication has expired")
@@ -68,7 +68,7 @@ async def test_it_may_expire_while_the_token_is_waited_for() -> None:
         conn.expires_at = time.time() + 0.05
         return None
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         assert await client.closed() == (3401, "the authentication has expired")
 
 
@@ -125,7 +125,10 @@ async def test_a_renewal_that_fails_renews_nothing(raised: str) -> None:
             raise exceptions[raised]
         return "ann"
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws", **bearer("first")) as client:
+    async with (
+        simulated(ws._app) as server,
+        connect(f"{server.url}/ws", **bearer("first")) as client,
+    ):
         (conn,) = ws._hub.connections
         before = conn.expires_at
         await authenticate(client, "second", id=1)
@@ -141,7 +144,7 @@ async def test_a_renewal_that_fails_renews_nothing(raised: str) -> None:
 async def test_a_renewal_names_the_same_user(token: str) -> None:
     """Nobody and somebody else are closed with 3401, and the disconnect handlers run."""
     door = Door()
-    async with serving(door.ws._app) as server:
+    async with simulated(door.ws._app) as server:
         async with door.visit(server.url, **bearer("t-ann")) as client:
             await client.receive()
             await authenticate(client, token, id=1)
@@ -161,7 +164,7 @@ async def test_a_lenient_converter_makes_no_token() -> None:
         seen.append(token)
         return "ann"
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws", **bearer("a")) as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws", **bearer("a")) as client:
         for payload in ({"token": None}, {"token": {}}, {}, None, "text"):
             error = (await client.ask("authenticate", payload))["payload"]
             assert error["code"] == "invalid_payload"
@@ -172,7 +175,7 @@ async def test_a_lenient_converter_makes_no_token() -> None:
 async def test_without_a_function_the_message_is_unknown() -> None:
     """The type is reserved, whether or not the endpoint authenticates."""
     ws = endpoint()
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         await authenticate(client, id=1)
         assert (await client.receive())["payload"]["code"] == "unknown_type"
 
@@ -181,7 +184,7 @@ async def test_without_a_function_the_message_is_unknown() -> None:
 async def test_an_expiry_is_a_time(at: Any) -> None:
     """Anything else is a `TypeError`; None takes it away."""
     ws = endpoint()
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         await client.ask("x")
         (conn,) = ws._hub.connections
         with pytest.raises(TypeError, match="expires_at is UNIX seconds, such as time"):
@@ -200,7 +203,7 @@ async def test_the_clock_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> 
     ahead = 0.0
     monkeypatch.setattr(pachinko.time, "time", lambda: 1000.0 + ahead)
     ws = endpoint()
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         await client.ask("x")
         (conn,) = ws._hub.connections
         conn.expires_at = 2000.0
@@ -281,7 +284,7 @@ async def test_another_thread_is_refused_and_told_what_to_write(name: str, elsew
         names = conn.user, conn.groups, conn.closed, conn.close_code, conn.expires_at, repr(conn)
         return names, ws._hub.connections, ws._hub.members("room"), ws._hub.groups, ws._hub.stats()
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         await client.ask("ping")
         before = read()
         cure = rf'conn\.hub\.call_threadsafe\((conn\.{name}|setattr, conn, "{name}"), \.\.\.\)'
@@ -303,7 +306,7 @@ def test_another_loop_of_the_same_thread_is_refused() -> None:
         stack = contextlib.AsyncExitStack()
 
         async def start() -> Any:
-            server = await stack.enter_async_context(serving(ws._app))
+            server = await stack.enter_async_context(simulated(ws._app))
             client = await stack.enter_async_context(connect(f"{server.url}/ws"))
             await until(lambda: ws._hub.connections)
             return client
@@ -336,7 +339,7 @@ async def test_call_threadsafe_takes_them() -> None:
         hub.call_threadsafe(conn.leave, "a").result(PATIENCE)
         hub.call_threadsafe(conn.close, 4000, "bye").result(PATIENCE)
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         await until(lambda: ws._hub.connections)
         await asyncio.to_thread(work)
         assert await client.receive() == {"type": "said", "payload": {"n": 1}}

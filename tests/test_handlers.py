@@ -17,7 +17,7 @@ import falcon.asgi
 import falcon.testing
 import msgspec
 import pytest
-from support import connect, new_app, serving
+from support import connect, new_app, simulated
 
 import pachinko
 from pachinko import Close, Hub, MessageError, Pachinko, PachinkoError, Routes, message, place_of
@@ -686,7 +686,7 @@ async def test_a_type_may_be_a_member_of_an_enum(kind: Any, how: str) -> None:
     else:
         inner.on("say")(nothing)
         ws.include(inner, prefix=kind("room"))
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         answer = await client.ask("room.say")
         assert answer["type"] == "room.say.reply" and answer["id"] == 1
 
@@ -1119,7 +1119,7 @@ async def test_one_class_may_serve_http_and_messages() -> None:
     async with falcon.testing.ASGIConductor(app) as http:
         assert (await http.simulate_get("/todo")).json == ["a"]
         assert (await http.simulate_get("/first")).json == "a"
-    async with serving(app) as server, connect(server.url + "/ws") as client:
+    async with simulated(app) as server, connect(server.url + "/ws") as client:
         assert (await client.ask("todo.delete"))["payload"] == []
 
 
@@ -1319,7 +1319,7 @@ async def test_the_parts_work_together() -> None:
         return f"{conn.params['room']} {level}"
 
     ws.add_resource("room", Room())
-    async with serving(app) as server, connect(server.url + "/ws/lobby") as client:
+    async with simulated(app) as server, connect(server.url + "/ws/lobby") as client:
         answer = await client.ask("sum", {"a": 1, "b": 2}, 7)
         assert answer == {"type": "sum.reply", "id": 7, "payload": 3}
         answer = await client.ask("say", {"text": "hi"}, "x")
@@ -1517,7 +1517,7 @@ async def test_metadata_without_a_hash_makes_no_difference() -> None:
     async def two(conn: Any, *, n: Annotated[int, {"a": 1}], m: Annotated[int, []] = 2) -> int:
         return n + m
 
-    async with serving(app) as server, connect(server.url + "/ws") as client:
+    async with simulated(app) as server, connect(server.url + "/ws") as client:
         assert (await client.ask("one", 5))["payload"] == 6
         assert (await client.ask("two", {"n": 5}))["payload"] == 7
         assert (await client.ask("one", "5"))["payload"]["errors"] == [

@@ -17,7 +17,7 @@ import cattrs
 import falcon
 import pytest
 import websockets.exceptions
-from support import PATIENCE, connect, new_app, serving, until
+from support import PATIENCE, connect, new_app, simulated, until
 
 import pachinko
 from pachinko import Connection, Hub, Pachinko, PachinkoError, message
@@ -42,7 +42,7 @@ async def test_a_group_message_reaches_the_members_with_its_group() -> None:
     """Members get one encoding, which names the group; others get nothing."""
     ws = endpoint()
     async with (
-        serving(ws._app) as server,
+        simulated(ws._app) as server,
         connect(server.url + "/ws/a") as one,
         connect(server.url + "/ws/a") as two,
         connect(server.url + "/ws/b") as other,
@@ -66,7 +66,7 @@ async def test_exclude_leaves_out_connections_and_ids() -> None:
     """`exclude` takes a connection, an id, or several of both."""
     ws = endpoint()
     async with (
-        serving(ws._app) as server,
+        simulated(ws._app) as server,
         connect(server.url + "/ws/a") as one,
         connect(server.url + "/ws/a") as two,
     ):
@@ -89,7 +89,7 @@ async def test_exclude_leaves_out_connections_and_ids() -> None:
 async def test_send_to_finds_a_connection_by_itself_or_its_id() -> None:
     """One that is unknown or gone gets nothing, and nothing happens."""
     ws = endpoint()
-    async with serving(ws._app) as server, connect(server.url + "/ws/a") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws/a") as client:
         (conn,) = ws._hub.connections
         await ws._hub.send_to(conn, "one")
         await ws._hub.send_to(conn.id, Said("two"))
@@ -106,7 +106,7 @@ async def test_send_to_finds_a_connection_by_itself_or_its_id() -> None:
 async def test_joining_and_leaving_twice_is_once() -> None:
     """Membership is a set; an empty group is no group."""
     ws = endpoint()
-    async with serving(ws._app) as server, connect(server.url + "/ws/a") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws/a") as client:
         (conn,) = ws._hub.connections
         for _ in range(2):
             await conn.join("b")
@@ -124,7 +124,7 @@ async def test_joining_and_leaving_twice_is_once() -> None:
 async def test_any_text_names_a_group() -> None:
     """Names are data: dots, stars, newlines and the empty text are as good as any."""
     ws = endpoint()
-    async with serving(ws._app) as server, connect(server.url + "/ws/a") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws/a") as client:
         (conn,) = ws._hub.connections
         for name in ("", "*", "a.b >", "\n", "ü" * 10_000):
             await conn.join(name)
@@ -161,8 +161,8 @@ async def test_a_connection_belongs_to_one_hub() -> None:
     """To give it to another hub is a mistake, whatever the method, and whether it is open."""
     ws, other = endpoint(), endpoint()
     async with (
-        serving(ws._app) as server, connect(server.url + "/ws/a") as client,
-        serving(other._app) as elsewhere, connect(elsewhere.url + "/ws/a") as member,
+        simulated(ws._app) as server, connect(server.url + "/ws/a") as client,
+        simulated(other._app) as elsewhere, connect(elsewhere.url + "/ws/a") as member,
     ):  # fmt: skip
         (conn,) = ws._hub.connections
         for hub in (Hub(), other._hub):
@@ -213,7 +213,7 @@ async def test_other_threads_use_call_threadsafe() -> None:
         except PachinkoError as exc:
             results.append(str(exc))
 
-    async with serving(ws._app) as server, connect(server.url + "/ws/a") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws/a") as client:
         thread = threading.Thread(target=work)
         thread.start()
         assert await client.receive() == {
@@ -243,7 +243,7 @@ HUB_CALLS: dict[str, Any] = {
 async def test_a_call_from_another_thread_is_told_what_to_write(method: str) -> None:
     """The advice has the method that was called."""
     ws = endpoint()
-    async with serving(ws._app) as server, connect(server.url + "/ws/a"):
+    async with simulated(ws._app) as server, connect(server.url + "/ws/a"):
         await until(lambda: ws._hub.connections)
         (conn,) = ws._hub.connections
         call = HUB_CALLS[method](ws._hub, conn)
@@ -275,7 +275,7 @@ async def test_stats_count_what_happened() -> None:
     async def one(conn: Connection) -> int:
         return 1
 
-    async with serving(ws._app) as server, connect(server.url + "/ws/a") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws/a") as client:
         await client.ask("one")
         await client.ask("no")
         await client.ask("no")
@@ -312,7 +312,7 @@ async def test_the_converter_is_the_hubs_in_and_out() -> None:
         await hub.broadcast("status", value)
         return value
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         assert (await client.ask("status", 404))["payload"] == 404
         assert (await client.receive())["payload"] == 404
         with pytest.raises(PachinkoError, match="before the app starts"):
@@ -485,7 +485,7 @@ async def test_draining_closes_everybody_within_the_time(seconds: float) -> None
     """With 1012, one after the other; it ends after the disconnect handlers, and lets nobody in."""
     ws, codes = leaving()
     hub = ws._hub
-    async with serving(ws._app) as server, contextlib.AsyncExitStack() as stack:
+    async with simulated(ws._app) as server, contextlib.AsyncExitStack() as stack:
         url = server.url + "/ws/a"
         clients = [await stack.enter_async_context(connect(url)) for _ in range(10)]
         assert not hub.draining
@@ -500,7 +500,7 @@ async def test_draining_closes_everybody_within_the_time(seconds: float) -> None
             assert await client.closed() == (1012, "the server restarts")
         await hub.drain()  # nobody is left
     assert not hub.draining
-    async with serving(ws._app) as server, connect(server.url + "/ws/a"):
+    async with simulated(ws._app) as server, connect(server.url + "/ws/a"):
         pass  # the same hub serves again
 
 
@@ -516,7 +516,7 @@ async def test_draining_takes_them_in_random_order_one_after_the_other(
     async def leave(conn: Connection) -> None:
         left.append((conn.params["group"], sum(not c.closed for c in ws._hub.connections)))
 
-    async with serving(ws._app) as server, contextlib.AsyncExitStack() as stack:
+    async with simulated(ws._app) as server, contextlib.AsyncExitStack() as stack:
         for name in "abcd":
             await stack.enter_async_context(connect(f"{server.url}/ws/{name}"))
         await ws._hub.drain(1.0)
@@ -529,13 +529,13 @@ async def test_draining_takes_them_in_random_order_one_after_the_other(
 async def test_draining_does_not_wait_for_the_turn_of_those_that_have_gone() -> None:
     """Clients that leave by themselves save their share of the time."""
     ws, codes = leaving()
-    async with serving(ws._app) as server, contextlib.AsyncExitStack() as stack:
+    async with simulated(ws._app) as server, contextlib.AsyncExitStack() as stack:
         url = server.url + "/ws/a"
         clients = [await stack.enter_async_context(connect(url)) for _ in range(100)]
         draining = asyncio.create_task(ws._hub.drain(100.0))  # a second for each
-        for client in clients:
-            await client.close()
-        await until(draining.done)
+        await asyncio.gather(*(client.close() for client in clients))
+        await server.spend(1.0)
+        assert draining.done()
         assert len(codes) == 100 and set(codes) <= {1000, 1012}
 
 
@@ -557,7 +557,7 @@ async def test_draining_includes_those_that_are_not_in_yet() -> None:
         async with connect(url) as client:
             return await client.closed()
 
-    async with serving(ws._app) as server, connect(server.url + "/locked") as stranger:
+    async with simulated(ws._app) as server, connect(server.url + "/locked") as stranger:
         connecting = asyncio.create_task(slow(server.url + "/ws/a?slow=1"))
         await until(lambda: len(ws._hub.state.serving) == 2)
         draining = asyncio.create_task(ws._hub.drain(0))
@@ -579,7 +579,7 @@ async def test_a_disconnect_handler_that_hangs_is_given_up(
     async def leave(conn: Connection) -> None:
         await may_go_on.wait()
 
-    async with serving(ws._app) as server, connect(server.url + "/ws/a"):
+    async with simulated(ws._app) as server, connect(server.url + "/ws/a"):
         await until(lambda: ws._hub.connections)
         await ws._hub.drain(0)
         assert "not waiting any longer for <Task" in caplog.text
@@ -599,7 +599,7 @@ async def test_a_handler_may_drain(concurrent: bool) -> None:
         await ws._hub.drain(0)
         done.append("drained")
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(server.url + "/ws/a") as client, connect(server.url + "/ws/a"):
             await client.send("drain")
             assert (await client.closed())[0] == 1012
@@ -615,10 +615,11 @@ async def test_a_drain_goes_on_without_the_handler_that_began_it() -> None:
     async def drain(conn: Connection) -> None:
         await ws._hub.drain(0.5)
 
-    async with serving(ws._app) as server, contextlib.AsyncExitStack() as stack:
+    async with simulated(ws._app) as server, contextlib.AsyncExitStack() as stack:
         url = server.url + "/ws/a"
         clients = [await stack.enter_async_context(connect(url)) for _ in range(10)]
         await clients[0].send("drain")
+        await server.spend(0.5)
         for client in clients:
             assert (await client.closed())[0] == 1012
         await until(lambda: not ws._hub.state.serving)
@@ -642,7 +643,7 @@ async def test_the_lifespan_closes_those_that_are_not_in_yet() -> None:
         async with connect(url) as client:
             return (await client.closed())[0]
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         visits = [asyncio.create_task(visit(server.url + path)) for path in ("/ws/a", "/locked")]
         await until(lambda: len(ws._hub.state.serving) == 2)
         ending = [asyncio.create_task(each.process_shutdown({}, {})) for each in (ws, locked)]
@@ -676,7 +677,7 @@ async def test_calls_from_threads_end_with_the_hub() -> None:
         finally:
             ended.append("cancelled")
 
-    async with serving(ws._app):
+    async with simulated(ws._app):
         futures.append(ws._hub.call_threadsafe(for_ever))
         await asyncio.sleep(0)
         futures.append(
@@ -705,7 +706,7 @@ async def test_a_thread_may_cancel_its_call() -> None:
     async def cancelled() -> None:
         raise asyncio.CancelledError
 
-    async with serving(ws._app):
+    async with simulated(ws._app):
         future = ws._hub.call_threadsafe(slow)
         await asyncio.wait_for(begun.wait(), PATIENCE)
         assert future.cancel()
@@ -731,7 +732,7 @@ async def test_sys_exit_in_a_call_from_a_thread_is_its_error() -> None:
     async def leave() -> None:
         raise SystemExit(3)
 
-    async with serving(ws._app):
+    async with simulated(ws._app):
         future = ws._hub.call_threadsafe(leave)
         await until(future.done)
         with pytest.raises(RuntimeError, match=r"sys.exit\(\) in a call from a thread"):
@@ -920,7 +921,7 @@ async def test_any_thread_may_read() -> None:
         except Exception as exc:
             results[:] = [exc]
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         thread = threading.Thread(target=read)
         sys.setswitchinterval(1e-6)
         try:
@@ -958,7 +959,7 @@ async def test_a_connection_may_be_in_max_groups() -> None:
     async def leave(conn: Connection, *, name: str) -> None:
         await conn.leave(name)
 
-    async with serving(ws._app) as server, connect(server.url + "/ws/a") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws/a") as client:
         for name in ("b", "b", "a"):
             assert (await client.ask("join", {"name": name}))["type"] == "join.reply"
         assert (await client.ask("join", {"name": "c"}))["payload"] == {

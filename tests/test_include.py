@@ -13,7 +13,7 @@ import attrs
 import cattrs
 import falcon.asgi
 import pytest
-from support import connect, new_app, serving, until
+from support import connect, new_app, simulated, until
 from test_session import Session, endpoint
 
 import pachinko
@@ -257,7 +257,7 @@ async def test_one_file_serves_two_endpoints() -> None:
     first.include(other)
     second.include(other, prefix="x")
     async with (
-        serving(app) as server,
+        simulated(app) as server,
         connect(server.url + "/a/lobby") as a,
         connect(server.url + "/b") as b,
     ):
@@ -537,7 +537,7 @@ async def test_a_renewal_of_a_file_passes_no_middleware() -> None:
     ws.include(other, prefix="x")
     headers = {"Authorization": "Bearer ada"}
     async with (
-        serving(ws._app) as server,
+        simulated(ws._app) as server,
         connect(server.url + "/ws", additional_headers=headers) as client,
     ):
         answer = await client.ask("authenticate", {"token": "ada"})
@@ -1106,7 +1106,7 @@ async def test_one_without_a_path_may_include_and_be_added_by_hand() -> None:
 
     ws.include(other)
     app.add_route("/ws/{room}", ws)
-    async with serving(app) as server, connect(server.url + "/ws/lobby"):
+    async with simulated(app) as server, connect(server.url + "/ws/lobby"):
         await until(lambda: rooms == ["lobby"])
 
 

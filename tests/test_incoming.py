@@ -8,7 +8,7 @@ from typing import Any
 
 import falcon
 import pytest
-from support import PATIENCE, Stalled, connect, new_app, serving, session_of, until
+from support import PATIENCE, Stalled, connect, new_app, serving, session_of, simulated, until
 from test_sending import BIG, endpoint, named, served, waiting
 
 import pachinko
@@ -195,7 +195,7 @@ async def test_the_apps_receive_queue_stays_as_it_is(queue: int, by_hand: bool) 
         await asyncio.sleep(0.001)
         return n
 
-    async with serving(app) as server, connect(server.url + "/ws") as client:
+    async with simulated(app) as server, connect(server.url + "/ws") as client:
         for n in range(20):
             await client.send("wait", n, id=n)
         assert [(await client.receive())["payload"] for n in range(20)] == list(range(20))
@@ -248,7 +248,7 @@ async def test_a_socket_that_a_middleware_has_accepted_is_read_through_its_queue
     async def leave(conn: Connection) -> None:
         codes.append(conn.close_code)
 
-    async with serving(app) as server:
+    async with simulated(app) as server:
         async with connect(server.url + "/ws") as client:
             for n in range(10):
                 await client.send("wait", n, id=n)
@@ -274,7 +274,7 @@ async def test_falcons_socket_is_told_that_its_client_has_gone(end: str) -> None
                 await conn.ws.send_text("too late")
         seen.append(conn.ws.closed or end == "server")
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         await until(lambda: ws._hub.connections)
         if end == "close":
             await client.close()

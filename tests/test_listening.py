@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from brokers import BrokerKind, running
-from support import PATIENCE, connect, new_app, serving, until
+from support import PATIENCE, connect, new_app, simulated, until
 from test_cluster import Own, cluster_of, processes
 
 import pachinko
@@ -152,7 +152,7 @@ async def test_close_group_closes_members_only() -> None:
     """A listener beside a member goes on, and the member gets no less."""
     hub = Hub()
     ws = endpoint(hub)
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         await until(lambda: hub.members("room"))
         listener = hub.listen("room")
         await hub.send("room", "one")
@@ -308,7 +308,7 @@ async def test_it_ends_with_the_hub() -> None:
 async def test_it_ends_with_the_last_app() -> None:
     """As at any shutdown of a server."""
     hub = Hub()
-    async with serving(endpoint(hub)._app):
+    async with simulated(endpoint(hub)._app):
         waiting = asyncio.create_task(rest(hub.listen("room")))
         await until(lambda: hub.groups)
     assert await waiting == []

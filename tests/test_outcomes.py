@@ -14,7 +14,7 @@ import anyio
 import falcon
 import pytest
 import websockets.exceptions
-from support import PATIENCE, Client, connect, new_app, serving, until
+from support import PATIENCE, Client, connect, new_app, simulated, until
 
 import pachinko
 from pachinko import Close, Connection, Hub, MessageError, Pachinko
@@ -151,7 +151,7 @@ async def test_a_worker_that_fails_while_it_is_stopped_is_not_started_again(
         began.append("work")
         await way()
 
-    async with serving(ws._app):
+    async with simulated(ws._app):
         await until(lambda: began)
         await some_turns()
     assert began == ["work"] and not ws._workers
@@ -195,7 +195,7 @@ async def test_a_worker_that_ends_with_its_cancellation_is_not_logged(
         with contextlib.suppress(asyncio.CancelledError):
             await forever()
 
-    async with serving(ws._app):
+    async with simulated(ws._app):
         await some_turns()
     assert not ws._workers and not errors(caplog)
 
@@ -441,7 +441,7 @@ async def test_a_bug_that_only_looks_like_a_cancellation_is_answered(way: Way) -
     async def echo(conn: Connection, payload: int) -> int:
         return payload
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         for _ in range(2):
             assert (await client.ask("fail"))["payload"]["code"] == "internal_error"
             assert (await client.ask("echo", 5))["payload"] == 5
@@ -459,7 +459,7 @@ async def test_a_stream_that_fails_while_it_is_stopped_is_answered() -> None:
         finally:
             raise KeyError("clean-up")
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         for _ in range(2):
             assert (await client.ask("count", id=7))["payload"] == 1
             answer = await client.ask("complete", id=7)
@@ -520,7 +520,7 @@ async def test_sending_in_a_disconnect_handler_is_no_bug(
         left.append(conn.id)
 
     caplog.set_level(logging.DEBUG, "pachinko")
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         await until(lambda: ws._hub.connections)
         if end == "client":
             await client.close()
@@ -570,7 +570,7 @@ async def test_a_worker_without_its_broker_logs_no_traceback(
         away = pachinko.BrokerAway("nobody is there")
         raise ExceptionGroup("of sends", [away, away]) if is_group else away
 
-    async with serving(ws._app):
+    async with simulated(ws._app):
         await until(lambda: errors(caplog))
     (record,) = errors(caplog)
     assert "failed: " in record.message and "; again in 1 s" in record.message
@@ -588,7 +588,7 @@ async def test_an_error_that_is_returned_should_be_raised(
     async def give(conn: Connection) -> Any:
         return error
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         assert (await client.ask("give"))["payload"]["code"] == "internal_error"
     assert f"cannot send a {type(error).__name__}; raise it instead" in caplog.text
 
@@ -609,7 +609,7 @@ async def test_what_should_have_been_awaited_is_named(
         given.append(make())
         return given[-1]
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         assert (await client.ask("give"))["payload"]["code"] == "internal_error"
         assert await given[0] == 5
     what = type(given[0]).__name__
@@ -644,7 +644,7 @@ async def test_a_task_that_the_application_cancels_is_answered(streams: bool) ->
         for task in tasks:
             task.cancel()
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         await client.send("stream" if streams else "job", id=7)
         await until(lambda: tasks)
         await client.send("abort")
@@ -665,7 +665,7 @@ async def test_a_worker_that_cancels_itself_ends(caplog: pytest.LogCaptureFixtur
         task.cancel()
         await forever()
 
-    async with serving(ws._app):
+    async with simulated(ws._app):
         await until(lambda: began and not ws._workers)
     assert began == ["work"] and not errors(caplog)
 
@@ -790,7 +790,7 @@ async def failed(client: Client, place: str) -> dict[str, Any]:
 async def test_a_group_of_one_outcome_is_that_one(group: Any, caplog: LogCapture) -> None:
     """Whatever has made the group, and wherever it is raised, the client gets the outcome."""
     ws = failing(group, MessageError("off_board", "no", x=1))
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         for place in PLACES:
             assert await failed(client, place) == {"code": "off_board", "message": "no", "x": 1}
     assert not errors(caplog)
@@ -801,7 +801,7 @@ async def test_a_group_of_one_outcome_is_that_one(group: Any, caplog: LogCapture
 async def test_a_close_in_a_group_closes(place: str, group: Any, caplog: LogCapture) -> None:
     """It is no bug, and the client learns code and reason."""
     ws = failing(group, Close(4003, "bye"))
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         await (client.raw(b"x") if place == "binary" else client.send(place, id=7))
         assert await client.closed() == (4003, "bye")
     assert not errors(caplog)
@@ -811,7 +811,7 @@ async def test_a_close_in_a_group_closes(place: str, group: Any, caplog: LogCapt
 async def test_an_http_error_in_a_group_has_its_status(group: Any) -> None:
     """Code that is shared with HTTP may run in a group too."""
     ws = failing(group, falcon.HTTPNotFound(title="gone"))
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         for place in PLACES:
             answer = await failed(client, place)
             assert (answer["code"], answer["title"]) == ("http_404", "gone")
@@ -822,7 +822,7 @@ async def test_of_several_outcomes_the_first_counts(group: Any, caplog: LogCaptu
     """The order is that of the group."""
     outcomes = [MessageError("first"), falcon.HTTPNotFound(), Close(4000), MessageError("last")]
     ws = failing(group, *outcomes)
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         for place in PLACES:
             assert (await failed(client, place))["code"] == "first"
     assert not errors(caplog)
@@ -832,7 +832,7 @@ async def test_of_several_outcomes_the_first_counts(group: Any, caplog: LogCaptu
 async def test_a_bug_in_a_group_makes_it_a_bug(group: Any, caplog: LogCapture) -> None:
     """The client gets `internal_error`, and the log the whole group."""
     ws = failing(group, MessageError("off_board"), KeyError("a bug"), Close(4000))
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         for place in PLACES:
             caplog.clear()
             assert (await failed(client, place))["code"] == "internal_error"
@@ -850,7 +850,7 @@ async def test_an_error_handler_finds_its_error_in_a_group(group: Any, caplog: L
     async def found(conn: Connection, exc: LookupError) -> MessageError:
         return MessageError("missing", repr(exc))
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         for place in PLACES:
             if place != "mended":  # An error handler's own error has no handler.
                 answer = await failed(client, place)
@@ -874,7 +874,7 @@ async def test_an_error_handler_for_groups_gets_them_whole(kinds: list[type[Exce
         async def handle(conn: Connection, exc: Exception) -> MessageError:
             return await found(conn, exc)
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         assert (await failed(client, "handler"))["code"] == "seen"
     assert [type(each) for each in seen] == [ExceptionGroup]
 
@@ -889,7 +889,7 @@ async def test_a_group_in_a_connect_handler_refuses(group: Any, caplog: LogCaptu
     async def arrive(conn: Connection) -> None:
         await group(exc.pop(0))
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         for status in (403, 451):
             with pytest.raises(websockets.exceptions.InvalidStatus, match=str(status)):
                 async with connect(server.url + "/ws"):
@@ -926,7 +926,7 @@ async def test_what_is_raised_after_a_group_counts(is_scoped: bool, caplog: LogC
         async def around(conn: Connection, envelope: Any, call_next: Any) -> Any:
             return await call_next()
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         with pytest.raises(websockets.exceptions.InvalidStatus, match="404"):
             async with connect(server.url + "/ws?no=1"):
                 pass
@@ -945,7 +945,7 @@ async def test_a_group_in_authenticate_refuses(group: Any, caplog: LogCapture) -
         await group(exc.pop(0))
         return None
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         with pytest.raises(websockets.exceptions.InvalidStatus):
             async with connect(server.url + "/ws"):
                 pass
@@ -968,7 +968,7 @@ async def test_a_bug_in_a_group_of_authenticate_hides_its_text(
         )  # a traceback shows this line
         return None
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         with pytest.raises(websockets.exceptions.InvalidStatus):
             async with connect(server.url + "/ws"):
                 pass
@@ -996,7 +996,7 @@ async def test_a_group_that_sends_to_a_client_that_has_gone_is_quiet(caplog: Log
             ended.append(exc)
             raise
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         for waits in (False, True):
             await client.send("talk", {"waits": waits})
         await until(lambda: any(session.tasks for session in ws._hub.state.serving.values()))

@@ -15,7 +15,7 @@ from typing import Any
 
 import falcon
 import pytest
-from support import PATIENCE, Stalled, connect, new_app, serving, until
+from support import PATIENCE, Stalled, connect, new_app, serving, simulated, until
 
 import pachinko
 from pachinko import Connection, Hub, Pachinko
@@ -274,7 +274,7 @@ async def test_what_an_eager_task_has_written_needs_no_further_turn(
         monkeypatch.setattr(pachinko, "start_task", step)
     monkeypatch.setattr(pachinko, "write_batches", counted)
     ws, _ = endpoint()
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         await until(lambda: ws._hub.connections)
         await ws._hub.send("all", "n", 1)
         assert (await client.receive())["payload"] == 1
@@ -300,7 +300,7 @@ async def test_a_close_announces_the_gaps_before_it() -> None:
 async def test_a_writer_cancelled_before_it_began_holds_nobody_up() -> None:
     """A close and the client's own in one round of the loop end the connection at once."""
     ws, codes = endpoint()
-    async with serving(ws._app) as server, connect(server.url + "/ws"):
+    async with simulated(ws._app) as server, connect(server.url + "/ws"):
         (conn,) = ws._hub.connections
         conn.outgoing.close(pachinko.Close(4000))
         conn.outgoing.lost(1000)
@@ -325,7 +325,7 @@ async def test_a_servers_own_error_ends_the_sender_too(caplog: pytest.LogCapture
 
         await ws._app(scope, receive, broken if scope["type"] == "websocket" else send)
 
-    async with serving(breaking) as server, connect(server.url + "/ws") as client:
+    async with simulated(breaking) as server, connect(server.url + "/ws") as client:
         await client.send("ask", id=1)
         await client.closed()
         await until(lambda: codes)
@@ -395,7 +395,7 @@ async def test_a_connect_handler_that_dawdles_in_a_busy_group_is_bounded() -> No
         for n in range(5):
             await ws._hub.send("all", "n", n)
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         assert (await client.closed())[0] == 1013
         await until(lambda: codes)
     assert codes == [1013]
@@ -416,7 +416,7 @@ async def test_a_servers_own_error_ends_the_connection_once(
 
         await ws._app(scope, receive, broken if scope["type"] == "websocket" else send)
 
-    async with serving(breaking) as server, connect(server.url + "/ws") as client:
+    async with simulated(breaking) as server, connect(server.url + "/ws") as client:
         await until(lambda: ws._hub.connections)
         await ws._hub.send("all", "x")
         await client.closed()

@@ -8,7 +8,17 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from support import PATIENCE, Client, Stalled, connect, new_app, serving, session_of, until
+from support import (
+    PATIENCE,
+    Client,
+    Stalled,
+    connect,
+    new_app,
+    serving,
+    session_of,
+    simulated,
+    until,
+)
 
 from pachinko import Connection, Envelope, Hub, Pachinko, Rate
 
@@ -64,7 +74,7 @@ class Gate:
 async def test_what_needs_no_turn_goes_by_a_handler_that_waits() -> None:
     """A concurrent handler, a stream and a ping are answered; plain messages before them wait."""
     gate = Gate()
-    async with serving(gate.ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(gate.ws._app) as server, connect(server.url + "/ws") as client:
         await gate.enter(client)
         await client.send("note", 1)
         assert await client.ask("beside", {"n": 5}, id=1) == {
@@ -84,7 +94,7 @@ async def test_what_needs_no_turn_goes_by_a_handler_that_waits() -> None:
 async def test_a_stream_is_stopped_while_a_handler_waits() -> None:
     """A ``complete`` for another request in progress, or for none, changes nothing."""
     gate = Gate()
-    async with serving(gate.ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(gate.ws._app) as server, connect(server.url + "/ws") as client:
         await client.ask("forever", id="f")
         await gate.enter(client)
         await client.send("complete", id="wait")
@@ -98,7 +108,7 @@ async def test_a_stream_is_stopped_while_a_handler_waits() -> None:
 async def test_plain_messages_are_held_up_to_a_limit_and_none_is_refused() -> None:
     """The 257th is not read before the handler has ended, and neither is what comes behind it."""
     gate = Gate()
-    async with serving(gate.ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(gate.ws._app) as server, connect(server.url + "/ws") as client:
         await gate.enter(client)
         for n in range(300):
             await client.send("note", n)
@@ -119,7 +129,7 @@ async def test_what_is_held_is_bounded_in_bytes(kind: str) -> None:
     async def upload(conn: Connection, data: bytes) -> None:
         gate.seen.append(data)
 
-    async with serving(gate.ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(gate.ws._app) as server, connect(server.url + "/ws") as client:
         await gate.enter(client)
         for _ in range(10):
             if kind == "text":
@@ -147,7 +157,7 @@ async def test_what_is_held_is_bounded_in_bytes(kind: str) -> None:
 async def test_what_is_wrong_is_refused_in_its_turn(frame: str) -> None:
     """Behind the handler that waits, and before the message that follows."""
     gate = Gate()
-    async with serving(gate.ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(gate.ws._app) as server, connect(server.url + "/ws") as client:
         await gate.enter(client)
         await client.raw(frame)
         await client.send("note", 1, id=2)
@@ -161,7 +171,7 @@ async def test_what_is_wrong_is_refused_in_its_turn(frame: str) -> None:
 async def test_a_frame_that_is_too_large_closes_in_its_turn() -> None:
     """The answer to the message before it goes out."""
     gate = Gate(max_size=1000)
-    async with serving(gate.ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(gate.ws._app) as server, connect(server.url + "/ws") as client:
         await gate.enter(client)
         await client.send("beside", "x" * 1000)
         await until(lambda: gate.held == 1)
@@ -178,7 +188,7 @@ async def test_a_message_counts_for_the_rate_when_it_comes(monkeypatch: pytest.M
     gate, now = Gate(rate=(2, 10.0)), [1000.0]
     take = Rate.take
     monkeypatch.setattr(Rate, "take", lambda self, _: take(self, now[0]))
-    async with serving(gate.ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(gate.ws._app) as server, connect(server.url + "/ws") as client:
         await gate.enter(client)
         for n in range(8):
             now[0] += 5.0
@@ -199,7 +209,7 @@ async def test_a_message_too_many_is_refused_at_once() -> None:
     async def upload(conn: Connection, data: bytes) -> None:
         gate.seen.append(data)
 
-    async with serving(gate.ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(gate.ws._app) as server, connect(server.url + "/ws") as client:
         await gate.enter(client)
         await client.send("note", 1)
         await client.raw(b"2")
@@ -222,7 +232,7 @@ async def test_a_rate_that_refuses_meanwhile_is_logged_with_the_type(
     """The log names what was refused, as when no handler waits; a broken frame has no type."""
     caplog.set_level(logging.DEBUG, "pachinko")
     gate = Gate(rate=(1, 600.0))
-    async with serving(gate.ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(gate.ws._app) as server, connect(server.url + "/ws") as client:
         await gate.enter(client)
         for frame in ('{"type":"note"}', '{"type":"beside"}', '{"type":"$ping"}', "{"):
             assert (await client.error(frame))[0] == "rate_limited"
@@ -235,7 +245,7 @@ async def test_a_rate_that_refuses_meanwhile_is_logged_with_the_type(
 async def test_far_too_many_messages_close_while_a_handler_waits() -> None:
     """What the handler then does has `linger` seconds, as after any close."""
     gate = Gate(rate=(1, 600.0), linger=0.0)
-    async with serving(gate.ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(gate.ws._app) as server, connect(server.url + "/ws") as client:
         await gate.enter(client)
         for _ in range(11):
             await client.send("note", 1)
@@ -261,7 +271,7 @@ async def test_the_library_answers_pings(waits: bool) -> None:
     async def other(conn: Connection, frame: str) -> None:
         others.append(frame)
 
-    async with serving(gate.ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(gate.ws._app) as server, connect(server.url + "/ws") as client:
         if waits:
             await gate.enter(client)
         assert await client.ask("$ping", id=1) == {"type": "$pong", "id": 1}
@@ -281,7 +291,7 @@ async def test_pings_and_answers_wait_for_no_accepted_handler() -> None:
     async def welcome(conn: Connection) -> None:
         await gate.opened.wait()
 
-    async with serving(gate.ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(gate.ws._app) as server, connect(server.url + "/ws") as client:
         await client.send("beside", {"n": 5}, id=1)
         await client.send("error", {"code": "x"}, id="$1")
         assert await client.ask("$ping", id=2) == {"type": "$pong", "id": 2}
@@ -302,7 +312,7 @@ async def test_an_answer_that_nobody_waits_for_is_counted_and_ignored(
     async def other(conn: Connection, frame: str) -> None:
         others.append(frame)
 
-    async with serving(gate.ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(gate.ws._app) as server, connect(server.url + "/ws") as client:
         if waits:
             await gate.enter(client)
         for _ in range(5):
@@ -329,7 +339,7 @@ async def test_nothing_goes_by_a_connect_handler() -> None:
     async def beside(conn: Connection) -> None:
         order.append("beside")
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         await client.send("authenticate", {"token": "ada"})
         await client.send("beside", id=1)
         await client.send("$ping", id=2)

@@ -10,7 +10,7 @@ import falcon
 import falcon.asgi
 import pytest
 import websockets.exceptions
-from support import PATIENCE, Stalled, connect, new_app, serving, until
+from support import PATIENCE, Stalled, connect, new_app, serving, simulated, until
 
 import pachinko
 from pachinko import Close, Connection, Hub, Pachinko, PachinkoError, hub
@@ -45,7 +45,7 @@ async def test_it_works_as_a_falcon_resource_without_app_and_path(with_middlewar
     app.add_route("/ws/{room}", ws)
     if with_middleware:
         app.add_middleware(ws)
-    async with serving(app) as server:
+    async with simulated(app) as server:
         if with_middleware:
             await until(lambda: started)
         assert bool(started) is with_middleware
@@ -72,7 +72,7 @@ async def test_several_endpoints_share_an_app_and_a_hub() -> None:
             await conn.join("both")
 
     async with (
-        serving(app) as server,
+        simulated(app) as server,
         connect(server.url + "/one") as first,
         connect(server.url + "/two") as second,
         connect(server.url + "/raw") as raw,
@@ -97,7 +97,7 @@ async def test_a_later_route_that_replaces_it_is_reported(
             await ws.send_text("raw")
 
     app.add_route("/ws", Raw())
-    async with serving(app) as server, connect(server.url + "/ws") as client:
+    async with simulated(app) as server, connect(server.url + "/ws") as client:
         assert await client.socket.recv() == "raw"
     assert [r.getMessage() for r in caplog.records if r.name == "pachinko"] == [
         "a later app.add_route has replaced the Pachinko at /ws"
@@ -114,7 +114,7 @@ async def test_a_subclass_is_an_endpoint_too() -> None:
     Own(app, "/ws", hub=Hub())
     with pytest.raises(PachinkoError, match="has a Pachinko already"):
         Pachinko(app, "/ws")
-    async with serving(app) as server, connect(server.url + "/ws"):
+    async with simulated(app) as server, connect(server.url + "/ws"):
         pass
 
 
@@ -131,7 +131,7 @@ async def test_path_parameters_may_have_any_name(name: str) -> None:
     async def arrive(conn: Connection, **params: Any) -> None:
         await conn.send("params", [conn.params, params])
 
-    async with serving(app) as server, connect(server.url + "/x/7") as client:
+    async with simulated(app) as server, connect(server.url + "/x/7") as client:
         own = {name: "x", "n": 7}
         params = {k: v for k, v in own.items() if k != "conn"}
         assert (await client.receive())["payload"] == [own, params]
@@ -158,7 +158,7 @@ async def test_falcons_middleware_and_context_work_around_it() -> None:
     async def arrive(conn: Connection) -> None:
         await conn.send("order", conn.context.order)
 
-    async with serving(app) as server, connect(server.url + "/ws/a") as client:
+    async with simulated(app) as server, connect(server.url + "/ws/a") as client:
         assert (await client.receive())["payload"] == ["request", "a"]
 
 
@@ -180,7 +180,7 @@ async def test_a_middleware_may_have_accepted_already() -> None:
         if "refuse" in conn.req.params:
             raise Close(4000, "no")
 
-    async with serving(app) as server:
+    async with simulated(app) as server:
         async with connect(server.url + "/ws") as client:
             assert await client.socket.recv() == "from the middleware"
             assert (await client.receive())["type"] == "hello"
@@ -208,7 +208,7 @@ async def test_a_middleware_may_have_closed_already() -> None:
     async def leave(conn: Connection) -> None:
         called.append("disconnect")
 
-    async with serving(app) as server:
+    async with simulated(app) as server:
         assert await refused(server.url + "/ws") == 403
     assert called == []
 
@@ -230,7 +230,7 @@ async def test_connect_handlers_run_in_order_before_the_handshake_is_answered() 
         await ws._hub.send("room", "group", [a, b, c])
         await ws._hub.send_to(conn, "direct", 0)
 
-    async with serving(app) as server, connect(server.url + "/ws/x/1") as client:
+    async with simulated(app) as server, connect(server.url + "/ws/x/1") as client:
         got = [await client.receive() for _ in range(102)]
         assert [m["payload"] for m in got[:100]] == list(range(100))
         assert got[100] == {"type": "group", "group": "room", "payload": ["x", 1, "default"]}
@@ -262,7 +262,7 @@ async def test_an_http_error_in_connect_goes_through_falcons_error_handlers() ->
     async def leave(conn: Connection) -> None:
         seen.append("disconnect")
 
-    async with serving(app) as server:
+    async with simulated(app) as server:
         for why, status in (("own", 403), ("plain", 404), ("bug", 403)):
             assert await refused(f"{server.url}/ws?why={why}") == status
         assert (
@@ -288,7 +288,7 @@ async def test_close_in_connect_accepts_and_closes() -> None:
     async def leave(conn: Connection) -> None:
         called.append("disconnect")
 
-    async with serving(app) as server, connect(server.url + "/ws") as client:
+    async with simulated(app) as server, connect(server.url + "/ws") as client:
         assert await client.closed() == (4003, "full")
     assert called == []
 
@@ -310,7 +310,7 @@ async def test_conn_close_in_connect_closes_after_accept() -> None:
     async def leave(conn: Connection) -> None:
         codes.append(conn.close_code)
 
-    async with serving(app) as server, connect(server.url + "/ws") as client:
+    async with simulated(app) as server, connect(server.url + "/ws") as client:
         assert (await client.receive())["type"] == "bye"
         assert (await client.closed())[0] == 4004
         await until(lambda: codes)
@@ -328,7 +328,7 @@ async def test_a_refused_connection_is_over() -> None:
         refused_ones.append(conn)
         raise falcon.HTTPForbidden
 
-    async with serving(app) as server:
+    async with simulated(app) as server:
         assert await refused(server.url + "/ws") == 403
         (conn,) = refused_ones
         await until(lambda: not ws._hub.state.serving)
@@ -350,7 +350,7 @@ async def test_a_group_closed_during_connect_tells_the_reason() -> None:
         await ws._hub.close_group("room", 4000, "closed")
         await conn.send("history", {})
 
-    async with serving(app) as server, connect(server.url + "/ws") as client:
+    async with simulated(app) as server, connect(server.url + "/ws") as client:
         assert await client.closed() == (4000, "closed")
 
 
@@ -405,7 +405,7 @@ async def test_an_accept_that_the_server_refuses_is_an_error_after_disconnect() 
 
         await app(scope, receive, refuse if scope["type"] == "websocket" else send)
 
-    async with serving(no_accept) as server:
+    async with simulated(no_accept) as server:
         assert await refused(server.url + "/ws") == 403
     assert codes == [1006]
 
@@ -413,7 +413,7 @@ async def test_an_accept_that_the_server_refuses_is_an_error_after_disconnect() 
     async def arrive(conn: Connection) -> None:
         raise Close(4000)
 
-    async with serving(no_accept) as server:
+    async with simulated(no_accept) as server:
         assert await refused(server.url + "/ws") == 403
     assert codes == [1006]  # without those of a client that was not let in
 
@@ -422,7 +422,7 @@ async def test_the_first_of_our_subprotocols_that_the_client_offers_is_chosen() 
     """Ours is the order of preference; none in common means none."""
     app = new_app()
     Pachinko(app, "/ws", hub=Hub(), subprotocols=["v2", "v1"])
-    async with serving(app) as server:
+    async with simulated(app) as server:
         for offered, chosen in ((["v1", "v2"], "v2"), (["v1"], "v1"), (["v0"], None), (None, None)):
             async with connect(server.url + "/ws", subprotocols=offered) as client:
                 assert client.socket.subprotocol == chosen
@@ -441,7 +441,7 @@ async def test_the_user_is_set_in_connect_and_fixed_after() -> None:
         conn.user = conn.req.get_param("user")
 
     async with (
-        serving(app) as server,
+        simulated(app) as server,
         connect(server.url + "/ws?user=ann") as one,
         connect(server.url + "/ws?user=ann") as two,
         connect(server.url + "/ws") as other,
@@ -529,7 +529,7 @@ async def test_workers_run_with_the_app_and_end_with_it() -> None:
         finally:
             events.append("ended")
 
-    async with serving(app):
+    async with simulated(app):
         await until(lambda: events)
 
         @ws.worker
@@ -556,7 +556,7 @@ async def test_a_failed_worker_is_logged_and_started_again(
         if len(runs) < 3:
             raise RuntimeError("flaky")
 
-    async with serving(app):
+    async with simulated(app):
         await until(lambda: len(runs) == 3 and not ws._workers)
     assert caplog.text.count("worker") >= 2 and "flaky" in caplog.text
 
@@ -576,7 +576,7 @@ async def test_a_worker_survives_a_stray_cancelled_error(
         if len(runs) == 1:
             raise asyncio.CancelledError
 
-    async with serving(app):
+    async with simulated(app):
         await until(lambda: len(runs) == 2 and not ws._workers)
     assert "worker" in caplog.text
 
@@ -667,7 +667,7 @@ async def test_a_responder_cancelled_while_idle_runs_its_disconnect_handlers() -
     async def leave(conn: Connection) -> None:
         codes.append(conn.close_code)
 
-    async with serving(app) as server, connect(server.url + "/ws"):
+    async with simulated(app) as server, connect(server.url + "/ws"):
         (task,) = ws._hub.state.serving
         task.cancel()
         await until(task.done)
@@ -684,7 +684,7 @@ def test_the_module_hub_holds_no_loop_before_and_after() -> None:
         await hub.join("room", conn)
 
     async def once() -> None:
-        async with serving(app) as server, connect(server.url + "/ws"):
+        async with simulated(app) as server, connect(server.url + "/ws"):
             await until(lambda: hub.groups)
             assert hub.stats()["connections"] == 1
 
@@ -719,7 +719,7 @@ async def test_sys_exit_in_connect_refuses_the_handshake(caplog: pytest.LogCaptu
             case "cancelled":
                 raise asyncio.CancelledError
 
-    async with serving(app) as server:
+    async with simulated(app) as server:
         for bad in ("exit", "cancelled"):
             assert await refused(f"{server.url}/ws?bad={bad}") == 403
         async with connect(server.url + "/ws"):
@@ -743,7 +743,7 @@ async def test_sys_exit_in_a_worker_starts_it_again(
         if len(starts) < 3:
             raise SystemExit(3)
 
-    async with serving(app):
+    async with simulated(app):
         await until(lambda: len(starts) == 3)
     assert caplog.text.count("SystemExit: 3") == 2
 
@@ -759,6 +759,6 @@ async def test_close_in_connect_after_closing_is_too_late() -> None:
         await conn.close(4001, "first")
         raise Close(4002, "second")
 
-    async with serving(app) as server, connect(server.url + "/ws") as client:
+    async with simulated(app) as server, connect(server.url + "/ws") as client:
         assert (await client.receive())["type"] == "last"
         assert await client.closed() == (4001, "first")

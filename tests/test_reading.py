@@ -42,7 +42,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import UNSET, UnsetType
-from support import Client, connect, new_app, serving
+from support import Client, connect, new_app, simulated
 
 import pachinko
 from pachinko import Close, Codec, Connection, Hub, MessageError, Pachinko, PachinkoError, message
@@ -1203,7 +1203,7 @@ def endpoint(**options: Any) -> Pachinko:
 
 @contextlib.asynccontextmanager
 async def talking(ws: Pachinko) -> AsyncIterator[Client]:
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         yield client
 
 
@@ -1466,7 +1466,7 @@ async def test_a_frame_may_have_as_many_bytes_as_the_limit(annotation: Any, size
     start = (
         '{"type":"t","payload":{"text":"' if annotation is Said else '{"type":"t","payload":{"x":"'
     )
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         for character in ("x", "é", "€", "🂡"):
             room, width = size - len(start + '"}}'), len(character.encode())
             text = character * (room // width) + "." * (room % width)

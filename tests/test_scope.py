@@ -15,7 +15,7 @@ import attrs
 import falcon
 import falcon.asgi
 import pytest
-from support import PATIENCE, connect, new_app, serving, until
+from support import PATIENCE, connect, new_app, serving, simulated, until
 from test_session import Said, Session, clean, endpoint, no_collection, recording
 
 import pachinko
@@ -660,7 +660,7 @@ async def test_a_drain_is_not_the_callers() -> None:
 
         await app(scope, receive, noting)
 
-    async with serving(outer) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(outer) as server, connect(f"{server.url}/ws") as client:
         await client.send("drain")
         assert (await client.closed())[0] == 1012
     assert seen == ["nobody"]
@@ -1275,7 +1275,7 @@ async def test_a_value_of_a_generator_is_closed_after_a_refusal(exc: Exception) 
     async def refuse(conn: Connection) -> None:
         raise exc
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         with contextlib.suppress(Exception):  # the handshake is refused, or accepted and closed
             async with connect(f"{server.url}/ws") as client:
                 await client.closed()

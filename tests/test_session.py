@@ -17,7 +17,17 @@ import falcon
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import PATIENCE, Client, Stalled, connect, new_app, serving, session_of, until
+from support import (
+    PATIENCE,
+    Client,
+    Stalled,
+    connect,
+    new_app,
+    serving,
+    session_of,
+    simulated,
+    until,
+)
 
 import pachinko
 from pachinko import Close, Connection, Envelope, Hub, MessageError, Pachinko, message
@@ -49,7 +59,7 @@ class Session:
         self.ws = ws
 
     async def __aenter__(self) -> Client:
-        self.serving = serving(self.ws._app)
+        self.serving = simulated(self.ws._app)
         self.server = await self.serving.__aenter__()
         self.connecting = connect(self.server.url + "/ws")
         return await self.connecting.__aenter__()
@@ -489,7 +499,7 @@ async def test_a_gone_stranger_is_an_error_like_any_other() -> None:
     async def poke(conn: Connection) -> None:
         await others[0].send("poked", {})
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         await client.close()
         await until(lambda: others[0].closed)
         async with connect(server.url + "/ws") as second:
@@ -1002,7 +1012,7 @@ async def test_close_group_runs_disconnect_handlers_once() -> None:
     ws = endpoint()
     codes = recording(ws)
     async with (
-        serving(ws._app) as server,
+        simulated(ws._app) as server,
         connect(server.url + "/ws") as one,
         connect(server.url + "/ws") as two,
     ):
@@ -1080,7 +1090,7 @@ async def test_sigterm_runs_disconnect_handlers_with_open_connections() -> None:
         yield
 
     async with (
-        serving(ws._app) as server,
+        simulated(ws._app) as server,
         connect(server.url + "/ws"),
         connect(server.url + "/ws") as busy,
         connect(server.url + "/ws") as streaming,
@@ -1106,7 +1116,7 @@ async def test_python_closes_a_disconnect_handler_without_the_others() -> None:
     async def never(conn: Connection) -> None:
         codes.append(None)
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(server.url + "/ws"):
             pass
         await clean(ws, codes)
@@ -1273,11 +1283,12 @@ async def test_a_handler_has_its_time() -> None:
             await asyncio.sleep(0.02)
         yield 1
 
-    async with Session(ws) as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         for n, frame in enumerate(
             ('{"type":"plain","id":0}', '{"type":"beside","id":1}', "?", b"?")
         ):
             await client.raw(frame)
+            await server.spend(0.05)
             answer = await client.receive()
             assert answer["payload"] == {
                 "code": "handler_timeout",
@@ -1317,9 +1328,11 @@ async def test_a_handler_may_ignore_its_cancellation_and_answer() -> None:
             return 5
         return 6
 
-    async with Session(ws) as client:
-        assert (await client.ask("stubborn"))["payload"] == 5
-        assert (await client.ask("stubborn"))["payload"] == 5
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
+        for _ in range(2):
+            await client.send("stubborn", id=1)
+            await server.spend(0.02)
+            assert (await client.receive())["payload"] == 5
 
 
 async def test_a_caught_failure_of_a_task_group_does_not_hide_the_timeout() -> None:
@@ -1340,9 +1353,11 @@ async def test_a_caught_failure_of_a_task_group_does_not_hide_the_timeout() -> N
     async def two(conn: Connection) -> int:
         return 2
 
-    async with Session(ws) as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         for id in (1, 2):
-            assert (await client.ask("group", id=id))["payload"]["code"] == "handler_timeout"
+            await client.send("group", id=id)
+            await server.spend(0.05)
+            assert (await client.receive())["payload"]["code"] == "handler_timeout"
             assert (await client.ask("two", id=3))["payload"] == 2
 
 
@@ -1364,10 +1379,12 @@ async def test_a_handler_that_swallows_its_cancellation_is_cancelled_again(
             swallowed.append("once")
         await asyncio.Event().wait()
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(server.url + "/ws") as client:
             await client.send("hang", id=1)
             if "handler_timeout" in limits:
+                await server.spend(0.02)
+                await server.spend(0.02)
                 assert (await client.receive())["payload"]["code"] == "handler_timeout"
             else:
                 await until(lambda: session_of(next(iter(ws._hub.connections))).is_handling)
@@ -1393,7 +1410,7 @@ async def test_the_linger_ends_a_handler_that_has_caught_a_failure(
         await conn.send("waits")
         await asyncio.Event().wait()
 
-    async with serving(ws._app) as server:
+    async with simulated(ws._app) as server:
         async with connect(server.url + "/ws") as client:
             await client.send("group", id=1)
             assert (await client.receive())["type"] == "waits"
@@ -1476,7 +1493,7 @@ async def test_a_frame_that_comes_in_the_turn_of_our_close_is_not_handled(option
         in_turn = receive_and_close if scope["type"] == "websocket" else receive
         await ws._app(scope, in_turn, send)  # type: ignore[misc]
 
-    async with serving(app) as server:
+    async with simulated(app) as server:
         async with connect(server.url + "/ws") as client:
             await client.send("late", id=1)
             assert (await client.closed())[0] == 4000

@@ -42,7 +42,7 @@ import msgspec
 import pytest
 from msgspec import UNSET, UnsetType
 from structured import STRICT, errors, read, refused, written
-from support import connect, new_app, serving
+from support import connect, new_app, simulated
 from typing_extensions import ReadOnly, TypeAliasType
 from typing_extensions import TypedDict as NewerTypedDict
 
@@ -207,7 +207,7 @@ async def test_a_struct_through_a_server() -> None:
     async def slow(conn: Connection, *, point: Point, price: Decimal = Decimal(1)) -> Point:
         return point
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         assert (await client.ask("quick", {"x": 1}))["payload"] == {"x": 1}
         assert (await client.ask("slow", {"point": {"x": 1}}))["payload"] == {"x": 1}
         for type, payload, path in (
@@ -448,7 +448,7 @@ async def test_the_words_for_an_enum_are_the_same_in_one_pass() -> None:
     async def handler(conn: Connection, paint: Paint) -> None: ...
 
     assert pachinko.is_read_in_one_pass(Paint)
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         (error,) = (await client.ask("t", {"color": "Q"}))["payload"]["errors"]
         assert error == {"path": "$.payload.color", "message": 'expected one of "red"'}
 
@@ -734,7 +734,7 @@ async def test_a_frame_of_any_size_has_its_path() -> None:
     @ws.on("note")
     async def note(conn: Connection, *, title: str, body: str) -> None: ...
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         for size in (10, 20_000, 500_000):
             payload = (await client.ask("note", {"body": "a" * size}))["payload"]
             assert payload["errors"] == [{"path": "$.payload.title", "message": MISSING}]

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from cattrs.gen import make_dict_structure_fn, override
 from structured import STRICT, errors, read, refused, written
-from support import connect, new_app, serving
+from support import connect, new_app, simulated
 
 from pachinko import Codec, Connection, Hub, Pachinko, PachinkoError
 
@@ -378,7 +378,7 @@ async def test_a_tagged_union_through_a_server() -> None:
     async def pet(conn: Connection, pet: Cat | Dog) -> Cat | Dog:
         return pet
 
-    async with serving(ws._app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(ws._app) as server, connect(f"{server.url}/ws") as client:
         assert (await client.ask("pet", {"type": "cat"}))["payload"] == {"type": "cat", "lives": 9}
         refusal = (await client.ask("pet", {"type": "hexagon"}))["payload"]
         assert refusal["errors"] == [
