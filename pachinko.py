@@ -8003,7 +8003,9 @@ def outside_of(
 def _ended_by(timer: Any) -> Iterator[object]:
     """Yield what *timer* may end: a future that it resolves, or a task that it cancels."""
     yield from filter(asyncio.isfuture, timer._args or ())
-    yield getattr(getattr(timer._callback, "__self__", None), "_task", timer)
+    of = getattr(timer._callback, "__self__", timer)
+    yield of
+    yield getattr(of, "_task", of)
 
 
 def _has_threads(known: Container[threading.Thread]) -> bool:
@@ -8813,7 +8815,7 @@ def scope_of(
 # A simulation is what a test has of an application: its processes, the broker between them, the
 # time, a transcript, and the bugs.
 
-_TRANSCRIPT = 200  # lines of a transcript that are kept
+_TRANSCRIPT = 100  # lines of a transcript that are kept
 _TITLE = "Transcript (seconds, client, → to the server, ← from it, ✕ the end):"
 _MOST_BUGS = 20  # that are kept, each with its stack frames
 _simulations: set[Simulation] = set()  # those in use, in any thread
