@@ -15,7 +15,7 @@ import attrs
 import falcon
 import falcon.asgi
 import pytest
-from support import PATIENCE, connect, new_app, serving, simulated, until
+from support import PATIENCE, connect, new_app, serving, simulated, turns, until
 from test_session import Said, Session, clean, endpoint, no_collection, recording
 
 import pachinko
@@ -344,7 +344,7 @@ async def test_each_message_has_a_context_of_its_own(by: str, waits: bool) -> No
         if waits:
             await asyncio.sleep(0)
             async with asyncio.timeout(PATIENCE):
-                await asyncio.sleep(0.001)
+                await asyncio.wait_for(turns(), PATIENCE)
         assert NAME.get() == name and asyncio.current_task() is task
         return before
 
