@@ -1133,6 +1133,7 @@ async def test_accepted_handlers_run_for_messages_that_a_client_has_left(
         (session,) = door.ws._hub.state.serving.values()
         await until(lambda: session.outgoing.closed)
         may_go_on.set()
+        await server.spend(0.2)
         await until(lambda: not door.ws._hub.state.serving)
     handled = ["accepted", "saved"] if leaves_message else []
     assert door.seen[3:] == [*handled, ("disconnect", 4000)]

@@ -1161,10 +1161,12 @@ async def test_a_handler_that_ignores_its_cancellation_holds_up_nobody(
             except asyncio.CancelledError:
                 asyncio.current_task().uncancel()  # type: ignore[union-attr]
 
-    async with Session(ws) as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         await client.send("stubborn")
         await asyncio.wait_for(started.wait(), PATIENCE)
         await client.close()
+        for _ in range(2):  # its linger, and the time to clean up
+            await server.spend(1.0)
         await clean(ws, codes)
         gate.set()
     assert "ignores its cancellation" in caplog.text
