@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-from support import (connect, simulated, until)
+from support import connect, simulated, until
 from test_session import endpoint
 
 from pachinko import Connection, PachinkoError, hub
