@@ -93,9 +93,9 @@ Map: each section, what it is for, and those above it that it uses.
         admission, running)
     settling — what an event loop can still do by itself (uses: clock, outgoing)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
-        asking, listening, outcomes)
-    process — a process of a simulated application (uses: errors, handshake, registry and relay,
-        hub, running, settling, client)
+        clock, asking, listening, outcomes, settling)
+    process — a process of a simulated application (uses: errors, scope, handshake, hub, running,
+        settling, client)
     simulate — the test client (uses: errors, envelope and message, clock, connection, registry and
         relay, listening, hub, outcomes, settling, client, process)
 """
@@ -110,6 +110,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
+import difflib
 import enum
 import functools
 import gc
@@ -139,6 +140,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Container,
     Coroutine,
     Generator,
     Iterable,
@@ -3456,16 +3458,12 @@ class Clock:
             return left
         over = running_loop().create_future()
 
-        def note(future: W) -> None:
-            left.discard(future)
-            if not left:
-                end()
-
-        def end() -> None:
-            if not over.done():
+        def note(*done: W) -> None:
+            left.difference_update(done)
+            if not (over.done() or (done and left)):  # The timer calls it with nothing done.
                 over.set_result(None)
 
-        timer = self.call_at(self.time() + max(0.0, seconds), end)
+        timer = self.call_at(self.time() + max(0.0, seconds), note)
         for future in left:
             future.add_done_callback(note)
         try:
@@ -3534,8 +3532,9 @@ class MovableClock(Clock):
     @property
     def timers(self) -> list[MovableTimer]:
         """The pending timers of the running loop, the earliest one first."""
+        loop = running_loop()
         every = [timer() for timer in self.pending.valuerefs()]  # Other threads may add some.
-        own = [timer for timer in every if timer is not None and timer.loop is running_loop()]
+        own = [timer for timer in every if timer is not None and timer.loop is loop]
         return sorted(own, key=lambda timer: timer.at)
 
     def next_due(self) -> float | None:
@@ -4003,7 +4002,7 @@ class Outgoing:
             return self._send_later(event)
         try:
             # PERF: the server's `send` mostly ends in its first step, and that takes 0.3 µs here.
-            # A coroutine with a time limit takes 3.7 µs (CPython 3.13) or 6.2 µs (3.11).
+            # A coroutine with `asyncio.timeout` takes 3.4 µs (CPython 3.13) or 6.0 µs (3.11).
             for waits_for in (steps := self.asgi_send(event).__await__()):  # only if it waits
                 self.writing = "writer"
                 return self._send_rest(rest_of(steps, waits_for))
@@ -4208,9 +4207,8 @@ class Outgoing:
         if self.goodbye is not None:
             is_urgent = self.close_code in (1012, 1013)  # a shutdown, or a slow client
             patience = _GOODBYE if is_urgent else self.limits.send_timeout
-            if await clock.wait(
-                [self.goodbye], patience
-            ):  # If the server has refused the frame, Falcon closes after the responder.
+            if await clock.wait([self.goodbye], patience):
+                # If the server has refused the frame, Falcon closes after the responder.
                 mark_closed(self._ws, self.close_code)
 
     def release(self) -> None:
@@ -7053,6 +7051,10 @@ _included_at: weakref.WeakKeyDictionary[Lifecycle, str] = weakref.WeakKeyDiction
 _SERVER = re.compile(r"(?:^|[\\/])(gunicorn|granian)(?:[\\/]__main__\.py|\.exe)?$")
 _WORKERS = re.compile(r"(?:^| )(?:--workers[ =]|-w[ =]?)(\d+)")
 _BACKOFFS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # seconds before a failed worker's next start
+# Starts the hub of an endpoint. In the code of a simulated process it is the simulation's.
+hub_starter: contextvars.ContextVar[Callable[[Lifecycle], None]] = contextvars.ContextVar(
+    "hub_starter", default=lambda each: each.hub.state.start(each)
+)
 
 
 class Lifecycle:
@@ -7205,6 +7207,15 @@ class Lifecycle:
         """The hub of the endpoint."""
         return self._hub
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it has started, and not stopped."""
+        return self._loop is not None
+
+    def has_worker(self, task: object) -> bool:
+        """Tell whether *task* is one of the workers."""
+        return task in self._workers
+
     def end_workers(self) -> Sequence[asyncio.Task[None]]:
         """Cancel the workers; return their tasks."""
         workers, self._is_working = tuple(self._workers), False
@@ -7225,7 +7236,7 @@ class Lifecycle:
         """Start once in each loop: with the lifespan, or else with the first connection."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            contextvars.Context().run(self._hub.state.start, self)
+            contextvars.Context().run(hub_starter.get(), self)
             if self._hub.state.broker is None:
                 _warn_of_workers()
             self._loop, self._runs, self._is_working = loop, 0, False
@@ -7244,11 +7255,6 @@ class Lifecycle:
         task = create_task(_keep_working(run, place_of(function)), is_detached=True)
         self._workers.add(task)
         task.add_done_callback(self._workers.discard)
-
-
-def endpoints_of(app: object) -> list[Lifecycle]:
-    """Return those that were made with *app* and a path, in their order."""
-    return [each for (of, _), each in _attached.items() if of == id(app)]
 
 
 def count_workers() -> int:
@@ -7739,10 +7745,8 @@ _simulation: contextvars.ContextVar[object] = contextvars.ContextVar("simulation
 _LOOKS = 2  # in a row that find nothing to run: the loop polls sockets and timers between the two
 _BLIND_LOOKS = 10  # on a loop that does not say what it will run, such as uvloop's
 _PAUSE = 0.001  # seconds between two looks while an application waits for the outside
-# Code in which a task waits for what other code of the loop will do.
-_INSIDE = (
-    "asyncio.locks", "asyncio.queues", "asyncio.tasks", "asyncio.taskgroups", "falcon", __name__,
-)  # fmt: skip
+# Code of asyncio in which a task waits for what other code of the loop will do.
+_INSIDE = frozenset({"asyncio.locks", "asyncio.queues", "asyncio.tasks", "asyncio.taskgroups"})
 _LIBRARIES = frozenset({"asyncio", "contextlib", "falcon", "pachinko", "pachinko_cluster"})
 
 
@@ -7769,6 +7773,7 @@ class Watcher:
         self._waits: list[Wait] = []
         self._quiet = 0  # looks in a row that have found nothing to run
         self._next: asyncio.Handle | None = None
+        self._threads = weakref.WeakSet(threading.enumerate())  # that are none of an application
 
     async def wait(
         self, is_over: Callable[[], object], owner: object, seconds: float, hurries: bool = False
@@ -7798,21 +7803,24 @@ class Watcher:
         """End the waits that are over, and all of them at rest."""
         self._next = None
         self._end_if(lambda wait: wait.is_over(), True)
-        self._quiet = self._quiet + 1 if _is_quiet(loop) else 0
-        is_resting = self._quiet >= (_LOOKS if hasattr(loop, "_ready") else _BLIND_LOOKS)
-        outside = outside_of(loop) if is_resting and self._open else []
+        ready: Any = getattr(loop, "_ready", None)
+        self._quiet = 0 if (_running(loop) if ready is None else ready) else self._quiet + 1
+        is_resting = self._quiet >= (_BLIND_LOOKS if ready is None else _LOOKS)
+        outside = outside_of(loop, self._threads) if is_resting and self._open else []
         if is_resting:
-            if (
-                any(wait.hurries for wait in self._open)
-                and (due := _clock().next_due()) is not None
-            ):
+            due = _clock().next_due() if any(wait.hurries for wait in self._open) else None
+            if due is not None:
                 _clock().advance(due)
                 self._quiet = 0
             else:
                 busy = {id(owner) for owner, _ in outside}
                 self._end_if(lambda wait: id(wait.owner) not in busy, False)
         if late := [wait for wait in self._open if wait.until <= loop.time()]:
-            going_on = outside or [*outside_of(loop), (None, "something runs all the time")]
+            running = [Parked(each).place for each in _running(loop)] or ["something"]
+            going_on = outside or [
+                *outside_of(loop, self._threads),
+                *((None, f"{each} runs all the time") for each in running),
+            ]
             for wait in late:
                 texts = [text for owner, text in going_on if owner in (wait.owner, None)]
                 wait.ended.set_exception(TimeoutError("; ".join(texts)))
@@ -7839,57 +7847,126 @@ def watcher() -> Watcher:
     return _watchers.setdefault(asyncio.get_running_loop(), Watcher())
 
 
-def _is_quiet(loop: asyncio.AbstractEventLoop) -> bool:
-    """Tell whether nothing in *loop* is about to run, as far as it can be known."""
-    ready: Any = getattr(loop, "_ready", None)
-    if ready is not None:
-        return not ready
-    waits = [getattr(task, "_fut_waiter", None) for task in asyncio.all_tasks(loop)]
-    return all(future is not None and not future.done() for future in waits)
+def _running(loop: asyncio.AbstractEventLoop) -> list[asyncio.Task[Any]]:
+    """Return the tasks that are about to run."""
+    waits = {task: getattr(task, "_fut_waiter", None) for task in asyncio.all_tasks(loop)}
+    return [task for task, future in waits.items() if future is None or future.done()]
 
 
-def outside_of(loop: asyncio.AbstractEventLoop) -> list[tuple[object, str]]:
+class Parked:
+    """A *task* that waits: whose it is, in which code, and for what."""
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self.future: Any = getattr(task, "_fut_waiter", None)
+        self.frames = [*frames_of(task.get_coro())]
+        self.leaves = _leaves_of(self.future, self.frames)  # the futures that it stands for
+        # The context of a task is that of the callback that wakes it.
+        owners = (context.get(_simulation) for _, context in _callbacks_of(self.future))
+        self.owner: object = next(filter(None, owners), None)  # the simulation
+
+    @property
+    def place(self) -> str:
+        """Where code of the application waits, from its outermost function to the inner ones."""
+        return place_in(self.frames)
+
+    def waits_for(self, is_open: bool) -> str:
+        """Return what of the outside it waits for, if no timer shows it, or ""."""
+        inner = self.frames[-1] if self.frames else None
+        if inner is not None and inner.f_code is asyncio.sleep.__code__:
+            return "a timer"  # of a loop that does not show it
+        callbacks = [each for leaf in self.leaves for each, _ in _callbacks_of(leaf)]
+        if any(getattr(each, "__name__", "") == "_call_check_cancel" for each in callbacks):
+            return "a thread"
+        module = _module_of(inner)
+        is_inside = module in _INSIDE or module.split(".")[0] in _LIBRARIES - {"asyncio"}
+        futures = [each for each in self.leaves if type(each) is asyncio.Future]
+        is_bare = any(each is not self.future or not is_inside for each in futures)
+        return "a socket or a thread, it seems" if is_open and is_bare else ""
+
+
+def _callbacks_of(future: Any) -> list[tuple[Any, contextvars.Context]]:
+    return getattr(future, "_callbacks", None) or []
+
+
+def _leaves_of(future: Any, frames: Sequence[types.FrameType]) -> list[Any]:
+    """Return *future*, or those that `gather`, `shield`, `wait` or a group wait for in its place."""
+    inner: list[Any] = []
+    for frame in frames:
+        if _module_of(frame) in ("asyncio.tasks", "asyncio.taskgroups"):
+            for value in frame.f_locals.values():
+                several: Any = getattr(value, "_tasks", getattr(value, "_todo", value))
+                inner += several if isinstance(several, set) else [several]
+    inner += getattr(future, "_children", ())
+    for callback, _ in _callbacks_of(future):
+        if getattr(callback, "__name__", "") == "_outer_done_callback":  # that of `shield`
+            inner += [cell.cell_contents for cell in callback.__closure__]
+    awaited = [each for each in inner if asyncio.isfuture(each) and not each.done()]
+    others = [each for each in awaited if each is not future]
+    return [leaf for each in others for leaf in _leaves_of(each, ())] or [future]
+
+
+def outside_of(
+    loop: asyncio.AbstractEventLoop, known: Container[threading.Thread]
+) -> list[tuple[object, str]]:
     """Return what waits for the outside: of which simulation, and a text that says where.
 
-    A task shows it by what it waits for, and by the context that it gave its callback. A future
-    that is anybody's counts if the loop has sockets and no code of asyncio made the future.
+    A task shows it by what it waits for. A future that is anybody's counts, if no code of asyncio
+    has made it, and if the loop has sockets or the application threads that are not *known*.
     """
-    timers: list[Any] = [
-        timer for timer in getattr(loop, "_scheduled", ())
-        if not timer.cancelled() and timer._context.get(_simulation) is not None
-        and not _clock().is_own(timer)
-    ]  # fmt: skip
+    timers: dict[int, Any] = {
+        id(timer): timer for timer in getattr(loop, "_scheduled", ())
+        if not timer.cancelled() and not _clock().is_own(timer)
+    }  # fmt: skip
+    ends = {id(each): key for key, timer in timers.items() for each in _ended_by(timer)}
+    tasks = {task: Parked(task) for task in asyncio.all_tasks(loop)}
+    # Where several tasks wait for one future, that of a simulation is the one that counts.
+    ordered = sorted(tasks, key=lambda task: tasks[task].owner is not None)
+    waiters = {id(leaf): task for task in ordered for leaf in tasks[task].leaves}
     selector: Any = getattr(loop, "_selector", None)
-    has_sockets = selector is not None and len(selector.get_map()) > 1  # one is the loop's own
+    # One socket is the loop's own. A loop that does not show its sockets may have some.
+    is_open = selector is None or len(selector.get_map()) > 1 or _has_threads(known)
     found: list[tuple[object, str]] = []
-    for task in asyncio.all_tasks(loop):
-        future: Any = getattr(task, "_fut_waiter", None)
-        callbacks: list[Any] = getattr(future, "_callbacks", None) or []
-        owners = [context.get(_simulation) for _, context in callbacks]
-        if not any(owners):
-            continue
-        frames = [*frames_of(task.get_coro())]
-        inner, what = frames[-1], ""
-        own = [timer for timer in timers if _is_for(timer, task, future)]
-        if own or inner.f_code is asyncio.sleep.__code__:
-            what = "a timer"
-        elif any(getattr(each, "__name__", "") == "_call_check_cancel" for each, _ in callbacks):
-            what = "a thread"
-        elif has_sockets and type(future) is asyncio.Future:
-            is_inside = inner.f_globals.get("__name__", "").startswith(_INSIDE)
-            what = "" if is_inside else "a socket, it seems"
-        if what:
-            found.append((next(filter(None, owners)), f"{place_in(frames)} waits for {what}"))
-        timers = [timer for timer in timers if timer not in own]
-    return found + [
-        (each._context.get(_simulation), f"a timer will call {each._callback!r}") for each in timers
-    ]
+    used = set[int | None]()
+    for task, parked in tasks.items():
+        keys = [ends.get(id(each)) for each in (task, parked.future, *parked.leaves)]
+        own = {key for key in keys if key in timers}
+        used |= own
+        if what := "a timer" if own else parked.waits_for(is_open):
+            chain = [task]
+            while (waiter := waiters.get(id(chain[0]), task)) not in chain:
+                chain.insert(0, waiter)
+            owner = next(filter(None, (tasks[each].owner for each in chain)), None)
+            places = " → ".join(tasks[each].place for each in chain)
+            found.append((owner, f"{places} waits for {what}"))
+    # Nothing says for whom the other timers are.
+    others = [timer for key, timer in timers.items() if key not in used]
+    callers = {timer._context.get(_simulation): timer._callback for timer in others}
+    found += [(owner, f"a timer will call {callback!r}") for owner, callback in callers.items()]
+    found += [
+        (each.owner, f"{each.place} waits") for each in tasks.values()
+        if each.owner in callers and any(map(_is_own, each.frames))
+    ]  # fmt: skip
+    return [each for each in found if each[0] is not None]
 
 
-def _is_for(timer: Any, task: object, future: object) -> bool:
-    """Tell whether *timer* ends what *task* waits for, which is *future*, or cancels it."""
-    of = getattr(timer._callback, "__self__", None)
-    return any(arg is future for arg in timer._args) or getattr(of, "_task", None) is task
+def _ended_by(timer: Any) -> Iterator[object]:
+    """Yield what *timer* may end: a future that it resolves, or a task that it cancels."""
+    yield from filter(asyncio.isfuture, timer._args or ())
+    yield getattr(getattr(timer._callback, "__self__", None), "_task", timer)
+
+
+def _has_threads(known: Container[threading.Thread]) -> bool:
+    """Tell whether a thread runs that is not *known*, and is not an idle one of an executor."""
+    frames = sys._current_frames()
+    names = [
+        frames[each.ident].f_code.co_name for each in threading.enumerate()
+        if each not in known and each.ident in frames
+    ]  # fmt: skip
+    return any(name != "_worker" for name in names)
+
+
+def _module_of(frame: types.FrameType | None) -> str:
+    return "" if frame is None else cast(str, frame.f_globals.get("__name__", ""))
 
 
 def frames_of(waiting: Any) -> Iterator[types.FrameType]:
@@ -7898,12 +7975,12 @@ def frames_of(waiting: Any) -> Iterator[types.FrameType]:
         kind = next((kind for kind in ("cr", "gi", "ag") if hasattr(waiting, f"{kind}_frame")), "")
         if not kind:  # What `__await__` or `__anext__` returns hides whose it is.
             hidden = gc.get_referents(waiting)
-            found = (
-                each for each in hidden if hasattr(each, "cr_frame") or inspect.isasyncgen(each)
-            )
+            found = (x for x in hidden if hasattr(x, "cr_frame") or inspect.isasyncgen(x))
             waiting = next(found, None)
             continue
-        frame: types.FrameType = getattr(waiting, f"{kind}_frame")
+        frame: types.FrameType | None = getattr(waiting, f"{kind}_frame")
+        if frame is None:  # A coroutine in C has none.
+            return
         yield frame
         waiting = getattr(waiting, "gi_yieldfrom" if kind == "gi" else f"{kind}_await")
         if waiting is None and frame.f_code is rest_of.__code__:  # It steps a coroutine by hand.
@@ -7912,9 +7989,14 @@ def frames_of(waiting: Any) -> Iterator[types.FrameType]:
 
 def place_in(frames: Sequence[types.FrameType]) -> str:
     """Return where code of the application waits, from its outermost function to the inner ones."""
-    own = [f for f in frames if f.f_globals.get("__name__", "").split(".")[0] not in _LIBRARIES]
+    own = [*filter(_is_own, frames)] or frames[:1]
     places = (f"{f.f_code.co_qualname} ({f.f_code.co_filename}:{f.f_lineno})" for f in own)
-    return " → ".join(places) or frames[0].f_code.co_qualname
+    return " → ".join(places) or "a task"
+
+
+def _is_own(frame: types.FrameType) -> bool:
+    """Tell whether *frame* is of the application's code."""
+    return _module_of(frame).split(".")[0] not in _LIBRARIES
 
 
 # ── client ────────────────────────────────────────────────────────────────────────────────────
@@ -7967,10 +8049,12 @@ class Client:
         self._conn: Connection | None = None
         self.is_orphaned: bool = False  # Its process was killed, and does nothing more.
         self._process = process
+        process.sim.clients.append(self)
         self._inbox = collections.deque[Envelope]()
         self._calls: dict[object, Answers | None] = {}  # by id; None if nobody wants the answers
         self._answerers: dict[str, Callable[[Any], Any]] = {}
-        self._ids = itertools.count(1)
+        self._answering = set[asyncio.Task[None]]()
+        self._ids = map("request-{}".format, itertools.count(1))  # A test may send its own ids.
         self._events = collections.deque[Event]([{"type": "websocket.connect"}])  # for the server
         self._reader: asyncio.Future[None] | None = None
         self._flows = asyncio.Event()  # The client reads.
@@ -8004,11 +8088,13 @@ class Client:
 
     async def send_text(self, text: str) -> None:
         """Send *text* in a frame, as it is."""
+        if not isinstance(text, str):
+            raise TypeError(f"send_text takes a str, got {text!r}; write send_bytes, or send")
         self._send_frame("text", text)
 
     async def send_bytes(self, data: bytes) -> None:
         """Send *data* in a binary frame."""
-        self._send_frame("bytes", bytes(data))
+        self._send_frame("bytes", bytes(memoryview(data)))
 
     def _send_message(self, type: str, payload: object, id: Id | None) -> None:
         frame = self._process.codec.encode(type, payload, id=id)
@@ -8037,18 +8123,28 @@ class Client:
             write = 'write receive(Said), a class with @message, receive("said") or receive()'
             raise TypeError(f"{write}; got {expected!r}")
         what = "a message" if name is None else repr(name)
+        check_timeout(timeout)
         while not self._inbox:
-            await self._wait(lambda: self._inbox, timeout, what)
+            await self._wait(lambda: self._inbox, timeout, what, name)
         envelope = self._inbox[0]
         if name is not None and envelope.type != name:
-            later = [shorten(each) for each in self._inbox if each.type == name][:1]
-            after = f"; {later[0]} comes behind it" if later else ""
-            raise self.failure(f"{what} was expected, but {shorten(envelope)} came{after}")
+            near = self._near(name)
+            raise self.failure(f"{what} was expected, but {shorten(envelope)} came{near}")
         taken: Any = envelope if name is None else envelope.payload
         if not (expected is None or isinstance(expected, str)):
             taken = self._structured(envelope, expected)
         self._inbox.popleft()
         return taken
+
+    def _near(self, name: str) -> str:
+        """Say where a message *name* is, or else one with a similar type."""
+        own = {each.type: f"{shorten(each)} comes later" for each in reversed(self._inbox)}
+        came = {
+            each.type: f"{client.name} has got {shorten(each)}"
+            for client in self._process.sim.clients for each in client.received
+        } | own  # fmt: skip
+        nearest = [name] if name in came else difflib.get_close_matches(name, came, 1)
+        return "".join(f"; {came[each]}" for each in nearest)
 
     def _structured(self, envelope: Envelope, returns: Any) -> Any:
         codec = self._process.codec
@@ -8077,7 +8173,7 @@ class Client:
 
         Raises `MessageError` for an answer that is an error.
         """
-        type, id = self._call(message, payload)
+        type, id = self._call(message, payload, timeout)
         try:
             answer, more = await self.next_answer(type, id, timeout)
             if more or answer.type == "complete":
@@ -8093,40 +8189,46 @@ class Client:
 
         Leaving the loop sends ``complete``. Raises `MessageError` where the stream fails.
         """
-        type, id = self._call(message, payload)
+        type, id = self._call(message, payload, timeout)
         return Items(self, type, id, timeout)
 
-    def _call(self, message: object, payload: object) -> tuple[str, int]:
+    def _call(self, message: object, payload: object, timeout: float | None) -> tuple[str, str]:
         """Send a message under a new id; return its type and the id."""
+        check_timeout(timeout)
         type, payload = split_message(message, payload)
         id = next(self._ids)
         self._send_message(type, payload, id)
         self._calls[id] = collections.deque()
         return type, id
 
+    def is_calling(self, id: str) -> bool:
+        """Tell whether an answer to the message *id* may come, or has come and was not taken."""
+        return self._calls.get(id) is not None
+
     async def next_answer(
-        self, type: str, id: int, timeout: float | None
+        self, type: str, id: str, timeout: float | None
     ) -> tuple[Envelope, bool]:  # fmt: skip
         """Return the next answer to the message *id* of *type*, and whether more will come."""
         answers = cast(Answers, self._calls[id])
-        if not answers:
+        while not answers:
             await self._wait(lambda: answers, timeout, f"an answer to {type!r}")
         answer, more = answers.popleft()
         if not more:
             del self._calls[id]
         if answer.type == "error":
-            said = dict(answer.payload)
-            error = MessageError(said.pop("code"), said.pop("message"), **said)
+            said = {**answer.payload} if isinstance(answer.payload, dict) else {}
+            error = MessageError(said.pop("code", ""), said.pop("message", ""))
+            error.details.update(said)
             is_bug = error.code == internal_error().code
             raise error from (self._process.sim.latest_bug() if is_bug else None)
         return answer, more
 
-    def leave(self, id: int, send: str = "") -> None:
-        """Ignore what is still to come in answer to the message *id*, and *send* so."""
-        if self._calls.get(id) is not None:
+    def leave(self, id: str) -> None:
+        """Ignore what is still to come in answer to the message *id*, and say so."""
+        if self.is_calling(id):
             self._calls[id] = None
-            if send and self.end is None:
-                self._send_message(send, None, id)
+            if self.end is None:
+                self._send_message("complete", None, id)
 
     def answer(self, type: str, function: Callable[[Any], Any]) -> None:
         """Answer each question of *type* (`Connection.ask`) with what *function* returns.
@@ -8138,18 +8240,19 @@ class Client:
         self._answerers[check_type(type)] = function
 
     async def _answer(self, question: Envelope) -> None:
+        _simulation.set(self._process.sim)  # `settle` waits for it.
         type, payload = f"{question.type}.reply", None
         try:
-            payload = self._answerers[question.type](question.payload)
-            if inspect.isawaitable(payload):
-                payload = await payload
-        except MessageError as exc:
-            type, payload = "error", {"code": exc.code, "message": exc.message, **exc.details}
+            try:
+                payload = self._answerers[question.type](question.payload)
+                if inspect.isawaitable(payload):
+                    payload = await payload
+            except MessageError as exc:
+                type, payload = "error", {**exc.details, "code": exc.code, "message": exc.message}
+            if self.end is None:
+                self._send_message(type, payload, question.id)
         except Exception as exc:  # The test has a bug.
             self._process.sim.note_bug(f"the answer to {question.type!r}", exc)
-            return
-        if self.end is None:
-            self._send_message(type, payload, question.id)
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close, and wait until the disconnect handlers have ended, or nothing more can run."""
@@ -8170,15 +8273,23 @@ class Client:
 
     async def closed(self, *, timeout: float | None = None) -> tuple[int, str]:
         """Wait for the end of the connection; return its close code and reason."""
+        check_timeout(timeout)
         if self.end is None:
             await self._wait(lambda: self.end, timeout, "the end of the connection")
         return cast("tuple[int, str]", self.end)
 
-    async def _wait(self, is_over: Callable[[], object], timeout: float | None, what: str) -> None:
+    async def _wait(
+        self,
+        is_over: Callable[[], object],
+        timeout: float | None,
+        what: str,
+        type: str | None = None,
+    ) -> None:
         """Wait until *is_over*. Raises `AssertionError` if *what* cannot come any more."""
         await self._process.sim.wait(lambda: is_over() or self.end, timeout, what)
         if not is_over():
-            raise self.failure(f"{what} was expected, and nothing more can come")
+            near = self._near(type) if type else ""
+            raise self.failure(f"{what} was expected, and nothing more can come{near}")
 
     def failure(self, text: str) -> AssertionError:
         if self.end is not None:
@@ -8196,6 +8307,8 @@ class Client:
     def _note_end(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._process.sim.note_bug(f"the application, for {self.name},", exc)
+        if self.is_accepted and self.end is None:
+            self._end(1006, "", "the application has returned and not closed")
 
     def meet(self, conn: Connection) -> None:
         """Note the server's side."""
@@ -8219,6 +8332,8 @@ class Client:
         self._process.sim.note(self.name, "✕", text)
         self._push({"type": "websocket.disconnect", "code": code, "reason": reason})
         self._flows.set()
+        for task in self._answering - {asyncio.current_task()}:
+            task.cancel()
 
     def orphan(self) -> None:
         """Lose the server, whose process was killed: it neither reads nor writes any more."""
@@ -8246,7 +8361,7 @@ class Client:
         """Take an event of the application (ASGI, WebSocket: Send)."""
         kind = event["type"]
         if kind == "websocket.send":
-            if not self._flows.is_set():
+            while not self._flows.is_set():
                 await self._flows.wait()
             if self.end is not None:
                 raise ConnectionResetError("the client has gone")  # ASGI 2.4 wants an `OSError`.
@@ -8274,7 +8389,9 @@ class Client:
             elif not more:
                 del self._calls[envelope.id]
         elif envelope.type in self._answerers and str(envelope.id).startswith("$"):
-            create_task(self._answer(envelope), is_detached=True)
+            task = create_task(self._answer(envelope), is_detached=True)
+            self._answering.add(task)
+            task.add_done_callback(self._answering.discard)
         else:
             self._inbox.append(envelope)
 
@@ -8291,9 +8408,9 @@ class Client:
 
     def _take_body(self, body: bytes) -> None:
         refusal, text = cast(Refused, self.refusal), body.decode(errors="replace")
-        with contextlib.suppress(msgspec.MsgspecError, KeyError, TypeError):
-            said = msgspec.json.decode(body)  # the JSON of `falcon.HTTPError`
-            text = said.get("description") or said["title"]
+        with contextlib.suppress(msgspec.MsgspecError):
+            said = msgspec.json.decode(body, type=dict[str, Any])  # that of `falcon.HTTPError`
+            text = str(said.get("description") or said.get("title") or text)
         self.refusal = Refused(refusal.status, None, refusal.reason + text, refusal.headers)
         if self.end is None:
             self._end(1006, "", f"refused with HTTP {refusal.status} {text}")
@@ -8302,40 +8419,48 @@ class Client:
 class Items(AsyncIterator[Any]):
     """What `Client.stream` returns: the payloads of its items, one after the other."""
 
-    def __init__(self, client: Client, type: str, id: int, timeout: float | None) -> None:
+    def __init__(self, client: Client, type: str, id: str, timeout: float | None) -> None:
         self._client, self._type, self._id, self._timeout = client, type, id, timeout
-        self._loop = asyncio.get_running_loop()
-        self._is_over = False
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return Loop(self)
 
     async def __anext__(self) -> Any:
-        if self._is_over:
+        if not self._client.is_calling(self._id):
             raise StopAsyncIteration
-        try:
-            answer, more = await self._client.next_answer(self._type, self._id, self._timeout)
-        except MessageError:
-            self._is_over = True
-            raise
+        answer, more = await self._client.next_answer(self._type, self._id, self._timeout)
         if more:
             return answer.payload
-        self._is_over = True
-        if answer.type != "complete":
-            raise self._client.failure(
-                f"{self._type!r} is no stream: use request({self._type!r}, …)"
-            )
-        raise StopAsyncIteration
+        if answer.type == "complete":
+            raise StopAsyncIteration
+        raise self._client.failure(f"{self._type!r} is no stream: use request({self._type!r}, …)")
 
     async def aclose(self) -> None:
         """Send ``complete``, unless the stream has ended."""
-        self._leave()
+        self._client.leave(self._id)
 
-    def _leave(self) -> None:
-        self._is_over = True
-        self._client.leave(self._id, "complete")
+    def drop(self) -> None:
+        """Do what `aclose` does, from any thread."""
+        is_here = threading.get_ident() == self._thread
+        call = contextvars.Context().run if is_here else self._loop.call_soon_threadsafe
+        with contextlib.suppress(RuntimeError):  # The loop has been closed.
+            call(self._client.leave, self._id)
 
-    def __del__(self) -> None:  # The interpreter calls it where a loop is left.
-        if not self._is_over:
-            with contextlib.suppress(RuntimeError):  # The loop has been closed.
-                self._loop.call_soon_threadsafe(self._client.leave, self._id, "complete")
+    __del__ = drop
+
+
+class Loop(AsyncIterator[Any]):
+    """What ``async for`` keeps of a stream. The interpreter drops it where the loop is left."""
+
+    def __init__(self, items: Items) -> None:
+        self._items = items
+
+    def __anext__(self) -> Coroutine[Any, Any, Any]:
+        return self._items.__anext__()
+
+    def __del__(self) -> None:
+        self._items.drop()
 
 
 def _texts(headers: Iterable[tuple[bytes, bytes]] | None) -> dict[str, str]:
@@ -8360,7 +8485,14 @@ def shorten(content: object) -> str:
         payload = "" if content.payload is None else " " + encode(content.payload).decode()
         content = f"{content.type!r}{payload}" if content.type else repr(content.payload)
     text = content if isinstance(content, str) else repr(content)
-    return text if len(text) <= _FRAME_SHOWN else f"{text[:_FRAME_SHOWN]}… ({len(text)} characters)"
+    short = text[:_FRAME_SHOWN].encode(errors="backslashreplace").decode()  # for half pairs
+    return short if len(text) <= _FRAME_SHOWN else f"{short}… ({len(text)} characters)"
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Raise `ValueError` unless *timeout* is None, or seconds above 0."""
+    if timeout is not None and not (is_seconds(timeout) and timeout > 0):
+        raise ValueError(f"timeout is a number of seconds above 0, got {timeout!r}")
 
 
 # ── process ───────────────────────────────────────────────────────────────────────────────────
@@ -8369,37 +8501,31 @@ def shorten(content: object) -> str:
 # server does, but without a socket.
 
 
-class Tap:
-    """Stands for a *relay*, and notes what is sent."""
-
-    def __init__(self, relay: Relay, note: Callable[[Kind, str, bytes], None]) -> None:
-        self._relay, self._note = relay, note
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._relay, name)
-
-    def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
-        """Note the frame, and begin to send it."""
-        self._note(kind, name, data)
-        return self._relay.send(kind, name, data, excluded)
-
-
 class Process:
     """A process of a simulated application: ``async with sim.process() as other``, or ``await``."""
 
     def __init__(self, sim: Simulation, make: Callable[[], App]) -> None:
         self.sim: Simulation = sim
-        self.hubs: list[Hub] = []
+        self.endpoints: list[Lifecycle] = []  # those that have started, in order
         self._make = make
         self._app: Any = None  # once it has begun to start
-        self._states: list[HubState] = []
-        self._links: list[Any] = []  # its connections to the broker
+        self._refusal: PachinkoError | None = None  # why a hub has not started
+        self._is_up = False  # It has started.
+        self._is_over = False  # It was killed or stopped.
+        self._has_stopped = False
+        self._links: dict[Relay, Any] = {}  # its connections to the broker
         self._clients: list[Client] = []
         self._lifespan: asyncio.Task[None] | None = None
         self._events = asyncio.Queue[Event]()  # for the lifespan
         self._answers = asyncio.Queue[Event]()  # of the lifespan
         self._shared: dict[str, Any] = {}  # what the lifespan hands to connections (ASGI, Lifespan)
-        self._is_over = False
+        # Whose the lifespan's tasks are. They may wait for ever, as workers may.
+        self.life: object = object()
+
+    @property
+    def hubs(self) -> list[Hub]:
+        """The hubs that have started, in order."""
+        return [*dict.fromkeys(each.hub for each in self.endpoints)]
 
     @property
     def hub(self) -> Hub:
@@ -8422,56 +8548,74 @@ class Process:
 
     async def begin(self) -> Process:
         """Start, if it has not begun. Raises `PachinkoError` if the application does not start."""
+        if self._is_over:
+            raise PachinkoError("this process has ended; await sim.process() starts another one")
         if self._app is None:
-            self._app = self._make()
-            self.hubs = [*dict.fromkeys(each.hub for each in endpoints_of(self._app))]
-            self.sim.add(self)
-            running = {each for each in _hubs if each.state.loop is not None}
-            await self._start_hubs(self.hubs)
-            answer = await self._tell("startup")
-            if answer["type"] == "lifespan.startup.failed":
-                raise PachinkoError(f"the application has failed to start: {answer.get('message')}")
-            loop = asyncio.get_running_loop()
-            own = (each for each in _hubs if each.state.loop is loop and each not in running)
-            found = [each for each in own if each not in self.hubs]  # of a mounted application
-            self.hubs += found
-            await self._start_hubs(found)
+            app = self._make()
+            if not callable(app):
+                raise PachinkoError(f"the function that makes the application returned {app!r}")
+            self.sim.add(self, app)
+            self._app = app
+            await self._tell("startup")
+            self._is_up = True
         return self
 
-    async def _start_hubs(self, hubs: Iterable[Hub]) -> None:
-        for each in hubs:
-            state = each.state
-            link = self.sim.new_link(state, self.hubs.index(each))
-            state.start(self, link)
-            state.relay = cast(Relay, Tap(state.relay, self.sim.note_sent))
-            self._states.append(state)
-            self._links += [link] if link is not None else []
-            await state.relay.connected()
+    def _start_hub(self, endpoint: Lifecycle) -> None:
+        """Start the hub of *endpoint* with the simulation's broker, and note what it sends."""
+        hub = endpoint.hub
+        try:
+            self.sim.claim(self, hub)
+        except PachinkoError as exc:
+            self._refusal = exc
+            raise
+        if endpoint not in self.endpoints:
+            self.endpoints.append(endpoint)
+        link = self.sim.new_link(hub.state, self.hubs.index(hub))
+        hub.state.start(endpoint, link)
+        relay = hub.state.relay
+        if relay not in self._links:
+            self._links[relay] = link
+            vars(relay)["send"] = functools.partial(self._send, relay.send)
 
-    async def _tell(self, what: Literal["startup", "shutdown"]) -> Event:
-        """Tell the application *what* happens; return its answer."""
+    def _send(
+        self, send: Callable[..., Sending], kind: Kind, name: str, data: bytes, excluded: list[str]
+    ) -> Sending:
+        self.sim.note_sent(kind, name, data)
+        return send(kind, name, data, excluded)
+
+    async def _tell(self, what: Literal["startup", "shutdown"]) -> None:
+        """Tell the application *what* happens. Raises `PachinkoError` if it answers that it failed.
+
+        A server goes on if an application does not take the event (ASGI, Lifespan).
+        """
         if self._lifespan is None:
             scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": self._shared}
             self._lifespan = asyncio.get_running_loop().create_task(
                 self._app(scope, self._events.get, self._answers.put),
-                context=self._context_of(self),
+                context=self._context_of(self.life),
             )
         lifespan = self._lifespan
         self._events.put_nowait({"type": f"lifespan.{what}"})
         await self.sim.wait(
             lambda: not self._answers.empty() or lifespan.done(), None, f"the {what}",
-            owner=self, hurries=what == "shutdown",
+            owner=self.life, hurries=what == "shutdown",
         )  # fmt: skip
+        exc = lifespan.exception() if lifespan.done() and not lifespan.cancelled() else None
         if not self._answers.empty():
-            return self._answers.get_nowait()
-        if not lifespan.done():
+            answer = self._answers.get_nowait()
+            if answer["type"] == f"lifespan.{what}.failed":
+                text = f"the {what} of the application has failed: {answer.get('message')}"
+                raise self._refusal or PachinkoError(text) from exc
+        elif not lifespan.done():
             raise self.sim.failure(f"the {what} does not end: {where(lifespan)}")
-        return {"type": "lifespan is not supported"}  # A server goes on, too (ASGI, Lifespan).
+        elif exc is not None and self._events.empty():
+            raise PachinkoError(f"the {what} of the application has failed: {exc!r}") from exc
 
     def _context_of(self, owner: object) -> contextvars.Context:
         """Return a context for code of the application, which says whose it is."""
         context = contextvars.copy_context()
         context.run(_simulation.set, owner)
+        context.run(hub_starter.set, self._start_hub)
         return context
 
     async def connect(
@@ -8481,7 +8625,7 @@ class Process:
         query: str | Mapping[str, Any] | None = None, subprotocols: Iterable[str] = (),
         timeout: float | None = None,
     ) -> Client:  # fmt: skip
-        """Connect a client to *path*; return it once it is in, and its accepted handlers have ended.
+        """Connect a client to *path*; return it once it is in, behind its accepted handlers.
 
         *token* goes into ``Authorization: Bearer``. *query*: of the URL, also as a dict. Where the
         server waits for the client first, for a message ``authenticate`` say, it is returned, too.
@@ -8510,11 +8654,13 @@ class Process:
 
     def _is_decided(self, client: Client) -> bool:
         """Tell whether *client* is in, or will never be."""
-        sessions = (state.serving.get(client.task) for state in self._states)
-        session = next(filter(None, sessions), None)
-        if session is not None:
+        found = (each.state.serving.get(client.task) for each in self.hubs)
+        if (session := next(filter(None, found), None)) is not None:
             client.meet(session.conn)
-        is_in = client.is_accepted and session is not None and session.is_serving
+            # Code that awaits the client's first message, a token, does not handle anything.
+            is_in = client.is_accepted and (session.is_serving or not session.is_handling)
+        else:  # With a hub, a middleware may have accepted what a Pachinko will serve.
+            is_in = client.is_accepted and not self.endpoints
         return is_in or client.end is not None or client.task.done()
 
     def _check_in(self, client: Client) -> None:
@@ -8538,36 +8684,43 @@ class Process:
 
     def kill(self) -> None:
         """End the process at once. None of its code learns of it; its clients get 1006."""
-        for link in self._links:
+        self._is_over = True
+        for link in filter(None, self._links.values()):
             link.kill()
         for client in self._clients:
             client.orphan()
-        for each in endpoints_of(self._app):
+        for each in self.endpoints:
             each.end_workers()
 
     async def stop(self) -> None:
         """Shut the process down, as a server does. The library's time limits come at once."""
-        if self._app is None or self._is_over:
+        if self._app is None or self._has_stopped:
             return
-        self._is_over = True
+        self._is_over = self._has_stopped = True
         tasks = [client.task for client in self._clients]
         try:
             for client in self._clients:
                 if client.is_orphaned:
                     client.shut()
-            if self._lifespan is not None and not self._lifespan.done():
+            if self._is_up:
                 await self._tell("shutdown")
             for client in self._clients:
                 client.shut()
-            await self.sim.wait(lambda: all(t.done() for t in tasks), None, "the end", hurries=True)
+            await self._wait_for(tasks)
             if left := [where(task) for task in tasks if not task.done()]:
                 raise self.sim.failure("the application does not end: " + "; ".join(left))
         finally:
-            for task in [*tasks, self._lifespan]:
-                if task is not None and not task.done():
-                    task.cancel()
-            for state in self._states:
-                await state.stop(self)
+            tasks += [self._lifespan] if self._lifespan is not None else []
+            for task in tasks:
+                task.cancel()
+            # An application without a lifespan, or one that has failed, has not stopped its hubs.
+            ends = (each.process_shutdown(None, None) for each in self.endpoints if each.is_running)
+            await self._wait_for([*tasks, *map(create_task, ends)])
+
+    async def _wait_for(self, tasks: list[asyncio.Task[None]]) -> None:
+        await self.sim.wait(
+            lambda: all(task.done() for task in tasks), None, "the end", hurries=True
+        )
 
 
 def where(task: asyncio.Task[Any]) -> str:
@@ -8609,20 +8762,33 @@ def scope_of(
 _TRANSCRIPT = 200  # lines of a transcript that are kept
 _TITLE = "Transcript (seconds, client, → to the server, ← from it, ✕ the end):"
 _MOST_BUGS = 20  # that are kept, each with its stack frames
-_simulations: set[Simulation] = set()
+_simulations: set[Simulation] = set()  # those in use, in any thread
+_using = threading.Lock()
 
 
-@attrs.define(eq=False)
-class Expected:
-    """The bugs that a test expects: of any of *classes*."""
+class Expected(contextlib.AbstractContextManager[list[BaseException]]):
+    """The bugs that a test expects: of any of *classes*. `Simulation.bugs` returns it."""
 
-    classes: tuple[type[BaseException], ...]
-    found: list[BaseException] = attrs.Factory(list)
-    is_over: bool = False  # The block has ended.
+    def __init__(self, classes: tuple[type[BaseException], ...]) -> None:
+        self.classes: tuple[type[BaseException], ...] = classes
+        self.found: list[BaseException] = []
+        self._is_over = False  # The block has ended.
 
-    def end(self) -> None:
-        """Note the end of the block."""
-        self.is_over = True
+    def __enter__(self) -> list[BaseException]:
+        return self.found
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
+
+    def take(self, exc: BaseException) -> bool:
+        """Note *exc* if it is expected. After the block, one is if none came before."""
+        is_one = any(
+            all(isinstance(each, self.classes) for each in errors)
+            for errors in ([exc], _errors_in(exc))
+        )
+        is_taken = is_one and not (self._is_over and self.found)
+        self.found.extend([exc] if is_taken else [])
+        return is_taken
 
 
 class Moved:
@@ -8643,7 +8809,9 @@ class Simulation(Process):
         self._factory = _factory_of(app)
         super().__init__(self, self._factory or (lambda: app))
         self._processes: list[Process] = []
+        self._owners: dict[int, Process] = {}  # of applications and hubs, by their identity
         self._broker: Any = None
+        self.clients: list[Client] = []  # of all processes
         self._numbers = itertools.count(1)
         self._sent: list[tuple[str, bytes]] = []  # the groups and the frames
         self._lines = collections.deque[tuple[float, str, str, object]](maxlen=_TRANSCRIPT)
@@ -8668,43 +8836,51 @@ class Simulation(Process):
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        exc = cast("BaseException | None", exc_info[1])
+        failure = first = cast("BaseException | None", exc_info[1])
         transcript = self.transcript()  # without the lines of the end
-        error = await self._end()
-        unmet = [each for each in self._expected if not each.found]
-        if exc is not None:
-            self._explain(exc, transcript)
-        elif self._bugs:
-            bugs = [bug for _, bug in self._bugs]
-            text = "; ".join(f"{what} has failed: {bug!r}" for what, bug in self._bugs)
-            cause = bugs[0] if len(bugs) == 1 else BaseExceptionGroup("bugs", bugs)
-            raise self.failure(text) from cause
-        elif error is not None:
-            raise error
-        elif unmet:
-            names = " or ".join(cls.__name__ for cls in unmet[0].classes)
-            raise self.failure(f"no {names} has come, which sim.bugs expects")
+        try:
+            await self._end()
+        except Exception as exc:
+            failure = failure or exc
+        if failure is not None:
+            self._explain(failure, transcript)
+        else:
+            failure = self._verdict()
+        if failure is not None and failure is not first:
+            raise failure
 
-    async def _end(self) -> BaseException | None:
-        """Stop all processes, and let go of everything; return what has gone wrong with it."""
-        error = None
-        for process in reversed(self._processes):
-            try:
-                await process.stop()
-            except Exception as exc:  # The next one is stopped all the same.
-                error = error or exc
-        _use_clock(self, False)
-        bug_hooks.remove(self.note_bug)
-        return error
+    async def _end(self) -> None:
+        """Stop all processes, whatever goes wrong with one of them, and let go of everything."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(bug_hooks.remove, self.note_bug)
+            stack.callback(_use_clock, self, False)
+            for process in self._processes:
+                stack.push_async_callback(process.stop)
 
-    def _explain(self, exc: BaseException, transcript: str) -> None:
-        """Add to *exc*, with which the test fails, what it does not say."""
-        if isinstance(exc, AssertionError) and _TITLE not in str(exc):
-            exc.add_note(transcript)
+    def _verdict(self) -> AssertionError | None:
+        """Return the error of a test that has found no fault by itself, if there is a bug."""
+        bugs = [bug for _, bug in self._bugs]
+        if bugs:
+            failure = self.failure(
+                "; ".join(f"{what} has failed: {bug!r}" for what, bug in self._bugs)
+            )
+            failure.__cause__ = bugs[0] if len(bugs) == 1 else BaseExceptionGroup("bugs", bugs)
+            return failure
+        for each in self._expected:
+            if not each.found:
+                names = " or ".join(cls.__name__ for cls in each.classes)
+                return self.failure(f"no {names} has come, which sim.bugs expects")
+        return None
+
+    def _explain(self, failure: BaseException, transcript: str) -> None:
+        """Add to *failure*, with which the test fails, what it does not say."""
+        for exc in _errors_in(failure):
+            if isinstance(exc, AssertionError) and _TITLE not in str(exc):
+                exc.add_note(transcript)
         for what, bug in self._bugs:
-            if bug is not exc.__cause__:
+            if bug is not failure.__cause__:
                 text = "".join(traceback.format_exception(bug))
-                exc.add_note(f"{what} has failed meanwhile:\n{text}")
+                failure.add_note(f"{what} has failed meanwhile:\n{text}")
 
     def __enter__(self) -> Any:
         self._thread = LoopThread()
@@ -8754,6 +8930,7 @@ class Simulation(Process):
         The clocks of the event loop and of the application are not moved. ``await`` settles, too.
         All simulations at a time have one clock. Raises `ValueError` for *seconds* below 0.
         """
+        self._check_in_use()
         _clock().advance(seconds)
         return Moved(self)
 
@@ -8763,21 +8940,17 @@ class Simulation(Process):
         contents = [bytes(each) if type(each) is Binary else each.decode() for each in frames]
         return [read_frame(content, group)[0] for content in contents]
 
-    @contextlib.contextmanager
-    def bugs(self, *classes: type[BaseException]) -> Generator[list[BaseException]]:
+    def bugs(self, *classes: type[BaseException]) -> Expected:
         """Expect a bug of one of *classes* in the application: ``with sim.bugs(KeyError):``.
 
         Other bugs fail the test at the end of the simulation, and so does the lack of this one.
         It may come in the block, or later. Gives the list of those that have come.
         """
+        if not all(isinstance(cls, type) and issubclass(cls, BaseException) for cls in classes):
+            raise PachinkoError(f"write with sim.bugs(KeyError), classes of errors; got {classes}")
         expected = Expected(classes or (Exception,))
         self._expected.append(expected)
-        try:
-            yield expected.found
-        finally:
-            expected.end()
-            if expected.found:
-                self._expected.remove(expected)
+        return expected
 
     def transcript(self) -> str:
         """Return what has crossed the lines, with the seconds since the start."""
@@ -8793,14 +8966,21 @@ class Simulation(Process):
         owner: object = None, hurries: bool = False,
     ) -> bool:  # fmt: skip
         """Return True once *is_over*, or False if nothing can make it so."""
-        if asyncio.get_running_loop() is not self._loop:
-            raise PachinkoError("a simulation is used in the event loop that it was entered in")
+        self._check_in_use()
+        check_timeout(timeout)
         seconds = self.timeout if timeout is None else timeout
         try:
             return await watcher().wait(is_over, owner or self, seconds, hurries)
         except TimeoutError as exc:
             late = str(exc)
         raise self.failure(f"{what} has not come within {seconds:g} s: {late}")
+
+    def _check_in_use(self) -> None:
+        if self not in _simulations or asyncio.get_running_loop() is not self._loop:
+            raise PachinkoError(
+                "a simulation is used inside of its block, async with simulate(app) as sim, and in "
+                "the event loop that it was entered in"
+            )
 
     def failure(self, text: str) -> AssertionError:
         """Return the error of a test that cannot go on."""
@@ -8820,16 +9000,30 @@ class Simulation(Process):
 
     def note_bug(self, what: str, exc: BaseException) -> None:
         """Note a bug of the application, if it is this one's, unless the test expects it."""
-        if _simulation.get() not in (None, self, *self._processes):
-            return
-        for expected in self._expected:
-            if all(isinstance(each, expected.classes) for each in _errors_in(exc)):
-                expected.found.append(exc)
-                if expected.is_over:
-                    self._expected.remove(expected)
+        if self._is_own() and not any(exc is bug for bug in self._noted()):
+            if any(expected.take(exc) for expected in self._expected):
                 return
-        if all(exc is not bug for _, bug in self._bugs) and len(self._bugs) < _MOST_BUGS:
-            self._bugs.append((what, exc))
+            if len(self._bugs) < _MOST_BUGS:
+                self._bugs.append((what, exc))
+
+    def _noted(self) -> Iterator[BaseException]:
+        """Yield the bugs that have come: one may be told of by several parts of the library."""
+        yield from (bug for _, bug in self._bugs)
+        yield from itertools.chain.from_iterable(each.found for each in self._expected)
+
+    def _is_own(self) -> bool:
+        """Tell whether the code in progress is that of the application, or of no simulation."""
+        if asyncio.get_running_loop() is not self._loop:
+            return False
+        owner, task = _simulation.get(), asyncio.current_task()
+        if owner is None:  # Workers have an empty context.
+            owner = next((sim for sim in (*_simulations,) if sim.has_worker(task)), self)
+        return owner in (self, *(each.life for each in self._processes))
+
+    def has_worker(self, task: object) -> bool:
+        """Tell whether *task* is a worker of the application."""
+        endpoints = (each for process in self._processes for each in process.endpoints)
+        return any(each.has_worker(task) for each in endpoints)
 
     def latest_bug(self) -> BaseException | None:
         """Return the latest bug that nobody expects."""
@@ -8839,15 +9033,18 @@ class Simulation(Process):
         """Return the name of a new client in transcripts."""
         return f"#{next(self._numbers)}"
 
-    def add(self, process: Process) -> None:
-        """Note *process*. Raises `PachinkoError` if it has the hub of another one."""
-        others = [hub for each in self._processes for hub in each.hubs]
-        if any(hub in others for hub in process.hubs):
-            raise PachinkoError(
-                "two processes never share a hub, so that the function that makes the application "
-                'makes a hub, too: Pachinko(app, "/ws", hub=Hub())'
-            )
+    def add(self, process: Process, app: object) -> None:
+        """Note *process*, which serves *app*."""
+        self.claim(process, app)
         self._processes.append(process)
+
+    def claim(self, process: Process, part: object) -> None:
+        """Raise `PachinkoError` if *part*, an application or a hub, is another process's."""
+        if self._owners.setdefault(id(part), process) is not process:
+            raise PachinkoError(
+                "two processes never share an application or a hub, so that the function that "
+                'makes the application makes a hub, too: Pachinko(app, "/ws", hub=Hub())'
+            )
 
     def new_link(self, state: HubState, number: int) -> Any:
         """Return the connection to the broker for the hub *number* of a process, or None.
@@ -8867,31 +9064,33 @@ class Simulation(Process):
 
 def _factory_of(app: Any) -> Callable[[], App] | None:
     """Return *app* if it makes an application, or None if it is one."""
-    if isinstance(app, falcon.asgi.App):
+    if not inspect.iscoroutinefunction(app) and _takes(app):
+        return cast(Callable[[], App], app)
+    if _takes(app, "scope", "receive", "send"):
         return None
+    raise PachinkoError(
+        "write simulate(app), an ASGI application, or simulate(make_app), a function that returns "
+        f"one and is not async; got {app!r}"
+    )
+
+
+def _takes(function: Any, *args: str) -> bool:
     try:
-        if not callable(app):
-            raise TypeError
-        inspect.signature(app).bind()
-    except TypeError:
-        with contextlib.suppress(TypeError):
-            inspect.signature(app).bind(None, None, None)
-            return None
-        raise PachinkoError(
-            "write simulate(app), an ASGI application, or simulate(make_app), a function that "
-            f"returns one; got {app!r}"
-        ) from None
-    return cast(Callable[[], App], app)
+        inspect.signature(function).bind(*args)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _use_clock(sim: Simulation, is_used: bool) -> None:
     """Let the library go by a clock that can be moved, while there is a simulation."""
     global clock  # noqa: PLW0603 - a program has one
-    if is_used and not _simulations:
-        clock = MovableClock()
-    (_simulations.add if is_used else _simulations.discard)(sim)
-    if not _simulations:
-        clock = Clock()
+    with _using:
+        if is_used and not _simulations:
+            clock = MovableClock()
+        (_simulations.add if is_used else _simulations.discard)(sim)
+        if not _simulations:
+            clock = Clock()
 
 
 class LoopThread:
@@ -8913,13 +9112,16 @@ class LoopThread:
         """Call *function* in the loop, and return what it returns, once that has been awaited."""
 
         async def work() -> Any:
-            result = function(*args, **kwargs)
+            given = {name: _target_of(value) for name, value in kwargs.items()}
+            result = function(*map(_target_of, args), **given)
             return await result if inspect.isawaitable(result) else result
 
         return self.blocking(asyncio.run_coroutine_threadsafe(work(), self._loop).result())
 
     def blocking(self, value: Any) -> Any:
         """Return *value*, or what calls its methods in the loop and waits for them."""
+        if isinstance(value, (list, frozenset)):
+            return type(value)(map(self.blocking, value))
         is_ours = isinstance(value, (Process, Client, Items, Listener, Hub, Connection))
         is_broker = type(value).__module__ == "pachinko_cluster"
         return Blocking(value, self) if is_ours or is_broker else value
@@ -8941,6 +9143,12 @@ class Blocking:
 
     def __repr__(self) -> str:
         return repr(self._target)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._target == _target_of(other))
+
+    def __hash__(self) -> int:
+        return hash(self._target)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._target, name)
@@ -8965,6 +9173,10 @@ class Blocking:
             return self._thread.call(self._target.__anext__)
         except StopAsyncIteration:
             raise StopIteration from None
+
+
+def _target_of(value: Any) -> Any:
+    return object.__getattribute__(value, "_target") if isinstance(value, Blocking) else value
 
 
 def simulate(app: Any, *, timeout: float = 5.0) -> Simulation:

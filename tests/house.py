@@ -86,6 +86,10 @@ STANDARD_LIBRARY = {
     "_task": "of a time-out: the task that it will cancel",
     "_fut_waiter": "the future that a task waits for",
     "_callbacks": "of a future: the contexts of the tasks that wait for it",
+    "_children": "of what `asyncio.gather` returns: the futures that a task waits for",
+    "_tasks": "of a `TaskGroup`: the tasks that it waits for",
+    "_todo": "of `asyncio.as_completed`: the futures that it waits for",
+    "_current_frames": "of `sys`: what threads run, as an application may wait for one",
     "_kwargs": "a process of multiprocessing has its server's configuration there",
 }
 
@@ -94,7 +98,6 @@ STORED = {
     "__cause__": "an exception that is kept must not keep its stack frames",
     "__context__": "an exception that is kept must not keep its stack frames",
     "__traceback__": "an exception that is kept must not keep its stack frames",
-    "relay": "of a hub's state: a simulation takes notes in front of it",
     "type": "of an attrs field: attrs lets a class's transformer resolve it so",
     "user": "of a connection: a property, as an application sets it",
     "expires_at": "of a connection: a property, as an application sets it",

@@ -311,10 +311,10 @@ async def test_the_hub_from_elsewhere(server: Server) -> None:
         await client.ask("sum", {"a": 1})
         await asyncio.to_thread(post, server, "/notices", {"text": "soon"})
         assert await client.receive() == {"type": "notice", "payload": {"text": "soon"}}
-        await asyncio.to_thread(load(README).from_a_thread)
-        notice = await client.receive()
-        assert notice["group"] == "room:lobby"
-        assert notice["payload"] == {"text": "five minutes left"}
+        (call,) = (each for each in spans(prose(README)) if each.startswith("hub.call_threadsafe"))
+        await asyncio.to_thread(eval, call.replace("room:1", "room:lobby"), {"hub": hub})
+        said = {"type": "said", "group": "room:lobby", "payload": {"text": "hi"}}
+        assert await client.receive() == said
 
 
 def post(server: Server, path: str, media: Any) -> int:

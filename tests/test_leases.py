@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import sys
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import falcon.asgi
 import pytest
@@ -24,7 +25,7 @@ from support import PATIENCE, connect, new_app, serving, until
 
 import pachinko
 import pachinko_cluster
-from pachinko import Hub, Pachinko, PachinkoError
+from pachinko import Hub, Pachinko, PachinkoError, Simulation, simulate
 from pachinko_cluster import Nats, Redis
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,12 @@ async def with_leases(kind: BrokerKind) -> AsyncIterator[BrokerProcess]:
     """A broker that has leases: NATS with JetStream, or any Redis."""
     async with running(kind, *(("-js", "-sd", "store") if kind == "nats" else ())) as broker:
         yield broker
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that waits for a lease asks for it all the time."""
+    monkeypatch.setattr(pachinko_cluster, "_TRY", 0.05)
 
 
 async def forever() -> None:
@@ -68,6 +75,11 @@ class Scene:
 
     def process(self, name: str, **options: Any) -> Any:
         return serving(self.app(name, **options))
+
+    def simulated(self) -> Simulation:
+        """The same processes on a simulated broker, with the names "a", "b" and so on."""
+        names = iter("abc")
+        return simulate(lambda: self.app(next(names)))
 
 
 async def startup(app: falcon.asgi.App[Any, Any]) -> dict[str, Any]:
@@ -202,6 +214,7 @@ async def test_it_runs_in_one_process_and_then_in_the_other(
     assert caplog.text.count("runs here now (process ") == 2
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_the_next_one_has_waited(kind: BrokerKind) -> None:
     """A process that was there all the time takes over when the first one stops."""
     async with with_leases(kind) as broker:
@@ -285,20 +298,22 @@ async def command(broker: BrokerProcess, text: str) -> bytes:
 # The broker goes and comes
 
 
-async def test_a_restart_of_the_broker_interrupts_nothing(
-    kind: BrokerKind, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_restart_of_the_broker_interrupts_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """The holder goes on, and nobody else starts, even where Redis comes back without its keys."""
-    async with with_leases(kind) as broker:
-        scene = Scene(broker.url)
-        async with scene.process("a"):
-            await until(lambda: scene.here == ["a"])
-            async with scene.process("b"):
-                caplog.clear()
-                await broker.restart()
-                await until(lambda: caplog.text.count("connected, with") == 2)
-                await asyncio.sleep(pachinko_cluster.LEASE)  # Until then another one may take it.
-    assert scene.began == ["a"] and "is stopped here" not in caplog.text
+
+    async def restart(kind: BrokerKind) -> None:
+        async with with_leases(kind) as broker:
+            scene = Scene(broker.url)
+            async with scene.process("a"):
+                await until(lambda: scene.here == ["a"])
+                async with scene.process("b"):
+                    await broker.restart()
+                    await until(lambda: caplog.text.count(f"{broker.url}: connected, with") == 2)
+                    await asyncio.sleep(pachinko_cluster.LEASE)  # Until then another may take it.
+        assert scene.began == ["a"]
+
+    await asyncio.gather(*map(restart, get_args(BrokerKind)))  # both wait for real seconds
+    assert "is stopped here" not in caplog.text
 
 
 async def test_a_worker_that_fails_with_its_broker_goes_on_where_it_was(
@@ -331,6 +346,7 @@ async def test_a_worker_that_fails_with_its_broker_goes_on_where_it_was(
     assert scene.began == ["a", "a"]
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_two_of_one_name_without_a_path_take_turns() -> None:
     """Their lease is the same, within a process too."""
     hub, apps, ran = Hub(), [new_app(), new_app()], list[str]()
@@ -353,9 +369,12 @@ async def test_two_of_one_name_without_a_path_take_turns() -> None:
 
 
 async def test_a_broker_that_stays_away_stops_the_worker_in_time(
-    kind: BrokerKind, caplog: pytest.LogCaptureFixture
+    kind: BrokerKind, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody knows who may run it then; it goes on once the broker is back."""
+    time_left = pachinko_cluster.LEASE - pachinko_cluster._HOLD
+    for name in ("_HOLD", "_RENEW", "_TRY"):
+        monkeypatch.setattr(pachinko_cluster, name, getattr(pachinko_cluster, name) / 3)
     async with with_leases(kind) as broker:
         scene = Scene(broker.url)
         async with scene.process("a"), scene.process("b"):
@@ -363,13 +382,15 @@ async def test_a_broker_that_stays_away_stops_the_worker_in_time(
             begun = asyncio.get_running_loop().time()
             broker.signal(signal.SIGSTOP)
             await until(lambda: not scene.here)
-            assert asyncio.get_running_loop().time() - begun < pachinko_cluster.LEASE
-            assert "its lease is lost: it was not renewed for 4.5 s" in caplog.text
+            taken = asyncio.get_running_loop().time() - begun
+            assert taken < pachinko_cluster._HOLD + time_left
+            assert "its lease is lost: it was not renewed for 1.5 s" in caplog.text
             broker.signal(signal.SIGCONT)
             await until(lambda: scene.here)
     assert len(scene.began) == 2
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_an_app_starts_without_its_broker(kind: BrokerKind) -> None:
     """The worker waits for it."""
     async with with_leases(kind) as broker:
@@ -404,30 +425,15 @@ async def key_of(broker: BrokerProcess) -> str:
     return lines[2].decode().strip()
 
 
-@pytest.mark.parametrize(
-    ("kind", "ending"),
-    [("redis", "passes on"), ("redis", "returns"), ("redis", "fails"), ("nats", "passes on")],
-)
+@pytest.mark.usefixtures("impatient")
 async def test_a_lease_that_another_process_has_stops_the_worker(
-    kind: BrokerKind,
-    ending: str,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    kind: BrokerKind, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However the worker ends then, it runs again with the next lease."""
-    monkeypatch.setattr(pachinko, "_BACKOFFS", (0.0,))
-
-    async def work() -> None:
-        try:
-            await forever()
-        except asyncio.CancelledError:
-            if ending == "fails":
-                raise ValueError("a bug in the clean-up") from None
-            if ending == "passes on":
-                raise
-
+    """It runs again when the broker has forgotten that lease: Redis is told to, NATS does so."""
+    monkeypatch.setattr(pachinko_cluster, "_RENEW", 0.3)
+    monkeypatch.setattr(pachinko_cluster, "LEASE", 2.0)
     async with with_leases(kind) as broker:
-        scene = Scene(broker.url, work)
+        scene = Scene(broker.url)
         async with scene.process("a"):
             await until(lambda: scene.here)
             await take(broker)
@@ -436,6 +442,36 @@ async def test_a_lease_that_another_process_has_stops_the_worker(
             if kind == "redis":
                 await command(broker, f"DEL {await key_of(broker)}")
             await until(lambda: scene.here == ["a"])
+
+
+@pytest.mark.parametrize("ending", ["passes on", "returns", "fails"])
+async def test_a_worker_that_has_lost_its_lease_runs_with_the_next_one(
+    ending: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However it ends when it is cancelled."""
+
+    async def work() -> None:
+        try:
+            await forever()
+        except asyncio.CancelledError:
+            if ending == "fails" and len(scene.began) == 1:
+                raise ValueError("a bug in the clean-up") from None
+            if ending == "passes on":
+                raise
+
+    scene = Scene(None, work)
+    async with scene.simulated() as sim:
+        await sim.settle()
+        give_to_another(sim)
+        with sim.bugs(ValueError) if ending == "fails" else contextlib.nullcontext():
+            await sim.advance(pachinko_cluster._RENEW)
+        assert "its lease is lost: another process has it" in caplog.text and not scene.here
+        await go_on(sim, pachinko_cluster.LEASE)
+        assert not scene.here
+        sim.broker.leases.clear()
+        await sim.advance(pachinko_cluster._TRY)
+        assert scene.here == ["a"]
+    assert scene.began == ["a", "a"]
     assert ("a bug in the clean-up" in caplog.text) == (ending == "fails")
 
 
@@ -450,15 +486,97 @@ async def test_a_worker_that_ignores_its_cancellation_is_logged(
             with contextlib.suppress(asyncio.CancelledError):
                 await may_end.wait()
 
-    async with with_leases("redis") as broker:
-        scene = Scene(broker.url, work)
-        async with scene.process("a"):
-            await until(lambda: scene.here)
-            await take(broker)
-            await until(lambda: "goes on without its lease" in caplog.text)
-            may_end.set()
+    scene = Scene(None, work)
+    async with scene.simulated() as sim:
+        await sim.settle()
+        give_to_another(sim)
+        await sim.advance(pachinko_cluster._RENEW)
+        assert "goes on without its lease" not in caplog.text
+        await sim.advance(pachinko_cluster.LEASE - pachinko_cluster._HOLD)
+        assert "goes on without its lease" in caplog.text and scene.here == ["a"]
+        may_end.set()
 
 
+# The same by a clock that is moved
+
+
+def give_to_another(sim: Simulation) -> None:
+    """Write another token into the lease of the worker, for ever."""
+    (key,) = [each for each in sim.broker.leases if "work" in each]
+    sim.broker.leases[key] = "other", math.inf
+
+
+async def go_on(sim: Simulation, seconds: float) -> None:
+    """Let *seconds* pass in steps: a process does not sleep through all of them."""
+    for _ in range(round(2 * seconds)):
+        await sim.advance(0.5)
+
+
+async def test_it_is_renewed_as_long_as_its_process_lives() -> None:
+    """Another process asks for it all the time, and never gets it."""
+    scene = Scene(None)
+    async with scene.simulated() as sim, sim.process():
+        await go_on(sim, 10 * pachinko_cluster.LEASE)
+        assert scene.here == scene.began == ["a"]
+
+
+async def test_a_killed_process_is_followed_by_another(caplog: pytest.LogCaptureFixture) -> None:
+    """Once its lease has ended, for it has given nothing up; it logs nothing."""
+    scene = Scene(None)
+    async with scene.simulated() as sim, sim.process():
+        await go_on(sim, 3.0)
+        sim.kill()
+        await go_on(sim, pachinko_cluster.LEASE - pachinko_cluster._RENEW - 1.0)
+        assert scene.began == ["a"] and not scene.here
+        await go_on(sim, 1.0 + pachinko_cluster._RENEW + pachinko_cluster._TRY)
+        assert scene.here == ["b"]
+    assert "is stopped here" not in caplog.text
+
+
+async def test_an_outage_shorter_than_the_lease_interrupts_nothing() -> None:
+    """The holder renews it as soon as the broker is back, before anybody else gets it."""
+    scene = Scene(None)
+    async with scene.simulated() as sim, sim.process():
+        await go_on(sim, 3.0)
+        sim.broker.lose()
+        await go_on(sim, pachinko_cluster._HOLD - pachinko_cluster._RENEW - 1.0)
+        assert scene.here == ["a"]
+        sim.broker.restore()
+        await go_on(sim, 2 * pachinko_cluster.LEASE)
+        assert scene.here == scene.began == ["a"]
+
+
+async def test_a_broker_that_comes_back_without_its_leases_has_one_holder() -> None:
+    """Who waits does not take what the broker may have forgotten while its holder goes on."""
+    scene = Scene(None)
+    async with scene.simulated() as sim, sim.process(), sim.process():
+        await go_on(sim, 3.0)
+        sim.broker.lose()
+        sim.broker.leases.clear()
+        sim.broker.restore()
+        await go_on(sim, 2 * pachinko_cluster.LEASE)
+        assert scene.here == scene.began == ["a"]
+
+
+async def test_an_outage_longer_than_the_lease_stops_the_worker_in_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Before another process could have it. It goes on where it was once the broker is back."""
+    scene = Scene(None)
+    async with scene.simulated() as sim, sim.process():
+        await go_on(sim, 3.0)
+        sim.broker.lose()
+        await go_on(sim, pachinko_cluster._HOLD)
+        assert not scene.here
+        assert "its lease is lost: it was not renewed for 4.5 s" in caplog.text
+        await go_on(sim, pachinko_cluster.LEASE)
+        assert scene.began == ["a"]
+        sim.broker.restore()
+        await go_on(sim, pachinko_cluster._TRY)
+        assert len(scene.here) == 1 and len(scene.began) == 2
+
+
+@pytest.mark.usefixtures("impatient")
 async def test_an_error_of_the_broker_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """A Redis without memory for keys is no Redis that is away; the worker waits for it."""
     async with with_leases("redis") as broker:
@@ -472,6 +590,7 @@ async def test_an_error_of_the_broker_is_logged(caplog: pytest.LogCaptureFixture
             await until(lambda: scene.here)
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_broker_that_does_not_answer_is_logged(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -632,9 +751,15 @@ async def test_redis_needs_further_rights(rights: str, is_enough: bool) -> None:
     ],
 )
 async def test_nats_needs_further_rights(
-    publish: list[str], subscribe: list[str], is_enough: bool, tmp_path: Path
+    publish: list[str],
+    subscribe: list[str],
+    is_enough: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The error has the rights to add, and they are all that a worker needs."""
+    if not is_enough:  # NATS answers a request that it does not permit by silence.
+        monkeypatch.setattr(pachinko_cluster, "_REQUEST", 0.2)
     config = tmp_path / "nats.conf"
     config.write_text(
         'jetstream { store_dir: "store" }\n'

@@ -719,6 +719,27 @@ async def test_a_broker_that_drops_us_right_away_is_asked_ever_less_often(
     assert delays[:4] == expected
 
 
+async def test_a_backplane_may_say_when_it_is_tried_again() -> None:
+    """It is told how long the pause would be, and returns when it likes."""
+    pauses: list[float] = []
+    may_go_on = asyncio.Event()
+
+    class Patient(Fake):
+        async def pause(self, seconds: float) -> None:
+            pauses.append(seconds)
+            await may_go_on.wait()
+
+    async with linked(Patient()) as scene:
+        await scene.link.connected()
+        scene.fake.lost(None)
+        await until(lambda: pauses)
+        assert 0 < pauses[0] <= pachinko_cluster._RECONNECT[-1]
+        assert scene.fake.count("start") == 1
+        may_go_on.set()
+        await scene.link.connected()
+        assert scene.fake.count("start") == 2
+
+
 async def test_a_backplane_that_hangs_is_given_up(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

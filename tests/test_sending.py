@@ -28,22 +28,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import UNSET, UnsetType
-from support import (
-    PATIENCE,
-    Client,
-    Server,
-    Simulated,
-    Stalled,
-    connect,
-    new_app,
-    serving,
-    session_of,
-    simulated,
-    until,
-)
+from support import PATIENCE, Client, Server, Stalled, connect, new_app, serving, session_of, until
 
 import pachinko
-from pachinko import Connection, Hub, MessageError, Outgoing, Pachinko
+from pachinko import Connection, Envelope, Hub, MessageError, Outgoing, Pachinko, simulate
 
 BIG = "x" * 300_000  # more than the buffers on the way to a client of `served` hold
 LONG = 60.0  # seconds that no test waits for
@@ -114,15 +102,6 @@ async def served(ws: Pachinko, wrap: Wrap | None = None) -> AsyncIterator[Server
     app = ws._app if wrap is None else around(ws._app, wrap)
     async with serving(app) as server:
         server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        yield server
-        await written(ws)
-
-
-@contextlib.asynccontextmanager
-async def spoken(ws: Pachinko, wrap: Wrap | None = None) -> AsyncIterator[Simulated]:
-    """The same without a socket, for clients that read."""
-    app = ws._app if wrap is None else around(ws._app, wrap)
-    async with simulated(app) as server:
         yield server
         await written(ws)
 
@@ -298,7 +277,7 @@ async def test_every_send_works_behind_an_asgi_middleware(wrap: Wrap, how: str) 
         return wrapped
 
     async with (
-        spoken(ws, watched) as server,
+        served(ws, watched) as server,
         connect(f"{server.url}/one") as one,
         connect(f"{server.url}/two") as two,
     ):
@@ -454,7 +433,7 @@ async def test_a_send_that_fails_costs_its_client_alone(pause: bool, how: str) -
         return wrapped
 
     async with (
-        spoken(ws, wrap) as server,
+        served(ws, wrap) as server,
         connect(f"{server.url}/0") as one,
         connect(f"{server.url}/1") as two,
         connect(f"{server.url}/bad") as bad,
@@ -485,7 +464,7 @@ async def test_a_reply_that_fails_ends_its_connection(pause: bool) -> None:
 
         return wrapped
 
-    async with spoken(ws, wrap) as server, connect(f"{server.url}/bad") as client:
+    async with served(ws, wrap) as server, connect(f"{server.url}/bad") as client:
         await client.send("echo", 1)
         await client.closed()
         await until(lambda: not ws._hub.state.serving)
@@ -509,7 +488,7 @@ async def test_a_middlewares_timeout_around_receive_closes_the_connection() -> N
         except Exception as exc:  # noted whatever it is: the test expects none
             failures.append(exc)
 
-    async with simulated(app) as server, connect(f"{server.url}/idle") as client:
+    async with serving(app) as server, connect(f"{server.url}/idle") as client:
         await client.closed()
         await until(lambda: not ws._hub.state.serving)
     assert len(left) == 1 and failures == []
@@ -638,7 +617,7 @@ async def test_what_is_sent_behind_a_group_send_comes_behind_it() -> None:
 async def test_a_close_behind_a_group_send_comes_behind_it() -> None:
     """The message first, then the close frame."""
     ws, _ = endpoint()
-    async with spoken(ws) as server, connect(f"{server.url}/one") as client:
+    async with served(ws) as server, connect(f"{server.url}/one") as client:
         await until(lambda: ws._hub.connections)
         await ws._hub.send("all", "n", "last")
         await named(ws, "one").close(4000)
@@ -1240,11 +1219,17 @@ SENT = [*((value, json.loads(json.dumps(value))) for value in LIKE_JSON), *OTHER
 
 
 WAYS = ["reply", "item", "push", "group", "one", "everybody", "refused", "mended"]
+Ask = Callable[[str], Awaitable[Envelope]]  # a way, to the first message that comes back
 
 
 @contextlib.asynccontextmanager
-async def sending(value: Any) -> AsyncIterator[tuple[Client, list[str]]]:
-    """A client of an endpoint with a message type for each way to send *value*, and the types."""
+async def sending(
+    value: Any, *bugs: type[BaseException]
+) -> AsyncIterator[tuple[Ask, Callable[[], Awaitable[Envelope]]]]:
+    """An endpoint with a message type for each way to send *value*: its client's ask and receive.
+
+    A handler that sends it may fail with one of *bugs*.
+    """
     ws, _ = endpoint()
     hub = ws._hub
 
@@ -1284,21 +1269,28 @@ async def sending(value: Any) -> AsyncIterator[tuple[Client, list[str]]]:
     async def mend(conn: Connection, exc: KeyError) -> Any:
         return value
 
-    async with spoken(ws) as server, connect(f"{server.url}/ada") as client:
-        yield client, WAYS
+    async with simulate(ws._app) as sim:
+        client = await sim.connect("/ada")
+
+        async def ask(way: str) -> Envelope:
+            with sim.bugs(*bugs) if bugs else contextlib.nullcontext():
+                await client.send(way, id=7)
+                return await client.receive()
+
+        yield ask, client.receive
 
 
 @pytest.mark.parametrize(("value", "sent"), SENT)
 async def test_what_json_can_say_goes_out_by_every_way(value: Any, sent: Any) -> None:
     """Replies, items, messages, group messages and errors go out alike, as `json.dumps` has it."""
-    async with sending(value) as (client, ways):
-        for way in ways:
-            answer = await client.ask(way, id=7)
-            payload = answer.get("payload")
+    async with sending(value) as (ask, receive):
+        for way in WAYS:
+            answer = await ask(way)
+            payload = answer.payload
             assert (payload["value"] if way == "refused" else payload) == sent, answer
             rest = {"push": 1, "group": 1, "one": 1, "everybody": 1, "item": 1}.get(way, 0)
             for _ in range(rest):
-                assert (await client.receive())["id"] == 7
+                assert (await receive()).id == 7
 
 
 class Odd:
@@ -1359,10 +1351,10 @@ async def test_what_cannot_go_out_is_named_with_its_path(
     value: Any, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whoever sends gets it as an exception. In a handler it is a bug, and the log has it."""
-    async with sending(value) as (client, ways):
-        for way in ways:
-            answer = await client.ask(way, id=7)
-            assert (answer["payload"]["code"], answer["id"]) == ("internal_error", 7)
+    async with sending(value, TypeError) as (ask, _):
+        for way in WAYS:
+            answer = await ask(way)
+            assert (answer.payload["code"], answer.id) == ("internal_error", 7)
             path = text.replace("$.payload", "$.payload.value") if way == "refused" else text
             assert f"TypeError: {path}\n" in caplog.text
             caplog.clear()
@@ -1393,9 +1385,9 @@ async def test_what_contains_itself_is_an_error(
 ) -> None:
     """A circle, or an abyss, ends in a clear error, and the connection goes on."""
     text = "TypeError: $.payload: nested too deeply, or a part of itself\n"
-    async with sending(value) as (client, ways):
-        for way in ways:
-            assert (await client.ask(way, id=7))["payload"]["code"] == "internal_error"
+    async with sending(value, TypeError) as (ask, _):
+        for way in WAYS:
+            assert (await ask(way)).payload["code"] == "internal_error"
             assert text in caplog.text
             caplog.clear()
 
@@ -1430,10 +1422,13 @@ async def test_a_declared_reply_is_looked_into_by_its_declaration(
 
     reply.__annotations__["return"] = declared
     ws.on("reply")(reply)
-    async with spoken(ws) as server, connect(f"{server.url}/ada") as client:
+    async with simulate(ws._app) as sim:
+        client = await sim.connect("/ada")
         for id in (1, 2):
-            answer = await client.ask("reply", id=id)
-            assert (answer["payload"]["code"], answer["id"]) == ("internal_error", id)
+            with sim.bugs(TypeError):
+                await client.send("reply", id=id)
+                answer = await client.receive()
+            assert (answer.payload["code"], answer.id) == ("internal_error", id)
     assert f"TypeError: {text}\n" in caplog.text
 
 
@@ -1462,7 +1457,7 @@ async def test_a_group_whose_name_is_no_utf8_is_sent_to() -> None:
     async def join(conn: Connection) -> None:
         await conn.join("\ud83d")
 
-    async with spoken(ws) as server, connect(f"{server.url}/ada") as client:
+    async with served(ws) as server, connect(f"{server.url}/ada") as client:
         await client.ask("join")
         await ws._hub.send("\ud83d", "n\ud83d", "\ud83d")
         assert await client.receive() == {"type": "n\ufffd", "group": "\ufffd", "payload": "\ufffd"}
@@ -1480,6 +1475,6 @@ async def test_a_worker_sends_half_a_surrogate_pair() -> None:
         await until(lambda: ws._hub.members("all"))
         await ws._hub.send("all", "n", {"text": "\ud83d"})
 
-    async with spoken(ws) as server, connect(f"{server.url}/ada") as client:
+    async with served(ws) as server, connect(f"{server.url}/ada") as client:
         assert (await client.receive())["payload"] == {"text": "\ufffd"}
     assert begun == [1]
