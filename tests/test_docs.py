@@ -37,7 +37,7 @@ import playwright.async_api
 import pytest
 import uvicorn
 from falcon.testing import ASGIConductor
-from support import (PATIENCE, Server, connect, serving, simulated, until)
+from support import PATIENCE, Server, connect, serving, simulated, until
 from websockets.exceptions import InvalidStatus
 
 import pachinko
@@ -129,7 +129,7 @@ def clean_hub() -> Iterator[None]:
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
     """All of the README's Python as one app, served by uvicorn."""
-    async with simulated(load(README).app) as server:
+    async with serving(load(README).app) as server:
         yield server
 
 

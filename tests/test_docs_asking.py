@@ -11,7 +11,7 @@ from typing import Any
 
 import playwright.async_api
 import pytest
-from support import Client, Server, connect, simulated, until
+from support import Client, Server, connect, serving, until
 from test_docs import ROOT, blocks, clean_hub, load, spans, tables
 
 from pachinko import AnswerError, hub
@@ -28,7 +28,7 @@ def page() -> Any:
 
 @pytest.fixture
 async def server(page: Any) -> AsyncIterator[Server]:
-    async with simulated(page.shelf._app) as server:
+    async with serving(page.shelf._app) as server:
         yield server
 
 
