@@ -179,6 +179,8 @@ __all__ = [
 __version__ = "0.1.0"
 
 logger: logging.Logger = logging.getLogger("pachinko")
+# A failing test shows its own lines, and not those of its client (pytest's name for that).
+__tracebackhide__: Any = operator.methodcaller("errisinstance", AssertionError)
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -3482,7 +3484,8 @@ class MovableTimer:
         """Make the *call* in the present context, *at* a time on the loop's own clock."""
         self.at: float = at
         self.loop: asyncio.AbstractEventLoop = running_loop()
-        self._pending, self._origin = clock.pending, contextvars.copy_context()
+        self.origin: contextvars.Context = contextvars.copy_context()
+        self._pending = clock.pending
         self._call: Callable[[], object] = call
         self._handle: asyncio.Handle | None = None
         self.move(0.0)
@@ -3492,9 +3495,9 @@ class MovableTimer:
         self._unschedule()
         self.at -= seconds
         if self.at <= self.loop.time() + _ROUNDING:
-            self._handle = self.loop.call_soon(self._run, context=self._origin)
+            self._handle = self.loop.call_soon(self._run, context=self.origin)
         else:
-            self._handle = self.loop.call_at(self.at, self._run, context=self._origin)
+            self._handle = self.loop.call_at(self.at, self._run, context=self.origin)
         self._pending[id(self._handle)] = self
 
     def cancel(self) -> None:
@@ -7755,6 +7758,11 @@ def _clock() -> MovableClock:
     return cast(MovableClock, clock)
 
 
+def never() -> bool:
+    """Return False: what `Watcher.wait` waits for where a rest is meant."""
+    return False
+
+
 @attrs.define(eq=False)
 class Wait:
     """A wait of a test until *is_over*, or until nothing can make it so."""
@@ -7762,7 +7770,7 @@ class Wait:
     is_over: Callable[[], object]
     owner: object  # the simulation
     until: float  # on the loop's clock
-    hurries: bool  # The library's time limits come early.
+    hurries: Callable[[object], bool] | None  # whose time limits come early, and need no time
     ended: asyncio.Future[bool]
 
 
@@ -7774,14 +7782,17 @@ class Watcher:
         self._quiet = 0  # looks in a row that have found nothing to run
         self._next: asyncio.Handle | None = None
         self._threads = weakref.WeakSet(threading.enumerate())  # that are none of an application
+        self._left = 0.0  # seconds that the clock of the library is still to be moved
+        self._held: list[Callable[[], None]] = []  # what waits for that
 
     async def wait(
-        self, is_over: Callable[[], object], owner: object, seconds: float, hurries: bool = False
-    ) -> bool:
+        self, is_over: Callable[[], object], owner: object, seconds: float,
+        hurries: Callable[[object], bool] | None = None,
+    ) -> bool:  # fmt: skip
         """Return True once *is_over*, or False at rest. Raises `TimeoutError` with what goes on.
 
         At rest nothing can run by itself, and nothing of the application of *owner* waits for the
-        outside. With *hurries*, the library's own time limits come early instead of a rest.
+        outside. Time limits of the library whose owner *hurries* takes come early instead.
         """
         loop = asyncio.get_running_loop()
         wait = Wait(is_over, owner, loop.time() + seconds, hurries, loop.create_future())
@@ -7792,6 +7803,38 @@ class Watcher:
             return await wait.ended
         finally:
             self._waits.remove(wait)
+
+    def advance(self, seconds: float) -> None:
+        """Move the clock of the library, once at rest: from timer to timer, as time does."""
+        self._left += seconds
+        self._quiet = 0
+        self._look_later(asyncio.get_running_loop())
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call *function* now, or once the clock has been moved."""
+        if self._left:
+            self._held.append(function)
+        else:
+            function()
+
+    def _move(self) -> None:
+        due = _clock().next_due()
+        seconds = self._left if due is None else min(self._left, due)
+        self._left -= seconds
+        _clock().advance(seconds)
+        if not self._left:
+            held, self._held = self._held, []
+            for function in held:
+                function()
+
+    def _hurry(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Let the first time limit come early that a wait *hurries*; return whether there is one."""
+        tests = [wait.hurries for wait in self._open if wait.hurries is not None]
+        for timer in _clock().timers if tests else ():
+            if any(test(timer.origin.get(_simulation)) for test in tests):
+                timer.move(max(0.0, timer.at - loop.time()))
+                return True
+        return False
 
     def _look_later(self, loop: asyncio.AbstractEventLoop, seconds: float = 0.0) -> None:
         if self._next is not None:
@@ -7806,25 +7849,31 @@ class Watcher:
         ready: Any = getattr(loop, "_ready", None)
         self._quiet = 0 if (_running(loop) if ready is None else ready) else self._quiet + 1
         is_resting = self._quiet >= (_BLIND_LOOKS if ready is None else _LOOKS)
-        outside = outside_of(loop, self._threads) if is_resting and self._open else []
+        until = max((wait.until for wait in self._open), default=0.0)
+        outside = outside_of(loop, until, self._threads) if is_resting and self._open else []
         if is_resting:
-            due = _clock().next_due() if any(wait.hurries for wait in self._open) else None
-            if due is not None:
-                _clock().advance(due)
+            if self._left:
+                self._move()
+                self._quiet = 0
+            elif self._hurry(loop):
                 self._quiet = 0
             else:
                 busy = {id(owner) for owner, _ in outside}
-                self._end_if(lambda wait: id(wait.owner) not in busy, False)
+                ending = [wait for wait in self._open if id(wait.owner) not in busy]
+                # A task of the test that settles goes on before those that wait for something.
+                first = [wait for wait in ending if wait.is_over is never] or ending
+                self._end_if(first.__contains__, False)
+                self._quiet = 0
         if late := [wait for wait in self._open if wait.until <= loop.time()]:
             running = [Parked(each).place for each in _running(loop)] or ["something"]
             going_on = outside or [
-                *outside_of(loop, self._threads),
+                *outside_of(loop, until, self._threads),
                 *((None, f"{each} runs all the time") for each in running),
             ]
             for wait in late:
                 texts = [text for owner, text in going_on if owner in (wait.owner, None)]
                 wait.ended.set_exception(TimeoutError("; ".join(texts)))
-        if self._open:
+        if self._open or self._left:
             self._look_later(loop, _PAUSE if outside else 0.0)
 
     @property
@@ -7906,12 +7955,13 @@ def _leaves_of(future: Any, frames: Sequence[types.FrameType]) -> list[Any]:
 
 
 def outside_of(
-    loop: asyncio.AbstractEventLoop, known: Container[threading.Thread]
+    loop: asyncio.AbstractEventLoop, until: float, known: Container[threading.Thread]
 ) -> list[tuple[object, str]]:
     """Return what waits for the outside: of which simulation, and a text that says where.
 
     A task shows it by what it waits for. A future that is anybody's counts, if no code of asyncio
-    has made it, and if the loop has sockets or the application threads that are not *known*.
+    has made it, and if the loop has sockets or the application threads that are not *known*. A
+    timer that no task waits for counts if it is due *until* then: a library may keep some.
     """
     timers: dict[int, Any] = {
         id(timer): timer for timer in getattr(loop, "_scheduled", ())
@@ -7939,7 +7989,8 @@ def outside_of(
             places = " → ".join(tasks[each].place for each in chain)
             found.append((owner, f"{places} waits for {what}"))
     # Nothing says for whom the other timers are.
-    others = [timer for key, timer in timers.items() if key not in used]
+    rest = (timer for key, timer in timers.items() if key not in used)
+    others = [timer for timer in rest if timer.when() <= until]
     callers = {timer._context.get(_simulation): timer._callback for timer in others}
     found += [(owner, f"a timer will call {callback!r}") for owner, callback in callers.items()]
     found += [
@@ -7952,7 +8003,9 @@ def outside_of(
 def _ended_by(timer: Any) -> Iterator[object]:
     """Yield what *timer* may end: a future that it resolves, or a task that it cancels."""
     yield from filter(asyncio.isfuture, timer._args or ())
-    yield getattr(getattr(timer._callback, "__self__", None), "_task", timer)
+    of = getattr(timer._callback, "__self__", timer)
+    yield of
+    yield getattr(of, "_task", of)
 
 
 def _has_threads(known: Container[threading.Thread]) -> bool:
@@ -8315,6 +8368,9 @@ class Client:
         self._conn = conn
 
     def _push(self, event: Event) -> None:
+        watcher().call(functools.partial(self._deliver, event))
+
+    def _deliver(self, event: Event) -> None:
         self._events.append(event)
         self._wake()
 
@@ -8598,7 +8654,7 @@ class Process:
         self._events.put_nowait({"type": f"lifespan.{what}"})
         await self.sim.wait(
             lambda: not self._answers.empty() or lifespan.done(), None, f"the {what}",
-            owner=self.life, hurries=what == "shutdown",
+            owner=self.life, hurries=self.sim.owns if what == "shutdown" else None,
         )  # fmt: skip
         exc = lifespan.exception() if lifespan.done() and not lifespan.cancelled() else None
         if not self._answers.empty():
@@ -8719,7 +8775,7 @@ class Process:
 
     async def _wait_for(self, tasks: list[asyncio.Task[None]]) -> None:
         await self.sim.wait(
-            lambda: all(task.done() for task in tasks), None, "the end", hurries=True
+            lambda: all(task.done() for task in tasks), None, "the end", hurries=self.sim.owns
         )
 
 
@@ -8759,7 +8815,7 @@ def scope_of(
 # A simulation is what a test has of an application: its processes, the broker between them, the
 # time, a transcript, and the bugs.
 
-_TRANSCRIPT = 200  # lines of a transcript that are kept
+_TRANSCRIPT = 100  # lines of a transcript that are kept
 _TITLE = "Transcript (seconds, client, → to the server, ← from it, ✕ the end):"
 _MOST_BUGS = 20  # that are kept, each with its stack frames
 _simulations: set[Simulation] = set()  # those in use, in any thread
@@ -8837,6 +8893,9 @@ class Simulation(Process):
 
     async def __aexit__(self, *exc_info: object) -> None:
         failure = first = cast("BaseException | None", exc_info[1])
+        if failure is None:  # What was sent last is handled. Nothing of the outside is waited for.
+            with contextlib.suppress(TimeoutError):
+                await watcher().wait(never, None, self.timeout)
         transcript = self.transcript()  # without the lines of the end
         try:
             await self._end()
@@ -8875,7 +8934,8 @@ class Simulation(Process):
     def _explain(self, failure: BaseException, transcript: str) -> None:
         """Add to *failure*, with which the test fails, what it does not say."""
         for exc in _errors_in(failure):
-            if isinstance(exc, AssertionError) and _TITLE not in str(exc):
+            is_ours = isinstance(exc, (AssertionError, MessageError, Refused))
+            if is_ours and _TITLE not in str(exc):
                 exc.add_note(transcript)
         for what, bug in self._bugs:
             if bug is not failure.__cause__:
@@ -8922,16 +8982,22 @@ class Simulation(Process):
         A stalled client's outbox, and workers that sleep, do not count. Raises `AssertionError`
         after *timeout* seconds, and names what waits for a timer, a thread or a socket.
         """
-        await self.wait(lambda: False, timeout, "an end of all that runs")
+        await self.wait(never, timeout, "an end of all that runs")
 
     def advance(self, seconds: float) -> Moved:
-        """Move the clock of the library, at once: rates, time limits, `expires_at`, back-offs.
+        """Move the clock of the library: rates, time limits, `expires_at`, back-offs.
 
-        The clocks of the event loop and of the application are not moved. ``await`` settles, too.
-        All simulations at a time have one clock. Raises `ValueError` for *seconds* below 0.
+        What is in progress comes to rest first; then the clock goes from timer to timer; what
+        clients send meanwhile waits for it. ``await`` settles, too. The clocks of the event loop
+        and of the application stay. All simulations at a time have one clock.
+
+        Raises `ValueError` unless *seconds* is a finite number, at least 0.
         """
         self._check_in_use()
-        _clock().advance(seconds)
+        if not is_seconds(seconds):
+            raise ValueError(f"seconds is a finite number, at least 0; got {seconds!r}")
+        self.note("", "…", f"{seconds:g} s pass on the clock of the library")
+        watcher().advance(seconds)
         return Moved(self)
 
     def published(self, group: str) -> list[Envelope]:
@@ -8963,7 +9029,7 @@ class Simulation(Process):
 
     async def wait(
         self, is_over: Callable[[], object], timeout: float | None, what: str, *,
-        owner: object = None, hurries: bool = False,
+        owner: object = None, hurries: Callable[[object], bool] | None = None,
     ) -> bool:  # fmt: skip
         """Return True once *is_over*, or False if nothing can make it so."""
         self._check_in_use()
@@ -9018,6 +9084,10 @@ class Simulation(Process):
         owner, task = _simulation.get(), asyncio.current_task()
         if owner is None:  # Workers have an empty context.
             owner = next((sim for sim in (*_simulations,) if sim.has_worker(task)), self)
+        return self.owns(owner)
+
+    def owns(self, owner: object) -> bool:
+        """Tell whether code of *owner* is that of the application."""
         return owner in (self, *(each.life for each in self._processes))
 
     def has_worker(self, task: object) -> bool:
