@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import types
+import unittest.mock
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -183,11 +184,13 @@ class Simulated:
 async def simulated(app: Any) -> AsyncIterator[Simulated]:
     """A simulation of *app* in place of `serving`, where no socket is needed.
 
-    Bugs of the application fail no test: those that have any look for them in the log.
+    Bugs of the application fail no test: those that have any look for them in the log. A hub has
+    no broker, as on a server, unless it is given one.
     """
     server = Simulated(app)
     _simulations[server.url] = server.sim
-    with server.sim.bugs(BaseException) as bugs:
+    alone = unittest.mock.patch.dict(os.environ, {"PACHINKO_BACKPLANE": "memory://"})
+    with alone, server.sim.bugs(BaseException) as bugs:
         try:
             async with server.sim:
                 yield server
