@@ -7911,13 +7911,18 @@ _watchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Watcher] = (
 
 def watcher() -> Watcher:
     """Return the watcher of the running loop."""
-    return _watchers.setdefault(asyncio.get_running_loop(), Watcher())
+    loop = asyncio.get_running_loop()
+    return _watchers.get(loop) or _watchers.setdefault(loop, Watcher())
 
 
 def _running(loop: asyncio.AbstractEventLoop) -> list[asyncio.Task[Any]]:
     """Return the tasks that are about to run."""
     waits = {task: getattr(task, "_fut_waiter", None) for task in asyncio.all_tasks(loop)}
     return [task for task, future in waits.items() if future is None or future.done()]
+
+
+class Silence(asyncio.Future[None]):
+    """What an application waits for until its client sends something: nothing of the outside."""
 
 
 class Parked:
@@ -7986,7 +7991,10 @@ def outside_of(
         if not timer.cancelled() and not _clock().is_own(timer)
     }  # fmt: skip
     ends = {id(each): key for key, timer in timers.items() for each in _ended_by(timer)}
-    tasks = {task: Parked(task) for task in asyncio.all_tasks(loop)}
+    tasks = {
+        task: Parked(task) for task in asyncio.all_tasks(loop)
+        if type(getattr(task, "_fut_waiter", None)) is not Silence
+    }  # fmt: skip
     # Where several tasks wait for one future, that of a simulation is the one that counts.
     ordered = sorted(tasks, key=lambda task: tasks[task].owner is not None)
     waiters = {id(leaf): task for task in ordered for leaf in tasks[task].leaves}
@@ -8327,7 +8335,7 @@ class Client:
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close, and wait until the disconnect handlers have ended, or nothing more can run."""
         self._end(code, reason, f"left with {code} {reason}".rstrip())
-        await self._process.sim.wait(lambda: self._process.has_left(self), None, "its end")
+        await self._process.sim.wait(self.task.done, None, "its end")
 
     def cut(self) -> None:
         """Lose the connection without a word. The server gets the close code 1006."""
@@ -8410,7 +8418,7 @@ class Client:
     async def asgi_receive(self) -> Event:
         """Return the next event for the application (ASGI, WebSocket: Receive)."""
         while not self._events or self.is_orphaned:
-            self._reader = asyncio.get_running_loop().create_future()
+            self._reader = Silence()
             await self._reader
         event = self._events[0]
         if event["type"] != "websocket.disconnect":  # It stays, for whoever asks again.
@@ -8537,11 +8545,9 @@ class Process:
         self.sim: Simulation = sim
         self.endpoints: list[Lifecycle] = []  # those that have started, in order
         self._make = make
-        self._app: Any = None  # once it has begun to start
-        self._refusal: PachinkoError | None = None  # why a hub has not started
+        self._app: Any = None  # from the beginning of the start on, until the stop
         self._is_up = False  # It has started.
         self._is_over = False  # It was killed or stopped.
-        self._has_stopped = False
         self._links: dict[Relay, Any] = {}  # its connections to the broker
         self._clients: list[Client] = []
         self._lifespan: asyncio.Task[None] | None = None
@@ -8559,7 +8565,7 @@ class Process:
     @property
     def hub(self) -> Hub:
         """The hub of the application's first `Pachinko`."""
-        return self.hubs[0] if self.hubs else hub
+        return self.endpoints[0].hub if self.endpoints else hub
 
     @property
     def codec(self) -> Codec:
@@ -8583,7 +8589,8 @@ class Process:
             app = self._make()
             if not callable(app):
                 raise PachinkoError(f"the function that makes the application returned {app!r}")
-            self.sim.add(self, app)
+            self.sim.claim(self, app)
+            self.sim.processes.append(self)
             self._app = app
             await self._tell("startup")
             self._is_up = True
@@ -8592,11 +8599,7 @@ class Process:
     def _start_hub(self, endpoint: Lifecycle) -> None:
         """Start the hub of *endpoint* with the simulation's broker, and note what it sends."""
         hub = endpoint.hub
-        try:
-            self.sim.claim(self, hub)
-        except PachinkoError as exc:
-            self._refusal = exc
-            raise
+        self.sim.claim(self, hub)
         if endpoint not in self.endpoints:
             self.endpoints.append(endpoint)
         link = self.sim.new_link(hub.state, self.hubs.index(hub))
@@ -8604,13 +8607,7 @@ class Process:
         relay = hub.state.relay
         if relay not in self._links:
             self._links[relay] = link
-            vars(relay)["send"] = functools.partial(self._send, relay.send)
-
-    def _send(
-        self, send: Callable[..., Sending], kind: Kind, name: str, data: bytes, excluded: list[str]
-    ) -> Sending:
-        self.sim.note_sent(kind, name, data)
-        return send(kind, name, data, excluded)
+            vars(relay)["send"] = functools.partial(self.sim.send, relay.send)
 
     async def _tell(self, what: Literal["startup", "shutdown"]) -> None:
         """Tell the application *what* happens. Raises `PachinkoError` if it answers that it failed.
@@ -8634,7 +8631,7 @@ class Process:
             answer = self._answers.get_nowait()
             if answer["type"] == f"lifespan.{what}.failed":
                 text = f"the {what} of the application has failed: {answer.get('message')}"
-                raise self._refusal or PachinkoError(text) from exc
+                raise PachinkoError(text) from exc
         elif not lifespan.done():
             raise self.sim.failure(f"the {what} does not end: {where(lifespan)}")
         elif exc is not None and self._events.empty():
@@ -8667,17 +8664,19 @@ class Process:
         given += [("Cookie", "; ".join(f"{k}={v}" for k, v in cookies.items()))] if cookies else []
         given += [("Origin", origin)] if origin is not None else []
         scope = {**scope_of(path, query, given, subprotocols), "state": {**self._shared}}
-        client = Client(self, scope, self.sim.next_name())
+        client = Client(self, scope, f"#{next(self.sim.numbers)}")
         self._clients.append(client)
+        bugs = len(self.sim.known)
         self.sim.note(client.name, "→", f"GET {path}")
         client.begin(self._app, self._context_of(self.sim))
         try:
-            await self.sim.wait(
-                lambda: self._is_decided(client), timeout, f"{client.name}'s handshake"
-            )
+            is_decided = functools.partial(self._is_decided, client)
+            await self.sim.wait(is_decided, timeout, f"{client.name}'s handshake")
             self._check_in(client)
-        except BaseException:
+        except BaseException as exc:
             client.cut()
+            if isinstance(exc, Refused) and self.sim.known[bugs:]:
+                raise exc from self.sim.known[bugs]
             raise
         return client
 
@@ -8699,17 +8698,10 @@ class Process:
         if client.end is not None:
             raise Refused(None, *client.end)
         if client.task.done() and not client.is_accepted:
-            raise Refused(
-                500, None, "the application has not answered"
-            ) from client.task.exception()
+            raise Refused(500, None, "the application has not answered")
         if not client.is_accepted:
-            raise self.sim.failure(
-                f"{client.name}: nobody answers the handshake: {where(client.task)}"
-            )
-
-    def has_left(self, client: Client) -> bool:
-        """Tell whether nothing of the application runs for *client* any more."""
-        return client.task.done()
+            text = f"nobody answers the handshake: {where(client.task)}"
+            raise self.sim.failure(f"{client.name}: {text}")
 
     def kill(self) -> None:
         """End the process at once. None of its code learns of it; its clients get 1006."""
@@ -8723,9 +8715,9 @@ class Process:
 
     async def stop(self) -> None:
         """Shut the process down, as a server does. The library's time limits come at once."""
-        if self._app is None or self._has_stopped:
+        if self._app is None:
             return
-        self._is_over = self._has_stopped = True
+        self._is_over, self._app = True, None
         tasks = [client.task for client in self._clients]
         try:
             for client in self._clients:
@@ -8735,21 +8727,25 @@ class Process:
                 await self._tell("shutdown")
             for client in self._clients:
                 client.shut()
-            await self._wait_for(tasks)
-            if left := [where(task) for task in tasks if not task.done()]:
-                raise self.sim.failure("the application does not end: " + "; ".join(left))
+            if not await self._wait_for(tasks):
+                raise self.sim.failure("the application does not end")
+        except AssertionError as exc:
+            for task in tasks:
+                if not task.done():
+                    exc.add_note(f"does not end: {where(task)}")
+            raise
         finally:
             tasks += [self._lifespan] if self._lifespan is not None else []
             for task in tasks:
                 task.cancel()
             # An application without a lifespan, or one that has failed, has not stopped its hubs.
             ends = (each.process_shutdown(None, None) for each in self.endpoints if each.is_running)
-            await self._wait_for([*tasks, *map(create_task, ends)])
+            with contextlib.suppress(AssertionError):  # The test has been told.
+                await self._wait_for([*tasks, *map(create_task, ends)])
 
-    async def _wait_for(self, tasks: list[asyncio.Task[None]]) -> None:
-        await self.sim.wait(
-            lambda: all(task.done() for task in tasks), None, "the end", hurries=self.sim.owns
-        )
+    async def _wait_for(self, tasks: list[asyncio.Task[None]]) -> bool:
+        are_done = lambda: all(task.done() for task in tasks)  # noqa: E731 - it is short
+        return await self.sim.wait(are_done, None, "the end", hurries=self.sim.owns)
 
 
 def where(task: asyncio.Task[Any]) -> str:
@@ -8767,18 +8763,21 @@ def scope_of(
     path, _, in_path = path.partition("?")
     if isinstance(query, Mapping):
         query = urllib.parse.urlencode(query, doseq=True)
-    offered = texts(subprotocols, "subprotocols")
-    names = {name.lower() for name, _ in headers}
     usual = [("Host", "localhost"), ("User-Agent", "pachinko")]
-    usual += [("Sec-WebSocket-Protocol", ", ".join(offered))] if offered else []
-    sent = [*(each for each in usual if each[0].lower() not in names), *headers]
+    if offered := texts(subprotocols, "subprotocols"):
+        usual.append(("Sec-WebSocket-Protocol", ", ".join(offered)))
+    try:
+        names = {name.lower() for name, _ in headers}
+        sent = [*(each for each in usual if each[0].lower() not in names), *headers]
+        raw = [(n.lower().encode("latin-1"), v.encode("latin-1")) for n, v in sent]
+    except (AttributeError, TypeError, ValueError):
+        raise PachinkoError('a header is text: write headers={"X-Name": "value"}') from None
     return {
         "type": "websocket", "asgi": {"version": "3.0", "spec_version": "2.4"},
         "http_version": "1.1", "scheme": "ws",
         "server": ("localhost", 80), "client": ("127.0.0.1", 50_000),
         "root_path": "", "path": urllib.parse.unquote(path), "raw_path": path.encode(),
-        "query_string": "&".join(filter(None, (in_path, query))).encode(),
-        "headers": [(n.lower().encode("latin-1"), v.encode("latin-1")) for n, v in sent],
+        "query_string": "&".join(filter(None, (in_path, query))).encode(), "headers": raw,
         "subprotocols": [*offered], "extensions": {"websocket.http.response": {}},
     }  # fmt: skip
 
@@ -8790,7 +8789,6 @@ def scope_of(
 
 _TRANSCRIPT = 100  # lines of a transcript that are kept
 _TITLE = "Transcript (seconds, client, → to the server, ← from it, ✕ the end):"
-_MOST_BUGS = 20  # that are kept, each with its stack frames
 _simulations: set[Simulation] = set()  # those in use, in any thread
 _using = threading.Lock()
 
@@ -8811,12 +8809,10 @@ class Expected(contextlib.AbstractContextManager[list[BaseException]]):
 
     def take(self, exc: BaseException) -> bool:
         """Note *exc* if it is expected. After the block, one is if none came before."""
-        is_one = any(
-            all(isinstance(each, self.classes) for each in errors)
-            for errors in ([exc], _errors_in(exc))
-        )
+        is_one = isinstance(exc, self.classes)  # a class may be that of a group
+        is_one = is_one or all(isinstance(each, self.classes) for each in _errors_in(exc))
         is_taken = is_one and not (self._is_over and self.found)
-        self.found.extend([exc] if is_taken else [])
+        self.found += [exc] if is_taken else []
         return is_taken
 
 
@@ -8837,24 +8833,24 @@ class Simulation(Process):
         self.timeout: float = timeout
         self._factory = _factory_of(app)
         super().__init__(self, self._factory or (lambda: app))
-        self._processes: list[Process] = []
+        self.processes: list[Process] = []  # itself first
         self._owners: dict[int, Process] = {}  # of applications and hubs, by their identity
         self._broker: Any = None
         self.clients: list[Client] = []  # of all processes
-        self._numbers = itertools.count(1)
+        self.numbers: Iterator[int] = itertools.count(1)  # of clients, in transcripts
         self._sent: list[tuple[str, bytes]] = []  # the groups and the frames
         self._lines = collections.deque[tuple[float, str, str, object]](maxlen=_TRANSCRIPT)
-        self._bugs: list[tuple[str, BaseException]] = []
+        self.known: list[BaseException] = []  # all bugs of the application
+        self._bugs: list[tuple[str, BaseException]] = []  # those that nobody expects
         self._expected: list[Expected] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._begun = 0.0
+        self._begun = time.monotonic()
         self._thread: LoopThread | None = None
 
     async def __aenter__(self) -> Simulation:
         if self._loop is not None:
             raise PachinkoError("a simulation runs once: write async with simulate(app) as sim")
         self._loop = asyncio.get_running_loop()
-        self._begun = self._loop.time()
         _use_clock(self, True)
         bug_hooks.append(self.note_bug)
         try:
@@ -8865,44 +8861,44 @@ class Simulation(Process):
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        failure = first = cast("BaseException | None", exc_info[1])
-        if failure is None:  # What was sent last is handled. Nothing of the outside is waited for.
-            with contextlib.suppress(TimeoutError):
-                await watcher().wait(never, None, self.timeout)
+        first, last = cast("BaseException | None", exc_info[1]), None
         transcript = self.transcript()  # without the lines of the end
         try:
-            await self._end()
+            await self._end(settles=first is None)
         except Exception as exc:
-            failure = failure or exc
-        if failure is not None:
+            last = exc
+        if (failure := first or last) is not None:
             self._explain(failure, transcript)
         else:
             failure = self._verdict()
-        if failure is not None and failure is not first:
+        if first is not None and last is not None:
+            first.add_note(f"The end has failed, too: {last}".partition("\n")[0])
+        if first is None and failure is not None:
             raise failure
 
-    async def _end(self) -> None:
+    async def _end(self, settles: bool = False) -> None:
         """Stop all processes, whatever goes wrong with one of them, and let go of everything."""
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(bug_hooks.remove, self.note_bug)
             stack.callback(_use_clock, self, False)
-            for process in self._processes:
+            for process in self.processes:
                 stack.push_async_callback(process.stop)
+            if settles:  # What was sent last is handled. Nothing of the outside is waited for.
+                with contextlib.suppress(TimeoutError):
+                    await watcher().wait(never, None, self.timeout)
 
     def _verdict(self) -> AssertionError | None:
         """Return the error of a test that has found no fault by itself, if there is a bug."""
         bugs = [bug for _, bug in self._bugs]
-        if bugs:
-            failure = self.failure(
-                "; ".join(f"{what} has failed: {bug!r}" for what, bug in self._bugs)
-            )
-            failure.__cause__ = bugs[0] if len(bugs) == 1 else BaseExceptionGroup("bugs", bugs)
-            return failure
-        for each in self._expected:
-            if not each.found:
-                names = " or ".join(cls.__name__ for cls in each.classes)
-                return self.failure(f"no {names} has come, which sim.bugs expects")
-        return None
+        unmet = [each.classes for each in self._expected if not each.found]
+        texts = [f"{what} has failed: {bug!r}" for what, bug in self._bugs] or [
+            f"{' or '.join(cls.__name__ for cls in classes)} is expected, but none has come"
+            for classes in unmet
+        ]
+        failure = self.failure("; ".join(texts)) if texts else None
+        if failure is not None and len(bugs) > 1:
+            failure.__cause__ = BaseExceptionGroup("bugs", bugs)
+        return failure
 
     def _explain(self, failure: BaseException, transcript: str) -> None:
         """Add to *failure*, with which the test fails, what it does not say."""
@@ -9029,26 +9025,22 @@ class Simulation(Process):
 
     def note(self, name: str, arrow: str, what: object) -> None:
         """Add a line to the transcript."""
-        at = cast(asyncio.AbstractEventLoop, self._loop).time() - self._begun
-        self._lines.append((at, name, arrow, what))
+        self._lines.append((time.monotonic() - self._begun, name, arrow, what))
 
-    def note_sent(self, kind: Kind, name: str, data: bytes) -> None:
-        """Note a frame that a hub sends."""
-        if kind is Kind.GROUP:
-            self._sent.append((name, data))
+    def send(
+        self, send: Callable[..., Sending], kind: Kind, name: str, data: bytes, excluded: list[str]
+    ) -> Sending:
+        """Note a frame, and send it by a relay."""
+        self._sent += [(name, data)] if kind is Kind.GROUP else []
+        return send(kind, name, data, excluded)
 
     def note_bug(self, what: str, exc: BaseException) -> None:
         """Note a bug of the application, if it is this one's, unless the test expects it."""
-        if self._is_own() and not any(exc is bug for bug in self._noted()):
-            if any(expected.take(exc) for expected in self._expected):
-                return
-            if len(self._bugs) < _MOST_BUGS:
-                self._bugs.append((what, exc))
-
-    def _noted(self) -> Iterator[BaseException]:
-        """Yield the bugs that have come: one may be told of by several parts of the library."""
-        yield from (bug for _, bug in self._bugs)
-        yield from itertools.chain.from_iterable(each.found for each in self._expected)
+        if not self._is_own() or any(exc is bug for bug in self.known):
+            return  # Several parts of the library may tell of one.
+        self.known.append(exc)
+        if not any(expected.take(exc) for expected in self._expected):
+            self._bugs.append((what, exc))
 
     def _is_own(self) -> bool:
         """Tell whether the code in progress is that of the application, or of no simulation."""
@@ -9056,30 +9048,18 @@ class Simulation(Process):
             return False
         owner, task = _simulation.get(), asyncio.current_task()
         if owner is None:  # Workers have an empty context.
-            owner = next((sim for sim in (*_simulations,) if sim.has_worker(task)), self)
+            every = (each for sim in (*_simulations,) for each in sim.processes)
+            has_it = (p for p in every if any(each.has_worker(task) for each in p.endpoints))
+            owner = next((each.life for each in has_it), self)
         return self.owns(owner)
 
     def owns(self, owner: object) -> bool:
         """Tell whether code of *owner* is that of the application."""
-        return owner in (self, *(each.life for each in self._processes))
-
-    def has_worker(self, task: object) -> bool:
-        """Tell whether *task* is a worker of the application."""
-        endpoints = (each for process in self._processes for each in process.endpoints)
-        return any(each.has_worker(task) for each in endpoints)
+        return owner in (self, *(each.life for each in self.processes))
 
     def latest_bug(self) -> BaseException | None:
         """Return the latest bug that nobody expects."""
         return self._bugs[-1][1] if self._bugs else None
-
-    def next_name(self) -> str:
-        """Return the name of a new client in transcripts."""
-        return f"#{next(self._numbers)}"
-
-    def add(self, process: Process, app: object) -> None:
-        """Note *process*, which serves *app*."""
-        self.claim(process, app)
-        self._processes.append(process)
 
     def claim(self, process: Process, part: object) -> None:
         """Raise `PachinkoError` if *part*, an application or a hub, is another process's."""
@@ -9140,23 +9120,21 @@ class LoopThread:
     """An event loop in a thread of its own, for a test that has none."""
 
     def __init__(self) -> None:
-        begun = concurrent.futures.Future[asyncio.AbstractEventLoop]()
-        self._end = asyncio.Event()
-
-        async def run() -> None:
-            begun.set_result(asyncio.get_running_loop())
-            await self._end.wait()
-
-        self._thread = threading.Thread(target=asyncio.run, args=[run()], daemon=True)
+        self._end, runner = asyncio.Event(), asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = runner.get_loop()
+        self._thread = threading.Thread(target=self._run, args=[runner], daemon=True)
         self._thread.start()
-        self._loop = begun.result()
+
+    def _run(self, runner: asyncio.Runner) -> None:
+        with runner:
+            runner.run(self._end.wait())
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call *function* in the loop, and return what it returns, once that has been awaited."""
 
         async def work() -> Any:
-            given = {name: _target_of(value) for name, value in kwargs.items()}
-            result = function(*map(_target_of, args), **given)
+            named = {name: target_of(value) for name, value in kwargs.items()}
+            result = function(*map(target_of, args), **named)
             return await result if inspect.isawaitable(result) else result
 
         return self.blocking(asyncio.run_coroutine_threadsafe(work(), self._loop).result())
@@ -9178,48 +9156,47 @@ class LoopThread:
 class Blocking:
     """Stands for an object of a simulation, in a test without an event loop."""
 
-    __slots__ = ("_target", "_thread")
-
     def __init__(self, target: Any, thread: LoopThread) -> None:
-        object.__setattr__(self, "_target", target)
-        object.__setattr__(self, "_thread", thread)
+        object.__setattr__(self, "target", target)
+        object.__setattr__(self, "thread", thread)
 
     def __repr__(self) -> str:
-        return repr(self._target)
+        return repr(self.target)
 
     def __eq__(self, other: object) -> bool:
-        return bool(self._target == _target_of(other))
+        return self.target is target_of(other)
 
     def __hash__(self) -> int:
-        return hash(self._target)
+        return hash(self.target)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._target, name)
+        value = getattr(self.target, name)
         if not inspect.isroutine(value):
-            return self._thread.blocking(value)
-        return functools.partial(self._thread.call, value)
+            return self.thread.blocking(value)
+        return functools.partial(self.thread.call, value)
 
     def __setattr__(self, name: str, value: object) -> None:
-        self._thread.call(setattr, self._target, name, value)
+        self.thread.call(setattr, self.target, name, value)
 
     def __enter__(self) -> Any:
-        return self._thread.call(self._target.__aenter__)
+        return self.thread.call(self.target.__aenter__)
 
     def __exit__(self, *exc: object) -> None:
-        self._thread.call(self._target.__aexit__, *exc)
+        self.thread.call(self.target.__aexit__, *exc)
 
     def __iter__(self) -> Blocking:
         return self
 
     def __next__(self) -> Any:
         try:
-            return self._thread.call(self._target.__anext__)
+            return self.thread.call(self.target.__anext__)
         except StopAsyncIteration:
             raise StopIteration from None
 
 
-def _target_of(value: Any) -> Any:
-    return object.__getattribute__(value, "_target") if isinstance(value, Blocking) else value
+def target_of(value: Any) -> Any:
+    """Return what *value* stands for, or itself."""
+    return value.target if isinstance(value, Blocking) else value
 
 
 def simulate(app: Any, *, timeout: float = 5.0) -> Simulation:

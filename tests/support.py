@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import types
+import unittest.mock
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -45,6 +46,8 @@ class Server:
 
     def __init__(self, app: Any, **options: Any) -> None:
         self.socket = socket.create_server(("127.0.0.1", 0))
+        # asyncio sees to it only for a socket that it has made itself. Connections inherit it.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.port: int = self.socket.getsockname()[1]
         self.url = f"ws://127.0.0.1:{self.port}"
         options = {"log_level": "warning", "ws_ping_interval": None, **options}
@@ -183,11 +186,13 @@ class Simulated:
 async def simulated(app: Any) -> AsyncIterator[Simulated]:
     """A simulation of *app* in place of `serving`, where no socket is needed.
 
-    Bugs of the application fail no test: those that have any look for them in the log.
+    Bugs of the application fail no test: those that have any look for them in the log. A hub has
+    no broker, as on a server, unless it is given one.
     """
     server = Simulated(app)
     _simulations[server.url] = server.sim
-    with server.sim.bugs(BaseException) as bugs:
+    alone = unittest.mock.patch.dict(os.environ, {"PACHINKO_BACKPLANE": "memory://"})
+    with alone, server.sim.bugs(BaseException) as bugs:
         try:
             async with server.sim:
                 yield server
@@ -365,6 +370,12 @@ async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(PATIENCE):
         while not condition():
             await asyncio.sleep(0 if next(turns) < 50 else 0.005)
+
+
+async def turns(count: int = 10) -> None:
+    """Let all else in the loop run: so often that what it does is done, without a socket."""
+    for _ in range(count):
+        await asyncio.sleep(0)
 
 
 def new_app() -> falcon.asgi.App[Any, Any]:

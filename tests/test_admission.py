@@ -27,6 +27,7 @@ from support import (
     serving,
     session_of,
     simulated,
+    turns,
     until,
 )
 from test_handshake import endpoint
@@ -372,7 +373,7 @@ async def test_a_connect_handler_may_refuse_after_the_first_message(
 
     @door.ws.connect
     async def check(conn: Connection) -> None:
-        await asyncio.sleep(0.01)  # reads ahead meanwhile
+        await turns()  # reads ahead meanwhile
         raise exception
 
     async with simulated(door.ws._app) as server:
@@ -551,7 +552,7 @@ async def test_the_function_may_go_on_after_it_has_closed() -> None:
     @ws.authenticate
     async def who(conn: Connection, token: str | None) -> str | None:
         await conn.close(4001, "banned")
-        await asyncio.sleep(0.01)
+        await turns()
         seen.append("noted")
         return None
 
@@ -704,7 +705,8 @@ async def test_an_accept_that_takes_its_time_is_not_cancelled() -> None:
         async def slowly(event: Any) -> None:
             await send(event)
             if event["type"] == "websocket.accept":
-                await asyncio.sleep(0.1)
+                server.sim.advance(0.1)
+                await turns()
 
         await ws._app(scope, receive, slowly if scope["type"] == "websocket" else send)  # type: ignore[misc]  # Falcon's types differ
 
@@ -882,7 +884,7 @@ async def test_an_accepted_handler_runs_once_the_client_is_in() -> None:
     @ws.accepted
     async def welcome(conn: Connection, n: int) -> None:
         seen.append(("accepted", here(), len(await hub.presence("all"))))
-        await asyncio.sleep(0.01)
+        await turns()
         await conn.send("welcome", n)
         await hub.send("all", "came", conn.id)
 
@@ -1131,6 +1133,7 @@ async def test_accepted_handlers_run_for_messages_that_a_client_has_left(
         (session,) = door.ws._hub.state.serving.values()
         await until(lambda: session.outgoing.closed)
         may_go_on.set()
+        await server.spend(0.2)
         await until(lambda: not door.ws._hub.state.serving)
     handled = ["accepted", "saved"] if leaves_message else []
     assert door.seen[3:] == [*handled, ("disconnect", 4000)]
@@ -1407,12 +1410,13 @@ async def test_a_handshake_that_takes_too_long_after_the_accept_is_closed() -> N
 
     async with simulated(door.ws._app) as server:
         async with door.visit(server.url) as client:
-            await asyncio.sleep(0.4)  # longer than the time that connect handlers have
+            await server.spend(0.4)  # longer than the time that connect handlers have
             await authenticate(client)
+            await server.spend(0.3)
             assert await client.closed() == (1013, "the server takes too long")
         may_go_on.set()
         async with door.visit(server.url) as client:
-            await asyncio.sleep(0.4)  # longer than the time that connect handlers have
+            await server.spend(0.4)  # longer than the time that connect handlers have
             await authenticate(client)
             assert (await client.receive())["type"] == "welcome"
 
@@ -1907,7 +1911,7 @@ async def test_the_count_has_handshakes_in_it() -> None:
     async def arrive(conn: Connection) -> None:
         if ws._hub.count > 10:
             raise falcon.HTTPServiceUnavailable
-        await asyncio.sleep(0.05)
+        await turns()
 
     async def visit(url: str, is_over: asyncio.Event) -> bool:
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import falcon
 import pytest
-from support import PATIENCE, connect, new_app, serving, simulated, until
+from support import PATIENCE, connect, new_app, serving, simulated, turns, until
 
 import pachinko
 from pachinko import Close, Connection, Hub, MessageError, Pachinko, PachinkoError
@@ -86,7 +86,7 @@ async def test_a_task_ends_before_the_disconnect_handlers(where: str) -> None:
             if where == "on":
                 await client.send("start")
             await until(lambda: "begun" in tick.log)
-            await asyncio.sleep(0.01)  # time for an early cancellation to show
+            await server.sim.settle()  # An early cancellation would show.
             assert tick.log == ["begun"]
         await until(lambda: "disconnect" in tick.log)
     assert tick.log == ["begun", "cancelled", "disconnect"]
@@ -308,7 +308,7 @@ async def test_its_clean_up_is_not_cut_short() -> None:
         try:
             await asyncio.Event().wait()
         finally:
-            await asyncio.sleep(0.05)  # the clean-up takes its time
+            await turns()  # the clean-up takes its time
             log.append("clean")
 
     @ws.accepted

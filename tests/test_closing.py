@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from support import PATIENCE, Client, Stalled, connect, new_app, serving, simulated, until
+from support import PATIENCE, Client, Stalled, connect, new_app, serving, simulated, turns, until
 
 import pachinko
 from pachinko import Close, Connection, Hub, Pachinko, PachinkoError
@@ -883,7 +883,7 @@ async def test_a_client_that_reconnects_in_a_loop_is_let_in_after_the_call_only(
     @house.ws.authenticate
     async def who(conn: Connection, token: str | None) -> str | None:
         user = tokens.get(token or "")
-        await asyncio.sleep(0.001)  # a database
+        await turns()  # a database
         return user
 
     codes: list[int | None] = []

@@ -37,7 +37,7 @@ import playwright.async_api
 import pytest
 import uvicorn
 from falcon.testing import ASGIConductor
-from support import PATIENCE, Server, connect, serving, until
+from support import PATIENCE, Server, connect, serving, simulated, until
 from websockets.exceptions import InvalidStatus
 
 import pachinko
@@ -149,7 +149,7 @@ async def test_the_main_example_runs_by_itself() -> None:
     """The README's first block needs nothing of the later ones."""
     module = types.ModuleType("first")
     exec(blocks(README, "python")[0], vars(module))
-    async with serving(module.app) as server, connect(f"{server.url}/ws/lobby") as client:
+    async with simulated(module.app) as server, connect(f"{server.url}/ws/lobby") as client:
         async with connect(f"{server.url}/ws/lobby") as other:
             answer = await other.ask("sum", {"a": 1, "b": 2}, id=7)
             assert answer == {"type": "sum.reply", "id": 7, "payload": 3}
@@ -248,7 +248,7 @@ async def test_the_app_with_imports_for_type_checkers_only() -> None:
     postponed = __future__.annotations.compiler_flag
     exec(compile(tree, README, "exec", postponed, True), names := {"__name__": "page"})
     assert names.keys().isdisjoint(FOR_CHECKERS)
-    async with serving(names["app"]) as server, connect(server.url + "/ws/a") as client:
+    async with simulated(names["app"]) as server, connect(server.url + "/ws/a") as client:
         assert (await client.ask("sum", {"a": 1, "b": 2}))["payload"] == 3
         assert (await client.ask("count", {"to": 2}))["payload"] == 0
 
@@ -413,7 +413,7 @@ async def test_how_a_token_is_sent(sends: str, gets: str, then: str) -> None:
         options["subprotocols"] = spans(sends)
     elif sends != "neither":
         (first,) = spans(sends)
-    async with serving(app) as server, connect(f"{server.url}/ws", **options) as client:
+    async with simulated(app) as server, connect(f"{server.url}/ws", **options) as client:
         if first is not None:
             await client.raw(first)
         if then != "the first message is waited for":
@@ -432,7 +432,7 @@ async def test_the_account(how: str) -> None:
         "token": {"additional_headers": {"Authorization": "Bearer 5e551"}},
         "message": {},
     }[how]
-    async with serving(page.app) as server, connect(f"{server.url}/account", **options) as client:
+    async with simulated(page.app) as server, connect(f"{server.url}/account", **options) as client:
         if how == "message":
             await client.send("authenticate", {"token": "5e551"})
         assert (await client.ask("x"))["payload"]["code"] == "unknown_type"
@@ -823,7 +823,7 @@ async def test_what_workers_use_is_open(
         await startup(self, scope, event)
 
     monkeypatch.setattr(falcon_page.Pool, "process_startup", slow)
-    async with serving(falcon_page.app):
+    async with simulated(falcon_page.app):
         assert falcon_page.pool.is_open
         await until(lambda: not falcon_page.board._workers)
     assert states == [False] and not falcon_page.pool.is_open
@@ -835,7 +835,7 @@ async def test_attached_by_hand(falcon_page: Any, queue: int) -> None:
     """The app made without app and path works, whatever the size of the app's receive queue."""
     app = falcon_page.create_app()
     app.ws_options.max_receive_queue = queue
-    async with serving(app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(app) as server, connect(f"{server.url}/ws") as client:
         assert (await client.ask("nothing"))["payload"]["code"] == "unknown_type"
     assert app.ws_options.max_receive_queue == queue
 
@@ -880,7 +880,7 @@ async def test_another_route_keeps_its_queue(is_attached: bool) -> None:
 
 async def test_refusals(falcon_page: Any) -> None:
     """An error handler's status is the client's; a middleware and a path converter give 403."""
-    async with serving(falcon_page.app) as server:
+    async with simulated(falcon_page.app) as server:
         for path, status in (("missing/2", 404), ("b/2?token=wrong", 403), ("b/0", 403)):
             with pytest.raises(InvalidStatus, match=f"HTTP {status}"):
                 async with connect(f"{server.url}/boards/{path}"):
@@ -906,7 +906,7 @@ async def test_a_seat_is_given_back(falcon_page: Any) -> None:
 
 async def test_a_guest_logs_in(falcon_page: Any) -> None:
     """The handler of the page tells guests from users."""
-    async with serving(falcon_page.app) as server, connect(f"{server.url}/shop") as client:
+    async with simulated(falcon_page.app) as server, connect(f"{server.url}/shop") as client:
         assert (await client.ask("name"))["payload"] == "a guest"
         await client.ask("authenticate", {"token": "t-ada"})
         assert (await client.ask("name"))["payload"] == "ada"
@@ -914,7 +914,7 @@ async def test_a_guest_logs_in(falcon_page: Any) -> None:
 
 async def test_a_count_at_both_ends(falcon_page: Any) -> None:
     """It has the newcomer, and no longer has who left."""
-    async with serving(falcon_page.app) as server, connect(f"{server.url}/party/a") as client:
+    async with simulated(falcon_page.app) as server, connect(f"{server.url}/party/a") as client:
         counts = [(await client.receive())["payload"]]
         async with connect(f"{server.url}/party/a") as other:
             assert (await other.receive())["payload"] == 2
@@ -939,7 +939,7 @@ async def test_endpoints_and_routes_share_the_hub(falcon_page: Any) -> None:
 
 async def test_who_is_here(falcon_page: Any) -> None:
     """The list lacks the newcomer in a connect handler, and has it after the handshake."""
-    async with serving(falcon_page.app) as server, connect(f"{server.url}/lobby") as client:
+    async with simulated(falcon_page.app) as server, connect(f"{server.url}/lobby") as client:
         assert await client.receive() == {"type": "early", "payload": 0}
         assert len((await client.ask("who"))["payload"]) == 1
 
@@ -951,7 +951,7 @@ async def test_a_path_is_taken(falcon_page: Any, caplog: pytest.LogCaptureFixtur
     with pytest.raises(PachinkoError, match="has a Pachinko already"):
         Pachinko(app, "/staff")
     app.add_route("/staff", falcon_page.Echo())
-    async with serving(app) as server, connect(f"{server.url}/staff"):
+    async with simulated(app) as server, connect(f"{server.url}/staff"):
         assert "replaced the Pachinko at /staff" in caplog.text
 
 
@@ -1008,7 +1008,7 @@ async def test_the_watch(
     page, sleep = load(PERFORMANCE), asyncio.sleep
     quick = {**vars(asyncio), "sleep": lambda _: sleep(0.1)}
     monkeypatch.setattr(page, "asyncio", types.SimpleNamespace(**quick))
-    async with serving(page.app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(page.app) as server, connect(f"{server.url}/ws") as client:
         assert (await client.ask("nothing"))["type"] == "error"
         printed = ""
         while "errors.unknown_type" not in printed:

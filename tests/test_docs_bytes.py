@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import PATIENCE, Client, connect, serving, until
+from support import PATIENCE, Client, connect, simulated, until
 
 from pachinko import hub
 
@@ -41,7 +41,7 @@ async def url() -> AsyncIterator[str]:
     async def name(conn: Any) -> None:
         conn.user = "ada"
 
-    async with serving(module.app) as server:
+    async with simulated(module.app) as server:
         yield f"{server.url}/ws"
     hub.state.replace()
 

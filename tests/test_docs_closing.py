@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from support import connect, serving, until
+from support import connect, serving, simulated, until
 from test_docs import ROOT, clean_hub, load, post
 
 from pachinko import hub
@@ -40,7 +40,7 @@ async def test_an_administrator_signs_a_user_out() -> None:
 async def test_a_reminder_goes_to_all_tabs() -> None:
     """`conn.user_id` is who has sent the message."""
     page = load(FALCON)
-    async with serving(page.app) as server:
+    async with simulated(page.app) as server:
         options = {"additional_headers": {"Cookie": "session=5e551"}}
         url = f"{server.url}/account"
         async with connect(url, **options) as one, connect(url, **options) as two:

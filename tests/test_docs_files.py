@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import connect, new_app, serving
+from support import connect, new_app, simulated
 
 from pachinko import Connection, Hub, Pachinko, PachinkoError
 
@@ -44,7 +44,7 @@ def client(url: str, user: str) -> Any:
 
 async def test_the_pages_app(shop: Any) -> None:
     """Handlers of two files share a database, and each has its own middleware."""
-    async with serving(shop.app.create_app()) as server, client(server.url, "ada") as ada:
+    async with simulated(shop.app.create_app()) as server, client(server.url, "ada") as ada:
         await ada.send("todo.add", {"text": "milk"}, id=1)
         assert [(await ada.receive())["type"] for _ in range(2)] == ["added", "todo.add.reply"]
         assert shop.admin.log == []
@@ -60,7 +60,7 @@ async def test_the_pages_app(shop: Any) -> None:
 async def test_two_apps_of_the_page_share_nothing(shop: Any) -> None:
     """The factory makes what differs, while the files are imported once."""
     for _ in range(2):
-        async with serving(shop.app.create_app()) as server, client(server.url, "ada") as ada:
+        async with simulated(shop.app.create_app()) as server, client(server.url, "ada") as ada:
             assert (await ada.ask("todo.list"))["payload"] == []
             await ada.send("todo.add", {"text": "milk"})
             assert (await ada.receive())["payload"] == {"text": "milk"}

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from brokers import free_port
-from support import PATIENCE, Server, connect, serving, until
+from support import PATIENCE, Server, connect, serving, simulated, until
 
 from pachinko import hub
 
@@ -202,7 +202,7 @@ async def test_the_pages_task(caplog: pytest.LogCaptureFixture) -> None:
     """It ticks until its client has gone, and then it is over."""
     page = code_of("Tasks of a connection")
     page.PERIOD = 0.01
-    async with serving(page.app) as server:
+    async with simulated(page.app) as server:
         async with connect(f"{server.url}/clock") as client:
             assert [(await client.receive())["type"] for _ in "12"] == ["tick", "tick"]
         await until(lambda: not hub.state.background)

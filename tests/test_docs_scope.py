@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-from support import connect, serving, until
+from support import connect, simulated, until
 from test_session import endpoint
 
 from pachinko import Connection, PachinkoError, hub
@@ -43,7 +43,7 @@ def code_of(*headings: str) -> types.ModuleType:
 @contextlib.asynccontextmanager
 async def talking(page: Any) -> AsyncIterator[Any]:
     """A client of the page's app."""
-    async with serving(page.app) as server, connect(f"{server.url}/ws") as client:
+    async with simulated(page.app) as server, connect(f"{server.url}/ws") as client:
         yield client
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import falcon
 import pytest
-from support import Client, connect, new_app, serving
+from support import Client, connect, new_app, simulated
 from test_docs import PAYLOADS, ROOT, clean_hub, load, spans, tables
 
 import pachinko
@@ -76,7 +76,7 @@ async def test_what_an_exception_means(
     async def handler(conn: Connection) -> None:
         raise eval(raised.strip("`"), names)
 
-    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         assert await outcome(client, gets) == gets.strip("`")
     assert bool(caplog.records) == (logged != "nothing")
     assert ("ExceptionGroup" in caplog.text) == (logged == "the whole group")

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import pytest
-from support import PATIENCE, connect, new_app, serving, simulated, until
+from support import PATIENCE, connect, new_app, serving, until
 
 from pachinko import Connection, Hub, Pachinko, Presence
 
@@ -86,8 +86,8 @@ async def test_a_backplane_that_never_waits() -> None:
     first = AtOnce()
     ws, other = endpoint(first), endpoint(AtOnce(first.all))
     async with (
-        simulated(ws._app) as server,
-        simulated(other._app),
+        serving(ws._app) as server,
+        serving(other._app),
         connect(server.url + "/ws") as client,
     ):
         for n in range(3):  # Again and again: nothing is left behind by the time before.
@@ -112,7 +112,7 @@ async def test_a_backplane_that_never_waits_is_lost() -> None:
     """The link starts it again, and the members get a gap and later messages."""
     backplane = AtOnce()
     ws = endpoint(backplane)
-    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
         await client.ask("join", "a")
         backplane.lost(ConnectionError("gone"))
         gap = await client.receive()
@@ -134,7 +134,7 @@ async def test_a_concurrent_handler_may_drain() -> None:
         await conn.hub.drain(0)
         drained.append(asyncio.get_running_loop().time() - begun)
 
-    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
+    async with serving(ws._app) as server, connect(server.url + "/ws") as client:
         await client.send("drain", id=1)
         assert (await client.closed())[0] == 1012
         await until(lambda: drained)
@@ -182,6 +182,6 @@ async def test_a_worker_may_register_another_when_it_starts() -> None:
         async def second() -> None:
             runs.append("second")
 
-    async with simulated(ws._app):
+    async with serving(ws._app):
         await until(lambda: "second" in runs and not ws._workers)
     assert runs == ["first", "second"]

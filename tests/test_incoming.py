@@ -8,7 +8,17 @@ from typing import Any
 
 import falcon
 import pytest
-from support import PATIENCE, Stalled, connect, new_app, serving, session_of, simulated, until
+from support import (
+    PATIENCE,
+    Stalled,
+    connect,
+    new_app,
+    serving,
+    session_of,
+    simulated,
+    turns,
+    until,
+)
 from test_sending import BIG, endpoint, named, served, waiting
 
 import pachinko
@@ -192,7 +202,7 @@ async def test_the_apps_receive_queue_stays_as_it_is(queue: int, by_hand: bool) 
     @ws.on("wait")
     async def wait(conn: Connection, n: int) -> int:
         lengths.append(len(conn.ws._buffered_receiver._messages))
-        await asyncio.sleep(0.001)
+        await turns()
         return n
 
     async with simulated(app) as server, connect(server.url + "/ws") as client:
@@ -233,15 +243,14 @@ async def test_a_socket_that_a_middleware_has_accepted_is_read_through_its_queue
     class Accepting:
         async def process_request_ws(self, req: Any, ws: Any) -> None:
             await ws.accept()
-            for _ in range(10):
-                await asyncio.sleep(0.001)
+            await turns()
 
     app.add_middleware(Accepting())
     ws = Pachinko(app, "/ws", hub=Hub())
 
     @ws.on("wait")
     async def wait(conn: Connection, n: int) -> int:
-        await asyncio.sleep(0.001)
+        await turns()
         return n
 
     @ws.disconnect

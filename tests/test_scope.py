@@ -15,7 +15,7 @@ import attrs
 import falcon
 import falcon.asgi
 import pytest
-from support import PATIENCE, connect, new_app, serving, simulated, until
+from support import PATIENCE, connect, new_app, serving, simulated, turns, until
 from test_session import Said, Session, clean, endpoint, no_collection, recording
 
 import pachinko
@@ -344,7 +344,7 @@ async def test_each_message_has_a_context_of_its_own(by: str, waits: bool) -> No
         if waits:
             await asyncio.sleep(0)
             async with asyncio.timeout(PATIENCE):
-                await asyncio.sleep(0.001)
+                await asyncio.wait_for(turns(), PATIENCE)
         assert NAME.get() == name and asyncio.current_task() is task
         return before
 
@@ -462,11 +462,11 @@ async def test_a_time_limit_and_a_cancellation_reach_into_a_context() -> None:
     async def fallback(conn: Connection, frame: str) -> None:
         await asyncio.Event().wait()
 
-    async with Session(ws) as client:
-        assert (await client.ask("hang"))["payload"]["code"] == "handler_timeout"
-        await client.raw("x")
-        assert (await client.receive())["payload"]["code"] == "handler_timeout"
-        assert (await client.ask("hang"))["payload"]["code"] == "handler_timeout"
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
+        for frame in ('{"type":"hang"}', "x", '{"type":"hang"}'):
+            await client.raw(frame)
+            await server.spend(0.05)
+            assert (await client.receive())["payload"]["code"] == "handler_timeout"
     ws = endpoint(linger=0.05)
     notes = noting(ws)
     ws.on("hang")(hang)

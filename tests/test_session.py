@@ -26,6 +26,7 @@ from support import (
     serving,
     session_of,
     simulated,
+    turns,
     until,
 )
 
@@ -772,7 +773,7 @@ async def test_messages_are_handled_one_at_a_time_in_order() -> None:
 
     @ws.on("wait")
     async def wait(conn: Connection, n: int) -> int:
-        await asyncio.sleep(0.01 * (3 - n))
+        await turns(3 - n)
         return n
 
     async with Session(ws) as client:
@@ -959,7 +960,7 @@ async def test_frames_behind_a_close_of_ours_are_not_handled() -> None:
 
     @ws.on("quit")
     async def quit(conn: Connection) -> None:
-        await asyncio.sleep(0.02)
+        await turns()
         await conn.close(4005, "enough")
         await conn.close(4006, "twice is once")
         seen.append("quit")
@@ -990,19 +991,20 @@ async def test_a_handler_goes_on_after_its_own_close() -> None:
     codes, seen = recording(ws), list[str]()
 
     @ws.on("quit")
-    async def quit(conn: Connection, wait: float) -> None:
+    async def quit(conn: Connection, hangs: bool) -> None:
         await conn.close()
         try:
-            await asyncio.sleep(wait)
+            await (asyncio.Event().wait() if hangs else turns())
             seen.append("done")
         except asyncio.CancelledError:
             seen.append("cancelled")
             raise
 
-    for wait in (0.02, 3600):
-        async with Session(ws) as client:
-            await client.send("quit", wait)
+    for hangs in (False, True):
+        async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
+            await client.send("quit", hangs)
             await client.closed()
+            await server.spend(0.2)
             await until(lambda: not ws._hub.state.serving)
     assert seen == ["done", "cancelled"] and codes == [1000, 1000]
 
@@ -1159,10 +1161,12 @@ async def test_a_handler_that_ignores_its_cancellation_holds_up_nobody(
             except asyncio.CancelledError:
                 asyncio.current_task().uncancel()  # type: ignore[union-attr]
 
-    async with Session(ws) as client:
+    async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
         await client.send("stubborn")
         await asyncio.wait_for(started.wait(), PATIENCE)
         await client.close()
+        for _ in range(2):  # its linger, and the time to clean up
+            await server.spend(1.0)
         await clean(ws, codes)
         gate.set()
     assert "ignores its cancellation" in caplog.text
@@ -1250,6 +1254,7 @@ def test_any_json_value_gets_one_defined_outcome() -> None:
 async def test_a_handler_has_its_time() -> None:
     """One that takes longer is cancelled and answered `handler_timeout`; a stream may go on."""
     ws, ended = endpoint(handler_timeout=0.05), list[str]()
+    goes_on = asyncio.Event()
 
     async def hang(name: str) -> None:
         try:
@@ -1279,8 +1284,7 @@ async def test_a_handler_has_its_time() -> None:
 
     @ws.on("stream")
     async def stream(conn: Connection) -> AsyncIterator[int]:
-        for _ in range(5):
-            await asyncio.sleep(0.02)
+        await goes_on.wait()
         yield 1
 
     async with simulated(ws._app) as server, connect(server.url + "/ws") as client:
@@ -1297,7 +1301,10 @@ async def test_a_handler_has_its_time() -> None:
             assert answer.get("id") == (n if n < 2 else None)
         assert ended == ["plain", "beside", "fallback", "binary"]
         assert (await client.ask("quick"))["payload"] == 1
-        assert (await client.ask("stream", id=5))["payload"] == 1
+        await client.send("stream", id=5)
+        await server.spend(0.1)
+        goes_on.set()
+        assert (await client.receive())["payload"] == 1
 
 
 async def test_a_timeout_of_the_handlers_own_is_a_bug_like_any_other(

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 import anyio
 import pytest
-from support import PATIENCE, session_of, until
+from support import PATIENCE, session_of, turns, until
 from test_session import Session, clean, endpoint, recording
 
 from pachinko import Close, Connection, MessageError, Pachinko, Stream
@@ -129,7 +129,7 @@ async def test_a_stream_that_is_stopped_before_it_began_completes() -> None:
 
     @ws.on("both")
     async def both(conn: Connection) -> None:
-        await asyncio.sleep(0.02)  # lets both frames arrive while this one is busy
+        await turns()  # lets both frames arrive while this one is busy
 
     async with Session(ws) as client:
         await client.send("both")
@@ -214,7 +214,7 @@ async def test_a_linger_of_zero_leaves_streams_their_cleanup() -> None:
             yield 0
             await asyncio.Event().wait()
         finally:
-            await asyncio.sleep(0.01)
+            await turns()
             events.append(f"unsubscribed before {len(codes)} disconnects")
 
     async with Session(ws) as client:
@@ -398,7 +398,7 @@ async def test_a_stream_that_has_not_begun_does_not_begin_when_a_timer_closes() 
         session = session_of(conn)
         session.tasks, session._streams = {asyncio.ensure_future(asyncio.sleep(0))}, {7: stream}
         asyncio.get_running_loop().call_soon(conn.outgoing.close, Close(4000))
-        await asyncio.sleep(0.01)
+        await turns()
         began.extend([] if stream.is_stopped else ["not stopped"])
 
     @ws.disconnect
