@@ -7846,7 +7846,7 @@ class Watcher:
                 function()
 
     def _hurry(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Let the first time limit come early that a wait *hurries*; return whether there is one."""
+        """Let the first time limit come early that a wait *hurries*; return whether one has."""
         tests = [wait.hurries for wait in self._open if wait.hurries is not None]
         for timer in _clock().timers if tests else ():
             if any(test(timer.origin.get(_simulation)) for test in tests):
@@ -8177,7 +8177,7 @@ class Client:
             raise TypeError(f"send_text takes a str, got {text!r}; write send_bytes, or send")
         self._send_frame("text", text)
 
-    async def send_bytes(self, data: bytes) -> None:
+    async def send_bytes(self, data: bytes | bytearray | memoryview) -> None:
         """Send *data* in a binary frame."""
         self._send_frame("bytes", bytes(memoryview(data)))
 
@@ -8285,7 +8285,7 @@ class Client:
         return type, id
 
     async def next_answer(self, type: str, id: str, timeout: float | None) -> Answer:
-        """Return the next answer to the message *id*. Raises `StopAsyncIteration` after the last."""
+        """Return the next answer to message *id*. Raises `StopAsyncIteration` after the last."""
         if (answers := self._calls.get(id)) is None:
             raise StopAsyncIteration
         while not answers:

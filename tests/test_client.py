@@ -13,7 +13,15 @@ import pytest
 from support import PATIENCE
 
 from pachinko import (
-    Close, Envelope, Hub, MessageError, Pachinko, PachinkoError, Refused, message, simulate,
+    Close,
+    Envelope,
+    Hub,
+    MessageError,
+    Pachinko,
+    PachinkoError,
+    Refused,
+    message,
+    simulate,
 )  # fmt: skip
 
 SHORT = 0.1  # seconds that a test waits for what does not come
@@ -250,7 +258,7 @@ async def test_a_payload_that_does_not_fit_is_explained(room: Room) -> None:
 
 async def test_a_failure_shows_the_transcript_and_the_bug(room: Room) -> None:
     """The bug of the handler is the cause, and at the end it fails the test."""
-    with pytest.raises(AssertionError, match="'bug' has failed: KeyError"):
+    with pytest.raises(AssertionError, match="'bug' has failed: KeyError"):  # noqa: PT012 - it comes at the end of the block
         async with entered(room) as sim:
             ada = await sim.connect("/ws")
             await ada.send("bug")
@@ -522,7 +530,7 @@ async def test_a_question_without_an_answerer_is_received(room: Room) -> None:
 )
 async def test_a_bug_in_an_answer_fails_the_test(room: Room, answer: Any) -> None:
     """It is the cause of the failure that follows."""
-    with pytest.raises(AssertionError, match="the answer to 'x' has failed"):
+    with pytest.raises(AssertionError, match="the answer to 'x' has failed"):  # noqa: PT012 - it comes at the end of the block
         async with entered(room) as sim:
             ada = await sim.connect("/ws")
             ada.answer("x", answer)
@@ -828,3 +836,29 @@ async def test_an_application_that_returns_has_lost_its_client(accept: dict[str,
         await ada.send_text("bye")
         assert await ada.closed() == (1006, "")
         assert (await ada.receive()).payload == "bye"
+
+
+async def test_a_handshake_that_is_closed_is_refused_with_403() -> None:
+    """Servers answer so."""
+    app = falcon.asgi.App()
+    app.add_route("/plain", Responder())
+    async with simulate(app) as sim:
+        with pytest.raises(Refused, match="HTTP 403: the application has closed with"):
+            await sim.connect("/plain?close")
+
+
+async def test_an_application_that_fails_has_lost_its_client() -> None:
+    """Its bug fails the test."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.accept"})
+            await receive()
+            raise KeyError("lost")
+
+    async with simulate(app) as sim:
+        with sim.bugs(KeyError):
+            ada = await sim.connect("/")
+            await ada.send_text("go")
+            assert await ada.closed() == (1006, "")

@@ -45,7 +45,8 @@ class Gate:
         self.event.set()
         self.semaphore.release()
         self.queue.put_nowait(1)
-        self.future.done() or self.future.set_result(None)
+        if not self.future.done():
+            self.future.set_result(None)
 
 
 async def by_event(gate: Gate) -> None:
