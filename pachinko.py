@@ -7925,6 +7925,10 @@ class Silence(asyncio.Future[None]):
     """What an application waits for until its client sends something: nothing of the outside."""
 
 
+def _is_silent(task: asyncio.Task[Any]) -> bool:
+    return isinstance(getattr(task, "_fut_waiter", None), Silence)
+
+
 class Parked:
     """A *task* that waits: whose it is, in which code, and for what."""
 
@@ -7991,10 +7995,7 @@ def outside_of(
         if not timer.cancelled() and not _clock().is_own(timer)
     }  # fmt: skip
     ends = {id(each): key for key, timer in timers.items() for each in _ended_by(timer)}
-    tasks = {
-        task: Parked(task) for task in asyncio.all_tasks(loop)
-        if type(getattr(task, "_fut_waiter", None)) is not Silence
-    }  # fmt: skip
+    tasks = {task: Parked(task) for task in asyncio.all_tasks(loop) if not _is_silent(task)}
     # Where several tasks wait for one future, that of a simulation is the one that counts.
     ordered = sorted(tasks, key=lambda task: tasks[task].owner is not None)
     waiters = {id(leaf): task for task in ordered for leaf in tasks[task].leaves}
