@@ -93,7 +93,7 @@ Map: each section, what it is for, and those above it that it uses.
         admission, running)
     settling — what an event loop can still do by itself (uses: clock, outgoing)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
-        clock, asking, listening, outcomes, settling)
+        asking, listening, outcomes, settling)
     process — a process of a simulated application (uses: errors, scope, handshake, hub, running,
         settling, client)
     simulate — the test client (uses: errors, envelope and message, clock, connection, registry and
@@ -5321,6 +5321,19 @@ _MAILBOX, _MAILBOX_BYTES = 256, 1_048_576  # what may wait, as in an outbox by d
 _decode_sent = msgspec.json.Decoder(Sent).decode
 
 
+def read_frame(content: str | bytes, group: str | None = None) -> tuple[Envelope, bool]:
+    """Return the message in a frame of the server, and whether it is an item of a stream.
+
+    A binary frame has the type "", and so has a text that is no message: a fallback sends any.
+    """
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+        if isinstance(content, str):
+            sent = _decode_sent(content)
+            payload = None if sent.payload is UNSET else sent.payload
+            return Envelope(sent.type, payload, sent.id, group or sent.group), sent.more
+    return Envelope("", content, group=group), False
+
+
 class Mailbox:
     """The messages to a group that a listener has not taken yet."""
 
@@ -5385,13 +5398,12 @@ class Mailbox:
         if not self._has_gap:
             waiting = self._queue.popleft()
             self._size -= waiting.size
-            if (data := waiting.event.get("bytes")) is not None:
-                return Envelope("", data, group=self.group)
+            data = waiting.event.get("bytes")
+            content = waiting.event["text"] if data is None else data
+            envelope, _ = read_frame(content, self.group)
             # What a stranger has sent to the broker may be no value in Python.
-            with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
-                sent = _decode_sent(waiting.event["text"])
-                payload = None if sent.payload is UNSET else sent.payload
-                return Envelope(sent.type, payload, group=self.group)
+            if envelope.type or data is not None:
+                return envelope
         self._has_gap = False
         return Envelope("gap", {"group": self.group}, group=self.group)
 
@@ -7758,6 +7770,12 @@ def _clock() -> MovableClock:
     return cast(MovableClock, clock)
 
 
+def check_timeout(timeout: float | None) -> None:
+    """Raise `ValueError` unless *timeout* is None, or seconds above 0."""
+    if timeout is not None and not (is_seconds(timeout) and timeout > 0):
+        raise ValueError(f"timeout is a number of seconds above 0, got {timeout!r}")
+
+
 def never() -> bool:
     """Return False: what `Watcher.wait` waits for where a rest is meant."""
     return False
@@ -7863,7 +7881,7 @@ class Watcher:
                 # A task of the test that settles goes on before those that wait for something.
                 first = [wait for wait in ending if wait.is_over is never] or ending
                 self._end_if(first.__contains__, False)
-                self._quiet = 0
+                self._quiet = 0  # What comes from the outside takes some turns of a blind loop.
         if late := [wait for wait in self._open if wait.until <= loop.time()]:
             running = [Parked(each).place for each in _running(loop)] or ["something"]
             going_on = outside or [
@@ -7893,13 +7911,18 @@ _watchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Watcher] = (
 
 def watcher() -> Watcher:
     """Return the watcher of the running loop."""
-    return _watchers.setdefault(asyncio.get_running_loop(), Watcher())
+    loop = asyncio.get_running_loop()
+    return _watchers.get(loop) or _watchers.setdefault(loop, Watcher())
 
 
 def _running(loop: asyncio.AbstractEventLoop) -> list[asyncio.Task[Any]]:
     """Return the tasks that are about to run."""
     waits = {task: getattr(task, "_fut_waiter", None) for task in asyncio.all_tasks(loop)}
     return [task for task, future in waits.items() if future is None or future.done()]
+
+
+class Silence(asyncio.Future[None]):
+    """What an application waits for until its client sends something: nothing of the outside."""
 
 
 class Parked:
@@ -7938,7 +7961,7 @@ def _callbacks_of(future: Any) -> list[tuple[Any, contextvars.Context]]:
 
 
 def _leaves_of(future: Any, frames: Sequence[types.FrameType]) -> list[Any]:
-    """Return *future*, or those that `gather`, `shield`, `wait` or a group wait for in its place."""
+    """Return *future*, or those that `gather`, `shield`, `wait` or a group wait for instead."""
     inner: list[Any] = []
     for frame in frames:
         if _module_of(frame) in ("asyncio.tasks", "asyncio.taskgroups"):
@@ -7968,7 +7991,10 @@ def outside_of(
         if not timer.cancelled() and not _clock().is_own(timer)
     }  # fmt: skip
     ends = {id(each): key for key, timer in timers.items() for each in _ended_by(timer)}
-    tasks = {task: Parked(task) for task in asyncio.all_tasks(loop)}
+    tasks = {
+        task: Parked(task) for task in asyncio.all_tasks(loop)
+        if type(getattr(task, "_fut_waiter", None)) is not Silence
+    }  # fmt: skip
     # Where several tasks wait for one future, that of a simulation is the one that counts.
     ordered = sorted(tasks, key=lambda task: tasks[task].owner is not None)
     waiters = {id(leaf): task for task in ordered for leaf in tasks[task].leaves}
@@ -8080,7 +8106,7 @@ class Refused(Exception):
 
 
 App = Callable[[Any, Any, Any], Coroutine[Any, Any, None]]  # ASGI's
-Answers = collections.deque[tuple[Envelope, bool]]  # each with whether more will come
+Answer = tuple[Envelope, bool]  # with whether more will come
 
 
 class Client:
@@ -8104,7 +8130,8 @@ class Client:
         self._process = process
         process.sim.clients.append(self)
         self._inbox = collections.deque[Envelope]()
-        self._calls: dict[object, Answers | None] = {}  # by id; None if nobody wants the answers
+        # By id. Nobody wants the answers where it has None.
+        self._calls: dict[object, collections.deque[Answer] | None] = {}
         self._answerers: dict[str, Callable[[Any], Any]] = {}
         self._answering = set[asyncio.Task[None]]()
         self._ids = map("request-{}".format, itertools.count(1))  # A test may send its own ids.
@@ -8150,8 +8177,7 @@ class Client:
         self._send_frame("bytes", bytes(memoryview(data)))
 
     def _send_message(self, type: str, payload: object, id: Id | None) -> None:
-        frame = self._process.codec.encode(type, payload, id=id)
-        self._send_frame("text", frame.decode())
+        self._send_frame("text", self._process.codec.encode(type, payload, id=id).decode())
 
     def _send_frame(self, kind: str, content: str | bytes) -> None:
         if self.end is not None:
@@ -8178,26 +8204,25 @@ class Client:
         what = "a message" if name is None else repr(name)
         check_timeout(timeout)
         while not self._inbox:
-            await self._wait(lambda: self._inbox, timeout, what, name)
+            await self._wait(lambda: self._inbox, timeout, what, name or "")
         envelope = self._inbox[0]
         if name is not None and envelope.type != name:
             near = self._near(name)
             raise self.failure(f"{what} was expected, but {shorten(envelope)} came{near}")
-        taken: Any = envelope if name is None else envelope.payload
-        if not (expected is None or isinstance(expected, str)):
-            taken = self._structured(envelope, expected)
+        wanted = Any if isinstance(expected, str) else expected
+        taken = envelope if expected is None else self._structured(envelope, wanted)
         self._inbox.popleft()
         return taken
 
     def _near(self, name: str) -> str:
-        """Say where a message *name* is, or else one with a similar type."""
+        """Say where a message *name* is, or else one with a similar type, if there is one."""
         own = {each.type: f"{shorten(each)} comes later" for each in reversed(self._inbox)}
         came = {
             each.type: f"{client.name} has got {shorten(each)}"
             for client in self._process.sim.clients for each in client.received
         } | own  # fmt: skip
         nearest = [name] if name in came else difflib.get_close_matches(name, came, 1)
-        return "".join(f"; {came[each]}" for each in nearest)
+        return f"; {came[nearest[0]]}" if name and nearest else ""
 
     def _structured(self, envelope: Envelope, returns: Any) -> Any:
         codec = self._process.codec
@@ -8254,15 +8279,13 @@ class Client:
         self._calls[id] = collections.deque()
         return type, id
 
-    def is_calling(self, id: str) -> bool:
-        """Tell whether an answer to the message *id* may come, or has come and was not taken."""
-        return self._calls.get(id) is not None
+    async def next_answer(self, type: str, id: str, timeout: float | None) -> Answer:
+        """Return the next answer to the message *id* of *type*, and whether more will come.
 
-    async def next_answer(
-        self, type: str, id: str, timeout: float | None
-    ) -> tuple[Envelope, bool]:  # fmt: skip
-        """Return the next answer to the message *id* of *type*, and whether more will come."""
-        answers = cast(Answers, self._calls[id])
+        Raises `StopAsyncIteration` after the last one, or if the test has left them.
+        """
+        if (answers := self._calls.get(id)) is None:
+            raise StopAsyncIteration
         while not answers:
             await self._wait(lambda: answers, timeout, f"an answer to {type!r}")
         answer, more = answers.popleft()
@@ -8278,7 +8301,7 @@ class Client:
 
     def leave(self, id: str) -> None:
         """Ignore what is still to come in answer to the message *id*, and say so."""
-        if self.is_calling(id):
+        if self._calls.get(id) is not None:
             self._calls[id] = None
             if self.end is None:
                 self._send_message("complete", None, id)
@@ -8309,12 +8332,12 @@ class Client:
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close, and wait until the disconnect handlers have ended, or nothing more can run."""
-        self._leave(code, reason, f"left with {code} {reason}".rstrip())
-        await self._process.sim.wait(lambda: self._process.has_left(self), None, "its end")
+        self._end(code, reason, f"left with {code} {reason}".rstrip())
+        await self._process.sim.wait(self.task.done, None, "its end")
 
     def cut(self) -> None:
         """Lose the connection without a word. The server gets the close code 1006."""
-        self._leave(1006, "", "cut")
+        self._end(1006, "", "cut")
 
     def stall(self) -> None:
         """Read nothing more, so that the server's writes wait. A close frame still arrives."""
@@ -8326,23 +8349,16 @@ class Client:
 
     async def closed(self, *, timeout: float | None = None) -> tuple[int, str]:
         """Wait for the end of the connection; return its close code and reason."""
-        check_timeout(timeout)
-        if self.end is None:
-            await self._wait(lambda: self.end, timeout, "the end of the connection")
+        await self._wait(lambda: self.end, timeout, "the end of the connection")
         return cast("tuple[int, str]", self.end)
 
     async def _wait(
-        self,
-        is_over: Callable[[], object],
-        timeout: float | None,
-        what: str,
-        type: str | None = None,
+        self, is_over: Callable[[], object], timeout: float | None, what: str, near: str = ""
     ) -> None:
         """Wait until *is_over*. Raises `AssertionError` if *what* cannot come any more."""
         await self._process.sim.wait(lambda: is_over() or self.end, timeout, what)
         if not is_over():
-            near = self._near(type) if type else ""
-            raise self.failure(f"{what} was expected, and nothing more can come{near}")
+            raise self.failure(f"{what} was expected, and nothing more can come{self._near(near)}")
 
     def failure(self, text: str) -> AssertionError:
         if self.end is not None:
@@ -8360,7 +8376,7 @@ class Client:
     def _note_end(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._process.sim.note_bug(f"the application, for {self.name},", exc)
-        if self.is_accepted and self.end is None:
+        if self.is_accepted:
             self._end(1006, "", "the application has returned and not closed")
 
     def meet(self, conn: Connection) -> None:
@@ -8370,20 +8386,15 @@ class Client:
     def _push(self, event: Event) -> None:
         watcher().call(functools.partial(self._deliver, event))
 
-    def _deliver(self, event: Event) -> None:
-        self._events.append(event)
-        self._wake()
-
-    def _wake(self) -> None:
+    def _deliver(self, *events: Event) -> None:
+        self._events += events
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    def _leave(self, code: int, reason: str, text: str) -> None:
-        """End the connection from this side, if it has not ended."""
-        if self.end is None:
-            self._end(code, reason, text)
-
     def _end(self, code: int, reason: str, text: str) -> None:
+        """End the connection, if it has not ended."""
+        if self.end is not None:
+            return
         self.end = code, reason
         self._process.sim.note(self.name, "✕", text)
         self._push({"type": "websocket.disconnect", "code": code, "reason": reason})
@@ -8393,20 +8404,19 @@ class Client:
 
     def orphan(self) -> None:
         """Lose the server, whose process was killed: it neither reads nor writes any more."""
-        self._leave(1006, "", "its process was killed")
+        self._end(1006, "", "its process was killed")
         self.is_orphaned = True
 
     def shut(self) -> None:
         """End the connection from the server's side, as a server does when it stops."""
-        if self.end is None:
-            self._end(1012, "", "closed with 1012, as the server stops")
+        self._end(1012, "", "closed with 1012, as the server stops")
         self.is_orphaned = False
-        self._wake()
+        self._deliver()
 
     async def asgi_receive(self) -> Event:
         """Return the next event for the application (ASGI, WebSocket: Receive)."""
         while not self._events or self.is_orphaned:
-            self._reader = asyncio.get_running_loop().create_future()
+            self._reader = Silence()
             await self._reader
         event = self._events[0]
         if event["type"] != "websocket.disconnect":  # It stays, for whoever asks again.
@@ -8435,9 +8445,9 @@ class Client:
 
     def _take(self, event: Event) -> None:
         """Take a frame from the server."""
-        text = event.get("text")
-        self._process.sim.note(self.name, "←", event["bytes"] if text is None else text)
-        envelope, more = read_frame(event["bytes"] if text is None else text)
+        content = event["bytes"] if event.get("text") is None else event["text"]
+        self._process.sim.note(self.name, "←", content)
+        envelope, more = read_frame(content)
         if envelope.id is not None and envelope.id in self._calls:
             answers = self._calls[envelope.id]
             if answers is not None:
@@ -8459,8 +8469,7 @@ class Client:
         if not self.is_accepted:
             self.refusal = Refused(403, None, f"the application has closed with {code} {reason}")
             self.refusal.__cause__ = bug
-        if self.end is None:
-            self._end(code, reason, f"closed with {code} {reason}".rstrip())
+        self._end(code, reason, f"closed with {code} {reason}".rstrip())
 
     def _take_body(self, body: bytes) -> None:
         refusal, text = cast(Refused, self.refusal), body.decode(errors="replace")
@@ -8468,23 +8477,24 @@ class Client:
             said = msgspec.json.decode(body, type=dict[str, Any])  # that of `falcon.HTTPError`
             text = str(said.get("description") or said.get("title") or text)
         self.refusal = Refused(refusal.status, None, refusal.reason + text, refusal.headers)
-        if self.end is None:
-            self._end(1006, "", f"refused with HTTP {refusal.status} {text}")
+        self._end(1006, "", f"refused with HTTP {refusal.status} {text}")
 
 
 class Items(AsyncIterator[Any]):
     """What `Client.stream` returns: the payloads of its items, one after the other."""
 
-    def __init__(self, client: Client, type: str, id: str, timeout: float | None) -> None:
+    def __init__(
+        self, client: Client, type: str, id: str, timeout: float | None, whole: Items | None = None
+    ) -> None:
         self._client, self._type, self._id, self._timeout = client, type, id, timeout
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
+        self._whole = whole  # It is kept with its part.
 
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return Loop(self)
+    def __aiter__(self) -> Items:
+        # Nothing but the loop has this one. The interpreter drops it where the loop is left.
+        return Items(self._client, self._type, self._id, self._timeout, self)
 
     async def __anext__(self) -> Any:
-        if not self._client.is_calling(self._id):
-            raise StopAsyncIteration
         answer, more = await self._client.next_answer(self._type, self._id, self._timeout)
         if more:
             return answer.payload
@@ -8506,33 +8516,8 @@ class Items(AsyncIterator[Any]):
     __del__ = drop
 
 
-class Loop(AsyncIterator[Any]):
-    """What ``async for`` keeps of a stream. The interpreter drops it where the loop is left."""
-
-    def __init__(self, items: Items) -> None:
-        self._items = items
-
-    def __anext__(self) -> Coroutine[Any, Any, Any]:
-        return self._items.__anext__()
-
-    def __del__(self) -> None:
-        self._items.drop()
-
-
 def _texts(headers: Iterable[tuple[bytes, bytes]] | None) -> dict[str, str]:
-    return {
-        name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers or ()
-    }
-
-
-def read_frame(content: str | bytes, group: str | None = None) -> tuple[Envelope, bool]:
-    """Return the message in a frame of the server, and whether it is an item of a stream."""
-    with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
-        if isinstance(content, str):
-            sent = _decode_sent(content)
-            payload = None if sent.payload is UNSET else sent.payload
-            return Envelope(sent.type, payload, sent.id, sent.group), sent.more
-    return Envelope("", content, group=group), False  # A fallback may send any text.
+    return {n.decode("latin-1").lower(): v.decode("latin-1") for n, v in headers or ()}
 
 
 def shorten(content: object) -> str:
@@ -8543,12 +8528,6 @@ def shorten(content: object) -> str:
     text = content if isinstance(content, str) else repr(content)
     short = text[:_FRAME_SHOWN].encode(errors="backslashreplace").decode()  # for half pairs
     return short if len(text) <= _FRAME_SHOWN else f"{short}… ({len(text)} characters)"
-
-
-def check_timeout(timeout: float | None) -> None:
-    """Raise `ValueError` unless *timeout* is None, or seconds above 0."""
-    if timeout is not None and not (is_seconds(timeout) and timeout > 0):
-        raise ValueError(f"timeout is a number of seconds above 0, got {timeout!r}")
 
 
 # ── process ───────────────────────────────────────────────────────────────────────────────────
@@ -8564,11 +8543,9 @@ class Process:
         self.sim: Simulation = sim
         self.endpoints: list[Lifecycle] = []  # those that have started, in order
         self._make = make
-        self._app: Any = None  # once it has begun to start
-        self._refusal: PachinkoError | None = None  # why a hub has not started
+        self._app: Any = None  # from the beginning of the start on, until the stop
         self._is_up = False  # It has started.
         self._is_over = False  # It was killed or stopped.
-        self._has_stopped = False
         self._links: dict[Relay, Any] = {}  # its connections to the broker
         self._clients: list[Client] = []
         self._lifespan: asyncio.Task[None] | None = None
@@ -8586,7 +8563,7 @@ class Process:
     @property
     def hub(self) -> Hub:
         """The hub of the application's first `Pachinko`."""
-        return self.hubs[0] if self.hubs else hub
+        return self.endpoints[0].hub if self.endpoints else hub
 
     @property
     def codec(self) -> Codec:
@@ -8610,7 +8587,8 @@ class Process:
             app = self._make()
             if not callable(app):
                 raise PachinkoError(f"the function that makes the application returned {app!r}")
-            self.sim.add(self, app)
+            self.sim.claim(self, app)
+            self.sim.processes.append(self)
             self._app = app
             await self._tell("startup")
             self._is_up = True
@@ -8619,11 +8597,7 @@ class Process:
     def _start_hub(self, endpoint: Lifecycle) -> None:
         """Start the hub of *endpoint* with the simulation's broker, and note what it sends."""
         hub = endpoint.hub
-        try:
-            self.sim.claim(self, hub)
-        except PachinkoError as exc:
-            self._refusal = exc
-            raise
+        self.sim.claim(self, hub)
         if endpoint not in self.endpoints:
             self.endpoints.append(endpoint)
         link = self.sim.new_link(hub.state, self.hubs.index(hub))
@@ -8631,13 +8605,7 @@ class Process:
         relay = hub.state.relay
         if relay not in self._links:
             self._links[relay] = link
-            vars(relay)["send"] = functools.partial(self._send, relay.send)
-
-    def _send(
-        self, send: Callable[..., Sending], kind: Kind, name: str, data: bytes, excluded: list[str]
-    ) -> Sending:
-        self.sim.note_sent(kind, name, data)
-        return send(kind, name, data, excluded)
+            vars(relay)["send"] = functools.partial(self.sim.send, relay.send)
 
     async def _tell(self, what: Literal["startup", "shutdown"]) -> None:
         """Tell the application *what* happens. Raises `PachinkoError` if it answers that it failed.
@@ -8661,7 +8629,7 @@ class Process:
             answer = self._answers.get_nowait()
             if answer["type"] == f"lifespan.{what}.failed":
                 text = f"the {what} of the application has failed: {answer.get('message')}"
-                raise self._refusal or PachinkoError(text) from exc
+                raise PachinkoError(text) from exc
         elif not lifespan.done():
             raise self.sim.failure(f"the {what} does not end: {where(lifespan)}")
         elif exc is not None and self._events.empty():
@@ -8694,17 +8662,19 @@ class Process:
         given += [("Cookie", "; ".join(f"{k}={v}" for k, v in cookies.items()))] if cookies else []
         given += [("Origin", origin)] if origin is not None else []
         scope = {**scope_of(path, query, given, subprotocols), "state": {**self._shared}}
-        client = Client(self, scope, self.sim.next_name())
+        client = Client(self, scope, f"#{next(self.sim.numbers)}")
         self._clients.append(client)
+        bugs = len(self.sim.known)
         self.sim.note(client.name, "→", f"GET {path}")
         client.begin(self._app, self._context_of(self.sim))
         try:
-            await self.sim.wait(
-                lambda: self._is_decided(client), timeout, f"{client.name}'s handshake"
-            )
+            is_decided = functools.partial(self._is_decided, client)
+            await self.sim.wait(is_decided, timeout, f"{client.name}'s handshake")
             self._check_in(client)
-        except BaseException:
+        except BaseException as exc:
             client.cut()
+            if isinstance(exc, Refused) and self.sim.known[bugs:]:
+                raise exc from self.sim.known[bugs]
             raise
         return client
 
@@ -8726,17 +8696,10 @@ class Process:
         if client.end is not None:
             raise Refused(None, *client.end)
         if client.task.done() and not client.is_accepted:
-            raise Refused(
-                500, None, "the application has not answered"
-            ) from client.task.exception()
+            raise Refused(500, None, "the application has not answered")
         if not client.is_accepted:
-            raise self.sim.failure(
-                f"{client.name}: nobody answers the handshake: {where(client.task)}"
-            )
-
-    def has_left(self, client: Client) -> bool:
-        """Tell whether nothing of the application runs for *client* any more."""
-        return client.task.done()
+            text = f"nobody answers the handshake: {where(client.task)}"
+            raise self.sim.failure(f"{client.name}: {text}")
 
     def kill(self) -> None:
         """End the process at once. None of its code learns of it; its clients get 1006."""
@@ -8750,9 +8713,9 @@ class Process:
 
     async def stop(self) -> None:
         """Shut the process down, as a server does. The library's time limits come at once."""
-        if self._app is None or self._has_stopped:
+        if self._app is None:
             return
-        self._is_over = self._has_stopped = True
+        self._is_over, self._app = True, None
         tasks = [client.task for client in self._clients]
         try:
             for client in self._clients:
@@ -8762,21 +8725,25 @@ class Process:
                 await self._tell("shutdown")
             for client in self._clients:
                 client.shut()
-            await self._wait_for(tasks)
-            if left := [where(task) for task in tasks if not task.done()]:
-                raise self.sim.failure("the application does not end: " + "; ".join(left))
+            if not await self._wait_for(tasks):
+                raise self.sim.failure("the application does not end")
+        except AssertionError as exc:
+            for task in tasks:
+                if not task.done():
+                    exc.add_note(f"does not end: {where(task)}")
+            raise
         finally:
             tasks += [self._lifespan] if self._lifespan is not None else []
             for task in tasks:
                 task.cancel()
             # An application without a lifespan, or one that has failed, has not stopped its hubs.
             ends = (each.process_shutdown(None, None) for each in self.endpoints if each.is_running)
-            await self._wait_for([*tasks, *map(create_task, ends)])
+            with contextlib.suppress(AssertionError):  # The test has been told.
+                await self._wait_for([*tasks, *map(create_task, ends)])
 
-    async def _wait_for(self, tasks: list[asyncio.Task[None]]) -> None:
-        await self.sim.wait(
-            lambda: all(task.done() for task in tasks), None, "the end", hurries=self.sim.owns
-        )
+    async def _wait_for(self, tasks: list[asyncio.Task[None]]) -> bool:
+        are_done = lambda: all(task.done() for task in tasks)  # noqa: E731 - it is short
+        return await self.sim.wait(are_done, None, "the end", hurries=self.sim.owns)
 
 
 def where(task: asyncio.Task[Any]) -> str:
@@ -8794,18 +8761,21 @@ def scope_of(
     path, _, in_path = path.partition("?")
     if isinstance(query, Mapping):
         query = urllib.parse.urlencode(query, doseq=True)
-    offered = texts(subprotocols, "subprotocols")
-    names = {name.lower() for name, _ in headers}
     usual = [("Host", "localhost"), ("User-Agent", "pachinko")]
-    usual += [("Sec-WebSocket-Protocol", ", ".join(offered))] if offered else []
-    sent = [*(each for each in usual if each[0].lower() not in names), *headers]
+    if offered := texts(subprotocols, "subprotocols"):
+        usual.append(("Sec-WebSocket-Protocol", ", ".join(offered)))
+    try:
+        names = {name.lower() for name, _ in headers}
+        sent = [*(each for each in usual if each[0].lower() not in names), *headers]
+        raw = [(n.lower().encode("latin-1"), v.encode("latin-1")) for n, v in sent]
+    except (AttributeError, TypeError, ValueError):
+        raise PachinkoError('a header is text: write headers={"X-Name": "value"}') from None
     return {
         "type": "websocket", "asgi": {"version": "3.0", "spec_version": "2.4"},
         "http_version": "1.1", "scheme": "ws",
         "server": ("localhost", 80), "client": ("127.0.0.1", 50_000),
         "root_path": "", "path": urllib.parse.unquote(path), "raw_path": path.encode(),
-        "query_string": "&".join(filter(None, (in_path, query))).encode(),
-        "headers": [(n.lower().encode("latin-1"), v.encode("latin-1")) for n, v in sent],
+        "query_string": "&".join(filter(None, (in_path, query))).encode(), "headers": raw,
         "subprotocols": [*offered], "extensions": {"websocket.http.response": {}},
     }  # fmt: skip
 
@@ -8817,7 +8787,6 @@ def scope_of(
 
 _TRANSCRIPT = 100  # lines of a transcript that are kept
 _TITLE = "Transcript (seconds, client, → to the server, ← from it, ✕ the end):"
-_MOST_BUGS = 20  # that are kept, each with its stack frames
 _simulations: set[Simulation] = set()  # those in use, in any thread
 _using = threading.Lock()
 
@@ -8838,12 +8807,10 @@ class Expected(contextlib.AbstractContextManager[list[BaseException]]):
 
     def take(self, exc: BaseException) -> bool:
         """Note *exc* if it is expected. After the block, one is if none came before."""
-        is_one = any(
-            all(isinstance(each, self.classes) for each in errors)
-            for errors in ([exc], _errors_in(exc))
-        )
+        is_one = isinstance(exc, self.classes)  # a class may be that of a group
+        is_one = is_one or all(isinstance(each, self.classes) for each in _errors_in(exc))
         is_taken = is_one and not (self._is_over and self.found)
-        self.found.extend([exc] if is_taken else [])
+        self.found += [exc] if is_taken else []
         return is_taken
 
 
@@ -8864,24 +8831,24 @@ class Simulation(Process):
         self.timeout: float = timeout
         self._factory = _factory_of(app)
         super().__init__(self, self._factory or (lambda: app))
-        self._processes: list[Process] = []
+        self.processes: list[Process] = []  # itself first
         self._owners: dict[int, Process] = {}  # of applications and hubs, by their identity
         self._broker: Any = None
         self.clients: list[Client] = []  # of all processes
-        self._numbers = itertools.count(1)
+        self.numbers: Iterator[int] = itertools.count(1)  # of clients, in transcripts
         self._sent: list[tuple[str, bytes]] = []  # the groups and the frames
         self._lines = collections.deque[tuple[float, str, str, object]](maxlen=_TRANSCRIPT)
-        self._bugs: list[tuple[str, BaseException]] = []
+        self.known: list[BaseException] = []  # all bugs of the application
+        self._bugs: list[tuple[str, BaseException]] = []  # those that nobody expects
         self._expected: list[Expected] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._begun = 0.0
+        self._begun = time.monotonic()
         self._thread: LoopThread | None = None
 
     async def __aenter__(self) -> Simulation:
         if self._loop is not None:
             raise PachinkoError("a simulation runs once: write async with simulate(app) as sim")
         self._loop = asyncio.get_running_loop()
-        self._begun = self._loop.time()
         _use_clock(self, True)
         bug_hooks.append(self.note_bug)
         try:
@@ -8892,44 +8859,44 @@ class Simulation(Process):
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        failure = first = cast("BaseException | None", exc_info[1])
-        if failure is None:  # What was sent last is handled. Nothing of the outside is waited for.
-            with contextlib.suppress(TimeoutError):
-                await watcher().wait(never, None, self.timeout)
+        first, last = cast("BaseException | None", exc_info[1]), None
         transcript = self.transcript()  # without the lines of the end
         try:
-            await self._end()
+            await self._end(settles=first is None)
         except Exception as exc:
-            failure = failure or exc
-        if failure is not None:
+            last = exc
+        if (failure := first or last) is not None:
             self._explain(failure, transcript)
         else:
             failure = self._verdict()
-        if failure is not None and failure is not first:
+        if first is not None and last is not None:
+            first.add_note(f"The end has failed, too: {last}".partition("\n")[0])
+        if first is None and failure is not None:
             raise failure
 
-    async def _end(self) -> None:
+    async def _end(self, settles: bool = False) -> None:
         """Stop all processes, whatever goes wrong with one of them, and let go of everything."""
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(bug_hooks.remove, self.note_bug)
             stack.callback(_use_clock, self, False)
-            for process in self._processes:
+            for process in self.processes:
                 stack.push_async_callback(process.stop)
+            if settles:  # What was sent last is handled. Nothing of the outside is waited for.
+                with contextlib.suppress(TimeoutError):
+                    await watcher().wait(never, None, self.timeout)
 
     def _verdict(self) -> AssertionError | None:
         """Return the error of a test that has found no fault by itself, if there is a bug."""
         bugs = [bug for _, bug in self._bugs]
-        if bugs:
-            failure = self.failure(
-                "; ".join(f"{what} has failed: {bug!r}" for what, bug in self._bugs)
-            )
-            failure.__cause__ = bugs[0] if len(bugs) == 1 else BaseExceptionGroup("bugs", bugs)
-            return failure
-        for each in self._expected:
-            if not each.found:
-                names = " or ".join(cls.__name__ for cls in each.classes)
-                return self.failure(f"no {names} has come, which sim.bugs expects")
-        return None
+        unmet = [each.classes for each in self._expected if not each.found]
+        texts = [f"{what} has failed: {bug!r}" for what, bug in self._bugs] or [
+            f"{' or '.join(cls.__name__ for cls in classes)} is expected, but none has come"
+            for classes in unmet
+        ]
+        failure = self.failure("; ".join(texts)) if texts else None
+        if failure is not None and len(bugs) > 1:
+            failure.__cause__ = BaseExceptionGroup("bugs", bugs)
+        return failure
 
     def _explain(self, failure: BaseException, transcript: str) -> None:
         """Add to *failure*, with which the test fails, what it does not say."""
@@ -9056,26 +9023,22 @@ class Simulation(Process):
 
     def note(self, name: str, arrow: str, what: object) -> None:
         """Add a line to the transcript."""
-        at = cast(asyncio.AbstractEventLoop, self._loop).time() - self._begun
-        self._lines.append((at, name, arrow, what))
+        self._lines.append((time.monotonic() - self._begun, name, arrow, what))
 
-    def note_sent(self, kind: Kind, name: str, data: bytes) -> None:
-        """Note a frame that a hub sends."""
-        if kind is Kind.GROUP:
-            self._sent.append((name, data))
+    def send(
+        self, send: Callable[..., Sending], kind: Kind, name: str, data: bytes, excluded: list[str]
+    ) -> Sending:
+        """Note a frame, and send it by a relay."""
+        self._sent += [(name, data)] if kind is Kind.GROUP else []
+        return send(kind, name, data, excluded)
 
     def note_bug(self, what: str, exc: BaseException) -> None:
         """Note a bug of the application, if it is this one's, unless the test expects it."""
-        if self._is_own() and not any(exc is bug for bug in self._noted()):
-            if any(expected.take(exc) for expected in self._expected):
-                return
-            if len(self._bugs) < _MOST_BUGS:
-                self._bugs.append((what, exc))
-
-    def _noted(self) -> Iterator[BaseException]:
-        """Yield the bugs that have come: one may be told of by several parts of the library."""
-        yield from (bug for _, bug in self._bugs)
-        yield from itertools.chain.from_iterable(each.found for each in self._expected)
+        if not self._is_own() or any(exc is bug for bug in self.known):
+            return  # Several parts of the library may tell of one.
+        self.known.append(exc)
+        if not any(expected.take(exc) for expected in self._expected):
+            self._bugs.append((what, exc))
 
     def _is_own(self) -> bool:
         """Tell whether the code in progress is that of the application, or of no simulation."""
@@ -9083,30 +9046,18 @@ class Simulation(Process):
             return False
         owner, task = _simulation.get(), asyncio.current_task()
         if owner is None:  # Workers have an empty context.
-            owner = next((sim for sim in (*_simulations,) if sim.has_worker(task)), self)
+            every = (each for sim in (*_simulations,) for each in sim.processes)
+            has_it = (p for p in every if any(each.has_worker(task) for each in p.endpoints))
+            owner = next((each.life for each in has_it), self)
         return self.owns(owner)
 
     def owns(self, owner: object) -> bool:
         """Tell whether code of *owner* is that of the application."""
-        return owner in (self, *(each.life for each in self._processes))
-
-    def has_worker(self, task: object) -> bool:
-        """Tell whether *task* is a worker of the application."""
-        endpoints = (each for process in self._processes for each in process.endpoints)
-        return any(each.has_worker(task) for each in endpoints)
+        return owner in (self, *(each.life for each in self.processes))
 
     def latest_bug(self) -> BaseException | None:
         """Return the latest bug that nobody expects."""
         return self._bugs[-1][1] if self._bugs else None
-
-    def next_name(self) -> str:
-        """Return the name of a new client in transcripts."""
-        return f"#{next(self._numbers)}"
-
-    def add(self, process: Process, app: object) -> None:
-        """Note *process*, which serves *app*."""
-        self.claim(process, app)
-        self._processes.append(process)
 
     def claim(self, process: Process, part: object) -> None:
         """Raise `PachinkoError` if *part*, an application or a hub, is another process's."""
@@ -9167,23 +9118,21 @@ class LoopThread:
     """An event loop in a thread of its own, for a test that has none."""
 
     def __init__(self) -> None:
-        begun = concurrent.futures.Future[asyncio.AbstractEventLoop]()
-        self._end = asyncio.Event()
-
-        async def run() -> None:
-            begun.set_result(asyncio.get_running_loop())
-            await self._end.wait()
-
-        self._thread = threading.Thread(target=asyncio.run, args=[run()], daemon=True)
+        self._end, runner = asyncio.Event(), asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = runner.get_loop()
+        self._thread = threading.Thread(target=self._run, args=[runner], daemon=True)
         self._thread.start()
-        self._loop = begun.result()
+
+    def _run(self, runner: asyncio.Runner) -> None:
+        with runner:
+            runner.run(self._end.wait())
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call *function* in the loop, and return what it returns, once that has been awaited."""
 
         async def work() -> Any:
-            given = {name: _target_of(value) for name, value in kwargs.items()}
-            result = function(*map(_target_of, args), **given)
+            named = {name: target_of(value) for name, value in kwargs.items()}
+            result = function(*map(target_of, args), **named)
             return await result if inspect.isawaitable(result) else result
 
         return self.blocking(asyncio.run_coroutine_threadsafe(work(), self._loop).result())
@@ -9205,48 +9154,47 @@ class LoopThread:
 class Blocking:
     """Stands for an object of a simulation, in a test without an event loop."""
 
-    __slots__ = ("_target", "_thread")
-
     def __init__(self, target: Any, thread: LoopThread) -> None:
-        object.__setattr__(self, "_target", target)
-        object.__setattr__(self, "_thread", thread)
+        object.__setattr__(self, "target", target)
+        object.__setattr__(self, "thread", thread)
 
     def __repr__(self) -> str:
-        return repr(self._target)
+        return repr(self.target)
 
     def __eq__(self, other: object) -> bool:
-        return bool(self._target == _target_of(other))
+        return self.target is target_of(other)
 
     def __hash__(self) -> int:
-        return hash(self._target)
+        return hash(self.target)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._target, name)
+        value = getattr(self.target, name)
         if not inspect.isroutine(value):
-            return self._thread.blocking(value)
-        return functools.partial(self._thread.call, value)
+            return self.thread.blocking(value)
+        return functools.partial(self.thread.call, value)
 
     def __setattr__(self, name: str, value: object) -> None:
-        self._thread.call(setattr, self._target, name, value)
+        self.thread.call(setattr, self.target, name, value)
 
     def __enter__(self) -> Any:
-        return self._thread.call(self._target.__aenter__)
+        return self.thread.call(self.target.__aenter__)
 
     def __exit__(self, *exc: object) -> None:
-        self._thread.call(self._target.__aexit__, *exc)
+        self.thread.call(self.target.__aexit__, *exc)
 
     def __iter__(self) -> Blocking:
         return self
 
     def __next__(self) -> Any:
         try:
-            return self._thread.call(self._target.__anext__)
+            return self.thread.call(self.target.__anext__)
         except StopAsyncIteration:
             raise StopIteration from None
 
 
-def _target_of(value: Any) -> Any:
-    return object.__getattribute__(value, "_target") if isinstance(value, Blocking) else value
+def target_of(value: Any) -> Any:
+    """Return what *value* stands for, or itself."""
+    return value.target if isinstance(value, Blocking) else value
 
 
 def simulate(app: Any, *, timeout: float = 5.0) -> Simulation:

@@ -77,7 +77,7 @@ NATS = {
     "_pending_queue": "a queue a subscription, which takes 3 KiB and is not used",
 }
 STANDARD_LIBRARY = {
-    "_ready": "what an event loop will run in its next turn: nothing, where a simulation is at rest",
+    "_ready": "what an event loop will run next: nothing, where a simulation is at rest",
     "_scheduled": "the timers of an event loop, some of which an application waits for",
     "_selector": "has the sockets of an event loop",
     "_context": "of a timer: it says which simulation has made it",

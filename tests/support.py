@@ -46,6 +46,8 @@ class Server:
 
     def __init__(self, app: Any, **options: Any) -> None:
         self.socket = socket.create_server(("127.0.0.1", 0))
+        # asyncio sees to it only for a socket that it has made itself. Connections inherit it.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.port: int = self.socket.getsockname()[1]
         self.url = f"ws://127.0.0.1:{self.port}"
         options = {"log_level": "warning", "ws_ping_interval": None, **options}

@@ -490,7 +490,7 @@ def test_a_refused_nickname_is_asked_for_again(open_page: Open) -> None:
 
 def test_both_come_back_after_a_crash(open_page: Open, own_server: Server) -> None:
     """A killed server is noticed, what is written meanwhile waits, and all goes on by itself."""
-    ada, bob = open_page("Ada", own_server), open_page("Bob", own_server)
+    ada, bob = (open_page(nick, own_server, has_clock=True) for nick in ("Ada", "Bob"))
     expect(people(ada)).to_have_text(["Ada", "Bob"])
     own_server.kill()
     for page in (ada, bob):
@@ -500,6 +500,7 @@ def test_both_come_back_after_a_crash(open_page: Open, own_server: Server) -> No
     expect(ada.locator(".mine")).to_contain_text("Waiting to be sent")
     own_server.start()
     for page in (ada, bob):
+        page.clock.run_for(4000)
         expect(page.get_by_role("status")).to_have_text("Connected", timeout=2 * PATIENCE * 1000)
         expect(page.get_by_role("button", name="Reconnect now")).to_be_hidden()
     expect(ada.locator(".mine")).to_have_attribute("data-state", "")
@@ -970,13 +971,14 @@ def test_the_list_of_people_outlives_the_connection(open_page: Open, own_server:
 
 def test_a_restart_brings_all_windows_back(open_page: Open, own_server: Server) -> None:
     """SIGTERM closes with 1012; two windows of one person come back without a click."""
-    ada = open_page("Ada", own_server)
+    ada = open_page("Ada", own_server, has_clock=True)
     other = ada.context.new_page()
     other.goto(ada.url)
     for page in (ada, other):
         expect(people(page)).to_have_text(["Ada", "Ada"])
     own_server.stop()
     own_server.start()
+    ada.clock.run_for(5000)  # in both windows
     for page in (ada, other):
         expect(page.get_by_role("status")).to_have_text("Connected", timeout=2 * PATIENCE * 1000)
     say(other, "from the other window")

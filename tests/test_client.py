@@ -13,7 +13,13 @@ import pytest
 from support import PATIENCE
 
 from pachinko import (
-    Close, Envelope, Hub, MessageError, Pachinko, PachinkoError, Refused, message, simulate,
+    Close,
+    Envelope,
+    Hub,
+    MessageError,
+    Pachinko,
+    message,
+    simulate,
 )  # fmt: skip
 
 SHORT = 0.1  # seconds that a test waits for what does not come
@@ -211,9 +217,9 @@ async def test_a_receive_that_fails_takes_nothing(room: Room) -> None:
         await ada.send("say", {"text": "hi"})
         await ada.send("echo", 1, id=9)
         for expected in (Other, "other"):
-            with pytest.raises(AssertionError, match="'other' was expected, but 'said'"):
+            with pytest.raises(AssertionError, match=r"'other' was expected, but 'said'"):
                 await ada.receive(expected)
-        with pytest.raises(AssertionError, match="'echo.reply' 1 comes later"):
+        with pytest.raises(AssertionError, match=r"'echo.reply' 1 comes later"):
             await ada.receive("echo.reply")
         assert await ada.receive(Said) == Said("hi")
         assert await ada.receive("echo.reply") == 1
@@ -229,7 +235,7 @@ async def test_a_similar_type_is_shown(room: Room) -> None:
             await bob.receive(Said)
         with pytest.raises(AssertionError, match=f"{ada.name} has got 'said'"):
             await bob.receive("sayd")
-        with pytest.raises(AssertionError, match="but 'said' .* came; 'said' .* comes later"):
+        with pytest.raises(AssertionError, match=r"but 'said' .* came; 'said' .* comes later"):
             await ada.receive("saidd")
         with pytest.raises(AssertionError) as failure:
             await bob.receive("unlike")
@@ -241,7 +247,7 @@ async def test_a_payload_that_does_not_fit_is_explained(room: Room) -> None:
     async with entered(room) as sim:
         ada = await sim.connect("/ws")
         await sim.hub.send("all", "said", {"text": 5})
-        with pytest.raises(AssertionError, match="is no Said: .*text"):
+        with pytest.raises(AssertionError, match=r"is no Said: .*text"):
             await ada.receive(Said)
         assert (await ada.receive()).payload == {"text": 5}
         with pytest.raises(AssertionError, match="is no int"):
@@ -640,7 +646,7 @@ async def test_a_cut_handshake_is_no_client(room: Room) -> None:
         await asyncio.wait([connecting])
         await sim.advance(60)
         assert room.hub.count == 0
-        with pytest.raises(AssertionError, match="nobody answers the handshake.*slow"):
+        with pytest.raises(AssertionError, match=r"nobody answers the handshake.*slow"):
             await sim.connect("/ws")
         gate.set()
 

@@ -466,7 +466,7 @@ async def test_a_worker_that_has_lost_its_lease_runs_with_the_next_one(
         with sim.bugs(ValueError) if ending == "fails" else contextlib.nullcontext():
             await sim.advance(pachinko_cluster._RENEW)
         assert "its lease is lost: another process has it" in caplog.text and not scene.here
-        await go_on(sim, pachinko_cluster.LEASE)
+        await sim.advance(pachinko_cluster.LEASE)
         assert not scene.here
         sim.broker.leases.clear()
         await sim.advance(pachinko_cluster._TRY)
@@ -506,17 +506,11 @@ def give_to_another(sim: Simulation) -> None:
     sim.broker.leases[key] = "other", math.inf
 
 
-async def go_on(sim: Simulation, seconds: float) -> None:
-    """Let *seconds* pass in steps: a process does not sleep through all of them."""
-    for _ in range(round(2 * seconds)):
-        await sim.advance(0.5)
-
-
 async def test_it_is_renewed_as_long_as_its_process_lives() -> None:
     """Another process asks for it all the time, and never gets it."""
     scene = Scene(None)
     async with scene.simulated() as sim, sim.process():
-        await go_on(sim, 10 * pachinko_cluster.LEASE)
+        await sim.advance(10 * pachinko_cluster.LEASE)
         assert scene.here == scene.began == ["a"]
 
 
@@ -524,11 +518,11 @@ async def test_a_killed_process_is_followed_by_another(caplog: pytest.LogCapture
     """Once its lease has ended, for it has given nothing up; it logs nothing."""
     scene = Scene(None)
     async with scene.simulated() as sim, sim.process():
-        await go_on(sim, 3.0)
+        await sim.advance(3.0)
         sim.kill()
-        await go_on(sim, pachinko_cluster.LEASE - pachinko_cluster._RENEW - 1.0)
+        await sim.advance(pachinko_cluster.LEASE - pachinko_cluster._RENEW - 1.0)
         assert scene.began == ["a"] and not scene.here
-        await go_on(sim, 1.0 + pachinko_cluster._RENEW + pachinko_cluster._TRY)
+        await sim.advance(1.0 + pachinko_cluster._RENEW + pachinko_cluster._TRY)
         assert scene.here == ["b"]
     assert "is stopped here" not in caplog.text
 
@@ -537,12 +531,12 @@ async def test_an_outage_shorter_than_the_lease_interrupts_nothing() -> None:
     """The holder renews it as soon as the broker is back, before anybody else gets it."""
     scene = Scene(None)
     async with scene.simulated() as sim, sim.process():
-        await go_on(sim, 3.0)
+        await sim.advance(3.0)
         sim.broker.lose()
-        await go_on(sim, pachinko_cluster._HOLD - pachinko_cluster._RENEW - 1.0)
+        await sim.advance(pachinko_cluster._HOLD - pachinko_cluster._RENEW - 1.0)
         assert scene.here == ["a"]
         sim.broker.restore()
-        await go_on(sim, 2 * pachinko_cluster.LEASE)
+        await sim.advance(2 * pachinko_cluster.LEASE)
         assert scene.here == scene.began == ["a"]
 
 
@@ -550,11 +544,11 @@ async def test_a_broker_that_comes_back_without_its_leases_has_one_holder() -> N
     """Who waits does not take what the broker may have forgotten while its holder goes on."""
     scene = Scene(None)
     async with scene.simulated() as sim, sim.process(), sim.process():
-        await go_on(sim, 3.0)
+        await sim.advance(3.0)
         sim.broker.lose()
         sim.broker.leases.clear()
         sim.broker.restore()
-        await go_on(sim, 2 * pachinko_cluster.LEASE)
+        await sim.advance(2 * pachinko_cluster.LEASE)
         assert scene.here == scene.began == ["a"]
 
 
@@ -564,15 +558,15 @@ async def test_an_outage_longer_than_the_lease_stops_the_worker_in_time(
     """Before another process could have it. It goes on where it was once the broker is back."""
     scene = Scene(None)
     async with scene.simulated() as sim, sim.process():
-        await go_on(sim, 3.0)
+        await sim.advance(3.0)
         sim.broker.lose()
-        await go_on(sim, pachinko_cluster._HOLD)
+        await sim.advance(pachinko_cluster._HOLD)
         assert not scene.here
         assert "its lease is lost: it was not renewed for 4.5 s" in caplog.text
-        await go_on(sim, pachinko_cluster.LEASE)
+        await sim.advance(pachinko_cluster.LEASE)
         assert scene.began == ["a"]
         sim.broker.restore()
-        await go_on(sim, pachinko_cluster._TRY)
+        await sim.advance(pachinko_cluster._TRY)
         assert len(scene.here) == 1 and len(scene.began) == 2
 
 

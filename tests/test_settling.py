@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import threading
 import time
@@ -14,8 +15,8 @@ import falcon.asgi
 import pytest
 from support import PATIENCE
 
+import pachinko
 from pachinko import Hub, Pachinko, simulate
-import contextlib
 
 Handler = Callable[[Any], Coroutine[Any, Any, None]]
 SHORT = 0.15  # seconds that a test waits for what does not come
@@ -362,7 +363,11 @@ async def test_what_comes_from_the_outside_is_waited_for(
         assert time.monotonic() - begun < SHORT
 
 
-@pytest.mark.parametrize("work", [*TIMERS, subprocess, socket])
+# A timer that nobody waits for may be one that a library keeps. It counts where it comes in time.
+NAMED = [each for each in [*TIMERS, subprocess, socket] if each is not call_later]
+
+
+@pytest.mark.parametrize("work", NAMED)
 async def test_what_does_not_come_from_the_outside_is_named(
     work: Callable[[float], Coroutine[Any, Any, None]],
 ) -> None:
@@ -386,3 +391,365 @@ async def test_what_does_not_come_from_the_outside_is_named(
             assert f"go ({__file__}:{line})" in str(error.value)
             assert f"within {SHORT:g} s" in str(error.value)
         ada.cut()
+
+
+async def test_what_runs_all_the_time_is_named() -> None:
+    """A handler that gives way and goes on is not at rest."""
+    app, ws = app_of()
+    running = True
+
+    @ws.on("go")
+    async def go(conn: Any) -> None:
+        while running:
+            await asyncio.sleep(0)
+
+    async with simulate(app) as sim:
+        ada = await sim.connect("/ws")
+        await ada.send("go")
+        with pytest.raises(AssertionError, match=r"go \(.*\) runs all the time"):
+            await sim.settle(timeout=SHORT)
+        running = False
+        await sim.settle()
+
+
+async def test_calls_without_a_task_that_go_on_are_no_rest() -> None:
+    """Nothing says whose they are."""
+    app, ws = app_of()
+    calls: list[asyncio.Handle] = []
+
+    @ws.on("go")
+    async def go(conn: Any) -> None:
+        again()
+
+    def again() -> None:
+        calls[:] = [asyncio.get_running_loop().call_soon(again)]
+
+    async with simulate(app) as sim:
+        ada = await sim.connect("/ws")
+        await ada.send("go")
+        with pytest.raises(AssertionError, match="something runs all the time"):
+            await sim.settle(timeout=SHORT)
+        calls[0].cancel()
+        await sim.settle()
+
+
+async def test_a_long_way_that_never_waits_is_gone_to_its_end() -> None:
+    """`settle` is not early, however many turns of the loop it takes."""
+    app, ws = app_of()
+    done: list[int] = []
+
+    @ws.on("go")
+    async def go(conn: Any) -> None:
+        loop = asyncio.get_running_loop()
+
+        def step(left: int) -> None:
+            if left:
+                loop.call_soon(step, left - 1)
+            else:
+                done.append(1)
+
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        step(1000)
+
+    async with simulate(app) as sim:
+        ada = await sim.connect("/ws")
+        await ada.send("go")
+        await sim.settle()
+        assert done == [1]
+
+
+class Frameless(Coroutine[Any, Any, None]):
+    """A coroutine like one of Cython: it shows no frames."""
+
+    cr_frame = None
+    cr_await = None
+
+    def __init__(self, inner: Coroutine[Any, Any, None]) -> None:
+        self.send, self.throw, self.close = inner.send, inner.throw, inner.close  # type: ignore[method-assign]  # all of it is the other one's
+
+    def __await__(self) -> Any:
+        return self
+
+    def send(self, value: Any) -> Any: ...
+    def throw(self, *args: Any) -> Any: ...
+    def close(self) -> None: ...
+
+
+async def test_a_coroutine_that_shows_no_frames_is_waited_for() -> None:
+    """Its waiter is named."""
+    app, ws = app_of()
+
+    @ws.on("go")
+    async def go(conn: Any, *, seconds: float) -> None:
+        await asyncio.create_task(Frameless(asyncio.sleep(seconds)))
+
+    async with simulate(app) as sim:
+        ada = await sim.connect("/ws")
+        assert await ada.request("go", {"seconds": SHORT}) is None
+        await ada.send("go", {"seconds": LONG})
+        with pytest.raises(AssertionError, match=r"go \(.*\) → a task waits for a timer"):
+            await sim.settle(timeout=SHORT)
+        ada.cut()
+
+
+async def test_an_idle_thread_of_an_executor_is_none_that_a_handler_waits_for() -> None:
+    """A future of the application's own is at rest then, and with a thread at work it is not."""
+    app, ws = app_of()
+    future = asyncio.get_running_loop().create_future()
+    stop = threading.Event()
+
+    @ws.on("go")
+    async def go(conn: Any) -> None:
+        await asyncio.to_thread(int)
+        await future
+
+    async with simulate(app) as sim:
+        ada = await sim.connect("/ws")
+        await ada.send("go")
+        await sim.settle()
+        thread = threading.Thread(target=stop.wait)
+        thread.start()
+        with pytest.raises(AssertionError, match=r"go \(.* waits for a socket or a thread, it see"):
+            await sim.settle(timeout=SHORT)
+        stop.set()
+        thread.join()
+        await sim.settle()
+        future.set_result(None)
+
+
+async def test_workers_do_not_count_unless_a_handler_waits_for_them() -> None:
+    """So it is with the tasks of a lifespan."""
+    app, ws = app_of()
+    tasks: dict[str, asyncio.Task[None]] = {}
+
+    class Startup:
+        async def process_startup(self, scope: Any, event: Any) -> None:
+            await asyncio.sleep(SHORT)
+            tasks["lifespan"] = asyncio.create_task(asyncio.sleep(LONG))
+
+        async def process_shutdown(self, scope: Any, event: Any) -> None:
+            tasks["lifespan"].cancel()
+
+    app.add_middleware(Startup())
+
+    @ws.worker
+    async def work() -> None:
+        tasks["worker"] = asyncio.create_task(asyncio.sleep(LONG))
+        await asyncio.to_thread(time.sleep, SHORT)
+        await tasks["worker"]
+
+    @ws.on("go")
+    async def go(conn: Any, *, task: str) -> None:
+        await asyncio.wait([tasks[task]])
+
+    async with simulate(app) as sim:
+        ada = await sim.connect("/ws")
+        begun = time.monotonic()
+        await sim.settle()
+        assert time.monotonic() - begun < SHORT
+        for task in tasks:
+            client = await sim.connect("/ws")
+            await client.send("go", {"task": task})
+            with pytest.raises(AssertionError, match=r"go \(.*\) → sleep .*waits for a timer"):
+                await sim.settle(timeout=SHORT)
+        assert ada.received == []
+
+
+async def test_what_a_handler_leaves_behind_is_waited_for() -> None:
+    """Tasks, tasks of the connection, timers and threads of its own."""
+    app, ws = app_of()
+    done: list[str] = []
+    kept: list[Any] = []
+
+    @ws.on("go")
+    async def go(conn: Any) -> None:
+        async def later(name: str) -> None:
+            await asyncio.sleep(SHORT)
+            done.append(name)
+            await conn.send("done", name)
+
+        def from_a_thread() -> None:
+            time.sleep(SHORT)
+            conn.hub.call_threadsafe(later, "thread").result()
+
+        kept.append(asyncio.create_task(later("task")))
+        conn.create_task(later("own"))
+        conn.create_task(asyncio.to_thread(from_a_thread))
+        asyncio.get_running_loop().call_later(SHORT, done.append, "timer")
+
+    async with simulate(app) as sim:
+        ada = await sim.connect("/ws")
+        await ada.send("go")
+        await sim.settle()
+        assert sorted(done) == ["own", "task", "thread", "timer"]
+        assert len(ada.received) == 3
+
+
+async def test_a_handler_that_is_stopped_by_the_librarys_clock_is_at_rest() -> None:
+    """Only `advance` ends it."""
+    app, ws = app_of(handler_timeout=30)
+
+    @ws.on("go")
+    async def go(conn: Any) -> None:
+        await asyncio.Event().wait()
+
+    async with simulate(app) as sim:
+        ada = await sim.connect("/ws")
+        await ada.send("go", id=1)
+        await sim.settle()
+        assert ada.received == []
+        await sim.advance(31)
+        assert (await ada.receive("error"))["code"] == "handler_timeout"
+
+
+async def test_simulations_of_one_loop_do_not_wait_for_each_other() -> None:
+    """One is at rest while a handler of the other one waits for a timer."""
+    (one, ws), (other, _) = app_of(), app_of()
+
+    @ws.on("go")
+    async def go(conn: Any) -> str:
+        await asyncio.sleep(SHORT)
+        return "done"
+
+    async with simulate(one) as first, simulate(other) as second:
+        ada, bob = await first.connect("/ws"), await second.connect("/ws")
+        await ada.send("go", id=1)
+        answer = asyncio.create_task(ada.receive())
+        await second.settle()
+        with pytest.raises(AssertionError, match="nothing more can come"):
+            await bob.receive()
+        assert not answer.done()
+        await asyncio.gather(first.settle(), second.settle(), first.settle())
+        assert (await answer).payload == "done"
+
+
+async def test_a_group_of_a_thousand_settles() -> None:
+    """Each has its message, and a burst of more than can be held is handled."""
+    app, ws = app_of()
+    gate = asyncio.Event()
+
+    @ws.connect
+    async def enter(conn: Any) -> None:
+        await conn.join("all")
+
+    @ws.on("wait")
+    async def wait(conn: Any) -> None:
+        await gate.wait()
+
+    @ws.on("count")
+    async def count(conn: Any, payload: int) -> int:
+        return payload
+
+    async with simulate(app) as sim:
+        clients = [await sim.connect("/ws") for _ in range(1000)]
+        await sim.hub.send("all", "hi", 1)
+        await sim.settle()
+        assert all([each.payload for each in client.received] == [1] for client in clients)
+        ada = clients[0]
+        await ada.send("wait")
+        for n in range(600):
+            await ada.send("count", n, id=n)
+        await sim.settle()
+        assert len(ada.received) == 1
+        gate.set()
+        await sim.settle()
+        assert [each.payload for each in ada.received[1:]] == [*range(600)]
+
+
+async def test_contexts_of_messages_count() -> None:
+    """With middleware and providers each message has one of its own."""
+    app, ws = app_of()
+
+    @ws.provide
+    async def session(conn: Any) -> AsyncIterator[Gate]:
+        await asyncio.sleep(SHORT)
+        yield Gate()
+        await asyncio.sleep(SHORT)
+
+    @ws.middleware
+    async def around(conn: Any, envelope: Any, call_next: Any) -> Any:
+        await asyncio.sleep(SHORT)
+        return await call_next()
+
+    @ws.on("go")
+    async def go(conn: Any, *, gate: Gate) -> str:
+        gate.open()
+        await gate.task
+        return "done"
+
+    async with simulate(app) as sim:
+        ada = await sim.connect("/ws")
+        await ada.send("go", id=1)
+        await sim.settle()
+        assert [each.payload for each in ada.received] == ["done"]
+
+
+HIDDEN = {"_ready", "_scheduled", "_selector"}
+
+
+@pytest.mark.parametrize("work", [sleep, to_thread, socket, subtask, gathered_threads])
+async def test_a_loop_that_does_not_say_what_it_will_run_is_watched_by_its_tasks(
+    work: Callable[[float], Coroutine[Any, Any, None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it is with uvloop's."""
+
+    def hide(of: Any, name: str, *default: Any) -> Any:
+        is_hidden = name in HIDDEN and isinstance(of, asyncio.AbstractEventLoop)
+        return default[0] if is_hidden else getattr(of, name, *default)
+
+    monkeypatch.setattr(pachinko, "getattr", hide, raising=False)
+    app, ws = app_of()
+    event = asyncio.Event()
+
+    @ws.on("go")
+    async def go(conn: Any) -> str:
+        await work(SHORT)
+        return "done"
+
+    @ws.on("park")
+    async def park(conn: Any) -> None:
+        await event.wait()
+
+    async with simulate(app) as sim:
+        ada = await sim.connect("/ws")
+        await ada.send("park")
+        await sim.settle()
+        assert await (await sim.connect("/ws")).request("go") == "done"
+        event.set()
+        await sim.settle()
+
+
+async def test_a_cancelled_wait_is_watched_no_more() -> None:
+    """The others go on."""
+    app, _ = app_of()
+    async with simulate(app) as sim:
+        ada = await sim.connect("/ws")
+        waits = [asyncio.create_task(ada.receive()) for _ in range(3)]
+        await asyncio.sleep(0)
+        waits[0].cancel()
+        await asyncio.wait(waits)
+        assert waits[0].cancelled()
+        assert [type(each.exception()) for each in waits[1:]] == [AssertionError] * 2
+
+
+async def test_a_timer_that_comes_again_is_named_with_the_handlers_that_may_wait_for_it() -> None:
+    """Nothing says who does."""
+    app, ws = app_of()
+    timers: list[asyncio.TimerHandle] = []
+
+    @ws.on("go")
+    async def go(conn: Any) -> None:
+        beat()
+        await asyncio.Event().wait()
+
+    def beat() -> None:
+        timers[:] = [asyncio.get_running_loop().call_later(0.01, beat)]
+
+    async with simulate(app) as sim:
+        ada = await sim.connect("/ws")
+        await ada.send("go")
+        with pytest.raises(AssertionError, match=r"a timer will call .*beat.*; .*go \(.*\) waits"):
+            await sim.settle(timeout=SHORT)
+        timers[0].cancel()
+        await sim.settle()

@@ -1,5 +1,6 @@
 """What a message costs in process, by counts that are the same in every run."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -110,3 +111,13 @@ def test_a_figure_needs_all_three(five, result, entry):
     del result.rounds[entry]
     with pytest.raises(ValueError, match=f"^a group: {entry}: not measured$"):
         five.outcome_of(figure, result)
+
+
+def test_a_request_in_a_simulation_is_measured_beside_one_by_hand():
+    """The three clients that need nothing but Falcon do the same work, and none is left out."""
+    simulating = importlib.import_module("benchmarks.simulating")
+    own = {name: each for name, each in simulating.CLIENTS.items() if not each[1]}
+    figures = simulating.measure(1, share=20, clients=own)
+    assert list(figures["request"]) == list(figures["connection"]) == list(own)
+    assert list(figures["send"]) == ["by hand", "simulate", "by hand, again"]
+    assert list(figures["settle"]) == ["simulate"]

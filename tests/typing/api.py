@@ -24,9 +24,11 @@ from pachinko import (
     NoAnswer,
     Pachinko,
     PachinkoError,
+    Refused,
     SyncHub,
     hub,
     message,
+    simulate,
 )
 
 app = falcon.asgi.App()
@@ -506,6 +508,94 @@ def wrong_without_an_event_loop(sync_hub: SyncHub) -> None:
     sync_hub.presence("room:1", user="ada")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     sync_hub.members("room:1")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue,reportUnknownMemberType]
     pachinko.SyncHubs()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue,reportUnknownMemberType]
+
+
+# The test client, with and without async.
+
+
+def make_app() -> falcon.asgi.App[Any, Any]:
+    return falcon.asgi.App()
+
+
+async def asgi(scope: Any, receive: Any, send: Any) -> None: ...
+
+
+async def use_simulation() -> None:
+    async with simulate(app) as sim:
+        ada = await sim.connect("/ws/lobby", token="s3cret", headers={"X-One": "1"})
+        bob = await sim.connect(
+            "/ws/lobby",
+            headers=[("X-One", "1")],
+            cookies={"a": "b"},
+            origin="https://example.com",
+            query={"a": 1},
+            subprotocols=["a"],
+            timeout=1,
+        )
+        await ada.send(Say("hi"))
+        await ada.send("sum", {"a": 1, "b": 2}, id=1)
+        await ada.send(b"bytes")
+        await ada.send_text("{")
+        await ada.send_bytes(b"{")
+        assert_type(await bob.receive(Chosen), Chosen)
+        assert_type(await bob.receive("said", timeout=1), Any)
+        assert_type(await bob.receive(), Envelope)
+        assert_type(await ada.request("sum", {"a": 1, "b": 2}), Any)
+        assert_type(await ada.request("sum", {"a": 1, "b": 2}, returns=int), int)
+        async for n in ada.stream("count", {"to": 3}):
+            assert_type(n, Any)
+        bob.answer("unlock", lambda payload: {"ok": True})
+        await sim.settle(timeout=1)
+        assert_type(bob.received, list[Envelope])
+        ada.cut()
+        bob.stall()
+        bob.resume()
+        await bob.close(4000, "bye")
+        assert_type(await ada.closed(), tuple[int, str])
+        assert_type(ada.conn, Connection)
+        assert_type(ada.subprotocol, str | None)
+        assert_type(sim.hub, Hub)
+        assert_type(sim.published("room:lobby"), list[Envelope])
+        assert_type(sim.transcript(), str)
+        sim.advance(1)
+        await sim.advance(1.5)
+        with sim.bugs(KeyError, ValueError) as bugs:
+            assert_type(bugs, list[BaseException])
+    async with simulate(make_app, timeout=1) as sim, sim.process() as other:
+        assert_type(other.hub, Hub)
+        third = await sim.process()
+        await third.connect("/ws/lobby")
+        third.kill()
+        await other.stop()
+        sim.broker.lose()
+        sim.broker.restore()
+    simulate(asgi)
+
+
+def use_simulation_without_async() -> None:
+    with simulate(app) as sim:
+        ada = sim.connect("/ws/lobby")
+        assert ada.request("sum", {"a": 1, "b": 2}) == 3
+        for _ in ada.stream("count"):
+            break
+        with sim.process() as other:
+            other.kill()
+
+
+def refused_handshake(exc: Refused) -> None:
+    assert_type(exc.status, int | None)
+    assert_type(exc.code, int | None)
+    assert_type(exc.reason, str)
+    assert_type(exc.headers, dict[str, str])
+
+
+async def wrong_simulation() -> None:
+    simulate(app, 5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    async with simulate(app) as sim:
+        sim.advance("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        sim.bugs(KeyError())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        await sim.connect("/ws", "s3cret")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+        await sim.connect("/ws", token=b"x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 # Options and errors.
