@@ -9002,8 +9002,10 @@ class Simulation(Process):
         owner: object = None, hurries: Callable[[object], bool] | None = None,
     ) -> bool:  # fmt: skip
         """Return True once *is_over*, or False if nothing can make it so."""
-        self._check_in_use()
         check_timeout(timeout)
+        if is_over():  # What a client has got outlasts the simulation.
+            return True
+        self._check_in_use()
         seconds = self.timeout if timeout is None else timeout
         try:
             return await watcher().wait(is_over, owner or self, seconds, hurries)
