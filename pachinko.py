@@ -7759,6 +7759,7 @@ class Pachinko(Lifecycle):
 _simulation: contextvars.ContextVar[object] = contextvars.ContextVar("simulation", default=None)
 _LOOKS = 2  # in a row that find nothing to run: the loop polls sockets and timers between the two
 _BLIND_LOOKS = 10  # on a loop that does not say what it will run, such as uvloop's
+_LOUD_LOOKS = 1000  # after which time limits come early for what never rests, at its end
 _PAUSE = 0.001  # seconds between two looks while an application waits for the outside
 # Code of asyncio in which a task waits for what other code of the loop will do.
 _INSIDE = frozenset({"asyncio.locks", "asyncio.queues", "asyncio.tasks", "asyncio.taskgroups"})
@@ -7798,6 +7799,7 @@ class Watcher:
     def __init__(self) -> None:
         self._waits: list[Wait] = []
         self._quiet = 0  # looks in a row that have found nothing to run
+        self._loud = 0  # looks since it was last at rest
         self._next: asyncio.Handle | None = None
         self._threads = weakref.WeakSet(threading.enumerate())  # that are none of an application
         self._left = 0.0  # seconds that the clock of the library is still to be moved
@@ -7867,15 +7869,17 @@ class Watcher:
         ready: Any = getattr(loop, "_ready", None)
         self._quiet = 0 if (_running(loop) if ready is None else ready) else self._quiet + 1
         is_resting = self._quiet >= (_BLIND_LOOKS if ready is None else _LOOKS)
+        self._loud = 0 if is_resting else self._loud + 1
         until = max((wait.until for wait in self._open), default=0.0)
-        outside = outside_of(loop, until, self._threads) if is_resting and self._open else []
-        if is_resting:
-            if self._left:
-                self._move()
-                self._quiet = 0
-            elif self._hurry(loop):
-                self._quiet = 0
-            else:
+        outside: list[tuple[object, str]] = []
+        if is_resting and self._left:
+            self._move()
+            self._quiet = 0
+        elif (is_resting or self._loud > _LOUD_LOOKS) and self._hurry(loop):
+            self._quiet = 0
+        elif is_resting:
+            if self._open:
+                outside = outside_of(loop, until, self._threads)
                 busy = {id(owner) for owner, _ in outside}
                 ending = [wait for wait in self._open if id(wait.owner) not in busy]
                 # A task of the test that settles goes on before those that wait for something.
@@ -8062,6 +8066,8 @@ def frames_of(waiting: Any) -> Iterator[types.FrameType]:
         waiting = getattr(waiting, "gi_yieldfrom" if kind == "gi" else f"{kind}_await")
         if waiting is None and frame.f_code is rest_of.__code__:  # It steps a coroutine by hand.
             waiting = frame.f_locals["steps"]
+        if frame.f_code is Stream.send_all.__code__ and "items" in frame.f_locals:
+            yield from frames_of(frame.f_locals["items"])  # The generator waits for its reader.
 
 
 def handled_by_falcon() -> BaseException | None:
@@ -8343,16 +8349,26 @@ class Client:
         self._end(1006, "", "cut")
 
     def stall(self) -> None:
-        """Read nothing more, so that the server's writes wait. A close frame still arrives."""
+        """Read nothing more, so that the server's writes wait."""
+        self._process.sim.note(self.name, "…", "stalled")
         self._flows.clear()
 
     def resume(self) -> None:
         """Read on after `stall`."""
+        self._process.sim.note(self.name, "…", "resumed")
         self._flows.set()
 
     async def closed(self, *, timeout: float | None = None) -> tuple[int, str]:
-        """Wait for the end of the connection; return its close code and reason."""
-        await self._wait(lambda: self.end, timeout, "the end of the connection")
+        """Wait for the end of the connection; return its close code and reason.
+
+        Once the server closes, a stalled client reads on, up to the close frame.
+        """
+        what = "the end of the connection"
+        if not self._flows.is_set():
+            await self._process.sim.wait(lambda: self.end, timeout, what)
+            if self._conn is not None and self._conn.closed:
+                self._flows.set()
+        await self._wait(lambda: self.end, timeout, what)
         return cast("tuple[int, str]", self.end)
 
     async def _wait(
@@ -8361,7 +8377,11 @@ class Client:
         """Wait until *is_over*. Raises `AssertionError` if *what* cannot come any more."""
         await self._process.sim.wait(lambda: is_over() or self.end, timeout, what)
         if not is_over():
-            raise self.failure(f"{what} was expected, and nothing more can come{self._near(near)}")
+            frames = [*frames_of(self.task.get_coro())]
+            why = "" if self._flows.is_set() else ", as the client is stalled"
+            why += f"; {place_in(frames)} waits" if any(map(_is_own, frames)) else ""
+            text = f"{what} was expected, and nothing more can come{why}{self._near(near)}"
+            raise self.failure(text)
 
     def failure(self, text: str) -> AssertionError:
         if self.end is not None:
@@ -8380,7 +8400,8 @@ class Client:
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._process.sim.note_bug(f"the application, for {self.name},", exc)
         if self.is_accepted:
-            self._end(1006, "", "the application has returned and not closed")
+            code = self._conn.close_code if self._conn is not None else None
+            self._end(code or 1006, "", "the application has returned, without a close frame")
 
     def meet(self, conn: Connection) -> None:
         """Note the server's side."""

@@ -109,7 +109,7 @@ STORED = {
     "_asgi_receive": "of Falcon's socket, whose queue is switched off",
 }
 
-MODULE_LINES = {"pachinko.py": 9000, "pachinko_cluster.py": 2300}
+MODULE_LINES = {"pachinko.py": 9250, "pachinko_cluster.py": 2300}
 SECTION_LINES = 450
 FUNCTION_LINES = 45
 
