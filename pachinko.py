@@ -91,7 +91,7 @@ Map: each section, what it is for, and those above it that it uses.
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
         signatures, handlers, scope, include, handshake, limits, outgoing, hub, guard, session,
         admission, running)
-    settling — what an event loop can still do by itself (uses: clock, outgoing)
+    settling — what an event loop can still do by itself (uses: clock, outgoing, stream)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
         asking, listening, outcomes, settling)
     process — a process of a simulated application (uses: errors, scope, handshake, hub, running,
@@ -8541,7 +8541,12 @@ class Items(AsyncIterator[Any]):
 
 
 def _texts(headers: Iterable[tuple[bytes, bytes]] | None) -> dict[str, str]:
-    return {n.decode("latin-1").lower(): v.decode("latin-1") for n, v in headers or ()}
+    """Return *headers* by their names in lower case. A comma joins those of one name."""
+    found: dict[str, str] = {}
+    for name, value in headers or ():
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+        found[key] = f"{found[key]}, {text}" if key in found else text
+    return found
 
 
 def shorten(content: object) -> str:
