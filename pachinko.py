@@ -3485,31 +3485,28 @@ class MovableTimer:
         self.at: float = at
         self.loop: asyncio.AbstractEventLoop = running_loop()
         self.origin: contextvars.Context = contextvars.copy_context()
-        self._pending = clock.pending
         self._call: Callable[[], object] = call
-        self._handle: asyncio.Handle | None = None
-        self.move(0.0)
+        self._pending = clock.pending
+        self._pending[self] = None
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self.at <= self.loop.time() + _ROUNDING:
+            self._handle: asyncio.Handle = self.loop.call_soon(self._run, context=self.origin)
+        else:
+            self._handle = self.loop.call_at(self.at, self._run, context=self.origin)
 
     def move(self, seconds: float) -> None:
         """Make the call so many seconds earlier. Calls that are due then keep this order."""
-        self._unschedule()
+        self._handle.cancel()
         self.at -= seconds
-        if self.at <= self.loop.time() + _ROUNDING:
-            self._handle = self.loop.call_soon(self._run, context=self.origin)
-        else:
-            self._handle = self.loop.call_at(self.at, self._run, context=self.origin)
-        self._pending[id(self._handle)] = self
+        self._schedule()
 
     def cancel(self) -> None:
         """Do what `Timer.cancel` says."""
-        self._unschedule()
+        self._pending.pop(self, None)
+        self._handle.cancel()
         self._call = int  # The function may refer to this timer.
-
-    def _unschedule(self) -> None:
-        if self._handle is not None:
-            del self._pending[id(self._handle)]
-            self._handle.cancel()
-            self._handle = None
 
     def _run(self) -> None:
         call = self._call
@@ -3521,8 +3518,8 @@ class MovableClock(Clock):
     """A clock that `simulate` moves. Several loops may use it, each in a thread of its own."""
 
     def __init__(self) -> None:
-        # By the identity of the loop's handle. Nothing but the loop keeps a pending timer.
-        self.pending: weakref.WeakValueDictionary[int, MovableTimer] = weakref.WeakValueDictionary()
+        # Nothing but its loop keeps a pending timer.
+        self.pending: weakref.WeakKeyDictionary[MovableTimer, None] = weakref.WeakKeyDictionary()
 
     def time(self) -> float:
         """Return the seconds on the clock of the running loop, and those that it was moved."""
@@ -3536,7 +3533,7 @@ class MovableClock(Clock):
     def timers(self) -> list[MovableTimer]:
         """The pending timers of the running loop, the earliest one first."""
         loop = running_loop()
-        every = [timer() for timer in self.pending.valuerefs()]  # Other threads may add some.
+        every = [timer() for timer in self.pending.keyrefs()]  # Other threads may add some.
         own = [timer for timer in every if timer is not None and timer.loop is loop]
         return sorted(own, key=lambda timer: timer.at)
 
@@ -3544,17 +3541,12 @@ class MovableClock(Clock):
         """Return the seconds until the first of `timers`, at least 0; None if there is none."""
         return max(0.0, timers[0].at - super().time()) if (timers := self.timers) else None
 
-    def is_own(self, handle: object) -> bool:
-        """Return whether *handle*, which a loop has scheduled, is that of a pending timer."""
-        return id(handle) in self.pending
+    def is_own(self, handle: Any) -> bool:
+        """Return whether *handle*, which a loop has scheduled, is that of a `MovableTimer`."""
+        return isinstance(getattr(handle._callback, "__self__", None), MovableTimer)
 
     def advance(self, seconds: float) -> None:
-        """Move the clock. What is then due in the running loop is called in its next turn.
-
-        Raises `ValueError` unless *seconds* is a finite number, at least 0.
-        """
-        if not is_seconds(seconds):
-            raise ValueError(f"seconds is a finite number, at least 0; got {seconds!r}")
+        """Move the clock. What is then due in the running loop is called in its next turn."""
         timers = self.timers  # This raises outside of a loop, before anything is moved.
         self.ahead += seconds
         for timer in timers:
@@ -8573,8 +8565,9 @@ class Process:
         self.endpoints: list[Lifecycle] = []  # those that have started, in order
         self._make = make
         self._app: Any = None  # from the beginning of the start on, until the stop
+        self._starting = asyncio.Lock()
         self._is_up = False  # It has started.
-        self._is_over = False  # It was killed or stopped.
+        self._is_over = False  # It was killed or stopped, or has not started.
         self._links: dict[Relay, Any] = {}  # its connections to the broker
         self._clients: list[Client] = []
         self._lifespan: asyncio.Task[None] | None = None
@@ -8610,17 +8603,18 @@ class Process:
 
     async def begin(self) -> Process:
         """Start, if it has not begun. Raises `PachinkoError` if the application does not start."""
-        if self._is_over:
-            raise PachinkoError("this process has ended; await sim.process() starts another one")
-        if self._app is None:
-            app = self._make()
-            if not callable(app):
-                raise PachinkoError(f"the function that makes the application returned {app!r}")
-            self.sim.claim(self, app)
-            self.sim.processes.append(self)
-            self._app = app
-            await self._tell("startup")
-            self._is_up = True
+        async with self._starting:
+            if self._is_over:
+                raise PachinkoError("this process has ended; await sim.process() starts another")
+            if self._app is None:
+                app = self._make()
+                if not callable(app):
+                    raise PachinkoError(f"the function that makes the application returned {app!r}")
+                self.sim.claim(self, app)
+                self.sim.processes.append(self)
+                self._app, self._is_over = app, True
+                await self._tell("startup")
+                self._is_up, self._is_over = True, False
         return self
 
     def _start_hub(self, endpoint: Lifecycle) -> None:
@@ -8692,10 +8686,10 @@ class Process:
         given += [("Origin", origin)] if origin is not None else []
         scope = {**scope_of(path, query, given, subprotocols), "state": {**self._shared}}
         client = Client(self, scope, f"#{next(self.sim.numbers)}")
-        self._clients.append(client)
         bugs = len(self.sim.known)
         self.sim.note(client.name, "→", f"GET {path}")
         client.begin(self._app, self._context_of(self.sim))
+        self._clients.append(client)
         try:
             is_decided = functools.partial(self._is_decided, client)
             await self.sim.wait(is_decided, timeout, f"{client.name}'s handshake")
@@ -8727,8 +8721,7 @@ class Process:
         if client.task.done() and not client.is_accepted:
             raise Refused(500, None, "the application has not answered")
         if not client.is_accepted:
-            text = f"nobody answers the handshake: {where(client.task)}"
-            raise self.sim.failure(f"{client.name}: {text}")
+            raise client.failure(f"nobody answers the handshake: {where(client.task)}")
 
     def kill(self) -> None:
         """End the process at once. None of its code learns of it; its clients get 1006."""
@@ -8815,6 +8808,7 @@ def scope_of(
 # time, a transcript, and the bugs.
 
 _TRANSCRIPT = 100  # lines of a transcript that are kept
+_END_LOOKS = 20_000  # turns of the loop that what goes on at the end has, as it may never rest
 _TITLE = "Transcript (seconds, client, → to the server, ← from it, ✕ the end):"
 _simulations: set[Simulation] = set()  # those in use, in any thread
 _using = threading.Lock()
@@ -8843,11 +8837,11 @@ class Expected(contextlib.AbstractContextManager[list[BaseException]]):
         return is_taken
 
 
+@attrs.frozen
 class Moved:
     """What `Simulation.advance` returns. Awaiting it settles."""
 
-    def __init__(self, sim: Simulation) -> None:
-        self._sim = sim
+    _sim: Simulation
 
     def __await__(self) -> Generator[Any, Any, None]:
         return self._sim.settle().__await__()
@@ -8861,7 +8855,7 @@ class Simulation(Process):
         self._factory = _factory_of(app)
         super().__init__(self, self._factory or (lambda: app))
         self.processes: list[Process] = []  # itself first
-        self._owners: dict[int, Process] = {}  # of applications and hubs, by their identity
+        self._owners: list[tuple[object, Process]] = []  # of applications and hubs
         self._broker: Any = None
         self.clients: list[Client] = []  # of all processes
         self.numbers: Iterator[int] = itertools.count(1)  # of clients, in transcripts
@@ -8911,20 +8905,21 @@ class Simulation(Process):
             for process in self.processes:
                 stack.push_async_callback(process.stop)
             if settles:  # What was sent last is handled. Nothing of the outside is waited for.
+                looks = iter(range(_END_LOOKS))
                 with contextlib.suppress(TimeoutError):
-                    await watcher().wait(never, None, self.timeout)
+                    await watcher().wait(lambda: next(looks, None) is None, None, self.timeout)
 
     def _verdict(self) -> AssertionError | None:
         """Return the error of a test that has found no fault by itself, if there is a bug."""
-        bugs = [bug for _, bug in self._bugs]
-        unmet = [each.classes for each in self._expected if not each.found]
         texts = [f"{what} has failed: {bug!r}" for what, bug in self._bugs] or [
-            f"{' or '.join(cls.__name__ for cls in classes)} is expected, but none has come"
-            for classes in unmet
-        ]
-        failure = self.failure("; ".join(texts)) if texts else None
-        if failure is not None and len(bugs) > 1:
-            failure.__cause__ = BaseExceptionGroup("bugs", bugs)
+            f"{' or '.join(cls.__name__ for cls in each.classes)} is expected, but none has come"
+            for each in self._expected if not each.found
+        ]  # fmt: skip
+        if not texts:
+            return None
+        failure = self.failure("; ".join(texts))
+        if len(self._bugs) > 1:
+            failure.__cause__ = BaseExceptionGroup("bugs", [bug for _, bug in self._bugs])
         return failure
 
     def _explain(self, failure: BaseException, transcript: str) -> None:
@@ -9092,11 +9087,12 @@ class Simulation(Process):
 
     def claim(self, process: Process, part: object) -> None:
         """Raise `PachinkoError` if *part*, an application or a hub, is another process's."""
-        if self._owners.setdefault(id(part), process) is not process:
+        if any(part is each and process is not owner for each, owner in self._owners):
             raise PachinkoError(
                 "two processes never share an application or a hub, so that the function that "
                 'makes the application makes a hub, too: Pachinko(app, "/ws", hub=Hub())'
             )
+        self._owners.append((part, process))
 
     def new_link(self, state: HubState, number: int) -> Any:
         """Return the connection to the broker for the hub *number* of a process, or None.

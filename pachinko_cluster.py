@@ -649,11 +649,6 @@ class SimulatedBroker:
         self.is_there.set()
         self.leases: dict[str, tuple[str, float]] = {}  # the holder's token, and when it expires
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether `lose` was called after the last `restore`."""
-        return not self.is_there.is_set()
-
     def connection(self, channel: str = "") -> SimulatedConnection:
         """Return a `Backplane`, not yet started, for one hub of a process.
 
@@ -684,7 +679,7 @@ class SimulatedConnection:
         self._pump: asyncio.Task[None] | None = None
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
-        self._is_refused = self._broker.is_lost
+        self._is_refused = not self._broker.is_there.is_set()
         if self._is_refused:
             raise ConnectionRefusedError("the simulated broker is lost")
         self._pump = create_task(self._deliver(deliver), is_detached=True)

@@ -403,6 +403,63 @@ async def test_a_process_that_has_ended_takes_nobody(end: str) -> None:
             await other.connect("/ws")
 
 
+async def test_a_process_that_has_not_started_takes_nobody() -> None:
+    """Its application is not ready for anybody."""
+
+    class Failing:
+        async def process_startup(self, scope: Any, event: Any) -> None:
+            raise OSError("no database")
+
+    apps = iter([falcon_app(), falcon.asgi.App(middleware=[Failing()])])
+    async with simulate(lambda: next(apps)) as sim:
+        other = sim.process()
+        for match in ("no database", "has ended"):
+            with pytest.raises(PachinkoError, match=match):
+                await other.connect("/ws")
+
+
+async def test_clients_that_come_at_once_start_a_process_once() -> None:
+    """All of them wait until the startup is over."""
+    seen = list[str]()
+
+    class Slow:
+        async def process_startup(self, scope: Any, event: Any) -> None:
+            await asyncio.sleep(0.01)
+            seen.append("up")
+
+    def make() -> App:
+        app = falcon.asgi.App(middleware=[Slow()])
+        ws = Pachinko(app, "/ws", hub=Hub())
+
+        @ws.connect
+        async def arrive(conn: Connection) -> None:
+            seen.append("in")
+
+        return app
+
+    async with simulate(make) as sim:
+        seen.clear()
+        other = sim.process()
+        await asyncio.gather(*(other.connect("/ws") for _ in range(3)))
+    assert seen == ["up", "in", "in", "in"]
+
+
+async def test_processes_may_come_one_after_the_other() -> None:
+    """The memory of one that has ended may be that of the application of another."""
+
+    class Around:
+        def __init__(self) -> None:
+            self.app = falcon_app()
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await self.app(scope, receive, send)
+
+    async with simulate(Around) as sim:
+        for _ in range(10):
+            async with sim.process():
+                pass
+
+
 async def test_a_process_that_was_never_started_needs_no_end() -> None:
     """Both of its ends do nothing."""
     async with simulate(falcon_app) as sim:
@@ -1004,7 +1061,12 @@ async def tick(conn: Connection) -> None:
         await asyncio.sleep(0.001)
 
 
-@pytest.mark.parametrize("work", [lambda conn: never(), tick])
+async def spin(conn: Connection) -> None:
+    while True:
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("work", [lambda conn: never(), tick, spin])
 async def test_the_end_takes_no_real_linger(work: Any) -> None:
     """Handlers in progress are cancelled at once, whatever they wait for."""
     begun = asyncio.get_running_loop().time()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import subprocess
 import sys
 import textwrap
@@ -333,12 +334,17 @@ async def test_advance_leaves_the_loop_alone() -> None:
         assert 0.04 < (await ada.receive()).payload < 100
 
 
-@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), "1", None, True])
+@pytest.mark.parametrize(
+    "seconds",
+    [-1, -0.001, math.nan, math.inf, -math.inf, 10**400, "5", None, True, 1j, [1], b"1"],
+)
 async def test_advance_takes_seconds(seconds: Any) -> None:
-    """Anything else is refused, and nothing is moved."""
+    """The error says what was given, and nothing is moved."""
     async with simulate(talking()) as sim:
-        with pytest.raises(ValueError, match="seconds is a finite number"):
+        with pytest.raises(ValueError, match="seconds is a finite number, at least 0; got") as bad:
             sim.advance(seconds)
+        await sim.settle()
+        assert repr(seconds) in str(bad.value) and pachinko.clock.ahead == 0.0
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "5", None, True])

@@ -16,29 +16,17 @@ from test_leases import Scene
 
 import pachinko
 import pachinko_cluster
-from pachinko import Backplane, Hub, NoAnswer, PachinkoError, from_companion
+from pachinko import Backplane, Hub, MovableClock, NoAnswer, PachinkoError, from_companion
 from pachinko_cluster import SimulatedBroker, SimulatedConnection
 
 Calls = Callable[[SimulatedConnection], Awaitable[object]]
 
 
-class Moved:
-    """The library's clock, ahead by as many seconds as a test says. What waits for it waits."""
-
-    def __init__(self, clock: Any) -> None:
-        self.clock, self.ahead = clock, 0.0
-
-    def time(self) -> float:
-        return asyncio.get_running_loop().time() + self.ahead
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.clock, name)
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Moved:
-    moved = Moved(getattr(pachinko, "clock", None))
-    monkeypatch.setattr(pachinko, "clock", moved, raising=False)
+def clock(monkeypatch: pytest.MonkeyPatch) -> MovableClock:
+    """A clock that can be moved, in the place of the library's."""
+    moved = MovableClock()
+    monkeypatch.setattr(pachinko, "clock", moved)
     return moved
 
 
@@ -266,12 +254,12 @@ async def test_a_call_without_a_connection_fails(call: Calls, why: str) -> None:
 async def test_a_loss_is_told_to_each_connection() -> None:
     """Once; what was not delivered is gone, with all subscriptions, and none is accepted."""
     broker = SimulatedBroker()
-    assert not broker.is_lost
+    assert broker.is_there.is_set()
     async with members(broker) as some:
         await some[0].publish("a", b"gone")
         for _ in range(2):
             broker.lose()
-        assert broker.is_lost
+        assert not broker.is_there.is_set()
         await turns()
         for member in some:
             assert [type(exc) for exc in member.lost] == [ConnectionResetError]
@@ -279,7 +267,7 @@ async def test_a_loss_is_told_to_each_connection() -> None:
                 await member.start()
         for _ in range(2):
             broker.restore()
-        assert not broker.is_lost
+        assert broker.is_there.is_set()
         for member in some:
             await member.start()
         assert await some[0].publish("a") == 0
@@ -305,7 +293,7 @@ async def test_who_is_told_may_do_anything() -> None:
         await two.connection.stop()
         await two.start()
         broker.lose()
-        assert not broker.is_lost and not broker.connections
+        assert broker.is_there.is_set() and not broker.connections
         assert len(two.lost) == len(three.lost) == 1
 
 
@@ -315,7 +303,7 @@ def test_a_broker_may_be_lost_without_a_loop() -> None:
     broker.lose()
     broker.connection().kill()
     broker.restore()
-    assert not broker.is_lost
+    assert broker.is_there.is_set()
 
 
 async def test_a_killed_process_is_gone_for_ever() -> None:
@@ -401,22 +389,22 @@ async def test_a_killed_process_waits_for_ever() -> None:
 # Leases
 
 
-async def test_a_lease_has_one_holder_until_it_expires(clock: Moved) -> None:
+async def test_a_lease_has_one_holder_until_it_expires(clock: MovableClock) -> None:
     """Who holds it renews it; another gets it in the moment when it expires, and not before."""
     async with members(SimulatedBroker()) as (one, two):
         assert await one.connection.lease("k", "one", 6.0)
         assert not await two.connection.lease("k", "two", 6.0)
         assert await two.connection.lease("other", "two", 6.0)
-        clock.ahead += 5.5
+        clock.advance(5.5)
         assert await one.connection.lease("k", "one", 6.0)
-        clock.ahead += 5.5
+        clock.advance(5.5)
         assert not await two.connection.lease("k", "two", 6.0)
-        clock.ahead += 0.5
+        clock.advance(0.5)
         assert await two.connection.lease("k", "two", 6.0)
         assert not await one.connection.lease("k", "one", 6.0)
 
 
-async def test_a_lease_is_given_up_by_its_holder_only(clock: Moved) -> None:
+async def test_a_lease_is_given_up_by_its_holder_only(clock: MovableClock) -> None:
     """Zero seconds end it, and are never a lease."""
     async with members(SimulatedBroker()) as (one, two):
         assert not await one.connection.lease("k", "one", 0)
@@ -428,7 +416,9 @@ async def test_a_lease_is_given_up_by_its_holder_only(clock: Moved) -> None:
 
 
 @pytest.mark.parametrize("end", ["lose", "kill", "stop"])
-async def test_a_lease_outlasts_the_connection_that_it_was_taken_by(clock: Moved, end: str) -> None:
+async def test_a_lease_outlasts_the_connection_that_it_was_taken_by(
+    clock: MovableClock, end: str
+) -> None:
     """It expires; a token takes it from any connection."""
     broker = SimulatedBroker()
     async with members(broker) as (one, two):
@@ -443,7 +433,7 @@ async def test_a_lease_outlasts_the_connection_that_it_was_taken_by(clock: Moved
             await one.connection.stop()
         assert not await two.connection.lease("k", "two", 6.0)
         assert await two.connection.lease("k", "one", 6.0)
-        clock.ahead += 6.0
+        clock.advance(6.0)
         assert await two.connection.lease("k", "two", 6.0)
 
 
@@ -629,7 +619,7 @@ async def test_a_process_that_is_killed_looks_like_one_without_a_broker() -> Non
 
 @pytest.mark.parametrize("end", ["kill", "lose"])
 async def test_a_worker_is_taken_over_when_time_moves_on(
-    clock: Moved, monkeypatch: pytest.MonkeyPatch, end: str
+    clock: MovableClock, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     """After a kill, by another process, once the lease has expired; after an outage, by nobody."""
     monkeypatch.setattr(pachinko_cluster, "_TRY", 0.01)
@@ -647,7 +637,7 @@ async def test_a_worker_is_taken_over_when_time_moves_on(
             await turns(20)
             assert second.began == []
             if end == "kill":
-                clock.ahead += pachinko_cluster.LEASE
+                clock.advance(pachinko_cluster.LEASE)
                 await until(lambda: second.here)
             else:
                 assert first.here == first.began == ["a"]
