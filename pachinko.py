@@ -8602,11 +8602,12 @@ class Process:
         await self.stop()
 
     async def begin(self) -> Process:
-        """Start, if it has not begun. Raises `PachinkoError` if the application does not start."""
+        """Start, unless it has started. Raises `PachinkoError` if the application does not start."""
         async with self._starting:
             if self._is_over:
                 raise PachinkoError("this process has ended; await sim.process() starts another")
             if self._app is None:
+                self.sim.check_in_use()
                 app = self._make()
                 if not callable(app):
                     raise PachinkoError(f"the function that makes the application returned {app!r}")
@@ -8866,7 +8867,6 @@ class Simulation(Process):
         self._expected: list[Expected] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._begun = time.monotonic()
-        self._thread: LoopThread | None = None
 
     async def __aenter__(self) -> Simulation:
         if self._loop is not None:
@@ -8934,19 +8934,15 @@ class Simulation(Process):
                 failure.add_note(f"{what} has failed meanwhile:\n{text}")
 
     def __enter__(self) -> Any:
-        self._thread = LoopThread()
-        try:
-            return self._thread.call(self.__aenter__)
-        except BaseException:
-            self._thread.stop()
-            raise
+        with contextlib.ExitStack() as stack:
+            thread = LoopThread()
+            stack.callback(thread.stop)
+            sim = stack.enter_context(thread.blocking(self))
+            self._end_thread = stack.pop_all().__exit__
+        return sim
 
     def __exit__(self, *exc: Any) -> None:
-        thread = cast(LoopThread, self._thread)
-        try:
-            thread.call(self.__aexit__, *exc)
-        finally:
-            thread.stop()
+        self._end_thread(*exc)
 
     @property
     def broker(self) -> Any:
@@ -8984,7 +8980,7 @@ class Simulation(Process):
 
         Raises `ValueError` unless *seconds* is a finite number, at least 0.
         """
-        self._check_in_use()
+        self.check_in_use()
         if not is_seconds(seconds):
             raise ValueError(f"seconds is a finite number, at least 0; got {seconds!r}")
         self.note("", "…", f"{seconds:g} s pass on the clock of the library")
@@ -9026,7 +9022,7 @@ class Simulation(Process):
         check_timeout(timeout)
         if is_over():  # What a client has got outlasts the simulation.
             return True
-        self._check_in_use()
+        self.check_in_use()
         seconds = self.timeout if timeout is None else timeout
         try:
             return await watcher().wait(is_over, owner or self, seconds, hurries)
@@ -9034,7 +9030,8 @@ class Simulation(Process):
             late = str(exc)
         raise self.failure(f"{what} has not come within {seconds:g} s: {late}")
 
-    def _check_in_use(self) -> None:
+    def check_in_use(self) -> None:
+        """Raise `PachinkoError` outside of the block."""
         if self not in _simulations or asyncio.get_running_loop() is not self._loop:
             raise PachinkoError(
                 "a simulation is used inside of its block, async with simulate(app) as sim, and in "

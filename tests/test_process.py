@@ -14,6 +14,7 @@ import falcon.asgi
 import pytest
 
 import pachinko
+import pachinko_cluster
 from pachinko import (
     Close,
     Connection,
@@ -212,6 +213,24 @@ async def test_an_environment_with_a_broker_changes_nothing(
     monkeypatch.setenv("PACHINKO_BACKPLANE", "nats://127.0.0.1:1")
     async with simulate(without_a_lifespan) as sim:
         await sim.connect("/ws")
+
+
+async def test_a_backplane_of_one_s_own_is_replaced() -> None:
+    """The broker of the simulation stands between the processes instead."""
+    own = pachinko_cluster.SimulatedBroker()
+
+    def make() -> App:
+        app = falcon.asgi.App()
+        hub = Hub()
+        hub.configure(own.connection())
+        room(app, "/ws", hub=hub)
+        return app
+
+    async with simulate(make) as sim, sim.process() as other:
+        ada, bob = await sim.connect("/ws"), await other.connect("/ws")
+        await ada.send("say", "hi")
+        assert await bob.receive(Said) == Said("hi")
+        assert not own.connections and len(sim.broker.connections) == 2
 
 
 # Start and stop
@@ -416,6 +435,20 @@ async def test_a_process_that_has_not_started_takes_nobody() -> None:
         for match in ("no database", "has ended"):
             with pytest.raises(PachinkoError, match=match):
                 await other.connect("/ws")
+
+
+@pytest.mark.parametrize("use", [lambda sim: sim.begin(), lambda sim: sim.connect("/ws")])
+async def test_outside_of_its_block_nothing_starts(use: Any) -> None:
+    """The error says so before the application is called."""
+    calls = list[Any]()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        calls.append(scope)
+
+    with pytest.raises(PachinkoError, match="inside of its block"):
+        await use(simulate(app))
+    await asyncio.sleep(0)
+    assert calls == []
 
 
 async def test_clients_that_come_at_once_start_a_process_once() -> None:

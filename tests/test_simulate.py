@@ -642,6 +642,14 @@ async def test_a_simulation_runs_once() -> None:
         await sim.__aenter__()
 
 
+def test_the_blocking_form_runs_once_too() -> None:
+    """A second entry leaves the first one in use."""
+    with simulate(talking()) as sim:
+        with pytest.raises(PachinkoError, match="runs once"), sim.target:
+            pytest.fail("it was entered again")
+        assert sim.connect("/ws").request("double", 2) == 4
+
+
 async def test_a_simulation_is_used_in_its_block() -> None:
     """Before and after it, and in other loops, calls say so."""
     sim = simulate(talking())
