@@ -8567,7 +8567,7 @@ class Process:
         self._app: Any = None  # from the beginning of the start on, until the stop
         self._starting = asyncio.Lock()
         self._is_up = False  # It has started.
-        self._is_over = False  # It was killed or stopped, or has not started.
+        self._is_over = False  # It was killed or stopped.
         self._links: dict[Relay, Any] = {}  # its connections to the broker
         self._clients: list[Client] = []
         self._lifespan: asyncio.Task[None] | None = None
@@ -8604,18 +8604,18 @@ class Process:
     async def begin(self) -> Process:
         """Start, unless it has started. Raises `PachinkoError` if the application does not start."""
         async with self._starting:
-            if self._is_over:
-                raise PachinkoError("this process has ended; await sim.process() starts another")
-            if self._app is None:
+            if self._app is None and not self._is_over:
                 self.sim.check_in_use()
                 app = self._make()
                 if not callable(app):
                     raise PachinkoError(f"the function that makes the application returned {app!r}")
                 self.sim.claim(self, app)
                 self.sim.processes.append(self)
-                self._app, self._is_over = app, True
+                self._app = app
                 await self._tell("startup")
-                self._is_up, self._is_over = True, False
+                self._is_up = True
+            if self._is_over or not self._is_up:
+                raise PachinkoError("this process has ended; await sim.process() starts another")
         return self
 
     def _start_hub(self, endpoint: Lifecycle) -> None:

@@ -425,11 +425,10 @@ async def test_a_process_that_has_ended_takes_nobody(end: str) -> None:
 async def test_a_process_that_has_not_started_takes_nobody() -> None:
     """Its application is not ready for anybody."""
 
-    class Failing:
-        async def process_startup(self, scope: Any, event: Any) -> None:
-            raise OSError("no database")
+    async def fail() -> None:
+        raise OSError("no database")
 
-    apps = iter([falcon_app(), falcon.asgi.App(middleware=[Failing()])])
+    apps = iter([falcon_app(), falcon.asgi.App(middleware=[Middleware(fail)])])
     async with simulate(lambda: next(apps)) as sim:
         other = sim.process()
         for match in ("no database", "has ended"):
@@ -455,13 +454,12 @@ async def test_clients_that_come_at_once_start_a_process_once() -> None:
     """All of them wait until the startup is over."""
     seen = list[str]()
 
-    class Slow:
-        async def process_startup(self, scope: Any, event: Any) -> None:
-            await asyncio.sleep(0.01)
-            seen.append("up")
+    async def start() -> None:
+        await asyncio.sleep(0.01)
+        seen.append("up")
 
     def make() -> App:
-        app = falcon.asgi.App(middleware=[Slow()])
+        app = falcon.asgi.App(middleware=[Middleware(start)])
         ws = Pachinko(app, "/ws", hub=Hub())
 
         @ws.connect
@@ -475,6 +473,20 @@ async def test_clients_that_come_at_once_start_a_process_once() -> None:
         other = sim.process()
         await asyncio.gather(*(other.connect("/ws") for _ in range(3)))
     assert seen == ["up", "in", "in", "in"]
+
+
+async def test_a_process_that_is_killed_as_it_starts_takes_nobody() -> None:
+    """Who connects meanwhile is told."""
+    others = list[Any]()
+
+    async def kill() -> None:
+        for other in others:
+            other.kill()
+
+    async with simulate(lambda: falcon.asgi.App(middleware=[Middleware(kill)])) as sim:
+        others.append(sim.process())
+        with pytest.raises(PachinkoError, match="has ended"):
+            await others[0].connect("/ws")
 
 
 async def test_processes_may_come_one_after_the_other() -> None:
