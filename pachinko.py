@@ -8429,6 +8429,10 @@ class Client:
         self.is_orphaned = False
         self._deliver()
 
+    def is_unread(self) -> bool:
+        """Tell whether the application has not taken all that was sent, and still may."""
+        return self.end is None and bool(self._events)
+
     async def asgi_receive(self) -> Event:
         """Return the next event for the application (ASGI, WebSocket: Receive)."""
         while not self._events or self.is_orphaned:
@@ -8809,7 +8813,7 @@ def scope_of(
 # time, a transcript, and the bugs.
 
 _TRANSCRIPT = 100  # lines of a transcript that are kept
-_END_LOOKS = 20_000  # turns of the loop that what goes on at the end has, as it may never rest
+_END_LOOKS = 50_000  # looks at what goes on after the last frame was taken, as it may never rest
 _TITLE = "Transcript (seconds, client, → to the server, ← from it, ✕ the end):"
 _simulations: set[Simulation] = set()  # those in use, in any thread
 _using = threading.Lock()
@@ -8905,9 +8909,12 @@ class Simulation(Process):
             for process in self.processes:
                 stack.push_async_callback(process.stop)
             if settles:  # What was sent last is handled. Nothing of the outside is waited for.
-                looks = iter(range(_END_LOOKS))
+                looks = iter(range(_END_LOOKS, 0, -1))
                 with contextlib.suppress(TimeoutError):
-                    await watcher().wait(lambda: next(looks, None) is None, None, self.timeout)
+                    await watcher().wait(
+                        lambda: not (any(map(Client.is_unread, self.clients)) or next(looks, 0)),
+                        None, self.timeout,
+                    )  # fmt: skip
 
     def _verdict(self) -> AssertionError | None:
         """Return the error of a test that has found no fault by itself, if there is a bug."""

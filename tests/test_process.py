@@ -12,6 +12,7 @@ import attrs
 import falcon
 import falcon.asgi
 import pytest
+from support import PATIENCE
 
 import pachinko
 import pachinko_cluster
@@ -1121,6 +1122,25 @@ async def test_the_end_takes_no_real_linger(work: Any) -> None:
         await asyncio.sleep(0.01)
     assert asyncio.get_running_loop().time() - begun < 5
     assert len(asyncio.all_tasks()) == 1
+
+
+@pytest.mark.parametrize(("count", "turns"), [(3000, 20), (400, 50)])
+async def test_what_was_sent_last_is_handled(count: int, turns: int) -> None:
+    """However much it is."""
+    app, done = falcon.asgi.App(), list[int]()
+    ws = Pachinko(app, "/ws", hub=Hub(), rate=None)
+
+    @ws.on("work")
+    async def work(conn: Connection) -> None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        done.append(turns)
+
+    async with simulate(app, timeout=PATIENCE) as sim:
+        ada = await sim.connect("/ws")
+        for _ in range(count):
+            await ada.send("work")
+    assert len(done) == count
 
 
 async def test_the_end_names_what_does_not_end() -> None:
