@@ -173,8 +173,8 @@ from cattrs.gen.typeddicts import make_dict_structure_fn as make_typeddict_struc
 from msgspec import UNSET, UnsetType
 
 __all__ = [
-    "AnswerError", "Backplane", "Close", "Connection", "Envelope", "Hub", "MessageError",
-    "NoAnswer", "Pachinko", "PachinkoError", "Refused", "hub", "message", "simulate",
+    "AnswerError", "Backplane", "Client", "Close", "Connection", "Envelope", "Hub", "MessageError",
+    "NoAnswer", "Pachinko", "PachinkoError", "Refused", "Simulation", "hub", "message", "simulate",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -456,6 +456,7 @@ redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
 _NO_RIGHT = re.compile(r"ACL failure|can't run this command|can't access")
+_CANCEL_AGAIN = 0.5  # seconds that a task may clean up before it is cancelled once more
 
 
 class RedisConnection:
@@ -490,7 +491,8 @@ class RedisConnection:
             task.cancel()
 
     async def close(self) -> None:
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._tasks and (await asyncio.wait(self._tasks, timeout=_CANCEL_AGAIN))[1]:
+            self.cancel()  # `asyncio.wait_for` of Python 3.11, in redis-py, may have swallowed one.
         await self._connection.disconnect(nowait=True)
 
     async def _run(self, work: Callable[[], Awaitable[None]]) -> None:

@@ -307,6 +307,44 @@ async def test_the_loss_of_the_broker_is_told(broker: BrokerProcess) -> None:
         await until(lambda: one.messages == [("n.g.a", b"again")])
 
 
+class Deaf:
+    """A connection of redis-py that swallows the first cancellation, as a `wait_for` may."""
+
+    def __init__(self) -> None:
+        self.is_writing, self.never = asyncio.Event(), asyncio.Event()
+
+    async def connect(self) -> None: ...
+
+    async def disconnect(self, nowait: bool) -> None: ...
+
+    def pack_commands(self, commands: object) -> object:
+        return commands
+
+    async def read_response(self, timeout: float) -> object:
+        return await self.never.wait()
+
+    async def send_packed_command(self, packed: object, check_health: bool) -> None:
+        self.is_writing.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.never.wait()
+
+
+async def test_redis_is_stopped_whatever_swallows_a_cancellation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is cancelled again."""
+    monkeypatch.setattr(pachinko_cluster, "_CANCEL_AGAIN", 0.01)
+    deaf = Deaf()
+    connection = pachinko_cluster.RedisConnection(deaf, lambda *_: asyncio.sleep(0), print)
+    await connection.open()
+    call = asyncio.create_task(connection.call("PING"))
+    await deaf.is_writing.wait()
+    connection.cancel()
+    async with asyncio.timeout(PATIENCE):
+        await connection.close()
+    call.cancel()
+
+
 async def test_one_that_was_never_started_is_stopped(kind: BrokerKind) -> None:
     """Which says nothing."""
     await backplane_for(f"{kind}://127.0.0.1:1").stop()
