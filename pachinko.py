@@ -8606,7 +8606,7 @@ class Process:
         await self.stop()
 
     async def begin(self) -> Process:
-        """Start, unless it has started. Raises `PachinkoError` if the application does not start."""
+        """Start, if it has not begun. Raises `PachinkoError` if the application does not start."""
         async with self._starting:
             if self._app is None and not self._is_over:
                 self.sim.check_in_use()
