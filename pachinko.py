@@ -8620,7 +8620,7 @@ class Process:
                 self._is_up = True
             if self._is_over or not self._is_up:
                 raise PachinkoError("this process has ended; await sim.process() starts another")
-        return self
+            return self
 
     def _start_hub(self, endpoint: Lifecycle) -> None:
         """Start the hub of *endpoint* with the simulation's broker, and note what it sends."""
