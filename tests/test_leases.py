@@ -56,9 +56,11 @@ class Scene:
         self.here: list[str] = []  # the names of the processes, now
         self.began: list[str] = []  # the same, of all times
         self.ends: dict[str, str] = {}
+        self.hubs: dict[str, Hub] = {}
 
     def app(self, name: str, **options: Any) -> falcon.asgi.App[Any, Any]:
         app, hub = new_app(), Hub()
+        self.hubs[name] = hub
         hub.configure(self.url, **options)
         ws = Pachinko(app, "/ws", hub=hub)
 
@@ -75,6 +77,11 @@ class Scene:
 
     def process(self, name: str, **options: Any) -> Any:
         return serving(self.app(name, **options))
+
+    def has_asked(self, name: str) -> bool:
+        """Whether that process knows who has the lease."""
+        relay: Any = self.hubs[name].state.relay
+        return any(lease._answered > 0 for lease in relay._leases.values())
 
     def simulated(self) -> Simulation:
         """The same processes on a simulated broker, with the names "a", "b" and so on."""
@@ -307,6 +314,7 @@ async def test_a_restart_of_the_broker_interrupts_nothing(caplog: pytest.LogCapt
             async with scene.process("a"):
                 await until(lambda: scene.here == ["a"])
                 async with scene.process("b"):
+                    await until(lambda: scene.has_asked("b"))
                     await broker.restart()
                     await until(lambda: caplog.text.count(f"{broker.url}: connected, with") == 2)
                     await asyncio.sleep(pachinko_cluster.LEASE)  # Until then another may take it.
