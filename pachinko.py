@@ -7802,8 +7802,9 @@ class Watcher:
         self._loud = 0  # looks since it was last at rest
         self._next: asyncio.Handle | None = None
         self._threads = weakref.WeakSet(threading.enumerate())  # that are none of an application
-        self._left = 0.0  # seconds that the clock of the library is still to be moved
-        self._held: list[Callable[[], None]] = []  # what waits for that
+        # Seconds that a clock is still to be moved. One of a simulation that has ended never is.
+        self._left = weakref.WeakKeyDictionary[Clock, float]()
+        self._held = collections.deque[Callable[[], None]]()  # what waits for that
 
     async def wait(
         self, is_over: Callable[[], object], owner: object, seconds: float,
@@ -7814,7 +7815,7 @@ class Watcher:
         At rest nothing can run by itself, and nothing of the application of *owner* waits for the
         outside. Time limits of the library whose owner *hurries* takes come early instead.
         """
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
         wait = Wait(is_over, owner, loop.time() + seconds, hurries, loop.create_future())
         self._waits.append(wait)
         self._quiet = 0
@@ -7826,26 +7827,25 @@ class Watcher:
 
     def advance(self, seconds: float) -> None:
         """Move the clock of the library, once at rest: from timer to timer, as time does."""
-        self._left += seconds
+        self._left[clock] = self._left.get(clock, 0.0) + seconds
         self._quiet = 0
-        self._look_later(asyncio.get_running_loop())
+        self._look_later(running_loop())
 
     def call(self, function: Callable[[], None]) -> None:
         """Call *function* now, or once the clock has been moved."""
-        if self._left:
-            self._held.append(function)
-        else:
-            function()
+        self._held.append(function)
+        self._release()
+
+    def _release(self) -> None:
+        while self._held and not self._left.get(clock):
+            self._held.popleft()()
 
     def _move(self) -> None:
-        due = _clock().next_due()
-        seconds = self._left if due is None else min(self._left, due)
-        self._left -= seconds
+        due, left = _clock().next_due(), self._left[clock]
+        seconds = left if due is None else min(left, due)
+        self._left[clock] = left - seconds
         _clock().advance(seconds)
-        if not self._left:
-            held, self._held = self._held, []
-            for function in held:
-                function()
+        self._release()
 
     def _hurry(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Let the first time limit come early that a wait *hurries*; return whether one has."""
@@ -7870,24 +7870,21 @@ class Watcher:
         self._quiet = 0 if (_running(loop) if ready is None else ready) else self._quiet + 1
         is_resting = self._quiet >= (_BLIND_LOOKS if ready is None else _LOOKS)
         self._loud = 0 if is_resting else self._loud + 1
-        until = max((wait.until for wait in self._open), default=0.0)
         outside: list[tuple[object, str]] = []
-        if is_resting and self._left:
+        until = max((wait.until for wait in self._open), default=0.0)
+        if is_resting:
+            self._quiet = 0  # What comes from the outside takes some turns of a blind loop.
+        if is_resting and self._left.get(clock):
             self._move()
-            self._quiet = 0
-        elif (is_resting or self._loud > _LOUD_LOOKS) and self._hurry(loop):
-            self._quiet = 0
-        elif is_resting:
-            if self._open:
-                outside = outside_of(loop, until, self._threads)
-                busy = {id(owner) for owner, _ in outside}
-                ending = [wait for wait in self._open if id(wait.owner) not in busy]
-                # A task of the test that settles goes on before those that wait for something.
-                first = [wait for wait in ending if wait.is_over is never] or ending
-                self._end_if(first.__contains__, False)
-                self._quiet = 0  # What comes from the outside takes some turns of a blind loop.
+        elif not ((is_resting or self._loud > _LOUD_LOOKS) and self._hurry(loop)) and is_resting:
+            outside = outside_of(loop, until, self._threads)
+            busy = [owner for owner, _ in outside]
+            ending = [wait for wait in self._open if wait.owner not in busy]
+            # A task of the test that settles goes on before those that wait for something.
+            first = [wait for wait in ending if wait.is_over is never] or ending
+            self._end_if(first.__contains__, False)
         if late := [wait for wait in self._open if wait.until <= loop.time()]:
-            running = [Parked(each).place for each in _running(loop)] or ["something"]
+            running = [place_in(Parked(each).frames) for each in _running(loop)] or ["something"]
             going_on = outside or [
                 *outside_of(loop, until, self._threads),
                 *((None, f"{each} runs all the time") for each in running),
@@ -7895,7 +7892,7 @@ class Watcher:
             for wait in late:
                 texts = [text for owner, text in going_on if owner in (wait.owner, None)]
                 wait.ended.set_exception(TimeoutError("; ".join(texts)))
-        if self._open or self._left:
+        if self._open or self._left.get(clock):
             self._look_later(loop, _PAUSE if outside else 0.0)
 
     @property
@@ -7908,15 +7905,12 @@ class Watcher:
                 wait.ended.set_result(result)
 
 
-_watchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Watcher] = (
-    weakref.WeakKeyDictionary()
-)
+_watchers = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Watcher]()
 
 
 def watcher() -> Watcher:
     """Return the watcher of the running loop."""
-    loop = asyncio.get_running_loop()
-    return _watchers.get(loop) or _watchers.setdefault(loop, Watcher())
+    return _watchers.get(running_loop()) or _watchers.setdefault(running_loop(), Watcher())
 
 
 def _running(loop: asyncio.AbstractEventLoop) -> list[asyncio.Task[Any]]:
@@ -7929,10 +7923,6 @@ class Silence(asyncio.Future[None]):
     """What an application waits for until its client sends something: nothing of the outside."""
 
 
-def _is_silent(task: asyncio.Task[Any]) -> bool:
-    return isinstance(getattr(task, "_fut_waiter", None), Silence)
-
-
 class Parked:
     """A *task* that waits: whose it is, in which code, and for what."""
 
@@ -7943,11 +7933,6 @@ class Parked:
         # The context of a task is that of the callback that wakes it.
         owners = (context.get(_simulation) for _, context in _callbacks_of(self.future))
         self.owner: object = next(filter(None, owners), None)  # the simulation
-
-    @property
-    def place(self) -> str:
-        """Where code of the application waits, from its outermost function to the inner ones."""
-        return place_in(self.frames)
 
     def waits_for(self, is_open: bool) -> str:
         """Return what of the outside it waits for, if no timer shows it, or ""."""
@@ -7999,7 +7984,10 @@ def outside_of(
         if not timer.cancelled() and not _clock().is_own(timer)
     }  # fmt: skip
     ends = {id(each): key for key, timer in timers.items() for each in _ended_by(timer)}
-    tasks = {task: Parked(task) for task in asyncio.all_tasks(loop) if not _is_silent(task)}
+    tasks = {
+        task: Parked(task) for task in asyncio.all_tasks(loop)
+        if not isinstance(getattr(task, "_fut_waiter", None), Silence)
+    }  # fmt: skip
     # Where several tasks wait for one future, that of a simulation is the one that counts.
     ordered = sorted(tasks, key=lambda task: tasks[task].owner is not None)
     waiters = {id(leaf): task for task in ordered for leaf in tasks[task].leaves}
@@ -8009,41 +7997,34 @@ def outside_of(
     found: list[tuple[object, str]] = []
     used = set[int | None]()
     for task, parked in tasks.items():
-        keys = [ends.get(id(each)) for each in (task, parked.future, *parked.leaves)]
-        own = {key for key in keys if key in timers}
+        own = {ends.get(id(each)) for each in (task, parked.future, *parked.leaves)} - {None}
         used |= own
         if what := "a timer" if own else parked.waits_for(is_open):
             chain = [task]
             while (waiter := waiters.get(id(chain[0]), task)) not in chain:
                 chain.insert(0, waiter)
             owner = next(filter(None, (tasks[each].owner for each in chain)), None)
-            places = " → ".join(tasks[each].place for each in chain)
+            places = " → ".join(place_in(tasks[each].frames) for each in chain)
             found.append((owner, f"{places} waits for {what}"))
-    rest = (timer for key, timer in timers.items() if key not in used)
-    others = [timer for timer in rest if timer.when() <= until]
     found += [
         (timer._context.get(_simulation), f"a timer will call {timer._callback!r}")
-        for timer in others
-    ]
+        for key, timer in timers.items() if key not in used and timer.when() <= until
+    ]  # fmt: skip
     return [each for each in found if each[0] is not None]
 
 
-def _ended_by(timer: Any) -> Iterator[object]:
-    """Yield what *timer* may end: a future that it resolves, or a task that it cancels."""
-    yield from filter(asyncio.isfuture, timer._args or ())
+def _ended_by(timer: Any) -> list[object]:
+    """Return what *timer* may end: a future that it resolves, or a task that it cancels."""
     of = getattr(timer._callback, "__self__", timer)
-    yield of
-    yield getattr(of, "_task", of)
+    return [*filter(asyncio.isfuture, timer._args or ()), of, getattr(of, "_task", of)]
 
 
 def _has_threads(known: Container[threading.Thread]) -> bool:
     """Tell whether a thread runs that is not *known*, and is not an idle one of an executor."""
-    frames = sys._current_frames()
-    names = [
-        frames[each.ident].f_code.co_name for each in threading.enumerate()
-        if each not in known and each.ident in frames
-    ]  # fmt: skip
-    return any(name != "_worker" for name in names)
+    frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]  # documented by CPython
+    others = {each.ident for each in threading.enumerate() if each not in known} & {*frames}
+    inner = [f"{_module_of(frames[id])}.{frames[id].f_code.co_name}" for id in others if id]
+    return any(each != "concurrent.futures.thread._worker" for each in inner)
 
 
 def _module_of(frame: types.FrameType | None) -> str:
@@ -8146,7 +8127,7 @@ class Client:
         self._calls: dict[object, Answers | None] = {}  # by id; None if nobody wants the answers
         self._answerers: dict[str, Callable[[Any], Any]] = {}
         self._answering = set[asyncio.Task[None]]()
-        self._ids = map("request-{}".format, itertools.count(1))  # A test may send its own ids.
+        self._ids = map("request-{}".format, itertools.count(1))
         self._events = collections.deque[Event]([{"type": "websocket.connect"}])  # for the server
         self._reader: asyncio.Future[None] | None = None
         self._flows = asyncio.Event()  # The client reads.
@@ -8263,14 +8244,15 @@ class Client:
 
         Raises `MessageError` for an answer that is an error.
         """
-        type, id = self._call(message, payload, timeout)
+        call = self.stream(message, payload, timeout=timeout)
         try:
-            answer, more = await self.next_answer(type, id, timeout)
+            answer, more = await self.next_answer(call)
             if more or answer.type == "complete":
-                raise self.failure(f"{type!r} is answered by a stream: use stream({type!r}, …)")
+                text = f"{call.type!r} is answered by a stream: use stream({call.type!r}, …)"
+                raise self.failure(text)
             return self._structured(answer, returns)
         finally:
-            self.leave(id)
+            self.leave(call.id)
 
     def stream(
         self, message: object, payload: object = None, *, timeout: float | None = None
@@ -8279,27 +8261,22 @@ class Client:
 
         Leaving the loop sends ``complete``. Raises `MessageError` where the stream fails.
         """
-        type, id = self._call(message, payload, timeout)
-        return Items(self, type, id, timeout)
-
-    def _call(self, message: object, payload: object, timeout: float | None) -> tuple[str, str]:
-        """Send a message under a new id; return its type and the id."""
         check_timeout(timeout)
         type, payload = split_message(message, payload)
-        id = next(self._ids)
+        id = next(self._ids)  # A test may send its own ids.
         self._send_message(type, payload, id)
         self._calls[id] = collections.deque()
-        return type, id
+        return Items(self, type, id, timeout)
 
-    async def next_answer(self, type: str, id: str, timeout: float | None) -> Answer:
-        """Return the next answer to message *id*. Raises `StopAsyncIteration` after the last."""
-        if (answers := self._calls.get(id)) is None:
+    async def next_answer(self, call: Items) -> Answer:
+        """Return the next answer to *call*. Raises `StopAsyncIteration` after the last."""
+        if (answers := self._calls.get(call.id)) is None:
             raise StopAsyncIteration
         while not answers:
-            await self._wait(lambda: answers, timeout, f"an answer to {type!r}")
+            await self._wait(lambda: answers, call.timeout, f"an answer to {call.type!r}")
         answer, more = answers.popleft()
         if not more:
-            del self._calls[id]
+            del self._calls[call.id]
         if answer.type == "error":
             said = {**answer.payload} if isinstance(answer.payload, dict) else {}
             error = MessageError(said.pop("code", ""), said.pop("message", ""))
@@ -8504,40 +8481,39 @@ class Client:
         self._end(1006, "", f"refused with HTTP {refusal.status} {text}")
 
 
+@attrs.define(eq=False)
 class Items(AsyncIterator[Any]):
     """What `Client.stream` returns: the payloads of its items, one after the other."""
 
-    def __init__(
-        self, client: Client, type: str, id: str, timeout: float | None, whole: Items | None = None
-    ) -> None:
-        self._client, self._type, self._id, self._timeout = client, type, id, timeout
-        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
-        self._whole = whole  # It is kept with its part.
+    _client: Client
+    type: str
+    id: str
+    timeout: float | None
+    _whole: Items | None = None  # It is kept with its part.
+    _loop: asyncio.AbstractEventLoop = attrs.field(factory=running_loop)
+    _thread: int = attrs.field(factory=threading.get_ident)
 
     def __aiter__(self) -> Items:
         # Nothing but the loop has this one. The interpreter drops it where the loop is left.
-        return Items(self._client, self._type, self._id, self._timeout, self)
+        return attrs.evolve(self, whole=self)
 
     async def __anext__(self) -> Any:
-        answer, more = await self._client.next_answer(self._type, self._id, self._timeout)
+        answer, more = await self._client.next_answer(self)
         if more:
             return answer.payload
         if answer.type == "complete":
             raise StopAsyncIteration
-        raise self._client.failure(f"{self._type!r} is no stream: use request({self._type!r}, …)")
+        raise self._client.failure(f"{self.type!r} is no stream: use request({self.type!r}, …)")
 
     async def aclose(self) -> None:
         """Send ``complete``, unless the stream has ended."""
-        self._client.leave(self._id)
+        self._client.leave(self.id)
 
-    def drop(self) -> None:
-        """Do what `aclose` does, from any thread."""
+    def __del__(self) -> None:
         is_here = threading.get_ident() == self._thread
         call = contextvars.Context().run if is_here else self._loop.call_soon_threadsafe
         with contextlib.suppress(RuntimeError):  # The loop has been closed.
-            call(self._client.leave, self._id)
-
-    __del__ = drop
+            call(self._client.leave, self.id)
 
 
 def _texts(headers: Iterable[tuple[bytes, bytes]] | None) -> dict[str, str]:
