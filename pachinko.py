@@ -93,7 +93,7 @@ Map: each section, what it is for, and those above it that it uses.
         admission, running)
     settling — what an event loop can still do by itself (uses: clock, outgoing, stream)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
-        asking, listening, outcomes, settling)
+        clock, asking, listening, outcomes, settling)
     process — a process of a simulated application (uses: errors, scope, handshake, hub, running,
         settling, client)
     simulate — the test client (uses: errors, envelope and message, clock, connection, registry and
@@ -7818,8 +7818,7 @@ class Watcher:
         loop = running_loop()
         wait = Wait(is_over, owner, loop.time() + seconds, hurries, loop.create_future())
         self._waits.append(wait)
-        self._quiet = 0
-        self._look_later(loop)
+        self._look_soon()
         try:
             return await wait.ended
         finally:
@@ -7828,8 +7827,7 @@ class Watcher:
     def advance(self, seconds: float) -> None:
         """Move the clock of the library, once at rest: from timer to timer, as time does."""
         self._left[clock] = self._left.get(clock, 0.0) + seconds
-        self._quiet = 0
-        self._look_later(running_loop())
+        self._look_soon()
 
     def call(self, function: Callable[[], None]) -> None:
         """Call *function* now, or once the clock has been moved."""
@@ -7856,11 +7854,12 @@ class Watcher:
                 return True
         return False
 
-    def _look_later(self, loop: asyncio.AbstractEventLoop, seconds: float = 0.0) -> None:
+    def _look_soon(self) -> None:
+        """Begin to look anew."""
+        self._quiet = 0
         if self._next is not None:
             self._next.cancel()
-        later = functools.partial(loop.call_later, seconds) if seconds else loop.call_soon
-        self._next = later(self._look, loop)
+        self._next = running_loop().call_soon(self._look, running_loop())
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         """End the waits that are over, and all of them at rest."""
@@ -7893,7 +7892,8 @@ class Watcher:
                 texts = [text for owner, text in going_on if owner in (wait.owner, None)]
                 wait.ended.set_exception(TimeoutError("; ".join(texts)))
         if self._open or self._left.get(clock):
-            self._look_later(loop, _PAUSE if outside else 0.0)
+            later = functools.partial(loop.call_later, _PAUSE) if outside else loop.call_soon
+            self._next = later(self._look, loop)
 
     @property
     def _open(self) -> list[Wait]:
@@ -7944,8 +7944,8 @@ class Parked:
             return "a thread"
         module = _module_of(inner)
         is_inside = module in _INSIDE or module.split(".")[0] in _LIBRARIES - {"asyncio"}
-        futures = [each for each in self.leaves if type(each) is asyncio.Future]
-        is_bare = any(each is not self.future or not is_inside for each in futures)
+        bare = [each for each in self.leaves if type(each) is asyncio.Future]
+        is_bare = bare and not (is_inside and bare == [self.future])
         return "a socket or a thread, it seems" if is_open and is_bare else ""
 
 
@@ -8077,7 +8077,6 @@ def _is_own(frame: types.FrameType) -> bool:
 # application gets its `receive` and `send` as those of a server (ASGI, WebSocket).
 
 _FRAME_SHOWN = 200  # characters of a frame in a transcript
-_BUG = 1011  # Falcon's close code for an error that nobody handles
 
 
 class Refused(Exception):
@@ -8100,7 +8099,6 @@ class Refused(Exception):
 
 App = Callable[[Any, Any, Any], Coroutine[Any, Any, None]]  # ASGI's
 Answer = tuple[Envelope, bool]  # with whether more will come
-Answers = collections.deque[Answer]
 
 
 class Client:
@@ -8124,12 +8122,12 @@ class Client:
         self._process = process
         process.sim.clients.append(self)
         self._inbox = collections.deque[Envelope]()
-        self._calls: dict[object, Answers | None] = {}  # by id; None if nobody wants the answers
+        self._calls: dict[object, collections.deque[Answer] | None] = {}  # None: they are ignored
         self._answerers: dict[str, Callable[[Any], Any]] = {}
         self._answering = set[asyncio.Task[None]]()
         self._ids = map("request-{}".format, itertools.count(1))
         self._events = collections.deque[Event]([{"type": "websocket.connect"}])  # for the server
-        self._reader: asyncio.Future[None] | None = None
+        self._reader = Silence()
         self._flows = asyncio.Event()  # The client reads.
         self._flows.set()
 
@@ -8176,7 +8174,8 @@ class Client:
         if self.end is not None:
             raise self.failure("nothing can be sent")
         self._process.sim.note(self.name, "→", content)
-        self._push({"type": "websocket.receive", kind: content})
+        event = {"type": "websocket.receive", kind: content}
+        watcher().call(functools.partial(self._deliver, event))
 
     @typing.overload
     async def receive(self, expected: type[T], *, timeout: float | None = None) -> T: ...
@@ -8192,30 +8191,28 @@ class Client:
         """
         name = expected if isinstance(expected, str) else message_type(expected)
         if name is None and expected is not None:
-            write = 'write receive(Said), a class with @message, receive("said") or receive()'
-            raise TypeError(f"{write}; got {expected!r}")
+            raise TypeError(f'write receive(Said), receive("said") or receive(); got {expected!r}')
         what = "a message" if name is None else repr(name)
         check_timeout(timeout)
         while not self._inbox:
             await self._wait(lambda: self._inbox, timeout, what, name or "")
         envelope = self._inbox[0]
-        if name is not None and envelope.type != name:
-            near = self._near(name)
-            raise self.failure(f"{what} was expected, but {shorten(envelope)} came{near}")
-        wanted = Any if isinstance(expected, str) else expected
-        taken = envelope if expected is None else self._structured(envelope, wanted)
+        if name is not None and name != envelope.type:
+            text = f"{what} was expected, but {shorten(envelope)} came{self._near(name)}"
+            raise self.failure(text)
+        t = Any if isinstance(expected, str) else expected
+        taken = envelope if name is None else self._structured(envelope, t)
         self._inbox.popleft()
         return taken
 
     def _near(self, name: str) -> str:
         """Say where a message *name* is, or else one with a similar type, if there is one."""
-        own = {each.type: f"{shorten(each)} comes later" for each in reversed(self._inbox)}
-        came = {
-            each.type: f"{client.name} has got {shorten(each)}"
-            for client in self._process.sim.clients for each in client.received
-        } | own  # fmt: skip
-        nearest = [name] if name in came else difflib.get_close_matches(name, came, 1)
-        return f"; {came[nearest[0]]}" if name and nearest else ""
+        came: dict[str, str] = {}
+        for of in self._process.sim.clients:
+            came |= {each.type: f"{of.name} has got {shorten(each)}" for each in of.received}
+        came |= {each.type: f"{shorten(each)} comes later" for each in reversed(self._inbox)}
+        nearest = difflib.get_close_matches(name, came, 1) if name else ()
+        return "".join(f"; {came[each]}" for each in nearest)
 
     def _structured(self, envelope: Envelope, returns: Any) -> Any:
         codec = self._process.codec
@@ -8248,8 +8245,7 @@ class Client:
         try:
             answer, more = await self.next_answer(call)
             if more or answer.type == "complete":
-                text = f"{call.type!r} is answered by a stream: use stream({call.type!r}, …)"
-                raise self.failure(text)
+                raise self.failure(f"{call.type!r} is a stream: use stream({call.type!r}, …)")
             return self._structured(answer, returns)
         finally:
             self.leave(call.id)
@@ -8295,9 +8291,8 @@ class Client:
     def answer(self, type: str, function: Callable[[Any], Any]) -> None:
         """Answer each question of *type* (`Connection.ask`) with what *function* returns.
 
-        It gets the payload as JSON, and may be async. A `MessageError` that it raises is sent.
-        A question without an answerer is received as other messages are, and answered by
-        ``send("<type>.reply", …, id=question.id)``.
+        It gets the payload as JSON, and may be async. A `MessageError` that it raises is sent. Any
+        other question is received, and answered by ``send("<type>.reply", …, id=question.id)``.
         """
         self._answerers[check_type(type)] = function
 
@@ -8354,11 +8349,10 @@ class Client:
         """Wait until *is_over*. Raises `AssertionError` if *what* cannot come any more."""
         await self._process.sim.wait(lambda: is_over() or self.end, timeout, what)
         if not is_over():
-            frames = [*frames_of(self.task.get_coro())]
+            own = [*filter(_is_own, frames_of(self.task.get_coro()))]
             why = "" if self._flows.is_set() else ", as the client is stalled"
-            why += f"; {place_in(frames)} waits" if any(map(_is_own, frames)) else ""
-            text = f"{what} was expected, and nothing more can come{why}{self._near(near)}"
-            raise self.failure(text)
+            why += (f"; {place_in(own)} waits" if own else "") + self._near(near)
+            raise self.failure(f"{what} was expected, and nothing more can come{why}")
 
     def failure(self, text: str) -> AssertionError:
         if self.end is not None:
@@ -8370,26 +8364,23 @@ class Client:
     def begin(self, app: App, context: contextvars.Context) -> None:
         """Let *app* serve the client, in *context*."""
         work: Any = app(self.scope, self.asgi_receive, self.asgi_send)
-        self.task = asyncio.get_running_loop().create_task(work, context=context)
+        self.task = running_loop().create_task(work, context=context)
         self.task.add_done_callback(self._note_end)
 
     def _note_end(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._process.sim.note_bug(f"the application, for {self.name},", exc)
         if self.is_accepted:
-            code = self._conn.close_code if self._conn is not None else None
-            self._end(code or 1006, "", "the application has returned, without a close frame")
+            code = getattr(self._conn, "close_code", None) or 1006
+            self._end(code, "", "the application has returned, without a close frame")
 
     def meet(self, conn: Connection) -> None:
         """Note the server's side."""
         self._conn = conn
 
-    def _push(self, event: Event) -> None:
-        watcher().call(functools.partial(self._deliver, event))
-
     def _deliver(self, *events: Event) -> None:
         self._events += events
-        if self._reader is not None and not self._reader.done():
+        if not self._reader.done():
             self._reader.set_result(None)
 
     def _end(self, code: int, reason: str, text: str) -> None:
@@ -8398,7 +8389,8 @@ class Client:
             return
         self.end = code, reason
         self._process.sim.note(self.name, "✕", text)
-        self._push({"type": "websocket.disconnect", "code": code, "reason": reason})
+        event = {"type": "websocket.disconnect", "code": code, "reason": reason}
+        watcher().call(functools.partial(self._deliver, event))
         self._flows.set()
         for task in self._answering - {asyncio.current_task()}:
             task.cancel()
@@ -8419,10 +8411,8 @@ class Client:
         while not self._events or self.is_orphaned:
             self._reader = Silence()
             await self._reader
-        event = self._events[0]
-        if event["type"] != "websocket.disconnect":  # It stays, for whoever asks again.
-            self._events.popleft()
-        return event
+        is_last = self._events[0]["type"] == "websocket.disconnect"
+        return self._events[0] if is_last else self._events.popleft()  # for whoever asks again
 
     async def asgi_send(self, event: Event) -> None:
         """Take an event of the application (ASGI, WebSocket: Send)."""
@@ -8449,23 +8439,18 @@ class Client:
         content = event["bytes"] if event.get("text") is None else event["text"]
         self._process.sim.note(self.name, "←", content)
         envelope, more = read_frame(content)
-        if envelope.id is not None and envelope.id in self._calls:
-            answers = self._calls[envelope.id]
-            if answers is not None:
+        if envelope.id in self._calls:
+            if (answers := self._calls[envelope.id]) is not None:
                 answers.append((envelope, more))
-            elif not more:
-                del self._calls[envelope.id]
         elif envelope.type in self._answerers and str(envelope.id).startswith("$"):
-            task = create_task(self._answer(envelope), is_detached=True)
-            self._answering.add(task)
-            task.add_done_callback(self._answering.discard)
+            self._answering.add(create_task(self._answer(envelope), is_detached=True))
         else:
             self._inbox.append(envelope)
 
     def _take_close(self, code: int, reason: str) -> None:
         """Take the close frame, or the refusal of the handshake, which servers make HTTP 403."""
         bug = handled_by_falcon()
-        if code == _BUG and bug is not None:
+        if code == 1011 and bug is not None:  # It is Falcon's code for one that nobody handles.
             self._process.sim.note_bug(f"the handshake of {self.name}", bug)
         if not self.is_accepted:
             self.refusal = Refused(403, None, f"the application has closed with {code} {reason}")
