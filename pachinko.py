@@ -7875,7 +7875,9 @@ class Watcher:
             self._quiet = 0  # What comes from the outside takes some turns of a blind loop.
         if is_resting and self._left.get(clock):
             self._move()
-        elif not ((is_resting or self._loud > _LOUD_LOOKS) and self._hurry(loop)) and is_resting:
+        elif (is_resting or self._loud > _LOUD_LOOKS) and self._hurry(loop):
+            pass  # What was limited runs next.
+        elif is_resting:
             outside = outside_of(loop, until, self._threads)
             busy = [owner for owner, _ in outside]
             ending = [wait for wait in self._open if wait.owner not in busy]
