@@ -628,6 +628,35 @@ async def test_simulations_of_one_loop_do_not_wait_for_each_other() -> None:
         assert (await answer).payload == "done"
 
 
+async def test_the_end_of_a_simulation_hurries_no_other_one() -> None:
+    """Its time limits come at once, and an earlier one of the other simulation does not."""
+    (one, ws), (other, late) = app_of(handler_timeout=PATIENCE), app_of(linger=LONG)
+    ended: list[bool] = []
+
+    @ws.on("go")
+    async def go(conn: Any) -> None:
+        await asyncio.Event().wait()
+
+    @late.on("go")
+    async def stay(conn: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(conn.closed)
+
+    async with simulate(one) as first:
+        ada = await first.connect("/ws")
+        await ada.send("go", id=1)
+        await first.settle()
+        async with simulate(other) as second:
+            bob = await second.connect("/ws")
+            await bob.send("go")
+        assert ended == [True]
+        assert ada.received == []
+        await first.advance(PATIENCE)
+        assert (await ada.receive("error"))["code"] == "handler_timeout"
+
+
 async def test_a_group_of_a_thousand_settles() -> None:
     """Each has its message, and a burst of more than can be held is handled."""
     app, ws = app_of()
