@@ -7800,6 +7800,7 @@ class Watcher:
         self._waits: list[Wait] = []
         self._quiet = 0  # looks in a row that have found nothing to run
         self._loud = 0  # looks since it was last at rest
+        self._busy: list[object] = []  # the simulations that waited for the outside then
         self._next: asyncio.Handle | None = None
         self._threads = weakref.WeakSet(threading.enumerate())  # that are none of an application
         # Seconds that a clock is still to be moved. One of a simulation that has ended never is.
@@ -7872,15 +7873,16 @@ class Watcher:
         outside: list[tuple[object, str]] = []
         until = max((wait.until for wait in self._open), default=0.0)
         if is_resting:
-            self._quiet = 0  # What comes from the outside takes some turns of a blind loop.
+            self._quiet = 0
         if is_resting and self._left.get(clock):
             self._move()
         elif (is_resting or self._loud > _LOUD_LOOKS) and self._hurry(loop):
             pass  # What was limited runs next.
         elif is_resting:
             outside = outside_of(loop, until, self._threads)
-            busy = [owner for owner, _ in outside]
-            ending = [wait for wait in self._open if wait.owner not in busy]
+            # What has come from the outside takes some turns of a loop, which a blind one hides.
+            before, self._busy = self._busy, [owner for owner, _ in outside]
+            ending = [wait for wait in self._open if wait.owner not in before + self._busy]
             # A task of the test that settles goes on before those that wait for something.
             first = [wait for wait in ending if wait.is_over is never] or ending
             self._end_if(first.__contains__, False)
