@@ -93,7 +93,7 @@ Map: each section, what it is for, and those above it that it uses.
         admission, running)
     settling — what an event loop can still do by itself (uses: clock, outgoing, stream)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
-        asking, listening, outcomes, settling)
+        clock, asking, listening, outcomes, settling)
     process — a process of a simulated application (uses: errors, scope, handshake, hub, running,
         settling, client)
     simulate — the test client (uses: errors, envelope and message, clock, connection, registry and
@@ -7792,10 +7792,12 @@ class Watcher:
         self._waits: list[Wait] = []
         self._quiet = 0  # looks in a row that have found nothing to run
         self._loud = 0  # looks since it was last at rest
+        self._busy: list[object] = []  # the simulations that waited for the outside then
         self._next: asyncio.Handle | None = None
         self._threads = weakref.WeakSet(threading.enumerate())  # that are none of an application
-        self._left = 0.0  # seconds that the clock of the library is still to be moved
-        self._held: list[Callable[[], None]] = []  # what waits for that
+        # Seconds that a clock is still to be moved. One of a simulation that has ended never is.
+        self._left = weakref.WeakKeyDictionary[Clock, float]()
+        self._held = collections.deque[Callable[[], None]]()  # what waits for that
 
     async def wait(
         self, is_over: Callable[[], object], owner: object, seconds: float,
@@ -7806,11 +7808,10 @@ class Watcher:
         At rest nothing can run by itself, and nothing of the application of *owner* waits for the
         outside. Time limits of the library whose owner *hurries* takes come early instead.
         """
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
         wait = Wait(is_over, owner, loop.time() + seconds, hurries, loop.create_future())
         self._waits.append(wait)
-        self._quiet = 0
-        self._look_later(loop)
+        self._look_soon()
         try:
             return await wait.ended
         finally:
@@ -7818,26 +7819,24 @@ class Watcher:
 
     def advance(self, seconds: float) -> None:
         """Move the clock of the library, once at rest: from timer to timer, as time does."""
-        self._left += seconds
-        self._quiet = 0
-        self._look_later(asyncio.get_running_loop())
+        self._left[clock] = self._left.get(clock, 0.0) + seconds
+        self._look_soon()
 
     def call(self, function: Callable[[], None]) -> None:
         """Call *function* now, or once the clock has been moved."""
-        if self._left:
-            self._held.append(function)
-        else:
-            function()
+        self._held.append(function)
+        self._release()
+
+    def _release(self) -> None:
+        while self._held and not self._left.get(clock):
+            self._held.popleft()()
 
     def _move(self) -> None:
-        due = _clock().next_due()
-        seconds = self._left if due is None else min(self._left, due)
-        self._left -= seconds
+        due, left = _clock().next_due(), self._left[clock]
+        seconds = left if due is None else min(left, due)
+        self._left[clock] = left - seconds
         _clock().advance(seconds)
-        if not self._left:
-            held, self._held = self._held, []
-            for function in held:
-                function()
+        self._release()
 
     def _hurry(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Let the first time limit come early that a wait *hurries*; return whether one has."""
@@ -7848,11 +7847,12 @@ class Watcher:
                 return True
         return False
 
-    def _look_later(self, loop: asyncio.AbstractEventLoop, seconds: float = 0.0) -> None:
+    def _look_soon(self) -> None:
+        """Begin to look anew."""
+        self._quiet = 0
         if self._next is not None:
             self._next.cancel()
-        later = functools.partial(loop.call_later, seconds) if seconds else loop.call_soon
-        self._next = later(self._look, loop)
+        self._next = running_loop().call_soon(self._look, running_loop())
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         """End the waits that are over, and all of them at rest."""
@@ -7862,24 +7862,24 @@ class Watcher:
         self._quiet = 0 if (_running(loop) if ready is None else ready) else self._quiet + 1
         is_resting = self._quiet >= (_BLIND_LOOKS if ready is None else _LOOKS)
         self._loud = 0 if is_resting else self._loud + 1
-        until = max((wait.until for wait in self._open), default=0.0)
         outside: list[tuple[object, str]] = []
-        if is_resting and self._left:
+        until = max((wait.until for wait in self._open), default=0.0)
+        if is_resting:
+            self._quiet = 0
+        if is_resting and self._left.get(clock):
             self._move()
-            self._quiet = 0
         elif (is_resting or self._loud > _LOUD_LOOKS) and self._hurry(loop):
-            self._quiet = 0
+            pass  # What was limited runs next.
         elif is_resting:
-            if self._open:
-                outside = outside_of(loop, until, self._threads)
-                busy = {id(owner) for owner, _ in outside}
-                ending = [wait for wait in self._open if id(wait.owner) not in busy]
-                # A task of the test that settles goes on before those that wait for something.
-                first = [wait for wait in ending if wait.is_over is never] or ending
-                self._end_if(first.__contains__, False)
-                self._quiet = 0  # What comes from the outside takes some turns of a blind loop.
+            outside = outside_of(loop, until, self._threads)
+            # What has come from the outside takes some turns of a loop, which a blind one hides.
+            before, self._busy = self._busy, [owner for owner, _ in outside]
+            ending = [wait for wait in self._open if wait.owner not in before + self._busy]
+            # A task of the test that settles goes on before those that wait for something.
+            first = [wait for wait in ending if wait.is_over is never] or ending
+            self._end_if(first.__contains__, False)
         if late := [wait for wait in self._open if wait.until <= loop.time()]:
-            running = [Parked(each).place for each in _running(loop)] or ["something"]
+            running = [place_in(Parked(each).frames) for each in _running(loop)] or ["something"]
             going_on = outside or [
                 *outside_of(loop, until, self._threads),
                 *((None, f"{each} runs all the time") for each in running),
@@ -7887,8 +7887,9 @@ class Watcher:
             for wait in late:
                 texts = [text for owner, text in going_on if owner in (wait.owner, None)]
                 wait.ended.set_exception(TimeoutError("; ".join(texts)))
-        if self._open or self._left:
-            self._look_later(loop, _PAUSE if outside else 0.0)
+        if self._open or self._left.get(clock):
+            later = functools.partial(loop.call_later, _PAUSE) if outside else loop.call_soon
+            self._next = later(self._look, loop)
 
     @property
     def _open(self) -> list[Wait]:
@@ -7900,15 +7901,12 @@ class Watcher:
                 wait.ended.set_result(result)
 
 
-_watchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Watcher] = (
-    weakref.WeakKeyDictionary()
-)
+_watchers = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Watcher]()
 
 
 def watcher() -> Watcher:
     """Return the watcher of the running loop."""
-    loop = asyncio.get_running_loop()
-    return _watchers.get(loop) or _watchers.setdefault(loop, Watcher())
+    return _watchers.get(running_loop()) or _watchers.setdefault(running_loop(), Watcher())
 
 
 def _running(loop: asyncio.AbstractEventLoop) -> list[asyncio.Task[Any]]:
@@ -7919,10 +7917,6 @@ def _running(loop: asyncio.AbstractEventLoop) -> list[asyncio.Task[Any]]:
 
 class Silence(asyncio.Future[None]):
     """What an application waits for until its client sends something: nothing of the outside."""
-
-
-def _is_silent(task: asyncio.Task[Any]) -> bool:
-    return isinstance(getattr(task, "_fut_waiter", None), Silence)
 
 
 class Parked:
@@ -7936,11 +7930,6 @@ class Parked:
         owners = (context.get(_simulation) for _, context in _callbacks_of(self.future))
         self.owner: object = next(filter(None, owners), None)  # the simulation
 
-    @property
-    def place(self) -> str:
-        """Where code of the application waits, from its outermost function to the inner ones."""
-        return place_in(self.frames)
-
     def waits_for(self, is_open: bool) -> str:
         """Return what of the outside it waits for, if no timer shows it, or ""."""
         inner = self.frames[-1] if self.frames else None
@@ -7951,8 +7940,8 @@ class Parked:
             return "a thread"
         module = _module_of(inner)
         is_inside = module in _INSIDE or module.split(".")[0] in _LIBRARIES - {"asyncio"}
-        futures = [each for each in self.leaves if type(each) is asyncio.Future]
-        is_bare = any(each is not self.future or not is_inside for each in futures)
+        bare = [each for each in self.leaves if type(each) is asyncio.Future]
+        is_bare = bare and not (is_inside and bare == [self.future])
         return "a socket or a thread, it seems" if is_open and is_bare else ""
 
 
@@ -7991,7 +7980,10 @@ def outside_of(
         if not timer.cancelled() and not _clock().is_own(timer)
     }  # fmt: skip
     ends = {id(each): key for key, timer in timers.items() for each in _ended_by(timer)}
-    tasks = {task: Parked(task) for task in asyncio.all_tasks(loop) if not _is_silent(task)}
+    tasks = {
+        task: Parked(task) for task in asyncio.all_tasks(loop)
+        if not isinstance(getattr(task, "_fut_waiter", None), Silence)
+    }  # fmt: skip
     # Where several tasks wait for one future, that of a simulation is the one that counts.
     ordered = sorted(tasks, key=lambda task: tasks[task].owner is not None)
     waiters = {id(leaf): task for task in ordered for leaf in tasks[task].leaves}
@@ -8001,41 +7993,34 @@ def outside_of(
     found: list[tuple[object, str]] = []
     used = set[int | None]()
     for task, parked in tasks.items():
-        keys = [ends.get(id(each)) for each in (task, parked.future, *parked.leaves)]
-        own = {key for key in keys if key in timers}
+        own = {ends.get(id(each)) for each in (task, parked.future, *parked.leaves)} - {None}
         used |= own
         if what := "a timer" if own else parked.waits_for(is_open):
             chain = [task]
             while (waiter := waiters.get(id(chain[0]), task)) not in chain:
                 chain.insert(0, waiter)
             owner = next(filter(None, (tasks[each].owner for each in chain)), None)
-            places = " → ".join(tasks[each].place for each in chain)
+            places = " → ".join(place_in(tasks[each].frames) for each in chain)
             found.append((owner, f"{places} waits for {what}"))
-    rest = (timer for key, timer in timers.items() if key not in used)
-    others = [timer for timer in rest if timer.when() <= until]
     found += [
         (timer._context.get(_simulation), f"a timer will call {timer._callback!r}")
-        for timer in others
-    ]
+        for key, timer in timers.items() if key not in used and timer.when() <= until
+    ]  # fmt: skip
     return [each for each in found if each[0] is not None]
 
 
-def _ended_by(timer: Any) -> Iterator[object]:
-    """Yield what *timer* may end: a future that it resolves, or a task that it cancels."""
-    yield from filter(asyncio.isfuture, timer._args or ())
+def _ended_by(timer: Any) -> list[object]:
+    """Return what *timer* may end: a future that it resolves, or a task that it cancels."""
     of = getattr(timer._callback, "__self__", timer)
-    yield of
-    yield getattr(of, "_task", of)
+    return [*filter(asyncio.isfuture, timer._args or ()), of, getattr(of, "_task", of)]
 
 
 def _has_threads(known: Container[threading.Thread]) -> bool:
     """Tell whether a thread runs that is not *known*, and is not an idle one of an executor."""
-    frames = sys._current_frames()
-    names = [
-        frames[each.ident].f_code.co_name for each in threading.enumerate()
-        if each not in known and each.ident in frames
-    ]  # fmt: skip
-    return any(name != "_worker" for name in names)
+    frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]  # documented by CPython
+    others = {each.ident for each in threading.enumerate() if each not in known} & {*frames}
+    inner = [f"{_module_of(frames[id])}.{frames[id].f_code.co_name}" for id in others if id]
+    return any(each != "concurrent.futures.thread._worker" for each in inner)
 
 
 def _module_of(frame: types.FrameType | None) -> str:
@@ -8088,7 +8073,6 @@ def _is_own(frame: types.FrameType) -> bool:
 # application gets its `receive` and `send` as those of a server (ASGI, WebSocket).
 
 _FRAME_SHOWN = 200  # characters of a frame in a transcript
-_BUG = 1011  # Falcon's close code for an error that nobody handles
 
 
 class Refused(Exception):
@@ -8111,7 +8095,6 @@ class Refused(Exception):
 
 App = Callable[[Any, Any, Any], Coroutine[Any, Any, None]]  # ASGI's
 Answer = tuple[Envelope, bool]  # with whether more will come
-Answers = collections.deque[Answer]
 
 
 class Client:
@@ -8135,12 +8118,12 @@ class Client:
         self._process = process
         process.sim.clients.append(self)
         self._inbox = collections.deque[Envelope]()
-        self._calls: dict[object, Answers | None] = {}  # by id; None if nobody wants the answers
+        self._calls: dict[object, collections.deque[Answer] | None] = {}  # None: they are ignored
         self._answerers: dict[str, Callable[[Any], Any]] = {}
         self._answering = set[asyncio.Task[None]]()
-        self._ids = map("request-{}".format, itertools.count(1))  # A test may send its own ids.
+        self._ids = map("request-{}".format, itertools.count(1))
         self._events = collections.deque[Event]([{"type": "websocket.connect"}])  # for the server
-        self._reader: asyncio.Future[None] | None = None
+        self._reader = Silence()
         self._flows = asyncio.Event()  # The client reads.
         self._flows.set()
 
@@ -8187,7 +8170,8 @@ class Client:
         if self.end is not None:
             raise self.failure("nothing can be sent")
         self._process.sim.note(self.name, "→", content)
-        self._push({"type": "websocket.receive", kind: content})
+        event = {"type": "websocket.receive", kind: content}
+        watcher().call(functools.partial(self._deliver, event))
 
     @typing.overload
     async def receive(self, expected: type[T], *, timeout: float | None = None) -> T: ...
@@ -8203,30 +8187,28 @@ class Client:
         """
         name = expected if isinstance(expected, str) else message_type(expected)
         if name is None and expected is not None:
-            write = 'write receive(Said), a class with @message, receive("said") or receive()'
-            raise TypeError(f"{write}; got {expected!r}")
+            raise TypeError(f'write receive(Said), receive("said") or receive(); got {expected!r}')
         what = "a message" if name is None else repr(name)
         check_timeout(timeout)
         while not self._inbox:
             await self._wait(lambda: self._inbox, timeout, what, name or "")
         envelope = self._inbox[0]
-        if name is not None and envelope.type != name:
-            near = self._near(name)
-            raise self.failure(f"{what} was expected, but {shorten(envelope)} came{near}")
-        wanted = Any if isinstance(expected, str) else expected
-        taken = envelope if expected is None else self._structured(envelope, wanted)
+        if name is not None and name != envelope.type:
+            text = f"{what} was expected, but {shorten(envelope)} came{self._near(name)}"
+            raise self.failure(text)
+        t = Any if isinstance(expected, str) else expected
+        taken = envelope if name is None else self._structured(envelope, t)
         self._inbox.popleft()
         return taken
 
     def _near(self, name: str) -> str:
         """Say where a message *name* is, or else one with a similar type, if there is one."""
-        own = {each.type: f"{shorten(each)} comes later" for each in reversed(self._inbox)}
-        came = {
-            each.type: f"{client.name} has got {shorten(each)}"
-            for client in self._process.sim.clients for each in client.received
-        } | own  # fmt: skip
-        nearest = [name] if name in came else difflib.get_close_matches(name, came, 1)
-        return f"; {came[nearest[0]]}" if name and nearest else ""
+        came: dict[str, str] = {}
+        for of in self._process.sim.clients:
+            came |= {each.type: f"{of.name} has got {shorten(each)}" for each in of.received}
+        came |= {each.type: f"{shorten(each)} comes later" for each in reversed(self._inbox)}
+        nearest = difflib.get_close_matches(name, came, 1) if name else ()
+        return "".join(f"; {came[each]}" for each in nearest)
 
     def _structured(self, envelope: Envelope, returns: Any) -> Any:
         codec = self._process.codec
@@ -8255,14 +8237,14 @@ class Client:
 
         Raises `MessageError` for an answer that is an error.
         """
-        type, id = self._call(message, payload, timeout)
+        call = self.stream(message, payload, timeout=timeout)
         try:
-            answer, more = await self.next_answer(type, id, timeout)
+            answer, more = await self.next_answer(call)
             if more or answer.type == "complete":
-                raise self.failure(f"{type!r} is answered by a stream: use stream({type!r}, …)")
+                raise self.failure(f"{call.type!r} is a stream: use stream({call.type!r}, …)")
             return self._structured(answer, returns)
         finally:
-            self.leave(id)
+            self.leave(call.id)
 
     def stream(
         self, message: object, payload: object = None, *, timeout: float | None = None
@@ -8271,27 +8253,22 @@ class Client:
 
         Leaving the loop sends ``complete``. Raises `MessageError` where the stream fails.
         """
-        type, id = self._call(message, payload, timeout)
-        return Items(self, type, id, timeout)
-
-    def _call(self, message: object, payload: object, timeout: float | None) -> tuple[str, str]:
-        """Send a message under a new id; return its type and the id."""
         check_timeout(timeout)
         type, payload = split_message(message, payload)
-        id = next(self._ids)
+        id = next(self._ids)  # A test may send its own ids.
         self._send_message(type, payload, id)
         self._calls[id] = collections.deque()
-        return type, id
+        return Items(self, type, id, timeout)
 
-    async def next_answer(self, type: str, id: str, timeout: float | None) -> Answer:
-        """Return the next answer to message *id*. Raises `StopAsyncIteration` after the last."""
-        if (answers := self._calls.get(id)) is None:
+    async def next_answer(self, call: Items) -> Answer:
+        """Return the next answer to *call*. Raises `StopAsyncIteration` after the last."""
+        if (answers := self._calls.get(call.id)) is None:
             raise StopAsyncIteration
         while not answers:
-            await self._wait(lambda: answers, timeout, f"an answer to {type!r}")
+            await self._wait(lambda: answers, call.timeout, f"an answer to {call.type!r}")
         answer, more = answers.popleft()
         if not more:
-            del self._calls[id]
+            del self._calls[call.id]
         if answer.type == "error":
             said = {**answer.payload} if isinstance(answer.payload, dict) else {}
             error = MessageError(said.pop("code", ""), said.pop("message", ""))
@@ -8310,9 +8287,8 @@ class Client:
     def answer(self, type: str, function: Callable[[Any], Any]) -> None:
         """Answer each question of *type* (`Connection.ask`) with what *function* returns.
 
-        It gets the payload as JSON, and may be async. A `MessageError` that it raises is sent.
-        A question without an answerer is received as other messages are, and answered by
-        ``send("<type>.reply", …, id=question.id)``.
+        It gets the payload as JSON, and may be async. A `MessageError` that it raises is sent. Any
+        other question is received, and answered by ``send("<type>.reply", …, id=question.id)``.
         """
         self._answerers[check_type(type)] = function
 
@@ -8369,11 +8345,10 @@ class Client:
         """Wait until *is_over*. Raises `AssertionError` if *what* cannot come any more."""
         await self._process.sim.wait(lambda: is_over() or self.end, timeout, what)
         if not is_over():
-            frames = [*frames_of(self.task.get_coro())]
+            own = [*filter(_is_own, frames_of(self.task.get_coro()))]
             why = "" if self._flows.is_set() else ", as the client is stalled"
-            why += f"; {place_in(frames)} waits" if any(map(_is_own, frames)) else ""
-            text = f"{what} was expected, and nothing more can come{why}{self._near(near)}"
-            raise self.failure(text)
+            why += (f"; {place_in(own)} waits" if own else "") + self._near(near)
+            raise self.failure(f"{what} was expected, and nothing more can come{why}")
 
     def failure(self, text: str) -> AssertionError:
         if self.end is not None:
@@ -8385,26 +8360,23 @@ class Client:
     def begin(self, app: App, context: contextvars.Context) -> None:
         """Let *app* serve the client, in *context*."""
         work: Any = app(self.scope, self.asgi_receive, self.asgi_send)
-        self.task = asyncio.get_running_loop().create_task(work, context=context)
+        self.task = running_loop().create_task(work, context=context)
         self.task.add_done_callback(self._note_end)
 
     def _note_end(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._process.sim.note_bug(f"the application, for {self.name},", exc)
         if self.is_accepted:
-            code = self._conn.close_code if self._conn is not None else None
-            self._end(code or 1006, "", "the application has returned, without a close frame")
+            code = getattr(self._conn, "close_code", None) or 1006
+            self._end(code, "", "the application has returned, without a close frame")
 
     def meet(self, conn: Connection) -> None:
         """Note the server's side."""
         self._conn = conn
 
-    def _push(self, event: Event) -> None:
-        watcher().call(functools.partial(self._deliver, event))
-
     def _deliver(self, *events: Event) -> None:
         self._events += events
-        if self._reader is not None and not self._reader.done():
+        if not self._reader.done():
             self._reader.set_result(None)
 
     def _end(self, code: int, reason: str, text: str) -> None:
@@ -8413,7 +8385,8 @@ class Client:
             return
         self.end = code, reason
         self._process.sim.note(self.name, "✕", text)
-        self._push({"type": "websocket.disconnect", "code": code, "reason": reason})
+        event = {"type": "websocket.disconnect", "code": code, "reason": reason}
+        watcher().call(functools.partial(self._deliver, event))
         self._flows.set()
         for task in self._answering - {asyncio.current_task()}:
             task.cancel()
@@ -8438,10 +8411,8 @@ class Client:
         while not self._events or self.is_orphaned:
             self._reader = Silence()
             await self._reader
-        event = self._events[0]
-        if event["type"] != "websocket.disconnect":  # It stays, for whoever asks again.
-            self._events.popleft()
-        return event
+        is_last = self._events[0]["type"] == "websocket.disconnect"
+        return self._events[0] if is_last else self._events.popleft()  # for whoever asks again
 
     async def asgi_send(self, event: Event) -> None:
         """Take an event of the application (ASGI, WebSocket: Send)."""
@@ -8468,23 +8439,18 @@ class Client:
         content = event["bytes"] if event.get("text") is None else event["text"]
         self._process.sim.note(self.name, "←", content)
         envelope, more = read_frame(content)
-        if envelope.id is not None and envelope.id in self._calls:
-            answers = self._calls[envelope.id]
-            if answers is not None:
+        if envelope.id in self._calls:
+            if (answers := self._calls[envelope.id]) is not None:
                 answers.append((envelope, more))
-            elif not more:
-                del self._calls[envelope.id]
         elif envelope.type in self._answerers and str(envelope.id).startswith("$"):
-            task = create_task(self._answer(envelope), is_detached=True)
-            self._answering.add(task)
-            task.add_done_callback(self._answering.discard)
+            self._answering.add(create_task(self._answer(envelope), is_detached=True))
         else:
             self._inbox.append(envelope)
 
     def _take_close(self, code: int, reason: str) -> None:
         """Take the close frame, or the refusal of the handshake, which servers make HTTP 403."""
         bug = handled_by_falcon()
-        if code == _BUG and bug is not None:
+        if code == 1011 and bug is not None:  # It is Falcon's code for one that nobody handles.
             self._process.sim.note_bug(f"the handshake of {self.name}", bug)
         if not self.is_accepted:
             self.refusal = Refused(403, None, f"the application has closed with {code} {reason}")
@@ -8500,40 +8466,39 @@ class Client:
         self._end(1006, "", f"refused with HTTP {refusal.status} {text}")
 
 
+@attrs.define(eq=False)
 class Items(AsyncIterator[Any]):
     """What `Client.stream` returns: the payloads of its items, one after the other."""
 
-    def __init__(
-        self, client: Client, type: str, id: str, timeout: float | None, whole: Items | None = None
-    ) -> None:
-        self._client, self._type, self._id, self._timeout = client, type, id, timeout
-        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
-        self._whole = whole  # It is kept with its part.
+    _client: Client
+    type: str
+    id: str
+    timeout: float | None
+    _whole: Items | None = None  # It is kept with its part.
+    _loop: asyncio.AbstractEventLoop = attrs.field(factory=running_loop)
+    _thread: int = attrs.field(factory=threading.get_ident)
 
     def __aiter__(self) -> Items:
         # Nothing but the loop has this one. The interpreter drops it where the loop is left.
-        return Items(self._client, self._type, self._id, self._timeout, self)
+        return attrs.evolve(self, whole=self)
 
     async def __anext__(self) -> Any:
-        answer, more = await self._client.next_answer(self._type, self._id, self._timeout)
+        answer, more = await self._client.next_answer(self)
         if more:
             return answer.payload
         if answer.type == "complete":
             raise StopAsyncIteration
-        raise self._client.failure(f"{self._type!r} is no stream: use request({self._type!r}, …)")
+        raise self._client.failure(f"{self.type!r} is no stream: use request({self.type!r}, …)")
 
     async def aclose(self) -> None:
         """Send ``complete``, unless the stream has ended."""
-        self._client.leave(self._id)
+        self._client.leave(self.id)
 
-    def drop(self) -> None:
-        """Do what `aclose` does, from any thread."""
+    def __del__(self) -> None:
         is_here = threading.get_ident() == self._thread
         call = contextvars.Context().run if is_here else self._loop.call_soon_threadsafe
         with contextlib.suppress(RuntimeError):  # The loop has been closed.
-            call(self._client.leave, self._id)
-
-    __del__ = drop
+            call(self._client.leave, self.id)
 
 
 def _texts(headers: Iterable[tuple[bytes, bytes]] | None) -> dict[str, str]:

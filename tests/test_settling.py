@@ -307,7 +307,7 @@ async def subprocess(seconds: float) -> None:
     finally:
         if process.returncode is None:
             process.kill()
-            await process.wait()
+            await asyncio.shield(process.wait())  # It may be cancelled twice.
 
 
 async def pipe(seconds: float) -> None:
@@ -392,6 +392,9 @@ async def test_what_does_not_come_from_the_outside_is_named(
             assert f"go ({__file__}:{line})" in str(error.value)
             assert f"within {SHORT:g} s" in str(error.value)
         ada.cut()
+    if work is subprocess:  # A process that is killed takes its time.
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*left, return_exceptions=True)
 
 
 async def test_what_runs_all_the_time_is_named() -> None:
@@ -625,6 +628,35 @@ async def test_simulations_of_one_loop_do_not_wait_for_each_other() -> None:
         assert (await answer).payload == "done"
 
 
+async def test_the_end_of_a_simulation_hurries_no_other_one() -> None:
+    """Its time limits come at once, and an earlier one of the other simulation does not."""
+    (one, ws), (other, late) = app_of(handler_timeout=PATIENCE), app_of(linger=LONG)
+    ended: list[bool] = []
+
+    @ws.on("go")
+    async def go(conn: Any) -> None:
+        await asyncio.Event().wait()
+
+    @late.on("go")
+    async def stay(conn: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(conn.closed)
+
+    async with simulate(one) as first:
+        ada = await first.connect("/ws")
+        await ada.send("go", id=1)
+        await first.settle()
+        async with simulate(other) as second:
+            bob = await second.connect("/ws")
+            await bob.send("go")
+        assert ended == [True]
+        assert ada.received == []
+        await first.advance(PATIENCE)
+        assert (await ada.receive("error"))["code"] == "handler_timeout"
+
+
 async def test_a_group_of_a_thousand_settles() -> None:
     """Each has its message, and a burst of more than can be held is handled."""
     app, ws = app_of()
@@ -719,6 +751,65 @@ async def test_a_loop_that_does_not_say_what_it_will_run_is_watched_by_its_tasks
         assert await (await sim.connect("/ws")).request("go") == "done"
         event.set()
         await sim.settle()
+
+
+@pytest.mark.parametrize("pause", [0.0, SHORT])
+@pytest.mark.parametrize("has_client", [False, True])
+async def test_time_that_a_failed_simulation_has_not_moved_is_forgotten(
+    pause: float, has_client: bool
+) -> None:
+    """The clock of the next one in the event loop stays, and nothing fails meanwhile."""
+    failures: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.accept"})
+            await receive()
+
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012 - it comes in the middle of the block
+        async with simulate(app) as sim:
+            if has_client:
+                await sim.connect("/")
+            sim.advance(100)
+            raise ZeroDivisionError
+    await asyncio.sleep(pause)
+    async with simulate(app) as sim:
+        ada = await sim.connect("/")
+        await sim.settle()
+        assert pachinko.clock.ahead == 0
+        await sim.advance(5)
+        assert pachinko.clock.ahead == 5
+        await ada.close()
+    assert failures == []
+
+
+@pytest.mark.parametrize("name", ["_worker", "work"])
+async def test_a_thread_of_the_application_may_have_any_name(name: str) -> None:
+    """Only the idle thread of an executor is known by where it is."""
+    app, ws = app_of()
+    stop = threading.Lock()
+    stop.acquire()
+    future = asyncio.get_running_loop().create_future()
+    names: dict[str, Any] = {"stop": stop}
+    exec(f"def {name}():\n    stop.acquire()", names)
+
+    @ws.on("go")
+    async def go(conn: Any) -> None:
+        await future
+
+    async with simulate(app) as sim:
+        ada = await sim.connect("/ws")
+        thread = threading.Thread(target=names[name])
+        thread.start()
+        await ada.send("go")
+        with pytest.raises(AssertionError, match="waits for a socket or a thread, it seems"):
+            await sim.settle(timeout=SHORT)
+        stop.release()
+        thread.join()
+        await sim.settle()
+        future.set_result(None)
 
 
 async def test_a_cancelled_wait_is_watched_no_more() -> None:
