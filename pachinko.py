@@ -180,7 +180,7 @@ __version__ = "0.1.0"
 
 logger: logging.Logger = logging.getLogger("pachinko")
 # A failing test shows its own lines, and not those of its client (pytest's name for that).
-__tracebackhide__: Any = operator.methodcaller("errisinstance", AssertionError)
+__tracebackhide__: Any = lambda info: info.errisinstance((AssertionError, MessageError, Refused))  # noqa: E731 - it is short
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -209,7 +209,8 @@ Event = dict[str, Any]  # an ASGI event: {"type": "websocket.send", "text": "…
 #   │   └── BadFrame    a text frame that is no message
 #   ├── AnswerError     a client's: it has answered a question of the server with an error
 #   ├── NoAnswer        nobody's mistake: a question that no client has answered
-#   └── Close           nobody's mistake: a handler ends the connection
+#   ├── Close           nobody's mistake: a handler ends the connection
+#   └── Refused         nobody's mistake: a handshake that did not succeed, in a test
 
 _MAX_ERRORS = 100  # errors in one reply; a frame of max_size has room for 100,000s
 _MISSING = "required, but missing"
@@ -283,6 +284,24 @@ class Close(Exception):
         cut = whole(reason or "").encode()[:_REASON_BYTES]
         self.reason: str = cut.decode(errors="ignore")
         super().__init__(f"{self.code} {self.reason}")
+
+
+class Refused(Exception):
+    """A handshake that was refused, or accepted and closed before the client was in.
+
+    *status* is that of HTTP, and *headers* are those of the refusal; or *code* is that of the close
+    frame. The other one is None. *reason* is the text that came with it.
+    """
+
+    def __init__(
+        self, status: int | None, code: int | None, reason: str, headers: Mapping[str, str] = {}
+    ) -> None:
+        what = f"HTTP {status}" if status is not None else f"closed with {code}"
+        super().__init__(f"{what}: {reason}" if reason else what)
+        self.status: int | None = status
+        self.code: int | None = code
+        self.reason: str = reason
+        self.headers: dict[str, str] = dict(headers)
 
 
 def whole(text: str) -> str:
@@ -7879,13 +7898,12 @@ class Watcher:
             first = [wait for wait in ending if wait.is_over is never] or ending
             self._end_if(first.__contains__, False)
         if late := [wait for wait in self._open if wait.until <= loop.time()]:
-            running = [place_in(Parked(each).frames) for each in _running(loop)] or ["something"]
-            going_on = outside or [
-                *outside_of(loop, until, self._threads),
-                *((None, f"{each} runs all the time") for each in running),
-            ]
+            going_on = outside or outside_of(loop, until, self._threads)
+            frames = [Parked(task).frames for task in _running(loop)]
+            places = [place_in(each) for each in frames if any(map(_is_own, each))] or ["something"]
+            running = [f"{place} runs all the time" for place in places]
             for wait in late:
-                texts = [text for owner, text in going_on if owner in (wait.owner, None)]
+                texts = [text for owner, text in going_on if owner is wait.owner] or running
                 wait.ended.set_exception(TimeoutError("; ".join(texts)))
         if self._open or self._left.get(clock):
             later = functools.partial(loop.call_later, _PAUSE) if outside else loop.call_soon
@@ -8073,24 +8091,6 @@ def _is_own(frame: types.FrameType) -> bool:
 # application gets its `receive` and `send` as those of a server (ASGI, WebSocket).
 
 _FRAME_SHOWN = 200  # characters of a frame in a transcript
-
-
-class Refused(Exception):
-    """A handshake that was refused, or accepted and closed before the client was in.
-
-    *status* is that of HTTP, and *headers* are those of the refusal; or *code* is that of the close
-    frame. The other one is None. *reason* is the text that came with it.
-    """
-
-    def __init__(
-        self, status: int | None, code: int | None, reason: str, headers: Mapping[str, str] = {}
-    ) -> None:
-        what = f"HTTP {status}" if status is not None else f"closed with {code}"
-        super().__init__(f"{what}: {reason}" if reason else what)
-        self.status: int | None = status
-        self.code: int | None = code
-        self.reason: str = reason
-        self.headers: dict[str, str] = dict(headers)
 
 
 App = Callable[[Any, Any, Any], Coroutine[Any, Any, None]]  # ASGI's
@@ -8290,6 +8290,8 @@ class Client:
         It gets the payload as JSON, and may be async. A `MessageError` that it raises is sent. Any
         other question is received, and answered by ``send("<type>.reply", …, id=question.id)``.
         """
+        if not callable(function):
+            raise TypeError(f'write answer("{type}", lambda payload: True), got {function!r}')
         self._answerers[check_type(type)] = function
 
     async def _answer(self, question: Envelope) -> None:
@@ -8351,6 +8353,7 @@ class Client:
             raise self.failure(f"{what} was expected, and nothing more can come{why}")
 
     def failure(self, text: str) -> AssertionError:
+        """Return the error of a test that cannot go on, with the transcript."""
         if self.end is not None:
             text += f", since the connection has ended with {self.end[0]} {self.end[1]}".rstrip()
         return self._process.sim.failure(f"{self.name}: {text}")
@@ -8449,9 +8452,9 @@ class Client:
 
     def _take_close(self, code: int, reason: str) -> None:
         """Take the close frame, or the refusal of the handshake, which servers make HTTP 403."""
-        bug = handled_by_falcon()
-        if code == 1011 and bug is not None:  # It is Falcon's code for one that nobody handles.
-            self._process.sim.note_bug(f"the handshake of {self.name}", bug)
+        # The code 1011 is Falcon's for an error that nobody handles.
+        if (bug := handled_by_falcon() if code == 1011 else None) is not None:
+            tell_of_bug(f"the handshake of {self.name}", bug)
         if not self.is_accepted:
             self.refusal = Refused(403, None, f"the application has closed with {code} {reason}")
             self.refusal.__cause__ = bug
