@@ -179,8 +179,6 @@ __all__ = [
 __version__ = "0.1.0"
 
 logger: logging.Logger = logging.getLogger("pachinko")
-# A failing test shows its own lines, and not those of its client (pytest's name for that).
-__tracebackhide__: Any = lambda info: info.errisinstance((AssertionError, MessageError, Refused))  # noqa: E731 - it is short
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -3537,6 +3535,7 @@ class MovableClock(Clock):
     """A clock that `simulate` moves. Several loops may use it, each in a thread of its own."""
 
     def __init__(self) -> None:
+        self.ahead: float = 0.0
         # Nothing but its loop keeps a pending timer.
         self.pending: weakref.WeakKeyDictionary[MovableTimer, None] = weakref.WeakKeyDictionary()
 
@@ -7942,8 +7941,10 @@ class Parked:
 
     def __init__(self, task: asyncio.Task[Any]) -> None:
         self.future: Any = getattr(task, "_fut_waiter", None)
-        self.frames = [*frames_of(task.get_coro())]
-        self.leaves = _leaves_of(self.future, self.frames)  # the futures that it stands for
+        self.frames: list[types.FrameType] = [*frames_of(task.get_coro())]
+        self.leaves: list[Any] = _leaves_of(
+            self.future, self.frames
+        )  # the futures that it stands for
         # The context of a task is that of the callback that wakes it.
         owners = (context.get(_simulation) for _, context in _callbacks_of(self.future))
         self.owner: object = next(filter(None, owners), None)  # the simulation
@@ -8090,6 +8091,8 @@ def _is_own(frame: types.FrameType) -> bool:
 # A client of a simulated application stands on both sides of the line: a test calls it, and the
 # application gets its `receive` and `send` as those of a server (ASGI, WebSocket).
 
+# A failing test shows its own lines, and not those of its client (pytest's name for that).
+__tracebackhide__: Any = lambda info: info.errisinstance((AssertionError, MessageError, Refused))  # noqa: E731 - it is short
 _FRAME_SHOWN = 200  # characters of a frame in a transcript
 
 
