@@ -8695,7 +8695,8 @@ class Process:
         if client.end is not None:
             raise Refused(None, *client.end)
         if client.task.done() and not client.is_accepted:
-            raise Refused(500, None, "the application has not answered")
+            exc = None if client.task.cancelled() else client.task.exception()
+            raise Refused(500, None, "the application has not answered") from exc
         if not client.is_accepted:
             raise client.failure(f"nobody answers the handshake: {where(client.task)}")
 
@@ -8784,7 +8785,7 @@ def scope_of(
 # time, a transcript, and the bugs.
 
 _TRANSCRIPT = 100  # lines of a transcript that are kept
-_END_LOOKS = 50_000  # looks at what goes on after the last frame was taken, as it may never rest
+_END_LOOKS = 30_000  # looks at what goes on after the last frame was taken, as it may never rest
 _TITLE = "Transcript (seconds, client, → to the server, ← from it, ✕ the end):"
 _simulations: set[Simulation] = set()  # those in use, in any thread
 _using = threading.Lock()
@@ -8839,6 +8840,7 @@ class Simulation(Process):
         self._lines = collections.deque[tuple[float, str, str, object]](maxlen=_TRANSCRIPT)
         self.known: list[BaseException] = []  # all bugs of the application
         self._bugs: list[tuple[str, BaseException]] = []  # those that nobody expects
+        self._early = 0  # how many of them came before the block began, as a worker's may
         self._expected: list[Expected] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._begun = time.monotonic()
@@ -8854,6 +8856,7 @@ class Simulation(Process):
         except BaseException:
             await self._end()
             raise
+        self._early = len(self._bugs)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -8981,6 +8984,9 @@ class Simulation(Process):
             raise PachinkoError(f"write with sim.bugs(KeyError), classes of errors; got {classes}")
         expected = Expected(classes or (Exception,))
         self._expected.append(expected)
+        early = [each for each in self._bugs[: self._early] if expected.take(each[1])]
+        self._bugs = [each for each in self._bugs if each not in early]
+        self._early -= len(early)
         return expected
 
     def transcript(self) -> str:

@@ -322,6 +322,7 @@ async def test_its_clean_up_is_not_cut_short() -> None:
     async with simulated(ws._app) as server:
         async with connect(server.url + "/ws") as client:
             (conn,) = await _connections(ws)
+            await turns()  # so that the task has begun
             await conn.close(4000)
             await client.closed()  # a second reason to end
         await until(lambda: len(log) == 2)

@@ -183,6 +183,7 @@ async def test_what_the_defaults_are() -> None:
             async with connect(server.url + "/ws?user=ada") as client:
                 await house.hub.close_user("ada", *args)
                 assert await client.closed() == seen
+            await until(lambda: not house.hub.count)
             async with connect(server.url + "/ws") as client:
                 await until(lambda: house.hub.connections)
                 (conn,) = house.hub.connections

@@ -1041,3 +1041,29 @@ def test_one():
     output = run_pytest(tmp_path, "-vv", text).stdout
     assert "text: 'hi' != 'ho'" in output
     assert output.count("Transcript (seconds") == 1
+
+
+async def test_a_bug_of_the_start_may_be_expected_in_the_block() -> None:
+    """A worker may fail before the test can say so, but what comes later is not excused by it."""
+
+    class Failing:
+        async def process_startup(self, scope: object, event: object) -> None:
+            for hook in pachinko.bug_hooks:
+                hook("the start", KeyError("early"))
+
+    app, ws = endpoint()
+    app.add_middleware(Failing())  # type: ignore[arg-type]  # Falcon wants a protocol of more
+
+    @ws.on("bug")
+    async def bug(conn: Connection) -> None:
+        raise KeyError("late")
+
+    async with simulate(app) as sim:
+        with sim.bugs(KeyError) as bugs:
+            pass
+        assert [str(each) for each in bugs] == ["'early'"]
+    with pytest.raises(AssertionError, match="KeyError"):  # noqa: PT012 - the failure comes at its end
+        async with simulate(app) as sim:
+            with sim.bugs(KeyError):
+                pass
+            await (await sim.connect("/ws")).send("bug")

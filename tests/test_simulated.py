@@ -579,9 +579,12 @@ async def test_a_lost_broker_is_told_to_callers_at_once(monkeypatch: pytest.Monk
             await asyncio.sleep(0)
             broker.lose()
             calls = [asyncio.ensure_future(one.hub.send("room", Said("lost"))) for _ in range(3)]
-            for call in (waiting, *calls, one.hub.presence("room")):
+            for call in (*calls, asyncio.ensure_future(one.hub.presence("room"))):
                 with pytest.raises(PachinkoError, match="SimulatedConnection"):
                     await call
+            is_sent = asyncio.get_running_loop().get_task_factory() is not None  # by an eager task
+            with contextlib.nullcontext() if is_sent else pytest.raises(PachinkoError):
+                await waiting
             with pytest.raises(PachinkoError, match="the simulated broker is lost"):
                 async with Hub().open(broker.connection()):
                     pass
