@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib.util
 import json
 import os
@@ -83,7 +84,8 @@ class Process:
         address = f"http://127.0.0.1:{self.port}"
         deadline = time.monotonic() + START
         while time.monotonic() < deadline and self.popen.poll() is None:
-            with contextlib.suppress(OSError):
+            # Another process may have taken the port, and answer in its own way.
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
                 return self.is_alive(address)
             time.sleep(0.02)
         self.kill()
