@@ -6297,6 +6297,7 @@ async def end_tasks(
     """Give *tasks* up to *end* on the loop's clock. *own* and *streams* have been cancelled."""
     try:
         await clock.wait(tasks, 0 if current_task().cancelling() else end - clock.time())
+        await asyncio.sleep(0)  # Two cancellations in one turn would be one, which may be caught.
     finally:
         stopped = {*own, *(stream.task for stream in streams.values())}
         for task in tasks:
