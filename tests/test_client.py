@@ -862,3 +862,12 @@ async def test_an_application_that_fails_has_lost_its_client() -> None:
             ada = await sim.connect("/")
             await ada.send_text("go")
             assert await ada.closed() == (1006, "")
+
+
+@pytest.mark.parametrize("value", [True, None, {"ok": True}, "yes"])
+async def test_an_answerer_is_a_function(room: Room, value: Any) -> None:
+    """The error has the corrected code."""
+    async with entered(room) as sim:
+        ada = await sim.connect("/ws")
+        with pytest.raises(TypeError, match=r'write answer\("sure", lambda payload: True\), got '):
+            ada.answer("sure", value)
