@@ -93,7 +93,8 @@ class Process:
 
     def lines(self, room: str | None = None, event: str | None = None) -> list[dict[str, Any]]:
         """What the app has logged, of one room or one kind."""
-        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        whole, _, _ = self.log.read_text().rpartition("\n")  # The last line may be half written.
+        lines = [json.loads(line) for line in whole.splitlines()]
         return [
             line
             for line in lines
