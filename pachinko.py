@@ -7813,10 +7813,10 @@ class Watcher:
         self._loud = 0  # looks since it was last at rest
         self._busy: list[object] = []  # the simulations that waited for the outside then
         self._next: asyncio.Handle | None = None
-        self._threads = weakref.WeakSet(threading.enumerate())  # that are none of an application
+        self._threads = weakref.WeakSet(threading.enumerate())  # No application has started these.
         # Seconds that a clock is still to be moved. One of a simulation that has ended never is.
         self._left = weakref.WeakKeyDictionary[Clock, float]()
-        self._held = collections.deque[Callable[[], None]]()  # what waits for that
+        self._held = collections.deque[Callable[[], None]]()  # Each waits for that.
 
     async def wait(
         self, is_over: Callable[[], object], owner: object, seconds: float,
@@ -7954,7 +7954,7 @@ class Parked:
         """Return what of the outside it waits for, if no timer shows it, or ""."""
         inner = self.frames[-1] if self.frames else None
         if inner is not None and inner.f_code is asyncio.sleep.__code__:
-            return "a timer"  # of a loop that does not show it
+            return "a timer"  # The loop does not show it.
         callbacks = [each for leaf in self.leaves for each, _ in _callbacks_of(leaf)]
         if any(getattr(each, "__name__", "") == "_call_check_cancel" for each in callbacks):
             return "a thread"
@@ -7979,7 +7979,7 @@ def _leaves_of(future: Any, frames: Sequence[types.FrameType]) -> list[Any]:
                 inner += several if isinstance(several, set) else [several]
     inner += getattr(future, "_children", ())
     for callback, _ in _callbacks_of(future):
-        if getattr(callback, "__name__", "") == "_outer_done_callback":  # that of `shield`
+        if getattr(callback, "__name__", "") == "_outer_done_callback":  # `shield` adds it.
             inner += [cell.cell_contents for cell in callback.__closure__]
     awaited = [each for each in inner if asyncio.isfuture(each) and not each.done()]
     others = [each for each in awaited if each is not future]
@@ -8112,7 +8112,7 @@ class Client:
         self.scope: Event = scope
         self.name: str = name
         self.subprotocol: str | None = None  # the one that the server has chosen
-        self.headers: dict[str, str] = {}  # of the handshake's answer, in lower case
+        self.headers: dict[str, str] = {}  # The server's answer has them, in lower case.
         self.is_accepted: bool = False
         self.refusal: Refused | None = None
         self.end: tuple[int, str] | None = None  # code and reason of whoever closed first
@@ -8467,7 +8467,7 @@ class Client:
     def _take_body(self, body: bytes) -> None:
         refusal, text = cast(Refused, self.refusal), body.decode(errors="replace")
         with contextlib.suppress(msgspec.MsgspecError):
-            said = msgspec.json.decode(body, type=dict[str, Any])  # that of `falcon.HTTPError`
+            said = msgspec.json.decode(body, type=dict[str, Any])  # `falcon.HTTPError` has one.
             text = str(said.get("description") or said.get("title") or text)
         self.refusal = Refused(refusal.status, None, refusal.reason + text, refusal.headers)
         self._end(1006, "", f"refused with HTTP {refusal.status} {text}")
@@ -8538,7 +8538,7 @@ class Process:
 
     def __init__(self, sim: Simulation, make: Callable[[], App]) -> None:
         self.sim: Simulation = sim
-        self.endpoints: list[Lifecycle] = []  # those that have started, in order
+        self.endpoints: list[Lifecycle] = []  # They have started, in this order.
         self._make = make
         self._app: Any = None  # from the beginning of the start on, until the stop
         self._starting = asyncio.Lock()
@@ -8548,8 +8548,8 @@ class Process:
         self._clients: list[Client] = []
         self._lifespan: asyncio.Task[None] | None = None
         self._events = asyncio.Queue[Event]()  # for the lifespan
-        self._answers = asyncio.Queue[Event]()  # of the lifespan
-        self._shared: dict[str, Any] = {}  # what the lifespan hands to connections (ASGI, Lifespan)
+        self._answers = asyncio.Queue[Event]()  # The lifespan gives them.
+        self._shared: dict[str, Any] = {}  # Connections get it (ASGI, Lifespan).
         # Whose the lifespan's tasks are. They may wait for ever, as workers may.
         self.life: object = object()
 
@@ -8671,7 +8671,7 @@ class Process:
             is_decided = functools.partial(self._is_decided, client)
             await self.sim.wait(is_decided, timeout, f"{client.name}'s handshake")
             self._check_in(client)
-        except BaseException as exc:
+        except BaseException as exc:  # It is raised again.
             client.cut()
             if isinstance(exc, Refused) and self.sim.known[bugs:]:
                 raise exc from self.sim.known[bugs]
@@ -8788,7 +8788,7 @@ def scope_of(
 _TRANSCRIPT = 100  # lines of a transcript that are kept
 _END_LOOKS = 30_000  # looks at what goes on after the last frame was taken, as it may never rest
 _TITLE = "Transcript (seconds, client, → to the server, ← from it, ✕ the end):"
-_simulations: set[Simulation] = set()  # those in use, in any thread
+_simulations: set[Simulation] = set()  # They are in use, in any thread.
 _using = threading.Lock()
 
 
@@ -8833,14 +8833,14 @@ class Simulation(Process):
         self._factory = _factory_of(app)
         super().__init__(self, self._factory or (lambda: app))
         self.processes: list[Process] = []  # itself first
-        self._owners: list[tuple[object, Process]] = []  # of applications and hubs
+        self._owners: list[tuple[object, Process]] = []  # each part, an application or a hub
         self._broker: Any = None
-        self.clients: list[Client] = []  # of all processes
-        self.numbers: Iterator[int] = itertools.count(1)  # of clients, in transcripts
+        self.clients: list[Client] = []  # All processes add theirs.
+        self.numbers: Iterator[int] = itertools.count(1)  # Clients get them, for transcripts.
         self._sent: list[tuple[str, bytes]] = []  # the groups and the frames
         self._lines = collections.deque[tuple[float, str, str, object]](maxlen=_TRANSCRIPT)
         self.known: list[BaseException] = []  # all bugs of the application
-        self._bugs: list[tuple[str, BaseException]] = []  # those that nobody expects
+        self._bugs: list[tuple[str, BaseException]] = []  # Nobody expects these.
         self._early = 0  # how many of them came before the block began, as a worker's may
         self._expected: list[Expected] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -8854,7 +8854,7 @@ class Simulation(Process):
         bug_hooks.append(self.note_bug)
         try:
             await self.begin()
-        except BaseException:
+        except BaseException:  # It is raised again.
             await self._end()
             raise
         self._early = len(self._bugs)
@@ -8865,7 +8865,7 @@ class Simulation(Process):
         transcript = self.transcript()  # without the lines of the end
         try:
             await self._end(settles=first is None)
-        except Exception as exc:
+        except Exception as exc:  # The test is told of it.
             last = exc
         if (failure := first or last) is not None:
             self._explain(failure, transcript)
