@@ -9,14 +9,22 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from brokers import BrokerKind, BrokerProcess, running
 
 
+@given(st.none())
+def begin(_: None) -> None:
+    """A test of Hypothesis, which has a generator of random numbers from then on."""
+
+
 def pytest_collection_finish() -> None:
     """What the modules have made stays to the end, and no search for garbage looks at it again."""
+    begin()  # the generator asks who refers to it, and what is frozen is not found
     gc.collect()
     gc.freeze()
 
