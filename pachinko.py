@@ -104,6 +104,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import bisect
 import builtins
 import collections
 import concurrent.futures
@@ -3722,6 +3723,9 @@ def _is_rate(value: Any) -> bool:
     return value is None or (is_pair and _is_count(value[0]) and _is_period(value[1]))
 
 
+_OVERFLOWS = ("close", "drop_oldest", "replay")
+
+
 @attrs.frozen(kw_only=True)
 class Limits:
     """The options of an endpoint that bound what one connection may use."""
@@ -3730,7 +3734,7 @@ class Limits:
     rate: tuple[int, float] | None = _option(_is_rate, "(messages, seconds), such as (20, 1.0)")
     outbox: int = _option(_is_count, "a number of messages, at least 1")
     outbox_bytes: int = _option(_is_count, "a number of bytes, at least 1")
-    overflow: str = _option(("close", "drop_oldest").__contains__, '"close" or "drop_oldest"')
+    overflow: str = _option(_OVERFLOWS.__contains__, '"close", "drop_oldest" or "replay"')
     send_timeout: float = _option(is_seconds, "a number of seconds, at least 0")
     linger: float = _option(is_seconds, "a number of seconds, at least 0")
     max_concurrent: int = _option(_is_count, "a number of tasks, at least 1")
@@ -3784,6 +3788,11 @@ class Waiting:
             self.written.set_result(is_written)
 
 
+def waiting_for(data: bytes, group: str | None = None) -> Waiting:
+    """Return what waits of a hub's message, the frame *data*, to *group* or to no group."""
+    return Waiting(event_of(data), None, len(data) or 1, group)
+
+
 @attrs.define(eq=False)
 class Outbox:
     """The events that wait until a write in progress has ended, in order."""
@@ -3804,12 +3813,16 @@ class Outbox:
         """Return whether a hub's messages fill more than *share* of what the outbox may hold."""
         return self.pushed > limits.outbox * share or self.size > limits.outbox_bytes * share
 
-    def drop_oldest(self) -> None:
-        """Drop the oldest of a hub's messages and remember the gap in its group."""
-        waiting = next(waiting for waiting in self.queue if waiting.size)
+    def remove(self, waiting: Waiting) -> None:
+        """Remove one of a hub's messages."""
         self.queue.remove(waiting)
         self.pushed -= 1
         self.size -= waiting.size
+
+    def drop_oldest(self) -> None:
+        """Drop the oldest of a hub's messages and remember the gap in its group."""
+        waiting = next(waiting for waiting in self.queue if waiting.size)
+        self.remove(waiting)
         self.gaps[waiting.group] = None
 
     def take(self) -> Waiting | None:
@@ -3834,6 +3847,211 @@ class Outbox:
         self.queue.clear()
         self.gaps.clear()
         self.pushed = self.size = 0
+
+
+# ── history ───────────────────────────────────────────────────────────────────────────────────
+#
+# A message to a kept group stays in a ring for a while, for clients that come back. All groups of a
+# process share one count: a position stays good while nothing of its group was dropped behind it.
+
+_FLOORS = 100_000  # forgotten rings of which it is known how far they were dropped
+_ENTRY_BYTES = 450  # what a kept message takes beside its text (CPython 3.13, 64 bits)
+_POSITION_CHARACTERS = 200  # of a position that a client sends
+_BATCH, _BATCH_BYTES = 32, 65_536  # messages to one client at a time that are on their way
+Reason = Literal["expired", "epoch", "limit", "broker", "overflow", "snapshot"]
+
+
+@attrs.frozen
+class Window:
+    """How much of a group is kept: what exceeds one of these bounds is dropped."""
+
+    messages: int
+    seconds: float
+    bytes: int
+
+
+@attrs.frozen
+class Position:
+    """A point in what was sent to kept groups; texts of it are opaque to clients."""
+
+    epoch: str  # A broker, or a process without one, has another in each of its lives.
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}.{self.number}"
+
+
+NOWHERE = Position("", -1)  # no position of ours
+
+
+def read_position(value: object) -> Position:
+    """Return the position that a client has sent, or `NOWHERE`."""
+    if isinstance(value, str) and len(value) <= _POSITION_CHARACTERS:
+        epoch, _, number = value.rpartition(".")
+        if number.isascii() and number.isdecimal():
+            return Position(epoch, int(number))
+    return NOWHERE
+
+
+def with_position(data: bytes, position: Position) -> bytes:
+    """Return the frame *data* with ``at``. It is spliced in, so that no frame is encoded twice."""
+    return b'%b,"at":"%b"}' % (data[:-1], str(position).encode())
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Kept(Waiting):
+    """A message to a kept group. Its ring shares it with the outboxes of slow clients."""
+
+    number: int
+    weight: int  # bytes that it takes
+    time: float  # when it was sent, on `clock`
+    excluded: frozenset[str]  # ids of connections
+
+
+@attrs.define(eq=False)
+class Ring:
+    """The messages to one kept group, in order."""
+
+    group: str
+    window: Window
+    floor: int  # No message with a higher number was dropped.
+    limited: int = -1  # the highest number that was dropped for its bytes
+    size: int = 0  # bytes
+    messages: collections.deque[Kept] = attrs.Factory(collections.deque)
+    timer: Timer | None = None
+
+    def drop(self, is_limit: bool) -> None:
+        """Drop the oldest message."""
+        kept = self.messages.popleft()
+        self.size -= kept.weight
+        self.floor = kept.number
+        if is_limit:
+            self.limited = kept.number
+
+    def trim(self, now: float) -> None:
+        """Drop what the window does not hold at the time *now*."""
+        messages, window = self.messages, self.window
+        while messages and (
+            len(messages) > window.messages or messages[0].time + window.seconds <= now
+        ):
+            self.drop(is_limit=False)
+        while messages and self.size > window.bytes:
+            self.drop(is_limit=True)
+
+    def after(self, number: int) -> Sequence[Kept]:
+        """Return the first messages behind *number*, as many as one client gets at a time."""
+        start = bisect.bisect_right(self.messages, number, key=lambda kept: kept.number)
+        batch, size = list[Kept](), 0
+        for kept in itertools.islice(self.messages, start, start + _BATCH):
+            size += kept.size
+            if batch and size > _BATCH_BYTES:
+                break
+            batch.append(kept)
+        return batch
+
+
+class Rings:
+    """The kept groups of a process."""
+
+    def __init__(self, rules: Mapping[str, Window], limit: int) -> None:
+        """Keep groups by *rules*, windows by the prefix of a name, in *limit* bytes."""
+        self.epoch: str = secrets.token_hex(4)
+        self.number: int = 0  # of the latest message
+        self._rules = sorted(rules.items(), key=lambda rule: -len(rule[0]))
+        self._limit = limit
+        self._size = 0
+        self._rings = collections.OrderedDict[str, Ring]()  # the one that was sent to last is last
+        self._floors = collections.OrderedDict[str, int]()  # of forgotten rings
+        self._floor = 0  # of all that are not even there
+
+    def window_of(self, group: str) -> Window | None:
+        """Return how much of *group* is kept, or None."""
+        return next((window for start, window in self._rules if group.startswith(start)), None)
+
+    @property
+    def top(self) -> Position:
+        """The position behind all that was sent."""
+        return Position(self.epoch, self.number)
+
+    def add(self, group: str, window: Window, data: bytes, excluded: Iterable[str]) -> Kept:
+        """Keep the frame *data* to *group*, under the next number."""
+        now = clock.time()
+        if (ring := self._rings.get(group)) is None:
+            floor = self._floors.pop(group, self._floor)
+            ring = self._rings[group] = Ring(group, window, floor)
+        self.number += 1
+        event = text_event(with_position(data, self.top))
+        kept = Kept(
+            event, None, len(data), group, number=self.number, time=now,
+            weight=sys.getsizeof(event["text"]) + _ENTRY_BYTES, excluded=frozenset(excluded),
+        )  # fmt: skip
+        before = ring.size
+        ring.messages.append(kept)
+        ring.size += kept.weight
+        self._rings.move_to_end(group)
+        ring.trim(now)
+        self._size += ring.size - before
+        if ring.timer is None:
+            self._expire(ring)
+        while self._size > self._limit:
+            self._drop_one()
+        return kept
+
+    def _drop_one(self) -> None:
+        """Drop the oldest message of the group that was quiet for the longest time."""
+        ring = next(iter(self._rings.values()))
+        before = ring.size
+        ring.drop(is_limit=True)
+        self._size += ring.size - before
+        if not ring.messages:
+            self._forget(ring)
+
+    def _expire(self, ring: Ring) -> None:
+        """Drop what is too old, now and again later."""
+        before = ring.size
+        ring.trim(clock.time())
+        self._size += ring.size - before
+        if ring.messages:
+            when = ring.messages[0].time + ring.window.seconds
+            ring.timer = clock.call_at(when, self._expire, ring)
+        else:
+            self._forget(ring)
+
+    def _forget(self, ring: Ring) -> None:
+        """Forget a ring that is empty. How far it was dropped is known for much longer."""
+        if ring.timer is not None:
+            ring.timer.cancel()
+        del self._rings[ring.group]
+        self._floors[ring.group] = ring.floor
+        if len(self._floors) > _FLOORS:
+            self._floor = max(self._floor, self._floors.popitem(last=False)[1])
+
+    def gap(self, group: str, position: Position) -> Reason | None:
+        """Return why a client that was at *position* cannot go on, or None if it can."""
+        if position.epoch != self.epoch or position.number > self.number:
+            return "epoch"
+        ring = self._rings.get(group)
+        floor = self._floors.get(group, self._floor) if ring is None else ring.floor
+        if position.number >= floor:
+            return None
+        return "limit" if ring is not None and position.number < ring.limited else "expired"
+
+    def after(self, group: str, number: int) -> Sequence[Kept]:
+        """Return the first messages to *group* behind *number*."""
+        ring = self._rings.get(group)
+        return ring.after(number) if ring is not None else ()
+
+    def last(self, group: str, count: int) -> Sequence[Kept]:
+        """Return the last *count* messages to *group*."""
+        ring = self._rings.get(group)
+        return [*ring.messages][-count:] if ring is not None else ()
+
+    def stop(self) -> None:
+        """Forget everything."""
+        for ring in self._rings.values():
+            if ring.timer is not None:
+                ring.timer.cancel()
+        self._rings.clear()
 
 
 # ── outgoing ──────────────────────────────────────────────────────────────────────────────────
@@ -4066,9 +4284,9 @@ class Outgoing:
         return falcon.WebSocketDisconnected(self.close_code or 1006)
 
     @staticmethod
-    async def fan_out(receivers: Iterable[Receiver], data: bytes, group: str | None = None) -> None:
-        """Start one write of *data*, for *group*, to each of *receivers*; wait for no client."""
-        waiting, is_crowded = Waiting(event_of(data), None, len(data) or 1, group), False
+    async def fan_out(receivers: Iterable[Receiver], waiting: Waiting) -> None:
+        """Start one write of *waiting* to each of *receivers*; wait for no client."""
+        is_crowded = False
         ready: list[Any] = []  # A listener is never among them.
         try:
             for receiver in receivers:
@@ -4122,13 +4340,24 @@ class Outgoing:
         outbox, counts = self._put(waiting), self._counts
         counts["outbox_high_water"] = max(counts["outbox_high_water"], outbox.pushed)
         while self.writing != "task" and outbox.exceeds(1, self.limits):
-            if self.limits.overflow == "close":
-                self.evict()
-            else:
+            overflow = self.limits.overflow
+            if overflow != "close" and self._session.fall_behind(outbox):
+                self._log_slow("it reads on from what is kept")
+            elif overflow == "drop_oldest":
                 outbox.drop_oldest()
                 counts["dropped"] += 1
                 self._log_slow("messages for it are dropped")
+            else:
+                self.evict()
         return outbox.exceeds(0.5, self.limits)
+
+    def put(self, *several: Waiting) -> None:
+        """Put events in line that no limit bounds, unless the connection ends."""
+        if self.phase in (Phase.CONNECTING, Phase.OPEN) and self.close_code is None:
+            for waiting in several:
+                self._put(waiting)
+            if not self.writing:
+                self.write_next()
 
     async def _write(self, outbox: Outbox) -> None:
         """Write all that waits in *outbox*, in a task of the library's own."""
@@ -4356,6 +4585,10 @@ class Incoming:
                 self._inbox[:0] = held  # They are handled once the client is in.
                 self.is_direct = self.is_direct and not held
                 return frame
+            if isinstance(frame, Frame) and frame.type == "resume":
+                self.received += 1
+                await self._session.resume(frame)
+                continue
             held.append(event)
             self._size += size_of_event(event)
             if len(held) > _HELD_BEFORE_TOKEN:
@@ -4793,7 +5026,7 @@ Lost = Callable[["BaseException | None"], None]
 Sending = Coroutine[Any, Any, None]  # PERF: it is passed on, not awaited by each function
 Given = Union[str, "Backplane", None]  # a broker's URL, or a transport
 Member = Union["Connection", "Mailbox"]  # who gets the messages to a group
-Receiver = Union["Outgoing", "Mailbox"]  # where each of them gets these
+Receiver = Union["Outgoing", "Mailbox", "Cursor"]  # where each of them gets these
 
 
 class Backplane(typing.Protocol):
@@ -4920,15 +5153,15 @@ class Relay:
         return {"refused": 0, "outages": 0, "broker_down": 0}
 
 
-def open_relay(given: Given, namespace: str | None) -> Relay:
+def open_relay(given: Given, namespace: str | None, history: History | None = None) -> Relay:
     """Return the relay, not yet started. Raises the errors of `Hub.configure`."""
     local = _MEMORY.fullmatch(given) if isinstance(given, str) else None
     if local is not None and namespace is None:
         namespace = dict(urllib.parse.parse_qsl(local[1] or "", True)).get("namespace")
     check_namespace(namespace)
     if given is None or local is not None:
-        return Relay()
-    return cast(Relay, from_companion("Cluster", "a broker")(given, namespace))
+        return Relay() if history is None else Keeper(history)
+    return cast(Relay, from_companion("Cluster", "a broker")(given, namespace, history))
 
 
 def from_companion(name: str, what: str) -> Any:
@@ -5041,6 +5274,13 @@ class Registry:
         self._joined.setdefault(conn, set()).add(group)
         self._enter(Kind.GROUP, group, conn)
 
+    def replace(self, group: str, conn: Member, receiver: Receiver) -> bool:
+        """Let messages to *group* go to *receiver* for *conn*; return whether it is a member."""
+        is_member = conn in self.groups.get(group, ())
+        if is_member:
+            self.groups[group][conn] = receiver
+        return is_member
+
     def leave(self, group: str, conn: Member) -> None:
         """Remove *conn* from *group*, if it is a member."""
         if group in self.groups_of(conn):
@@ -5092,13 +5332,17 @@ class Registry:
             and conn.outgoing.is_answered and conn.id in self.connections
         )  # fmt: skip
 
-    def deliver(self, kind: Kind, name: str, data: bytes, excluded: Collection[str]) -> Sending:
+    def deliver(
+        self, kind: Kind, name: str, data: bytes | Waiting, excluded: Collection[str]
+    ) -> Sending:
         """Begin one write of the frame *data* to each receiver whose id is not *excluded*."""
         found = self.receivers(kind, name)
         if excluded:
             ids = frozenset(excluded)
             found = {conn: outgoing for conn, outgoing in found.items() if conn.id not in ids}
-        return Outgoing.fan_out(found.values(), data, name if kind is Kind.GROUP else None)
+        group = name if kind is Kind.GROUP else None
+        waiting = data if isinstance(data, Waiting) else waiting_for(data, group)
+        return Outgoing.fan_out(found.values(), waiting)
 
     async def close(self, kind: Kind, name: str, close: Close) -> None:
         """Close connections, behind what was sent to them before, some in each turn of the loop.
@@ -5129,6 +5373,232 @@ class Registry:
         conn.outgoing.close(close)
 
 
+# ── catching up ───────────────────────────────────────────────────────────────────────────────
+#
+# A member of a kept group that is behind has a cursor in its place in the registry. What is sent
+# passes it by: it reads from the ring, as its socket drains, and the step that finds nothing more
+# there makes it live. A client counts for nothing in what another one is to get.
+
+_REPLAYED = 256  # messages in one turn of the loop, to all clients together
+_RESUME_CHARACTERS = 2_000  # of the handshake's query
+_RESUME_IDS = 16
+
+
+@attrs.define(eq=False)
+class Resume:
+    """What a client says that it has: positions by group, and the ids of former connections."""
+
+    groups: dict[str, Position]
+    ids: frozenset[str]
+    timer: Timer | None = None  # while the message that says so is still to come
+
+
+def read_resume(value: Any) -> Resume:
+    """Return what is in the payload of a ``resume`` message: in what is none, nothing."""
+    given: dict[str, Any] = value if type(value) is dict else {}
+    groups, ids = given.get("groups"), given.get("ids")
+    positions = groups.items() if type(groups) is dict else ()
+    known = [id for id in ids if type(id) is str] if type(ids) is list else []
+    found = {group: read_position(at) for group, at in positions}
+    return Resume(found, frozenset(known[-_RESUME_IDS:]))
+
+
+class Cursor:
+    """Where a member of a kept group is that has not got all of it."""
+
+    phase: Phase = Phase.OPEN
+    # Nothing is written to it, so `Outgoing.fan_out` always calls `push`.
+    writing: Literal["", "handshake", "task", "writer"] = "writer"
+
+    def __init__(self, history: History, conn: Connection, group: str, position: Position) -> None:
+        self.conn: Connection = conn
+        self.group: str = group
+        self.is_placed: bool = True  # False while a ``resume`` message may still move it
+        self.is_told: bool = True  # It has had its verdict, or gets none.
+        self._history, self._position, self._replayed = history, position, 0
+        self._is_behind = True  # It has got something, so that another gap is one of its own.
+        self._ids = frozenset([conn.id])
+
+    def place(self, position: Position | None, resume: Resume) -> None:
+        """Begin at *position*, or where it is, for a client that gets a verdict."""
+        self.is_placed, self.is_told = resume.timer is None, False
+        self._ids |= resume.ids
+        if position is not None:
+            self._position, self._is_behind = position, False
+        if self.is_placed:
+            self._history.go_on(self)
+
+    def push(self, waiting: Waiting) -> bool:
+        """Leave a hub's message to the ring."""
+        return False
+
+    def step(self) -> int:
+        """Put the next messages in line, or make the member live; return how many were passed."""
+        rings = self._history.rings
+        if not self._history.is_current(self):
+            return 0
+        if (reason := rings.gap(self.group, self._position)) is not None:
+            self.skip("overflow" if self._is_behind else reason)
+            return 1
+        if not (batch := rings.after(self.group, self._position.number)):
+            if not self.is_told:
+                self.tell("resume", replayed=self._replayed)
+            self._history.make_live(self)
+            return 1
+        self._position, self._is_behind = Position(rings.epoch, batch[-1].number), True
+        own = [Waiting(kept.event) for kept in batch if not kept.excluded & self._ids]
+        self._replayed += len(own)
+        drained: asyncio.Future[bool] = running_loop().create_future()
+        drained.add_done_callback(lambda _: self._history.go_on(self))
+        if own:
+            self.conn.outgoing.put(*own[:-1], Waiting(own[-1].event, drained))
+        else:
+            drained.set_result(True)
+        return len(batch)
+
+    def skip(self, reason: Reason) -> None:
+        """Go on from the top, because what is before cannot be had."""
+        self._position = self._history.rings.top
+        self.tell("gap", group=self.group, reason=reason)
+        self._history.make_live(self)
+
+    def tell(self, type: str, **payload: Any) -> None:
+        """Put a verdict in line: ``resume``, or ``gap``."""
+        self.is_told = True
+        frame = verdict(type, self.group, self._position, {**payload, "id": self.conn.id})
+        self.conn.outgoing.put(Waiting(text_event(frame)))
+
+
+def verdict(type: str, group: str, position: Position, payload: object) -> bytes:
+    """Return the frame of a verdict, with the position to go on from."""
+    return with_position(encode(Sent(type, payload=payload, group=group)), position)
+
+
+class History:
+    """The kept groups of a process, the clients that resume, and the members that catch up."""
+
+    def __init__(self, rings: Rings) -> None:
+        self.rings: Rings = rings
+        self._registry: Registry = cast(Any, None)  # until `start`
+        self._resumes: dict[str, Resume] = {}  # by the ids of connections
+        self._waiting = collections.deque[Cursor]()  # for their turn
+        self._is_due = False
+
+    def start(self, registry: Registry) -> None:
+        """Begin, for the members in *registry*."""
+        self._registry = registry
+
+    def greet(self, conn: Connection, seconds: float) -> None:
+        """Read ``?resume=`` of the handshake; wait for a message so many *seconds* if it says so.
+
+        Falcon may split the value at its commas, so that the raw query is read (RFC 3986, 3.4).
+        """
+        pairs = urllib.parse.parse_qsl(conn.req.query_string, keep_blank_values=True)
+        text = dict(reversed(pairs)).get("resume")
+        if text is None:
+            return
+        value = None
+        if len(text) <= _RESUME_CHARACTERS:
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+                value = msgspec.json.decode(text)
+        resume = self._resumes[conn.id] = read_resume(value)
+        if text == "message":
+            resume.timer = clock.call_at(clock.time() + seconds, self.note, conn, None)
+
+    def note(self, conn: Connection, value: Any) -> None:
+        """Take the payload of a ``resume`` message, which cursors may wait for."""
+        before, resume = self._resumes.get(conn.id), read_resume(value)
+        self._resumes[conn.id] = resume
+        if before is not None and before.timer is not None:
+            before.timer.cancel()
+            for group in self._registry.groups_of(conn):
+                receiver = self._registry.groups[group][conn]
+                if isinstance(receiver, Cursor) and not receiver.is_placed:
+                    receiver.place(resume.groups.pop(group, None), resume)
+
+    def forget(self, conn: Connection) -> None:
+        """Forget a client that has ended."""
+        resume = self._resumes.pop(conn.id, None)
+        if resume is not None and resume.timer is not None:
+            resume.timer.cancel()
+
+    def enter(self, conn: Connection, group: str) -> None:
+        """Let a new member begin: at its position, or with what is sent from now on."""
+        resume = self._resumes.get(conn.id)
+        if resume is None or self.rings.window_of(group) is None:
+            return
+        position = resume.groups.pop(group, None)
+        if position is None and resume.timer is None:
+            payload = {"replayed": 0, "id": conn.id}
+            conn.outgoing.put(
+                Waiting(text_event(verdict("resume", group, self.rings.top, payload)))
+            )
+        else:
+            cursor = Cursor(self, conn, group, self.rings.top)
+            self._registry.replace(group, conn, cursor)
+            cursor.place(position, resume)
+
+    def fall_behind(self, conn: Connection, outbox: Outbox) -> bool:
+        """Let a slow client read from the rings what waits in *outbox*; return whether any does."""
+        found = dict[str, int]()
+        for waiting in tuple(outbox.queue):
+            if isinstance(waiting, Kept):
+                outbox.remove(waiting)
+                found.setdefault(cast(str, waiting.group), waiting.number)
+        for group, number in found.items():
+            cursor = Cursor(self, conn, group, Position(self.rings.epoch, number - 1))
+            if self._registry.replace(group, conn, cursor):
+                self.go_on(cursor)
+        return bool(found)
+
+    def is_current(self, cursor: Cursor) -> bool:
+        """Tell whether the member of *cursor* is still that: it may have left, and joined again."""
+        return self._registry.groups.get(cursor.group, {}).get(cursor.conn) is cursor
+
+    def make_live(self, cursor: Cursor) -> None:
+        """Let what is sent from now on go straight to the member."""
+        self._registry.replace(cursor.group, cursor.conn, cursor.conn.outgoing)
+
+    def go_on(self, cursor: Cursor) -> None:
+        """Let *cursor* take its next step when it is its turn."""
+        self._waiting.append(cursor)
+        if not self._is_due:
+            self._is_due = True
+            running_loop().call_soon(self._turn, context=contextvars.Context())
+
+    def _turn(self) -> None:
+        """Let cursors take a step each, up to so many messages."""
+        left = _REPLAYED
+        while self._waiting and left > 0:
+            left -= self._waiting.popleft().step()
+        self._is_due = bool(self._waiting)
+        if self._is_due:
+            running_loop().call_soon(self._turn, context=contextvars.Context())
+
+
+class Keeper(Relay):
+    """The relay of an app with one process that keeps what is sent to some groups."""
+
+    def __init__(self, history: History) -> None:
+        self.history: History = history
+
+    def start(self, registry: Registry, process: str) -> None:
+        """Do what `Relay.start` says."""
+        super().start(registry, process)
+        self.history.start(registry)
+
+    async def stop(self) -> None:
+        """Do what `Relay.stop` says."""
+        self.history.rings.stop()
+
+    def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
+        """Do what `Relay.send` says, and keep what is sent to a kept group."""
+        rings = self.history.rings
+        if kind is Kind.GROUP and (window := rings.window_of(name)) is not None:
+            data = rings.add(name, window, data, excluded)
+        return self._registry.deliver(kind, name, data, excluded)
+
+
 # ── hub state ─────────────────────────────────────────────────────────────────────────────────
 #
 # A running hub has a registry and a relay, the calls of threads, and the connections in progress.
@@ -5143,9 +5613,11 @@ _OWN_HUB = 'give this app one of its own: Pachinko(app, "/ws", hub=Hub())'
 class HubState:
     """What a hub has from the start of its first app to the stop of the last one."""
 
-    url: Given  # `Hub.configure` has set the url, the namespace and the codec
+    url: Given  # `Hub.configure` has set these, and `Hub.keep` the rules
     namespace: str | None
     codec: Codec
+    rules: Mapping[str, Window]
+    history_bytes: int
     replace: Callable[[], HubState]  # gives the hub a new state with the same settings
     process: str = attrs.field(factory=lambda: secrets.token_hex(_PROCESS_BYTES))
     counts: collections.Counter[str] = attrs.Factory(collections.Counter)
@@ -5158,6 +5630,7 @@ class HubState:
     background: dict[str, dict[asyncio.Task[Any], bool]] = attrs.Factory(dict)
     loop: asyncio.AbstractEventLoop | None = None  # the loop of the apps, while one runs
     broker: Given = None  # the broker that the first app was started with
+    history: History | None = None  # while an app runs, if there are rules
     relay: Relay = attrs.Factory(Relay)
     registry: Registry = attrs.Factory(lambda self: Registry(self.relay, self.process), True)
     _apps: set[object] = attrs.Factory(set)
@@ -5175,7 +5648,9 @@ class HubState:
                 return self._next.start(app, url, own)
             if self.loop is None:
                 broker = self.choose(url)
-                self.relay = open_relay(broker, self.namespace)
+                if self.rules:
+                    self.history = History(Rings(self.rules, self.history_bytes))
+                self.relay = open_relay(broker, self.namespace, self.history)
                 self.registry = Registry(self.relay, self.process)
                 self.loop, self.broker = loop, broker
                 self.drains.clear()  # A call before the start has drained nobody.
@@ -5264,7 +5739,7 @@ class HubState:
     async def close_all(self, seconds: float, caller: object) -> None:
         """Close all connections, as `Hub.drain` says, and do not wait for that of *caller*."""
         sessions = random.sample(list(self.serving.values()), len(self.serving))
-        ends: list[Receiver] = [session.outgoing for session in sessions]
+        ends: list[Outgoing | Mailbox] = [session.outgoing for session in sessions]
         for listener in self.listeners:
             ends.insert(random.randint(0, len(ends)), listener)
         logger.info("draining %d connections in %g s", len(sessions), seconds)
@@ -5328,7 +5803,13 @@ def _tell(future: concurrent.futures.Future[Any], ended: asyncio.Task[Any]) -> N
 # member in the registry, and does not refer to the listener: an application may just drop that.
 
 _MAILBOX, _MAILBOX_BYTES = 256, 1_048_576  # what may wait, as in an outbox by default
-_decode_sent = msgspec.json.Decoder(Sent).decode
+
+
+class _Arrived(Sent):
+    at: str | None = None
+
+
+_decode_sent = msgspec.json.Decoder(_Arrived).decode
 
 
 def read_frame(content: str | bytes, group: str | None = None) -> tuple[Envelope, bool]:
@@ -5340,7 +5821,8 @@ def read_frame(content: str | bytes, group: str | None = None) -> tuple[Envelope
         if isinstance(content, str):
             sent = _decode_sent(content)
             payload = None if sent.payload is UNSET else sent.payload
-            return Envelope(sent.type, payload, sent.id, group or sent.group), sent.more
+            envelope = Envelope(sent.type, payload, sent.id, group or sent.group, sent.at)
+            return envelope, sent.more
     return Envelope("", content, group=group), False
 
 
@@ -5478,40 +5960,35 @@ class Listener(AsyncIterator[T]):
                 loop.call_soon_threadsafe(self._mailbox.close)
 
 
-# ── hub ───────────────────────────────────────────────────────────────────────────────────────
+# ── hub setup ─────────────────────────────────────────────────────────────────────────────────
 #
-# An application calls the hub to make groups, to send, and to close connections.
+# An application sets the hub up before it starts.
 
-_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
-Exclude = Union["Connection", str, Iterable[Union["Connection", str]], None]
+_HISTORY_BYTES = 67_108_864  # 64 MiB
+_hubs: weakref.WeakSet[HubSetup] = weakref.WeakSet()
 
 
-class Hub:
-    """Groups of connections, and sending to them from any code, on one process or on many.
-
-    The module's own `hub` serves most programs; a `Hub` of one's own keeps two apps apart:
-    ``Pachinko(app, "/ws", hub=Hub())``. No method waits for a client: what a slow one has not
-    read waits in its outbox. Names of groups and users are `str`, anything else is a `TypeError`.
-
-    With a broker (`configure`), messages reach the members in all processes. Those in this process
-    get them from the broker too, so that there is one order. Methods that reach other processes
-    then raise `PachinkoError` when the broker does not take a message within 5 seconds.
-    """
+class HubSetup:
+    """The settings of a hub, and its start and stop in a program without an app."""
 
     def __init__(self) -> None:
         self._has_warned = False
-        self._set_state(None, None, Codec())
+        self._settings: dict[str, Any] = {
+            "url": None, "namespace": None, "codec": Codec(), "rules": {},
+            "history_bytes": _HISTORY_BYTES,
+        }  # fmt: skip
+        self._set_state()
         _hubs.add(self)
 
-    def _set_state(self, url: Given, namespace: str | None, codec: Codec) -> HubState:
-        again = functools.partial(self._set_state, url, namespace, codec)
-        self.state: HubState = HubState(url, namespace, codec, again)  # not for applications
+    def _set_state(self) -> HubState:
+        replace = self._set_state
+        self.state: HubState = HubState(**self._settings, replace=replace)  # not for applications
         return self.state
 
     def configure(
         self, url: Given | UnsetType = UNSET, *,
         converter: cattrs.Converter | UnsetType | None = UNSET,
-        namespace: str | UnsetType | None = UNSET,
+        namespace: str | UnsetType | None = UNSET, history_bytes: int | UnsetType = UNSET,
     ) -> None:  # fmt: skip
         """Set up the hub before an app starts. Options left out are kept; None resets one.
 
@@ -5522,19 +5999,46 @@ class Hub:
         letters, digits, ``_`` and ``-``; by default ``pachinko``.
         *converter*: of cattrs, for all payloads, in and out; set before handlers are registered.
         Start from ``hub.converter.copy()`` to keep the strict rules: a plain one coerces 5 to "5".
+        *history_bytes*: what the kept groups (`keep`) of a process may take; by default 64 MiB.
 
         Raises `PachinkoError` for a mistake in any of them, for a library that is not installed,
         and once an app has started; `TypeError` for a wrong object. Then nothing has changed.
         """
-        if self.state.loop is not None:
-            raise PachinkoError("call hub.configure() before the app starts, where it is imported")
+        self._check_stopped("configure")
         url = self.state.url if url is UNSET else url
         namespace = self.state.namespace if namespace is UNSET else namespace
         open_relay(url, namespace)
+        if history_bytes is not UNSET:
+            self._settings["history_bytes"] = check_count("history_bytes", history_bytes)
         if not (converter in (UNSET, None) or isinstance(converter, cattrs.BaseConverter)):
             raise TypeError(f"write hub.configure(converter=cattrs.Converter()), got {converter!r}")
         codec = self.state.codec if converter is UNSET else Codec(converter)
-        self._set_state(url, namespace, codec)
+        self._settings.update(url=url, namespace=namespace, codec=codec)
+        self._set_state()
+
+    def keep(
+        self, prefix: str, *, messages: int = 100, seconds: float = 300.0, bytes: int = 1_048_576
+    ) -> None:  # fmt: skip
+        """Keep what is sent to groups whose name begins with *prefix*, for clients that come back.
+
+        Of each group, the last *messages*, those of the last *seconds*, and no more than *bytes*
+        are kept; of all groups of a process, the ``history_bytes`` of `configure`. ``""`` is the
+        prefix of all groups, and the longest prefix of a name counts. See docs/history.md.
+
+        Raises `PachinkoError` for a mistake in any of them, and once an app has started.
+        """
+        self._check_stopped("keep")
+        if not isinstance(prefix, str):
+            raise PachinkoError(f'write hub.keep("room:"), the beginning of names; got {prefix!r}')
+        if not (is_seconds(seconds) and seconds > 0):
+            raise PachinkoError(f"seconds is a number above 0, got {seconds!r}")
+        window = Window(check_count("messages", messages), seconds, check_count("bytes", bytes))
+        self._settings["rules"] = {**self._settings["rules"], whole(prefix): window}
+        self._set_state()
+
+    def _check_stopped(self, method: str) -> None:
+        if self.state.loop is not None:
+            raise PachinkoError(f"call hub.{method}() before the app starts, where it is imported")
 
     @property
     def process(self) -> str:
@@ -5547,7 +6051,7 @@ class Hub:
         return self.state.codec.converter
 
     @contextlib.asynccontextmanager
-    async def open(self, url: Given = None) -> AsyncGenerator[Hub, None]:
+    async def open(self, url: Given = None) -> AsyncGenerator[typing.Self, None]:
         """Use the hub in a program without an app: ``async with hub.open("redis://…"):``.
 
         By default, *url* is that of `configure` or ``PACHINKO_BACKPLANE``. Raises `PachinkoError`
@@ -5590,6 +6094,46 @@ class Hub:
                 'own writes `async with hub.open("nats://localhost:4222"):` around its calls'
             )
 
+
+def check_count(name: str, value: object) -> int:
+    """Return *value*, of the option *name*. Raises `PachinkoError` unless it is at least 1."""
+    if not (isinstance(value, int) and _is_count(value)):
+        raise PachinkoError(f"{name} is a number, at least 1, got {value!r}")
+    return value
+
+
+def _forget_parent() -> None:
+    """Give each hub a new state in a forked process: loop and connections are the parent's."""
+    for each in _hubs:
+        each.state.replace()
+
+
+# Without fork (on Windows) `os` has no such function. A lock that another thread holds would stay
+# locked in the child for ever.
+_at_fork = getattr(os, "register_at_fork", lambda **_: None)
+_at_fork(before=_turn.acquire, after_in_parent=_turn.release, after_in_child=_turn.release)
+_at_fork(after_in_child=_forget_parent)
+
+
+# ── hub ───────────────────────────────────────────────────────────────────────────────────────
+#
+# An application calls the hub to make groups, to send, and to close connections.
+
+Exclude = Union["Connection", str, Iterable[Union["Connection", str]], None]
+
+
+class Hub(HubSetup):
+    """Groups of connections, and sending to them from any code, on one process or on many.
+
+    The module's own `hub` serves most programs; a `Hub` of one's own keeps two apps apart:
+    ``Pachinko(app, "/ws", hub=Hub())``. No method waits for a client: what a slow one has not
+    read waits in its outbox. Names of groups and users are `str`, anything else is a `TypeError`.
+
+    With a broker (`configure`), messages reach the members in all processes. Those in this process
+    get them from the broker too, so that there is one order. Methods that reach other processes
+    then raise `PachinkoError` when the broker does not take a message within 5 seconds.
+    """
+
     def _check_own(self, conn: object, instead: str) -> str:
         """Return the id of *conn*. Refuse what is no connection of this hub."""
         if not isinstance(conn, Connection):
@@ -5618,10 +6162,12 @@ class Hub:
             if conn.outgoing.is_answered:
                 return  # It has ended.
             raise PachinkoError("nobody joins before it has authenticated; do it in @ws.connect")
-        groups, most = state.registry.groups_of(conn), conn.outgoing.limits.max_groups
-        if len(groups) >= most and group not in groups:
+        is_new, most = group not in state.registry.groups_of(conn), conn.outgoing.limits.max_groups
+        if is_new and len(state.registry.groups_of(conn)) >= most:
             raise MessageError("too_many_groups", f"at most {most} groups a connection")
         state.registry.join(group, conn)
+        if state.history is not None and is_new:
+            state.history.enter(conn, group)
         try:
             await state.relay.subscribed(Kind.GROUP, group)
         except PachinkoError:
@@ -5677,6 +6223,33 @@ class Hub:
         """
         self._check("send", group, "group")
         await self._send(Kind.GROUP, group, message, payload, exclude)
+
+    async def position(self, group: str) -> str:
+        """Return where *group*, a kept one, is: a client that has a page of it goes on from there.
+
+        Raises `PachinkoError` for a group that is not kept (`keep`).
+        """
+        return str((await self._past(group, 0))[0])
+
+    async def history(self, group: str, last: int = 20) -> AsyncGenerator[Envelope, None]:
+        """Yield the *last* messages to *group*, a kept one, the oldest first.
+
+        Each is an `Envelope` with its payload as JSON, and ``at``. Raises `PachinkoError` for a
+        group that is not kept (`keep`), `ValueError` for a *last* below 0.
+        """
+        if not (type(last) is int and last >= 0):
+            raise ValueError(f"last is a number of messages, at least 0, got {last!r}")
+        for text in (await self._past(group, last))[1]:
+            yield read_frame(text, group)[0]
+
+    async def _past(self, group: str, count: int) -> tuple[Position, list[str]]:
+        self._check("history", group, "group")
+        if not any(map(group.startswith, self.state.rules)):
+            write = f'hub.keep("{group.partition(":")[0]}") before the app starts'
+            raise PachinkoError(f"the group {group!r} is not kept; write {write}")
+        if (history := self.state.history) is None:
+            return Position("", 0), []
+        return history.rings.top, [k.event["text"] for k in history.rings.last(group, count)]
 
     async def broadcast(
         self, message: object, payload: object = None, *, exclude: Exclude = None
@@ -5755,7 +6328,16 @@ class Hub:
             excluded = [self._id_of(item) for item in several]
             if not all(isinstance(id, str) for id in excluded):
                 raise TypeError(f"exclude takes connections and their ids, got {exclude!r}")
+        if not type and group is not None and self.state.history is not None:
+            self._refuse_bytes(self.state.history, group)
         await self.state.relay.send(kind, name, data, excluded)
+
+    def _refuse_bytes(self, history: History, group: str) -> None:
+        if history.rings.window_of(group) is not None:
+            raise PachinkoError(
+                f"the group {group!r} is kept, and a binary frame can have no position; send the "
+                'bytes in a message, as base64: hub.send(group, "file", {"data": data})'
+            )
 
     def _id_of(self, item: Connection | str) -> str:
         return self._check_own(item, "use conn.hub") if isinstance(item, Connection) else item
@@ -5895,18 +6477,6 @@ class Hub:
             **errors,
         }
 
-
-def _forget_parent() -> None:
-    """Give each hub a new state in a forked process: loop and connections are the parent's."""
-    for each in _hubs:
-        each.state.replace()
-
-
-# Without fork (on Windows) `os` has no such function. A lock that another thread holds would stay
-# locked in the child for ever.
-_at_fork = getattr(os, "register_at_fork", lambda **_: None)
-_at_fork(before=_turn.acquire, after_in_parent=_turn.release, after_in_child=_turn.release)
-_at_fork(after_in_child=_forget_parent)
 
 hub: Hub = Hub()
 """The hub of the process. It holds no event loop and no connection before an app starts."""
@@ -6361,38 +6931,123 @@ async def _report(work: Coroutine[Any, Any, T], conn: Connection) -> T:
         del error  # It refers to this frame; a cycle would keep the connection.
 
 
-# ── session ───────────────────────────────────────────────────────────────────────────────────
+# ── answering ─────────────────────────────────────────────────────────────────────────────────
 #
 # Whatever goes wrong with a message becomes one outcome for the client; the connection goes on.
 
 
-class Session:
+class Answering:
+    """What one connection is told: answers, errors, and that it sends too much."""
+
+    __slots__ = (
+        "_hub_state", "_limits", "_rate", "conn", "outgoing", "routes", "tasks",
+    )  # fmt: skip
+
+    def __init__(self, conn: Connection, routes: Routes) -> None:
+        self.conn: Connection = conn
+        self.routes: Routes = routes
+        self.outgoing: Outgoing = conn.outgoing
+        self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
+        self._hub_state, self._limits = conn.hub.state, conn.outgoing.limits
+        rate = self._limits.rate
+        self._rate = Rate(*rate) if rate is not None else None
+
+    def _exceed_rate(
+        self, event: Event, id: Id | None, type: str | None = None
+    ) -> Awaitable[None] | None:
+        """Count the frame, once; return what refuses it, or None if the rate admits it."""
+        if self._rate is None or event.get("is_counted"):
+            return None
+        event["is_counted"] = True
+        wait = self._rate.take(time.monotonic() + clock.ahead)
+        return self._refuse_rate(self._rate, wait, id, type) if wait > 0 else None
+
+    async def _refuse_rate(self, rate: Rate, wait: float, id: Id | None, type: str | None) -> None:
+        """Tell the client to wait for some seconds; close if it has sent far too much."""
+        if rate.is_abused:
+            self.outgoing.close(Close(1008, "too many messages"))
+        else:
+            await self._send_error(rate.refusal(wait), id, type)
+
+    async def _answer(self, type: str, id: Id | None, result: object) -> None:
+        """Answer with *result*, which a middleware or an error handler has returned."""
+        if result is not None or id is not None:
+            codec = self._hub_state.codec
+            type, _ = codec.writer_of(result, f"{type}.reply")
+            await self._send(codec.encode(type, result, id=id))
+
+    async def _fail(
+        self, raised: BaseException, type: str | None, id: Id | None, routes: Any = None
+    ) -> None:
+        """Answer *id* with what *raised* means. A frame without a *type* comes with *routes*."""
+        routes = (routes or around(self.routes, type))[::-1]
+        exc = single(raised, lambda exc: any(each.is_handled(exc) for each in routes))
+        what = f"the handler of {type!r}" if type else "the fallback or the binary handler"
+        # If code of the application has cancelled a task beside the reader, its error is answered.
+        is_beside = current_task() in self.tasks and not self.outgoing.closed
+        try:
+            if not (is_beside and isinstance(exc, Exception)):
+                pass_on(exc, what, self.conn.id, type)
+        except BaseException:  # It is raised again.
+            del exc, raised  # They refer to this frame; a cycle would keep the connection.
+            raise
+        # A handler that sends by Falcon's own socket learns of the end before `Outgoing` does.
+        is_over = self.conn.closed or self.conn.ws.closed
+        if is_over and is_departure(raised):
+            return  # A handler may end like this when its client has gone.
+        if isinstance(exc, asyncio.CancelledError):
+            exc = raised  # Nobody has asked for it: a bug, and the log gets all of a group.
+        try:
+            outcome = await meaning_of(exc, routes, self.conn, what, type)
+            if isinstance(outcome, Close):
+                self.outgoing.close(outcome)
+            elif isinstance(outcome, MessageError):
+                await self._send_error(outcome, id, type)
+            elif type is not None:
+                await self._answer(type, id, outcome)
+        except Exception as second:  # The outcome cannot be encoded.
+            log_failure("the answer to an error", second, self.conn.id, type)
+            await self._send_error(internal_error(), id, type)
+
+    async def _send_error(self, error: MessageError, id: Id | None, type: Any = None) -> None:
+        """Answer the message *id*, of *type* if that is known, with *error*."""
+        data = error_frame(error, id, self._hub_state.codec)
+        count_error(self._hub_state.counts, error.code)
+        log_refusal(error, self.conn.id, type)
+        await self._send(data)
+
+    async def _send(self, data: bytes) -> None:
+        """Send a frame, unless the client has gone."""
+        with contextlib.suppress(falcon.WebSocketDisconnected):
+            await self.outgoing.send(text_event(data))
+
+
+# ── session ───────────────────────────────────────────────────────────────────────────────────
+#
+# The session of a connection reads its messages, and runs what is to be done for each.
+
+
+class Session(Answering):
     """What one connection does: the handler in progress, its streams, tasks and limits."""
 
     __slots__ = (
-        "_contexts", "_ended", "_hub_state", "_life", "_limits", "_rate", "_streams",
-        "conn", "ends", "incoming", "is_handling", "is_serving", "outgoing", "routes", "tasks",
+        "_contexts", "_ended", "_life", "_streams", "ends", "incoming", "is_handling", "is_serving",
     )  # fmt: skip
 
     def __init__(
         self, hub: Hub, routes: Routes, limits: Limits,
         req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, params: dict[str, Any],
     ) -> None:  # fmt: skip
-        self._hub_state = hub.state
-        self.routes: Routes = routes
-        self._limits = limits
-        id = self._hub_state.process + os.urandom(_OWN_BYTES).hex()
+        id = hub.state.process + os.urandom(_OWN_BYTES).hex()
         receive, send = server_calls(ws)
-        self.outgoing: Outgoing = Outgoing(id, ws, send, limits, self._hub_state.counts, self)
+        outgoing = Outgoing(id, ws, send, limits, hub.state.counts, self)
+        super().__init__(Connection(hub, req, ws, params, id, outgoing), routes)
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
-        self.conn: Connection = Connection(hub, req, ws, params, id, self.outgoing)
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
         self.is_serving: bool = False  # messages are handled
-        self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
         self.ends: tuple[End, ...] = ()  # ends of connect handlers, in order
         self._streams: dict[Id, Stream] = _NONE
         self._contexts: Contexts | None = None  # None if messages have no context of their own
-        self._rate = Rate(*limits.rate) if limits.rate is not None else None
         self._life: TimeLimit | None = None  # bounds the code in progress
         self._ended: float = 0.0  # when messages ceased to flow, on the loop's clock
 
@@ -6433,9 +7088,9 @@ class Session:
     def overtakes(self, event: Event) -> Awaitable[None] | None:
         """Return what handles the frame at once, while a handler waits, or None if it is held.
 
-        A concurrent handler, a stream, its end, a ``$ping`` and an answer wait for nobody, but no
-        handler of a message begins before the accepted ones have ended. A frame counts for the
-        rate when it has come: its handler may be called much later, with many.
+        A concurrent handler, a stream, its end, ``resume``, a ``$ping`` and an answer wait for
+        nobody, but no handler of a message begins before the accepted ones have ended. A frame
+        counts for the rate when it has come: its handler may be called much later, with many.
         """
         if self.outgoing.phase is Phase.CONNECTING:
             return None
@@ -6443,7 +7098,7 @@ class Session:
         if text is not None and size_of(text) <= self._limits.max_size:
             frame = decode_or_error(text)
         if isinstance(frame, Frame):
-            if frame.type in ("complete", "$ping") or is_answer(frame.type):
+            if frame.type in ("complete", "resume", "$ping") or is_answer(frame.type):
                 return self._refuse(event)
             handler = self.routes.handlers.get(frame.type)
             if handler is not None and handler.is_concurrent and self.is_serving:
@@ -6456,6 +7111,18 @@ class Session:
         """Return the time limit for the code that runs next; a close may bring it forward."""
         self._life = TimeLimit(when)
         return self._life
+
+    async def resume(self, frame: Frame) -> None:
+        """Note what the client says that it has, in a ``resume`` message, and answer its id."""
+        if (history := self._hub_state.history) is not None:
+            history.note(self.conn, frame.payload)
+        if frame.id is not None:
+            await self._send(_encode(Sent("resume.reply", frame.id)))
+
+    def fall_behind(self, outbox: Outbox) -> bool:
+        """Do what `History.fall_behind` does, if anything is kept."""
+        history = self._hub_state.history
+        return history is not None and history.fall_behind(self.conn, outbox)
 
     async def first_token(self) -> Frame:
         """Return what `Incoming.first_token` does; no code of the application runs meanwhile."""
@@ -6646,6 +7313,8 @@ class Session:
             await refusal
         elif type == "$ping":
             await self._send(_encode(Sent("$pong", id)))
+        elif type == "resume":
+            await self.resume(cast(Frame, frame))
         elif type != "complete":
             await self._explain(text, frame, exc)
 
@@ -6663,23 +7332,6 @@ class Session:
             hint = "; answers end in '.reply'" if str(frame.id).startswith("$") else ""
             text = f"no handler for {frame.type[:TYPE_SHOWN]!r}{hint}"
             await self._send_error(MessageError("unknown_type", text), frame.id, frame.type)
-
-    def _exceed_rate(
-        self, event: Event, id: Id | None, type: str | None = None
-    ) -> Awaitable[None] | None:
-        """Count the frame, once; return what refuses it, or None if the rate admits it."""
-        if self._rate is None or event.get("is_counted"):
-            return None
-        event["is_counted"] = True
-        wait = self._rate.take(time.monotonic() + clock.ahead)
-        return self._refuse_rate(self._rate, wait, id, type) if wait > 0 else None
-
-    async def _refuse_rate(self, rate: Rate, wait: float, id: Id | None, type: str | None) -> None:
-        """Tell the client to wait for some seconds; close if it has sent far too much."""
-        if rate.is_abused:
-            self.outgoing.close(Close(1008, "too many messages"))
-        else:
-            await self._send_error(rate.refusal(wait), id, type)
 
     async def _start_task(self, handler: Handler, message: Received) -> None:
         """Start a concurrent handler or a stream in a task of its own."""
@@ -6725,58 +7377,6 @@ class Session:
                 return
         await self._send(_encode(Sent("complete", id)))
 
-    async def _answer(self, type: str, id: Id | None, result: object) -> None:
-        """Answer with *result*, which a middleware or an error handler has returned."""
-        if result is not None or id is not None:
-            codec = self._hub_state.codec
-            type, _ = codec.writer_of(result, f"{type}.reply")
-            await self._send(codec.encode(type, result, id=id))
-
-    async def _fail(
-        self, raised: BaseException, type: str | None, id: Id | None, routes: Any = None
-    ) -> None:
-        """Answer *id* with what *raised* means. A frame without a *type* comes with *routes*."""
-        routes = (routes or around(self.routes, type))[::-1]
-        exc = single(raised, lambda exc: any(each.is_handled(exc) for each in routes))
-        what = f"the handler of {type!r}" if type else "the fallback or the binary handler"
-        # If code of the application has cancelled a task beside the reader, its error is answered.
-        is_beside = current_task() in self.tasks and not self.outgoing.closed
-        try:
-            if not (is_beside and isinstance(exc, Exception)):
-                pass_on(exc, what, self.conn.id, type)
-        except BaseException:  # It is raised again.
-            del exc, raised  # They refer to this frame; a cycle would keep the connection.
-            raise
-        # A handler that sends by Falcon's own socket learns of the end before `Outgoing` does.
-        is_over = self.conn.closed or self.conn.ws.closed
-        if is_over and is_departure(raised):
-            return  # A handler may end like this when its client has gone.
-        if isinstance(exc, asyncio.CancelledError):
-            exc = raised  # Nobody has asked for it: a bug, and the log gets all of a group.
-        try:
-            outcome = await meaning_of(exc, routes, self.conn, what, type)
-            if isinstance(outcome, Close):
-                self.outgoing.close(outcome)
-            elif isinstance(outcome, MessageError):
-                await self._send_error(outcome, id, type)
-            elif type is not None:
-                await self._answer(type, id, outcome)
-        except Exception as second:  # The outcome cannot be encoded.
-            log_failure("the answer to an error", second, self.conn.id, type)
-            await self._send_error(internal_error(), id, type)
-
-    async def _send_error(self, error: MessageError, id: Id | None, type: Any = None) -> None:
-        """Answer the message *id*, of *type* if that is known, with *error*."""
-        data = error_frame(error, id, self._hub_state.codec)
-        count_error(self._hub_state.counts, error.code)
-        log_refusal(error, self.conn.id, type)
-        await self._send(data)
-
-    async def _send(self, data: bytes) -> None:
-        """Send a frame, unless the client has gone."""
-        with contextlib.suppress(falcon.WebSocketDisconnected):
-            await self.outgoing.send(text_event(data))
-
     async def finish(self) -> None:
         """End the tasks, run the disconnect handlers, forget the connection."""
         if self.outgoing.close_code is None:  # The server has cancelled the task, for example.
@@ -6803,6 +7403,8 @@ class Session:
         """Take the connection out of the hub."""
         self.conn.stop_expiry()
         self._hub_state.registry.remove(self.conn)
+        if self._hub_state.history is not None:
+            self._hub_state.history.forget(self.conn)
 
     def release(self) -> None:
         """Let go of everything, however the connection has ended."""
@@ -7023,6 +7625,8 @@ async def _authenticate(
                 frame = await session.first_token()
             deadline += clock.time() - begun
             token = token_of(frame.payload)
+            if type(frame.payload) is dict and "resume" in frame.payload:
+                await session.resume(Frame("resume", None, frame.payload["resume"]))
             if token is not None:
                 with TimeLimit(until):
                     user = await _attend(session, user_of(function, conn, token), deadline)
@@ -7742,6 +8346,8 @@ class Pachinko(Lifecycle):
                 raise falcon.HTTPForbidden(description="pages of this origin may not connect")
             session = Session(self._hub, self._routes, self._limits, req, ws, params)
             state.enter(session)
+            if state.history is not None:
+                state.history.greet(session.conn, self._limits.auth_timeout)
             try:
                 if await admit(session, self._subprotocols):
                     await session.serve(welcome if self._routes.accepted else None)
