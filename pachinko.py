@@ -2873,6 +2873,7 @@ class Routes:
     # Each with the name of its lease, or None if every process runs it.
     workers: list[tuple[str | None, Callable[[], Awaitable[None]]]] = attrs.Factory(list)
     providers: dict[Any, Provider] = attrs.Factory(dict)  # a key is the type that is provided
+    snapshots: dict[str, Callable[..., Awaitable[Any]]] = attrs.Factory(dict)  # by prefix
     is_scoped: bool = False  # there is a middleware or a provider: each message has a context
     # The included routes around a message type, the fallback (`str`) and the binary handler
     # (`bytes`), the outermost first; only those that have middleware or error handlers.
@@ -2910,6 +2911,14 @@ class Routes:
         """Call *function* with errors of *cls*, or refuse a second one."""
         refuse_second(self.errors.get(cls), function, f"{cls.__name__} has a handler")
         self.errors[cls] = function
+
+    def add_snapshot(self, prefix: str, function: Callable[..., Awaitable[Any]]) -> None:
+        """Take snapshots of the groups that begin with *prefix*, or refuse a second function."""
+        refuse_second(
+            self.snapshots.get(prefix), function, f"{prefix!r} has a snapshot",
+            "give it a longer prefix",
+        )  # fmt: skip
+        self.snapshots[prefix] = function
 
     def add_provider(self, provider: Provider) -> None:
         """Pass what *provider* makes to the handlers that take its type."""
@@ -3256,6 +3265,8 @@ def _once(
     for name, key in RAW.items():
         if (function := getattr(routes, name)) is not None:
             found[ONCE[name]] = registered(function), inner(key)
+    for prefix, function in routes.snapshots.items():
+        found[f"the snapshot of {prefix!r}"] = (function,)
     for type, handler in routes.handlers.items():
         options: Any = handler.only, handler.is_concurrent, inner(type)
         if type == "authenticate":  # No middleware sees it.
@@ -3278,6 +3289,7 @@ def add_included(routes: Routes, own: Routes, found: Mapping[str, Handler]) -> N
             routes.add_scope(RAW.get(name), inner(RAW.get(name)))
     for provider in own.providers.values():
         routes.add_provider(provider)
+    routes.snapshots.update(own.snapshots)
 
 
 # ── handshake ─────────────────────────────────────────────────────────────────────────────────
@@ -4421,6 +4433,10 @@ class Outgoing:
         if not self.writing:
             self.write_next()
 
+    def snapshot_of(self, group: str) -> Take | None:
+        """Return what takes the snapshot of *group* for this client, if there is one."""
+        return self._session.snapshot_of(group)
+
     def create_task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Do what `Connection.create_task` says. The session knows what an error means."""
         return self._session.create_task(work)
@@ -5382,6 +5398,10 @@ class Registry:
 _REPLAYED = 256  # messages in one turn of the loop, to all clients together
 _RESUME_CHARACTERS = 2_000  # of the handshake's query
 _RESUME_IDS = 16
+_SNAPSHOTS = 16  # that are taken at a time in a process
+_TRIES = 3  # to take one before its ring has dropped what follows it
+# Takes a snapshot: returns its frame, or that of an error or None, and whether it has failed.
+Take = Callable[[], Awaitable[tuple["bytes | None", bool]]]
 
 
 @attrs.define(eq=False)
@@ -5411,22 +5431,31 @@ class Cursor:
     writing: Literal["", "handshake", "task", "writer"] = "writer"
 
     def __init__(self, history: History, conn: Connection, group: str, position: Position) -> None:
+        """Begin with a member that was live until *position*."""
         self.conn: Connection = conn
         self.group: str = group
-        self.is_placed: bool = True  # False while a ``resume`` message may still move it
-        self.is_told: bool = True  # It has had its verdict, or gets none.
+        self.is_waiting: bool = False  # for a ``resume`` message, which may still move it
         self._history, self._position, self._replayed = history, position, 0
+        self._is_joining = False  # It has not had its verdict, or its state, yet.
         self._is_behind = True  # It has got something, so that another gap is one of its own.
         self._ids = frozenset([conn.id])
+        self._take: Take | None = None  # takes the snapshot that comes next
 
-    def place(self, position: Position | None, resume: Resume) -> None:
-        """Begin at *position*, or where it is, for a client that gets a verdict."""
-        self.is_placed, self.is_told = resume.timer is None, False
-        self._ids |= resume.ids
+    def join(self, position: Position | None, resume: Resume | None) -> None:
+        """Begin with a new member at *position*; without one, where it is."""
+        self._is_joining = True
+        if resume is not None:
+            self.is_waiting = resume.timer is not None
+            self._ids |= resume.ids
+        if self.is_waiting:
+            return
         if position is not None:
             self._position, self._is_behind = position, False
-        if self.is_placed:
             self._history.go_on(self)
+        elif self._history.rings.after(self.group, self._position.number):
+            self._history.go_on(self)
+        else:
+            self._arrive()
 
     def push(self, waiting: Waiting) -> bool:
         """Leave a hub's message to the ring."""
@@ -5441,9 +5470,7 @@ class Cursor:
             self.skip("overflow" if self._is_behind else reason)
             return 1
         if not (batch := rings.after(self.group, self._position.number)):
-            if not self.is_told:
-                self.tell("resume", replayed=self._replayed)
-            self._history.make_live(self)
+            self._arrive()
             return 1
         self._position, self._is_behind = Position(rings.epoch, batch[-1].number), True
         own = [Waiting(kept.event) for kept in batch if not kept.excluded & self._ids]
@@ -5459,19 +5486,61 @@ class Cursor:
     def skip(self, reason: Reason) -> None:
         """Go on from the top, because what is before cannot be had."""
         self._position = self._history.rings.top
-        self.tell("gap", group=self.group, reason=reason)
-        self._history.make_live(self)
+        self._arrive(reason)
 
-    def tell(self, type: str, **payload: Any) -> None:
-        """Put a verdict in line: ``resume``, or ``gap``."""
-        self.is_told = True
-        frame = verdict(type, self.group, self._position, {**payload, "id": self.conn.id})
+    def _arrive(self, reason: Reason | None = None) -> None:
+        """Tell the verdict, and make the member live: if nothing was replayed, behind its state."""
+        is_new, self._is_joining = self._is_joining, False
+        take: Take | None = None
+        if reason is not None or (is_new and not self._replayed):
+            take = self.conn.outgoing.snapshot_of(self.group)
+        is_told = self._history.resumes(self.conn)
+        if reason is not None and (is_told or take is None):
+            self._tell("gap", take is None, group=self.group, reason=reason)
+        elif is_new and is_told:
+            self._tell("resume", take is None, replayed=self._replayed)
+        if take is None:
+            self._history.make_live(self)
+        else:
+            self._take = take
+            if self.conn.outgoing.is_answered:
+                self.load()
+
+    def _tell(self, type: str, is_whole: bool, **payload: Any) -> None:
+        """Put a verdict in line. It has a position if it *is_whole*, that is without a state."""
+        frame = encode(Sent(type, payload={**payload, "id": self.conn.id}, group=self.group))
+        self._put(with_position(frame, self._position) if is_whole else frame)
+
+    def _put(self, frame: bytes) -> None:
         self.conn.outgoing.put(Waiting(text_event(frame)))
 
+    def load(self) -> None:
+        """Begin to take the snapshot, if one comes next."""
+        if self._take is not None:
+            take, self._take = self._take, None
+            self.conn.outgoing.create_task(self._load(take))
 
-def verdict(type: str, group: str, position: Position, payload: object) -> bytes:
-    """Return the frame of a verdict, with the position to go on from."""
-    return with_position(encode(Sent(type, payload=payload, group=group)), position)
+    async def _load(self, take: Take) -> None:
+        """Send the state, and go on from the position before it was taken."""
+        frame: bytes | None = None
+        has_failed = is_overtaken = True
+        for _ in range(_TRIES):
+            async with self._history.turns:
+                self._position = self._history.rings.top
+                frame, has_failed = await take()
+            is_overtaken = self._history.rings.gap(self.group, self._position) is not None
+            if has_failed or not is_overtaken:
+                break
+        if not self._history.is_current(self):
+            return
+        if has_failed and frame is not None:
+            self._put(frame)
+        if has_failed or is_overtaken:
+            self._position = self._history.rings.top if is_overtaken else self._position
+            self._tell("gap", True, group=self.group, reason="snapshot")
+        elif frame is not None:
+            self._put(with_position(frame, self._position))
+        self._history.go_on(self)
 
 
 class History:
@@ -5481,6 +5550,7 @@ class History:
         self.rings: Rings = rings
         self._registry: Registry = cast(Any, None)  # until `start`
         self._resumes: dict[str, Resume] = {}  # by the ids of connections
+        self.turns: asyncio.Semaphore = asyncio.Semaphore(_SNAPSHOTS)
         self._waiting = collections.deque[Cursor]()  # for their turn
         self._is_due = False
 
@@ -5513,8 +5583,8 @@ class History:
             before.timer.cancel()
             for group in self._registry.groups_of(conn):
                 receiver = self._registry.groups[group][conn]
-                if isinstance(receiver, Cursor) and not receiver.is_placed:
-                    receiver.place(resume.groups.pop(group, None), resume)
+                if isinstance(receiver, Cursor) and receiver.is_waiting:
+                    receiver.join(resume.groups.pop(group, None), resume)
 
     def forget(self, conn: Connection) -> None:
         """Forget a client that has ended."""
@@ -5524,19 +5594,24 @@ class History:
 
     def enter(self, conn: Connection, group: str) -> None:
         """Let a new member begin: at its position, or with what is sent from now on."""
-        resume = self._resumes.get(conn.id)
-        if resume is None or self.rings.window_of(group) is None:
+        if self.rings.window_of(group) is None:
             return
-        position = resume.groups.pop(group, None)
-        if position is None and resume.timer is None:
-            payload = {"replayed": 0, "id": conn.id}
-            conn.outgoing.put(
-                Waiting(text_event(verdict("resume", group, self.rings.top, payload)))
-            )
-        else:
+        resume = self._resumes.get(conn.id)
+        if resume is not None or conn.outgoing.snapshot_of(group) is not None:
             cursor = Cursor(self, conn, group, self.rings.top)
             self._registry.replace(group, conn, cursor)
-            cursor.place(position, resume)
+            cursor.join(resume and resume.groups.pop(group, None), resume)
+
+    def welcome(self, conn: Connection) -> None:
+        """Begin to take snapshots for a client, now that it is in."""
+        for group in tuple(self._registry.groups_of(conn)):
+            receiver = self._registry.groups[group][conn]
+            if isinstance(receiver, Cursor):
+                receiver.load()
+
+    def resumes(self, conn: Connection) -> bool:
+        """Tell whether the client wants to resume, and so gets verdicts."""
+        return conn.id in self._resumes
 
     def fall_behind(self, conn: Connection, outbox: Outbox) -> bool:
         """Let a slow client read from the rings what waits in *outbox*; return whether any does."""
@@ -6563,15 +6638,17 @@ def close_for(exc: BaseException, what: str, id: str | None) -> Close:
     return Close(1011, "the server failed")
 
 
-def error_frame(error: MessageError, id: Id | None, codec: Codec) -> bytes:
-    """Return the frame that answers the message *id* with *error*."""
+def error_frame(
+    error: MessageError, id: Id | None, codec: Codec, group: str | None = None
+) -> bytes:
+    """Return the frame that answers the message *id*, or tells of *group*, with *error*."""
     payload = {"code": error.code, "message": error.message}
     try:
         if error.details:
             payload |= codec.converter.unstructure(error.details)
-        return _encode(Sent("error", id, payload))
+        return _encode(Sent("error", id, payload, group))
     except Exception:  # A hook may raise anything.
-        return codec.encode_again(Sent("error", id), {**payload, **error.details})
+        return codec.encode_again(Sent("error", id, group=group), {**payload, **error.details})
 
 
 def log_refusal(error: MessageError, id: str, type: str | None) -> None:
@@ -6931,6 +7008,49 @@ async def _report(work: Coroutine[Any, Any, T], conn: Connection) -> T:
         del error  # It refers to this frame; a cycle would keep the connection.
 
 
+# ── snapshots ─────────────────────────────────────────────────────────────────────────────────
+#
+# A member that has missed messages, or is new, may get the state of its group (`@ws.snapshot`).
+
+_SNAPSHOT_SECONDS = 10.0  # for one, if the endpoint has no `handler_timeout`
+
+
+def snapshot_of(session: Session, group: str) -> Take | None:
+    """Return what takes the snapshot of *group* for the client, if there is one."""
+    snapshots = session.routes.snapshots
+    prefix = max(filter(group.startswith, snapshots), key=len, default=None)
+    if prefix is None:
+        return None
+    return functools.partial(_take_snapshot, session.conn, snapshots[prefix], group)
+
+
+async def _take_snapshot(
+    conn: Connection, function: Callable[..., Awaitable[Any]], group: str
+) -> tuple[bytes | None, bool]:
+    codec, what = conn.hub.state.codec, place_of(function)
+    seconds = conn.outgoing.limits.handler_timeout or _SNAPSHOT_SECONDS
+    try:
+        state = await in_time(seconds, function, function(conn, group))
+        if state is None:
+            return None, False
+        if message_type(type(state)) is None:
+            raise TypeError(f"{what} returns a @message object or None; got {state!r:.200}")
+        type_, payload = split_message(state, None)
+        return codec.encode(type_, payload, group), False
+    except BaseException as exc:  # Code of the application may raise anything.
+        error = single(exc)
+        pass_on(error, what, conn.id)
+        outcome = outcome_of(error)
+        if isinstance(outcome, Close):
+            conn.outgoing.close(outcome)
+        if outcome is None:
+            log_failure(what, error, conn.id)
+        if not isinstance(outcome, MessageError):
+            outcome = internal_error()
+        count_error(conn.hub.state.counts, outcome.code)
+        return error_frame(outcome, None, codec, group), True
+
+
 # ── answering ─────────────────────────────────────────────────────────────────────────────────
 #
 # Whatever goes wrong with a message becomes one outcome for the client; the connection goes on.
@@ -7133,6 +7253,7 @@ class Session(Answering):
             self.is_handling = True
 
     create_task = create_task_of
+    snapshot_of = snapshot_of
 
     def add_end(self, end: End) -> None:
         """Note what has to run when the connection is over."""
@@ -8219,6 +8340,26 @@ class Pachinko(Lifecycle):
 
         return self._register(function, add)
 
+    def snapshot(self, prefix: str) -> Callable[[F], F]:
+        """Send the state of a kept group to each client that has missed messages, or is new.
+
+        ``@ws.snapshot("room:") async def state(conn, group) -> RoomState`` is for the groups whose
+        names begin with the prefix; the longest one counts. It returns a ``@message`` object, or
+        None to send nothing. What is sent to the group meanwhile comes behind the state. It is
+        called after the accept, and may take `handler_timeout`, or 10 seconds; an error is sent.
+        """
+        if not isinstance(prefix, str):
+            raise PachinkoError(f'write @ws.snapshot("room:"), the prefix of names; got {prefix!r}')
+
+        def register(function: F) -> F:
+            example = f'@ws.snapshot("{prefix}")\nasync def state(conn, group): ...'
+            check_function(function, example, 2)
+            return self._register(
+                function, lambda self: self._routes.add_snapshot(whole(prefix), function)
+            )
+
+        return register
+
     def error(self, exception: type[Exception]) -> Callable[[F], F]:
         """Call ``async def f(conn, exc)`` with an error of this class from a message handler.
 
@@ -8350,6 +8491,8 @@ class Pachinko(Lifecycle):
                 state.history.greet(session.conn, self._limits.auth_timeout)
             try:
                 if await admit(session, self._subprotocols):
+                    if state.history is not None:
+                        state.history.welcome(session.conn)
                     await session.serve(welcome if self._routes.accepted else None)
             finally:
                 session.release()
