@@ -20,6 +20,7 @@ from typing import Any
 import attrs
 import falcon.asgi
 import pytest
+from support import until
 
 import pachinko
 from pachinko import (
@@ -732,8 +733,7 @@ async def test_a_cancelled_test_leaves_nothing() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.sleep(0.01)
-        assert len(asyncio.all_tasks()) == 1
+        await until(lambda: len(asyncio.all_tasks()) == 1)
         assert type(pachinko.clock) is pachinko.Clock
 
 
