@@ -3968,85 +3968,114 @@ class Rings:
     def __init__(self, rules: Mapping[str, Window], limit: int) -> None:
         """Keep groups by *rules*, windows by the prefix of a name, in *limit* bytes."""
         self.epoch: str = secrets.token_hex(4)
-        self.number: int = 0  # of the latest message
-        self._rules = sorted(rules.items(), key=lambda rule: -len(rule[0]))
+        self.rules: Mapping[str, Window] = rules
         self._limit = limit
+        self._number = 0  # of the latest message
         self._size = 0
-        self._rings = collections.OrderedDict[str, Ring]()  # the one that was sent to last is last
+        self._rings = dict[str, Ring]()
+        self._full = collections.OrderedDict[str, Ring]()  # with messages; the latest is last
         self._floors = collections.OrderedDict[str, int]()  # of forgotten rings
-        self._floor = 0  # of all that are not even there
+        self._floor = 0  # of those that are not even there
 
     def window_of(self, group: str) -> Window | None:
         """Return how much of *group* is kept, or None."""
-        return next((window for start, window in self._rules if group.startswith(start)), None)
+        prefix = max(filter(group.startswith, self.rules), key=len, default=None)
+        return None if prefix is None else self.rules[prefix]
 
-    @property
-    def top(self) -> Position:
-        """The position behind all that was sent."""
-        return Position(self.epoch, self.number)
+    def is_ready(self, group: str, position: Position | None) -> bool:
+        """Tell whether it is known what a client at *position* has missed."""
+        return True
+
+    def top_of(self, group: str) -> Position:
+        """Return the position behind all that was sent to *group*."""
+        return Position(self.epoch, self._number)
 
     def add(self, group: str, window: Window, data: bytes, excluded: Iterable[str]) -> Kept:
         """Keep the frame *data* to *group*, under the next number."""
-        now = clock.time()
-        if (ring := self._rings.get(group)) is None:
-            floor = self._floors.pop(group, self._floor)
-            ring = self._rings[group] = Ring(group, window, floor)
-        self.number += 1
-        event = text_event(with_position(data, self.top))
+        self._number += 1
+        if group not in self._rings:
+            self.open(group, window, self._floors.pop(group, self._floor))
+        return self.put(group, data, self._number, clock.time(), excluded)
+
+    def open(self, group: str, window: Window, floor: int) -> None:
+        """Begin a ring, of the messages behind the number *floor*."""
+        self._rings[group] = Ring(group, window, floor)
+
+    def put(
+        self, group: str, data: bytes, number: int, time: float, excluded: Iterable[str]
+    ) -> Kept:
+        """Keep the frame *data* in the ring of *group*; return what is to be sent of it."""
+        ring = self._rings[group]
+        event = text_event(with_position(data, Position(self.epoch, number)))
         kept = Kept(
-            event, None, len(data), group, number=self.number, time=now,
+            event, None, len(data), group, number=number, time=time,
             weight=sys.getsizeof(event["text"]) + _ENTRY_BYTES, excluded=frozenset(excluded),
         )  # fmt: skip
-        before = ring.size
         ring.messages.append(kept)
         ring.size += kept.weight
-        self._rings.move_to_end(group)
-        ring.trim(now)
-        self._size += ring.size - before
+        self._size += kept.weight
+        self._full[group] = ring
+        self._full.move_to_end(group)
+        self._trim(ring)
         if ring.timer is None:
             self._expire(ring)
         while self._size > self._limit:
             self._drop_one()
         return kept
 
-    def _drop_one(self) -> None:
-        """Drop the oldest message of the group that was quiet for the longest time."""
-        ring = next(iter(self._rings.values()))
-        before = ring.size
-        ring.drop(is_limit=True)
-        self._size += ring.size - before
-        if not ring.messages:
-            self._forget(ring)
-
-    def _expire(self, ring: Ring) -> None:
-        """Drop what is too old, now and again later."""
+    def _trim(self, ring: Ring) -> None:
         before = ring.size
         ring.trim(clock.time())
         self._size += ring.size - before
+        if not ring.messages:
+            self._full.pop(ring.group, None)
+
+    def _drop_one(self) -> None:
+        """Drop the oldest message of the group that was quiet for the longest time."""
+        ring = next(iter(self._full.values()))
+        self._size -= ring.messages[0].weight
+        ring.drop(is_limit=True)
+        self._trim(ring)
+
+    def _expire(self, ring: Ring) -> None:
+        """Drop what is too old, now and again later."""
+        self._trim(ring)
         if ring.messages:
             when = ring.messages[0].time + ring.window.seconds
             ring.timer = clock.call_at(when, self._expire, ring)
         else:
-            self._forget(ring)
+            self._end(ring)
 
-    def _forget(self, ring: Ring) -> None:
+    def _end(self, ring: Ring) -> None:
         """Forget a ring that is empty. How far it was dropped is known for much longer."""
-        if ring.timer is not None:
-            ring.timer.cancel()
-        del self._rings[ring.group]
+        self.close(ring.group)
         self._floors[ring.group] = ring.floor
         if len(self._floors) > _FLOORS:
             self._floor = max(self._floor, self._floors.popitem(last=False)[1])
 
+    def close(self, group: str) -> None:
+        """Forget a ring, if there is one."""
+        if (ring := self._rings.pop(group, None)) is not None:
+            self._full.pop(group, None)
+            self._size -= ring.size
+            if ring.timer is not None:
+                ring.timer.cancel()
+
     def gap(self, group: str, position: Position) -> Reason | None:
         """Return why a client that was at *position* cannot go on, or None if it can."""
-        if position.epoch != self.epoch or position.number > self.number:
+        if position.epoch != self.epoch or position.number > self.top_of(group).number:
             return "epoch"
         ring = self._rings.get(group)
         floor = self._floors.get(group, self._floor) if ring is None else ring.floor
         if position.number >= floor:
             return None
         return "limit" if ring is not None and position.number < ring.limited else "expired"
+
+    def position_at(self, group: str, time: float) -> Position:
+        """Return the position of *group* at a *time* on `clock`."""
+        ring = self._rings[group]
+        earlier = (kept.number for kept in reversed(ring.messages) if kept.time < time)
+        return Position(self.epoch, next(earlier, ring.floor))
 
     def after(self, group: str, number: int) -> Sequence[Kept]:
         """Return the first messages to *group* behind *number*."""
@@ -4056,14 +4085,12 @@ class Rings:
     def last(self, group: str, count: int) -> Sequence[Kept]:
         """Return the last *count* messages to *group*."""
         ring = self._rings.get(group)
-        return [*ring.messages][-count:] if ring is not None else ()
+        return [*ring.messages][-count:] if ring is not None and count else ()
 
-    def stop(self) -> None:
+    def clear(self) -> None:
         """Forget everything."""
-        for ring in self._rings.values():
-            if ring.timer is not None:
-                ring.timer.cancel()
-        self._rings.clear()
+        for group in tuple(self._rings):
+            self.close(group)
 
 
 # ── outgoing ──────────────────────────────────────────────────────────────────────────────────
@@ -5107,6 +5134,8 @@ class Relay:
     `PachinkoError` when it does not take a message within 5 seconds.
     """
 
+    history: History | None = None  # of kept groups
+
     def start(self, registry: Registry, process: str) -> None:
         """Begin to connect, and to deliver to *registry*. *process* is the id of this process."""
         self._registry, self._process = registry, process
@@ -5141,6 +5170,13 @@ class Relay:
             raise NoAnswer(f"there is no connection with the id {id!r}")
         return await CALLS[method](conn, *args)
 
+    async def past(self, group: str, count: int) -> tuple[Position, Sequence[str]]:
+        """Return the position of *group*, a kept one, and its last *count* frames."""
+        return NOWHERE, ()
+
+    async def check_history(self) -> None:
+        """Raise `PachinkoError` if groups cannot be kept. A broker that is away is no reason."""
+
     def subscribe(self, kind: Kind, name: str) -> None:
         """Note that the first receiver of that name is in the registry."""
 
@@ -5167,17 +5203,6 @@ class Relay:
     def stats(self) -> dict[str, int]:
         """Return the counts of messages that were refused, and of what the broker does."""
         return {"refused": 0, "outages": 0, "broker_down": 0}
-
-
-def open_relay(given: Given, namespace: str | None, history: History | None = None) -> Relay:
-    """Return the relay, not yet started. Raises the errors of `Hub.configure`."""
-    local = _MEMORY.fullmatch(given) if isinstance(given, str) else None
-    if local is not None and namespace is None:
-        namespace = dict(urllib.parse.parse_qsl(local[1] or "", True)).get("namespace")
-    check_namespace(namespace)
-    if given is None or local is not None:
-        return Relay() if history is None else Keeper(history)
-    return cast(Relay, from_companion("Cluster", "a broker")(given, namespace, history))
 
 
 def from_companion(name: str, what: str) -> Any:
@@ -5430,29 +5455,37 @@ class Cursor:
     # Nothing is written to it, so `Outgoing.fan_out` always calls `push`.
     writing: Literal["", "handshake", "task", "writer"] = "writer"
 
-    def __init__(self, history: History, conn: Connection, group: str, position: Position) -> None:
-        """Begin with a member that was live until *position*."""
+    def __init__(
+        self, history: History, conn: Connection, group: str, position: Position | None
+    ) -> None:
+        """Begin with a member that was live until *position*; None if nobody knows yet."""
         self.conn: Connection = conn
         self.group: str = group
         self.is_waiting: bool = False  # for a ``resume`` message, which may still move it
-        self._history, self._position, self._replayed = history, position, 0
-        self._is_joining = False  # It has not had its verdict, or its state, yet.
+        self.is_joining: bool = False  # It has not had its verdict, or its state, yet.
+        self._history, self._position, self._replayed = history, position or NOWHERE, 0
+        self._since = None if position is not None else clock.time()
         self._is_behind = True  # It has got something, so that another gap is one of its own.
         self._ids = frozenset([conn.id])
         self._take: Take | None = None  # takes the snapshot that comes next
 
     def join(self, position: Position | None, resume: Resume | None) -> None:
-        """Begin with a new member at *position*; without one, where it is."""
-        self._is_joining = True
+        """Begin with a new member at *position*; without one, with what is sent from now on."""
+        self.is_joining = True
         if resume is not None:
             self.is_waiting = resume.timer is not None
             self._ids |= resume.ids
-        if self.is_waiting:
-            return
+        if not self.is_waiting:
+            self._history.begin(self, position)
+
+    def begin(self, position: Position | None) -> None:
+        """Do what `join` says, now that it is known what was sent."""
+        rings = self._history.rings
         if position is not None:
             self._position, self._is_behind = position, False
-            self._history.go_on(self)
-        elif self._history.rings.after(self.group, self._position.number):
+        elif self._since is not None:
+            self._position = rings.position_at(self.group, self._since)
+        if position is not None or rings.after(self.group, self._position.number):
             self._history.go_on(self)
         else:
             self._arrive()
@@ -5467,7 +5500,8 @@ class Cursor:
         if not self._history.is_current(self):
             return 0
         if (reason := rings.gap(self.group, self._position)) is not None:
-            self.skip("overflow" if self._is_behind else reason)
+            is_slow = self._is_behind and reason in ("expired", "limit")
+            self.skip("overflow" if is_slow else reason)
             return 1
         if not (batch := rings.after(self.group, self._position.number)):
             self._arrive()
@@ -5485,12 +5519,12 @@ class Cursor:
 
     def skip(self, reason: Reason) -> None:
         """Go on from the top, because what is before cannot be had."""
-        self._position = self._history.rings.top
+        self._position = self._history.rings.top_of(self.group)
         self._arrive(reason)
 
     def _arrive(self, reason: Reason | None = None) -> None:
         """Tell the verdict, and make the member live: if nothing was replayed, behind its state."""
-        is_new, self._is_joining = self._is_joining, False
+        is_new, self.is_joining = self.is_joining, False
         take: Take | None = None
         if reason is not None or (is_new and not self._replayed):
             take = self.conn.outgoing.snapshot_of(self.group)
@@ -5526,7 +5560,7 @@ class Cursor:
         has_failed = is_overtaken = True
         for _ in range(_TRIES):
             async with self._history.turns:
-                self._position = self._history.rings.top
+                self._position = self._history.rings.top_of(self.group)
                 frame, has_failed = await take()
             is_overtaken = self._history.rings.gap(self.group, self._position) is not None
             if has_failed or not is_overtaken:
@@ -5536,7 +5570,8 @@ class Cursor:
         if has_failed and frame is not None:
             self._put(frame)
         if has_failed or is_overtaken:
-            self._position = self._history.rings.top if is_overtaken else self._position
+            if is_overtaken:
+                self._position = self._history.rings.top_of(self.group)
             self._tell("gap", True, group=self.group, reason="snapshot")
         elif frame is not None:
             self._put(with_position(frame, self._position))
@@ -5550,6 +5585,9 @@ class History:
         self.rings: Rings = rings
         self._registry: Registry = cast(Any, None)  # until `start`
         self._resumes: dict[str, Resume] = {}  # by the ids of connections
+        # Cursors that wait until their ring is known, with their positions; *fetch* sees to it.
+        self.unready: dict[str, list[tuple[Cursor, Position | None]]] = {}
+        self.fetch: Callable[[str], None] = lambda _: None
         self.turns: asyncio.Semaphore = asyncio.Semaphore(_SNAPSHOTS)
         self._waiting = collections.deque[Cursor]()  # for their turn
         self._is_due = False
@@ -5598,9 +5636,34 @@ class History:
             return
         resume = self._resumes.get(conn.id)
         if resume is not None or conn.outgoing.snapshot_of(group) is not None:
-            cursor = Cursor(self, conn, group, self.rings.top)
+            is_ready = self.rings.is_ready(group, None)
+            cursor = Cursor(self, conn, group, self.rings.top_of(group) if is_ready else None)
             self._registry.replace(group, conn, cursor)
             cursor.join(resume and resume.groups.pop(group, None), resume)
+
+    def begin(self, cursor: Cursor, position: Position | None) -> None:
+        """Let a new member begin, now or when `fetch` has got what the rings lack."""
+        if self.rings.is_ready(cursor.group, position):
+            cursor.begin(position)
+        else:
+            self.unready.setdefault(cursor.group, []).append((cursor, position))
+            self.fetch(cursor.group)
+
+    def fetched(self, group: str) -> None:
+        """Let those begin who have waited for the ring of *group*."""
+        for cursor, position in self.unready.pop(group, ()):
+            if self.is_current(cursor):
+                cursor.begin(position)
+
+    def lose(self, group: str, reason: Reason) -> None:
+        """Tell all members of *group* that messages were lost."""
+        for member, receiver in tuple(self._registry.groups.get(group, {}).items()):
+            if not isinstance(member, Connection):
+                member.push(waiting_for(gap_of(group), group))
+            elif not (isinstance(receiver, Cursor) and receiver.is_joining):
+                cursor = Cursor(self, member, group, self.rings.top_of(group))
+                self._registry.replace(group, member, cursor)
+                cursor.skip(reason)
 
     def welcome(self, conn: Connection) -> None:
         """Begin to take snapshots for a client, now that it is in."""
@@ -5654,8 +5717,10 @@ class History:
 class Keeper(Relay):
     """The relay of an app with one process that keeps what is sent to some groups."""
 
+    history: History
+
     def __init__(self, history: History) -> None:
-        self.history: History = history
+        self.history = history
 
     def start(self, registry: Registry, process: str) -> None:
         """Do what `Relay.start` says."""
@@ -5664,7 +5729,12 @@ class Keeper(Relay):
 
     async def stop(self) -> None:
         """Do what `Relay.stop` says."""
-        self.history.rings.stop()
+        self.history.rings.clear()
+
+    async def past(self, group: str, count: int) -> tuple[Position, Sequence[str]]:
+        """Do what `Relay.past` says."""
+        rings = self.history.rings
+        return rings.top_of(group), [kept.event["text"] for kept in rings.last(group, count)]
 
     def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
         """Do what `Relay.send` says, and keep what is sent to a kept group."""
@@ -5672,6 +5742,20 @@ class Keeper(Relay):
         if kind is Kind.GROUP and (window := rings.window_of(name)) is not None:
             data = rings.add(name, window, data, excluded)
         return self._registry.deliver(kind, name, data, excluded)
+
+
+def open_relay(
+    given: Given, namespace: str | None, rules: Mapping[str, Window], history_bytes: int
+) -> Relay:
+    """Return the relay, not yet started. Raises the errors of `Hub.configure`."""
+    local = _MEMORY.fullmatch(given) if isinstance(given, str) else None
+    if local is not None and namespace is None:
+        namespace = dict(urllib.parse.parse_qsl(local[1] or "", True)).get("namespace")
+    check_namespace(namespace)
+    if given is None or local is not None:
+        return Keeper(History(Rings(rules, history_bytes))) if rules else Relay()
+    cluster = from_companion("Cluster", "a broker")
+    return cast(Relay, cluster(given, namespace, rules, history_bytes))
 
 
 # ── hub state ─────────────────────────────────────────────────────────────────────────────────
@@ -5705,11 +5789,15 @@ class HubState:
     background: dict[str, dict[asyncio.Task[Any], bool]] = attrs.Factory(dict)
     loop: asyncio.AbstractEventLoop | None = None  # the loop of the apps, while one runs
     broker: Given = None  # the broker that the first app was started with
-    history: History | None = None  # while an app runs, if there are rules
     relay: Relay = attrs.Factory(Relay)
     registry: Registry = attrs.Factory(lambda self: Registry(self.relay, self.process), True)
     _apps: set[object] = attrs.Factory(set)
     _next: HubState | None = None  # the state of the hub after the end of this one
+
+    @property
+    def history(self) -> History | None:
+        """The kept groups, if there are any."""
+        return self.relay.history
 
     def choose(self, url: Given = None) -> Given:
         """Return the broker to use: *url*, else the configured one, else the environment's."""
@@ -5723,9 +5811,7 @@ class HubState:
                 return self._next.start(app, url, own)
             if self.loop is None:
                 broker = self.choose(url)
-                if self.rules:
-                    self.history = History(Rings(self.rules, self.history_bytes))
-                self.relay = open_relay(broker, self.namespace, self.history)
+                self.relay = open_relay(broker, self.namespace, self.rules, self.history_bytes)
                 self.registry = Registry(self.relay, self.process)
                 self.loop, self.broker = loop, broker
                 self.drains.clear()  # A call before the start has drained nobody.
@@ -6082,7 +6168,7 @@ class HubSetup:
         self._check_stopped("configure")
         url = self.state.url if url is UNSET else url
         namespace = self.state.namespace if namespace is UNSET else namespace
-        open_relay(url, namespace)
+        open_relay(url, namespace, self.state.rules, self.state.history_bytes)
         if history_bytes is not UNSET:
             self._settings["history_bytes"] = check_count("history_bytes", history_bytes)
         if not (converter in (UNSET, None) or isinstance(converter, cattrs.BaseConverter)):
@@ -6317,14 +6403,12 @@ class Hub(HubSetup):
         for text in (await self._past(group, last))[1]:
             yield read_frame(text, group)[0]
 
-    async def _past(self, group: str, count: int) -> tuple[Position, list[str]]:
+    async def _past(self, group: str, count: int) -> tuple[Position, Sequence[str]]:
         self._check("history", group, "group")
-        if not any(map(group.startswith, self.state.rules)):
+        if not any(map(group.startswith, self.state.rules)) and self.state.history is None:
             write = f'hub.keep("{group.partition(":")[0]}") before the app starts'
             raise PachinkoError(f"the group {group!r} is not kept; write {write}")
-        if (history := self.state.history) is None:
-            return Position("", 0), []
-        return history.rings.top, [k.event["text"] for k in history.rings.last(group, count)]
+        return await self.state.relay.past(group, count)
 
     async def broadcast(
         self, message: object, payload: object = None, *, exclude: Exclude = None
@@ -7929,6 +8013,7 @@ class Lifecycle:
             await relay.connected()
         if any(lease for lease, _ in self._routes.workers):
             await relay.check_leases()
+        await relay.check_history()
 
     async def _start_last(self, starts: int, scope: Any, event: Any) -> None:
         """Start the workers, when all middleware of the app has started."""

@@ -162,6 +162,76 @@ def look_at_result(task: asyncio.Task[Any]) -> None:
         task.exception()
 
 
+# ── store ─────────────────────────────────────────────────────────────────────────────────────
+#
+# A broker that keeps what is sent to kept groups numbers a message, stores it and publishes it in
+# one step, so that all processes have the same order, and each of them can tell what was missed.
+
+_RULES = 60.0  # seconds that the rules outlast the last process that has them
+_FORGET = 86_400.0  # seconds that the position of a quiet group outlasts its messages, at least
+
+
+class Stamp(NamedTuple):
+    """What stands before a kept message that is delivered."""
+
+    epoch: str
+    number: int
+    previous: int  # the number of the message to the same subject before it, or 0
+
+
+class Entry(NamedTuple):
+    """A kept message."""
+
+    number: int
+    age: float  # seconds
+    data: bytes
+
+
+class Past(NamedTuple):
+    """What a broker knows of one subject."""
+
+    epoch: str  # of all its numbers; another one if they may have begun anew
+    top: int  # the number of its latest message, or a later one
+    floor: int  # None of its messages with a higher number is missing in *entries*.
+    entries: Sequence[Entry]
+
+
+class Store(typing.Protocol):
+    """What a `Backplane` has beside its methods, so that groups can be kept.
+
+    It raises `PachinkoError` where it cannot keep anything, with what is to be done about it.
+    """
+
+    async def keep(self, subject: str, data: bytes, window: Window) -> None:
+        """Do what `Backplane.publish` does, and keep *data*. It is delivered behind its stamp."""
+
+    async def past(self, subject: str, count: int) -> Past:
+        """Return the last *count* messages to *subject*, and perhaps more, in their order."""
+
+    async def agree(self, key: str, value: bytes, seconds: float) -> bytes:
+        """Set *key* to *value* for so many seconds, if it has no other; return what it then has.
+
+        An empty *value* sets nothing. An empty result stands for none.
+        """
+
+
+def stamped(stamp: Stamp, data: bytes) -> bytes:
+    """Return *data*, a peer message, behind its stamp. A peer message begins with a brace."""
+    return b"%b %d %d\n%b" % (stamp.epoch.encode(), stamp.number, stamp.previous, data)
+
+
+def read_stamp(data: bytes) -> tuple[Stamp | None, bytes]:
+    """Return the stamp, if there is one, and what is behind it."""
+    head, _, rest = data.partition(b"\n")
+    parts = head.split(b" ")
+    if head.startswith(b"{") or len(parts) != 3:
+        return None, data
+    epoch, number, previous = parts
+    if not (number.isdigit() and previous.isdigit()):
+        return None, data
+    return Stamp(epoch.decode(errors="replace"), int(number), int(previous)), rest
+
+
 # ── NATS ──────────────────────────────────────────────────────────────────────────────────────
 #
 # A `Nats` has one connection at a time; the link asks for the next one. `tests/test_nats_names.py`
@@ -650,6 +720,11 @@ class SimulatedBroker:
         self.is_there: asyncio.Event = asyncio.Event()
         self.is_there.set()
         self.leases: dict[str, tuple[str, float]] = {}  # the holder's token, and when it expires
+        self.epoch: str = secrets.token_hex(4)
+        self.numbers: Iterator[int] = itertools.count(1)  # of kept messages
+        # Kept messages by channel and subject, each with its time.
+        self.kept: dict[tuple[str, str], list[tuple[Stamp, float, bytes]]] = {}
+        self.values: dict[str, tuple[bytes, float]] = {}  # and when they expire
 
     def connection(self, channel: str = "") -> SimulatedConnection:
         """Return a `Backplane`, not yet started, for one hub of a process.
@@ -694,6 +769,31 @@ class SimulatedConnection:
         for each in receivers:
             each.messages.put_nowait((subject, data))
         return len(receivers)
+
+    async def keep(self, subject: str, data: bytes, window: Window) -> None:
+        broker, key = self._connected(), (self.channel, subject)
+        kept = broker.kept.setdefault(key, [])
+        number = next(broker.numbers)
+        stamp = Stamp(broker.epoch, number, kept[-1][0].number if kept else 0)
+        kept.append((stamp, pachinko.clock.time(), data))
+        del kept[: -window.messages]
+        await self.publish(subject, stamped(stamp, data))
+
+    async def past(self, subject: str, count: int) -> Past:
+        broker, now = self._connected(), pachinko.clock.time()
+        kept = broker.kept.get((self.channel, subject), [])
+        top = kept[-1][0].number if kept else 0
+        last = kept[-count:] if count else []
+        entries = [Entry(stamp.number, now - at, data) for stamp, at, data in last]
+        return Past(broker.epoch, top, last[0][0].previous if last else top, entries)
+
+    async def agree(self, key: str, value: bytes, seconds: float) -> bytes:
+        values, now = self._connected().values, pachinko.clock.time()
+        key = f"{self.channel}.{key}"
+        has, end = values.get(key, (b"", now))
+        if value and (has == value or end <= now):
+            values[key] = has, end = value, now + seconds
+        return has if now < end else b""
 
     async def subscribe(self, subject: str) -> None:
         self._connected()
@@ -764,8 +864,8 @@ class Link:
     """Keeps a process connected to its broker, and subscribed to its subjects.
 
     A *session* is one connection to the broker; sessions are numbered from 1. *restored* is called
-    when messages of a subject, or of all (None), may have been missed. *essential* are the subjects
-    without which a session is of no use. The link sends itself signs of life, which *beat* makes,
+    when messages of a subject, or of all (None), may have been missed. *opened* is awaited once a
+    session has its subscriptions. *essential* are those without which it is of no use. The link sends itself signs of life, which *beat* makes,
     on the first of them. *process* is for the log.
     """
 
@@ -773,8 +873,9 @@ class Link:
         self, backplane: Backplane, broker: Broker | None,
         deliver: Deliver, restored: Callable[[str | None], None],
         essential: Sequence[str], beat: Pack, process: str,
+        opened: Callable[[], Awaitable[None]],
     ) -> None:  # fmt: skip
-        self._backplane, self._broker = backplane, broker
+        self._backplane, self._broker, self._opened = backplane, broker, opened
         self._name = str(broker) if broker is not None else type(backplane).__name__
         self._deliver, self._restored = deliver, restored
         self._essential, self._make_beat, self._process = essential, beat, process
@@ -816,8 +917,10 @@ class Link:
         if not self.is_connected:
             raise pachinko.BrokerAway(f"{self._name} cannot be reached: {self._why}")
 
-    async def publish(self, subject: str, pack: Pack) -> int | None:
-        """Publish what *pack* makes; no two messages are equal.
+    async def publish(
+        self, subject: str, pack: Pack, window: Window | None = None
+    ) -> int | None:
+        """Publish what *pack* makes; no two messages are equal. The broker keeps a *window*.
 
         Returns once the broker has the message and, if this process is subscribed, once the message
         has come back. The result is the number of processes that it went to, or None if the broker
@@ -828,7 +931,7 @@ class Link:
                 await self.connected()
                 try:
                     self._waits.add(patience)
-                    return await self._publish(subject, pack(self.session))
+                    return await self._publish(subject, pack(self.session), window)
                 finally:
                     self._waits.discard(patience)
         except PachinkoError:
@@ -842,14 +945,17 @@ class Link:
                 raise PachinkoError(text) from exc
             raise pachinko.BrokerAway(text) from None
 
-    async def _publish(self, subject: str, data: bytes) -> int | None:
+    async def _publish(self, subject: str, data: bytes, window: Window | None) -> int | None:
         """Publish *data*. If this process is subscribed, wait until the message has come back."""
         copy: asyncio.Future[None] | None = None
         if subject in self._subscribed and subject in self._subjects:
             copy = asyncio.get_running_loop().create_future()
             self._copies[data] = subject, copy
         try:
-            reached = await self._backplane.publish(subject, data)
+            if window is None:
+                reached = await self._backplane.publish(subject, data)
+            else:
+                reached = await cast(Store, self._backplane).keep(subject, data, window)
             if copy is not None:
                 await copy
             return reached
@@ -870,7 +976,7 @@ class Link:
         except Exception:  # a bug in this library; nats-py would stop reading
             logger.exception("a message from %s was not handled", self._name)
         else:
-            _, copy = self._copies.get(bytes(data), (None, None))
+            _, copy = self._copies.get(bytes(read_stamp(data)[1]), (None, None))
             if copy is not None:
                 self._has_heard = True
                 resolve(copy)
@@ -1005,6 +1111,8 @@ class Link:
                     raise result
                 else:
                     self._note_subscribed(subject)
+        async with asyncio.timeout(_CONNECT):
+            await self._opened()
 
     def _begin(self) -> None:
         """Let everybody go on who has waited for a session."""
@@ -1257,7 +1365,9 @@ class PeerMessage(msgspec.Struct, omit_defaults=True):
     """``send`` or ``close``: to the receivers, or the one in ``to``; ``who``: to the processes
     with members of a group, ``whose``: to those with connections of a user, both answered with
     ``here``; ``call``: to the process of a connection, answered with ``done``; ``beat``: to the
-    sender itself, as a sign of life. Older processes refuse a ``call``."""
+    sender itself, as a sign of life; ``sync``: to nobody, behind all that was sent before; ``rules``:
+    to all, as the rules of kept groups have changed. Older processes refuse these two, and a
+    ``call``."""
     source: str = msgspec.field(name="from")  # the process that sends
     session: int = 0  # the number of the sender's session with the broker
     n: int = 0  # the message's number in its process
@@ -1427,6 +1537,228 @@ def done_with(exc: Exception, process: str) -> Done:
     return Done(None, kind, str(exc))
 
 
+# ── archive ───────────────────────────────────────────────────────────────────────────────────
+#
+# The archive has the rings of the kept groups with members in this process. They are filled by the
+# feed, which comes anyway; the broker is asked for what was before that, or is missing in it.
+
+_READS = 32  # groups whose past is read at a time
+_AGAIN = 1.0  # seconds before a read that has failed is tried again
+_decode_rules = msgspec.json.Decoder(dict[str, tuple[int, float, int]]).decode
+
+
+class BrokerRings(Rings):
+    """The rings of a process. Their numbers come from the broker."""
+
+    def __init__(self, rules: Mapping[str, Window], limit: int) -> None:
+        super().__init__(rules, limit)
+        self.epoch: str = ""  # Nobody knows it yet.
+        self.tops: dict[str, int] = {}  # numbers of the latest messages, of groups that are ready
+        self.whole: set[str] = set()  # groups of which all is known that the broker has
+
+    def is_ready(self, group: str, position: Position | None) -> bool:
+        if group not in self.tops or position is None or position.epoch != self.epoch:
+            return group in self.tops
+        floor = self._rings[group].floor
+        return position.number <= self.tops[group] and (
+            position.number >= floor or group in self.whole
+        )
+
+    def top_of(self, group: str) -> Position:
+        return Position(self.epoch, self.tops.get(group, 0))
+
+    def _end(self, ring: Ring) -> None:
+        ring.timer = None  # The next message sets it. The ring stays as long as there is a member.
+
+    def close(self, group: str) -> None:
+        super().close(group)
+        self.tops.pop(group, None)
+        self.whole.discard(group)
+
+
+class Arrived(NamedTuple):
+    """A kept message that has come by the feed."""
+
+    stamp: Stamp
+    frame: bytes
+    excluded: Sequence[str]
+    time: float
+
+
+@attrs.define(eq=False)
+class Feed:
+    """What comes to a kept group with members in this process."""
+
+    held: list[Arrived] = attrs.Factory(list)  # what has come while the past is read
+    is_reading: bool = False
+    is_due: bool = False  # The past is to be read, once more.
+    lost: Reason | None = None  # why members have missed something for good
+
+
+class Archive:
+    """The kept groups of an app with a broker, as one process sees them."""
+
+    def __init__(
+        self, store: Store, link: Link, history: History, registry: Registry,
+        subject: Callable[[str], str], sync: Callable[[str], Awaitable[object]],
+        start_work: Callable[[Coroutine[Any, Any, None]], None],
+    ) -> None:  # fmt: skip
+        """*sync* returns when all that was sent to a group before has come."""
+        self._store, self._link, self._history, self._registry = store, link, history, registry
+        self._subject, self._sync, self._start_work = subject, sync, start_work
+        self._rings = cast(BrokerRings, history.rings)
+        self._feeds: dict[str, Feed] = {}
+        self._turns = asyncio.Semaphore(_READS)
+        history.start(registry)
+        history.fetch = self.read
+
+    def add(self, group: str) -> None:
+        """Note the first member of *group*."""
+        if self._rings.window_of(group) is not None:
+            self._feeds[group] = Feed()
+            self.read(group)
+
+    def remove(self, group: str) -> None:
+        """Note that the last member of *group* has left."""
+        if self._feeds.pop(group, None) is not None:
+            self._rings.close(group)
+
+    def knows(self, group: str) -> bool:
+        """Tell whether *group* is kept, and has members here."""
+        return group in self._feeds
+
+    async def take(self, group: str, stamp: Stamp, frame: bytes, excluded: Sequence[str]) -> None:
+        """Take a message from the feed; deliver it now, or behind what is missing before it."""
+        feed, top = self._feeds.get(group), self._rings.tops.get(group)
+        if feed is None:  # The rules have just been learned.
+            at = Position(stamp.epoch, stamp.number)
+            return await self._deliver(group, pachinko.with_position(frame, at), excluded)
+        if stamp.epoch != self._rings.epoch:
+            self._begin_epoch(stamp.epoch)
+            top = None
+        arrived = Arrived(stamp, frame, excluded, pachinko.clock.time())
+        if feed.is_reading or top is None or stamp.previous > top:
+            feed.held.append(arrived)
+            self.read(group)
+        elif stamp.number > top:
+            await self._deliver(group, self._put(group, arrived), excluded)
+
+    async def _deliver(
+        self, group: str, frame: bytes | pachinko.Waiting, excluded: Collection[str]
+    ) -> None:
+        await self._registry.deliver(Kind.GROUP, group, frame, excluded)
+
+    def _put(self, group: str, message: Arrived) -> Kept:
+        self._rings.tops[group] = message.stamp.number
+        return self._rings.put(
+            group, message.frame, message.stamp.number, message.time, message.excluded
+        )
+
+    def _begin_epoch(self, epoch: str) -> None:
+        """Forget what was known under another epoch."""
+        is_first, self._rings.epoch = not self._rings.epoch, epoch
+        for group, feed in self._feeds.items() if not is_first else ():
+            feed.lost = "epoch"
+            feed.held.clear()
+            self._rings.close(group)
+            self.read(group)
+
+    def restored(self, group: str | None) -> None:
+        """Read what was missed of *group*, or of all, while the broker was away."""
+        for each in tuple(self._feeds) if group is None else [group]:
+            self.read(each)
+
+    def read(self, group: str) -> None:
+        """Begin to read what the ring of *group* lacks."""
+        if (feed := self._feeds.get(group)) is not None:
+            feed.is_due = True
+            if not feed.is_reading:
+                feed.is_reading = True
+                self._start_work(self._keep_reading(group, feed))
+
+    async def _keep_reading(self, group: str, feed: Feed) -> None:
+        try:
+            while feed.is_due and self._feeds.get(group) is feed:
+                feed.is_due = False
+                try:
+                    async with self._turns:
+                        await self._read(group, feed)
+                except Exception as exc:  # whatever the library raises
+                    if not self._link.is_connected:
+                        return  # `restored` is called when it is back.
+                    logger.warning("%r was not read: %s", group, self._link.reason(exc))
+                    feed.is_due = True
+                    await pachinko.clock.sleep(_AGAIN)
+        finally:
+            feed.is_reading = False
+
+    async def _read(self, group: str, feed: Feed) -> None:
+        """Read the past of *group*, deliver what was missed, and let those go on who wait."""
+        rings, window = self._rings, self._rings.window_of(group)
+        if window is None:  # The rules have changed.
+            return
+        is_whole = group in rings.tops or any(
+            at for _, at in self._history.unready.get(group, ())
+        )
+        past = await self._store.past(self._subject(group), window.messages if is_whole else 0)
+        await self._sync(group)
+        if self._feeds.get(group) is not feed:
+            return
+        if past.epoch != rings.epoch:
+            self._begin_epoch(past.epoch)
+        before = rings.tops.get(group)
+        if before is not None and past.floor > before:
+            feed.lost = "broker"
+        missed = self._fill(group, feed, window, past, is_whole)
+        lost, feed.lost = feed.lost, None
+        if lost is not None:
+            self._history.lose(group, lost)
+        for kept in missed if lost is None else ():
+            await self._deliver(group, kept, kept.excluded)
+        self._history.fetched(group)
+        while feed.held:
+            arrived = feed.held.pop(0)
+            if arrived.stamp.previous > rings.tops[group]:
+                feed.held.insert(0, arrived)
+                feed.is_due = True
+                return
+            if arrived.stamp.number > rings.tops[group]:
+                await self._deliver(group, self._put(group, arrived), arrived.excluded)
+
+    def _fill(
+        self, group: str, feed: Feed, window: Window, past: Past, is_whole: bool
+    ) -> list[Kept]:
+        """Make the ring of *group* anew; return what its members have not got."""
+        before, now = self._rings.tops.get(group, math.inf), pachinko.clock.time()
+        held, feed.held = feed.held, []
+        new = {each.stamp.number for each in held}
+        found = {entry.number: read_kept(entry, past.epoch, now) for entry in past.entries}
+        found.update({each.stamp.number: each for each in held})
+        # Without entries, the ring begins where the feed does.
+        floor = past.floor if is_whole else min([past.top, *(h.stamp.previous for h in held)])
+        self._rings.close(group)
+        self._rings.open(group, window, floor)
+        if is_whole:
+            self._rings.whole.add(group)
+        missed = list[Kept]()
+        for number, message in sorted(found.items()):
+            if message is not None:
+                kept = self._put(group, message)
+                missed += [kept] if number > before or number in new else []
+        self._rings.tops[group] = max([past.top, *found])
+        return missed
+
+
+def read_kept(entry: Entry, epoch: str, now: float) -> Arrived | None:
+    """Return the message in *entry*, or None if it is none of ours."""
+    with contextlib.suppress(Refused):
+        message, frame = unpack(entry.data)
+        check_carried(frame, None)
+        stamp = Stamp(epoch, entry.number, 0)
+        return Arrived(stamp, frame, message.exclude, now - entry.age)
+    return None
+
+
 # ── cluster relay ─────────────────────────────────────────────────────────────────────────────
 #
 # The relay sends peer messages by the link, and takes those of other processes: messages to
@@ -1444,7 +1776,12 @@ _questions = itertools.count(1)
 class Cluster(pachinko.Relay):
     """The `Relay` of an app with a broker."""
 
-    def __init__(self, given: str | Backplane, namespace: str | None) -> None:
+    history: History | None
+
+    def __init__(
+        self, given: str | Backplane, namespace: str | None,
+        rules: Mapping[str, Window] = {}, history_bytes: int = 0,
+    ) -> None:  # fmt: skip
         """Take what `Hub.configure` was given. Raises `PachinkoError` and `TypeError`."""
         self._broker: Broker | None = None
         if isinstance(given, str):
@@ -1462,6 +1799,12 @@ class Cluster(pachinko.Relay):
             )
         self._backplane: Backplane = given
         self._namespace = "pachinko" if namespace is None else namespace
+        self._own_rules, self._history_bytes = rules, history_bytes
+        self._rules = b""  # what the broker has
+        self._store = cast(Store, given) if hasattr(given, "keep") else None
+        self._no_store = ""  # why nothing can be kept
+        self._archive: Archive | None = None
+        self.history = None
         self._addresses: dict[str, Address] = {}  # the address of each subject
         self._sent = 0
         self._sessions: dict[str, int] = {}  # the latest of each process that has sent a message
