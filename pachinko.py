@@ -5639,7 +5639,7 @@ class History:
             is_ready = self.rings.is_ready(group, None)
             cursor = Cursor(self, conn, group, self.rings.top_of(group) if is_ready else None)
             self._registry.replace(group, conn, cursor)
-            cursor.join(resume and resume.groups.pop(group, None), resume)
+            cursor.join(resume.groups.pop(group, None) if resume else None, resume)
 
     def begin(self, cursor: Cursor, position: Position | None) -> None:
         """Let a new member begin, now or when `fetch` has got what the rings lack."""
@@ -5738,10 +5738,10 @@ class Keeper(Relay):
 
     def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
         """Do what `Relay.send` says, and keep what is sent to a kept group."""
-        rings = self.history.rings
+        rings, frame = self.history.rings, cast("bytes | Kept", data)
         if kind is Kind.GROUP and (window := rings.window_of(name)) is not None:
-            data = rings.add(name, window, data, excluded)
-        return self._registry.deliver(kind, name, data, excluded)
+            frame = rings.add(name, window, data, excluded)
+        return self._registry.deliver(kind, name, frame, excluded)
 
 
 def open_relay(

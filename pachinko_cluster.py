@@ -42,13 +42,24 @@ import math
 import os
 import random
 import re
+import secrets
 import ssl
 import sys
 import threading
 import typing
 import urllib.parse
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
-from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar, cast
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from typing import Annotated, Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 import attrs
 import cattrs
@@ -61,17 +72,24 @@ from pachinko import (
     Backplane,
     Binary,
     Deliver,
+    History,
     Hub,
+    Kept,
     Kind,
     Lost,
     MessageError,
     NoAnswer,
     PachinkoError,
+    Position,
+    Reason,
     Registry,
+    Rings,
+    Window,
     create_task,
     encode,
     gap_of,
     logger,
+    waiting_for,
 )
 
 __all__ = ["SyncHub", "main"]
@@ -865,8 +883,8 @@ class Link:
 
     A *session* is one connection to the broker; sessions are numbered from 1. *restored* is called
     when messages of a subject, or of all (None), may have been missed. *opened* is awaited once a
-    session has its subscriptions. *essential* are those without which it is of no use. The link sends itself signs of life, which *beat* makes,
-    on the first of them. *process* is for the log.
+    session has its subscriptions. *essential* are those without which it is of no use. The link
+    sends itself signs of life, which *beat* makes, on the first of them. *process* is for the log.
     """
 
     def __init__(
@@ -917,9 +935,7 @@ class Link:
         if not self.is_connected:
             raise pachinko.BrokerAway(f"{self._name} cannot be reached: {self._why}")
 
-    async def publish(
-        self, subject: str, pack: Pack, window: Window | None = None
-    ) -> int | None:
+    async def publish(self, subject: str, pack: Pack, window: Window | None = None) -> int | None:
         """Publish what *pack* makes; no two messages are equal. The broker keeps a *window*.
 
         Returns once the broker has the message and, if this process is subscribed, once the message
@@ -952,10 +968,11 @@ class Link:
             copy = asyncio.get_running_loop().create_future()
             self._copies[data] = subject, copy
         try:
+            reached: int | None = None
             if window is None:
                 reached = await self._backplane.publish(subject, data)
             else:
-                reached = await cast(Store, self._backplane).keep(subject, data, window)
+                await cast(Store, self._backplane).keep(subject, data, window)
             if copy is not None:
                 await copy
             return reached
@@ -1365,9 +1382,9 @@ class PeerMessage(msgspec.Struct, omit_defaults=True):
     """``send`` or ``close``: to the receivers, or the one in ``to``; ``who``: to the processes
     with members of a group, ``whose``: to those with connections of a user, both answered with
     ``here``; ``call``: to the process of a connection, answered with ``done``; ``beat``: to the
-    sender itself, as a sign of life; ``sync``: to nobody, behind all that was sent before; ``rules``:
-    to all, as the rules of kept groups have changed. Older processes refuse these two, and a
-    ``call``."""
+    sender itself, as a sign of life; ``sync``: to nobody, behind all that was sent before;
+    ``rules``: to all, as the rules of kept groups have changed. Older processes refuse these two,
+    and a ``call``."""
     source: str = msgspec.field(name="from")  # the process that sends
     session: int = 0  # the number of the sender's session with the broker
     n: int = 0  # the message's number in its process
@@ -1567,8 +1584,8 @@ class BrokerRings(Rings):
     def top_of(self, group: str) -> Position:
         return Position(self.epoch, self.tops.get(group, 0))
 
-    def _end(self, ring: Ring) -> None:
-        ring.timer = None  # The next message sets it. The ring stays as long as there is a member.
+    def _end(self, ring: pachinko.Ring) -> None:
+        ring.timer = None  # The next message sets it. A ring stays while there is a member.
 
     def close(self, group: str) -> None:
         super().close(group)
@@ -1582,7 +1599,7 @@ class Arrived(NamedTuple):
     stamp: Stamp
     frame: bytes
     excluded: Sequence[str]
-    time: float
+    time: float = 0.0  # when it came, on the library's clock
 
 
 @attrs.define(eq=False)
@@ -1627,21 +1644,20 @@ class Archive:
         """Tell whether *group* is kept, and has members here."""
         return group in self._feeds
 
-    async def take(self, group: str, stamp: Stamp, frame: bytes, excluded: Sequence[str]) -> None:
+    async def take(self, group: str, message: Arrived) -> None:
         """Take a message from the feed; deliver it now, or behind what is missing before it."""
-        feed, top = self._feeds.get(group), self._rings.tops.get(group)
-        if feed is None:  # The rules have just been learned.
-            at = Position(stamp.epoch, stamp.number)
-            return await self._deliver(group, pachinko.with_position(frame, at), excluded)
+        feed, stamp = self._feeds.get(group), message.stamp
+        if feed is None:
+            return await self._deliver(group, _framed(message), message.excluded)
         if stamp.epoch != self._rings.epoch:
             self._begin_epoch(stamp.epoch)
-            top = None
-        arrived = Arrived(stamp, frame, excluded, pachinko.clock.time())
+        top = self._rings.tops.get(group)
+        message = message._replace(time=pachinko.clock.time())
         if feed.is_reading or top is None or stamp.previous > top:
-            feed.held.append(arrived)
+            feed.held.append(message)
             self.read(group)
         elif stamp.number > top:
-            await self._deliver(group, self._put(group, arrived), excluded)
+            await self._deliver(group, self._put(group, message), message.excluded)
 
     async def _deliver(
         self, group: str, frame: bytes | pachinko.Waiting, excluded: Collection[str]
@@ -1697,9 +1713,7 @@ class Archive:
         rings, window = self._rings, self._rings.window_of(group)
         if window is None:  # The rules have changed.
             return
-        is_whole = group in rings.tops or any(
-            at for _, at in self._history.unready.get(group, ())
-        )
+        is_whole = group in rings.tops or any(at for _, at in self._history.unready.get(group, ()))
         past = await self._store.past(self._subject(group), window.messages if is_whole else 0)
         await self._sync(group)
         if self._feeds.get(group) is not feed:
@@ -1732,7 +1746,7 @@ class Archive:
         before, now = self._rings.tops.get(group, math.inf), pachinko.clock.time()
         held, feed.held = feed.held, []
         new = {each.stamp.number for each in held}
-        found = {entry.number: read_kept(entry, past.epoch, now) for entry in past.entries}
+        found = {entry.number: read_kept(group, entry, past.epoch, now) for entry in past.entries}
         found.update({each.stamp.number: each for each in held})
         # Without entries, the ring begins where the feed does.
         floor = past.floor if is_whole else min([past.top, *(h.stamp.previous for h in held)])
@@ -1749,14 +1763,19 @@ class Archive:
         return missed
 
 
-def read_kept(entry: Entry, epoch: str, now: float) -> Arrived | None:
+def read_kept(group: str, entry: Entry, epoch: str, now: float) -> Arrived | None:
     """Return the message in *entry*, or None if it is none of ours."""
     with contextlib.suppress(Refused):
         message, frame = unpack(entry.data)
-        check_carried(frame, None)
+        check_carried(frame, group)
         stamp = Stamp(epoch, entry.number, 0)
         return Arrived(stamp, frame, message.exclude, now - entry.age)
     return None
+
+
+def _framed(message: Arrived) -> bytes:
+    at = Position(message.stamp.epoch, message.stamp.number)
+    return pachinko.with_position(message.frame, at)
 
 
 # ── cluster relay ─────────────────────────────────────────────────────────────────────────────
@@ -1791,6 +1810,11 @@ class Cluster(pachinko.Relay):
             given = backplane_of(self._broker)
         methods = ("start", "publish", "subscribe", "unsubscribe", "stop")
         found = (getattr(given, name, None) for name in methods)
+        if rules and not all(hasattr(given, name) for name in ("keep", "past", "agree")):
+            raise PachinkoError(
+                f"groups cannot be kept by {type(given).__name__}: use nats:// with JetStream, "
+                "redis:// or memory://, or leave out hub.keep()"
+            )
         if inspect.isclass(given) or not all(map(inspect.iscoroutinefunction, found)):
             raise TypeError(
                 'write hub.configure("nats://localhost:4222"), SyncHub("nats://localhost:4222"), '
@@ -1824,8 +1848,11 @@ class Cluster(pachinko.Relay):
         self._link = Link(
             self._backplane, self._broker, self.receive, self.restored,
             [self._add_address(*address) for address in own],
-            functools.partial(self._pack, op="beat"), process,
+            functools.partial(self._pack, op="beat"), process, self._agree,
         )  # fmt: skip
+        if self._own_rules:
+            self._use(self._own_rules)
+            self._start_work(self._keep_agreeing())
 
     def _add_address(self, kind: Kind, name: str) -> str:
         subject = subject_of(self._namespace, kind, name)
@@ -1840,10 +1867,79 @@ class Cluster(pachinko.Relay):
             task.cancel()
         await self._link.stop()
 
+    async def past(self, group: str, count: int) -> tuple[Position, Sequence[str]]:
+        if self.history is None or (window := self.history.rings.window_of(group)) is None:
+            raise PachinkoError(f"the group {group!r} is not kept by the rules of the broker")
+        await self._link.connected()
+        subject = subject_of(self._namespace, Kind.GROUP, group)
+        past = await cast(Store, self._store).past(subject, min(count, window.messages))
+        found = [read_kept(group, entry, past.epoch, 0.0) for entry in past.entries if count]
+        texts = [_framed(each).decode() for each in found if each and -each.time < window.seconds]
+        return Position(past.epoch, past.top), texts[-count:]
+
+    async def check_history(self) -> None:
+        if self._own_rules and self._no_store:
+            raise PachinkoError(self._no_store)
+
+    async def _agree(self) -> None:
+        """Learn the rules of kept groups that the broker has; give it those of this process."""
+        if self._store is None:
+            return
+        own = encode({k: attrs.astuple(w) for k, w in sorted(self._own_rules.items())})
+        key = subject_of(self._namespace, "history", "rules")
+        try:
+            rules = await self._store.agree(key, own if self._own_rules else b"", _RULES)
+        except PachinkoError as exc:
+            self._no_store = str(exc)
+            if self._own_rules:
+                logger.error("%s", exc)
+            return
+        is_new, self._rules = rules != self._rules, rules
+        if is_new and rules:
+            windows = {key: Window(*window) for key, window in _decode_rules(rules).items()}
+            self._use(windows)
+            if self._own_rules and rules != own:
+                text = "the broker keeps groups by other rules, %s, which count, and not these: %s"
+                logger.error(text, rules.decode(), own.decode())
+            elif self._own_rules:
+                self._start_work(self._tell_rules())
+
+    async def _tell_rules(self) -> None:
+        with contextlib.suppress(PachinkoError):  # Others ask when they connect, and now and then.
+            await self._publish(Kind.EVERYBODY, "all", "rules")
+
+    async def _keep_agreeing(self) -> None:
+        while True:
+            await pachinko.clock.sleep(_RULES / 3)
+            if self._link.is_connected:
+                try:
+                    await self._agree()
+                except Exception as exc:  # whatever the library raises
+                    logger.warning("rules were not renewed: %s", self._link.reason(exc))
+
+    def _use(self, rules: Mapping[str, Window]) -> None:
+        """Keep groups by *rules* from now on."""
+        if self.history is not None:
+            self.history.rings.rules = rules
+        else:
+            self.history = History(BrokerRings(rules, self._history_bytes))
+        if self._archive is None:
+            self._archive = Archive(
+                cast(Store, self._store), self._link, self.history, self._registry,
+                functools.partial(subject_of, self._namespace, Kind.GROUP),
+                functools.partial(self._publish, Kind.GROUP, op="sync"), self._start_work,
+            )  # fmt: skip
+        for group in self._registry.groups:
+            self._archive.add(group)
+
     def subscribe(self, kind: Kind, name: str) -> None:
         self._link.subscribe(self._add_address(kind, name))
+        if kind is Kind.GROUP and self._archive is not None:
+            self._archive.add(name)
 
     def unsubscribe(self, kind: Kind, name: str) -> None:
+        if kind is Kind.GROUP and self._archive is not None:
+            self._archive.remove(name)
         subject = subject_of(self._namespace, kind, name)
         self._unread.pop((kind, name), None)
         self._addresses.pop(subject, None)
@@ -1889,9 +1985,12 @@ class Cluster(pachinko.Relay):
         format = _BINARY if type(frame) is Binary else _FORMAT
         return pack(PeerMessage(format, op, self.process, session, self._sent, **fields), frame)
 
-    async def _publish(self, kind: Kind, name: str, op: str, **fields: Any) -> int | None:
+    async def _publish(
+        self, kind: Kind, name: str, op: str, window: Window | None = None, **fields: Any
+    ) -> int | None:
         subject = subject_of(self._namespace, kind, name)
-        return await self._link.publish(subject, functools.partial(self._pack, op=op, **fields))
+        pack = functools.partial(self._pack, op=op, **fields)
+        return await self._link.publish(subject, pack, window)
 
     def _process_of(self, id: str) -> str:
         """Return the process of the connection *id*; this one for what is no id."""
@@ -1905,7 +2004,10 @@ class Cluster(pachinko.Relay):
                 await self._registry.deliver(kind, name, data, excluded)
                 return
             name, to = process, name
-        await self._publish(kind, name, "send", frame=data, exclude=excluded, to=to)
+        window = None
+        if kind is Kind.GROUP and self.history is not None:
+            window = self.history.rings.window_of(name)
+        await self._publish(kind, name, "send", window, frame=data, exclude=excluded, to=to)
 
     async def close(self, kind: Kind, name: str, close: pachinko.Close) -> None:
         to: str | None = None
@@ -1970,19 +2072,24 @@ class Cluster(pachinko.Relay):
         too_large = Done(error="PachinkoError", message="the broker has not taken the answer")
         for each in (done, too_large):
             with contextlib.suppress(PachinkoError):
-                fields = {"frame": encode(each), "ask": call.ask}
+                fields: dict[str, Any] = {"frame": encode(each), "ask": call.ask}
                 await self._publish(Kind.CONNECTION, call.source, "done", **fields)
                 return
 
     async def receive(self, subject: str, data: bytes) -> None:
         """Read a message from the link, and refuse it or do what it says."""
         address = self._addresses[subject]
+        stamp, data = read_stamp(data)
         try:
             message, frame = unpack(data)
             if message.op == "beat":
                 return
             if message.op == "send":
                 check_carried(frame, address[1] if address[0] is Kind.GROUP else None)
+            if stamp is not None and message.op == "send":
+                self._unread.pop(address, None)
+                await self._take_kept(address[1], Arrived(stamp, frame, message.exclude))
+                return
             is_ours = message.source == self.process
             latest = self._link.session if is_ours else self._sessions.get(message.source, 0)
             if message.session < latest:
@@ -1993,6 +2100,13 @@ class Cluster(pachinko.Relay):
                 del self._sessions[next(iter(self._sessions))]
         except Refused as why:
             await self._refuse(address, why)
+
+    async def _take_kept(self, group: str, message: Arrived) -> None:
+        """Deliver a message to a kept group. It is in order, even if its sender has given it up."""
+        if self._archive is not None:
+            await self._archive.take(group, message)
+        else:  # The rules are still to be learned.
+            await self._registry.deliver(Kind.GROUP, group, _framed(message), message.excluded)
 
     async def _take(self, kind: Kind, name: str, message: PeerMessage, frame: bytes) -> None:
         """Do what *message* says. Raises `Refused`."""
@@ -2014,6 +2128,10 @@ class Cluster(pachinko.Relay):
             self._start_work(self._perform(message, *read_call(frame)))
         elif message.op == "done" and kind is Kind.CONNECTION:
             self._note_answer(message, read_done(frame))
+        elif message.op == "rules" and kind is Kind.EVERYBODY:
+            self._start_work(self._agree())
+        elif message.op == "sync" and kind is Kind.GROUP:
+            pass  # Its sender waits until it has come back.
         else:
             raise Refused(f"{message.op!r} makes no sense here")
 
@@ -2085,20 +2203,28 @@ class Cluster(pachinko.Relay):
         registry = self._registry
         alone: list[pachinko.Receiver] = []  # connections in no group
         if subject is None:
-            self._gaps = {group: dict(members) for group, members in registry.groups.items()}
+            is_kept = self._archive.knows if self._archive is not None else {}.__contains__
+            self._gaps = {
+                group: dict(members) for group, members in registry.groups.items()
+                if not is_kept(group)
+            }  # fmt: skip
+            if self._archive is not None:
+                self._archive.restored(None)
             conns = registry.connections.values()
             alone = [conn.outgoing for conn in conns if not registry.groups_of(conn)]
         else:
             kind, name = self._addresses[subject]
             receivers = dict(registry.receivers(kind, name))
-            if kind is Kind.GROUP:
+            if kind is Kind.GROUP and self._archive is not None and self._archive.knows(name):
+                self._archive.restored(name)
+            elif kind is Kind.GROUP:
                 self._gaps[name] = receivers
             else:
                 alone = list(receivers.values())
         self._start_work(self._announce_all(alone))
 
     async def _announce_all(self, alone: list[pachinko.Receiver]) -> None:
-        await pachinko.Outgoing.fan_out(alone, gap_of(None))
+        await pachinko.Outgoing.fan_out(alone, waiting_for(gap_of(None)))
         announced = 0
         while self._gaps:
             await self._announce(next(iter(self._gaps)))
@@ -2111,7 +2237,7 @@ class Cluster(pachinko.Relay):
         members = self._gaps.pop(group).items()
         groups_of = self._registry.groups_of
         present = [outgoing for conn, outgoing in members if group in groups_of(conn)]
-        await pachinko.Outgoing.fan_out(present, gap_of(group), group)
+        await pachinko.Outgoing.fan_out(present, waiting_for(gap_of(group), group))
 
 
 def backplane_of(broker: Broker) -> Backplane:
