@@ -1962,3 +1962,30 @@ async def test_presence_takes_a_group_or_a_user(write: str) -> None:
     """One of both, by a text."""
     with pytest.raises(TypeError, match=r"is named by a str, got|not both"):
         await eval(f"hub.presence({write})", {"hub": Hub()})
+
+
+async def test_a_guest_resumes_by_the_message_that_tells_who_it_is() -> None:
+    """Where authentication is optional, ``resume`` inside a later ``authenticate`` is read, too."""
+    app, hub = new_app(), Hub()
+    hub.keep("room")
+    ws = Pachinko(app, "/ws", hub=hub)
+
+    @ws.authenticate(optional=True)
+    async def who(conn: Connection, token: str | None) -> str | None:
+        return token
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        await hub.join("room", conn)
+
+    async with simulated(app) as server:
+        for n in range(3):
+            await hub.send("room", "said", n)
+        at = (await hub.position("room")).replace(".3", ".1")
+        async with connect(f"{server.url}/ws?resume=message") as client:
+            payload = {"token": "ann", "resume": {"groups": {"room": at}}}
+            await client.send("authenticate", payload, 1)
+            got = [await client.receive() for _ in range(4)]
+    assert [each["type"] for each in got if each["type"] != "authenticate.reply"] == [
+        "said", "said", "resume"
+    ]  # fmt: skip
