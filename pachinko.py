@@ -7374,10 +7374,10 @@ class Resumable(Answering):
 
     async def _send(self, data: bytes) -> None:
         """Send the final answer. It is kept, too, since the client may not have got it."""
-        self._final = data
+        self._final, carrier, self._carrier = data, self._carrier, None
         if self._token in self._hub_state.resumable:
             self._set_timer()
-        if self._carrier is not None:
+        if carrier is not None:
             await super()._send(data)
 
     async def _fail(
@@ -7391,12 +7391,11 @@ class Resumable(Answering):
 
     def _free(self, id: Id) -> None:
         if self._carrier is not None:
-            self._carrier.streams.pop(id, None)
+            del self._carrier.streams[id]
 
     def leave(self) -> None:
         """Go on for a while without the client, which has gone."""
-        if self._carrier is not None:
-            self._carrier.streams.pop(self._id, None)
+        del cast(Session, self._carrier).streams[self._id]
         self._carrier, self._alone = None, 0
         self._set_timer()
         every = self._hub_state.resumable
@@ -7418,42 +7417,38 @@ class Resumable(Answering):
 
     def end(self) -> None:
         """Stop, and forget what was kept."""
-        if self._timer is not None:
-            self._timer.cancel()
+        cast(Timer, self._timer).cancel()  # Its client has left, or has got the final answer.
         self._hub_state.resumable.pop(self._token, None)
         self._stream.stop()
 
-    def is_for(self, session: Session, id: Id, ids: Container[str]) -> bool:
+    def is_for(self, session: Session, id: Id, ids: Iterable[str]) -> bool:
         """Tell whether the client had this stream in a connection with one of *ids*."""
         user = session.conn.user
-        is_same = (type(id), id) == (type(self._id), self._id)
-        return (
-            is_same
-            and user is not None
-            and user == self.conn.user
-            and any(each in ids for each in self._carriers)
-        )
+        is_own = user is not None and user == self.conn.user
+        return is_own and self._has_id(id) and not self._carriers.isdisjoint(ids)
+
+    def _has_id(self, id: Id) -> bool:
+        return (type(id), id) == (type(self._id), self._id)
 
     def go_on(self, session: Session, id: Id, number: int) -> bool:
         """Go on with the client of *session*, behind the item *number*; return whether it can."""
         first = self._items[0][0] if self._items else self._count + 1
-        is_same = (type(id), id) == (type(self._id), self._id)
-        if not is_same or not first - 1 <= number <= self._count:
+        if not self._has_id(id) or not first - 1 <= number <= self._count:
             return False
         if self._carrier is not None:
             self._carrier.lose_stream(self._id)
         if self._timer is not None:
             self._timer.cancel()
-        self._carrier, self.outgoing = session, session.outgoing
         self._carriers.add(session.conn.id)
         waiting = [Waiting(event) for n, event in self._items if n > number]
-        if self._final is not None:
+        if self._final is None:
+            self._carrier, self.outgoing = session, session.outgoing
+            session.take_stream(self._id, self._stream)
+            self._came.set()
+        else:
             waiting.append(Waiting(text_event(self._final)))
             self._set_timer()
-        else:
-            session.take_stream(self._id, self._stream)
-        self.outgoing.put(*waiting)
-        self._came.set()
+        session.outgoing.put(*waiting)
         return True
 
 
@@ -7476,7 +7471,8 @@ def go_on_streams(session: Session, value: Any) -> None:
         token, _, number = at.rpartition(".") if type(at) is str else ("", "", "0")
         found = resumable.get(token)
         if at is None and type(ids) is list:
-            found = next((s for s in resumable.values() if s.is_for(session, id, ids)), None)
+            known = [each for each in ids if type(each) is str]
+            found = next((s for s in resumable.values() if s.is_for(session, id, known)), None)
         is_number = number.isascii() and number.isdecimal() and len(number) < 20
         if found is None or not is_number or not found.go_on(session, id, int(number)):
             session.lose_stream(id)
