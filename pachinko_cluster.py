@@ -761,6 +761,12 @@ class SimulatedBroker:
         """Accept connections again. Those who wait for that connect at once."""
         self.is_there.set()
 
+    def flush(self) -> None:
+        """Forget what is kept, and begin another epoch. Connections stay."""
+        self.epoch, self.numbers = secrets.token_hex(4), itertools.count(1)
+        self.kept.clear()
+        self.values.clear()
+
 
 class SimulatedConnection:
     """A `Backplane` on a `SimulatedBroker`, for one process."""
