@@ -187,7 +187,10 @@ class Scene:
         """Come with a position that was never given to anybody."""
         at = what
         if what.startswith(("+", "-")):
-            top = str(await self.process(process).hub.position(group))
+            try:
+                top = await self.process(process).hub.position(group)
+            except PachinkoError:  # The broker is away.
+                return
             epoch, _, number = top.rpartition(".")
             at = f"{epoch}.{int(number) + int(what)}"
         seat = Seat(Follower(self.published, f"inventor {len(self.forks)}", {group: at}))
