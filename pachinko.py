@@ -3989,9 +3989,17 @@ class Rings:
         """Tell whether it is known what a client at *position* has missed."""
         return True
 
+    def epoch_of(self, group: str) -> str:
+        """Return the epoch of the positions in *group*."""
+        return self.epoch
+
     def top_of(self, group: str) -> Position:
         """Return the position behind all that was sent to *group*."""
         return Position(self.epoch, self._number)
+
+    def start_of(self, group: str) -> Position:
+        """Return the position of those who joined *group* before it was ready."""
+        return NOWHERE
 
     def add(self, group: str, window: Window, data: bytes, excluded: Iterable[str]) -> Kept:
         """Keep the frame *data* to *group*, under the next number."""
@@ -4008,12 +4016,17 @@ class Rings:
         self, group: str, data: bytes, number: int, time: float, excluded: Iterable[str]
     ) -> Kept:
         """Keep the frame *data* in the ring of *group*; return what is to be sent of it."""
-        ring = self._rings[group]
-        event = text_event(with_position(data, Position(self.epoch, number)))
+        event = text_event(with_position(data, Position(self.epoch_of(group), number)))
         kept = Kept(
             event, None, len(data), group, number=number, time=time,
             weight=sys.getsizeof(event["text"]) + _ENTRY_BYTES, excluded=frozenset(excluded),
         )  # fmt: skip
+        self.append(group, kept)
+        return kept
+
+    def append(self, group: str, kept: Kept) -> None:
+        """Put *kept* at the end of the ring of *group*."""
+        ring = self._rings[group]
         ring.messages.append(kept)
         ring.size += kept.weight
         self._size += kept.weight
@@ -4024,7 +4037,6 @@ class Rings:
             self._expire(ring)
         while self._size > self._limit:
             self._drop_one()
-        return kept
 
     def _trim(self, ring: Ring) -> None:
         before = ring.size
@@ -4066,19 +4078,14 @@ class Rings:
 
     def gap(self, group: str, position: Position) -> Reason | None:
         """Return why a client that was at *position* cannot go on, or None if it can."""
-        if position.epoch != self.epoch or position.number > self.top_of(group).number:
+        top = self.top_of(group)
+        if position.epoch != top.epoch or position.number > top.number:
             return "epoch"
         ring = self._rings.get(group)
         floor = self._floors.get(group, self._floor) if ring is None else ring.floor
         if position.number >= floor:
             return None
         return "limit" if ring is not None and position.number < ring.limited else "expired"
-
-    def position_at(self, group: str, time: float) -> Position:
-        """Return the position of *group* at a *time* on `clock`."""
-        ring = self._rings[group]
-        earlier = (kept.number for kept in reversed(ring.messages) if kept.time < time)
-        return Position(self.epoch, next(earlier, ring.floor))
 
     def after(self, group: str, number: int) -> Sequence[Kept]:
         """Return the first messages to *group* behind *number*."""
@@ -5485,7 +5492,6 @@ class Cursor:
         self.is_waiting: bool = False  # for a ``resume`` message, which may still move it
         self.is_joining: bool = False  # It has not had its verdict, or its state, yet.
         self._history, self._position, self._replayed = history, position or NOWHERE, 0
-        self._since = None if position is not None else clock.time()
         self._is_behind = True  # It has got something, so that another gap is one of its own.
         self._ids = frozenset([conn.id])
         self._take: Take | None = None  # takes the snapshot that comes next
@@ -5504,9 +5510,12 @@ class Cursor:
         rings = self._history.rings
         if position is not None:
             self._position, self._is_behind = position, False
-        elif self._since is not None:
-            self._position = rings.position_at(self.group, self._since)
-        if position is not None or rings.after(self.group, self._position.number):
+        elif self._position is NOWHERE:
+            self._position = rings.start_of(self.group)
+        has_missed = rings.gap(self.group, self._position) or rings.after(
+            self.group, self._position.number
+        )
+        if position is not None or has_missed:
             self._history.go_on(self)
         else:
             self._arrive()
@@ -5527,7 +5536,8 @@ class Cursor:
         if not (batch := rings.after(self.group, self._position.number)):
             self._arrive()
             return 1
-        self._position, self._is_behind = Position(rings.epoch, batch[-1].number), True
+        epoch = rings.epoch_of(self.group)
+        self._position, self._is_behind = Position(epoch, batch[-1].number), True
         own = [Waiting(kept.event) for kept in batch if not kept.excluded & self._ids]
         self._replayed += len(own)
         drained: asyncio.Future[bool] = running_loop().create_future()
@@ -5606,9 +5616,8 @@ class History:
         self.rings: Rings = rings
         self._registry: Registry = cast(Any, None)  # until `start`
         self._resumes: dict[str, Resume] = {}  # by the ids of connections
-        # Cursors that wait until their ring is known, with their positions; *fetch* sees to it.
-        self.unready: dict[str, list[tuple[Cursor, Position | None]]] = {}
-        self.fetch: Callable[[str], None] = lambda _: None
+        # Sees to it that a cursor begins at its position when its ring is known.
+        self.fetch: Callable[[Cursor, Position | None], None] = Cursor.begin
         self.turns: asyncio.Semaphore = asyncio.Semaphore(_SNAPSHOTS)
         self._waiting = collections.deque[Cursor]()  # for their turn
         self._is_due = False
@@ -5656,14 +5665,7 @@ class History:
         if self.rings.is_ready(cursor.group, position):
             cursor.begin(position)
         else:
-            self.unready.setdefault(cursor.group, []).append((cursor, position))
-            self.fetch(cursor.group)
-
-    def fetched(self, group: str) -> None:
-        """Let those begin who have waited for the ring of *group*."""
-        for cursor, position in self.unready.pop(group, ()):
-            if self.is_current(cursor):
-                cursor.begin(position)
+            self.fetch(cursor, position)
 
     def lose(self, group: str, reason: Reason) -> None:
         """Tell all members of *group* that messages were lost."""
@@ -5694,7 +5696,7 @@ class History:
                 outbox.remove(waiting)
                 found.setdefault(cast(str, waiting.group), waiting.number)
         for group, number in found.items():
-            cursor = Cursor(self, conn, group, Position(self.rings.epoch, number - 1))
+            cursor = Cursor(self, conn, group, Position(self.rings.epoch_of(group), number - 1))
             if self._registry.replace(group, conn, cursor):
                 self.go_on(cursor)
         return bool(found)
