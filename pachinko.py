@@ -4027,9 +4027,17 @@ class Rings:
         """Tell whether it is known what a client at *position* has missed."""
         return True
 
+    def epoch_of(self, group: str) -> str:
+        """Return the epoch of the positions in *group*."""
+        return self.epoch
+
     def top_of(self, group: str) -> Position:
         """Return the position behind all that was sent to *group*."""
         return Position(self.epoch, self._number)
+
+    def start_of(self, group: str) -> Position:
+        """Return the position of those who joined *group* before it was ready."""
+        return NOWHERE
 
     def add(self, group: str, window: Window, data: bytes, excluded: Iterable[str]) -> Kept:
         """Keep the frame *data* to *group*, under the next number."""
@@ -4047,14 +4055,19 @@ class Rings:
         self, group: str, data: bytes, number: int, time: float, excluded: Iterable[str]
     ) -> Kept:
         """Keep the frame *data* in the ring of *group*; return what is to be sent of it."""
-        ring = self._rings[group]
-        event = text_event(with_position(data, Position(self.epoch, number)))
+        event = text_event(with_position(data, Position(self.epoch_of(group), number)))
         ids = frozenset(excluded) or _NO_IDS
         own: list[Any] = [event["text"], ids, *ids] if ids else [event["text"]]
         kept = Kept(
             event, None, len(data), group, number=number, time=time, excluded=ids,
             weight=_ENTRY_BYTES + sum(map(sys.getsizeof, own)),
         )  # fmt: skip
+        self.append(group, kept)
+        return kept
+
+    def append(self, group: str, kept: Kept) -> None:
+        """Put *kept* at the end of the ring of *group*."""
+        ring = self._rings[group]
         ring.put(kept)
         self._size += kept.weight
         self._full[group] = ring
@@ -4062,7 +4075,6 @@ class Rings:
         self._trim(ring)
         while self._size > self._limit and self._full:
             self._drop_one()
-        return kept
 
     def _trim(self, ring: Ring) -> None:
         """Drop what the window does not hold, now and when the oldest message is too old."""
@@ -4108,7 +4120,8 @@ class Rings:
 
     def gap(self, group: str, position: Position) -> Reason | None:
         """Return why a client that was at *position* cannot go on, or None if it can."""
-        if position.epoch != self.epoch or position.number > self.top_of(group).number:
+        top = self.top_of(group)
+        if position.epoch != top.epoch or position.number > top.number:
             return "epoch"
         ring = self._rings.get(group)
         known = (ring.floor, ring.limited) if ring is not None else self._floors.get(group)
@@ -4116,12 +4129,6 @@ class Rings:
         if position.number >= floor:
             return None
         return "limit" if position.number < limited else "expired"
-
-    def position_at(self, group: str, time: float) -> Position:
-        """Return the position of *group* at a *time* on `clock`."""
-        ring = self._rings[group]
-        earlier = (kept.number for kept in reversed(ring.messages) if kept.time < time)
-        return Position(self.epoch, next(earlier, ring.floor))
 
     def after(self, group: str, number: int, count: int = _BATCH) -> Sequence[Kept]:
         """Return what `Ring.after` does, or nothing if there is no ring of *group*."""
@@ -5536,7 +5543,6 @@ class Cursor:
         self.is_waiting: bool = False  # for a ``resume`` message, which may still move it
         self.is_joining: bool = False  # It has not had its verdict, or its state, yet.
         self._history, self._position, self._replayed = history, position or NOWHERE, 0
-        self._since = None if position is not None else clock.time()
         self._is_behind = True  # It has got something, so that another gap is one of its own.
         self._lost: Reason | None = None  # why it is to be told of a gap in any case
         self._ids = frozenset([conn.id])
@@ -5558,8 +5564,8 @@ class Cursor:
             self._position, self._is_behind = position, False
         elif self.conn.outgoing.snapshot_of(self.group) is not None:
             self._position = rings.top_of(self.group)  # The state has all that is before it.
-        elif self._since is not None:
-            self._position = rings.position_at(self.group, self._since)
+        elif self._position is NOWHERE:
+            self._position = rings.start_of(self.group)
         has_missed = rings.gap(self.group, self._position) or self._next(1)
         if position is not None or has_missed:
             self._history.go_on(self)
@@ -5600,7 +5606,8 @@ class Cursor:
             is_slow = self._is_behind and reason in ("expired", "limit")
             self._arrive("overflow" if is_slow else reason)
         elif batch := self._next(most):
-            self._position, self._is_behind = Position(rings.epoch, batch[-1].number), True
+            epoch = rings.epoch_of(self.group)
+            self._position, self._is_behind = Position(epoch, batch[-1].number), True
             own = [kept.event for kept in batch if not kept.excluded & self._ids]
             self._replayed += len(own)
             self.follow(*own)
@@ -5674,9 +5681,8 @@ class History:
         self._registry: Registry = cast(Any, None)  # until `start`
         self._resumes: dict[str, Resume] = {}  # by the ids of connections
         self._timers: dict[str, Timer] = {}  # of those who have to send a message with it
-        # Cursors that wait until their ring is known, with their positions; *fetch* sees to it.
-        self.unready: dict[str, list[tuple[Cursor, Position | None]]] = {}
-        self.fetch: Callable[[str], None] = lambda _: None
+        # Sees to it that a cursor begins at its position when its ring is known.
+        self.fetch: Callable[[Cursor, Position | None], None] = Cursor.begin
         self.turns: asyncio.Semaphore = asyncio.Semaphore(_SNAPSHOTS)
         self._waiting = collections.deque[Cursor]()  # for their turn
         self._is_due = False
@@ -5751,14 +5757,7 @@ class History:
         if self.rings.is_ready(cursor.group, position):
             cursor.begin(position)
         else:
-            self.unready.setdefault(cursor.group, []).append((cursor, position))
-            self.fetch(cursor.group)
-
-    def fetched(self, group: str) -> None:
-        """Let those begin who have waited for the ring of *group*."""
-        for cursor, position in self.unready.pop(group, ()):
-            if self.is_current(cursor):
-                cursor.begin(position)
+            self.fetch(cursor, position)
 
     def lose(self, group: str, reason: Reason) -> None:
         """Tell all members of *group* that messages were lost; new ones find that out."""
@@ -5791,12 +5790,14 @@ class History:
         groups, live = self._registry.groups, conn.outgoing
         found = dict[str, int]()
         for kept in outbox.extract(
-            lambda waiting: isinstance(waiting, Kept)
-            and groups.get(cast(str, waiting.group), {}).get(conn) is live
+            lambda waiting: (
+                isinstance(waiting, Kept)
+                and groups.get(cast(str, waiting.group), {}).get(conn) is live
+            )
         ):
             found.setdefault(cast(str, kept.group), cast(Kept, kept).number)
         for group, number in found.items():
-            self._fall(conn, group, Position(self.rings.epoch, number - 1))
+            self._fall(conn, group, Position(self.rings.epoch_of(group), number - 1))
         return bool(found)
 
     def is_current(self, cursor: Cursor) -> bool:
