@@ -885,6 +885,12 @@ class SimulatedBroker:
         """Accept connections again. Those who wait for that connect at once."""
         self.is_there.set()
 
+    def flush(self) -> None:
+        """Forget what is kept, and begin another epoch. Connections stay."""
+        self.epoch, self.numbers = secrets.token_hex(4), itertools.count(1)
+        self.kept.clear()
+        self.values.clear()
+
 
 class SimulatedConnection:
     """A `Backplane` on a `SimulatedBroker`, for one process."""
@@ -1750,6 +1756,7 @@ class Archive:
         self._rings = cast(BrokerRings, history.rings)
         self._feeds: dict[str, Feed] = {}
         self._turns = asyncio.Semaphore(_READS)
+        self._back: asyncio.Future[None] | None = None  # done when the broker is back
         history.start(registry)
         history.fetch = self.read
 
@@ -1807,6 +1814,9 @@ class Archive:
         """Read what was missed of *group*, or of all, while the broker was away."""
         for each in tuple(self._feeds) if group is None else [group]:
             self.read(each)
+        if group is None and self._back is not None:
+            self._back.set_result(None)
+            self._back = None
 
     def read(self, group: str) -> None:
         """Begin to read what the ring of *group* lacks."""
@@ -1828,7 +1838,9 @@ class Archive:
                         return  # `restored` is called when it is back.
                     logger.warning("%r was not read: %s", group, self._link.reason(exc))
                     feed.is_due = True
-                    await pachinko.clock.sleep(_AGAIN)
+                    # The link may notice later than this that the connection was lost.
+                    self._back = self._back or asyncio.get_running_loop().create_future()
+                    await pachinko.clock.wait([self._back], _AGAIN)
         finally:
             feed.is_reading = False
 
@@ -1994,9 +2006,17 @@ class Cluster(pachinko.Relay):
     async def past(self, group: str, count: int) -> tuple[Position, Sequence[str]]:
         if self.history is None or (window := self.history.rings.window_of(group)) is None:
             raise PachinkoError(f"the group {group!r} is not kept by the rules of the broker")
-        await self._link.connected()
         subject = subject_of(self._namespace, Kind.GROUP, group)
-        past = await cast(Store, self._store).past(subject, min(count, window.messages))
+        try:
+            async with asyncio.timeout(_BROKER_WAIT):
+                await self._link.connected()
+                past = await cast(Store, self._store).past(subject, min(count, window.messages))
+        except PachinkoError:
+            raise
+        except Exception as exc:  # whatever the library raises
+            why = self._link.reason(exc) or f"no answer within {_BROKER_WAIT:g} s"
+            text = f"the history of {group!r} was not read: {why}"
+            raise pachinko.BrokerAway(text) from None
         found = [read_kept(group, entry, past.epoch, 0.0) for entry in past.entries if count]
         texts = [_framed(each).decode() for each in found if each and -each.time < window.seconds]
         return Position(past.epoch, past.top), texts[-count:]
@@ -2035,11 +2055,15 @@ class Cluster(pachinko.Relay):
     async def _keep_agreeing(self) -> None:
         while True:
             await pachinko.clock.sleep(_RULES / 3)
-            if self._link.is_connected:
-                try:
-                    await self._agree()
-                except Exception as exc:  # whatever the library raises
-                    logger.warning("rules were not renewed: %s", self._link.reason(exc))
+            await self._agree_again()
+
+    async def _agree_again(self) -> None:
+        """Do what `_agree` does, unless the broker is away: then it is done when it is back."""
+        if self._link.is_connected:
+            try:
+                await self._agree()
+            except Exception as exc:  # whatever the library raises
+                logger.warning("rules were not renewed: %s", self._link.reason(exc))
 
     def _use(self, rules: Mapping[str, Window]) -> None:
         """Keep groups by *rules* from now on."""
@@ -2253,7 +2277,7 @@ class Cluster(pachinko.Relay):
         elif message.op == "done" and kind is Kind.CONNECTION:
             self._note_answer(message, read_done(frame))
         elif message.op == "rules" and kind is Kind.EVERYBODY:
-            self._start_work(self._agree())
+            self._start_work(self._agree_again())
         elif message.op == "sync" and kind is Kind.GROUP:
             pass  # Its sender waits until it has come back.
         else:
