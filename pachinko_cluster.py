@@ -544,7 +544,7 @@ if owner and owner ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
-_NO_RIGHT = re.compile(r"ACL failure|can't run this command|can't access")
+_NO_RIGHT = re.compile(r"ACL failure|can't (run this command|access|publish)")
 # Three kinds of keys hold what is kept, all in one slot by their hash tag, the namespace:
 # - `{namespace}.kept`, a hash, has *n*, the number of the latest message, and what `_LIFE` reads.
 # - `….tops`, a sorted set, has the number of the latest message to each subject. A subject that has
@@ -562,14 +562,14 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local top = redis.call('ZSCORE', tops, subject)
 local has = redis.call('HMGET', KEYS[1], 'replid', 'epoch', 'life', 'floor', 'mark', 'since')
 local was, epoch, life, floor, mark, since = unpack(has)
-local is_lost = not life or not (top or redis.call('EXISTS', tops) == 1)
+local is_lost = not life or not (top or redis.call('ZSCORE', tops, ''))
 if is_lost or was ~= replid then
   epoch = string.sub(redis.sha1hex(replid .. time[1] .. '.' .. time[2]), 1, 8)
   redis.call('HSET', KEYS[1], 'replid', replid, 'epoch', epoch)
 end
 if is_lost then
   life, floor, mark, since, top = epoch, 0, 0, now, false
-  redis.call('DEL', tops)
+  redis.call('ZREMRANGEBYRANK', tops, 0, -1)
   redis.call('ZADD', tops, '-inf', '')
   redis.call('HSET', KEYS[1], 'life', life, 'floor', floor, 'mark', mark, 'since', since, 'n', 0)
 end
@@ -602,7 +602,7 @@ redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return ARGV[1]
 """
 _STORE_RIGHTS = (
-    "+eval +evalsha +info +time +exists +del +get +set +hmget +hset +hincrby +zscore +zadd +zcount "
+    "+eval +evalsha +info +time +get +set +hmget +hset +hincrby +zscore +zadd +zcount "
     "+zremrangebyrank +xadd +xrevrange +pexpire +publish"
 )
 _ADVICE = {  # by what the error says
@@ -658,6 +658,7 @@ class RedisConnection:
         return await reply
 
     def cancel(self) -> None:
+        self._failure = self._failure or ConnectionResetError("not connected")
         for task in self._tasks:
             task.cancel()
 
@@ -806,13 +807,14 @@ class Redis:
         if value:  # This tells now what would otherwise be told at the first message.
             await self._keep(key, b"", Window(1, 1.0, 1), "1")
             await self.past(key, 1)
-        slot, _, name = _slot_of(key), *key.partition(".")[1:]
-        has: bytes = await self._store(_AGREE, slot, name, value, _milliseconds(seconds))
+        name, bounds = key.partition(".")[2], (value, _milliseconds(seconds))
+        has: bytes = await self._store(_AGREE, _slot_of(key), name, *bounds)
         return has
 
     async def _store(self, script: str, slot: str, name: str, *args: str | bytes) -> Any:
         """Run *script* for the key *name*. Raises `PachinkoError` for what Redis refuses."""
-        run = functools.partial(self._run, "hub.keep()", f"~{slot}* {_STORE_RIGHTS}")
+        rights = f"~{slot}* &{slot[1:-2]}.* {_STORE_RIGHTS}"
+        run = functools.partial(self._run, "hub.keep()", rights)
         try:
             try:
                 return await run("EVALSHA", _digest(script), "1", slot + name, *args)
