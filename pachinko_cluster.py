@@ -813,8 +813,7 @@ class Redis:
 
     async def _store(self, script: str, slot: str, name: str, *args: str | bytes) -> Any:
         """Run *script* for the key *name*. Raises `PachinkoError` for what Redis refuses."""
-        rights = f"~{slot}* &{slot[1:-2]}.* {_STORE_RIGHTS}"
-        run = functools.partial(self._run, "hub.keep()", rights)
+        run = functools.partial(self._run, "hub.keep()", f"~{slot}* {_STORE_RIGHTS}")
         try:
             try:
                 return await run("EVALSHA", _digest(script), "1", slot + name, *args)

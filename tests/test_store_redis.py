@@ -299,38 +299,38 @@ async def test_a_server_that_cannot_tell_of_a_failover_is_refused(
             await one.past()
 
 
-RIGHTS = f"~{{pachinko}}.* &pachinko.* {pachinko_cluster._STORE_RIGHTS}"
+# What the documentation gives a user for messages alone.
+MESSAGES = ("on", "nopass", "resetchannels", "&pachinko.*", "+@pubsub", "+@connection")
+RIGHTS = f"~{{pachinko}}.* {pachinko_cluster._STORE_RIGHTS}"
 
 
 async def test_its_rights_are_enough(server: BrokerProcess) -> None:
     """Those that the error names, beside those for messages alone."""
     async with admin_of(server) as admin:
-        base = ("on", "nopass", "resetchannels", "+@pubsub", "+@connection", "+hello")
-        await admin.execute_command("ACL", "SETUSER", "app", *base, *RIGHTS.split())
+        await admin.execute_command("ACL", "SETUSER", "app", *MESSAGES, *RIGHTS.split())
         async with process(server.url.replace("//", "//app:x@")) as one:
             assert await one.store.agree("pachinko.history.rules", b"1", 60.0) == b"1"
             await one.keep(*map(str, range(pachinko_cluster._TIDY + 1)))
             assert len((await one.past()).entries) == 100
 
 
-async def test_a_right_that_is_missing_is_named(server: BrokerProcess) -> None:
+@pytest.mark.parametrize("right", [*RIGHTS.split(), "&pachinko.*"])
+async def test_a_right_that_is_missing_is_named(server: BrokerProcess, right: str) -> None:
     """At the start, with all that it takes, whichever it is."""
+    given = [each for each in (*MESSAGES, *RIGHTS.split()) if each != right]
+    given += [right.replace("+", "-")] if right[0] == "+" else []
     async with admin_of(server) as admin:
-        for right in RIGHTS.split():
-            await admin.flushall()
-            base = ("on", "nopass", "+@pubsub", "+@connection", "+hello")
-            less = right.replace("+", "-") if right[0] == "+" else ""
-            given = [each for each in RIGHTS.split() if each != right] + ([less] if less else [])
-            await admin.execute_command("ACL", "SETUSER", "app", "reset", *base, *given)
-            one = Process(server.url.replace("//", "//app:x@"))
-            try:
-                await one.store.start(one.deliver, one.lost.append)
-                with pytest.raises(PachinkoError) as caught:
-                    await one.store.agree("pachinko.history.rules", b"1", 60.0)
-            finally:
-                await one.store.stop()
-            assert "hub.keep() needs further rights in Redis: ACL SETUSER app" in str(caught.value)
-            assert RIGHTS in str(caught.value), right
+        await admin.execute_command("ACL", "SETUSER", "app", *given)
+        one = Process(server.url.replace("//", "//app:x@"))
+        try:
+            await one.store.start(one.deliver, one.lost.append)
+            with pytest.raises(PachinkoError) as caught:
+                await one.store.agree("pachinko.history.rules", b"1", 60.0)
+        finally:
+            await one.store.stop()
+        text = f"hub.keep() needs further rights in Redis: ACL SETUSER app {RIGHTS} ("
+        assert str(caught.value).startswith(text)
+        assert ("channel" in str(caught.value)) == (right[0] == "&")
 
 
 # Apps
