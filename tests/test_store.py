@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import attrs
 import pytest
+import redis.asyncio
+from brokers import running
 from support import PATIENCE
 
 import pachinko
@@ -46,8 +48,23 @@ async def simulated() -> AsyncIterator[Broker]:
         yield Broker(broker.connection, wait, flush)
 
 
+@contextlib.asynccontextmanager
+async def on_redis() -> AsyncIterator[Broker]:
+    async with running("redis") as server:
+
+        async def flush() -> None:
+            async with redis.asyncio.from_url(server.url) as admin:
+                await admin.flushall()
+
+        url = pachinko_cluster.read_broker(server.url)
+        yield Broker(lambda: pachinko_cluster.Redis(url), asyncio.sleep, flush)
+
+
 # Each is what makes a broker. Its name is the parameter of all tests below.
-STORES: dict[str, Callable[[], AbstractAsyncContextManager[Broker]]] = {"simulated": simulated}
+STORES: dict[str, Callable[[], AbstractAsyncContextManager[Broker]]] = {
+    "simulated": simulated,
+    "redis": on_redis,
+}
 
 
 class Process:
