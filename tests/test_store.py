@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import attrs
 import pytest
+from brokers import running
+from nats import connect
 from support import PATIENCE
 
 import pachinko
@@ -46,8 +48,25 @@ async def simulated() -> AsyncIterator[Broker]:
         yield Broker(broker.connection, wait, flush)
 
 
+@contextlib.asynccontextmanager
+async def nats() -> AsyncIterator[Broker]:
+    async with running("nats", "-js", "-sd", "store") as server:
+
+        def new() -> Backplane:
+            return pachinko_cluster.Nats(pachinko_cluster.read_broker(server.url))
+
+        async def flush() -> None:
+            client = await connect(server.url)
+            await client.jetstream().delete_stream("pachinko-kept")
+            await client.close()
+
+        yield Broker(new, asyncio.sleep, flush)
+
+
 # Each is what makes a broker. Its name is the parameter of all tests below.
-STORES: dict[str, Callable[[], AbstractAsyncContextManager[Broker]]] = {"simulated": simulated}
+STORES: dict[str, Callable[[], AbstractAsyncContextManager[Broker]]] = {
+    "simulated": simulated, "nats": nats,
+}  # fmt: skip
 
 
 class Process:
