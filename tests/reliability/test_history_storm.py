@@ -1,0 +1,346 @@
+"""Nothing of a kept group is lost, over sockets: many clients, real servers, brokers and processes.
+
+Clients come and go all the time, are cut after any octet, are slow, resume twice and with old
+positions, and speak, also with ``exclude``; brokers are killed, paused and flushed, processes are
+killed. Then all come once more, and what they have heard is checked (`following`).
+
+``PACHINKO_FAULT_EXAMPLES=2000`` is the nightly form: a thousand clients, and longer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import attrs
+import pytest
+import websockets.asyncio.client
+import websockets.exceptions
+from brokers import BrokerKind, BrokerProcess, running
+from cutting import Cut, Proxy
+from following import Follower, Published, Send, query_of
+from history_app import history_app
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import PATIENCE, Server, serving, until
+
+import pachinko_cluster
+from pachinko import Hub
+
+EXAMPLES = int(os.environ.get("PACHINKO_FAULT_EXAMPLES", "40"))
+IS_NIGHTLY = "PACHINKO_FAULT_EXAMPLES" in os.environ
+ROUND = 500  # examples of one test, which pytest ends after two minutes
+CLIENTS = 1000 if EXAMPLES >= 2000 else EXAMPLES
+SECONDS = 30.0 if EXAMPLES >= 2000 else 2.0  # of a storm without faults
+SETTLE = 60.0  # seconds until all have everything, on a slow and noisy machine
+MEMBERS = 10  # clients in a group
+SEED = int(os.environ.get("PACHINKO_FAULT_SEED") or random.randrange(2**32))
+LOGGERS = ("asyncio", "falcon", "pachinko", "uvicorn.error")
+ENDED = (OSError, EOFError, TimeoutError, websockets.exceptions.WebSocketException)
+
+
+# A client
+
+
+@attrs.define(eq=False)
+class Life:
+    """A connection of a follower."""
+
+    follower: Follower
+    socket: websockets.asyncio.client.ClientConnection
+    answers: dict[int, asyncio.Future[dict[str, Any]]] = attrs.Factory(dict)
+    reads: asyncio.Event = attrs.Factory(asyncio.Event)
+    reader: asyncio.Task[None] | None = None
+
+    async def read(self) -> None:
+        """Take what comes, as long as the client reads, up to the end."""
+        with contextlib.suppress(*ENDED):
+            while True:
+                await self.reads.wait()
+                frame = json.loads(await self.socket.recv())
+                await self.reads.wait()
+                if (answer := self.answers.pop(frame.get("id"), None)) is not None:
+                    answer.set_result(frame)
+                else:
+                    self.follower.take(frame)
+        for answer in self.answers.values():
+            answer.cancel()
+
+    @property
+    def is_over(self) -> bool:
+        return self.reader is None or self.reader.done()
+
+    async def ask(self, type: str, **payload: Any) -> dict[str, Any] | None:
+        """Ask the server; None if the connection ends before it has answered."""
+        answer = asyncio.get_running_loop().create_future()
+        id = len(self.answers) + random.getrandbits(40)
+        self.answers[id] = answer
+        try:
+            await self.socket.send(json.dumps({"type": type, "id": id, "payload": payload}))
+            if self.is_over:
+                return None
+            return await asyncio.wait_for(answer, PATIENCE)
+        except (asyncio.CancelledError, *ENDED):
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            return None
+
+    async def cut(self) -> None:
+        """Lose the connection without a word."""
+        if self.reader is not None:
+            self.reader.cancel()  # What has come and was not read is lost as well.
+            await asyncio.wait([self.reader])
+        with contextlib.suppress(AttributeError):
+            self.socket.transport.abort()
+
+    async def close(self) -> None:
+        self.reads.set()
+        await self.socket.close()
+        if self.reader is not None:
+            await asyncio.wait([self.reader])
+
+
+async def come(
+    follower: Follower, url: str, *groups: str, how: str = "query", small: bool = False
+) -> Life:
+    """Connect, with what *follower* knows. Raises `ENDED`."""
+    resume = follower.resume
+    query: list[tuple[str, str]] = [("group", group) for group in groups]
+    query.append(("resume", query_of(resume) if how == "query" else "message"))
+    follower.joins(*groups)
+    options: dict[str, Any] = {"compression": None, "ping_interval": None, "proxy": None}
+    if small:  # So little is on its way that a client which does not read is slow at once.
+        port = int(url.rsplit(":", 1)[1])
+        its_socket = socket.socket()
+        its_socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        its_socket.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(its_socket, ("127.0.0.1", port))
+        except OSError:
+            its_socket.close()
+            raise
+        options |= {"sock": its_socket, "max_queue": 1}
+    connecting = websockets.asyncio.client.connect(f"{url}/ws?{urlencode(query)}", **options)
+    ws = await asyncio.wait_for(connecting, PATIENCE)
+    life = Life(follower, ws)
+    life.reads.set()
+    life.reader = asyncio.create_task(life.read())
+    with contextlib.suppress(*ENDED):
+        if how == "message":
+            await ws.send(json.dumps({"type": "resume", "payload": resume}))
+        elif how == "authenticate":
+            frame = {"type": "authenticate", "payload": {"token": "ada", "resume": resume}}
+            await ws.send(json.dumps(frame))
+    return life
+
+
+async def say(life: Life, group: str, others: bool = False, size: int = 0) -> Send | None:
+    """Have the server send to *group*; return the message if it was stored."""
+    follower = life.follower
+    if others and group not in follower.verdicts:
+        return None  # It does not know the id of its connection yet.
+    sent = follower.published.begin(
+        group, follower.name, follower.ids[-1] if others else None
+    )  # fmt: skip
+    answer = await life.ask(
+        "say", group=group, sender=follower.name, n=sent.n, others=others, size=size
+    )
+    sent.is_stored = answer is not None and answer["type"] == "say.reply"
+    return sent if sent.is_stored else None
+
+
+# Many clients
+
+
+@attrs.define(eq=False)
+class Storm:
+    """Clients that come and go, at some servers."""
+
+    urls: list[Callable[[], str]]
+    count: int
+    lot: random.Random = attrs.Factory(lambda: random.Random(SEED))
+    published: Published = attrs.Factory(Published)
+    is_over: bool = False
+    lives: list[Life] = attrs.Factory(list)
+    old: list[Follower] = attrs.Factory(list)
+    connections: int = 0
+
+    @property
+    def groups(self) -> list[str]:
+        return [f"room:{n}" for n in range(max(2, 2 * self.count // MEMBERS))]
+
+    async def run(self, during: Awaitable[object]) -> None:
+        """Let all come and go while *during* goes on; then let all come, and check."""
+        print(f"PACHINKO_FAULT_SEED={SEED}")  # noqa: T201 - to repeat a failure
+        tasks = [asyncio.create_task(self.wander(n)) for n in range(self.count)]
+        try:
+            await during
+            self.is_over = True
+            await asyncio.wait_for(asyncio.gather(*tasks), SETTLE)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    async def wander(self, n: int) -> None:
+        """Follow two groups over many connections, and stay at the end."""
+        lot = random.Random(self.lot.getrandbits(64))
+        follower = Follower(self.published, f"client {n}")
+        groups = lot.sample(self.groups, 2)
+        await asyncio.sleep(lot.uniform(0, 0.3))  # the chance of this run
+        forks = 0
+        while not self.is_over:
+            if lot.random() < 0.1 and forks < 3:
+                forks += 1
+                other = follower.fork(f"fork {forks} of {follower.name}")
+                if lot.random() < 0.5:
+                    self.old.append(other)
+                    other = follower
+                    if len(self.old) > 5:
+                        other = self.old.pop(lot.randrange(len(self.old)))
+                    await self.live(lot, other, [*other.heard] or groups)
+                    continue
+                await asyncio.gather(
+                    self.live(lot, follower, groups), self.live(lot, other, groups)
+                )
+            await self.live(lot, follower, groups)
+        while True:
+            with contextlib.suppress(*ENDED):
+                self.lives.append(await come(follower, lot.choice(self.urls)(), *groups))
+                follower.is_at_the_end = True
+                return
+            await asyncio.sleep(0.1)  # a server that is not yet there
+
+    async def live(self, lot: random.Random, follower: Follower, groups: list[str]) -> None:
+        """One connection, up to an end of some kind."""
+        how = lot.choice(["query", "query", "message", "authenticate"])
+        is_slow = lot.random() < 0.1
+        try:
+            life = await come(follower, lot.choice(self.urls)(), *groups, how=how, small=is_slow)
+        except ENDED:
+            await asyncio.sleep(0.05)  # a server that is not yet there
+            return
+        self.connections += 1
+        for _ in range(lot.randrange(4)):
+            if self.is_over or life.is_over:
+                break
+            if lot.random() < 0.4:
+                size = lot.choice([0, 0, 1000, 20_000])
+                await say(life, lot.choice(groups), others=lot.random() < 0.3, size=size)
+            if is_slow and lot.random() < 0.5:
+                life.reads.clear()
+            await asyncio.sleep(lot.uniform(0, 0.3))  # the chance of this run
+            life.reads.set()
+        if lot.random() < 0.7:
+            await life.cut()
+        else:
+            await life.close()
+
+    async def end(self, **options: Any) -> None:
+        """Wait until all have everything, and check what they have heard."""
+        speaker = Follower(self.published, "the last word")
+        life = await self.reach(speaker)
+        last = dict[str, Send]()
+        async with asyncio.timeout(SETTLE):
+            while len(last) < len(self.groups):
+                for group in self.groups:
+                    if group not in last and (sent := await say(life, group)) is not None:
+                        last[group] = sent
+                if life.is_over:
+                    life = await self.reach(speaker)
+        followers = [each.follower for each in self.lives]
+        with contextlib.suppress(TimeoutError):  # What is missing is told by the check.
+            async with asyncio.timeout(SETTLE):
+                while not all(f.has(last[g]) for f in followers for g in f.heard):
+                    await asyncio.sleep(0.02)  # nobody tells when it is so
+        for each in [life, *self.lives]:
+            assert not each.is_over, f"{each.follower.name} was closed: {each.socket.close_code}"
+            await each.cut()
+        self.published.check(**options)
+
+    async def reach(self, follower: Follower) -> Life:
+        async with asyncio.timeout(SETTLE):
+            while True:
+                with contextlib.suppress(*ENDED):
+                    return await come(follower, self.urls[0]())
+                await asyncio.sleep(0.1)  # a server that is not yet there
+
+
+def bugs(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged as a bug."""
+    return [
+        logging.Formatter().format(record)
+        for record in caplog.records
+        if record.name in LOGGERS
+        and (record.exc_info or (record.levelno >= logging.ERROR and record.name != "pachinko"))
+    ]
+
+
+async def empty(hub: Hub) -> None:
+    """Wait until nothing is left of the hub's clients."""
+    await until(lambda: not hub.connections and not hub.state.registry.groups)
+    history = hub.state.history
+    assert history is not None
+    assert not history._resumes and not history.unready
+    await until(lambda: not history._waiting)
+
+
+def small_buffers(server: Server) -> None:
+    """Let the system hold little of what a client does not read."""
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+
+async def test_nothing_is_lost_while_many_come_and_go(caplog: pytest.LogCaptureFixture) -> None:
+    """In one process with its memory: no gap at all, since the window holds everything."""
+    hub = Hub()
+    async with serving(history_app(hub), log_config=None) as server:
+        small_buffers(server)
+        storm = Storm([lambda: server.url], CLIENTS)
+        await storm.run(asyncio.sleep(SECONDS))
+        await storm.end()
+        await empty(hub)
+    assert not bugs(caplog)
+
+
+async def test_nothing_is_lost_between_two_processes(caplog: pytest.LogCaptureFixture) -> None:
+    """On a broker in memory that is lost and comes back: everything is delivered, without a gap."""
+    broker = pachinko_cluster.SimulatedBroker()
+    hubs = [Hub(), Hub()]
+    async with contextlib.AsyncExitStack() as stack:
+        servers = []
+        for hub in hubs:
+            hub.configure(broker.connection())
+            app = history_app(hub)
+            servers.append(await stack.enter_async_context(serving(app, log_config=None)))
+            small_buffers(servers[-1])
+        storm = Storm([lambda: servers[0].url, lambda: servers[1].url], CLIENTS)
+
+        async def faults() -> None:
+            for n in range(4):
+                await asyncio.sleep(SECONDS / 5)  # the chance of this run
+                if n % 2:
+                    next(iter(broker.connections)).cut("a test wants it")
+                else:
+                    broker.lose()
+                    await asyncio.sleep(SECONDS / 20)  # the length of this outage
+                    broker.restore()
+            await asyncio.sleep(SECONDS / 5)  # the chance of this run
+
+        await storm.run(faults())
+        await storm.end()
+        for hub in hubs:
+            await empty(hub)
+    assert not bugs(caplog)
