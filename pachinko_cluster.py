@@ -536,6 +536,7 @@ def _nats_settings(broker: Broker) -> dict[str, Any]:
 # redis-py, `PubSub` and pipelines, takes 1.4 to 2 times the CPU time for a message.
 
 
+_TIDY = 100  # messages between two times to forget quiet subjects, ten times as many at most
 # A lease has its holder's token as value. To give it up is to keep it for a millisecond.
 _TAKE = """
 local owner = redis.call('GET', KEYS[1])
@@ -544,7 +545,89 @@ redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
 _NO_RIGHT = re.compile(r"ACL failure|can't run this command|can't access")
+# Three kinds of keys hold what is kept, all in one slot by their hash tag, the namespace:
+# - `{namespace}.kept`, a hash, has *n*, the number of the latest message, and what `_LIFE` reads.
+# - `….tops`, a sorted set, has the number of the latest message to each subject. A subject that has
+#   been quiet for a day may be missing; it then has no message with a number above *floor*. A day
+#   later *mark* becomes the floor. The member "" shows that the set was not evicted.
+# - `….<life>.<subject>`, a stream, expires with its messages. An id is a number and a time, and the
+#   only field of an entry is named by the number of the message before it.
+# A *life* ends when the hash or the set is lost. An epoch also ends with the server's history of
+# replication, by a failover or a restart, because messages that had numbers may be missing then.
+_LIFE = """
+local replid = string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
+if not replid then return redis.error_reply('ERR no master_replid') end
+local tops, subject, time = KEYS[1] .. '.tops', ARGV[1], redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local top = redis.call('ZSCORE', tops, subject)
+local has = redis.call('HMGET', KEYS[1], 'replid', 'epoch', 'life', 'floor', 'mark', 'since')
+local was, epoch, life, floor, mark, since = unpack(has)
+local is_lost = not life or not (top or redis.call('EXISTS', tops) == 1)
+if is_lost or was ~= replid then
+  epoch = string.sub(redis.sha1hex(replid .. time[1] .. '.' .. time[2]), 1, 8)
+  redis.call('HSET', KEYS[1], 'replid', replid, 'epoch', epoch)
+end
+if is_lost then
+  life, floor, mark, since, top = epoch, 0, 0, now, false
+  redis.call('DEL', tops)
+  redis.call('ZADD', tops, '-inf', '')
+  redis.call('HSET', KEYS[1], 'life', life, 'floor', floor, 'mark', mark, 'since', since, 'n', 0)
+end
+local stream = KEYS[1] .. '.' .. life .. '.' .. subject
+"""
+_KEEP = f"""{_LIFE}
+local n = redis.call('HINCRBY', KEYS[1], 'n', 1)
+if n % (ARGV[5] or {_TIDY}) == 0 then
+  if now - since > ARGV[4] + {_FORGET * 1000:.0f} then
+    floor = mark
+    redis.call('HSET', KEYS[1], 'floor', mark, 'mark', n - 1, 'since', now)
+  end
+  local quiet = math.min(redis.call('ZCOUNT', tops, '-inf', floor), {_TIDY * 10})
+  redis.call('ZREMRANGEBYRANK', tops, 1, quiet - 1)
+end
+redis.call('ZADD', tops, n, subject)
+redis.call('XADD', stream, 'MAXLEN', ARGV[3], n .. '-' .. now, top or floor, ARGV[2])
+redis.call('PEXPIRE', stream, ARGV[4])
+redis.call('PUBLISH', subject, epoch .. ' ' .. n .. ' ' .. (top or 0) .. '\\n' .. ARGV[2])
+"""
+_PAST = f"""{_LIFE}
+local last = {{}}
+if ARGV[2] ~= '0' then last = redis.call('XREVRANGE', stream, '+', '-', 'COUNT', ARGV[2]) end
+return {{epoch, tonumber(top or mark), tonumber(top or floor), now, last}}
+"""
+_AGREE = """
+local has = redis.call('GET', KEYS[1]) or ''
+if ARGV[1] == '' or has ~= '' and has ~= ARGV[1] then return has end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return ARGV[1]
+"""
+_STORE_RIGHTS = (
+    "+eval +evalsha +info +time +exists +del +get +set +hmget +hset +hincrby +zscore +zadd +zcount "
+    "+zremrangebyrank +xadd +xrevrange +pexpire +publish"
+)
+_ADVICE = {  # by what the error says
+    "nknown": "they need Redis 5.0 or later, or Valkey, with all its commands",
+    "read only replica": "this is a replica, give the address of the primary",
+    "master_replid": "this server does not say when another one takes its place",
+    "maxmemory": "its memory is full, raise maxmemory",
+}
 _CANCEL_AGAIN = 0.5  # seconds that a task may clean up before it is cancelled once more
+
+
+@functools.cache
+def _digest(script: str) -> str:
+    """Return the name of *script* in the server's cache."""
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+
+
+def _slot_of(subject: str) -> str:
+    """Return the beginning of all keys for the namespace of *subject*."""
+    return f"{{{subject.partition('.')[0]}}}."
+
+
+def _milliseconds(seconds: float) -> str:
+    """Return *seconds* as Redis takes them: at least a millisecond, at most 30,000 years."""
+    return str(max(1, int(min(seconds, 1e12) * 1000)))
 
 
 class RedisConnection:
@@ -625,6 +708,7 @@ class Redis:
     """A `Backplane` on Redis, by redis-py."""
 
     def __init__(self, broker: Broker) -> None:
+        import redis.exceptions
         from redis.asyncio.connection import ConnectionPool
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
@@ -644,7 +728,7 @@ class Redis:
                 f"redis-py takes another option in a {broker.scheme}:// URL: "
                 f"{without_secrets(exc, broker)}"
             ) from None
-        self._pool = pool
+        self._pool, self._errors = pool, redis.exceptions
         self._connections: list[RedisConnection] = []
         self._counts_all = True
         self._ending: asyncio.Task[None] | None = None
@@ -697,24 +781,64 @@ class Redis:
 
     async def lease(self, key: str, token: str, seconds: float) -> bool:
         """Take or renew the lease *key* for *token*, or give it up, as `Lease.request` says."""
-        from redis.exceptions import NoPermissionError, ResponseError
+        what, rights = "a worker with once=True", f"~{key.rpartition('.')[0]}.* +eval +get +set"
+        run = self._run(what, rights, "EVAL", _TAKE, "1", key, token, _milliseconds(seconds))
+        return bool(await run and seconds)
 
+    async def keep(self, subject: str, data: bytes, window: Window) -> None:
+        await self._keep(subject, data, window)
+
+    async def _keep(self, subject: str, data: bytes, window: Window, *tidy: str) -> None:
+        bounds = str(window.messages), _milliseconds(window.seconds)
+        await self._store(_KEEP, _slot_of(subject), "kept", subject, data, *bounds, *tidy)
+
+    async def past(self, subject: str, count: int) -> Past:
+        found = await self._store(_PAST, _slot_of(subject), "kept", subject, str(count))
+        epoch, top, floor, now, last = found
+        entries = list[Entry]()
+        for id, (previous, data) in reversed(last):
+            number, sent = map(int, id.split(b"-"))
+            floor = floor if entries else int(previous)
+            entries.append(Entry(number, (now - sent) / 1000, data))
+        return Past(epoch.decode(), top, floor if count else top, entries)
+
+    async def agree(self, key: str, value: bytes, seconds: float) -> bytes:
+        if value:  # This tells now what would otherwise be told at the first message.
+            await self._keep(key, b"", Window(1, 1.0, 1), "1")
+            await self.past(key, 1)
+        slot, _, name = _slot_of(key), *key.partition(".")[1:]
+        has: bytes = await self._store(_AGREE, slot, name, value, _milliseconds(seconds))
+        return has
+
+    async def _store(self, script: str, slot: str, name: str, *args: str | bytes) -> Any:
+        """Run *script* for the key *name*. Raises `PachinkoError` for what Redis refuses."""
+        run = functools.partial(self._run, "hub.keep()", f"~{slot}* {_STORE_RIGHTS}")
+        try:
+            try:
+                return await run("EVALSHA", _digest(script), "1", slot + name, *args)
+            except self._errors.NoScriptError:
+                return await run("EVAL", script, "1", slot + name, *args)
+        except self._errors.ResponseError as exc:
+            found = (advice for sign, advice in _ADVICE.items() if sign in str(exc))
+            advice = next(found, "it says")
+            raise PachinkoError(f"Redis keeps no messages: {advice} ({exc})") from None
+
+    async def _run(self, what: str, rights: str, *command: str | bytes) -> Any:
+        """Run a script. Raises `PachinkoError` if *what* is done without having the *rights*."""
         if not self._counts_all:
             raise PachinkoError(
-                "a worker with once=True needs a single Redis server, or NATS: this is a Redis "
-                "Cluster, whose nodes do not share their keys"
+                f"{what} needs a single Redis server, or NATS: this is a Redis Cluster, whose "
+                "nodes do not share their keys"
             )
-        milliseconds = str(max(1, int(seconds * 1000)))
         try:
-            held = await self._publishing.call("EVAL", _TAKE, "1", key, token, milliseconds)
-        except ResponseError as exc:
-            if isinstance(exc, NoPermissionError) or _NO_RIGHT.search(str(exc)):
+            return await self._publishing.call(*command)
+        except self._errors.ResponseError as exc:
+            is_refused = isinstance(exc, self._errors.NoPermissionError)
+            if is_refused or _NO_RIGHT.search(str(exc)):
                 raise PachinkoError(
-                    f"a worker with once=True needs further rights in Redis: ACL SETUSER app "
-                    f"~{key.rpartition('.')[0]}.* +eval +get +set ({exc})"
+                    f"{what} needs further rights in Redis: ACL SETUSER app {rights} ({exc})"
                 ) from None
             raise
-        return bool(held and seconds)
 
     async def stop(self) -> None:
         if self._ending is not None:
@@ -760,6 +884,12 @@ class SimulatedBroker:
     def restore(self) -> None:
         """Accept connections again. Those who wait for that connect at once."""
         self.is_there.set()
+
+    def flush(self) -> None:
+        """Forget what is kept, and begin another epoch. Connections stay."""
+        self.epoch, self.numbers = secrets.token_hex(4), itertools.count(1)
+        self.kept.clear()
+        self.values.clear()
 
 
 class SimulatedConnection:
