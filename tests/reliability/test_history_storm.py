@@ -33,7 +33,7 @@ from brokers import BrokerKind, BrokerProcess, running
 from cutting import Cut, Proxy
 from following import Follower, Published, Send, query_of
 from history_app import history_app
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from support import PATIENCE, Server, serving, until
 
@@ -289,6 +289,15 @@ def bugs(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
+@contextlib.contextmanager
+def no_timeout() -> Iterator[None]:
+    """Tell what has timed out from what was cut: both are an `OSError`."""
+    try:
+        yield
+    except TimeoutError as exc:
+        raise AssertionError("it has timed out") from exc
+
+
 async def empty(hub: Hub) -> None:
     """Wait until nothing is left of the hub's clients."""
     await until(lambda: not hub.connections and not hub.state.registry.groups)
@@ -343,4 +352,108 @@ async def test_nothing_is_lost_between_two_processes(caplog: pytest.LogCaptureFi
         await storm.end()
         for hub in hubs:
             await empty(hub)
+    assert not bugs(caplog)
+
+
+# A cut after any octet
+
+
+class Conversation:
+    """A client that comes back and hears of two groups, and another one who speaks."""
+
+    def __init__(self, processes: int) -> None:
+        self.groups = ("room:0", "room:1")
+        self.stack = contextlib.AsyncExitStack()
+        self.processes = processes
+        self.hubs = [Hub() for _ in range(processes)]
+
+    async def begin(self) -> None:
+        """Start the servers, the proxy in front of the first, and the other client."""
+        broker = pachinko_cluster.SimulatedBroker()
+        self.servers: list[Server] = []
+        for hub in self.hubs:
+            if self.processes > 1:
+                hub.configure(broker.connection())
+            server = serving(history_app(hub), log_config=None)
+            self.servers.append(await self.stack.enter_async_context(server))
+        self.proxy = await self.stack.enter_async_context(Proxy(self.servers[0].port))
+        self.speaker = Follower(Published(), "")
+        self.life = await come(self.speaker, self.servers[-1].url)
+        self.passed = await self.hold(None, "query")
+
+    async def speak(self, published: Published, count: int) -> list[Send]:
+        """Send *count* messages to each group; return the last ones."""
+        self.life.follower = Follower(published, "speaker")
+        last: list[Send | None] = []
+        for _ in range(count):
+            last = [await say(self.life, group, size=50) for group in self.groups]
+        assert all(last)
+        return [each for each in last if each is not None]
+
+    async def hold(self, cut: Cut | None, how: str) -> dict[Any, int]:
+        """Come, leave, come back up to *cut*, and come back; check what was heard."""
+        published = Published()
+        follower = Follower(published, "client")
+
+        async def hears(last: list[Send], life: Life) -> None:
+            await until(lambda: life.is_over or all(map(follower.has, last)))
+
+        self.proxy.cut = None
+        life = await come(follower, self.servers[-1].url, *self.groups)
+        await until(lambda: len(follower.verdicts) == 2)
+        await life.cut()
+        last = await self.speak(published, 2)
+        self.proxy.cut = cut
+        with contextlib.suppress(*ENDED), no_timeout():
+            life = await come(follower, self.proxy.url, *self.groups, how=how)
+            await hears(last, life)
+            await until(lambda: life.is_over or len(follower.verdicts) == 2)
+            await say(life, self.groups[0], others=True)
+            last = await self.speak(published, 2)
+            await say(life, self.groups[1])
+            await hears(last, life)
+            await life.close()
+        passed = dict(self.proxy.passed)
+        last = await self.speak(published, 1)
+        life = await come(follower, self.servers[-1].url, *self.groups, how=how)
+        await hears(last, life)
+        await until(lambda: len(follower.verdicts) == 2)
+        follower.is_at_the_end = True
+        await life.cut()
+        published.check()
+        await asyncio.wait_for(self.proxy.idle(), PATIENCE)
+        return passed
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("round", range(-(-EXAMPLES // ROUND)))
+def test_a_client_that_is_cut_after_any_octet_misses_nothing(
+    round: int, processes: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It comes back with the position that it has, to the same process or to another one."""
+    talk = Conversation(processes)
+    with asyncio.Runner() as runner:
+        runner.run(talk.begin())
+        end = talk.passed
+
+        @settings(
+            max_examples=min(EXAMPLES, ROUND), deadline=None, derandomize=not IS_NIGHTLY,
+            database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate],
+        )  # fmt: skip
+        @given(
+            toward=st.sampled_from(["client", "server"]),
+            by=st.sampled_from(["FIN", "RST"]),
+            share=st.integers(0, 1000),
+            how=st.sampled_from(["query", "message", "authenticate"]),
+        )
+        def check(toward: Any, by: Any, share: int, how: str) -> None:
+            runner.run(talk.hold(Cut(toward, end[toward] * share // 1000, by), how))
+
+        try:
+            check()
+            runner.run(talk.life.cut())
+            for hub in talk.hubs:
+                runner.run(empty(hub))
+        finally:
+            runner.run(talk.stack.aclose())
     assert not bugs(caplog)
