@@ -355,6 +355,166 @@ async def test_nothing_is_lost_between_two_processes(caplog: pytest.LogCaptureFi
     assert not bugs(caplog)
 
 
+# Brokers and processes that fail
+
+
+class Program:
+    """The app in a process of its own, which a test kills and starts again."""
+
+    def __init__(self, url: str) -> None:
+        self.broker = url
+        self.process: subprocess.Popen[str] | None = None
+        self.url = "ws://127.0.0.1:9"  # where nobody is
+
+    async def start(self) -> None:
+        """Start it; return when it takes clients."""
+        path = Path(__file__).with_name("history_app.py")
+        env = {**os.environ, "PACHINKO_BACKPLANE": self.broker}
+        self.process = subprocess.Popen(  # noqa: ASYNC220 - it takes no time
+            [sys.executable, str(path)], env=env, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        port = await asyncio.to_thread(self.process.stdout.readline)
+        self.url = f"ws://127.0.0.1:{int(port)}"
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(PATIENCE)
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+            self.process = None
+
+    async def __aenter__(self) -> Program:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.kill()
+
+
+async def test_who_outlives_a_process_is_told_that_its_memory_is_lost() -> None:
+    """A process without a broker that is killed takes its history with it: a gap, and no more."""
+    async with Program("memory://") as program:
+        storm = Storm([lambda: program.url], CLIENTS)
+
+        async def faults() -> None:
+            await asyncio.sleep(SECONDS / 2)  # the chance of this run
+            program.kill()
+            await program.start()
+            await asyncio.sleep(SECONDS / 4)  # the chance of this run
+
+        await storm.run(faults())
+        await storm.end(reasons=("epoch",))
+
+
+@contextlib.asynccontextmanager
+async def lasting(kind: BrokerKind) -> AsyncIterator[BrokerProcess]:
+    """A broker that has everything again after it was killed."""
+    options = {"redis": ("--appendonly", "yes", "--appendfsync", "always"),
+               "nats": ("--jetstream", "--store_dir", "store")}  # fmt: skip
+    async with running(kind, *options[kind]) as broker:
+        yield broker
+
+
+@contextlib.asynccontextmanager
+async def storm_on(
+    kind: BrokerKind, count: int = CLIENTS
+) -> AsyncIterator[tuple[Storm, BrokerProcess, Program, Hub]]:
+    """A storm in two processes, of which one can be killed, on a broker that can be, too."""
+    async with contextlib.AsyncExitStack() as stack:
+        broker = await stack.enter_async_context(lasting(kind))
+        hub = Hub()
+        hub.configure(broker.url)
+        app = history_app(hub)
+        server = await stack.enter_async_context(serving(app, log_config=None))
+        small_buffers(server)
+        program = await stack.enter_async_context(Program(broker.url))
+        storm = Storm([lambda: server.url, lambda: program.url], count)
+        yield storm, broker, program, hub
+        await empty(hub)
+
+
+async def test_nothing_is_lost_while_a_broker_pauses_and_a_process_dies(
+    kind: BrokerKind, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The broker is paused, and a process is killed: all is delivered, without a gap."""
+    async with storm_on(kind) as (storm, broker, program, _):
+
+        async def faults() -> None:
+            await asyncio.sleep(SECONDS / 4)  # the chance of this run
+            broker.pause()
+            await asyncio.sleep(SECONDS / 8)  # the length of this pause
+            broker.resume()
+            await asyncio.sleep(SECONDS / 4)  # the chance of this run
+            program.kill()
+            await program.start()
+            await asyncio.sleep(SECONDS / 8)  # the chance of this run
+
+        await storm.run(faults())
+        await storm.end()
+    assert not bugs(caplog)
+
+
+async def flush(broker: BrokerProcess) -> None:
+    """Delete all that the broker has."""
+    if broker.kind == "redis":
+        reader, writer = await asyncio.open_connection("127.0.0.1", broker.port)
+        writer.write(b"FLUSHALL\r\n")
+        assert await reader.readline() == b"+OK\r\n"
+        writer.close()
+        await writer.wait_closed()
+    else:
+        import nats
+
+        client = await nats.connect(broker.url)
+        stream = client.jetstream()
+        for each in await stream.streams_info():
+            await stream.delete_stream(each.config.name)
+        await client.close()
+
+
+async def test_what_a_broker_has_forgotten_is_announced(
+    kind: BrokerKind, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is killed, and its history deleted, at any moment: who has missed something is told so."""
+    async with storm_on(kind) as (storm, broker, _, _):
+
+        async def faults() -> None:
+            await asyncio.sleep(SECONDS / 4)  # the chance of this run
+            await flush(broker)
+            await asyncio.sleep(SECONDS / 4)  # the chance of this run
+            broker.kill()
+            await asyncio.sleep(SECONDS / 8)  # the length of this outage
+            await broker.start()
+            await asyncio.sleep(SECONDS / 4)  # the chance of this run
+            await flush(broker)
+            await asyncio.sleep(SECONDS / 4)  # the chance of this run
+
+        await storm.run(faults())
+        await storm.end(reasons=("epoch", "broker"))
+    assert not bugs(caplog)
+
+
+async def test_a_broker_that_stores_on_disk_goes_on_where_it_was(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """JetStream that is killed and started again has everything: there is no gap."""
+    async with storm_on("nats") as (storm, broker, _, _):
+
+        async def faults() -> None:
+            for _ in range(2):
+                await asyncio.sleep(SECONDS / 3)  # the chance of this run
+                broker.kill()
+                await asyncio.sleep(SECONDS / 8)  # the length of this outage
+                await broker.start()
+            await asyncio.sleep(SECONDS / 3)  # the chance of this run
+
+        await storm.run(faults())
+        await storm.end()
+    assert not bugs(caplog)
+
+
 # A cut after any octet
 
 
