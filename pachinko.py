@@ -4697,6 +4697,7 @@ class Incoming:
 
 _BURST = 32  # messages that code may send in a row before others get a turn
 _PROCESS_BYTES = _OWN_BYTES = 6  # bytes of a process's id, and of a connection's own
+_CONNECTION_ID = re.compile(r"[0-9a-f]{24}")
 _END_OF_TIME = 1e15  # UNIX seconds; beyond, floats and timers give up
 _LOOK_AT_CLOCK = 600.0  # seconds between two looks at the time of day, which may be set anew
 
@@ -5071,6 +5072,8 @@ Deliver = Callable[[str, bytes], Awaitable[None]]
 Lost = Callable[["BaseException | None"], None]
 Sending = Coroutine[Any, Any, None]  # PERF: it is passed on, not awaited by each function
 Given = Union[str, "Backplane", None]  # a broker's URL, or a transport
+# What `Relay.call` can do in another process: a function of its registry and of such arguments.
+PROCESS_CALLS: dict[str, Callable[..., Awaitable[Any]]] = {}
 Member = Union["Connection", "Mailbox"]  # who gets the messages to a group
 Receiver = Union["Outgoing", "Mailbox", "Cursor"]  # where each of them gets these
 
@@ -5138,6 +5141,7 @@ class Relay:
     """
 
     history: History | None = None  # of kept groups
+    has_others: bool = False  # Other processes can be reached.
 
     def start(self, registry: Registry, process: str) -> None:
         """Begin to connect, and to deliver to *registry*. *process* is the id of this process."""
@@ -5165,10 +5169,14 @@ class Relay:
     async def call(self, id: str, method: str, *args: Any) -> Any:
         """Do one of `CALLS` with the connection *id*, wherever it is; return or raise what it does.
 
+        Or do one of `PROCESS_CALLS` in the process of that connection, which may have ended.
+
         Raises `NoAnswer` if no connection has the id, and if its process does not answer: within 4
         seconds, or for a question its own. From there come `MessageError`, `AnswerError`,
         `NoAnswer` and `PachinkoError`; the last one also stands for a bug, which that process logs.
         """
+        if (function := PROCESS_CALLS.get(method)) is not None:
+            return await function(self._registry, *args)
         if (conn := self._registry.connections.get(id)) is None:
             raise NoAnswer(f"there is no connection with the id {id!r}")
         return await CALLS[method](conn, *args)
@@ -5272,6 +5280,7 @@ class Registry:
         self.groups: dict[str, dict[Member, Receiver]] = {}  # members, by the group's name
         self.users: dict[str, dict[Member, Receiver]] = {}
         self._tables = {Kind.GROUP: self.groups, Kind.USER: self.users}
+        self.resumable: dict[str, Resumable] = {}  # streams, by their tokens
         # Handshakes and late logins in progress, by id, with the latest closed user before them.
         self.arriving: dict[str, tuple[Connection, ClosedUser]] = {}
         self._latest = ClosedUser("", Close())
@@ -5795,7 +5804,6 @@ class HubState:
     drains: list[asyncio.Task[None]] = attrs.Factory(list)  # one for each call of `Hub.drain`
     questions: dict[str, Questions] = attrs.Factory(dict)  # by connection id, from its first one
     listeners: set[Mailbox] = attrs.Factory(set)
-    resumable: dict[str, Resumable] = attrs.Factory(dict)  # streams, by their tokens
     returning: dict[str, Any] = attrs.Factory(dict)  # what clients have that are not in yet, by id
     # Tasks of connections, by the connection's id: whether each has been cancelled.
     background: dict[str, dict[asyncio.Task[Any], bool]] = attrs.Factory(dict)
@@ -7303,6 +7311,8 @@ class Answering:
 _ITEMS, _ITEM_BYTES = 256, 1_048_576  # of one stream that are kept, and as many without a client
 _MOST_ALONE = 1_000  # streams of a process that go on without a client
 _MOST_RESUMED = 100  # that one client may go on with at a time
+_PULL = 2.5  # seconds that another process waits for further items, less than `Relay.call` does
+_PULL_TRIES, _PULL_AGAIN = 4, 1.0  # how often it is asked in vain, and seconds between
 
 
 class ResumableStream(Stream):
@@ -7321,8 +7331,8 @@ class Resumable(Answering):
     """A stream that goes on for some seconds without its client."""
 
     __slots__ = (
-        "_alone", "_came", "_carrier", "_carriers", "_count", "_final", "_id", "_items", "_seconds",
-        "_size", "_stream", "_timer", "_token",
+        "_alone", "_came", "_carrier", "_carriers", "_count", "_final", "_id", "_items", "_news",
+        "_seconds", "_size", "_stream", "_timer", "_token",
     )  # fmt: skip
 
     def __init__(self, session: Session, id: Id, seconds: float) -> None:
@@ -7337,9 +7347,10 @@ class Resumable(Answering):
         self._count = 0  # items so far
         self._alone = 0  # what the items take that have come without a client
         self._came = asyncio.Event()  # A client is there again.
+        self._news = asyncio.Event()  # There are more items, or the final answer.
         self._final: bytes | None = None  # the frame after the last item
         self._timer: Timer | None = None
-        self._hub_state.resumable[self._token] = self
+        self._hub_state.registry.resumable[self._token] = self
 
     def start(self, handler: Handler, message: Received) -> None:
         """Run the generator in a task of its own."""
@@ -7361,9 +7372,9 @@ class Resumable(Answering):
         event = {"type": "websocket.send", "text": text}
         self._items.append((self._count, event))
         self._size += len(text)
+        self._news.set()
         if self._carrier is not None:
-            while len(self._items) > _ITEMS or self._size > _ITEM_BYTES:
-                self._size -= len(self._items.popleft()[1]["text"])
+            self._trim(self._count)
             with contextlib.suppress(falcon.WebSocketDisconnected):
                 await self.outgoing.send(event)
             return
@@ -7372,12 +7383,22 @@ class Resumable(Answering):
             self._came.clear()
             await self._came.wait()
 
+    def _trim(self, number: int) -> None:
+        """Drop old items that are too many, up to *number*."""
+        while (
+            self._items
+            and self._items[0][0] <= number
+            and (len(self._items) > _ITEMS or self._size > _ITEM_BYTES)
+        ):
+            self._size -= len(self._items.popleft()[1]["text"])
+
     async def _send(self, data: bytes) -> None:
         """Send the final answer. It is kept, too, since the client may not have got it."""
-        self._final = data
-        if self._token in self._hub_state.resumable:
+        self._final, carrier, self._carrier = data, self._carrier, None
+        self._news.set()
+        if self._token in self._hub_state.registry.resumable:
             self._set_timer()
-        if self._carrier is not None:
+        if carrier is not None:
             await super()._send(data)
 
     async def _fail(
@@ -7391,15 +7412,14 @@ class Resumable(Answering):
 
     def _free(self, id: Id) -> None:
         if self._carrier is not None:
-            self._carrier.streams.pop(id, None)
+            del self._carrier.streams[id]
 
     def leave(self) -> None:
         """Go on for a while without the client, which has gone."""
-        if self._carrier is not None:
-            self._carrier.streams.pop(self._id, None)
+        del cast(Session, self._carrier).streams[self._id]
         self._carrier, self._alone = None, 0
         self._set_timer()
-        every = self._hub_state.resumable
+        every = self._hub_state.registry.resumable
         every[self._token] = every.pop(self._token)  # The one that has left first is the first.
         if len(every) > _MOST_ALONE:
             alone = [each for each in every.values() if each.is_alone]
@@ -7418,43 +7438,69 @@ class Resumable(Answering):
 
     def end(self) -> None:
         """Stop, and forget what was kept."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._hub_state.resumable.pop(self._token, None)
+        cast(Timer, self._timer).cancel()  # Its client has left, or has got the final answer.
+        self._hub_state.registry.resumable.pop(self._token, None)
         self._stream.stop()
 
-    def is_for(self, session: Session, id: Id, ids: Container[str]) -> bool:
-        """Tell whether the client had this stream in a connection with one of *ids*."""
-        user = session.conn.user
-        is_same = (type(id), id) == (type(self._id), self._id)
-        return (
-            is_same
-            and user is not None
-            and user == self.conn.user
-            and any(each in ids for each in self._carriers)
-        )
+    def stop(self) -> None:
+        """Stop the generator, as its client has asked for in another process."""
+        self._stream.stop()
+
+    def is_for(self, user: str | None, id: Id, ids: Iterable[str]) -> bool:
+        """Tell whether *user* had this stream in a connection with one of *ids*."""
+        is_own = user is not None and user == self.conn.user
+        return is_own and self._has_id(id) and not self._carriers.isdisjoint(ids)
+
+    def _has_id(self, id: Id) -> bool:
+        return (type(id), id) == (type(self._id), self._id)
 
     def go_on(self, session: Session, id: Id, number: int) -> bool:
         """Go on with the client of *session*, behind the item *number*; return whether it can."""
+        if not self._take_over(id, number):
+            return False
+        self._carriers.add(session.conn.id)
+        waiting = [Waiting(event) for n, event in self._items if n > number]
+        if self._final is None:
+            cast(Timer, self._timer).cancel()
+            self._carrier, self.outgoing = session, session.outgoing
+            session.take_stream(self._id, self._stream)
+        else:
+            waiting.append(Waiting(text_event(self._final)))
+        session.outgoing.put(*waiting)
+        return True
+
+    def _take_over(self, id: Id, number: int) -> bool:
+        """Tell who has had the stream that it is lost; return whether another client may go on."""
         first = self._items[0][0] if self._items else self._count + 1
-        is_same = (type(id), id) == (type(self._id), self._id)
-        if not is_same or not first - 1 <= number <= self._count:
+        if not self._has_id(id) or not first - 1 <= number <= self._count:
             return False
         if self._carrier is not None:
             self._carrier.lose_stream(self._id)
-        if self._timer is not None:
-            self._timer.cancel()
-        self._carrier, self.outgoing = session, session.outgoing
-        self._carriers.add(session.conn.id)
-        waiting = [Waiting(event) for n, event in self._items if n > number]
-        if self._final is not None:
-            waiting.append(Waiting(text_event(self._final)))
-            self._set_timer()
-        else:
-            session.take_stream(self._id, self._stream)
-        self.outgoing.put(*waiting)
+            self._carrier = None
+        self._set_timer()
+        self._alone = 0
         self._came.set()
         return True
+
+    async def pull(self, id: Id, number: int, seconds: float) -> dict[str, Any] | None:
+        """Return items behind *number*, and the final answer, as texts, or None if it is lost.
+
+        The client is in another process. Waits for some, at most for so many *seconds*.
+        """
+        if not self._take_over(id, number):
+            return None
+        self._trim(number)
+        if number == self._count and self._final is None:
+            self._news.clear()
+            with contextlib.suppress(TimeoutError), WaitLimit(clock.time() + seconds):
+                await self._news.wait()
+        texts, size = list[str](), 0
+        for n, event in self._items:
+            size += len(event["text"]) if n > number else 0
+            if n > number and (not texts or size <= _BATCH_BYTES):
+                texts.append(event["text"])
+        is_last = self._final is not None and number + len(texts) == self._count
+        return {"items": texts, "final": self._final.decode() if is_last and self._final else None}
 
 
 def stream_lost() -> MessageError:
@@ -7462,24 +7508,133 @@ def stream_lost() -> MessageError:
     return MessageError("stream_lost", "what is missing of the stream is not kept any more")
 
 
+@attrs.frozen
+class Wanted:
+    """A stream that a client wants to go on with."""
+
+    id: Id
+    token: str | None  # None if it has got no item
+    number: int  # of the latest item that it has got
+    ids: Sequence[str]  # of its former connections
+
+
+def wanted_streams(value: Any) -> list[Wanted]:
+    """Return the streams that the payload of a ``resume`` message names."""
+    said: dict[str, Any] = value if type(value) is dict else {}
+    streams, ids = said.get("streams"), said.get("ids")
+    known = [each for each in ids if type(each) is str] if type(ids) is list else []
+    found = list[Wanted]()
+    for each in (streams if type(streams) is list else [])[:_MOST_RESUMED]:
+        id: Any = each.get("id") if type(each) is dict else None
+        if type(id) in (str, int):
+            position = read_position(each.get("at"))
+            token = None if each.get("at", "") is None else position.epoch
+            found.append(Wanted(id, token, max(0, position.number), known[-_RESUME_IDS:]))
+    return found
+
+
+def _find(registry: Registry, wanted: Wanted, user: str | None) -> Resumable | None:
+    """Return the stream that is *wanted*, if this process has it."""
+    if wanted.token is not None:
+        return registry.resumable.get(wanted.token)
+    every = registry.resumable.values()
+    return next((each for each in every if each.is_for(user, wanted.id, wanted.ids)), None)
+
+
 def go_on_streams(session: Session, value: Any) -> None:
     """Go on with the streams that a ``resume`` message names; tell the client of lost ones."""
-    given = value.get("streams") if type(value) is dict else None
-    ids = value.get("ids") if type(value) is dict else None
-    resumable = session.conn.hub.state.resumable
-    for each in (given if type(given) is list else [])[:_MOST_RESUMED]:
-        named: dict[str, Any] = each if type(each) is dict else {}
-        id: Any = named.get("id")
-        at: Any = named.get("at", "")
-        if type(id) not in (str, int) or id in session.streams:
+    registry = session.conn.hub.state.registry
+    for wanted in wanted_streams(value):
+        if wanted.id in session.streams:
             continue  # It has begun another one under that id.
-        token, _, number = at.rpartition(".") if type(at) is str else ("", "", "0")
-        found = resumable.get(token)
-        if at is None and type(ids) is list:
-            found = next((s for s in resumable.values() if s.is_for(session, id, ids)), None)
-        is_number = number.isascii() and number.isdecimal() and len(number) < 20
-        if found is None or not is_number or not found.go_on(session, id, int(number)):
-            session.lose_stream(id)
+        found = _find(registry, wanted, session.conn.user)
+        if found is None and (others := _others(session, wanted)):
+            session.take_stream(wanted.id, stream := Stream())
+            session.add_task(_relay_stream(session, wanted, stream, others), is_detached=True)
+        elif found is None or not found.go_on(session, wanted.id, wanted.number):
+            session.lose_stream(wanted.id)
+
+
+def _others(session: Session, wanted: Wanted) -> list[str]:
+    """Return former connections of the client, one of each other process."""
+    state, size = session.conn.hub.state, 2 * _PROCESS_BYTES
+    if not state.relay.has_others:
+        return []
+    latest = {id[:size]: id for id in wanted.ids if _CONNECTION_ID.fullmatch(id)}
+    return [id for process, id in latest.items() if process != state.process]
+
+
+async def _relay_stream(
+    session: Session, wanted: Wanted, stream: Stream, others: list[str]
+) -> None:
+    """Send the client of *session* a stream that one of the other processes has."""
+    final: str | None = None
+    try:
+        try:
+            final = await stream.run(lambda: _pull(session, wanted, others))
+        finally:
+            session.streams.pop(wanted.id, None)
+    except falcon.WebSocketDisconnected:
+        return
+    except asyncio.CancelledError:
+        if session.outgoing.closed or not stream.is_stopped:
+            raise
+        forget_cancellations()  # The client has stopped it.
+        for other in others:
+            with contextlib.suppress(PachinkoError, NoAnswer):
+                await _call(session, wanted, other, 0)
+        final = _encode(Sent("complete", wanted.id)).decode()
+    if final is None:
+        session.lose_stream(wanted.id)
+    else:
+        session.outgoing.put(Waiting({"type": "websocket.send", "text": final}))
+
+
+async def _pull(session: Session, wanted: Wanted, others: list[str]) -> str | None:
+    """Send items as the other process has them; return the final answer, or None if it is lost."""
+    failures = 0
+    while others:
+        try:
+            found = await _call(session, wanted, others[0], _PULL)
+        except (PachinkoError, NoAnswer):  # The broker is away there, or the process has gone.
+            failures += 1
+            if failures == _PULL_TRIES:
+                return None
+            await clock.sleep(_PULL_AGAIN)
+            continue
+        failures = 0
+        if found is None:
+            del others[0]
+            continue
+        for text in found["items"]:
+            await session.outgoing.send({"type": "websocket.send", "text": text})
+        wanted = attrs.evolve(wanted, number=wanted.number + len(found["items"]))
+        if found["final"] is not None:
+            return cast(str, found["final"])
+    return None
+
+
+async def _call(session: Session, wanted: Wanted, other: str, seconds: float) -> Any:
+    state, said = session.conn.hub.state, (*attrs.astuple(wanted), session.conn.user)
+    return await state.relay.call(other, "stream", "", msgspec.Raw(encode(said)), seconds)
+
+
+async def _stream_call(
+    registry: Registry, _: str, said: msgspec.Raw, seconds: float
+) -> dict[str, Any] | None:
+    """Answer `_call` in the process that has the stream. It is stopped if *seconds* are 0."""
+    kind = tuple[Id, str | None, int, list[str], str | None]
+    id, token, number, ids, user = msgspec.json.decode(said, type=kind)
+    wanted = Wanted(id, token, number, ids)
+    if (found := _find(registry, wanted, user)) is None:
+        return None
+    if seconds == 0:
+        found.stop()
+        return None
+    return await found.pull(wanted.id, wanted.number, seconds)
+
+
+PROCESS_CALLS["stream"] = _stream_call
 
 
 # ── session ───────────────────────────────────────────────────────────────────────────────────
@@ -7608,6 +7763,12 @@ class Session(Answering):
         if not self.tasks and not self.streams:
             self.tasks, self.streams = set(), {}
         self.streams[id] = stream
+
+    def add_task(self, work: Coroutine[Any, Any, None], *, is_detached: bool = False) -> None:
+        """Run *work* in a task that ends with the connection."""
+        task = create_task(work, is_detached=is_detached)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     def lose_stream(self, id: Id) -> None:
         """Tell the client that a stream does not go on for it."""
@@ -7830,9 +7991,7 @@ class Session(Answering):
             work = self.run_stream(handler, message, stream)
         else:
             work = self._perform(handler, message, is_plain=False)
-        task = create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self.add_task(work)
 
     async def finish(self) -> None:
         """End the tasks, run the disconnect handlers, forget the connection."""
@@ -8321,7 +8480,7 @@ class Lifecycle:
         for session in sessions:
             session.outgoing.close(Close(1012, "the server shuts down"))
         streams = set[asyncio.Task[None]]()
-        for stream in tuple(self._hub.state.resumable.values()):
+        for stream in tuple(self._hub.state.registry.resumable.values()):
             if stream.outgoing.limits is self._limits:
                 streams |= stream.tasks
                 stream.end()

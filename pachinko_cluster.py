@@ -1543,10 +1543,10 @@ _CROSSING: dict[str, type[Exception]] = {
 class Call(msgspec.Struct, array_like=True):
     """The frame of a ``call``: one of `pachinko.CALLS`, and its arguments."""
 
-    method: Literal["join", "leave", "ask"]
+    method: Literal["join", "leave", "ask", "stream"]
     name: bytes  # the group, or the type of the question; JSON could not carry any text
-    frame: msgspec.Raw = msgspec.Raw()  # the question, for clients
-    seconds: Annotated[float, msgspec.Meta(gt=0)] = 10.0  # to wait for its answer
+    frame: msgspec.Raw = msgspec.Raw()  # the question, for clients; or what stream is wanted
+    seconds: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # to wait for its answer, or for items
 
 
 class Done(msgspec.Struct, omit_defaults=True):
@@ -1654,9 +1654,10 @@ def read_call(frame: bytes) -> tuple[Any, ...]:
         name = call.name.decode(errors="surrogatepass")
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
         raise Refused(f"not a call of ours: {exc}") from None
-    if call.method != "ask":
+    if call.method in ("join", "leave"):
         return call.method, name
-    check_carried(bytes(call.frame), None)
+    if call.method == "ask":
+        check_carried(bytes(call.frame), None)
     return call.method, name, call.frame, call.seconds
 
 
@@ -1932,6 +1933,7 @@ class Cluster(pachinko.Relay):
     """The `Relay` of an app with a broker."""
 
     history: History | None
+    has_others: bool = True
 
     def __init__(
         self, given: str | Backplane, namespace: str | None,
