@@ -8799,6 +8799,9 @@ class Pachinko(Lifecycle):
         self._routes.set("authenticate", function, "authenticate", takes_guests=optional)
 
         async def again(conn: Connection, payload: Any) -> None:
+            if type(payload) is dict and "resume" in payload:
+                session = self._hub.state.serving[current_task()]
+                await session.resume(Frame("resume", None, payload["resume"]))
             if (token := token_of(payload)) is None:
                 wrong = {"path": "$.payload.token", "message": "expected str"}
                 raise invalid_payload("authenticate", [wrong])
