@@ -2533,6 +2533,7 @@ class Handler:
     is_concurrent: bool  # runs in a task of its own, as all streams do
     types: Collection[Any] = ()  # of all parameters, as far as they are known
     only: Callable[[Connection], bool | Awaitable[bool]] | None = None  # who may send the type
+    resumable: float | None = None  # seconds that a stream goes on without its client
     writers: dict[Any, Writer] = attrs.Factory(dict)  # a key is the class of a returned value
     hints: set[str] = attrs.Factory(set)  # the parameters about which a hint was logged
 
@@ -2874,6 +2875,7 @@ class Routes:
     workers: list[tuple[str | None, Callable[[], Awaitable[None]]]] = attrs.Factory(list)
     providers: dict[Any, Provider] = attrs.Factory(dict)  # a key is the type that is provided
     snapshots: dict[str, Callable[..., Awaitable[Any]]] = attrs.Factory(dict)  # by prefix
+    has_resumable: bool = False  # there is a stream that goes on without its client
     is_scoped: bool = False  # there is a middleware or a provider: each message has a context
     # The included routes around a message type, the fallback (`str`) and the binary handler
     # (`bytes`), the outermost first; only those that have middleware or error handlers.
@@ -2894,6 +2896,7 @@ class Routes:
         for handler in handlers:
             handler.writers.clear()
             self.handlers[handler.type] = handler
+            self.has_resumable |= handler.resumable is not None
         self.frames += frames
         self.decode = self.decode_first
 
@@ -3268,7 +3271,7 @@ def _once(
     for prefix, function in routes.snapshots.items():
         found[f"the snapshot of {prefix!r}"] = (function,)
     for type, handler in routes.handlers.items():
-        options: Any = handler.only, handler.is_concurrent, inner(type)
+        options: Any = handler.only, handler.is_concurrent, handler.resumable, inner(type)
         if type == "authenticate":  # No middleware sees it.
             options = routes.takes_guests
         found[repr(types.get(type, type))] = registered(handler.function), options
@@ -5438,6 +5441,24 @@ class Resume:
     timer: Timer | None = None  # while the message that says so is still to come
 
 
+def resume_in(query: str) -> str | None:
+    """Return the value of ``resume`` in the raw *query* of a handshake (RFC 3986, 3.4), or None.
+
+    Falcon may split it at its commas.
+    """
+    if "resume=" not in query:
+        return None
+    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
+    return next((value for name, value in pairs if name == "resume"), None)
+
+
+def read_json(text: str) -> Any:
+    """Return the value of *text*; None if it is no JSON, or too long."""
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+        return msgspec.json.decode(text) if len(text) <= _RESUME_CHARACTERS else None
+    return None
+
+
 def read_resume(value: Any) -> Resume:
     """Return what is in the payload of a ``resume`` message: in what is none, nothing."""
     given: dict[str, Any] = value if type(value) is dict else {}
@@ -5600,21 +5621,10 @@ class History:
         """Begin, for the members in *registry*."""
         self._registry = registry
 
-    def greet(self, conn: Connection, seconds: float) -> None:
-        """Read ``?resume=`` of the handshake; wait for a message so many *seconds* if it says so.
-
-        Falcon may split the value at its commas, so that the raw query is read (RFC 3986, 3.4).
-        """
-        pairs = urllib.parse.parse_qsl(conn.req.query_string, keep_blank_values=True)
-        text = dict(reversed(pairs)).get("resume")
-        if text is None:
-            return
-        value = None
-        if len(text) <= _RESUME_CHARACTERS:
-            with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
-                value = msgspec.json.decode(text)
+    def greet(self, conn: Connection, value: Any, seconds: float | None) -> None:
+        """Take the *value* in the handshake; wait so many *seconds* for a message with another."""
         resume = self._resumes[conn.id] = read_resume(value)
-        if text == "message":
+        if seconds is not None:
             resume.timer = clock.call_at(clock.time() + seconds, self.note, conn, None)
 
     def note(self, conn: Connection, value: Any) -> None:
@@ -5795,6 +5805,8 @@ class HubState:
     drains: list[asyncio.Task[None]] = attrs.Factory(list)  # one for each call of `Hub.drain`
     questions: dict[str, Questions] = attrs.Factory(dict)  # by connection id, from its first one
     listeners: set[Mailbox] = attrs.Factory(set)
+    resumable: dict[str, Resumable] = attrs.Factory(dict)  # streams, by their tokens
+    returning: dict[str, Any] = attrs.Factory(dict)  # what clients have that are not in yet, by id
     # Tasks of connections, by the connection's id: whether each has been cancelled.
     background: dict[str, dict[asyncio.Task[Any], bool]] = attrs.Factory(dict)
     loop: asyncio.AbstractEventLoop | None = None  # the loop of the apps, while one runs
@@ -7000,6 +7012,10 @@ class Stream:
             self.task.cancel()
         self.is_stopped = True
 
+    def leave(self) -> None:
+        """Note that the client has gone."""
+        self.stop()
+
     async def run(self, call: Callable[[], Awaitable[Any]]) -> Any:
         """Return what *call* returns, which is the stream with the middleware around it."""
         if self.is_stopped:
@@ -7182,7 +7198,7 @@ class Answering:
     """What one connection is told: answers, errors, and that it sends too much."""
 
     __slots__ = (
-        "_hub_state", "_limits", "_rate", "conn", "outgoing", "routes", "tasks",
+        "_hub_state", "_limits", "_rate", "conn", "outgoing", "routes", "streams", "tasks",
     )  # fmt: skip
 
     def __init__(self, conn: Connection, routes: Routes) -> None:
@@ -7190,6 +7206,7 @@ class Answering:
         self.routes: Routes = routes
         self.outgoing: Outgoing = conn.outgoing
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
+        self.streams: dict[Id, Stream] = _NONE
         self._hub_state, self._limits = conn.hub.state, conn.outgoing.limits
         rate = self._limits.rate
         self._rate = Rate(*rate) if rate is not None else None
@@ -7210,6 +7227,50 @@ class Answering:
             self.outgoing.close(Close(1008, "too many messages"))
         else:
             await self._send_error(rate.refusal(wait), id, type)
+
+    def _call(
+        self, handler: Handler, message: Received, stream: Stream | None = None, asks: bool = True
+    ) -> Awaitable[Any]:
+        """Call the handler, through the middleware. The items of a *stream* are sent."""
+        value = message.payload
+        if value is UNSET or not message.is_built:
+            if asks and handler.only is not None:
+                call = functools.partial(self._call, handler, message, stream, False)
+                return call_if_allowed(handler, self.conn, call)
+            value = handler.structure(value, self._hub_state.codec)
+        innermost: Callable[[], Any] = functools.partial(handler.call, self.conn, value)
+        if stream is not None:
+            reply = functools.partial(handler.reply, message.id, self._hub_state.codec, more=True)
+            innermost = functools.partial(stream.send_all, innermost, reply, self._send_item)
+        middleware = self.routes.middleware
+        if self.routes.scopes:
+            middleware = middleware_of(around(self.routes, handler.type))
+        # No middleware sees a renewal, because its token is nobody else's business.
+        if not middleware or handler.type == "authenticate":
+            return cast("Awaitable[Any]", innermost())
+        payload = value if handler.defaults is None else {**handler.defaults, **value}
+        envelope = Envelope(handler.type, payload, message.id)
+        return call_through(middleware, self.conn, envelope, innermost)
+
+    async def run_stream(self, handler: Handler, message: Received, stream: Stream) -> None:
+        """Run a stream to its end: exhausted, failed, stopped by the client, or disconnected."""
+        id = cast(Id, message.id)
+        try:
+            try:
+                result = await stream.run(lambda: self._call(handler, message, stream))
+            finally:  # The id is free before the final answer is on its way.
+                self._free(id)
+            if not (stream.is_stopped or stream.has_begun):
+                await self._answer(handler.type, id, result)  # A middleware has returned it.
+                return
+        except BaseException as exc:  # A bug is answered, not passed on.
+            was_stopped = stream.is_stopped and not self.outgoing.closed
+            if was_stopped:
+                forget_cancellations()
+            if not (was_stopped and isinstance(single(exc), asyncio.CancelledError)):
+                await self._fail(exc, handler.type, id)
+                return
+        await self._send(_encode(Sent("complete", id)))
 
     async def _answer(self, type: str, id: Id | None, result: object) -> None:
         """Answer with *result*, which a middleware or an error handler has returned."""
@@ -7263,6 +7324,197 @@ class Answering:
         with contextlib.suppress(falcon.WebSocketDisconnected):
             await self.outgoing.send(text_event(data))
 
+    async def _send_item(self, event: Event) -> None:
+        """Send an item of a stream. Raises `falcon.WebSocketDisconnected`."""
+        await self.outgoing.send(event)
+
+    def _free(self, id: Id) -> None:
+        """Note that the stream with this id has ended."""
+        del self.streams[id]
+
+
+# ── resumable streams ─────────────────────────────────────────────────────────────────────────
+#
+# A stream may go on for a while without its client (``@ws.on("ask", resumable=60)``). Its items are
+# kept, for a client that comes back with the position of the latest one that it has got.
+
+_ITEMS, _ITEM_BYTES = 256, 1_048_576  # of one stream that are kept, and as many without a client
+_MOST_ALONE = 1_000  # streams of a process that go on without a client
+_MOST_RESUMED = 100  # that one client may go on with at a time
+
+
+class ResumableStream(Stream):
+    """The generator of a `Resumable`."""
+
+    def __init__(self, owner: Resumable) -> None:
+        super().__init__(is_stopped=owner.outgoing.closed)
+        self._owner = owner
+
+    def leave(self) -> None:
+        """Go on for a while."""
+        self._owner.leave()
+
+
+class Resumable(Answering):
+    """A stream that goes on for some seconds without its client."""
+
+    __slots__ = (
+        "_alone", "_came", "_carrier", "_carriers", "_count", "_final", "_id", "_items", "_seconds",
+        "_size", "_stream", "_timer", "_token",
+    )  # fmt: skip
+
+    def __init__(self, session: Session, id: Id, seconds: float) -> None:
+        super().__init__(session.conn, session.routes)
+        self._id, self._seconds = id, seconds
+        self._token = secrets.token_hex(12)  # Only its client knows the 96 bits.
+        self._stream = ResumableStream(self)
+        self._carrier: Session | None = session  # Its client gets the items.
+        self._carriers = {session.conn.id}  # of all that have been it, the ids
+        self._items = collections.deque[tuple[int, Event]]()
+        self._size = 0  # characters in them
+        self._count = 0  # items so far
+        self._alone = 0  # what the items take that have come without a client
+        self._came = asyncio.Event()  # A client is there again.
+        self._final: bytes | None = None  # the frame after the last item
+        self._timer: Timer | None = None
+        self._hub_state.resumable[self._token] = self
+
+    def start(self, handler: Handler, message: Received) -> None:
+        """Run the generator in a task of its own."""
+        session = cast(Session, self._carrier)
+        session.streams[self._id] = self._stream
+        task = create_task(self._run(handler, message))
+        self.tasks = {task}
+        task.add_done_callback(lambda _: self.tasks.clear())
+
+    async def _run(self, handler: Handler, message: Received) -> None:
+        await self.run_stream(handler, message, self._stream)
+        if self._final is None:  # It has closed a connection that was over.
+            await self._send_error(stream_lost(), self._id, handler.type)
+
+    async def _send_item(self, event: Event) -> None:
+        """Send an item with its position, or keep it until a client comes back."""
+        self._count += 1
+        text = f'{event["text"][:-1]},"at":"{self._token}.{self._count}"}}'
+        event = {"type": "websocket.send", "text": text}
+        self._items.append((self._count, event))
+        self._size += len(text)
+        if self._carrier is not None:
+            while len(self._items) > _ITEMS or self._size > _ITEM_BYTES:
+                self._size -= len(self._items.popleft()[1]["text"])
+            with contextlib.suppress(falcon.WebSocketDisconnected):
+                await self.outgoing.send(event)
+            return
+        self._alone += max(len(text), _ITEM_BYTES // _ITEMS)
+        while self._carrier is None and self._alone > _ITEM_BYTES:
+            self._came.clear()
+            await self._came.wait()
+
+    async def _send(self, data: bytes) -> None:
+        """Send the final answer. It is kept, too, since the client may not have got it."""
+        self._final, carrier, self._carrier = data, self._carrier, None
+        if self._token in self._hub_state.resumable:
+            self._set_timer()
+        if carrier is not None:
+            await super()._send(data)
+
+    async def _fail(
+        self, raised: BaseException, type: str | None, id: Id | None, routes: Any = None
+    ) -> None:
+        """Do what `Answering` does. A generator fails if it uses a connection that has gone."""
+        if is_departure(raised):
+            await self._send_error(stream_lost(), id, type)
+        else:
+            await super()._fail(raised, type, id, routes)
+
+    def _free(self, id: Id) -> None:
+        if self._carrier is not None:
+            del self._carrier.streams[id]
+
+    def leave(self) -> None:
+        """Go on for a while without the client, which has gone."""
+        del cast(Session, self._carrier).streams[self._id]
+        self._carrier, self._alone = None, 0
+        self._set_timer()
+        every = self._hub_state.resumable
+        every[self._token] = every.pop(self._token)  # The one that has left first is the first.
+        if len(every) > _MOST_ALONE:
+            alone = [each for each in every.values() if each.is_alone]
+            for each in alone[:-_MOST_ALONE]:
+                each.end()
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it has no client."""
+        return self._carrier is None
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = clock.call_at(clock.time() + self._seconds, self.end)
+
+    def end(self) -> None:
+        """Stop, and forget what was kept."""
+        cast(Timer, self._timer).cancel()  # Its client has left, or has got the final answer.
+        self._hub_state.resumable.pop(self._token, None)
+        self._stream.stop()
+
+    def is_for(self, session: Session, id: Id, ids: Iterable[str]) -> bool:
+        """Tell whether the client had this stream in a connection with one of *ids*."""
+        user = session.conn.user
+        is_own = user is not None and user == self.conn.user
+        return is_own and self._has_id(id) and not self._carriers.isdisjoint(ids)
+
+    def _has_id(self, id: Id) -> bool:
+        return (type(id), id) == (type(self._id), self._id)
+
+    def go_on(self, session: Session, id: Id, number: int) -> bool:
+        """Go on with the client of *session*, behind the item *number*; return whether it can."""
+        first = self._items[0][0] if self._items else self._count + 1
+        if not self._has_id(id) or not first - 1 <= number <= self._count:
+            return False
+        if self._carrier is not None:
+            self._carrier.lose_stream(self._id)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._carriers.add(session.conn.id)
+        waiting = [Waiting(event) for n, event in self._items if n > number]
+        if self._final is None:
+            self._carrier, self.outgoing = session, session.outgoing
+            session.take_stream(self._id, self._stream)
+            self._came.set()
+        else:
+            waiting.append(Waiting(text_event(self._final)))
+            self._set_timer()
+        session.outgoing.put(*waiting)
+        return True
+
+
+def stream_lost() -> MessageError:
+    """Return the final answer of a stream that cannot go on."""
+    return MessageError("stream_lost", "what is missing of the stream is not kept any more")
+
+
+def go_on_streams(session: Session, value: Any) -> None:
+    """Go on with the streams that a ``resume`` message names; tell the client of lost ones."""
+    given = value.get("streams") if type(value) is dict else None
+    ids = value.get("ids") if type(value) is dict else None
+    resumable = session.conn.hub.state.resumable
+    for each in (given if type(given) is list else [])[:_MOST_RESUMED]:
+        named: dict[str, Any] = each if type(each) is dict else {}
+        id: Any = named.get("id")
+        at: Any = named.get("at", "")
+        if type(id) not in (str, int) or id in session.streams:
+            continue  # It has begun another one under that id.
+        token, _, number = at.rpartition(".") if type(at) is str else ("", "", "0")
+        found = resumable.get(token)
+        if at is None and type(ids) is list:
+            known = [each for each in ids if type(each) is str]
+            found = next((s for s in resumable.values() if s.is_for(session, id, known)), None)
+        is_number = number.isascii() and number.isdecimal() and len(number) < 20
+        if found is None or not is_number or not found.go_on(session, id, int(number)):
+            session.lose_stream(id)
+
 
 # ── session ───────────────────────────────────────────────────────────────────────────────────
 #
@@ -7273,7 +7525,7 @@ class Session(Answering):
     """What one connection does: the handler in progress, its streams, tasks and limits."""
 
     __slots__ = (
-        "_contexts", "_ended", "_life", "_streams", "ends", "incoming", "is_handling", "is_serving",
+        "_contexts", "_ended", "_life", "ends", "incoming", "is_handling", "is_serving",
     )  # fmt: skip
 
     def __init__(
@@ -7288,7 +7540,6 @@ class Session(Answering):
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
         self.is_serving: bool = False  # messages are handled
         self.ends: tuple[End, ...] = ()  # ends of connect handlers, in order
-        self._streams: dict[Id, Stream] = _NONE
         self._contexts: Contexts | None = None  # None if messages have no context of their own
         self._life: TimeLimit | None = None  # bounds the code in progress
         self._ended: float = 0.0  # when messages ceased to flow, on the loop's clock
@@ -7306,10 +7557,10 @@ class Session(Answering):
     def on_end(self) -> None:
         """Stop the streams; wake the reader, or give the handler in progress `linger` seconds."""
         task, self._ended = asyncio.current_task(), clock.time()
-        if self._streams:  # PERF: most connections have none.
-            for stream in tuple(self._streams.values()):
+        if self.streams:  # PERF: most connections have none.
+            for stream in tuple(self.streams.values()):
                 if task is None or stream.task is not task:  # A timer has no task.
-                    stream.stop()
+                    stream.leave()
         self._hub_state.end_work(self.conn.id)
         # Without a close code the server may hold frames from before the end.
         may_go_on = self.is_handling or self.outgoing.close_code is None
@@ -7354,12 +7605,50 @@ class Session(Answering):
         self._life = TimeLimit(when)
         return self._life
 
+    def greet(self) -> None:
+        """Read what the client has in ``?resume=`` of the handshake."""
+        if (text := resume_in(self.conn.req.query_string)) is not None:
+            value = read_json(text)
+            if (history := self._hub_state.history) is not None:
+                seconds = self._limits.auth_timeout if text == "message" else None
+                history.greet(self.conn, value, seconds)
+            self._hub_state.returning[self.conn.id] = value
+
     async def resume(self, frame: Frame) -> None:
         """Note what the client says that it has, in a ``resume`` message, and answer its id."""
         if (history := self._hub_state.history) is not None:
             history.note(self.conn, frame.payload)
+        if self.is_serving:
+            go_on_streams(self, frame.payload)
+        else:
+            self._hub_state.returning[self.conn.id] = frame.payload
         if frame.id is not None:
             await self._send(_encode(Sent("resume.reply", frame.id)))
+
+    def welcome(self) -> None:
+        """Begin to resume, now that the client is in."""
+        if (history := self._hub_state.history) is not None and self.routes.snapshots:
+            history.welcome(self.conn)
+        if self.conn.id in self._hub_state.returning:
+            go_on_streams(self, self._hub_state.returning.pop(self.conn.id))
+
+    @property
+    def resumed(self) -> int:
+        """How many streams it has that are not among `tasks`."""
+        return sum(isinstance(stream, ResumableStream) for stream in self.streams.values())
+
+    def take_stream(self, id: Id, stream: Stream) -> None:
+        """Take over a stream that goes on."""
+        if not self.tasks and not self.streams:
+            self.tasks, self.streams = set(), {}
+        self.streams[id] = stream
+
+    def lose_stream(self, id: Id) -> None:
+        """Tell the client that a stream does not go on for it."""
+        if id in self.streams:
+            del self.streams[id]
+        frame = error_frame(stream_lost(), id, self._hub_state.codec)
+        self.outgoing.put(Waiting(text_event(frame)))
 
     def fall_behind(self, outbox: Outbox) -> bool:
         """Do what `History.fall_behind` does, if anything is kept."""
@@ -7500,30 +7789,6 @@ class Session(Answering):
         self._contexts = contexts = self._contexts or Contexts()
         return contexts.run(work)
 
-    def _call(
-        self, handler: Handler, message: Received, stream: Stream | None = None, asks: bool = True
-    ) -> Awaitable[Any]:
-        """Call the handler, through the middleware. The items of a *stream* are sent."""
-        value = message.payload
-        if value is UNSET or not message.is_built:
-            if asks and handler.only is not None:
-                call = functools.partial(self._call, handler, message, stream, False)
-                return call_if_allowed(handler, self.conn, call)
-            value = handler.structure(value, self._hub_state.codec)
-        innermost: Callable[[], Any] = functools.partial(handler.call, self.conn, value)
-        if stream is not None:
-            reply = functools.partial(handler.reply, message.id, self._hub_state.codec, more=True)
-            innermost = functools.partial(stream.send_all, innermost, reply, self.outgoing.send)
-        middleware = self.routes.middleware
-        if self.routes.scopes:
-            middleware = middleware_of(around(self.routes, handler.type))
-        # No middleware sees a renewal, because its token is nobody else's business.
-        if not middleware or handler.type == "authenticate":
-            return cast("Awaitable[Any]", innermost())
-        payload = value if handler.defaults is None else {**handler.defaults, **value}
-        envelope = Envelope(handler.type, payload, message.id)
-        return call_through(middleware, self.conn, envelope, innermost)
-
     async def _perform_raw(self, function: Callable[..., Any], data: str | bytes) -> None:
         """Call the fallback or the binary handler, and send what it returns."""
         cls = str if isinstance(data, str) else bytes
@@ -7544,7 +7809,7 @@ class Session(Answering):
         frame = decode_or_error(text)  # PERF: decoding anew costs only those who send such text.
         type, id = (frame.type if isinstance(frame, Frame) else ""), frame.id
         if type == "complete":
-            if (stream := self._streams.get(cast(Id, id))) is not None:
+            if (stream := self.streams.get(cast(Id, id))) is not None:
                 stream.stop()
                 return  # The rate limit never refuses this, because it lessens the load.
             id = None  # The stream that it meant has had its final answer.
@@ -7581,44 +7846,27 @@ class Session(Answering):
         error, id = None, message.id
         if handler.streams and id is None:
             error = MessageError("id_required", f"{handler.type} is a stream, which needs an id")
-        elif handler.streams and id in self._streams:
+        elif handler.streams and id in self.streams:
             error, id = MessageError("id_in_use", f"a stream with the id {id!r} goes on"), None
-        elif len(self.tasks) >= self._limits.max_concurrent:
+        elif len(self.tasks) + self.resumed >= self._limits.max_concurrent:
             error = MessageError("too_busy", f"at most {self._limits.max_concurrent} at a time")
         if error is not None:
             await self._send_error(error, id, handler.type)
             return
-        if not self.tasks:
-            self.tasks, self._streams = set(), {}
+        if not self.tasks and not self.streams:
+            self.tasks, self.streams = set(), {}
+        if handler.resumable is not None:
+            Resumable(self, cast(Id, id), handler.resumable).start(handler, message)
+            return
         if handler.streams:
             stream = Stream(is_stopped=self.outgoing.closed)
-            self._streams[cast(Id, id)] = stream
-            work = self._stream(handler, message, stream)
+            self.streams[cast(Id, id)] = stream
+            work = self.run_stream(handler, message, stream)
         else:
             work = self._perform(handler, message, is_plain=False)
         task = create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
-
-    async def _stream(self, handler: Handler, message: Received, stream: Stream) -> None:
-        """Run a stream to its end: exhausted, failed, stopped by the client, or disconnected."""
-        id = cast(Id, message.id)
-        try:
-            try:
-                result = await stream.run(lambda: self._call(handler, message, stream))
-            finally:  # The id is free before the final answer is on its way.
-                del self._streams[id]
-            if not (stream.is_stopped or stream.has_begun):
-                await self._answer(handler.type, id, result)  # A middleware has returned it.
-                return
-        except BaseException as exc:  # A bug is answered, not passed on.
-            was_stopped = stream.is_stopped and not self.outgoing.closed
-            if was_stopped:
-                forget_cancellations()
-            if not (was_stopped and isinstance(single(exc), asyncio.CancelledError)):
-                await self._fail(exc, handler.type, id)
-                return
-        await self._send(_encode(Sent("complete", id)))
 
     async def finish(self) -> None:
         """End the tasks, run the disconnect handlers, forget the connection."""
@@ -7632,7 +7880,7 @@ class Session(Answering):
         if self.tasks or own:
             end, linger = self._ended + self._limits.linger, self._limits.linger
             tasks = {*own, *self.tasks}
-            steps.insert(0, functools.partial(end_tasks, tasks, own, self._streams, end, linger))
+            steps.insert(0, functools.partial(end_tasks, tasks, own, self.streams, end, linger))
         is_ending = await take_leave(steps, self.conn) if steps else current_task().cancelling()
         extra = {"connection_id": self.conn.id}
         logger.debug("disconnected: %s", self.outgoing.close_code, extra=extra)
@@ -7648,6 +7896,8 @@ class Session(Answering):
         self._hub_state.registry.remove(self.conn)
         if self._hub_state.history is not None:
             self._hub_state.history.forget(self.conn)
+        if self._hub_state.returning:
+            self._hub_state.returning.pop(self.conn.id, None)
 
     def release(self) -> None:
         """Let go of everything, however the connection has ended."""
@@ -8104,7 +8354,12 @@ class Lifecycle:
         sessions = [each for each in serving if each.outgoing.limits is self._limits]
         for session in sessions:
             session.outgoing.close(Close(1012, "the server shuts down"))
-        await self._hub.state.wait_for(sessions, *workers)
+        streams = set[asyncio.Task[None]]()
+        for stream in tuple(self._hub.state.resumable.values()):
+            if stream.outgoing.limits is self._limits:
+                streams |= stream.tasks
+                stream.end()
+        await self._hub.state.wait_for(sessions, *workers, *streams)
 
     def _start(self) -> None:
         """Start once in each loop: with the lifespan, or else with the first connection."""
@@ -8345,6 +8600,7 @@ class Pachinko(Lifecycle):
     def on(
         self, type: str | type[Any], *, concurrent: bool = False,
         only: Callable[[Connection], bool | Awaitable[bool]] | None = None,
+        resumable: float | None = None,
     ) -> Callable[[F], F]:  # fmt: skip
         """Handle messages of *type*, a text or a class with ``@message``.
 
@@ -8352,8 +8608,12 @@ class Pachinko(Lifecycle):
         annotation. What it returns is the reply; an async generator is a stream. *concurrent* lets
         it run beside other handlers of the connection. *only*, ``def f(conn) -> bool``, async or
         not, says whether the client may send it. It is asked before anything is said about the
-        payload, and False is answered with the error ``forbidden``.
+        payload, and False is answered with the error ``forbidden``. *resumable*: seconds that a
+        stream goes on without its client, for one that comes back; then *conn* is the connection
+        that it was begun in.
         """
+        if resumable is not None and not (is_seconds(resumable) and resumable > 0):
+            raise PachinkoError(f"resumable is a number of seconds above 0, got {resumable!r}")
         name, cls = (type, None) if isinstance(type, str) else (message_type(type), type)
         if name is None:
             cure = (
@@ -8368,7 +8628,12 @@ class Pachinko(Lifecycle):
         def register(function: F) -> F:
             def add(self: Any) -> None:
                 handler = self._read_handler(name, function, namespaces, cls, concurrent)
-                self._add_checked(attrs.evolve(handler, only=only))
+                if resumable is not None and not handler.streams:
+                    raise PachinkoError(
+                        f"{place_of(function)} is no stream, and only a stream can be resumable: "
+                        "write `yield` instead of `return`"
+                    )
+                self._add_checked(attrs.evolve(handler, only=only, resumable=resumable))
 
             return self._register(function, add)
 
@@ -8614,12 +8879,12 @@ class Pachinko(Lifecycle):
                 raise falcon.HTTPForbidden(description="pages of this origin may not connect")
             session = Session(self._hub, self._routes, self._limits, req, ws, params)
             state.enter(session)
-            if state.history is not None:
-                state.history.greet(session.conn, self._limits.auth_timeout)
+            if state.history is not None or self._routes.has_resumable:
+                session.greet()
             try:
                 if await admit(session, self._subprotocols):
-                    if state.history is not None and self._routes.snapshots:
-                        state.history.welcome(session.conn)
+                    if state.history is not None or state.returning:
+                        session.welcome()
                     await session.serve(welcome if self._routes.accepted else None)
             finally:
                 session.release()
