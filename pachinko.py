@@ -88,9 +88,10 @@ Map: each section, what it is for, and those above it that it uses.
         signatures, handshake, clock, limits, outbox, outgoing, outcomes)
     running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
         scope, clock, limits, connection, hub state, outcomes)
+    assets — the files of client/, as routes (uses: errors)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
         signatures, handlers, scope, include, handshake, limits, outgoing, hub, guard, session,
-        admission, running)
+        admission, running, assets)
     settling — what an event loop can still do by itself (uses: clock, outgoing, stream)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
         clock, asking, listening, outcomes, settling)
@@ -115,6 +116,7 @@ import difflib
 import enum
 import functools
 import gc
+import hashlib
 import importlib
 import inspect
 import itertools
@@ -8452,6 +8454,39 @@ async def _keep_working(function: Callable[[], Awaitable[None]], name: str) -> N
         await clock.sleep(backoff)
 
 
+# ── assets ────────────────────────────────────────────────────────────────────────────────────
+#
+# The files of the folder client/, which stands beside the module in a checkout and in a wheel.
+
+_ASSETS = Path(__file__).with_name("client")
+
+
+class Asset:
+    """A file of ``client/`` as a Falcon resource, which has read it once."""
+
+    def __init__(self, name: str, media_type: str) -> None:
+        try:
+            self._data = (_ASSETS / name).read_bytes()
+        except OSError:
+            raise PachinkoError(
+                f"there is no {_ASSETS / name}: copy the folder client/ beside the module, or "
+                "install the package"
+            ) from None
+        self._media_type = media_type
+        self._etag = falcon.ETag(hashlib.sha256(self._data).hexdigest()[:32])
+
+    async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        """Send the file, or 304 to whoever has it (RFC 9110, 13.1.2). The address has no version."""
+        resp.cache_control, resp.etag = ["no-cache"], self._etag
+        known = req.if_none_match or ()
+        if "*" in known or self._etag in known:
+            resp.status = falcon.HTTP_304
+        else:
+            resp.content_type, resp.data = self._media_type, self._data
+
+    on_head = on_get  # Falcon leaves out the body.
+
+
 # ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
 
 _WIRE_FORMAT = "pachinko.1"  # a client may offer it as a subprotocol
@@ -8592,6 +8627,8 @@ class Pachinko(Lifecycle):
                 raise Close(UNAUTHENTICATED, "authentication failed")
             if is_guest:
                 await self._hub.state.reachable(conn)
+            if (history := self._hub.state.history) is not None and "resume" in payload:
+                history.note(conn, payload["resume"])
 
         parameter = inspect.Parameter("payload", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         renewal = Handler("authenticate", function, again, Any, parameter, None, None, False, False)
@@ -8861,6 +8898,16 @@ class Pachinko(Lifecycle):
         for each in (*parts, other):
             self._parts.setdefault(each, ())
         self._parts[other] += (prefix,)
+
+    def client(self, path: str) -> None:
+        """Serve the browsers' client, a JavaScript module, at *path*: ``"/pachinko.js"``.
+
+        Raises `PachinkoError` without an app, or without the folder ``client/`` beside the module.
+        """
+        if self._app is None or not (isinstance(path, str) and path.startswith("/")):
+            example = 'ws = Pachinko(app, "/ws")\nws.client("/pachinko.js")'
+            raise PachinkoError(f"the client needs an app and a path; got {path!r}; write\n{example}")
+        self._app.add_route(path, Asset("pachinko.js", falcon.MEDIA_JS))
 
     async def on_websocket(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, /, **params: Any
