@@ -2447,7 +2447,7 @@ def check_taken(
         if not admits(known_type(function, second.annotation, namespaces), cls):
             raise mistake(function, f"takes `{as_code(second)}`, but gets {cls.__name__}", example)
     returns = signature.return_annotation
-    if not (replies or _is_sendable(known_type(function, returns, namespaces), AS_THEY_ARE[cls])):
+    if not (replies or is_sendable(known_type(function, returns, namespaces), AS_THEY_ARE[cls])):
         refused = f"but {may_return(cls)}"
         raise mistake(function, f"returns {type_as_code(returns)}, {refused}", example)
 
@@ -2457,7 +2457,7 @@ def may_return(cls: type) -> str:
     return f"may return {'a str' if cls is str else 'bytes'}, a @message object or None"
 
 
-def _is_sendable(t: Any, raw: tuple[type, ...]) -> bool:
+def is_sendable(t: Any, raw: tuple[type, ...]) -> bool:
     """Tell whether *t* is one of *raw*, None or a class with ``@message``, or may be one."""
     with contextlib.suppress(Exception):  # A ``type`` statement may name what is not there.
         members = [*map(bare_type, union_members(t))]
@@ -5649,7 +5649,8 @@ class Cursor:
         """Begin to take the snapshot, if one comes next."""
         if self._take is not None:
             take, self._take = self._take, None
-            self.conn.outgoing.create_task(self._load(take))
+            context = self._history.context_of(self.conn)
+            context.run(self.conn.outgoing.create_task, self._load(take))
 
     async def _load(self, take: Take) -> None:
         """Send the state, and go on from the position before it was taken."""
@@ -5657,13 +5658,15 @@ class Cursor:
         has_failed = is_overtaken = True
         for _ in range(_TRIES):
             async with self._history.turns:
+                if not self._history.is_current(self):
+                    return
                 self._position = self._history.rings.top_of(self.group)
                 frame, has_failed = await take()
+            if not self._history.is_current(self):
+                return
             is_overtaken = self._history.rings.gap(self.group, self._position) is not None
             if has_failed or not is_overtaken:
                 break
-        if not self._history.is_current(self):
-            return
         if has_failed and frame is not None:
             self._put(frame)
         if has_failed or is_overtaken:
@@ -5686,6 +5689,7 @@ class History:
         # Sees to it that a cursor begins at its position when its ring is known.
         self.fetch: Callable[[Cursor, Position | None], None] = Cursor.begin
         self.turns: asyncio.Semaphore = asyncio.Semaphore(_SNAPSHOTS)
+        self._contexts: dict[str, contextvars.Context] = {}  # of connections that get snapshots
         self._waiting = collections.deque[Cursor]()  # for their turn
         self._is_due = False
 
@@ -5702,12 +5706,13 @@ class History:
         if (resume := self._resumes.get(conn.id)) is not None and resume.is_announced:
             when = clock.time() + conn.outgoing.limits.auth_timeout
             self._timers[conn.id] = clock.call_at(when, self.note, conn, None)
+        self._contexts[conn.id] = contextvars.copy_context()
         for cursor in self._cursors(conn):
             cursor.load()
 
     def note(self, conn: Connection, value: Any) -> None:
         """Take the payload of a ``resume`` message, which cursors may wait for."""
-        self.forget(conn)
+        self._unsay(conn)
         resume = self._resumes[conn.id] = read_resume(value)
         for cursor in self._cursors(conn):
             if cursor.is_waiting:
@@ -5719,7 +5724,12 @@ class History:
             self.note(conn, payload["resume"])
 
     def forget(self, conn: Connection) -> None:
-        """Forget what a client has said, because it has ended, or says something else."""
+        """Forget a client that has ended."""
+        self._contexts.pop(conn.id, None)
+        self._unsay(conn)
+
+    def _unsay(self, conn: Connection) -> None:
+        """Forget what a client has said that it has."""
         self._resumes.pop(conn.id, None)
         if (timer := self._timers.pop(conn.id, None)) is not None:
             timer.cancel()
@@ -5782,6 +5792,10 @@ class History:
             cursor.lose(reason)
         self._registry.replace(group, conn, cursor)
         cursor.follow()
+
+    def context_of(self, conn: Connection) -> contextvars.Context:
+        """Return a context for a snapshot: the client's own, whoever has let it join."""
+        return self._contexts.get(conn.id, contextvars.Context()).copy()
 
     def resumes(self, conn: Connection) -> bool:
         """Tell whether the client wants to resume, and so gets verdicts."""
@@ -7228,6 +7242,29 @@ async def _report(work: Coroutine[Any, Any, T], conn: Connection) -> T:
 # A member that has missed messages, or is new, may get the state of its group (`@ws.snapshot`).
 
 _SNAPSHOT_SECONDS = 10.0  # for one, if the endpoint has no `handler_timeout`
+_MAY_RETURN = "may return a @message object or None"
+
+
+def check_snapshot(function: Any, prefix: str, namespaces: Namespaces) -> None:
+    """Raise `PachinkoError` unless *function* takes snapshots of the groups with *prefix*."""
+    example = f"@ws.snapshot({prefix!r})\nasync def state(conn, group): ..."
+    check_function(function, example, 2)
+    check_taken(function, str, namespaces, example)
+    returns = signature_of(function).return_annotation
+    members: Iterable[Any] = (known := known_type(function, returns, namespaces),)
+    with contextlib.suppress(Exception):  # A ``type`` statement may name what is not there.
+        members = union_members(known)
+    if not all(is_sendable(each, ()) for each in members):
+        what = f"returns {type_as_code(returns)}, but {_MAY_RETURN}"
+        raise mistake(function, what, example)
+
+
+def check_kept(snapshots: Mapping[str, Any], rules: Mapping[str, Window]) -> None:
+    """Raise `PachinkoError` if one of *snapshots* is of groups of which *rules* keep none."""
+    for prefix, function in snapshots.items():
+        if not any(rule.startswith(prefix) or prefix.startswith(rule) for rule in rules):
+            refused = "is the snapshot of groups that are not kept"
+            raise mistake(function, refused, f"hub.keep({prefix!r})  # before the app starts")
 
 
 def snapshot_of(session: Session, group: str) -> Take | None:
@@ -7242,6 +7279,7 @@ def snapshot_of(session: Session, group: str) -> Take | None:
 async def _take_snapshot(
     conn: Connection, function: Callable[..., Awaitable[Any]], group: str
 ) -> tuple[bytes | None, bool]:
+    """Return what `Take` says. Raises `Close`, and what comes of the end of the connection."""
     codec, what = conn.hub.state.codec, place_of(function)
     seconds = conn.outgoing.limits.handler_timeout or _SNAPSHOT_SECONDS
     try:
@@ -7249,21 +7287,25 @@ async def _take_snapshot(
         if state is None:
             return None, False
         if message_type(type(state)) is None:
-            raise TypeError(f"{what} returns a @message object or None; got {state!r:.200}")
-        type_, payload = split_message(state, None)
-        return codec.encode(type_, payload, group), False
+            raise TypeError(f"{what} {_MAY_RETURN}; got {type(state).__name__}")
+        return codec.encode(*split_message(state, None), group), False
     except BaseException as exc:  # Code of the application may raise anything.
-        error = single(exc)
+        error = await _meaning(exc, conn, what)
+    count_error(conn.hub.state.counts, error.code)
+    log_refusal(error, conn.id, None)
+    return error_frame(error, None, codec, group), True
+
+
+async def _meaning(exc: BaseException, conn: Connection, what: str) -> MessageError:
+    """Return what a client is told of *exc*. Raises what `create_task_of` knows the meaning of."""
+    error, is_over = single(exc), conn.closed or conn.ws.closed
+    try:
         pass_on(error, what, conn.id)
-        outcome = outcome_of(error)
-        if isinstance(outcome, Close):
-            conn.outgoing.close(outcome)
-        if outcome is None:
-            log_failure(what, error, conn.id)
-        if not isinstance(outcome, MessageError):
-            outcome = internal_error()
-        count_error(conn.hub.state.counts, outcome.code)
-        return error_frame(outcome, None, codec, group), True
+        if isinstance(error, Close) or (is_over and is_departure(exc)):
+            raise error
+        return cast(MessageError, await meaning_of(error, (), conn, what, None))
+    finally:
+        del error, exc  # They refer to this frame; a cycle would keep the connection.
 
 
 # ── answering ─────────────────────────────────────────────────────────────────────────────────
@@ -7854,7 +7896,7 @@ class Session(Answering):
 
     def welcome(self) -> None:
         """Begin to resume, now that the client is in."""
-        if (history := self._hub_state.history) is not None:
+        if (history := self._hub_state.history) is not None and self.routes.snapshots:
             history.welcome(self.conn)
         if self.conn.id in self._hub_state.returning:
             go_on_streams(self, self._hub_state.returning.pop(self.conn.id))
@@ -8596,6 +8638,7 @@ class Lifecycle:
         """Start once in each loop: with the lifespan, or else with the first connection."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
+            check_kept(self._routes.snapshots, self._hub.state.rules)
             contextvars.Context().run(hub_starter.get(), self)
             if self._hub.state.broker is None:
                 _warn_of_workers()
@@ -9009,13 +9052,16 @@ class Pachinko(Lifecycle):
         """
         if not isinstance(prefix, str):
             raise PachinkoError(f'write @ws.snapshot("room:"), the prefix of names; got {prefix!r}')
+        namespaces = caller_namespaces()
 
         def register(function: F) -> F:
-            example = f'@ws.snapshot("{prefix}")\nasync def state(conn, group): ...'
-            check_function(function, example, 2)
-            return self._register(
-                function, lambda self: self._routes.add_snapshot(whole(prefix), function)
-            )
+            def add(self: Any) -> None:
+                check_snapshot(function, prefix, namespaces)
+                self._routes.add_snapshot(whole(prefix), function)
+
+            if self._loop is not None:  # Else the start does it.
+                check_kept({whole(prefix): function}, self._hub.state.rules)
+            return self._register(function, add)
 
         return register
 
