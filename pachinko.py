@@ -6323,12 +6323,13 @@ class Hub(HubSetup):
             if conn.outgoing.is_answered:
                 return  # It has ended.
             raise PachinkoError("nobody joins before it has authenticated; do it in @ws.connect")
-        is_new, most = group not in state.registry.groups_of(conn), conn.outgoing.limits.max_groups
-        if is_new and len(state.registry.groups_of(conn)) >= most:
+        groups, most = state.registry.groups_of(conn), conn.outgoing.limits.max_groups
+        is_new = group not in groups
+        if len(groups) >= most and is_new:
             raise MessageError("too_many_groups", f"at most {most} groups a connection")
         state.registry.join(group, conn)
-        if state.history is not None and is_new:
-            state.history.enter(conn, group)
+        if state.relay.history is not None and is_new:
+            state.relay.history.enter(conn, group)
         try:
             await state.relay.subscribed(Kind.GROUP, group)
         except PachinkoError:
@@ -7230,6 +7231,8 @@ class Answering:
 #
 # The session of a connection reads its messages, and runs what is to be done for each.
 
+_OWN = ("complete", "resume", "$ping")  # types of messages that the library handles itself
+
 
 class Session(Answering):
     """What one connection does: the handler in progress, its streams, tasks and limits."""
@@ -7302,7 +7305,7 @@ class Session(Answering):
         if text is not None and size_of(text) <= self._limits.max_size:
             frame = decode_or_error(text)
         if isinstance(frame, Frame):
-            if frame.type in ("complete", "resume", "$ping") or is_answer(frame.type):
+            if frame.type in _OWN or is_answer(frame.type):
                 return self._refuse(event)
             handler = self.routes.handlers.get(frame.type)
             if handler is not None and handler.is_concurrent and self.is_serving:
@@ -7516,12 +7519,12 @@ class Session(Answering):
             return
         if (refusal := self._exceed_rate(event, id, type)) is not None:
             await refusal
+        elif type not in _OWN:
+            await self._explain(text, frame, exc)
         elif type == "$ping":
             await self._send(_encode(Sent("$pong", id)))
         elif type == "resume":
             await self.resume(cast(Frame, frame))
-        elif type != "complete":
-            await self._explain(text, frame, exc)
 
     async def _explain(self, text: str, frame: Frame | BadFrame, exc: Any) -> None:
         """Give the text to the fallback, or tell the client what is wrong with it."""
@@ -7608,8 +7611,8 @@ class Session(Answering):
         """Take the connection out of the hub."""
         self.conn.stop_expiry()
         self._hub_state.registry.remove(self.conn)
-        if self._hub_state.history is not None:
-            self._hub_state.history.forget(self.conn)
+        if (history := self._hub_state.relay.history) is not None:
+            history.forget(self.conn)
 
     def release(self) -> None:
         """Let go of everything, however the connection has ended."""
@@ -8572,12 +8575,12 @@ class Pachinko(Lifecycle):
                 raise falcon.HTTPForbidden(description="pages of this origin may not connect")
             session = Session(self._hub, self._routes, self._limits, req, ws, params)
             state.enter(session)
-            if state.history is not None:
-                state.history.greet(session.conn, self._limits.auth_timeout)
+            if state.relay.history is not None:
+                state.relay.history.greet(session.conn, self._limits.auth_timeout)
             try:
                 if await admit(session, self._subprotocols):
-                    if state.history is not None:
-                        state.history.welcome(session.conn)
+                    if state.relay.history is not None:
+                        state.relay.history.welcome(session.conn)
                     await session.serve(welcome if self._routes.accepted else None)
             finally:
                 session.release()
