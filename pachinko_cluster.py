@@ -1585,7 +1585,7 @@ class BrokerRings(Rings):
         return Position(self.epoch, self.tops.get(group, 0))
 
     def _end(self, ring: pachinko.Ring) -> None:
-        ring.timer = None  # The next message sets it. A ring stays while there is a member.
+        """Keep the ring, although it is empty, while the group has a member."""
 
     def close(self, group: str) -> None:
         super().close(group)
