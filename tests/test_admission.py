@@ -1964,11 +1964,14 @@ async def test_presence_takes_a_group_or_a_user(write: str) -> None:
         await eval(f"hub.presence({write})", {"hub": Hub()})
 
 
-async def test_a_guest_resumes_by_the_message_that_tells_who_it_is() -> None:
-    """Where authentication is optional, ``resume`` inside a later ``authenticate`` is read, too."""
-    app, hub = new_app(), Hub()
+@pytest.mark.parametrize(
+    "comes_as", [{}, {"Authorization": "Bearer ada"}], ids=["a guest", "somebody"]
+)
+async def test_a_later_authenticate_says_where_to_go_on(comes_as: dict[str, str]) -> None:
+    """A client that is in already sends ``resume`` inside it as well, and misses nothing."""
+    hub = Hub()
     hub.keep("room")
-    ws = Pachinko(app, "/ws", hub=hub)
+    ws = Pachinko(falcon.asgi.App(), "/ws", hub=hub)
 
     @ws.authenticate(optional=True)
     async def who(conn: Connection, token: str | None) -> str | None:
@@ -1976,16 +1979,17 @@ async def test_a_guest_resumes_by_the_message_that_tells_who_it_is() -> None:
 
     @ws.connect
     async def arrive(conn: Connection) -> None:
-        await hub.join("room", conn)
+        await conn.join("room")
 
-    async with simulated(app) as server:
-        for n in range(3):
-            await hub.send("room", "said", n)
-        at = (await hub.position("room")).replace(".3", ".1")
-        async with connect(f"{server.url}/ws?resume=message") as client:
-            payload = {"token": "ann", "resume": {"groups": {"room": at}}}
-            await client.send("authenticate", payload, 1)
-            got = [await client.receive() for _ in range(4)]
-    assert [each["type"] for each in got if each["type"] != "authenticate.reply"] == [
-        "said", "said", "resume"
-    ]  # fmt: skip
+    async with pachinko.simulate(ws._app) as sim:
+        await hub.send("room", "said", 1)
+        at = await hub.position("room")
+        await hub.send("room", "said", 2)
+        client = await sim.connect("/ws", headers=comes_as, query={"resume": "message"})
+        resume = {"groups": {"room": at}}
+        await client.send_text(
+            json.dumps({"type": "authenticate", "payload": {"token": "ada", "resume": resume}})
+        )
+        await sim.settle()
+        assert [each.payload for each in client.received if each.type == "said"] == [2]
+        assert client.received[-1].type == "resume"
