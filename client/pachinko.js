@@ -83,11 +83,13 @@ class Items {
   /** @type {string | undefined} */
   #last;
   #call;
+  #took;
   #leave;
 
-  /** @param {Call} call @param {() => void} leave */
-  constructor(call, leave) {
+  /** @param {Call} call @param {() => void} took @param {() => void} leave */
+  constructor(call, took, leave) {
     this.#call = call;
+    this.#took = took;
     this.#leave = leave;
     call.item = (payload, at) => {
       this.#waiting.push([payload, at]);
@@ -108,6 +110,7 @@ class Items {
   async next() {
     // Whoever asks for the next item is done with the last one: it need not come again.
     this.#call.taken = this.#last ?? this.#call.taken;
+    this.#took();
     while (!this.#waiting.length) {
       if (this.#isOver) {
         const error = this.#error;
@@ -325,7 +328,7 @@ class Client {
   #listen(socket, opened) {
     this.#socket = socket;
     socket.onopen = opened;
-    socket.onmessage = ({ data }) => this.#receive(JSON.parse(data));
+    socket.onmessage = ({ data }) => typeof data === "string" && this.#receive(JSON.parse(data));
     socket.onclose = ({ code, reason }) => this.#drop(code, reason);
   }
 
@@ -467,7 +470,8 @@ class Client {
 
   /** @param {Call} call */
   #items(call) {
-    return new Items(call, () => {
+    const took = () => isHidden() && this.#save();
+    return new Items(call, took, () => {
       if (!call.sent) return this.#withdraw(call);
       call.item = call.done = call.fail = () => {}; // It waits for its final answer unheard.
       call.stop = { sent: false };
@@ -511,6 +515,7 @@ class Client {
       this.#calls.delete(id);
       if (type === "error") call.fail(errorOf(payload));
       else call.done(payload);
+      if (!call.isPlain && isHidden()) this.#save();
     }
   }
 
@@ -584,6 +589,7 @@ class Client {
 
   #load() {
     const { storage, resume } = this.#options;
+    if (resume === false) return;
     try {
       const { groups, ids, streams } = JSON.parse(storage?.getItem(this.#key) ?? "{}");
       this.#groups = new Map(Object.entries(groups ?? {}));
@@ -594,7 +600,7 @@ class Client {
     }
     this.#lastId = Math.max(0, ...this.#unfinished.map(({ id }) => id));
     // A page that was rendered from positions knows better than the one before it.
-    if (typeof resume === "object") for (const each of Object.entries(resume)) this.#groups.set(...each);
+    for (const [group, at] of Object.entries(resume ?? {})) this.#groups.set(group, at);
     this.#save();
   }
 
@@ -606,16 +612,20 @@ class Client {
   #save() {
     const { storage, resume } = this.#options;
     if (!storage || resume === false) return;
-    const isOwn = globalThis.document?.hidden !== false;
     const going = this.#streams().filter((call) => !call.stop);
     const streams = going.map(({ id, type, taken }) => ({ id, type, at: taken }));
-    const own = isOwn ? { ids: this.#ids, streams } : {};
+    const own = isHidden() ? { ids: this.#ids, streams } : {};
     try {
       storage.setItem(this.#key, JSON.stringify({ groups: Object.fromEntries(this.#groups), ...own }));
     } catch {
       // It is full, or access is denied: a reload begins anew.
     }
   }
+}
+
+/** Whether this is a page that may be killed without a word. In Node there is nothing to see. */
+function isHidden() {
+  return globalThis.document?.hidden !== false;
 }
 
 /** Whether another attempt would end like the last. @param {number} code @param {number} status */

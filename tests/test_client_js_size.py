@@ -28,7 +28,8 @@ STRICT += ["--lib", "esnext,dom,dom.iterable"]
 PROGRAM = """
 import { connect, Lost, MessageError, type Client, type Messages } from "./pachinko.js";
 
-const any = connect("/ws", { storage: sessionStorage, token: async () => "s3cret", resume: { g: "e.1" } });
+const token = async () => "s3cret";
+const any = connect("/ws", { storage: sessionStorage, token, resume: { g: "e.1" } });
 any.on("said", ({ who }, { group, at }) => console.log(who, group, at));
 any.on("$state", (state, detail) => state === "waiting" && console.log(detail?.wait));
 any.on("gap", ({ reason }) => reason === "expired");
@@ -43,7 +44,8 @@ interface Chat extends Messages {
   questions: { confirm: { payload: { text: string }; reply: boolean } };
 }
 
-const chat: Client<Chat> = connect<Chat>("wss://example.com/ws", { protocols: ["bearer"], token: null });
+const url = new URL("wss://example.com/ws");
+const chat: Client<Chat> = connect<Chat>(url, { protocols: ["bearer"], token: null });
 async function talk(): Promise<void> {
   chat.send("say", { text: "hi" });
   chat.send("typing");
@@ -126,7 +128,7 @@ def test_the_source_has_types(tools: Path) -> None:
 
 
 def test_the_types_fit_a_program(tools: Path) -> None:
-    """A program with and without a map of its messages, and that of the docs; mistakes are found."""
+    """Programs with and without a map of their messages; mistakes are found."""
     (tools / "program.ts").write_text(PROGRAM)
     shown = re.findall(r"^```ts\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     (tools / "shown.ts").write_text("".join(shown))
