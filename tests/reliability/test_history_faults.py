@@ -50,6 +50,10 @@ class Worse(Scene):
         """Kill a process, and start another one in its place."""
         self.process(n).kill()
         self.processes[n % len(self.processes)] = await self.sim.process()
+        for seat in self.forks:  # Nobody of them comes back.
+            if seat.client is not None and seat.client.end is not None:
+                seat.read()
+                seat.client = None
 
     async def flush(self) -> None:
         self.sim.broker.flush()
