@@ -11,16 +11,16 @@ the subject, the message passes the same layers upwards, to the registry of `pac
 Map: what each section does, and which of those above it each one uses.
 
     broker URLs — reads a URL, and keeps its password out of errors (uses: pachinko)
-    store — what a broker does that keeps messages (uses: pachinko)
+    store — what a broker does that keeps messages
     JetStream — keeps the messages to kept groups in NATS (uses: store, pachinko)
     NATS — a backplane by nats-py (uses: broker URLs, store, JetStream, pachinko)
     Redis — a backplane by redis-py (uses: broker URLs, store, pachinko)
     simulated broker — a broker in memory, for tests (uses: store, pachinko)
     link — keeps a process connected and subscribed, whatever the broker does
         (uses: broker URLs, store, pachinko)
-    leases — run a worker in one process at a time (uses: broker URLs, link, pachinko)
+    leases — run a worker in one process at a time (uses: broker URLs, pachinko)
     peer messages — what processes send to one another, as bytes (uses: pachinko)
-    rules — by which of them the processes of a namespace keep groups (uses: store, link, pachinko)
+    rules — by which of them the processes of a namespace keep groups (uses: pachinko)
     archive — the kept groups of a process that has a broker
         (uses: store, link, peer messages, pachinko)
     cluster relay — the `Relay` of an app with a broker
