@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import falcon
@@ -459,3 +460,9 @@ async def test_an_app_on_a_server_that_keeps_nothing_does_not_start() -> None:
         assert "they need Redis 5.0 or later, or Valkey" in answer["message"]
         async with Hub().open(broker.url) as hub:
             await hub.send("room:a", "said", "1")
+
+
+def test_the_documentation_has_the_rights() -> None:
+    """All of them, in one line that can be copied."""
+    page = (Path(__file__).parent.parent / "docs" / "cluster.md").read_text()
+    assert RIGHTS in " ".join(page.split())
