@@ -94,7 +94,7 @@ LOSSES = {
 async def test_what_was_lost_is_known_to_be(
     server: BrokerProcess, loss: str, is_read: bool
 ) -> None:
-    """By an operator, or by eviction: a floor above it, or another epoch; before a send, or by it."""
+    """By an operator, or by eviction: a floor above it, or another epoch, whatever comes next."""
     pattern, announced = LOSSES[loss]
     async with process(server.url) as one, admin_of(server) as admin:
         *_, last = await one.keep("a", "b", "c")
@@ -460,6 +460,14 @@ async def test_an_app_on_a_server_that_keeps_nothing_does_not_start() -> None:
         assert "they need Redis 5.0 or later, or Valkey" in answer["message"]
         async with Hub().open(broker.url) as hub:
             await hub.send("room:a", "said", "1")
+
+
+async def test_who_keeps_nothing_needs_no_rights_for_it(server: BrokerProcess) -> None:
+    """A user of before goes on as before."""
+    async with admin_of(server) as admin:
+        await admin.execute_command("ACL", "SETUSER", "app", *MESSAGES)
+    async with Hub().open(server.url.replace("//", "//app:x@")) as hub:
+        await hub.send("room:a", "said", "1")
 
 
 def test_the_documentation_has_the_rights() -> None:
