@@ -14,6 +14,7 @@ import attrs
 import pytest
 import redis.asyncio
 from brokers import running
+from nats import connect
 from support import PATIENCE
 
 import pachinko
@@ -60,10 +61,26 @@ async def on_redis() -> AsyncIterator[Broker]:
         yield Broker(lambda: pachinko_cluster.Redis(url), asyncio.sleep, flush)
 
 
+@contextlib.asynccontextmanager
+async def on_nats() -> AsyncIterator[Broker]:
+    async with running("nats", "-js", "-sd", "store") as server:
+
+        def new() -> Backplane:
+            return pachinko_cluster.Nats(pachinko_cluster.read_broker(server.url))
+
+        async def flush() -> None:
+            client = await connect(server.url)
+            await client.jetstream().delete_stream("pachinko-kept")
+            await client.close()
+
+        yield Broker(new, asyncio.sleep, flush)
+
+
 # Each is what makes a broker. Its name is the parameter of all tests below.
 STORES: dict[str, Callable[[], AbstractAsyncContextManager[Broker]]] = {
     "simulated": simulated,
     "redis": on_redis,
+    "nats": on_nats,
 }
 
 
