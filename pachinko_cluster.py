@@ -1275,7 +1275,7 @@ class Redis:
         return has
 
     async def _store(self, script: str, slot: str, name: str, *args: str | bytes) -> Any:
-        """Run *script* for the key *name*. Raises `PachinkoError` for what Redis refuses."""
+        """Run *script* for the key *name*. Raises `BrokerAway` if Redis does not do that."""
         run = functools.partial(self._run, "hub.keep()", f"~{slot}* {_STORE_RIGHTS}")
         try:
             try:
@@ -1285,7 +1285,8 @@ class Redis:
         except self._errors.ResponseError as exc:
             found = (advice for sign, advice in _ADVICE.items() if sign in str(exc))
             advice = next(found, "it says")
-            raise PachinkoError(f"Redis keeps no messages: {advice} ({exc})") from None
+            text = f"Redis keeps no messages: {advice} ({exc})"
+            raise pachinko.BrokerAway(text) from None  # The program has no bug.
 
     async def _run(self, what: str, rights: str, *command: str | bytes) -> Any:
         """Run a script. Raises `PachinkoError` if *what* is done without having the *rights*."""
