@@ -1413,10 +1413,10 @@ _CROSSING: dict[str, type[Exception]] = {
 class Call(msgspec.Struct, array_like=True):
     """The frame of a ``call``: one of `pachinko.CALLS`, and its arguments."""
 
-    method: Literal["join", "leave", "ask"]
+    method: Literal["join", "leave", "ask", "stream"]
     name: bytes  # the group, or the type of the question; JSON could not carry any text
-    frame: msgspec.Raw = msgspec.Raw()  # the question, for clients
-    seconds: Annotated[float, msgspec.Meta(gt=0)] = 10.0  # to wait for its answer
+    frame: msgspec.Raw = msgspec.Raw()  # the question, for clients; or what stream is wanted
+    seconds: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # to wait for its answer, or for items
 
 
 class Done(msgspec.Struct, omit_defaults=True):
@@ -1524,9 +1524,10 @@ def read_call(frame: bytes) -> tuple[Any, ...]:
         name = call.name.decode(errors="surrogatepass")
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
         raise Refused(f"not a call of ours: {exc}") from None
-    if call.method != "ask":
+    if call.method in ("join", "leave"):
         return call.method, name
-    check_carried(bytes(call.frame), None)
+    if call.method == "ask":
+        check_carried(bytes(call.frame), None)
     return call.method, name, call.frame, call.seconds
 
 
@@ -1585,7 +1586,7 @@ class BrokerRings(Rings):
         return Position(self.epoch, self.tops.get(group, 0))
 
     def _end(self, ring: pachinko.Ring) -> None:
-        ring.timer = None  # The next message sets it. A ring stays while there is a member.
+        """Keep the ring, although it is empty, while the group has a member."""
 
     def close(self, group: str) -> None:
         super().close(group)
@@ -1796,6 +1797,7 @@ class Cluster(pachinko.Relay):
     """The `Relay` of an app with a broker."""
 
     history: History | None
+    has_others: bool = True
 
     def __init__(
         self, given: str | Backplane, namespace: str | None,

@@ -11,9 +11,10 @@ from typing import Any
 
 import falcon.asgi
 import pytest
-from support import turns
+from support import turns, until
 
 import pachinko
+import pachinko_cluster
 from pachinko import (
     Client,
     Close,
@@ -65,7 +66,7 @@ class Count:
 
     @property
     def kept(self) -> list[Any]:
-        return [*self.hub.state.resumable.values()]
+        return [*self.hub.state.registry.resumable.values()]
 
 
 async def begin(client: Client, id: Id = 8, to: int = 5, type: str = "count") -> None:
@@ -548,7 +549,7 @@ async def test_a_generator_that_ignores_its_end() -> None:
         ada.cut()
         await sim.settle()
         await sim.advance(5)
-        assert not hub.state.resumable
+        assert not hub.state.registry.resumable
         await sim.advance(5)
 
 
@@ -859,3 +860,276 @@ async def test_it_may_be_included() -> None:
         ada = await sim.connect("/ws")
         await ada.send("ai.ask", id=8)
         assert (await ada.receive()).at
+
+
+# In another process
+
+
+class Counts:
+    """Makes an app with a stream for each process of a simulation."""
+
+    def __init__(self) -> None:
+        self.made: list[Count] = []
+
+    def __call__(self) -> Any:
+        self.made.append(Count())
+        return self.made[-1].app
+
+
+@pytest.mark.parametrize("got", [1, 2, 3])
+async def test_another_process_goes_on_with_it(got: int) -> None:
+    """It asks the one that has the stream for its items; each comes once, and the end."""
+    counts = Counts()
+    async with simulate(counts) as sim:
+        other = await sim.process()
+        ada = await sim.connect("/ws")
+        await begin(ada, to=7)
+        counts.made[0].release(3)
+        await sim.settle()
+        at, ids = ada.received[got - 1].at, [ada.conn.id]
+        ada.cut()
+        await sim.settle()
+        bob = await other.connect("/ws", query=resume(at, ids=ids))
+        await sim.settle()
+        assert seen(bob) == items(*range(got, 3))
+        for n in range(3, 7):
+            counts.made[0].release()
+            await sim.settle()
+            assert seen(bob)[-1:] == items(n)
+        counts.made[0].release()
+        await sim.settle()
+        assert seen(bob) == [*items(*range(got, 7)), final()]
+        await begin(bob, to=0)
+        counts.made[1].release()
+        await sim.settle()
+        assert seen(bob)[-1] == final()
+
+
+async def test_and_back_again() -> None:
+    """From process to process, with items before and behind each step."""
+    counts, got = Counts(), list[Envelope]()
+    async with simulate(counts) as sim:
+        processes = [sim, await sim.process(), await sim.process()]
+        ada, ids = await sim.connect("/ws"), list[str]()
+        await begin(ada, to=8)
+        for n in range(8):
+            counts.made[0].release()
+            await sim.settle()
+            got += [each for each in ada.received if each.type == "count.reply"]
+            ids.append(ada.conn.id)
+            ada.cut()
+            await sim.settle()
+            where = processes[n % 3]
+            ada = await where.connect("/ws", query=resume(got[-1].at, ids=ids))
+        counts.made[0].release()
+        await sim.settle()
+        assert [each.payload for each in got] == [*range(8)]
+        assert seen(ada) == [final()]
+
+
+@pytest.mark.parametrize("user", ["ada", "eve"])
+async def test_the_user_counts_there_too(user: str) -> None:
+    """For a client that has got no item."""
+    counts = Counts()
+    async with simulate(counts) as sim:
+        other = await sim.process()
+        ada = await sim.connect("/ws", token="ada")
+        await begin(ada, to=2)
+        await sim.settle()
+        ids = [ada.conn.id]
+        ada.cut()
+        await sim.settle()
+        bob = await other.connect("/ws", token=user, query=resume(None, ids=ids))
+        counts.made[0].release(3)
+        await sim.settle()
+        assert seen(bob) == ([*items(0, 1), final()] if user == "ada" else [lost()])
+
+
+async def test_the_client_stops_it_there() -> None:
+    """The generator ends in the process that has it."""
+    counts = Counts()
+    async with simulate(counts) as sim:
+        other = await sim.process()
+        ada = await sim.connect("/ws")
+        await begin(ada)
+        counts.made[0].release()
+        await sim.settle()
+        at, ids = ada.received[0].at, [ada.conn.id]
+        ada.cut()
+        await sim.settle()
+        bob = await other.connect("/ws", query=resume(at, ids=ids))
+        await sim.settle()
+        await bob.send_text(json.dumps({"type": "complete", "id": 8}))
+        await sim.settle()
+        assert seen(bob) == [final()] and counts.made[0].ended == ["cancelled"]
+
+
+async def test_a_client_that_leaves_there_may_come_back() -> None:
+    """Its departure stops nothing."""
+    counts = Counts()
+    async with simulate(counts) as sim:
+        other = await sim.process()
+        ada = await sim.connect("/ws")
+        await begin(ada, to=2)
+        counts.made[0].release()
+        await sim.settle()
+        at, ids = ada.received[0].at, [ada.conn.id]
+        ada.cut()
+        await sim.settle()
+        bob = await other.connect("/ws", query=resume(at, ids=ids))
+        await sim.settle()
+        bob.cut()
+        await sim.settle()
+        assert counts.made[0].ended == []
+        ada = await sim.connect("/ws", query=resume(at, ids=ids))
+        counts.made[0].release(2)
+        await sim.settle()
+        assert seen(ada) == [*items(1), final()]
+
+
+async def test_its_seconds_run_from_the_latest_question() -> None:
+    """A client in another process keeps it; without one it ends."""
+    counts = Counts()
+    async with simulate(counts) as sim:
+        other = await sim.process()
+        ada = await sim.connect("/ws")
+        await begin(ada)
+        counts.made[0].release()
+        await sim.settle()
+        at, ids = ada.received[0].at, [ada.conn.id]
+        ada.cut()
+        await sim.settle()
+        bob = await other.connect("/ws", query=resume(at, ids=ids))
+        for _ in range(8):
+            await sim.advance(20)
+        assert counts.made[0].ended == []
+        bob.cut()
+        await sim.advance(100)
+        assert counts.made[0].ended == ["cancelled"]
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of other processes, whose time is real, take milliseconds instead of seconds."""
+    monkeypatch.setattr(pachinko_cluster, "_BROKER_WAIT", 0.3)
+    monkeypatch.setattr(pachinko, "_PULL", 0.05)
+    monkeypatch.setattr(pachinko, "_PULL_AGAIN", 0.05)
+
+
+@pytest.mark.usefixtures("patience")
+async def test_the_process_that_has_it_dies() -> None:
+    """Then the stream is lost."""
+    counts = Counts()
+    async with simulate(counts) as sim:
+        other = await sim.process()
+        ada = await other.connect("/ws")
+        await begin(ada)
+        counts.made[1].release()
+        await sim.settle()
+        at, ids = ada.received[0].at, [ada.conn.id]
+        ada.cut()
+        await sim.settle()
+        bob = await sim.connect("/ws", query=resume(at, ids=ids))
+        await sim.settle()
+        other.kill()
+        await until(lambda: bob.received)
+        assert seen(bob) == [lost()]
+
+
+@pytest.mark.usefixtures("patience")
+async def test_an_outage_in_between() -> None:
+    """The items come when the broker is back."""
+    counts = Counts()
+    async with simulate(counts) as sim:
+        other = await sim.process()
+        ada = await sim.connect("/ws")
+        await begin(ada, to=3)
+        counts.made[0].release()
+        await sim.settle()
+        at, ids = ada.received[0].at, [ada.conn.id]
+        ada.cut()
+        await sim.settle()
+        bob = await other.connect("/ws", query=resume(at, ids=ids))
+        await sim.settle()
+        sim.broker.lose()
+        counts.made[0].release(3)
+        await sim.settle()
+        sim.broker.restore()
+        await until(lambda: final() in seen(bob))
+        assert [each for each in seen(bob) if each[0] != "gap"] == [*items(1, 2), final()]
+
+
+async def test_no_process_has_it() -> None:
+    """Of those that the client was connected to, and others are not asked."""
+    counts = Counts()
+    async with simulate(counts) as sim:
+        other = await sim.process()
+        ada, eve = await sim.connect("/ws"), await other.connect("/ws")
+        ids = [ada.conn.id, eve.conn.id, "x", "f" * 24, 5]
+        bob = await other.connect("/ws", query=resume("0" * 24 + ".1", ids=ids))
+        await sim.advance(60)
+        assert seen(bob) == [lost()]
+
+
+@pytest.mark.parametrize("number", [2, 99])
+async def test_positions_that_are_none_there(number: int) -> None:
+    """The process that has the stream says so."""
+    counts = Counts()
+    async with simulate(counts) as sim:
+        other = await sim.process()
+        ada = await sim.connect("/ws")
+        await begin(ada)
+        counts.made[0].release()
+        await sim.settle()
+        token = (ada.received[0].at or "").partition(".")[0]
+        bob = await other.connect("/ws", query=resume(f"{token}.{number}", ids=[ada.conn.id]))
+        await sim.settle()
+        assert seen(bob) == [lost()]
+        counts.made[0].release(6)
+        await sim.settle()
+        assert seen(ada) == [*items(0, 1, 2, 3, 4), final()]
+
+
+async def test_without_a_broker_nobody_else_is_asked() -> None:
+    """Not even for an id of another process."""
+    count = Count()
+    count.hub.configure("memory://")
+    async with simulate(count.app) as sim:
+        ada = await sim.connect("/ws", query=resume("x.1", ids=["f" * 24]))
+        await sim.settle()
+        assert seen(ada) == [lost()]
+
+
+async def test_a_write_that_fails_there() -> None:
+    """The client has gone, and may go on elsewhere."""
+    counts = Counts()
+
+    def make() -> Any:
+        app, is_first = counts(), len(counts.made) == 1
+
+        async def wrapped(scope: Any, receive: Any, send: Any) -> None:
+            async def checked(event: Any) -> None:
+                if "count.reply" in (event.get("text") or "") and not is_first:
+                    raise ConnectionResetError
+                await send(event)
+
+            await app(scope, receive, checked)
+
+        return wrapped
+
+    async with simulate(make) as sim:
+        other = await sim.process()
+        ada = await sim.connect("/ws")
+        await begin(ada, to=3)
+        counts.made[0].release(2)
+        await sim.settle()
+        at, ids = ada.received[0].at, [ada.conn.id]
+        ada.cut()
+        await sim.settle()
+        bob = await other.connect("/ws", query=resume(at, ids=ids))
+        await sim.settle()
+        bob.cut()
+        ada = await sim.connect("/ws", query=resume(at, ids=ids))
+        counts.made[0].release(2)
+        await sim.settle()
+        assert seen(ada) == [*items(1, 2), final()]
