@@ -82,7 +82,10 @@ async def test_an_error_has_the_servers_words(js: Js, script: Script) -> None:
     error = {"code": "off_board", "message": "8 columns", "columns": 8}
     await peer.send("error", error, id=(await peer.receive())["id"])
     told = await js.run("() => c.asked")
-    assert (told["name"], told["code"], told["message"]) == ("MessageError", *list(error.values())[:2])
+    assert (told["name"], told["code"], told["message"]) == (
+        "MessageError",
+        *list(error.values())[:2],
+    )
     assert told["details"] == {"columns": 8}
     await js.run("() => { log(c, 'error'); }")
     await peer.send("error", error)
@@ -404,7 +407,9 @@ async def test_an_outbox_is_bounded_by_bytes(js: Js, script: Script) -> None:
     script.refuses = True
     await begin(js, script)
     await js.run("() => { c.send('a', 'ü'.repeat(400_000)); }")
-    code = "(n) => { try { c.send('a', 'ü'.repeat(n)); return 'taken' } catch (e) { return e.name } }"
+    code = (
+        "(n) => { try { c.send('a', 'ü'.repeat(n)); return 'taken' } catch (e) { return e.name } }"
+    )
     assert await js.run(code, 130_000) == "Lost"
     assert await js.run(code, 120_000) == "taken"
 
