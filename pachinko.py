@@ -5638,8 +5638,7 @@ class Cursor:
             self._history.make_live(self)
         else:
             self._take = take
-            if self.conn.outgoing.is_answered:
-                self.load()
+            self.load()
 
     def _tell(self, type: str, is_whole: bool, **payload: Any) -> None:
         """Put a verdict in line. It has a position if it *is_whole*, that is without a state."""
@@ -5650,11 +5649,11 @@ class Cursor:
         self.conn.outgoing.put(Waiting(text_event(frame)))
 
     def load(self) -> None:
-        """Begin to take the snapshot, if one comes next."""
-        if self._take is not None:
-            take, self._take = self._take, None
-            context = self._history.context_of(self.conn)
-            context.run(self.conn.outgoing.create_task, self._load(take))
+        """Begin to take the snapshot, if one comes next, and the client is in."""
+        context, take = self._history.context_of(self.conn), self._take
+        if take is not None and context is not None:
+            self._take = None
+            context.copy().run(self.conn.outgoing.create_task, self._load(take))
 
     async def _load(self, take: Take) -> None:
         """Send the state, and go on from the position before it was taken."""
@@ -5797,9 +5796,9 @@ class History:
         self._registry.replace(group, conn, cursor)
         cursor.follow()
 
-    def context_of(self, conn: Connection) -> contextvars.Context:
-        """Return a context for a snapshot: the client's own, whoever has let it join."""
-        return self._contexts.get(conn.id, contextvars.Context()).copy()
+    def context_of(self, conn: Connection) -> contextvars.Context | None:
+        """Return the context of a client that is in, whoever has let it join; else None."""
+        return self._contexts.get(conn.id)
 
     def resumes(self, conn: Connection) -> bool:
         """Tell whether the client wants to resume, and so gets verdicts."""
@@ -7903,7 +7902,7 @@ class Session(Answering):
 
     def welcome(self) -> None:
         """Begin to resume, now that the client is in."""
-        if (history := self._hub_state.history) is not None and self.routes.snapshots:
+        if (history := self._hub_state.relay.history) is not None:
             history.welcome(self.conn)
         if self.conn.id in self._hub_state.returning:
             go_on_streams(self, self._hub_state.returning.pop(self.conn.id))

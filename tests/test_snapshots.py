@@ -417,19 +417,35 @@ async def test_it_runs_after_the_accept() -> None:
         assert shown(client) == [("state at 1", [1])]
 
 
-async def test_a_client_that_is_refused_needs_none() -> None:
-    """It has joined, and never comes in."""
-    room = Room().takes()
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("lets_in", [False, True])
+async def test_connect_handlers_come_first(is_late: bool, lets_in: bool) -> None:
+    """Also where the accept came before, for a first message. Who is refused needs no state."""
+    room, decided = Room().takes(), asyncio.Event()
+    if is_late:
+
+        @room.ws.authenticate
+        async def who(conn: Connection, token: str | None) -> str | None:
+            return token
 
     @room.ws.connect
-    async def refuse(conn: Connection) -> None:
-        raise Close(4000)
+    async def decide(conn: Connection) -> None:
+        await decided.wait()
+        if not lets_in:
+            raise Close(4000)
 
     async with running(room) as sim:
-        with pytest.raises(Refused):
-            await sim.connect("/ws")
+        coming = asyncio.create_task(sim.connect("/ws"))
+        if is_late:
+            client = await coming
+            await client.send("authenticate", {"token": "ada"})
         await sim.settle()
-        assert room.calls == []
+        assert room.hub.members("room:a") == frozenset() and room.calls == []
+        decided.set()
+        with contextlib.suppress(Refused):
+            await coming
+        await sim.settle()
+        assert len(room.calls) == lets_in
 
 
 async def test_sixteen_at_a_time() -> None:
@@ -539,8 +555,13 @@ async def test_it_runs_in_the_context_of_its_client() -> None:
 
 
 async def test_one_for_who_was_in_before_it_was_registered() -> None:
-    """It has an empty context."""
+    """As for anybody else."""
     room = Room(groups=())
+
+    @room.ws.connect
+    async def enter(conn: Connection) -> None:
+        WHO.set("ada")
+
     async with running(room) as sim:
         client = await sim.connect("/ws")
 
@@ -550,7 +571,7 @@ async def test_one_for_who_was_in_before_it_was_registered() -> None:
 
         await room.hub.join("room:a", client.conn)
         await sim.settle()
-        assert shown(client) == [("state at 0", ["nobody"])]
+        assert shown(client) == [("state at 0", ["ada"])]
 
 
 # What fails
