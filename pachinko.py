@@ -8782,9 +8782,9 @@ class Pachinko(Lifecycle):
     *origins*: browsers' origins that may connect beside the request's own host, a list such as
     ``["https://example.com"]``, or ``"*"`` for all. *subprotocols*: in the order of preference.
     *max_size*: bytes of one frame. *rate*: ``(messages, seconds)`` of one connection.
-    *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client;
-    *overflow*: ``"close"`` or ``"drop_oldest"`` beyond that. *send_timeout*: seconds that a send
-    waits for one. *linger*: seconds that a handler may go on after its client has gone.
+    *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client; *overflow*:
+    ``"close"``, ``"drop_oldest"`` or, for kept groups, ``"replay"`` beyond that. *send_timeout*:
+    seconds that a send waits for one. *linger*: those of a handler after its client has gone.
     *max_concurrent*: streams and concurrent handlers of one connection. *max_groups*: that one may
     be in. *handler_timeout*: seconds for the handler of a message, but not for a stream, or None.
     *auth_timeout*: seconds within which `authenticate` has to know the client. *connect_timeout*:
@@ -8800,7 +8800,7 @@ class Pachinko(Lifecycle):
         subprotocols: Sequence[str] = (),
         max_size: int = 1_048_576, rate: tuple[int, float] | None = None,
         outbox: int = 256, outbox_bytes: int = 1_048_576,
-        overflow: Literal["close", "drop_oldest"] = "close",
+        overflow: Literal["close", "drop_oldest", "replay"] = "close",
         send_timeout: float = 20.0, linger: float = 10.0,
         max_concurrent: int = 16, max_groups: int = 1000,
         handler_timeout: float | None = None, auth_timeout: float = 10.0,
