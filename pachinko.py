@@ -5644,8 +5644,7 @@ class Cursor:
             self._history.make_live(self)
         else:
             self._take = take
-            if self.conn.outgoing.is_answered:
-                self.load()
+            self.load()
 
     def _tell(self, type: str, is_whole: bool, **payload: Any) -> None:
         """Put a verdict in line. It has a position if it *is_whole*, that is without a state."""
@@ -5656,11 +5655,11 @@ class Cursor:
         self.conn.outgoing.put(Waiting(text_event(frame)))
 
     def load(self) -> None:
-        """Begin to take the snapshot, if one comes next."""
-        if self._take is not None:
-            take, self._take = self._take, None
-            context = self._history.context_of(self.conn)
-            context.run(self.conn.outgoing.create_task, self._load(take))
+        """Begin to take the snapshot, if one comes next, and the client is in."""
+        context, take = self._history.context_of(self.conn), self._take
+        if take is not None and context is not None:
+            self._take = None
+            context.copy().run(self.conn.outgoing.create_task, self._load(take))
 
     async def _load(self, take: Take) -> None:
         """Send the state, and go on from the position before it was taken."""
@@ -5799,9 +5798,9 @@ class History:
         self._registry.replace(group, conn, cursor)
         cursor.follow()
 
-    def context_of(self, conn: Connection) -> contextvars.Context:
-        """Return a context for a snapshot: the client's own, whoever has let it join."""
-        return self._contexts.get(conn.id, contextvars.Context()).copy()
+    def context_of(self, conn: Connection) -> contextvars.Context | None:
+        """Return the context of a client that is in, whoever has let it join; else None."""
+        return self._contexts.get(conn.id)
 
     def resumes(self, conn: Connection) -> bool:
         """Tell whether the client wants to resume, and so gets verdicts."""
@@ -7912,7 +7911,7 @@ class Session(Answering):
 
     def welcome(self) -> None:
         """Begin to resume, now that the client is in."""
-        if (history := self._hub_state.history) is not None:
+        if (history := self._hub_state.relay.history) is not None:
             history.welcome(self.conn)
         if self.conn.id in self._hub_state.returning:
             go_on_streams(self, self._hub_state.returning.pop(self.conn.id))
@@ -8791,9 +8790,9 @@ class Pachinko(Lifecycle):
     *origins*: browsers' origins that may connect beside the request's own host, a list such as
     ``["https://example.com"]``, or ``"*"`` for all. *subprotocols*: in the order of preference.
     *max_size*: bytes of one frame. *rate*: ``(messages, seconds)`` of one connection.
-    *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client;
-    *overflow*: ``"close"`` or ``"drop_oldest"`` beyond that. *send_timeout*: seconds that a send
-    waits for one. *linger*: seconds that a handler may go on after its client has gone.
+    *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client; *overflow*:
+    ``"close"``, ``"drop_oldest"`` or, for kept groups, ``"replay"`` beyond that. *send_timeout*:
+    seconds that a send waits for one. *linger*: those of a handler after its client has gone.
     *max_concurrent*: streams and concurrent handlers of one connection. *max_groups*: that one may
     be in. *handler_timeout*: seconds for the handler of a message, but not for a stream, or None.
     *auth_timeout*: seconds within which `authenticate` has to know the client. *connect_timeout*:
@@ -8809,7 +8808,7 @@ class Pachinko(Lifecycle):
         subprotocols: Sequence[str] = (),
         max_size: int = 1_048_576, rate: tuple[int, float] | None = None,
         outbox: int = 256, outbox_bytes: int = 1_048_576,
-        overflow: Literal["close", "drop_oldest"] = "close",
+        overflow: Literal["close", "drop_oldest", "replay"] = "close",
         send_timeout: float = 20.0, linger: float = 10.0,
         max_concurrent: int = 16, max_groups: int = 1000,
         handler_timeout: float | None = None, auth_timeout: float = 10.0,

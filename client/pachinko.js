@@ -587,8 +587,8 @@ class Client {
     try {
       const { groups, ids, streams } = JSON.parse(storage?.getItem(this.#key) ?? "{}");
       this.#groups = new Map(Object.entries(groups ?? {}));
-      this.#ids = ids ?? [];
-      this.#unfinished = streams ?? [];
+      this.#ids = [...(ids ?? [])];
+      this.#unfinished = [...(streams ?? [])];
     } catch {
       // Access is denied, or another program has written there: begin anew.
     }
