@@ -5515,7 +5515,8 @@ class Cursor:
             self._position, self._is_behind = position, False
         elif self._since is not None:
             self._position = rings.position_at(self.group, self._since)
-        if position is not None or rings.after(self.group, self._position.number):
+        is_over = rings.gap(self.group, self._position) is not None  # This life of the broker is.
+        if position is not None or is_over or rings.after(self.group, self._position.number):
             self._history.go_on(self)
         else:
             self._arrive()
@@ -5668,9 +5669,12 @@ class History:
             self.unready.setdefault(cursor.group, []).append((cursor, position))
             self.fetch(cursor.group)
 
-    def fetched(self, group: str) -> None:
-        """Let those begin who have waited for the ring of *group*."""
-        for cursor, position in self.unready.pop(group, ()):
+    def fetched(self, group: str, count: int) -> None:
+        """Let the first *count* of those begin who have waited for the ring of *group*."""
+        cursors = self.unready.pop(group, [])
+        if cursors[count:]:  # They came later. What they have missed may be missing in the ring.
+            self.unready[group] = cursors[count:]
+        for cursor, position in cursors[:count]:
             if self.is_current(cursor):
                 cursor.begin(position)
 

@@ -658,8 +658,16 @@ class RedisConnection:
         return await reply
 
     def cancel(self) -> None:
+        self._fail(ConnectionResetError("the connection was ended"))
         for task in self._tasks:
             task.cancel()
+
+    def _fail(self, exc: Exception) -> None:
+        """Let all calls fail that have no reply, and later ones."""
+        self._failure = self._failure or exc
+        for reply in self._replies:
+            if not reply.done():
+                reply.set_exception(self._failure)
 
     async def close(self) -> None:
         while self._tasks and (await asyncio.wait(self._tasks, timeout=_CANCEL_AGAIN))[1]:
@@ -670,12 +678,9 @@ class RedisConnection:
         try:
             await work()
         except Exception as exc:  # the library or the socket has failed
-            self._failure = exc
             self.failed.set()
             self._lost(exc)
-            for reply in self._replies:
-                if not reply.done():
-                    reply.set_exception(exc)
+            self._fail(exc)
 
     async def _write(self) -> None:
         # This is a task of its own: redis-py disconnects when it is cancelled while it writes.
@@ -1850,8 +1855,10 @@ class Archive:
         rings, window = self._rings, self._rings.window_of(group)
         if window is None:  # The rules have changed.
             return
-        is_whole = group in rings.tops or any(at for _, at in self._history.unready.get(group, ()))
-        past = await self._store.past(self._subject(group), window.messages if is_whole else 0)
+        waiting = [at for _, at in self._history.unready.get(group, ())]
+        is_whole = group in rings.tops or any(waiting)
+        async with asyncio.timeout(_BROKER_WAIT):
+            past = await self._store.past(self._subject(group), window.messages if is_whole else 0)
         await self._sync(group)
         if self._feeds.get(group) is not feed:
             return
@@ -1866,7 +1873,7 @@ class Archive:
             self._history.lose(group, lost)
         for kept in missed if lost is None else ():
             await self._deliver(group, kept, kept.excluded)
-        self._history.fetched(group)
+        self._history.fetched(group, len(waiting))
         while feed.held:
             arrived = feed.held.pop(0)
             if arrived.stamp.previous > rings.tops[group]:
