@@ -12,6 +12,9 @@ from typing import Any, cast
 
 import attrs
 import pytest
+import redis.asyncio
+from brokers import running
+from nats import connect
 from support import PATIENCE
 
 import pachinko
@@ -46,8 +49,39 @@ async def simulated() -> AsyncIterator[Broker]:
         yield Broker(broker.connection, wait, flush)
 
 
+@contextlib.asynccontextmanager
+async def on_redis() -> AsyncIterator[Broker]:
+    async with running("redis") as server:
+
+        async def flush() -> None:
+            async with redis.asyncio.from_url(server.url) as admin:
+                await admin.flushall()
+
+        url = pachinko_cluster.read_broker(server.url)
+        yield Broker(lambda: pachinko_cluster.Redis(url), asyncio.sleep, flush)
+
+
+@contextlib.asynccontextmanager
+async def on_nats() -> AsyncIterator[Broker]:
+    async with running("nats", "-js", "-sd", "store") as server:
+
+        def new() -> Backplane:
+            return pachinko_cluster.Nats(pachinko_cluster.read_broker(server.url))
+
+        async def flush() -> None:
+            client = await connect(server.url)
+            await client.jetstream().delete_stream("pachinko-kept")
+            await client.close()
+
+        yield Broker(new, asyncio.sleep, flush)
+
+
 # Each is what makes a broker. Its name is the parameter of all tests below.
-STORES: dict[str, Callable[[], AbstractAsyncContextManager[Broker]]] = {"simulated": simulated}
+STORES: dict[str, Callable[[], AbstractAsyncContextManager[Broker]]] = {
+    "simulated": simulated,
+    "redis": on_redis,
+    "nats": on_nats,
+}
 
 
 class Process:

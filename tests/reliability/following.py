@@ -194,9 +194,7 @@ class Follower:
             for each in reversed(self.heard.get(sent.group, ()))
         )
 
-    def check(
-        self, *, reasons: Collection[str] = (), window: int | None = None
-    ) -> None:
+    def check(self, *, reasons: Collection[str] = (), window: int | None = None) -> None:
         """Check what it has heard of each group: see the top of this file."""
         for group, heard in self.heard.items():
             try:
@@ -288,9 +286,7 @@ class Walk:
         """Go on to *place*, up to which nothing may be missing."""
         if self.place != NEVER:
             assert place[0] == self.place[0], f"another life, without a gap: {heard}"
-            is_next = place[1] > self.place[1] or (
-                heard.kind == "resume" and place == self.place
-            )
+            is_next = place[1] > self.place[1] or (heard.kind == "resume" and place == self.place)
             assert is_next, f"not in order: {heard} behind {self.place}"
             for key in self.published.between(self.group, self.place, place[1]):
                 self.check_missing(key, heard)
