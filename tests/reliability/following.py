@@ -261,7 +261,9 @@ class Walk:
         if not heard.at:
             self.begin(NEVER, heard.tick, is_known=False)
         else:
-            self.place = place_of(heard.at)
+            place = place_of(heard.at)
+            assert self.place in (NEVER, place), f"it was at {self.place}: {heard}"
+            self.place = place
 
     def begin(self, place: Place, since: int, is_known: bool = True) -> None:
         """Begin anew at *place*, when the client knows of it."""

@@ -42,7 +42,7 @@ EXAMPLES = int(os.environ.get("PACHINKO_FAULT_EXAMPLES", "40"))
 IS_NIGHTLY = "PACHINKO_FAULT_EXAMPLES" in os.environ
 ROUND = 500  # examples of one test, which pytest ends after two minutes
 CLIENTS = 1000 if EXAMPLES >= 2000 else EXAMPLES
-SECONDS = 30.0 if EXAMPLES >= 2000 else 2.0  # of a storm without faults
+SECONDS = 30.0 if EXAMPLES >= 2000 else 1.5  # of a storm without faults
 SETTLE = 20.0  # seconds until all have everything, on a slow and noisy machine
 MEMBERS = 10  # clients in a group
 SEED = int(os.environ.get("PACHINKO_FAULT_SEED") or random.randrange(2**32))
