@@ -347,7 +347,7 @@ async def test_nothing_is_lost_between_two_processes(caplog: pytest.LogCaptureFi
             await asyncio.sleep(SECONDS / 5)  # the chance of this run
 
         await storm.run(faults())
-        await storm.end()
+        await storm.end(reasons=("first",))
         for hub in hubs:
             await empty(hub)
     assert not bugs(caplog)
@@ -450,7 +450,7 @@ async def test_nothing_is_lost_while_a_broker_pauses_and_a_process_dies(
             await asyncio.sleep(SECONDS / 8)  # the chance of this run
 
         await storm.run(faults())
-        await storm.end()
+        await storm.end(reasons=("first",))
     assert not bugs(caplog)
 
 
@@ -490,7 +490,7 @@ async def test_what_a_broker_has_forgotten_is_announced(
             await asyncio.sleep(SECONDS / 4)  # the chance of this run
 
         await storm.run(faults())
-        await storm.end(reasons=("epoch", "broker"))
+        await storm.end(reasons=("epoch", "broker", "first"))
     assert not bugs(caplog)
 
 
@@ -509,7 +509,7 @@ async def test_a_broker_that_stores_on_disk_goes_on_where_it_was(
             await asyncio.sleep(SECONDS / 3)  # the chance of this run
 
         await storm.run(faults())
-        await storm.end()
+        await storm.end(reasons=("first",))
     assert not bugs(caplog)
 
 
