@@ -1121,9 +1121,16 @@ class RedisConnection:
         return await reply
 
     def cancel(self) -> None:
-        self._failure = self._failure or ConnectionResetError("not connected")
+        self._fail(ConnectionResetError("not connected"))
         for task in self._tasks:
             task.cancel()
+
+    def _fail(self, exc: Exception) -> None:
+        """Let all calls fail that have no reply, and later ones."""
+        self._failure = self._failure or exc
+        for reply in self._replies:
+            if not reply.done():
+                reply.set_exception(self._failure)
 
     async def close(self) -> None:
         while self._tasks and (await asyncio.wait(self._tasks, timeout=_CANCEL_AGAIN))[1]:
@@ -1134,12 +1141,9 @@ class RedisConnection:
         try:
             await work()
         except Exception as exc:  # the library or the socket has failed
-            self._failure = exc
             self.failed.set()
             self._lost(exc)
-            for reply in self._replies:
-                if not reply.done():
-                    reply.set_exception(exc)
+            self._fail(exc)
 
     async def _write(self) -> None:
         # This is a task of its own: redis-py disconnects when it is cancelled while it writes.
