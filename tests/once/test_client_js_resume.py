@@ -86,7 +86,7 @@ async def test_a_long_position_goes_in_a_message(js: Js, script: Script, name: s
     await js.run("() => { c.send('next'); }")
     peer = await script.accept()
     assert peer.path == "/ws?resume=message"
-    groups = {"groups": {name: "e.1"}, "ids": []}
+    groups = {"groups": {name: "e.1"}}
     assert await peer.receive() == {"type": "resume", "payload": groups}
     assert await peer.receive() == {"type": "next"}
 
