@@ -4049,12 +4049,13 @@ class Rings:
         """Keep the frame *data* in the ring of *group*; return what is to be sent of it."""
         ring = self._rings[group]
         event = text_event(with_position(data, f"{self.epoch}.{number}"))  # PERF: no `Position`
-        ids = frozenset(excluded) if excluded else _NO_IDS
-        own: list[Any] = [event["text"], ids, *ids] if ids else [event["text"]]
+        ids, weight = _NO_IDS, _ENTRY_BYTES + sys.getsizeof(event["text"])
+        if excluded:
+            ids = frozenset(excluded)
+            weight += sum(map(sys.getsizeof, (ids, *ids)))
         kept = Kept(
-            event, None, len(data), group, number=number, time=time, excluded=ids,
-            weight=_ENTRY_BYTES + sum(map(sys.getsizeof, own)),
-        )  # fmt: skip
+            event, None, len(data), group, number=number, weight=weight, time=time, excluded=ids
+        )
         ring.put(kept)
         self._size += kept.weight
         self._full[group] = ring
@@ -5774,8 +5775,10 @@ class History:
         groups, live = self._registry.groups, conn.outgoing
         found = dict[str, int]()
         for kept in outbox.extract(
-            lambda waiting: isinstance(waiting, Kept)
-            and groups.get(cast(str, waiting.group), {}).get(conn) is live
+            lambda waiting: (
+                isinstance(waiting, Kept)
+                and groups.get(cast(str, waiting.group), {}).get(conn) is live
+            )
         ):
             found.setdefault(cast(str, kept.group), cast(Kept, kept).number)
         for group, number in found.items():
