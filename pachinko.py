@@ -102,9 +102,10 @@ Map: each section, what it is for, and those above it that it uses.
         signatures, handshake, clock, limits, outbox, outgoing, outcomes)
     running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
         scope, clock, limits, connection, hub state, outcomes)
+    assets — the files of client/, as routes (uses: errors)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
         signatures, handlers, scope, include, handshake, limits, outgoing, hub, guard, session,
-        admission, running)
+        admission, running, assets)
     settling — what an event loop can still do by itself (uses: clock, outgoing, stream)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
         clock, asking, listening, outcomes, settling)
@@ -129,6 +130,7 @@ import difflib
 import enum
 import functools
 import gc
+import hashlib
 import importlib
 import inspect
 import itertools
@@ -2445,7 +2447,7 @@ def check_taken(
         if not admits(known_type(function, second.annotation, namespaces), cls):
             raise mistake(function, f"takes `{as_code(second)}`, but gets {cls.__name__}", example)
     returns = signature.return_annotation
-    if not (replies or _is_sendable(known_type(function, returns, namespaces), AS_THEY_ARE[cls])):
+    if not (replies or is_sendable(known_type(function, returns, namespaces), AS_THEY_ARE[cls])):
         refused = f"but {may_return(cls)}"
         raise mistake(function, f"returns {type_as_code(returns)}, {refused}", example)
 
@@ -2455,7 +2457,7 @@ def may_return(cls: type) -> str:
     return f"may return {'a str' if cls is str else 'bytes'}, a @message object or None"
 
 
-def _is_sendable(t: Any, raw: tuple[type, ...]) -> bool:
+def is_sendable(t: Any, raw: tuple[type, ...]) -> bool:
     """Tell whether *t* is one of *raw*, None or a class with ``@message``, or may be one."""
     with contextlib.suppress(Exception):  # A ``type`` statement may name what is not there.
         members = [*map(bare_type, union_members(t))]
@@ -2556,6 +2558,7 @@ class Handler:
     is_concurrent: bool  # runs in a task of its own, as all streams do
     types: Collection[Any] = ()  # of all parameters, as far as they are known
     only: Callable[[Connection], bool | Awaitable[bool]] | None = None  # who may send the type
+    resumable: float | None = None  # seconds that a stream goes on without its client
     writers: dict[Any, Writer] = attrs.Factory(dict)  # a key is the class of a returned value
     hints: set[str] = attrs.Factory(set)  # the parameters about which a hint was logged
 
@@ -2897,6 +2900,7 @@ class Routes:
     workers: list[tuple[str | None, Callable[[], Awaitable[None]]]] = attrs.Factory(list)
     providers: dict[Any, Provider] = attrs.Factory(dict)  # a key is the type that is provided
     snapshots: dict[str, Callable[..., Awaitable[Any]]] = attrs.Factory(dict)  # by prefix
+    has_resumable: bool = False  # there is a stream that goes on without its client
     is_scoped: bool = False  # there is a middleware or a provider: each message has a context
     # The included routes around a message type, the fallback (`str`) and the binary handler
     # (`bytes`), the outermost first; only those that have middleware or error handlers.
@@ -2917,6 +2921,7 @@ class Routes:
         for handler in handlers:
             handler.writers.clear()
             self.handlers[handler.type] = handler
+            self.has_resumable |= handler.resumable is not None
         self.frames += frames
         self.decode = self.decode_first
 
@@ -3282,7 +3287,7 @@ def _once(
     for prefix, function in routes.snapshots.items():
         found[f"the snapshot of {prefix!r}"] = (function,)
     for type, handler in routes.handlers.items():
-        options: Any = handler.only, handler.is_concurrent, inner(type)
+        options: Any = handler.only, handler.is_concurrent, handler.resumable, inner(type)
         if type == "authenticate":  # No middleware sees it.
             options = routes.takes_guests
         found[repr(types.get(type, type))] = registered(handler.function), options
@@ -4027,9 +4032,17 @@ class Rings:
         """Tell whether it is known what a client at *position* has missed."""
         return True
 
+    def epoch_of(self, group: str) -> str:
+        """Return the epoch of the positions in *group*."""
+        return self.epoch
+
     def top_of(self, group: str) -> Position:
         """Return the position behind all that was sent to *group*."""
         return Position(self.epoch, self._number)
+
+    def start_of(self, group: str) -> Position:
+        """Return the position of those who joined *group* before it was ready."""
+        return NOWHERE
 
     def add(self, group: str, window: Window, data: bytes, excluded: Collection[str]) -> Kept:
         """Keep the frame *data* to *group*, under the next number."""
@@ -4047,8 +4060,8 @@ class Rings:
         self, group: str, data: bytes, number: int, time: float, excluded: Collection[str]
     ) -> Kept:
         """Keep the frame *data* in the ring of *group*; return what is to be sent of it."""
-        ring = self._rings[group]
-        event = text_event(with_position(data, f"{self.epoch}.{number}"))  # PERF: no `Position`
+        at = f"{self.epoch_of(group)}.{number}"  # PERF: no `Position`
+        event = text_event(with_position(data, at))
         ids, weight = _NO_IDS, _ENTRY_BYTES + sys.getsizeof(event["text"])
         if excluded:
             ids = frozenset(excluded)
@@ -4056,6 +4069,12 @@ class Rings:
         kept = Kept(
             event, None, len(data), group, number=number, weight=weight, time=time, excluded=ids
         )
+        self.append(group, kept)
+        return kept
+
+    def append(self, group: str, kept: Kept) -> None:
+        """Put *kept* at the end of the ring of *group*."""
+        ring = self._rings[group]
         ring.put(kept)
         self._size += kept.weight
         self._full[group] = ring
@@ -4063,7 +4082,6 @@ class Rings:
         self._trim(ring)
         while self._size > self._limit and self._full:
             self._drop_one()
-        return kept
 
     def _trim(self, ring: Ring) -> None:
         """Drop what the window does not hold, now and when the oldest message is too old."""
@@ -4109,7 +4127,8 @@ class Rings:
 
     def gap(self, group: str, position: Position) -> Reason | None:
         """Return why a client that was at *position* cannot go on, or None if it can."""
-        if position.epoch != self.epoch or position.number > self.top_of(group).number:
+        top = self.top_of(group)
+        if position.epoch != top.epoch or position.number > top.number:
             return "epoch"
         ring = self._rings.get(group)
         known = (ring.floor, ring.limited) if ring is not None else self._floors.get(group)
@@ -4117,12 +4136,6 @@ class Rings:
         if position.number >= floor:
             return None
         return "limit" if position.number < limited else "expired"
-
-    def position_at(self, group: str, time: float) -> Position:
-        """Return the position of *group* at a *time* on `clock`."""
-        ring = self._rings[group]
-        earlier = (kept.number for kept in reversed(ring.messages) if kept.time < time)
-        return Position(self.epoch, next(earlier, ring.floor))
 
     def after(self, group: str, number: int, count: int = _BATCH) -> Sequence[Kept]:
         """Return what `Ring.after` does, or nothing if there is no ring of *group*."""
@@ -4740,6 +4753,7 @@ class Incoming:
 
 _BURST = 32  # messages that code may send in a row before others get a turn
 _PROCESS_BYTES = _OWN_BYTES = 6  # bytes of a process's id, and of a connection's own
+_CONNECTION_ID = re.compile(r"[0-9a-f]{24}")
 _END_OF_TIME = 1e15  # UNIX seconds; beyond, floats and timers give up
 _LOOK_AT_CLOCK = 600.0  # seconds between two looks at the time of day, which may be set anew
 
@@ -5114,6 +5128,8 @@ Deliver = Callable[[str, bytes], Awaitable[None]]
 Lost = Callable[["BaseException | None"], None]
 Sending = Coroutine[Any, Any, None]  # PERF: it is passed on, not awaited by each function
 Given = Union[str, "Backplane", None]  # a broker's URL, or a transport
+# What `Relay.call` can do in another process: a function of its registry and of such arguments.
+PROCESS_CALLS: dict[str, Callable[..., Awaitable[Any]]] = {}
 Member = Union["Connection", "Mailbox"]  # who gets the messages to a group
 Receiver = Union["Outgoing", "Mailbox", "Cursor"]  # where each of them gets these
 
@@ -5181,6 +5197,7 @@ class Relay:
     """
 
     history: History | None = None  # of kept groups
+    has_others: bool = False  # Other processes can be reached.
 
     def start(self, registry: Registry, process: str) -> None:
         """Begin to connect, and to deliver to *registry*. *process* is the id of this process."""
@@ -5208,10 +5225,14 @@ class Relay:
     async def call(self, id: str, method: str, *args: Any) -> Any:
         """Do one of `CALLS` with the connection *id*, wherever it is; return or raise what it does.
 
+        Or do one of `PROCESS_CALLS` in the process of that connection, which may have ended.
+
         Raises `NoAnswer` if no connection has the id, and if its process does not answer: within 4
         seconds, or for a question its own. From there come `MessageError`, `AnswerError`,
         `NoAnswer` and `PachinkoError`; the last one also stands for a bug, which that process logs.
         """
+        if (function := PROCESS_CALLS.get(method)) is not None:
+            return await function(self._registry, *args)
         if (conn := self._registry.connections.get(id)) is None:
             raise NoAnswer(f"there is no connection with the id {id!r}")
         return await CALLS[method](conn, *args)
@@ -5315,6 +5336,7 @@ class Registry:
         self.groups: dict[str, dict[Member, Receiver]] = {}  # members, by the group's name
         self.users: dict[str, dict[Member, Receiver]] = {}
         self._tables = {Kind.GROUP: self.groups, Kind.USER: self.users}
+        self.resumable: dict[str, Resumable] = {}  # streams, by their tokens
         # Handshakes and late logins in progress, by id, with the latest closed user before them.
         self.arriving: dict[str, tuple[Connection, ClosedUser]] = {}
         self._latest = ClosedUser("", Close())
@@ -5484,6 +5506,24 @@ class Resume:
     is_announced: bool = False  # The message that says so is still to come.
 
 
+def resume_in(query: str) -> str | None:
+    """Return the value of ``resume`` in the raw *query* of a handshake (RFC 3986, 3.4), or None.
+
+    Falcon may split it at its commas.
+    """
+    if "resume=" not in query:
+        return None
+    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
+    return next((value for name, value in pairs if name == "resume"), None)
+
+
+def read_json(text: str) -> Any:
+    """Return the value of *text*; None if it is no JSON, or too long."""
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+        return msgspec.json.decode(text) if len(text) <= _RESUME_CHARACTERS else None
+    return None
+
+
 def read_resume(value: Any, is_announced: bool = False) -> Resume:
     """Return what is in the payload of a ``resume`` message: in what is none, nothing."""
     given: dict[str, Any] = value if type(value) is dict else {}
@@ -5510,7 +5550,6 @@ class Cursor:
         self.is_waiting: bool = False  # for a ``resume`` message, which may still move it
         self.is_joining: bool = False  # It has not had its verdict, or its state, yet.
         self._history, self._position, self._replayed = history, position or NOWHERE, 0
-        self._since = None if position is not None else clock.time()
         self._is_behind = True  # It has got something, so that another gap is one of its own.
         self._lost: Reason | None = None  # why it is to be told of a gap in any case
         self._ids = frozenset([conn.id])
@@ -5532,8 +5571,8 @@ class Cursor:
             self._position, self._is_behind = position, False
         elif self.conn.outgoing.snapshot_of(self.group) is not None:
             self._position = rings.top_of(self.group)  # The state has all that is before it.
-        elif self._since is not None:
-            self._position = rings.position_at(self.group, self._since)
+        elif self._position is NOWHERE:
+            self._position = rings.start_of(self.group)
         has_missed = rings.gap(self.group, self._position) or self._next(1)
         if position is not None or has_missed:
             self._history.go_on(self)
@@ -5574,7 +5613,8 @@ class Cursor:
             is_slow = self._is_behind and reason in ("expired", "limit")
             self._arrive("overflow" if is_slow else reason)
         elif batch := self._next(most):
-            self._position, self._is_behind = Position(rings.epoch, batch[-1].number), True
+            epoch = rings.epoch_of(self.group)
+            self._position, self._is_behind = Position(epoch, batch[-1].number), True
             own = [kept.event for kept in batch if not kept.excluded & self._ids]
             self._replayed += len(own)
             self.follow(*own)
@@ -5614,7 +5654,8 @@ class Cursor:
         """Begin to take the snapshot, if one comes next."""
         if self._take is not None:
             take, self._take = self._take, None
-            self.conn.outgoing.create_task(self._load(take))
+            context = self._history.context_of(self.conn)
+            context.run(self.conn.outgoing.create_task, self._load(take))
 
     async def _load(self, take: Take) -> None:
         """Send the state, and go on from the position before it was taken."""
@@ -5622,13 +5663,15 @@ class Cursor:
         has_failed = is_overtaken = True
         for _ in range(_TRIES):
             async with self._history.turns:
+                if not self._history.is_current(self):
+                    return
                 self._position = self._history.rings.top_of(self.group)
                 frame, has_failed = await take()
+            if not self._history.is_current(self):
+                return
             is_overtaken = self._history.rings.gap(self.group, self._position) is not None
             if has_failed or not is_overtaken:
                 break
-        if not self._history.is_current(self):
-            return
         if has_failed and frame is not None:
             self._put(frame)
         if has_failed or is_overtaken:
@@ -5648,10 +5691,10 @@ class History:
         self._registry: Registry = cast(Any, None)  # until `start`
         self._resumes: dict[str, Resume] = {}  # by the ids of connections
         self._timers: dict[str, Timer] = {}  # of those who have to send a message with it
-        # Cursors that wait until their ring is known, with their positions; *fetch* sees to it.
-        self.unready: dict[str, list[tuple[Cursor, Position | None]]] = {}
-        self.fetch: Callable[[str], None] = lambda _: None
+        # Sees to it that a cursor begins at its position when its ring is known.
+        self.fetch: Callable[[Cursor, Position | None], None] = Cursor.begin
         self.turns: asyncio.Semaphore = asyncio.Semaphore(_SNAPSHOTS)
+        self._contexts: dict[str, contextvars.Context] = {}  # of connections that get snapshots
         self._waiting = collections.deque[Cursor]()  # for their turn
         self._is_due = False
 
@@ -5659,31 +5702,22 @@ class History:
         """Begin, for the members in *registry*."""
         self._registry = registry
 
-    def greet(self, conn: Connection) -> None:
-        """Read ``?resume=`` of the handshake.
-
-        Falcon may split the value at its commas, so that the raw query is read (RFC 3986, 3.4).
-        """
-        pairs = urllib.parse.parse_qsl(conn.req.query_string, keep_blank_values=True)
-        text = dict(reversed(pairs)).get("resume")
-        if text is not None:
-            value = None
-            if len(text) <= _RESUME_CHARACTERS:
-                with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
-                    value = msgspec.json.decode(text)
-            self._resumes[conn.id] = read_resume(value, is_announced=text == "message")
+    def greet(self, conn: Connection, value: Any, is_announced: bool) -> None:
+        """Take the *value* in the handshake, or that a message with another *is_announced*."""
+        self._resumes[conn.id] = read_resume(value, is_announced)
 
     def welcome(self, conn: Connection) -> None:
         """Begin what waits until a client is in: its snapshots, and the time for its ``resume``."""
         if (resume := self._resumes.get(conn.id)) is not None and resume.is_announced:
             when = clock.time() + conn.outgoing.limits.auth_timeout
             self._timers[conn.id] = clock.call_at(when, self.note, conn, None)
+        self._contexts[conn.id] = contextvars.copy_context()
         for cursor in self._cursors(conn):
             cursor.load()
 
     def note(self, conn: Connection, value: Any) -> None:
         """Take the payload of a ``resume`` message, which cursors may wait for."""
-        self.forget(conn)
+        self._unsay(conn)
         resume = self._resumes[conn.id] = read_resume(value)
         for cursor in self._cursors(conn):
             if cursor.is_waiting:
@@ -5695,7 +5729,12 @@ class History:
             self.note(conn, payload["resume"])
 
     def forget(self, conn: Connection) -> None:
-        """Forget what a client has said, because it has ended, or says something else."""
+        """Forget a client that has ended."""
+        self._contexts.pop(conn.id, None)
+        self._unsay(conn)
+
+    def _unsay(self, conn: Connection) -> None:
+        """Forget what a client has said that it has."""
         self._resumes.pop(conn.id, None)
         if (timer := self._timers.pop(conn.id, None)) is not None:
             timer.cancel()
@@ -5735,14 +5774,7 @@ class History:
         if self.rings.is_ready(cursor.group, position):
             cursor.begin(position)
         else:
-            self.unready.setdefault(cursor.group, []).append((cursor, position))
-            self.fetch(cursor.group)
-
-    def fetched(self, group: str) -> None:
-        """Let those begin who have waited for the ring of *group*."""
-        for cursor, position in self.unready.pop(group, ()):
-            if self.is_current(cursor):
-                cursor.begin(position)
+            self.fetch(cursor, position)
 
     def lose(self, group: str, reason: Reason) -> None:
         """Tell all members of *group* that messages were lost; new ones find that out."""
@@ -5766,6 +5798,10 @@ class History:
         self._registry.replace(group, conn, cursor)
         cursor.follow()
 
+    def context_of(self, conn: Connection) -> contextvars.Context:
+        """Return a context for a snapshot: the client's own, whoever has let it join."""
+        return self._contexts.get(conn.id, contextvars.Context()).copy()
+
     def resumes(self, conn: Connection) -> bool:
         """Tell whether the client wants to resume, and so gets verdicts."""
         return conn.id in self._resumes
@@ -5782,7 +5818,7 @@ class History:
         ):
             found.setdefault(cast(str, kept.group), cast(Kept, kept).number)
         for group, number in found.items():
-            self._fall(conn, group, Position(self.rings.epoch, number - 1))
+            self._fall(conn, group, Position(self.rings.epoch_of(group), number - 1))
         return bool(found)
 
     def is_current(self, cursor: Cursor) -> bool:
@@ -5890,6 +5926,7 @@ class HubState:
     drains: list[asyncio.Task[None]] = attrs.Factory(list)  # one for each call of `Hub.drain`
     questions: dict[str, Questions] = attrs.Factory(dict)  # by connection id, from its first one
     listeners: set[Mailbox] = attrs.Factory(set)
+    returning: dict[str, Any] = attrs.Factory(dict)  # what clients have that are not in yet, by id
     # Tasks of connections, by the connection's id: whether each has been cancelled.
     background: dict[str, dict[asyncio.Task[Any], bool]] = attrs.Factory(dict)
     loop: asyncio.AbstractEventLoop | None = None  # the loop of the apps, while one runs
@@ -7100,6 +7137,10 @@ class Stream:
             self.task.cancel()
         self.is_stopped = True
 
+    def leave(self) -> None:
+        """Note that the client has gone."""
+        self.stop()
+
     async def run(self, call: Callable[[], Awaitable[Any]]) -> Any:
         """Return what *call* returns, which is the stream with the middleware around it."""
         if self.is_stopped:
@@ -7207,6 +7248,29 @@ async def _report(work: Coroutine[Any, Any, T], conn: Connection) -> T:
 # A member that has missed messages, or is new, may get the state of its group (`@ws.snapshot`).
 
 _SNAPSHOT_SECONDS = 10.0  # for one, if the endpoint has no `handler_timeout`
+_MAY_RETURN = "may return a @message object or None"
+
+
+def check_snapshot(function: Any, prefix: str, namespaces: Namespaces) -> None:
+    """Raise `PachinkoError` unless *function* takes snapshots of the groups with *prefix*."""
+    example = f"@ws.snapshot({prefix!r})\nasync def state(conn, group): ..."
+    check_function(function, example, 2)
+    check_taken(function, str, namespaces, example)
+    returns = signature_of(function).return_annotation
+    members: Iterable[Any] = (known := known_type(function, returns, namespaces),)
+    with contextlib.suppress(Exception):  # A ``type`` statement may name what is not there.
+        members = union_members(known)
+    if not all(is_sendable(each, ()) for each in members):
+        what = f"returns {type_as_code(returns)}, but {_MAY_RETURN}"
+        raise mistake(function, what, example)
+
+
+def check_kept(snapshots: Mapping[str, Any], rules: Mapping[str, Window]) -> None:
+    """Raise `PachinkoError` if one of *snapshots* is of groups of which *rules* keep none."""
+    for prefix, function in snapshots.items():
+        if not any(rule.startswith(prefix) or prefix.startswith(rule) for rule in rules):
+            refused = "is the snapshot of groups that are not kept"
+            raise mistake(function, refused, f"hub.keep({prefix!r})  # before the app starts")
 
 
 def snapshot_of(session: Session, group: str) -> Take | None:
@@ -7221,6 +7285,7 @@ def snapshot_of(session: Session, group: str) -> Take | None:
 async def _take_snapshot(
     conn: Connection, function: Callable[..., Awaitable[Any]], group: str
 ) -> tuple[bytes | None, bool]:
+    """Return what `Take` says. Raises `Close`, and what comes of the end of the connection."""
     codec, what = conn.hub.state.codec, place_of(function)
     seconds = conn.outgoing.limits.handler_timeout or _SNAPSHOT_SECONDS
     try:
@@ -7228,21 +7293,25 @@ async def _take_snapshot(
         if state is None:
             return None, False
         if message_type(type(state)) is None:
-            raise TypeError(f"{what} returns a @message object or None; got {state!r:.200}")
-        type_, payload = split_message(state, None)
-        return codec.encode(type_, payload, group), False
+            raise TypeError(f"{what} {_MAY_RETURN}; got {type(state).__name__}")
+        return codec.encode(*split_message(state, None), group), False
     except BaseException as exc:  # Code of the application may raise anything.
-        error = single(exc)
+        error = await _meaning(exc, conn, what)
+    count_error(conn.hub.state.counts, error.code)
+    log_refusal(error, conn.id, None)
+    return error_frame(error, None, codec, group), True
+
+
+async def _meaning(exc: BaseException, conn: Connection, what: str) -> MessageError:
+    """Return what a client is told of *exc*. Raises what `create_task_of` knows the meaning of."""
+    error, is_over = single(exc), conn.closed or conn.ws.closed
+    try:
         pass_on(error, what, conn.id)
-        outcome = outcome_of(error)
-        if isinstance(outcome, Close):
-            conn.outgoing.close(outcome)
-        if outcome is None:
-            log_failure(what, error, conn.id)
-        if not isinstance(outcome, MessageError):
-            outcome = internal_error()
-        count_error(conn.hub.state.counts, outcome.code)
-        return error_frame(outcome, None, codec, group), True
+        if isinstance(error, Close) or (is_over and is_departure(exc)):
+            raise error
+        return cast(MessageError, await meaning_of(error, (), conn, what, None))
+    finally:
+        del error, exc  # They refer to this frame; a cycle would keep the connection.
 
 
 # ── answering ─────────────────────────────────────────────────────────────────────────────────
@@ -7254,7 +7323,7 @@ class Answering:
     """What one connection is told: answers, errors, and that it sends too much."""
 
     __slots__ = (
-        "_hub_state", "_limits", "_rate", "conn", "outgoing", "routes", "tasks",
+        "_hub_state", "_limits", "_rate", "conn", "outgoing", "routes", "streams", "tasks",
     )  # fmt: skip
 
     def __init__(self, conn: Connection, routes: Routes) -> None:
@@ -7262,6 +7331,7 @@ class Answering:
         self.routes: Routes = routes
         self.outgoing: Outgoing = conn.outgoing
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
+        self.streams: dict[Id, Stream] = _NONE
         self._hub_state, self._limits = conn.hub.state, conn.outgoing.limits
         rate = self._limits.rate
         self._rate = Rate(*rate) if rate is not None else None
@@ -7282,6 +7352,50 @@ class Answering:
             self.outgoing.close(Close(1008, "too many messages"))
         else:
             await self._send_error(rate.refusal(wait), id, type)
+
+    def _call(
+        self, handler: Handler, message: Received, stream: Stream | None = None, asks: bool = True
+    ) -> Awaitable[Any]:
+        """Call the handler, through the middleware. The items of a *stream* are sent."""
+        value = message.payload
+        if value is UNSET or not message.is_built:
+            if asks and handler.only is not None:
+                call = functools.partial(self._call, handler, message, stream, False)
+                return call_if_allowed(handler, self.conn, call)
+            value = handler.structure(value, self._hub_state.codec)
+        innermost: Callable[[], Any] = functools.partial(handler.call, self.conn, value)
+        if stream is not None:
+            reply = functools.partial(handler.reply, message.id, self._hub_state.codec, more=True)
+            innermost = functools.partial(stream.send_all, innermost, reply, self._send_item)
+        middleware = self.routes.middleware
+        if self.routes.scopes:
+            middleware = middleware_of(around(self.routes, handler.type))
+        # No middleware sees a renewal, because its token is nobody else's business.
+        if not middleware or handler.type == "authenticate":
+            return cast("Awaitable[Any]", innermost())
+        payload = value if handler.defaults is None else {**handler.defaults, **value}
+        envelope = Envelope(handler.type, payload, message.id)
+        return call_through(middleware, self.conn, envelope, innermost)
+
+    async def run_stream(self, handler: Handler, message: Received, stream: Stream) -> None:
+        """Run a stream to its end: exhausted, failed, stopped by the client, or disconnected."""
+        id = cast(Id, message.id)
+        try:
+            try:
+                result = await stream.run(lambda: self._call(handler, message, stream))
+            finally:  # The id is free before the final answer is on its way.
+                self._free(id)
+            if not (stream.is_stopped or stream.has_begun):
+                await self._answer(handler.type, id, result)  # A middleware has returned it.
+                return
+        except BaseException as exc:  # A bug is answered, not passed on.
+            was_stopped = stream.is_stopped and not self.outgoing.closed
+            if was_stopped:
+                forget_cancellations()
+            if not (was_stopped and isinstance(single(exc), asyncio.CancelledError)):
+                await self._fail(exc, handler.type, id)
+                return
+        await self._send(_encode(Sent("complete", id)))
 
     async def _answer(self, type: str, id: Id | None, result: object) -> None:
         """Answer with *result*, which a middleware or an error handler has returned."""
@@ -7335,6 +7449,348 @@ class Answering:
         with contextlib.suppress(falcon.WebSocketDisconnected):
             await self.outgoing.send(text_event(data))
 
+    async def _send_item(self, event: Event) -> None:
+        """Send an item of a stream. Raises `falcon.WebSocketDisconnected`."""
+        await self.outgoing.send(event)
+
+    def _free(self, id: Id) -> None:
+        """Note that the stream with this id has ended."""
+        del self.streams[id]
+
+
+# ── resumable streams ─────────────────────────────────────────────────────────────────────────
+#
+# A stream may go on for a while without its client (``@ws.on("ask", resumable=60)``). Its items are
+# kept, for a client that comes back with the position of the latest one that it has got.
+
+_ITEMS, _ITEM_BYTES = 256, 1_048_576  # of one stream that are kept, and as many without a client
+_MOST_ALONE = 1_000  # streams of a process that go on without a client
+_MOST_RESUMED = 100  # that one client may go on with at a time
+_PULL = 2.5  # seconds that another process waits for further items, less than `Relay.call` does
+_PULL_TRIES, _PULL_AGAIN = 4, 1.0  # how often it is asked in vain, and seconds between
+
+
+class ResumableStream(Stream):
+    """The generator of a `Resumable`."""
+
+    def __init__(self, owner: Resumable) -> None:
+        super().__init__(is_stopped=owner.outgoing.closed)
+        self._owner = owner
+
+    def leave(self) -> None:
+        """Go on for a while."""
+        self._owner.leave()
+
+
+class Resumable(Answering):
+    """A stream that goes on for some seconds without its client."""
+
+    __slots__ = (
+        "_alone", "_came", "_carrier", "_carriers", "_count", "_final", "_id", "_items", "_news",
+        "_seconds", "_size", "_stream", "_timer", "_token",
+    )  # fmt: skip
+
+    def __init__(self, session: Session, id: Id, seconds: float) -> None:
+        super().__init__(session.conn, session.routes)
+        self._id, self._seconds = id, seconds
+        self._token = secrets.token_hex(12)  # Only its client knows the 96 bits.
+        self._stream = ResumableStream(self)
+        self._carrier: Session | None = session  # Its client gets the items.
+        self._carriers = {session.conn.id}  # of all that have been it, the ids
+        self._items = collections.deque[tuple[int, Event]]()
+        self._size = 0  # characters in them
+        self._count = 0  # items so far
+        self._alone = 0  # what the items take that have come without a client
+        self._came = asyncio.Event()  # A client is there again.
+        self._news = asyncio.Event()  # There are more items, or the final answer.
+        self._final: bytes | None = None  # the frame after the last item
+        self._timer: Timer | None = None
+        self._hub_state.registry.resumable[self._token] = self
+
+    def start(self, handler: Handler, message: Received) -> None:
+        """Run the generator in a task of its own."""
+        session = cast(Session, self._carrier)
+        session.take_stream(self._id, self._stream)
+        task = create_task(self._run(handler, message))
+        self.tasks = {task}
+        task.add_done_callback(lambda _: self.tasks.clear())
+
+    async def _run(self, handler: Handler, message: Received) -> None:
+        await self.run_stream(handler, message, self._stream)
+        if self._final is None:  # It has closed a connection that was over.
+            await self._send_error(stream_lost(), self._id, handler.type)
+
+    async def _send_item(self, event: Event) -> None:
+        """Send an item with its position, or keep it until a client comes back."""
+        self._count += 1
+        text = f'{event["text"][:-1]},"at":"{self._token}.{self._count}"}}'
+        event = {"type": "websocket.send", "text": text}
+        self._items.append((self._count, event))
+        self._size += len(text)
+        self._news.set()
+        if self._carrier is not None:
+            self._trim(self._count)
+            with contextlib.suppress(falcon.WebSocketDisconnected):
+                await self.outgoing.send(event)
+            return
+        self._alone += max(len(text), _ITEM_BYTES // _ITEMS)
+        while self._carrier is None and self._alone > _ITEM_BYTES:
+            self._came.clear()
+            await self._came.wait()
+
+    def _trim(self, number: int) -> None:
+        """Drop old items that are too many, up to *number*."""
+        while (
+            self._items
+            and self._items[0][0] <= number
+            and (len(self._items) > _ITEMS or self._size > _ITEM_BYTES)
+        ):
+            self._size -= len(self._items.popleft()[1]["text"])
+
+    async def _send(self, data: bytes) -> None:
+        """Send the final answer. It is kept, too, since the client may not have got it."""
+        self._final, carrier, self._carrier = data, self._carrier, None
+        self._news.set()
+        if self._token in self._hub_state.registry.resumable:
+            self._set_timer()
+        if carrier is not None:
+            await super()._send(data)
+
+    async def _fail(
+        self, raised: BaseException, type: str | None, id: Id | None, routes: Any = None
+    ) -> None:
+        """Do what `Answering` does. A generator fails if it uses a connection that has gone."""
+        if is_departure(raised):
+            await self._send_error(stream_lost(), id, type)
+        else:
+            await super()._fail(raised, type, id, routes)
+
+    def _free(self, id: Id) -> None:
+        if self._carrier is not None:
+            self._carrier.drop_stream(id)
+
+    def leave(self) -> None:
+        """Go on for a while without the client, which has gone."""
+        cast(Session, self._carrier).drop_stream(self._id)
+        self._carrier, self._alone = None, 0
+        self._set_timer()
+        every = self._hub_state.registry.resumable
+        every[self._token] = every.pop(self._token)  # The one that has left first is the first.
+        if len(every) > _MOST_ALONE:
+            alone = [each for each in every.values() if each.is_alone]
+            for each in alone[:-_MOST_ALONE]:
+                each.end()
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it has no client."""
+        return self._carrier is None
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = clock.call_at(clock.time() + self._seconds, self.end)
+
+    def end(self) -> None:
+        """Stop, and forget what was kept."""
+        cast(Timer, self._timer).cancel()  # Its client has left, or has got the final answer.
+        self._hub_state.registry.resumable.pop(self._token, None)
+        self._stream.stop()
+
+    def stop(self) -> None:
+        """Stop the generator, as its client has asked for in another process."""
+        self._stream.stop()
+
+    def is_for(self, user: str | None, id: Id, ids: Iterable[str]) -> bool:
+        """Tell whether *user* had this stream in a connection with one of *ids*."""
+        is_own = user is not None and user == self.conn.user
+        return is_own and self._has_id(id) and not self._carriers.isdisjoint(ids)
+
+    def _has_id(self, id: Id) -> bool:
+        return (type(id), id) == (type(self._id), self._id)
+
+    def go_on(self, session: Session, id: Id, number: int) -> bool:
+        """Go on with the client of *session*, behind the item *number*; return whether it can."""
+        if not self._take_over(id, number):
+            return False
+        self._carriers.add(session.conn.id)
+        waiting = [Waiting(event) for n, event in self._items if n > number]
+        if self._final is None:
+            cast(Timer, self._timer).cancel()
+            self._carrier, self.outgoing = session, session.outgoing
+            session.take_stream(self._id, self._stream)
+        else:
+            waiting.append(Waiting(text_event(self._final)))
+        session.outgoing.put(*waiting)
+        return True
+
+    def _take_over(self, id: Id, number: int) -> bool:
+        """Tell who has had the stream that it is lost; return whether another client may go on."""
+        first = self._items[0][0] if self._items else self._count + 1
+        if not self._has_id(id) or not first - 1 <= number <= self._count:
+            return False
+        if self._carrier is not None:
+            self._carrier.lose_stream(self._id)
+            self._carrier = None
+        self._set_timer()
+        self._alone = 0
+        self._came.set()
+        return True
+
+    async def pull(self, id: Id, number: int, seconds: float) -> dict[str, Any] | None:
+        """Return items behind *number*, and the final answer, as texts, or None if it is lost.
+
+        The client is in another process. Waits for some, at most for so many *seconds*.
+        """
+        if not self._take_over(id, number):
+            return None
+        self._trim(number)
+        if number == self._count and self._final is None:
+            self._news.clear()
+            with contextlib.suppress(TimeoutError), WaitLimit(clock.time() + seconds):
+                await self._news.wait()
+        texts, size = list[str](), 0
+        for n, event in self._items:
+            size += len(event["text"]) if n > number else 0
+            if n > number and (not texts or size <= _BATCH_BYTES):
+                texts.append(event["text"])
+        is_last = self._final is not None and number + len(texts) == self._count
+        return {"items": texts, "final": self._final.decode() if is_last and self._final else None}
+
+
+def stream_lost() -> MessageError:
+    """Return the final answer of a stream that cannot go on."""
+    return MessageError("stream_lost", "what is missing of the stream is not kept any more")
+
+
+@attrs.frozen
+class Wanted:
+    """A stream that a client wants to go on with."""
+
+    id: Id
+    token: str | None  # None if it has got no item
+    number: int  # of the latest item that it has got
+    ids: Sequence[str]  # of its former connections
+
+
+def wanted_streams(value: Any) -> list[Wanted]:
+    """Return the streams that the payload of a ``resume`` message names."""
+    said: dict[str, Any] = value if type(value) is dict else {}
+    streams, ids = said.get("streams"), said.get("ids")
+    known = [each for each in ids if type(each) is str] if type(ids) is list else []
+    found = list[Wanted]()
+    for each in (streams if type(streams) is list else [])[:_MOST_RESUMED]:
+        id: Any = each.get("id") if type(each) is dict else None
+        if type(id) in (str, int):
+            position = read_position(each.get("at"))
+            token = None if each.get("at", "") is None else position.epoch
+            found.append(Wanted(id, token, max(0, position.number), known[-_RESUME_IDS:]))
+    return found
+
+
+def _find(registry: Registry, wanted: Wanted, user: str | None) -> Resumable | None:
+    """Return the stream that is *wanted*, if this process has it."""
+    if wanted.token is not None:
+        return registry.resumable.get(wanted.token)
+    every = registry.resumable.values()
+    return next((each for each in every if each.is_for(user, wanted.id, wanted.ids)), None)
+
+
+def go_on_streams(session: Session, value: Any) -> None:
+    """Go on with the streams that a ``resume`` message names; tell the client of lost ones."""
+    registry = session.conn.hub.state.registry
+    for wanted in wanted_streams(value):
+        if wanted.id in session.streams:
+            continue  # It has begun another one under that id.
+        found = _find(registry, wanted, session.conn.user)
+        if found is None and (others := _others(session, wanted)):
+            session.take_stream(wanted.id, stream := Stream())
+            session.add_task(_relay_stream(session, wanted, stream, others), is_detached=True)
+        elif found is None or not found.go_on(session, wanted.id, wanted.number):
+            session.lose_stream(wanted.id)
+
+
+def _others(session: Session, wanted: Wanted) -> list[str]:
+    """Return former connections of the client, one of each other process."""
+    state, size = session.conn.hub.state, 2 * _PROCESS_BYTES
+    if not state.relay.has_others:
+        return []
+    latest = {id[:size]: id for id in wanted.ids if _CONNECTION_ID.fullmatch(id)}
+    return [id for process, id in latest.items() if process != state.process]
+
+
+async def _relay_stream(
+    session: Session, wanted: Wanted, stream: Stream, others: list[str]
+) -> None:
+    """Send the client of *session* a stream that one of the other processes has."""
+    final: str | None = None
+    try:
+        try:
+            final = await stream.run(lambda: _pull(session, wanted, others))
+        finally:
+            session.drop_stream(wanted.id)
+    except falcon.WebSocketDisconnected:
+        return
+    except asyncio.CancelledError:
+        if session.outgoing.closed or not stream.is_stopped:
+            raise
+        forget_cancellations()  # The client has stopped it.
+        for other in others:
+            with contextlib.suppress(PachinkoError, NoAnswer):
+                await _call(session, wanted, other, 0)
+        final = _encode(Sent("complete", wanted.id)).decode()
+    if final is None:
+        session.lose_stream(wanted.id)
+    else:
+        session.outgoing.put(Waiting({"type": "websocket.send", "text": final}))
+
+
+async def _pull(session: Session, wanted: Wanted, others: list[str]) -> str | None:
+    """Send items as the other process has them; return the final answer, or None if it is lost."""
+    failures = 0
+    while others:
+        try:
+            found = await _call(session, wanted, others[0], _PULL)
+        except (PachinkoError, NoAnswer):  # The broker is away there, or the process has gone.
+            failures += 1
+            if failures == _PULL_TRIES:
+                return None
+            await clock.sleep(_PULL_AGAIN)
+            continue
+        failures = 0
+        if found is None:
+            del others[0]
+            continue
+        for text in found["items"]:
+            await session.outgoing.send({"type": "websocket.send", "text": text})
+        wanted = attrs.evolve(wanted, number=wanted.number + len(found["items"]))
+        if found["final"] is not None:
+            return cast(str, found["final"])
+    return None
+
+
+async def _call(session: Session, wanted: Wanted, other: str, seconds: float) -> Any:
+    state, said = session.conn.hub.state, (*attrs.astuple(wanted), session.conn.user)
+    return await state.relay.call(other, "stream", "", msgspec.Raw(encode(said)), seconds)
+
+
+async def _stream_call(
+    registry: Registry, _: str, said: msgspec.Raw, seconds: float
+) -> dict[str, Any] | None:
+    """Answer `_call` in the process that has the stream. It is stopped if *seconds* are 0."""
+    kind = tuple[Id, str | None, int, list[str], str | None]
+    id, token, number, ids, user = msgspec.json.decode(said, type=kind)
+    wanted = Wanted(id, token, number, ids)
+    if (found := _find(registry, wanted, user)) is None:
+        return None
+    if seconds == 0:
+        found.stop()
+        return None
+    return await found.pull(wanted.id, wanted.number, seconds)
+
+
+PROCESS_CALLS["stream"] = _stream_call
+
 
 # ── session ───────────────────────────────────────────────────────────────────────────────────
 #
@@ -7347,7 +7803,7 @@ class Session(Answering):
     """What one connection does: the handler in progress, its streams, tasks and limits."""
 
     __slots__ = (
-        "_contexts", "_ended", "_life", "_streams", "ends", "incoming", "is_handling", "is_serving",
+        "_contexts", "_ended", "_life", "ends", "incoming", "is_handling", "is_serving",
     )  # fmt: skip
 
     def __init__(
@@ -7362,7 +7818,6 @@ class Session(Answering):
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
         self.is_serving: bool = False  # messages are handled
         self.ends: tuple[End, ...] = ()  # ends of connect handlers, in order
-        self._streams: dict[Id, Stream] = _NONE
         self._contexts: Contexts | None = None  # None if messages have no context of their own
         self._life: TimeLimit | None = None  # bounds the code in progress
         self._ended: float = 0.0  # when messages ceased to flow, on the loop's clock
@@ -7380,10 +7835,10 @@ class Session(Answering):
     def on_end(self) -> None:
         """Stop the streams; wake the reader, or give the handler in progress `linger` seconds."""
         task, self._ended = asyncio.current_task(), clock.time()
-        if self._streams:  # PERF: most connections have none.
-            for stream in tuple(self._streams.values()):
+        if self.streams:  # PERF: most connections have none.
+            for stream in tuple(self.streams.values()):
                 if task is None or stream.task is not task:  # A timer has no task.
-                    stream.stop()
+                    stream.leave()
         self._hub_state.end_work(self.conn.id)
         # Without a close code the server may hold frames from before the end.
         may_go_on = self.is_handling or self.outgoing.close_code is None
@@ -7428,12 +7883,59 @@ class Session(Answering):
         self._life = TimeLimit(when)
         return self._life
 
+    def greet(self) -> None:
+        """Read what the client has in ``?resume=`` of the handshake."""
+        if (text := resume_in(self.conn.req.query_string)) is not None:
+            value = read_json(text)
+            if (history := self._hub_state.history) is not None:
+                history.greet(self.conn, value, text == "message")
+            self._hub_state.returning[self.conn.id] = value
+
     async def resume(self, frame: Frame) -> None:
         """Note what the client says that it has, in a ``resume`` message, and answer its id."""
         if (history := self._hub_state.history) is not None:
             history.note(self.conn, frame.payload)
+        if self.is_serving:
+            go_on_streams(self, frame.payload)
+        else:
+            self._hub_state.returning[self.conn.id] = frame.payload
         if frame.id is not None:
             await self._send(_encode(Sent("resume.reply", frame.id)))
+
+    def welcome(self) -> None:
+        """Begin to resume, now that the client is in."""
+        if (history := self._hub_state.history) is not None and self.routes.snapshots:
+            history.welcome(self.conn)
+        if self.conn.id in self._hub_state.returning:
+            go_on_streams(self, self._hub_state.returning.pop(self.conn.id))
+
+    @property
+    def resumed(self) -> int:
+        """How many streams it has that are not among `tasks`."""
+        return sum(isinstance(stream, ResumableStream) for stream in self.streams.values())
+
+    def take_stream(self, id: Id, stream: Stream) -> None:
+        """Note that the client has a stream with this id."""
+        if not self.tasks and not self.streams:
+            self.tasks, self.streams = set(), {}
+        self.streams[id] = stream
+
+    def drop_stream(self, id: Id) -> None:
+        """Note that it has none with this id any more."""
+        if id in self.streams:
+            del self.streams[id]
+
+    def add_task(self, work: Coroutine[Any, Any, None], *, is_detached: bool = False) -> None:
+        """Run *work* in a task that ends with the connection."""
+        task = create_task(work, is_detached=is_detached)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def lose_stream(self, id: Id) -> None:
+        """Tell the client that a stream does not go on for it."""
+        self.drop_stream(id)
+        frame = error_frame(stream_lost(), id, self._hub_state.codec)
+        self.outgoing.put(Waiting(text_event(frame)))
 
     def fall_behind(self, outbox: Outbox) -> bool:
         """Do what `History.fall_behind` does, if anything is kept."""
@@ -7574,30 +8076,6 @@ class Session(Answering):
         self._contexts = contexts = self._contexts or Contexts()
         return contexts.run(work)
 
-    def _call(
-        self, handler: Handler, message: Received, stream: Stream | None = None, asks: bool = True
-    ) -> Awaitable[Any]:
-        """Call the handler, through the middleware. The items of a *stream* are sent."""
-        value = message.payload
-        if value is UNSET or not message.is_built:
-            if asks and handler.only is not None:
-                call = functools.partial(self._call, handler, message, stream, False)
-                return call_if_allowed(handler, self.conn, call)
-            value = handler.structure(value, self._hub_state.codec)
-        innermost: Callable[[], Any] = functools.partial(handler.call, self.conn, value)
-        if stream is not None:
-            reply = functools.partial(handler.reply, message.id, self._hub_state.codec, more=True)
-            innermost = functools.partial(stream.send_all, innermost, reply, self.outgoing.send)
-        middleware = self.routes.middleware
-        if self.routes.scopes:
-            middleware = middleware_of(around(self.routes, handler.type))
-        # No middleware sees a renewal, because its token is nobody else's business.
-        if not middleware or handler.type == "authenticate":
-            return cast("Awaitable[Any]", innermost())
-        payload = value if handler.defaults is None else {**handler.defaults, **value}
-        envelope = Envelope(handler.type, payload, message.id)
-        return call_through(middleware, self.conn, envelope, innermost)
-
     async def _perform_raw(self, function: Callable[..., Any], data: str | bytes) -> None:
         """Call the fallback or the binary handler, and send what it returns."""
         cls = str if isinstance(data, str) else bytes
@@ -7618,7 +8096,7 @@ class Session(Answering):
         frame = decode_or_error(text)  # PERF: decoding anew costs only those who send such text.
         type, id = (frame.type if isinstance(frame, Frame) else ""), frame.id
         if type == "complete":
-            if (stream := self._streams.get(cast(Id, id))) is not None:
+            if (stream := self.streams.get(cast(Id, id))) is not None:
                 stream.stop()
                 return  # The rate limit never refuses this, because it lessens the load.
             id = None  # The stream that it meant has had its final answer.
@@ -7655,44 +8133,25 @@ class Session(Answering):
         error, id = None, message.id
         if handler.streams and id is None:
             error = MessageError("id_required", f"{handler.type} is a stream, which needs an id")
-        elif handler.streams and id in self._streams:
+        elif handler.streams and id in self.streams:
             error, id = MessageError("id_in_use", f"a stream with the id {id!r} goes on"), None
-        elif len(self.tasks) >= self._limits.max_concurrent:
+        elif len(self.tasks) + self.resumed >= self._limits.max_concurrent:
             error = MessageError("too_busy", f"at most {self._limits.max_concurrent} at a time")
         if error is not None:
             await self._send_error(error, id, handler.type)
             return
-        if not self.tasks:
-            self.tasks, self._streams = set(), {}
+        if not self.tasks and not self.streams:
+            self.tasks, self.streams = set(), {}
+        if handler.resumable is not None:
+            Resumable(self, cast(Id, id), handler.resumable).start(handler, message)
+            return
         if handler.streams:
             stream = Stream(is_stopped=self.outgoing.closed)
-            self._streams[cast(Id, id)] = stream
-            work = self._stream(handler, message, stream)
+            self.streams[cast(Id, id)] = stream
+            work = self.run_stream(handler, message, stream)
         else:
             work = self._perform(handler, message, is_plain=False)
-        task = create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    async def _stream(self, handler: Handler, message: Received, stream: Stream) -> None:
-        """Run a stream to its end: exhausted, failed, stopped by the client, or disconnected."""
-        id = cast(Id, message.id)
-        try:
-            try:
-                result = await stream.run(lambda: self._call(handler, message, stream))
-            finally:  # The id is free before the final answer is on its way.
-                del self._streams[id]
-            if not (stream.is_stopped or stream.has_begun):
-                await self._answer(handler.type, id, result)  # A middleware has returned it.
-                return
-        except BaseException as exc:  # A bug is answered, not passed on.
-            was_stopped = stream.is_stopped and not self.outgoing.closed
-            if was_stopped:
-                forget_cancellations()
-            if not (was_stopped and isinstance(single(exc), asyncio.CancelledError)):
-                await self._fail(exc, handler.type, id)
-                return
-        await self._send(_encode(Sent("complete", id)))
+        self.add_task(work)
 
     async def finish(self) -> None:
         """End the tasks, run the disconnect handlers, forget the connection."""
@@ -7706,7 +8165,7 @@ class Session(Answering):
         if self.tasks or own:
             end, linger = self._ended + self._limits.linger, self._limits.linger
             tasks = {*own, *self.tasks}
-            steps.insert(0, functools.partial(end_tasks, tasks, own, self._streams, end, linger))
+            steps.insert(0, functools.partial(end_tasks, tasks, own, self.streams, end, linger))
         is_ending = await take_leave(steps, self.conn) if steps else current_task().cancelling()
         extra = {"connection_id": self.conn.id}
         logger.debug("disconnected: %s", self.outgoing.close_code, extra=extra)
@@ -7722,6 +8181,8 @@ class Session(Answering):
         self._hub_state.registry.remove(self.conn)
         if (history := self._hub_state.relay.history) is not None:
             history.forget(self.conn)
+        if self._hub_state.returning:
+            self._hub_state.returning.pop(self.conn.id, None)
 
     def release(self) -> None:
         """Let go of everything, however the connection has ended."""
@@ -8178,12 +8639,18 @@ class Lifecycle:
         sessions = [each for each in serving if each.outgoing.limits is self._limits]
         for session in sessions:
             session.outgoing.close(Close(1012, "the server shuts down"))
-        await self._hub.state.wait_for(sessions, *workers)
+        streams = set[asyncio.Task[None]]()
+        for stream in tuple(self._hub.state.registry.resumable.values()):
+            if stream.outgoing.limits is self._limits:
+                streams |= stream.tasks
+                stream.end()
+        await self._hub.state.wait_for(sessions, *workers, *streams)
 
     def _start(self) -> None:
         """Start once in each loop: with the lifespan, or else with the first connection."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
+            check_kept(self._routes.snapshots, self._hub.state.rules)
             contextvars.Context().run(hub_starter.get(), self)
             if self._hub.state.broker is None:
                 _warn_of_workers()
@@ -8268,6 +8735,39 @@ async def _keep_working(function: Callable[[], Awaitable[None]], name: str) -> N
             what, info = ("failed", exc) if not is_away(exc) else (f"failed: {exc}", None)
             logger.error("worker %s %s; again in %g s", name, what, backoff, exc_info=info)
         await clock.sleep(backoff)
+
+
+# ── assets ────────────────────────────────────────────────────────────────────────────────────
+#
+# The files of the folder client/, which stands beside the module in a checkout and in a wheel.
+
+_ASSETS = Path(__file__).with_name("client")
+
+
+class Asset:
+    """A file of ``client/`` as a Falcon resource, which has read it once."""
+
+    def __init__(self, name: str, media_type: str) -> None:
+        try:
+            self._data = (_ASSETS / name).read_bytes()
+        except OSError:
+            raise PachinkoError(
+                f"there is no {_ASSETS / name}: copy the folder client/ beside the module, or "
+                "install the package"
+            ) from None
+        self._media_type = media_type
+        self._etag = falcon.ETag(hashlib.sha256(self._data).hexdigest()[:32])
+
+    async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        """Send the file, or 304 to whoever has it (RFC 9110, 13.1.2). The address has no version."""
+        resp.cache_control, resp.etag = ["no-cache"], self._etag
+        known = req.if_none_match or ()
+        if "*" in known or self._etag in known:
+            resp.status = falcon.HTTP_304
+        else:
+            resp.content_type, resp.data = self._media_type, self._data
+
+    on_head = on_get  # Falcon leaves out the body.
 
 
 # ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
@@ -8389,6 +8889,9 @@ class Pachinko(Lifecycle):
         self._routes.set("authenticate", function, "authenticate", takes_guests=optional)
 
         async def again(conn: Connection, payload: Any) -> None:
+            if type(payload) is dict and "resume" in payload:
+                session = self._hub.state.serving[current_task()]
+                await session.resume(Frame("resume", None, payload["resume"]))
             if (token := token_of(payload)) is None:
                 wrong = {"path": "$.payload.token", "message": "expected str"}
                 raise invalid_payload("authenticate", [wrong])
@@ -8412,6 +8915,8 @@ class Pachinko(Lifecycle):
                 raise Close(UNAUTHENTICATED, "authentication failed")
             if is_guest:
                 await self._hub.state.reachable(conn)
+            if (history := self._hub.state.history) is not None and "resume" in payload:
+                history.note(conn, payload["resume"])
 
         parameter = inspect.Parameter("payload", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         renewal = Handler("authenticate", function, again, Any, parameter, None, None, False, False)
@@ -8420,6 +8925,7 @@ class Pachinko(Lifecycle):
     def on(
         self, type: str | type[Any], *, concurrent: bool = False,
         only: Callable[[Connection], bool | Awaitable[bool]] | None = None,
+        resumable: float | None = None,
     ) -> Callable[[F], F]:  # fmt: skip
         """Handle messages of *type*, a text or a class with ``@message``.
 
@@ -8427,8 +8933,12 @@ class Pachinko(Lifecycle):
         annotation. What it returns is the reply; an async generator is a stream. *concurrent* lets
         it run beside other handlers of the connection. *only*, ``def f(conn) -> bool``, async or
         not, says whether the client may send it. It is asked before anything is said about the
-        payload, and False is answered with the error ``forbidden``.
+        payload, and False is answered with the error ``forbidden``. *resumable*: seconds that a
+        stream goes on without its client, for one that comes back; then *conn* is the connection
+        that it was begun in.
         """
+        if resumable is not None and not (is_seconds(resumable) and resumable > 0):
+            raise PachinkoError(f"resumable is a number of seconds above 0, got {resumable!r}")
         name, cls = (type, None) if isinstance(type, str) else (message_type(type), type)
         if name is None:
             cure = (
@@ -8443,7 +8953,12 @@ class Pachinko(Lifecycle):
         def register(function: F) -> F:
             def add(self: Any) -> None:
                 handler = self._read_handler(name, function, namespaces, cls, concurrent)
-                self._add_checked(attrs.evolve(handler, only=only))
+                if resumable is not None and not handler.streams:
+                    raise PachinkoError(
+                        f"{place_of(function)} is no stream, and only a stream can be resumable: "
+                        "write `yield` instead of `return`"
+                    )
+                self._add_checked(attrs.evolve(handler, only=only, resumable=resumable))
 
             return self._register(function, add)
 
@@ -8549,13 +9064,16 @@ class Pachinko(Lifecycle):
         """
         if not isinstance(prefix, str):
             raise PachinkoError(f'write @ws.snapshot("room:"), the prefix of names; got {prefix!r}')
+        namespaces = caller_namespaces()
 
         def register(function: F) -> F:
-            example = f'@ws.snapshot("{prefix}")\nasync def state(conn, group): ...'
-            check_function(function, example, 2)
-            return self._register(
-                function, lambda self: self._routes.add_snapshot(whole(prefix), function)
-            )
+            def add(self: Any) -> None:
+                check_snapshot(function, prefix, namespaces)
+                self._routes.add_snapshot(whole(prefix), function)
+
+            if self._loop is not None:  # Else the start does it.
+                check_kept({whole(prefix): function}, self._hub.state.rules)
+            return self._register(function, add)
 
         return register
 
@@ -8669,6 +9187,18 @@ class Pachinko(Lifecycle):
             self._parts.setdefault(each, ())
         self._parts[other] += (prefix,)
 
+    def client(self, path: str) -> None:
+        """Serve the browsers' client, a JavaScript module, at *path*: ``"/pachinko.js"``.
+
+        Raises `PachinkoError` without an app, or without the folder ``client/`` beside the module.
+        """
+        if self._app is None or not (isinstance(path, str) and path.startswith("/")):
+            example = 'ws = Pachinko(app, "/ws")\nws.client("/pachinko.js")'
+            raise PachinkoError(
+                f"the client needs an app and a path; got {path!r}; write\n{example}"
+            )
+        self._app.add_route(path, Asset("pachinko.js", falcon.MEDIA_JS))
+
     async def on_websocket(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, /, **params: Any
     ) -> None:
@@ -8686,12 +9216,12 @@ class Pachinko(Lifecycle):
                 raise falcon.HTTPForbidden(description="pages of this origin may not connect")
             session = Session(self._hub, self._routes, self._limits, req, ws, params)
             state.enter(session)
-            if state.relay.history is not None:
-                state.relay.history.greet(session.conn)
+            if state.relay.history is not None or self._routes.has_resumable:
+                session.greet()
             try:
                 if await admit(session, self._subprotocols):
-                    if state.relay.history is not None:
-                        state.relay.history.welcome(session.conn)
+                    if state.relay.history is not None or state.returning:
+                        session.welcome()
                     await session.serve(welcome if self._routes.accepted else None)
             finally:
                 session.release()

@@ -32,6 +32,7 @@ import atexit
 import collections
 import concurrent.futures
 import contextlib
+import datetime
 import functools
 import hashlib
 import importlib.util
@@ -68,6 +69,7 @@ from msgspec import UNSET, UnsetType
 
 import pachinko
 from pachinko import (
+    NOWHERE,
     AnswerError,
     Backplane,
     Binary,
@@ -187,6 +189,9 @@ def look_at_result(task: asyncio.Task[Any]) -> None:
 
 _RULES = 60.0  # seconds that the rules outlast the last process that has them
 _FORGET = 86_400.0  # seconds that the position of a quiet group outlasts its messages, at least
+# An epoch becomes a part of JSON texts as it is. A peer message, which begins with a brace, has no
+# stamp.
+_STAMP = re.compile(rb"([\w.:-]{1,100}) (\d{1,19}) (\d{1,19})\n")
 
 
 class Stamp(NamedTuple):
@@ -240,14 +245,363 @@ def stamped(stamp: Stamp, data: bytes) -> bytes:
 
 def read_stamp(data: bytes) -> tuple[Stamp | None, bytes]:
     """Return the stamp, if there is one, and what is behind it."""
-    head, _, rest = data.partition(b"\n")
-    parts = head.split(b" ")
-    if head.startswith(b"{") or len(parts) != 3:
+    if (found := _STAMP.match(data)) is None:
         return None, data
-    epoch, number, previous = parts
-    if not (number.isdigit() and previous.isdigit()):
-        return None, data
-    return Stamp(epoch.decode(errors="replace"), int(number), int(previous)), rest
+    epoch, number, previous = found.groups()
+    return Stamp(epoch.decode(), int(number), int(previous)), data[found.end() :]
+
+
+# ── JetStream ─────────────────────────────────────────────────────────────────────────────────
+#
+# One stream of NATS has the kept messages of a namespace. It numbers and stores a message, and then
+# publishes it to the subject of its group, so that both have one order. The epoch is a part of the
+# stored subjects: a process that does not know that the stream was made anew cannot store anything.
+
+_JS_PATIENCE = 10.0  # seconds for one answer, since reads wait for each other
+_JS_READS = 4  # at a time: while the server reads, it takes nothing else from this connection
+_BATCH_SIZE = 1_048_576  # bytes of messages in the answer to one read
+_BEGINS = 0.01  # seconds until a stream that was made is perhaps active
+_RAISING = 2**53  # a mark above all numbers
+_NO_JETSTREAM = (None, 10039, 10076)  # codes: nobody answers, or it is off for this account
+_NOT_NOW = 10008  # the code of a cluster that has no leader
+_NO_STREAM, _NAME_TAKEN, _OVERLAP, _NOT_THE_LAST = 10059, 10058, 10065, 10071
+_FULL = re.compile(r"resource|bytes exceeded")
+_NOBODY = "503"  # the status of the reply if nobody takes what was published
+
+
+class Reply(NamedTuple):
+    """A message of NATS, to an inbox of ours."""
+
+    status: str  # "" if there is none
+    headers: Mapping[str, str]
+    data: bytes
+
+    @property
+    def number(self) -> int:
+        return int(self.headers["Nats-Sequence"])
+
+    @property
+    def time(self) -> float:
+        return _time(self.headers["Nats-Time-Stamp"])
+
+
+class StreamGone(ConnectionError):
+    """The stream is not there any more, or another one is, and nothing was stored or read."""
+
+
+class Ask(typing.Protocol):
+    """Publishes a question and returns the replies. Raises `PachinkoError` without the rights."""
+
+    async def __call__(
+        self, subject: str, data: bytes = ..., headers: dict[str, str] | None = ...,
+        is_batch: bool = ...,
+    ) -> list[Reply]: ...  # fmt: skip
+
+
+def read_headers(data: bytes) -> tuple[str, dict[str, str]]:
+    """Return the status, or "", and the headers of a message."""
+    first, *lines = data.decode(errors="replace").split("\r\n")
+    return first[9:12], dict(line.split(": ", 1) for line in lines if ": " in line)
+
+
+def stamp_of(headers: Mapping[str, str]) -> Stamp | None:
+    """Return the stamp of a message that our stream has published, or None for another one."""
+    with contextlib.suppress(KeyError, ValueError):
+        _, _, epoch, _ = headers["Nats-Subject"].split(".")
+        return Stamp(epoch, int(headers["Nats-Sequence"]), int(headers["Nats-Last-Sequence"]))
+    return None
+
+
+def _time(text: str) -> float:
+    return datetime.datetime.fromisoformat(text).timestamp()
+
+
+def _max_age(seconds: float) -> int:
+    """Return nanoseconds. A position outlasts the messages, so that quiet groups keep theirs."""
+    return min(int((seconds + _FORGET) * 1e9), 2**62)
+
+
+def _settings_of(namespace: str, epoch: str) -> dict[str, Any]:
+    """Return the part of a stream's configuration that has to be as it is.
+
+    Messages go in the order of their age only, since nobody may delete one: that tells what is
+    missing.
+    """
+    kept = f"{namespace}.h.{epoch}.*"
+    return {
+        "subjects": [kept, f"{namespace}.k.>"], "retention": "limits", "allow_direct": True,
+        "deny_delete": True, "deny_purge": True,
+        "republish": {"src": kept, "dest": f"{namespace}.g.{{{{wildcard(1)}}}}"},
+    }  # fmt: skip
+
+
+class Stream:
+    """A stream, as the server has described it."""
+
+    def __init__(self, namespace: str, described: dict[str, Any]) -> None:
+        """Raises `PachinkoError` if the stream is not like ours."""
+        self.config: dict[str, Any] = described["config"]
+        self.name: str = self.config["name"]
+        self.epoch: str = [*"".join(self.config.get("subjects", [])[:1]).split("."), "", ""][2]
+        for key, value in _settings_of(namespace, self.epoch).items():
+            if self.config.get(key) != value:
+                raise PachinkoError(
+                    f"the stream {self.name} of NATS has {key} = {self.config.get(key)!r}, and not "
+                    f"{value!r}: delete it (nats stream rm {self.name}), and it is made as it has "
+                    "to be"
+                )
+        self.messages: float = self.config["max_msgs_per_subject"] - 1
+        if self.messages < 0:  # It has no limit.
+            self.messages = math.inf
+        # Messages up to this number were perhaps dropped when fewer of a subject were kept.
+        self.mark = int(self.config.get("metadata", {}).get("pachinko-mark", 0))
+        state = described["state"]
+        self.first: int = state["first_seq"]
+        self.top: int = state["last_seq"]
+        self.count: int = sum(state.get("subjects", {}).values())  # of the subject asked for
+        self.ahead: float = _time(described["ts"]) - pachinko.clock.time()
+
+    def subject(self, subject: str) -> str:
+        """Return the subject that has the messages to a group's *subject*."""
+        namespace, _, token = subject.split(".")
+        return f"{namespace}.h.{self.epoch}.{token}"
+
+    def has_room(self, messages: int, seconds: float) -> bool:
+        """Tell whether it keeps so much of each subject."""
+        age = self.config["max_age"] or math.inf
+        return self.messages >= messages and age >= _max_age(seconds) and self.mark < _RAISING
+
+    def changed(self, messages: int, seconds: float) -> dict[str, Any]:
+        """Return the configuration that is the next step to have room.
+
+        While more messages begin to be kept, and the mark is above all numbers, some are dropped.
+        Later the mark is what was the top after that.
+        """
+        mark, limit = self.mark, self.config["max_msgs_per_subject"]
+        if mark == _RAISING:
+            mark = self.top
+        elif messages > self.messages:
+            mark, limit = _RAISING, messages + 1
+        age = self.config["max_age"] and max(self.config["max_age"], _max_age(seconds))
+        metadata = {**self.config.get("metadata", {}), "pachinko-mark": str(mark)}
+        return {
+            **self.config, "max_msgs_per_subject": limit, "max_age": age, "metadata": metadata,
+        }  # fmt: skip
+
+
+class JetStream:
+    """The `Store` of a `Nats`. It outlasts the connections by which it can *ask*."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self._stream: Stream | None = None  # as this connection has seen it
+        self._rules = 0, 0.0  # the most messages and seconds of any rule
+        self._latest = "", 0  # the epoch and number of the latest message
+        self._turn = asyncio.Lock()
+        self._reads = asyncio.Semaphore(_JS_READS)
+
+    def forget(self) -> None:
+        """Look at the stream before it is used again."""
+        self._stream = None
+
+    def note(self, epoch: str, number: int) -> None:
+        """Note a message that was stored."""
+        if epoch != self._latest[0] or number > self._latest[1]:
+            self._latest = epoch, number
+
+    async def keep(self, subject: str, data: bytes, window: Window) -> None:
+        await self._try(subject, window.messages, window.seconds, self._store, subject, data)
+
+    async def past(self, subject: str, count: int, after: int = 0) -> Past:
+        return await self._try(subject, count, 0.0, self._read, subject, count, after)
+
+    async def _try(
+        self, subject: str, messages: int, seconds: float,
+        work: Callable[Concatenate[Stream, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs,
+    ) -> T:  # fmt: skip
+        """Do *work* with a stream; with a new one if the stream turns out to be gone."""
+        for is_last in (False, True):
+            stream = await self._open(subject.partition(".")[0], messages, seconds)
+            try:
+                return await work(stream, *args, **kwargs)
+            except BaseException as exc:
+                self.forget()  # After a time-out: someone may listen to what is no longer stored.
+                if is_last or not isinstance(exc, StreamGone):
+                    raise
+        raise AssertionError("unreachable")
+
+    async def _store(self, stream: Stream, subject: str, data: bytes) -> None:
+        [reply] = await self._ask(stream.subject(subject), data)
+        self.note(stream.epoch, _number_of(reply))
+
+    async def _read(self, stream: Stream, subject: str, count: int, after: int) -> Past:
+        kept, epoch = stream.subject(subject), stream.epoch
+        [last] = await self._ask(f"$JS.API.DIRECT.GET.{stream.name}.{kept}")
+        top = 0 if last.status else last.number
+        if top and (not count or top <= after):
+            return Past(epoch, top, top, [])
+        async with self._reads:
+            # The order counts: what is described is not newer than the messages that are read.
+            now = await self._describe(subject.partition(".")[0], kept)
+            if now is None or now.epoch != epoch:
+                raise StreamGone("the stream was made anew")
+            found = await self._messages(now, kept, after + 1, top) if top or now.count else []
+        last_found = found[-1].number if found else now.top
+        if last_found < top:
+            raise StreamGone("the stream has changed, or a replica is late")
+        floor = now.first - 1
+        if max(now.count, len(found)) > now.messages:
+            floor = found[0].number
+        elif found:
+            floor = max(floor, min(found[0].number, now.mark))
+        if len(found) < now.count:  # There are older ones, which would have been dropped first.
+            floor = after
+        age = now.ahead + pachinko.clock.time()
+        entries = [
+            Entry(each.number, max(0.0, age - each.time), each.data)
+            for each in found if each.number > floor
+        ]  # fmt: skip
+        return Past(epoch, last_found, max(floor, min(after, last_found)), entries)
+
+    async def _messages(self, stream: Stream, kept: str, start: int, top: int) -> list[Reply]:
+        """Return the messages from number *start* on, up to *top* at least."""
+        found = list[Reply]()
+        while True:
+            wanted = {
+                "seq": start, "next_by_subj": kept, "batch": 1000, "max_bytes": _BATCH_SIZE,
+            }  # fmt: skip
+            name = f"$JS.API.DIRECT.GET.{stream.name}"
+            *some, end = await self._ask(name, encode(wanted), is_batch=True)
+            if end.status == _NOBODY:
+                raise StreamGone("the stream is gone")
+            if not end.status:  # NATS before 2.11 sends one message at a time.
+                some.append(end)
+            found += some
+            if not some or some[-1].number >= top:
+                return found
+            start = some[-1].number + 1
+
+    async def agree(self, key: str, value: bytes, seconds: float) -> bytes:
+        """Do what `Store.agree` says. The values are rules, which tell how much is to be kept."""
+        namespace, _, rest = key.partition(".")
+        subject = f"{namespace}.k.{rest}"
+        if not value:  # Who keeps nothing asks one question, whatever the server is.
+            [reply] = await self._ask(f"$JS.API.DIRECT.GET.{namespace}-kept.{subject}")
+            if reply.status:
+                return b""
+        self._learn(value)
+        has = await self._try(subject, 0, 0.0, self._agree, subject, value, seconds)
+        self._learn(has)
+        await self._open(namespace, 0, 0.0)
+        return has
+
+    async def _agree(self, stream: Stream, subject: str, value: bytes, seconds: float) -> bytes:
+        while True:
+            [reply] = await self._ask(f"$JS.API.DIRECT.GET.{stream.name}.{subject}")
+            has, number = b"", 0
+            if not reply.status:
+                lasts, _, has = reply.data.partition(b" ")
+                number = reply.number
+                if reply.time + float(lasts) <= stream.ahead + pachinko.clock.time():
+                    has = b""
+            if not value or (has and has != value):
+                return has
+            headers = {"Nats-Expected-Last-Subject-Sequence": str(number)}
+            [reply] = await self._ask(subject, b"%f %b" % (seconds, value), headers)
+            if _number_of(reply):
+                return value
+
+    def _learn(self, rules: bytes) -> None:
+        with contextlib.suppress(msgspec.MsgspecError):
+            windows = msgspec.json.decode(rules, type=dict[str, tuple[int, float, int]]).values()
+            most, longest, _ = zip(*windows, strict=True)
+            self._rules = max(most), max(longest)
+
+    async def _open(self, namespace: str, messages: int, seconds: float) -> Stream:
+        """Return the stream. Makes it, or lets it keep more, if that is needed."""
+        messages, seconds = max(messages, self._rules[0]), max(seconds, self._rules[1])
+        async with self._turn:
+            while self._stream is None or not self._stream.has_room(messages, seconds):
+                self._stream = None
+                name = f"{namespace}-kept"
+                stream = await self._describe(namespace)
+                if stream is None:
+                    config = {
+                        **_settings_of(namespace, secrets.token_hex(4)), "name": name,
+                        "storage": "file", "max_msgs_per_subject": messages + 1,
+                        "max_age": _max_age(seconds), "num_replicas": 1,
+                    }  # fmt: skip
+                    await self._call(f"STREAM.CREATE.{name}", config, _NAME_TAKEN)
+                elif self._has_lost_some(stream):
+                    await self._call(f"STREAM.DELETE.{name}", None, _NO_STREAM)
+                elif not stream.has_room(messages, seconds):
+                    changed = stream.changed(messages, seconds)
+                    await self._call(f"STREAM.UPDATE.{name}", changed, _NO_STREAM)
+                elif await self._is_active(stream, namespace):
+                    self._stream = stream
+                else:
+                    await asyncio.sleep(_BEGINS)
+            return self._stream
+
+    async def _is_active(self, stream: Stream, namespace: str) -> bool:
+        """Tell whether *stream* takes messages and reads: it is described before it does."""
+        subject = f"{namespace}.k.nothing"
+        replies = await asyncio.gather(
+            self._ask(subject, headers={"Nats-Expected-Stream": "none"}),  # It is not stored.
+            self._ask(f"$JS.API.DIRECT.GET.{stream.name}.{subject}"),
+        )
+        return all(reply.status != _NOBODY for [reply] in replies)
+
+    def _has_lost_some(self, stream: Stream) -> bool:
+        """Tell whether the numbers of *stream* go back: after a power cut, or from a backup."""
+        epoch, number = self._latest
+        is_alone = stream.config["num_replicas"] == 1  # A new leader may take a while to know all.
+        return is_alone and stream.epoch == epoch and stream.top < number
+
+    async def _describe(self, namespace: str, subject: str = "") -> Stream | None:
+        """Return the stream as it is now, with the number of messages to *subject*."""
+        wanted = {"subjects_filter": subject} if subject else None
+        described = await self._call(f"STREAM.INFO.{namespace}-kept", wanted, _NO_STREAM)
+        return None if "error" in described else Stream(namespace, described)
+
+    async def _call(self, call: str, wanted: object, expected: int) -> dict[str, Any]:
+        """Call the API of JetStream. Raises `PachinkoError` but for the *expected* error."""
+        [reply] = await self._ask(f"$JS.API.{call}", encode(wanted) if wanted else b"")
+        answer: dict[str, Any] = {"error": {"err_code": None}}
+        if reply.status != _NOBODY:
+            answer = msgspec.json.decode(reply.data)
+        if "error" in answer and answer["error"].get("err_code") != expected:
+            raise _refusal(answer["error"], "made a stream")
+        return answer
+
+
+def _number_of(reply: Reply) -> int:
+    """Return the number of a message that was stored; 0 if another one was before it."""
+    if reply.status == _NOBODY:
+        raise StreamGone("the stream is gone")
+    answer = msgspec.json.decode(reply.data)
+    if "error" not in answer:
+        return int(answer["seq"])
+    if answer["error"].get("err_code") == _NOT_THE_LAST:
+        return 0
+    raise _refusal(answer["error"], "stored a message")
+
+
+def _refusal(error: dict[str, Any], what: str) -> Exception:
+    """Return what to raise for an *error* of JetStream."""
+    code, why = error.get("err_code"), error.get("description", "")
+    if code in _NO_JETSTREAM:
+        return PachinkoError(
+            "groups are kept by JetStream, which this NATS server does not have: start it as "
+            "nats-server -js -sd /var/lib/nats"
+        )
+    if code == _NOT_NOW:
+        return ConnectionError(why)
+    if code == _OVERLAP:
+        why += ": another stream has subjects of this namespace, see nats stream ls --subject"
+    if _FULL.search(why):
+        why += ": the storage is full; give max_file_store more, or keep less (hub.keep)"
+    return PachinkoError(f"NATS has not {what}: {why}")
 
 
 # ── NATS ──────────────────────────────────────────────────────────────────────────────────────
@@ -258,8 +612,8 @@ def read_stamp(data: bytes) -> tuple[Stamp | None, bytes]:
 
 _BUCKET = "pachinko-leases"
 _REQUEST = 1.2  # seconds for the answer of JetStream, less than the caller waits
-_NO_JETSTREAM = (None, 10039, 10076)  # codes: nobody answers, or it is off for this account
 _NO_RIGHTS = re.compile(r'"(\$js\.api|\$kv|_inbox)\.')
+_numbers = itertools.count(1)  # of questions
 
 
 def _client_class() -> Any:
@@ -274,16 +628,22 @@ def _client_class() -> Any:
         full. Here a slow `deliver` makes the broker wait, and it disconnects a client that is slow.
         """
 
-        def __init__(self, deliver: Deliver, lost: Lost) -> None:
+        def __init__(
+            self, deliver: Deliver, lost: Lost,
+            answer: Callable[[str, bytes, bytes], bool], stamp: Callable[[bytes, bytes], bytes],
+        ) -> None:  # fmt: skip
             super().__init__()
-            self.deliver, self.lost = deliver, lost
+            self.deliver, self.lost, self.answer, self.stamp = deliver, lost, answer, stamp
 
         async def _process_msg(
-            self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
+            self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None
         ) -> None:
-            if subject.startswith(b"_INBOX."):  # It answers a request of nats-py, for a lease.
-                return await super()._process_msg(sid, subject, reply, data, headers)
-            await self.deliver(subject.decode(), bytes(data))
+            name, data = subject.decode(), bytes(data)
+            if name.startswith("_INBOX."):  # It answers us, or a request of nats-py, for a lease.
+                if not self.answer(name, data, headers or b""):
+                    await super()._process_msg(sid, subject, reply, data, headers)
+                return
+            await self.deliver(name, self.stamp(data, headers) if headers else data)
 
         async def _process_op_err(self, e: Exception) -> None:
             self.lost(e)  # nats-py calls its callbacks only if it closes without an error
@@ -309,6 +669,27 @@ def _client_class() -> Any:
     return OrderedClient
 
 
+@attrs.define(eq=False)
+class Question:
+    """What was published to get replies."""
+
+    subject: str  # in lower case, as in the refusals
+    is_batch: bool  # whether there may be several
+    replies: list[Reply] = attrs.Factory(list)
+    answer: asyncio.Future[list[Reply]] = attrs.Factory(
+        lambda: asyncio.get_running_loop().create_future()
+    )
+
+    def end(self, failure: Exception | None = None) -> None:
+        """Let the asker go on, if it still waits."""
+        if self.answer.done():
+            return
+        if failure is None:
+            self.answer.set_result(self.replies)
+        else:
+            self.answer.set_exception(failure)
+
+
 class Nats:
     """A `Backplane` on NATS, by nats-py."""
 
@@ -330,6 +711,10 @@ class Nats:
         self._client: Any = None
         self._subscriptions: dict[str, Any] = {}
         self._bucket: Any = None  # It holds the leases, once it was opened.
+        self._jetstream = JetStream(self._ask)
+        self._inbox = ""  # the prefix of the subjects for replies; "" if not subscribed yet
+        self._inbox_turn = asyncio.Lock()
+        self._questions: dict[str, Question] = {}  # by the subject for their replies
         self._refusals: list[str] = []  # permission errors, each for one message
         self._round_trip: asyncio.Task[None] | None = None  # the next one, shared by new calls
         self._round_trips: set[asyncio.Task[None]] = set()
@@ -356,30 +741,93 @@ class Nats:
                 errors.append(exc)
             elif '(sid "' in text:  # a subscription that was permitted until now
                 tell(exc)
-            else:
+            elif not self._refuse(text):
                 self._refusals.append(text)  # the connection goes on
 
         async def closed() -> None:
             tell(errors[-1] or client.last_error)
 
-        self._subscriptions, self._round_trip, self._bucket = {}, None, None
+        self._subscriptions, self._round_trip, self._bucket, self._inbox = {}, None, None, ""
         self._refusals.clear()
-        self._client = client = self._class(deliver, tell)
+        self._jetstream.forget()
+        self._client = client = self._class(deliver, tell, self._answer, self._stamp)
         try:
             await client.connect(server, error_cb=failed, closed_cb=closed, **self._settings)
         except Exception as exc:  # whatever nats-py raises
             raise errors[-1] or exc  # noqa: B904 - its "no servers available" hides why
 
     async def publish(self, subject: str, data: bytes) -> None:
+        await self._client_for(data).publish(subject, data)
+        await self._processed()
+        self._check_permitted("publish", subject)
+
+    def _client_for(self, data: bytes) -> Any:
+        """Return the client. Raises `PachinkoError` if *data* is too long for the server."""
         client = self._connected()
         if len(data) > client.max_payload:
             raise PachinkoError(
                 f"the NATS server takes messages of at most {client.max_payload} bytes "
                 f"(max_payload), this one has {len(data)}"
             )
-        await client.publish(subject, data)
-        await self._processed()
-        self._check_permitted("publish", subject)
+        return client
+
+    async def keep(self, subject: str, data: bytes, window: Window) -> None:
+        await self._jetstream.keep(subject, data, window)
+
+    async def past(self, subject: str, count: int, after: int = 0) -> Past:
+        return await self._jetstream.past(subject, count, after)
+
+    async def agree(self, key: str, value: bytes, seconds: float) -> bytes:
+        return await self._jetstream.agree(key, value, seconds)
+
+    async def _ask(
+        self, subject: str, data: bytes = b"", headers: dict[str, str] | None = None,
+        is_batch: bool = False,
+    ) -> list[Reply]:  # fmt: skip
+        """Do what `Ask` says. Replies are taken in one order with the messages to groups."""
+        client = self._client_for(data)
+        async with self._inbox_turn:
+            if not self._inbox:
+                inbox = f"_INBOX.{secrets.token_hex(8)}"
+                try:
+                    await self.subscribe(f"{inbox}.*")
+                except PachinkoError as exc:
+                    raise _no_rights_to_keep(exc) from None
+                self._inbox = inbox
+        name = f"{self._inbox}.{next(_numbers)}"
+        question = Question(subject.lower(), is_batch)
+        self._questions[name] = question
+        try:
+            await client.publish(subject, data, name, headers)
+            async with asyncio.timeout(_JS_PATIENCE):
+                return await question.answer
+        finally:
+            del self._questions[name]
+
+    def _answer(self, name: str, data: bytes, headers: bytes) -> bool:
+        """Take a reply. Returns False if it is not for us."""
+        if not self._inbox or not name.startswith(self._inbox):
+            return False
+        if (question := self._questions.get(name)) is not None:
+            reply = Reply(*read_headers(headers), data)
+            question.replies.append(reply)
+            if not question.is_batch or reply.status or "Nats-Num-Pending" not in reply.headers:
+                question.end()
+        return True
+
+    def _stamp(self, data: bytes, headers: bytes) -> bytes:
+        """Return *data* behind its stamp, if a stream of ours has published it."""
+        if (stamp := stamp_of(read_headers(headers)[1])) is None:
+            return data
+        self._jetstream.note(stamp.epoch, stamp.number)
+        return stamped(stamp, data)
+
+    def _refuse(self, refusal: str) -> bool:
+        """Fail the questions that the server does not permit. Returns whether there were some."""
+        asked = [each for each in self._questions.values() if f'"{each.subject}"' in refusal]
+        for each in asked:
+            each.end(_no_rights_to_keep(refusal))
+        return bool(asked)
 
     async def subscribe(self, subject: str) -> None:
         self._subscriptions[subject] = subscription = await self._connected().subscribe(subject)
@@ -458,6 +906,8 @@ class Nats:
 
     async def stop(self) -> None:
         client, self._client = self._client, None
+        for question in self._questions.values():
+            question.end(ConnectionError("the connection has been lost"))
         if client is None:
             return
         try:
@@ -503,6 +953,13 @@ class Nats:
         await client.flush(timeout=60)  # the callers give up earlier
 
 
+def _no_rights_to_keep(refusal: object) -> PachinkoError:
+    return PachinkoError(
+        "keeping groups needs further rights in NATS: to publish to $JS.API.>, and to subscribe to "
+        f"_INBOX.> ({refusal})"
+    )
+
+
 def _nats_settings(broker: Broker) -> dict[str, Any]:
     """Return the settings for nats-py that the URL has. Raises `PachinkoError`."""
     settings: dict[str, Any] = {}
@@ -536,6 +993,7 @@ def _nats_settings(broker: Broker) -> dict[str, Any]:
 # redis-py, `PubSub` and pipelines, takes 1.4 to 2 times the CPU time for a message.
 
 
+_TIDY = 100  # messages between two times to forget quiet subjects, ten times as many at most
 # A lease has its holder's token as value. To give it up is to keep it for a millisecond.
 _TAKE = """
 local owner = redis.call('GET', KEYS[1])
@@ -543,8 +1001,90 @@ if owner and owner ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
-_NO_RIGHT = re.compile(r"ACL failure|can't run this command|can't access")
+_NO_RIGHT = re.compile(r"ACL failure|can't (run this command|access|publish)")
+# Three kinds of keys hold what is kept, all in one slot by their hash tag, the namespace:
+# - `{namespace}.kept`, a hash, has *n*, the number of the latest message, and what `_LIFE` reads.
+# - `….tops`, a sorted set, has the number of the latest message to each subject. A subject that has
+#   been quiet for a day may be missing; it then has no message with a number above *floor*. A day
+#   later *mark* becomes the floor. The member "" shows that the set was not evicted.
+# - `….<life>.<subject>`, a stream, expires with its messages. An id is a number and a time, and the
+#   only field of an entry is named by the number of the message before it.
+# A *life* ends when the hash or the set is lost. An epoch also ends with the server's history of
+# replication, by a failover or a restart, because messages that had numbers may be missing then.
+_LIFE = """
+local replid = string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
+if not replid then return redis.error_reply('ERR no master_replid') end
+local tops, subject, time = KEYS[1] .. '.tops', ARGV[1], redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local top = redis.call('ZSCORE', tops, subject)
+local has = redis.call('HMGET', KEYS[1], 'replid', 'epoch', 'life', 'floor', 'mark', 'since')
+local was, epoch, life, floor, mark, since = unpack(has)
+local is_lost = not life or not (top or redis.call('ZSCORE', tops, ''))
+if is_lost or was ~= replid then
+  epoch = string.sub(redis.sha1hex(replid .. time[1] .. '.' .. time[2]), 1, 8)
+  redis.call('HSET', KEYS[1], 'replid', replid, 'epoch', epoch)
+end
+if is_lost then
+  life, floor, mark, since, top = epoch, 0, 0, now, false
+  redis.call('ZREMRANGEBYRANK', tops, 0, -1)
+  redis.call('ZADD', tops, '-inf', '')
+  redis.call('HSET', KEYS[1], 'life', life, 'floor', floor, 'mark', mark, 'since', since, 'n', 0)
+end
+local stream = KEYS[1] .. '.' .. life .. '.' .. subject
+"""
+_KEEP = f"""{_LIFE}
+local n = redis.call('HINCRBY', KEYS[1], 'n', 1)
+if n % (ARGV[5] or {_TIDY}) == 0 then
+  if now - since > ARGV[4] + {_FORGET * 1000:.0f} then
+    floor = mark
+    redis.call('HSET', KEYS[1], 'floor', mark, 'mark', n - 1, 'since', now)
+  end
+  local quiet = math.min(redis.call('ZCOUNT', tops, '-inf', floor), {_TIDY * 10})
+  redis.call('ZREMRANGEBYRANK', tops, 1, quiet - 1)
+end
+redis.call('ZADD', tops, n, subject)
+redis.call('XADD', stream, 'MAXLEN', ARGV[3], n .. '-' .. now, top or floor, ARGV[2])
+redis.call('PEXPIRE', stream, ARGV[4])
+redis.call('PUBLISH', subject, epoch .. ' ' .. n .. ' ' .. (top or 0) .. '\\n' .. ARGV[2])
+"""
+_PAST = f"""{_LIFE}
+local last = {{}}
+if ARGV[2] ~= '0' then last = redis.call('XREVRANGE', stream, '+', '-', 'COUNT', ARGV[2]) end
+return {{epoch, tonumber(top or mark), tonumber(top or floor), now, last}}
+"""
+_AGREE = """
+local has = redis.call('GET', KEYS[1]) or ''
+if ARGV[1] == '' or has ~= '' and has ~= ARGV[1] then return has end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return ARGV[1]
+"""
+_STORE_RIGHTS = (
+    "+eval +evalsha +info +time +get +set +hmget +hset +hincrby +zscore +zadd +zcount "
+    "+zremrangebyrank +xadd +xrevrange +pexpire +publish"
+)
+_ADVICE = {  # by what the error says
+    "nknown": "they need Redis 5.0 or later, or Valkey, with all its commands",
+    "read only replica": "this is a replica, give the address of the primary",
+    "master_replid": "this server does not say when another one takes its place",
+    "maxmemory": "its memory is full, raise maxmemory",
+}
 _CANCEL_AGAIN = 0.5  # seconds that a task may clean up before it is cancelled once more
+
+
+@functools.cache
+def _digest(script: str) -> str:
+    """Return the name of *script* in the server's cache."""
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+
+
+def _slot_of(subject: str) -> str:
+    """Return the beginning of all keys for the namespace of *subject*."""
+    return f"{{{subject.partition('.')[0]}}}."
+
+
+def _milliseconds(seconds: float) -> str:
+    """Return *seconds* as Redis takes them: at least a millisecond, at most 30,000 years."""
+    return str(max(1, int(min(seconds, 1e12) * 1000)))
 
 
 class RedisConnection:
@@ -575,6 +1115,7 @@ class RedisConnection:
         return await reply
 
     def cancel(self) -> None:
+        self._failure = self._failure or ConnectionResetError("not connected")
         for task in self._tasks:
             task.cancel()
 
@@ -625,6 +1166,7 @@ class Redis:
     """A `Backplane` on Redis, by redis-py."""
 
     def __init__(self, broker: Broker) -> None:
+        import redis.exceptions
         from redis.asyncio.connection import ConnectionPool
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
@@ -644,7 +1186,7 @@ class Redis:
                 f"redis-py takes another option in a {broker.scheme}:// URL: "
                 f"{without_secrets(exc, broker)}"
             ) from None
-        self._pool = pool
+        self._pool, self._errors = pool, redis.exceptions
         self._connections: list[RedisConnection] = []
         self._counts_all = True
         self._ending: asyncio.Task[None] | None = None
@@ -697,24 +1239,64 @@ class Redis:
 
     async def lease(self, key: str, token: str, seconds: float) -> bool:
         """Take or renew the lease *key* for *token*, or give it up, as `Lease.request` says."""
-        from redis.exceptions import NoPermissionError, ResponseError
+        what, rights = "a worker with once=True", f"~{key.rpartition('.')[0]}.* +eval +get +set"
+        run = self._run(what, rights, "EVAL", _TAKE, "1", key, token, _milliseconds(seconds))
+        return bool(await run and seconds)
 
+    async def keep(self, subject: str, data: bytes, window: Window) -> None:
+        await self._keep(subject, data, window)
+
+    async def _keep(self, subject: str, data: bytes, window: Window, *tidy: str) -> None:
+        bounds = str(window.messages), _milliseconds(window.seconds)
+        await self._store(_KEEP, _slot_of(subject), "kept", subject, data, *bounds, *tidy)
+
+    async def past(self, subject: str, count: int) -> Past:
+        found = await self._store(_PAST, _slot_of(subject), "kept", subject, str(count))
+        epoch, top, floor, now, last = found
+        entries = list[Entry]()
+        for id, (previous, data) in reversed(last):
+            number, sent = map(int, id.split(b"-"))
+            floor = floor if entries else int(previous)
+            entries.append(Entry(number, (now - sent) / 1000, data))
+        return Past(epoch.decode(), top, floor if count else top, entries)
+
+    async def agree(self, key: str, value: bytes, seconds: float) -> bytes:
+        if value:  # This tells now what would otherwise be told at the first message.
+            await self._keep(key, b"", Window(1, 1.0, 1), "1")
+            await self.past(key, 1)
+        name, bounds = key.partition(".")[2], (value, _milliseconds(seconds))
+        has: bytes = await self._store(_AGREE, _slot_of(key), name, *bounds)
+        return has
+
+    async def _store(self, script: str, slot: str, name: str, *args: str | bytes) -> Any:
+        """Run *script* for the key *name*. Raises `PachinkoError` for what Redis refuses."""
+        run = functools.partial(self._run, "hub.keep()", f"~{slot}* {_STORE_RIGHTS}")
+        try:
+            try:
+                return await run("EVALSHA", _digest(script), "1", slot + name, *args)
+            except self._errors.NoScriptError:
+                return await run("EVAL", script, "1", slot + name, *args)
+        except self._errors.ResponseError as exc:
+            found = (advice for sign, advice in _ADVICE.items() if sign in str(exc))
+            advice = next(found, "it says")
+            raise PachinkoError(f"Redis keeps no messages: {advice} ({exc})") from None
+
+    async def _run(self, what: str, rights: str, *command: str | bytes) -> Any:
+        """Run a script. Raises `PachinkoError` if *what* is done without having the *rights*."""
         if not self._counts_all:
             raise PachinkoError(
-                "a worker with once=True needs a single Redis server, or NATS: this is a Redis "
-                "Cluster, whose nodes do not share their keys"
+                f"{what} needs a single Redis server, or NATS: this is a Redis Cluster, whose "
+                "nodes do not share their keys"
             )
-        milliseconds = str(max(1, int(seconds * 1000)))
         try:
-            held = await self._publishing.call("EVAL", _TAKE, "1", key, token, milliseconds)
-        except ResponseError as exc:
-            if isinstance(exc, NoPermissionError) or _NO_RIGHT.search(str(exc)):
+            return await self._publishing.call(*command)
+        except self._errors.ResponseError as exc:
+            is_refused = isinstance(exc, self._errors.NoPermissionError)
+            if is_refused or _NO_RIGHT.search(str(exc)):
                 raise PachinkoError(
-                    f"a worker with once=True needs further rights in Redis: ACL SETUSER app "
-                    f"~{key.rpartition('.')[0]}.* +eval +get +set ({exc})"
+                    f"{what} needs further rights in Redis: ACL SETUSER app {rights} ({exc})"
                 ) from None
             raise
-        return bool(held and seconds)
 
     async def stop(self) -> None:
         if self._ending is not None:
@@ -760,6 +1342,12 @@ class SimulatedBroker:
     def restore(self) -> None:
         """Accept connections again. Those who wait for that connect at once."""
         self.is_there.set()
+
+    def flush(self) -> None:
+        """Forget what is kept, and begin another epoch. Connections stay."""
+        self.epoch, self.numbers = secrets.token_hex(4), itertools.count(1)
+        self.kept.clear()
+        self.values.clear()
 
 
 class SimulatedConnection:
@@ -891,7 +1479,7 @@ class Link:
         self, backplane: Backplane, broker: Broker | None,
         deliver: Deliver, restored: Callable[[str | None], None],
         essential: Sequence[str], beat: Pack, process: str,
-        opened: Callable[[], Awaitable[None]],
+        opened: Callable[[], Awaitable[None]] | None = None,
     ) -> None:  # fmt: skip
         self._backplane, self._broker, self._opened = backplane, broker, opened
         self._name = str(broker) if broker is not None else type(backplane).__name__
@@ -1128,8 +1716,9 @@ class Link:
                     raise result
                 else:
                     self._note_subscribed(subject)
-        async with asyncio.timeout(_CONNECT):
-            await self._opened()
+        if self._opened is not None:
+            async with asyncio.timeout(_CONNECT):
+                await self._opened()
 
     def _begin(self) -> None:
         """Let everybody go on who has waited for a session."""
@@ -1382,9 +1971,8 @@ class PeerMessage(msgspec.Struct, omit_defaults=True):
     """``send`` or ``close``: to the receivers, or the one in ``to``; ``who``: to the processes
     with members of a group, ``whose``: to those with connections of a user, both answered with
     ``here``; ``call``: to the process of a connection, answered with ``done``; ``beat``: to the
-    sender itself, as a sign of life; ``sync``: to nobody, behind all that was sent before;
-    ``rules``: to all, as the rules of kept groups have changed. Older processes refuse these two,
-    and a ``call``."""
+    sender itself, as a sign of life; ``rules``: to all, with those of kept groups. Older processes
+    refuse these, and a ``call``."""
     source: str = msgspec.field(name="from")  # the process that sends
     session: int = 0  # the number of the sender's session with the broker
     n: int = 0  # the message's number in its process
@@ -1413,10 +2001,10 @@ _CROSSING: dict[str, type[Exception]] = {
 class Call(msgspec.Struct, array_like=True):
     """The frame of a ``call``: one of `pachinko.CALLS`, and its arguments."""
 
-    method: Literal["join", "leave", "ask"]
+    method: Literal["join", "leave", "ask", "stream"]
     name: bytes  # the group, or the type of the question; JSON could not carry any text
-    frame: msgspec.Raw = msgspec.Raw()  # the question, for clients
-    seconds: Annotated[float, msgspec.Meta(gt=0)] = 10.0  # to wait for its answer
+    frame: msgspec.Raw = msgspec.Raw()  # the question, for clients; or what stream is wanted
+    seconds: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # to wait for its answer, or for items
 
 
 class Done(msgspec.Struct, omit_defaults=True):
@@ -1524,9 +2112,10 @@ def read_call(frame: bytes) -> tuple[Any, ...]:
         name = call.name.decode(errors="surrogatepass")
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
         raise Refused(f"not a call of ours: {exc}") from None
-    if call.method != "ask":
+    if call.method in ("join", "leave"):
         return call.method, name
-    check_carried(bytes(call.frame), None)
+    if call.method == "ask":
+        check_carried(bytes(call.frame), None)
     return call.method, name, call.frame, call.seconds
 
 
@@ -1556,33 +2145,108 @@ def done_with(exc: Exception, process: str) -> Done:
 
 # ── archive ───────────────────────────────────────────────────────────────────────────────────
 #
-# The archive has the rings of the kept groups with members in this process. They are filled by the
-# feed, which comes anyway; the broker is asked for what was before that, or is missing in it.
+# The archive has the rings of the kept groups with members in this process. The feed fills them,
+# which comes anyway. The broker is asked for what is before that, and for what was missed.
 
 _READS = 32  # groups whose past is read at a time
 _AGAIN = 1.0  # seconds before a read that has failed is tried again
+_BEGUN_A_TURN = 256  # members that begin in one turn of the loop, when they have waited
+
+
+class Arrived(NamedTuple):
+    """A kept message that has come by the feed, or was read."""
+
+    stamp: Stamp
+    frame: bytes
+    excluded: Sequence[str]
+    age: float = 0.0  # seconds
+
+
 _decode_rules = msgspec.json.Decoder(dict[str, tuple[int, float, int]]).decode
 
 
+def write_rules(rules: Mapping[str, Window]) -> bytes:
+    """Return *rules* as all processes write them, so that equal ones are equal bytes."""
+    return encode({
+        prefix: (rule.messages, float(rule.seconds), rule.bytes)
+        for prefix, rule in sorted(rules.items())
+    })  # fmt: skip
+
+
+def read_rules(data: bytes) -> Mapping[str, Window]:
+    """Return the rules in *data*, none in an empty one. Raises `PachinkoError`."""
+    try:
+        return {key: Window(*rule) for key, rule in _decode_rules(data or b"{}").items()}
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
+        raise PachinkoError(
+            f"the broker keeps groups by rules of another version of Pachinko ({exc}): update this "
+            "process, or give it a namespace of its own: hub.configure(namespace=...)"
+        ) from None
+
+
 class BrokerRings(Rings):
-    """The rings of a process. Their numbers come from the broker."""
+    """The rings of a process. A group has numbers, and an epoch, once one of the broker's is known.
+
+    A group whose broker has begun anew keeps its old epoch until something tells so.
+    """
 
     def __init__(self, rules: Mapping[str, Window], limit: int) -> None:
         super().__init__(rules, limit)
-        self.epoch: str = ""  # Nobody knows it yet.
-        self.tops: dict[str, int] = {}  # numbers of the latest messages, of groups that are ready
-        self.whole: set[str] = set()  # groups of which all is known that the broker has
+        self.tops: dict[str, Position] = {}  # All messages up to here have come.
+        # Where those began to listen who joined before the top was known.
+        self._starts: dict[str, Position] = {}
+        self._whole: set[str] = set()  # groups whose ring has all that the broker has
 
     def is_ready(self, group: str, position: Position | None) -> bool:
-        if group not in self.tops or position is None or position.epoch != self.epoch:
-            return group in self.tops
+        top = self.tops.get(group)
+        if top is None or position is None or position == NOWHERE:
+            return top is not None
+        is_past = position.epoch == top.epoch and position.number <= top.number
         floor = self._rings[group].floor
-        return position.number <= self.tops[group] and (
-            position.number >= floor or group in self.whole
-        )
+        return is_past and (position.number >= floor or group in self._whole)
+
+    def epoch_of(self, group: str) -> str:
+        return self.tops[group].epoch
 
     def top_of(self, group: str) -> Position:
-        return Position(self.epoch, self.tops.get(group, 0))
+        return self.tops.get(group, NOWHERE)
+
+    def start_of(self, group: str) -> Position:
+        return self._starts[group]
+
+    def begin(self, group: str, window: Window, top: Position, is_lost: bool) -> None:
+        """Begin the ring of *group* anew, behind *top*; what was before *is_lost*, or is not."""
+        self.close(group)
+        self.tops[group] = top
+        self.open(group, window, top.number)
+        self._starts.setdefault(group, NOWHERE if is_lost else top)
+
+    def take(self, group: str, message: Arrived) -> Kept:
+        """Keep the next message to *group*."""
+        self.tops[group] = Position(message.stamp.epoch, message.stamp.number)
+        return self._put(group, message)
+
+    def _put(self, group: str, message: Arrived) -> Kept:
+        when = pachinko.clock.time() - message.age
+        return self.put(group, message.frame, message.stamp.number, when, message.excluded)
+
+    def fill(self, group: str, floor: int, older: Iterable[Arrived]) -> None:
+        """Put *older* messages, all behind the number *floor*, before those in the ring."""
+        ring = self._rings[group]
+        super().close(group)
+        self.open(group, ring.window, min(floor, ring.floor), ring.limited)
+        for message in older:
+            if message.stamp.number <= ring.floor:
+                self._put(group, message)
+        for kept in ring.messages:
+            self.append(group, kept)
+        self._whole.add(group)
+
+    def resize(self, group: str, window: Window) -> None:
+        """Let *group* have another window, as the rules have changed."""
+        if group in self._rings:
+            self._rings[group].window = window
+        self._whole.discard(group)
 
     def _end(self, ring: pachinko.Ring) -> None:
         """Keep the ring, although it is empty, while the group has a member."""
@@ -1590,25 +2254,28 @@ class BrokerRings(Rings):
     def close(self, group: str) -> None:
         super().close(group)
         self.tops.pop(group, None)
-        self.whole.discard(group)
+        self._whole.discard(group)
 
-
-class Arrived(NamedTuple):
-    """A kept message that has come by the feed."""
-
-    stamp: Stamp
-    frame: bytes
-    excluded: Sequence[str]
-    time: float = 0.0  # when it came, on the library's clock
+    def forget(self, group: str) -> None:
+        """Forget *group*, as its last member has left."""
+        self.close(group)
+        self._starts.pop(group, None)
 
 
 @attrs.define(eq=False)
 class Feed:
     """What comes to a kept group with members in this process."""
 
-    held: list[Arrived] = attrs.Factory(list)  # what has come while the past is read
+    window: Window
+    # Members that wait for a read.
+    waiting: collections.deque[tuple[pachinko.Cursor, Position | None]] = attrs.Factory(
+        collections.deque
+    )
     is_reading: bool = False
     is_due: bool = False  # The past is to be read, once more.
+    # Something is missing between the top and what comes. What comes now is in the next past.
+    is_behind: bool = False
+    held: list[Arrived] | None = None  # what has come since the read of a feed that is behind began
     lost: Reason | None = None  # why members have missed something for good
 
 
@@ -1617,72 +2284,96 @@ class Archive:
 
     def __init__(
         self, store: Store, link: Link, history: History, registry: Registry,
-        subject: Callable[[str], str], sync: Callable[[str], Awaitable[object]],
+        subject: Callable[[str], str], sync: Callable[[], Awaitable[object]],
         start_work: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:  # fmt: skip
-        """*sync* returns when all that was sent to a group before has come."""
+        """*sync* returns when what the broker has sent to this process until now has come."""
         self._store, self._link, self._history, self._registry = store, link, history, registry
         self._subject, self._sync, self._start_work = subject, sync, start_work
         self._rings = cast(BrokerRings, history.rings)
         self._feeds: dict[str, Feed] = {}
         self._turns = asyncio.Semaphore(_READS)
+        self._is_failing = False  # The log says so.
         history.start(registry)
-        history.fetch = self.read
+        history.fetch = self._fetch
+        self.use(self._rings.rules)
+
+    def use(self, rules: Mapping[str, Window]) -> None:
+        """Keep groups by *rules* from now on. One that is no longer kept has a ring to its end."""
+        self._rings.rules = rules
+        for group in self._registry.groups:
+            window = self._rings.window_of(group)
+            if group not in self._feeds:
+                self.add(group)
+            elif window is not None:
+                self._feeds[group].window = window
+                self._rings.resize(group, window)
 
     def add(self, group: str) -> None:
         """Note the first member of *group*."""
-        if self._rings.window_of(group) is not None:
-            self._feeds[group] = Feed()
+        if (window := self._rings.window_of(group)) is not None:
+            self._feeds[group] = Feed(window)
             self.read(group)
 
     def remove(self, group: str) -> None:
         """Note that the last member of *group* has left."""
         if self._feeds.pop(group, None) is not None:
-            self._rings.close(group)
+            self._rings.forget(group)
 
-    def knows(self, group: str) -> bool:
-        """Tell whether *group* is kept, and has members here."""
-        return group in self._feeds
+    def _fetch(self, cursor: pachinko.Cursor, position: Position | None) -> None:
+        """Let *cursor* begin at *position* when the past was read."""
+        self._feeds[cursor.group].waiting.append((cursor, position))
+        self.read(cursor.group)
 
     async def take(self, group: str, message: Arrived) -> None:
         """Take a message from the feed; deliver it now, or behind what is missing before it."""
-        feed, stamp = self._feeds.get(group), message.stamp
+        feed = self._feeds.get(group)
         if feed is None:
-            return await self._deliver(group, _framed(message), message.excluded)
-        if stamp.epoch != self._rings.epoch:
-            self._begin_epoch(stamp.epoch)
-        top = self._rings.tops.get(group)
-        message = message._replace(time=pachinko.clock.time())
-        if feed.is_reading or top is None or stamp.previous > top:
+            await self._deliver(group, framed(message), message.excluded)
+        elif feed.held is not None:
             feed.held.append(message)
-            self.read(group)
-        elif stamp.number > top:
-            await self._deliver(group, self._put(group, message), message.excluded)
+        elif not feed.is_behind:
+            await self._take(group, feed, message, is_read=False)
+
+    async def _take(self, group: str, feed: Feed, message: Arrived, is_read: bool) -> None:
+        """Deliver the next message. The past before it *is_read* already, or is not."""
+        if self._feeds.get(group) is not feed:
+            return
+        stamp, top = message.stamp, self._rings.top_of(group)
+        if stamp.epoch != top.epoch:
+            self._begin(group, feed, Position(stamp.epoch, stamp.previous), "epoch")
+        elif stamp.previous > top.number:
+            if not is_read:
+                feed.is_behind = True
+                self.read(group)
+                return
+            self._begin(group, feed, Position(stamp.epoch, stamp.previous), "broker")
+        elif stamp.number <= top.number:
+            return
+        await self._deliver(group, self._rings.take(group, message), message.excluded)
 
     async def _deliver(
         self, group: str, frame: bytes | pachinko.Waiting, excluded: Collection[str]
     ) -> None:
         await self._registry.deliver(Kind.GROUP, group, frame, excluded)
 
-    def _put(self, group: str, message: Arrived) -> Kept:
-        self._rings.tops[group] = message.stamp.number
-        return self._rings.put(
-            group, message.frame, message.stamp.number, message.time, message.excluded
-        )
+    def _begin(self, group: str, feed: Feed, top: Position, reason: Reason) -> None:
+        """Begin the ring of *group* behind *top*. What was known before ends for that *reason*."""
+        is_known = group in self._rings.tops
+        lost, feed.lost = (reason if is_known else feed.lost), None
+        self._rings.begin(group, feed.window, top, lost is not None)
+        if lost is not None:
+            self._history.lose(group, lost)
 
-    def _begin_epoch(self, epoch: str) -> None:
-        """Forget what was known under another epoch."""
-        is_first, self._rings.epoch = not self._rings.epoch, epoch
-        for group, feed in self._feeds.items() if not is_first else ():
-            feed.lost = "epoch"
-            feed.held.clear()
-            self._rings.close(group)
-            self.read(group)
-
-    def restored(self, group: str | None) -> None:
-        """Read what was missed of *group*, or of all, while the broker was away."""
-        for each in tuple(self._feeds) if group is None else [group]:
-            self.read(each)
+    def restored(self, group: str) -> bool:
+        """Read what members of *group* have missed; return whether it is kept."""
+        if (feed := self._feeds.get(group)) is None:
+            return False
+        feed.is_behind, feed.held = True, None
+        if group not in self._rings.tops:  # Nobody knows where its members have been.
+            feed.lost = "broker"
+        self.read(group)
+        return True
 
     def read(self, group: str) -> None:
         """Begin to read what the ring of *group* lacks."""
@@ -1696,84 +2387,83 @@ class Archive:
         try:
             while feed.is_due and self._feeds.get(group) is feed:
                 feed.is_due = False
-                try:
-                    async with self._turns:
-                        await self._read(group, feed)
-                except Exception as exc:  # whatever the library raises
-                    if not self._link.is_connected:
-                        return  # `restored` is called when it is back.
-                    logger.warning("%r was not read: %s", group, self._link.reason(exc))
-                    feed.is_due = True
-                    await pachinko.clock.sleep(_AGAIN)
+                async with self._turns:
+                    await self._read(group, feed)
+                self._is_failing = False
+        except Exception as exc:  # whatever the library raises
+            # While the broker is away, nothing is logged here. `restored` reads at once.
+            if self._link.is_connected and not self._is_failing:
+                self._is_failing = True
+                text = "%r was not read: %s; trying again"
+                logger.warning(text, group, self._link.reason(exc))
+            when = pachinko.clock.time() + _AGAIN
+            pachinko.clock.call_at(when, self._read_again, group, feed)
         finally:
-            feed.is_reading = False
+            feed.is_reading, feed.held = False, None
+
+    def _read_again(self, group: str, feed: Feed) -> None:
+        if self._feeds.get(group) is feed and self._link.is_connected:
+            self.read(group)
 
     async def _read(self, group: str, feed: Feed) -> None:
         """Read the past of *group*, deliver what was missed, and let those go on who wait."""
-        rings, window = self._rings, self._rings.window_of(group)
-        if window is None:  # The rules have changed.
-            return
-        is_whole = group in rings.tops or any(at for _, at in self._history.unready.get(group, ()))
-        past = await self._store.past(self._subject(group), window.messages if is_whole else 0)
-        await self._sync(group)
+        subject = self._subject(group)
+        await self._link.subscribed(subject)  # What is sent after the past comes by the feed.
+        session, before = self._link.session, self._rings.top_of(group)
+        count, is_whole = len(feed.waiting), feed.is_behind or any(at for _, at in feed.waiting)
+        feed.held = [] if feed.is_behind else None
+        with pachinko.WaitLimit(pachinko.clock.time() + _BROKER_WAIT):
+            past = await self._store.past(subject, feed.window.messages if is_whole else 0)
+            await self._sync()
         if self._feeds.get(group) is not feed:
             return
-        if past.epoch != rings.epoch:
-            self._begin_epoch(past.epoch)
-        before = rings.tops.get(group)
-        if before is not None and past.floor > before:
-            feed.lost = "broker"
-        missed = self._fill(group, feed, window, past, is_whole)
-        lost, feed.lost = feed.lost, None
-        if lost is not None:
-            self._history.lose(group, lost)
-        for kept in missed if lost is None else ():
-            await self._deliver(group, kept, kept.excluded)
-        self._history.fetched(group)
-        while feed.held:
-            arrived = feed.held.pop(0)
-            if arrived.stamp.previous > rings.tops[group]:
-                feed.held.insert(0, arrived)
-                feed.is_due = True
-                return
-            if arrived.stamp.number > rings.tops[group]:
-                await self._deliver(group, self._put(group, arrived), arrived.excluded)
-
-    def _fill(
-        self, group: str, feed: Feed, window: Window, past: Past, is_whole: bool
-    ) -> list[Kept]:
-        """Make the ring of *group* anew; return what its members have not got."""
-        before, now = self._rings.tops.get(group, math.inf), pachinko.clock.time()
-        held, feed.held = feed.held, []
-        new = {each.stamp.number for each in held}
-        found = {entry.number: read_kept(group, entry, past.epoch, now) for entry in past.entries}
-        found.update({each.stamp.number: each for each in held})
-        # Without entries, the ring begins where the feed does.
-        floor = past.floor if is_whole else min([past.top, *(h.stamp.previous for h in held)])
-        self._rings.close(group)
-        self._rings.open(group, window, floor)
+        epoch = self._rings.top_of(group).epoch
+        if session != self._link.session or epoch not in (past.epoch, before.epoch):
+            feed.is_due = True  # What was read is out of date.
+            return
+        if epoch != past.epoch:
+            self._begin(group, feed, Position(past.epoch, past.top), "epoch")
         if is_whole:
-            self._rings.whole.add(group)
-        missed = list[Kept]()
-        for number, message in sorted(found.items()):
-            if message is not None:
-                kept = self._put(group, message)
-                missed += [kept] if number > before or number in new else []
-        self._rings.tops[group] = max([past.top, *found])
-        return missed
+            await self._use_past(group, feed, past)
+        await self._let_begin(feed, count)
+
+    async def _use_past(self, group: str, feed: Feed, past: Past) -> None:
+        """Deliver what was missed, and what came meanwhile, and fill the ring."""
+        rings, last = self._rings, Position(past.epoch, past.top)
+        found = [each for entry in past.entries if (each := read_kept(group, entry, past.epoch))]
+        if past.floor > rings.top_of(group).number:
+            self._begin(group, feed, last, "broker")
+        rings.fill(group, past.floor, found)
+        feed.held = held = feed.held or []
+        for message in found:
+            await self._take(group, feed, message, is_read=True)
+        if self._feeds.get(group) is feed and rings.top_of(group).number < past.top:
+            rings.tops[group] = last
+        while held and feed.held is held:
+            await self._take(group, feed, held.pop(0), is_read=True)
+        feed.is_behind, feed.held = feed.is_due, None
+
+    async def _let_begin(self, feed: Feed, count: int) -> None:
+        """Let the first *count* of those begin that wait, some in each turn of the loop."""
+        for n in range(count):
+            cursor, position = feed.waiting.popleft()
+            if self._history.is_current(cursor):
+                cursor.begin(position)
+            if n % _BEGUN_A_TURN == _BEGUN_A_TURN - 1:
+                await asyncio.sleep(0)
 
 
-def read_kept(group: str, entry: Entry, epoch: str, now: float) -> Arrived | None:
+def read_kept(group: str, entry: Entry, epoch: str) -> Arrived | None:
     """Return the message in *entry*, or None if it is none of ours."""
     with contextlib.suppress(Refused):
         message, frame = unpack(entry.data)
         check_carried(frame, group)
-        stamp = Stamp(epoch, entry.number, 0)
-        return Arrived(stamp, frame, message.exclude, now - entry.age)
+        return Arrived(Stamp(epoch, entry.number, 0), frame, message.exclude, entry.age)
     return None
 
 
-def _framed(message: Arrived) -> bytes:
+def framed(message: Arrived) -> bytes:
+    """Return the frame of *message* with its position."""
     at = Position(message.stamp.epoch, message.stamp.number)
     return pachinko.with_position(message.frame, at)
 
@@ -1796,6 +2486,7 @@ class Cluster(pachinko.Relay):
     """The `Relay` of an app with a broker."""
 
     history: History | None
+    has_others: bool = True
 
     def __init__(
         self, given: str | Backplane, namespace: str | None,
@@ -1870,11 +2561,19 @@ class Cluster(pachinko.Relay):
     async def past(self, group: str, count: int) -> tuple[Position, Sequence[str]]:
         if self.history is None or (window := self.history.rings.window_of(group)) is None:
             raise PachinkoError(f"the group {group!r} is not kept by the rules of the broker")
-        await self._link.connected()
         subject = subject_of(self._namespace, Kind.GROUP, group)
-        past = await cast(Store, self._store).past(subject, min(count, window.messages))
-        found = [read_kept(group, entry, past.epoch, 0.0) for entry in past.entries if count]
-        texts = [_framed(each).decode() for each in found if each and -each.time < window.seconds]
+        try:
+            async with asyncio.timeout(_BROKER_WAIT):
+                await self._link.connected()
+                past = await cast(Store, self._store).past(subject, min(count, window.messages))
+        except PachinkoError:
+            raise
+        except Exception as exc:  # whatever the library raises
+            why = self._link.reason(exc) or f"no answer within {_BROKER_WAIT:g} s"
+            text = f"the history of {group!r} was not read: {why}"
+            raise pachinko.BrokerAway(text) from None
+        found = [read_kept(group, entry, past.epoch) for entry in past.entries if count]
+        texts = [framed(each).decode() for each in found if each and each.age < window.seconds]
         return Position(past.epoch, past.top), texts[-count:]
 
     async def check_history(self) -> None:
@@ -1885,52 +2584,55 @@ class Cluster(pachinko.Relay):
         """Learn the rules of kept groups that the broker has; give it those of this process."""
         if self._store is None:
             return
-        own = encode({k: attrs.astuple(w) for k, w in sorted(self._own_rules.items())})
+        own = write_rules(self._own_rules) if self._own_rules else b""
         key = subject_of(self._namespace, "history", "rules")
         try:
-            rules = await self._store.agree(key, own if self._own_rules else b"", _RULES)
+            rules = await self._store.agree(key, own, _RULES)
+            windows = read_rules(rules)
         except PachinkoError as exc:
-            self._no_store = str(exc)
-            if self._own_rules:
+            if own and str(exc) != self._no_store:
                 logger.error("%s", exc)
+            self._no_store = str(exc)
             return
-        is_new, self._rules = rules != self._rules, rules
-        if is_new and rules:
-            windows = {key: Window(*window) for key, window in _decode_rules(rules).items()}
+        self._no_store = ""
+        if rules and rules != self._rules:
+            self._rules = rules
             self._use(windows)
-            if self._own_rules and rules != own:
+            if own and rules != own:
                 text = "the broker keeps groups by other rules, %s, which count, and not these: %s"
                 logger.error(text, rules.decode(), own.decode())
-            elif self._own_rules:
-                self._start_work(self._tell_rules())
+        if own and rules == own:  # Who was connected when the broker had none has to learn of them.
+            self._start_work(self._tell_rules())
 
     async def _tell_rules(self) -> None:
-        with contextlib.suppress(PachinkoError):  # Others ask when they connect, and now and then.
-            await self._publish(Kind.EVERYBODY, "all", "rules")
+        with contextlib.suppress(PachinkoError):  # Others ask when they connect.
+            await self._publish(Kind.EVERYBODY, "all", "rules", frame=self._rules)
 
     async def _keep_agreeing(self) -> None:
         while True:
             await pachinko.clock.sleep(_RULES / 3)
-            if self._link.is_connected:
-                try:
-                    await self._agree()
-                except Exception as exc:  # whatever the library raises
-                    logger.warning("rules were not renewed: %s", self._link.reason(exc))
+            await self._agree_again()
+
+    async def _agree_again(self) -> None:
+        """Do what `_agree` does, unless the broker is away: then it is done when it is back."""
+        if self._link.is_connected:
+            try:
+                await self._agree()
+            except Exception as exc:  # whatever the library raises
+                logger.warning("rules were not renewed: %s", self._link.reason(exc))
 
     def _use(self, rules: Mapping[str, Window]) -> None:
         """Keep groups by *rules* from now on."""
-        if self.history is not None:
-            self.history.rings.rules = rules
-        else:
-            self.history = History(BrokerRings(rules, self._history_bytes))
-        if self._archive is None:
-            self._archive = Archive(
-                cast(Store, self._store), self._link, self.history, self._registry,
-                functools.partial(subject_of, self._namespace, Kind.GROUP),
-                functools.partial(self._publish, Kind.GROUP, op="sync"), self._start_work,
-            )  # fmt: skip
-        for group in self._registry.groups:
-            self._archive.add(group)
+        if self._archive is not None:
+            self._archive.use(rules)
+            return
+        self.history = History(BrokerRings(rules, self._history_bytes))
+        self._archive = Archive(
+            cast(Store, self._store), self._link, self.history, self._registry,
+            functools.partial(subject_of, self._namespace, Kind.GROUP),
+            functools.partial(self._publish, Kind.CONNECTION, self.process, "beat"),
+            self._start_work,
+        )  # fmt: skip
 
     def subscribe(self, kind: Kind, name: str) -> None:
         self._link.subscribe(self._add_address(kind, name))
@@ -2106,7 +2808,7 @@ class Cluster(pachinko.Relay):
         if self._archive is not None:
             await self._archive.take(group, message)
         else:  # The rules are still to be learned.
-            await self._registry.deliver(Kind.GROUP, group, _framed(message), message.excluded)
+            await self._registry.deliver(Kind.GROUP, group, framed(message), message.excluded)
 
     async def _take(self, kind: Kind, name: str, message: PeerMessage, frame: bytes) -> None:
         """Do what *message* says. Raises `Refused`."""
@@ -2129,9 +2831,8 @@ class Cluster(pachinko.Relay):
         elif message.op == "done" and kind is Kind.CONNECTION:
             self._note_answer(message, read_done(frame))
         elif message.op == "rules" and kind is Kind.EVERYBODY:
-            self._start_work(self._agree())
-        elif message.op == "sync" and kind is Kind.GROUP:
-            pass  # Its sender waits until it has come back.
+            if frame != self._rules:
+                self._start_work(self._agree_again())
         else:
             raise Refused(f"{message.op!r} makes no sense here")
 
@@ -2202,25 +2903,21 @@ class Cluster(pachinko.Relay):
         """Begin to send each member a gap for each group. Called by the link after an outage."""
         registry = self._registry
         alone: list[pachinko.Receiver] = []  # connections in no group
+        restore = self._archive.restored if self._archive is not None else _is_not_kept
         if subject is None:
-            is_kept = self._archive.knows if self._archive is not None else {}.__contains__
             self._gaps = {
                 group: dict(members) for group, members in registry.groups.items()
-                if not is_kept(group)
+                if not restore(group)
             }  # fmt: skip
-            if self._archive is not None:
-                self._archive.restored(None)
             conns = registry.connections.values()
             alone = [conn.outgoing for conn in conns if not registry.groups_of(conn)]
         else:
             kind, name = self._addresses[subject]
             receivers = dict(registry.receivers(kind, name))
-            if kind is Kind.GROUP and self._archive is not None and self._archive.knows(name):
-                self._archive.restored(name)
-            elif kind is Kind.GROUP:
-                self._gaps[name] = receivers
-            else:
+            if kind is not Kind.GROUP:
                 alone = list(receivers.values())
+            elif not restore(name):
+                self._gaps[name] = receivers
         self._start_work(self._announce_all(alone))
 
     async def _announce_all(self, alone: list[pachinko.Receiver]) -> None:
@@ -2238,6 +2935,10 @@ class Cluster(pachinko.Relay):
         groups_of = self._registry.groups_of
         present = [outgoing for conn, outgoing in members if group in groups_of(conn)]
         await pachinko.Outgoing.fan_out(present, waiting_for(gap_of(group), group))
+
+
+def _is_not_kept(group: str) -> bool:
+    return False
 
 
 def backplane_of(broker: Broker) -> Backplane:

@@ -1,0 +1,1 @@
+"""Groups that NATS keeps: the stream of a namespace, and what becomes of it."""
