@@ -7326,15 +7326,14 @@ class Answering:
         "_hub_state", "_limits", "_rate", "conn", "outgoing", "routes", "streams", "tasks",
     )  # fmt: skip
 
-    def __init__(self, conn: Connection, routes: Routes) -> None:
+    def __init__(self, hub_state: HubState, conn: Connection, routes: Routes, limits: Limits) -> None:
         self.conn: Connection = conn
         self.routes: Routes = routes
         self.outgoing: Outgoing = conn.outgoing
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
         self.streams: dict[Id, Stream] = _NONE
-        self._hub_state, self._limits = conn.hub.state, conn.outgoing.limits
-        rate = self._limits.rate
-        self._rate = Rate(*rate) if rate is not None else None
+        self._hub_state, self._limits = hub_state, limits
+        self._rate = Rate(*limits.rate) if limits.rate is not None else None
 
     def _exceed_rate(
         self, event: Event, id: Id | None, type: str | None = None
@@ -7810,10 +7809,11 @@ class Session(Answering):
         self, hub: Hub, routes: Routes, limits: Limits,
         req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, params: dict[str, Any],
     ) -> None:  # fmt: skip
-        id = hub.state.process + os.urandom(_OWN_BYTES).hex()
+        state = hub.state
+        id = state.process + os.urandom(_OWN_BYTES).hex()
         receive, send = server_calls(ws)
-        outgoing = Outgoing(id, ws, send, limits, hub.state.counts, self)
-        super().__init__(Connection(hub, req, ws, params, id, outgoing), routes)
+        outgoing = Outgoing(id, ws, send, limits, state.counts, self)
+        super().__init__(state, Connection(hub, req, ws, params, id, outgoing), routes, limits)
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
         self.is_serving: bool = False  # messages are handled
@@ -9216,7 +9216,8 @@ class Pachinko(Lifecycle):
                 raise falcon.HTTPForbidden(description="pages of this origin may not connect")
             session = Session(self._hub, self._routes, self._limits, req, ws, params)
             state.enter(session)
-            if state.relay.history is not None or self._routes.has_resumable:
+            # PERF: most handshakes have no query.
+            if req.query_string and (state.relay.history or self._routes.has_resumable):
                 session.greet()
             try:
                 if await admit(session, self._subprotocols):
