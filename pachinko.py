@@ -5505,6 +5505,10 @@ class Resume:
     ids: frozenset[str]
     is_announced: bool = False  # The message that says so is still to come.
 
+    def take(self, group: str) -> Position | None:
+        """Return the position in *group* for a join, once. The client knows the name from JSON."""
+        return self.groups.pop(whole(group), None)
+
 
 def resume_in(query: str) -> str | None:
     """Return the value of ``resume`` in the raw *query* of a handshake (RFC 3986, 3.4), or None.
@@ -5721,7 +5725,7 @@ class History:
         resume = self._resumes[conn.id] = read_resume(value)
         for cursor in self._cursors(conn):
             if cursor.is_waiting:
-                cursor.join(resume.groups.pop(cursor.group, None), resume)
+                cursor.join(resume.take(cursor.group), resume)
 
     def note_within(self, conn: Connection, payload: Any) -> None:
         """Take what the payload of ``authenticate`` has beside the token."""
@@ -5755,7 +5759,7 @@ class History:
             is_ready = self.rings.is_ready(group, None)
             cursor = Cursor(self, conn, group, self.rings.top_of(group) if is_ready else None)
             self._registry.replace(group, conn, cursor)
-            cursor.join(resume.groups.pop(group, None) if resume else None, resume)
+            cursor.join(resume.take(group) if resume else None, resume)
 
     def _pin(self, conn: Connection, group: str) -> None:
         """Leave what waits for *conn* where it is: what follows does not continue it.
@@ -5764,10 +5768,10 @@ class History:
         """
         if (outbox := conn.outgoing.outbox) is not None:
             outbox.pin(group)
-            most = conn.outgoing.limits.outbox + len(self._registry.groups_of(conn))
-            if (free := len(outbox.queue) - outbox.pushed) > most:
-                if free > most + (_BATCH + 1) * len(self._cursors(conn)):
-                    conn.outgoing.evict()
+            free = len(outbox.queue) - outbox.pushed - conn.outgoing.limits.outbox
+            most = len(self._registry.groups_of(conn))
+            if free > most and free > most + (_BATCH + 1) * len(self._cursors(conn)):
+                conn.outgoing.evict()
 
     def begin(self, cursor: Cursor, position: Position | None) -> None:
         """Let a new member begin, now or when `fetch` has got what the rings lack."""
