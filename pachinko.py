@@ -7908,7 +7908,7 @@ class Session(Answering):
 
     def welcome(self) -> None:
         """Begin to resume, now that the client is in."""
-        if (history := self._hub_state.history) is not None and self.routes.snapshots:
+        if (history := self._hub_state.history) is not None:
             history.welcome(self.conn)
         if self.conn.id in self._hub_state.returning:
             go_on_streams(self, self._hub_state.returning.pop(self.conn.id))
