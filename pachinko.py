@@ -5515,8 +5515,6 @@ def resume_in(query: str) -> str | None:
 
     Falcon may split it at its commas.
     """
-    if "resume=" not in query:
-        return None
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
     return next((value for name, value in pairs if name == "resume"), None)
 
