@@ -7323,7 +7323,9 @@ class Answering:
         "_hub_state", "_limits", "_rate", "conn", "outgoing", "routes", "streams", "tasks",
     )  # fmt: skip
 
-    def __init__(self, hub_state: HubState, conn: Connection, routes: Routes, limits: Limits) -> None:
+    def __init__(
+        self, hub_state: HubState, conn: Connection, routes: Routes, limits: Limits
+    ) -> None:
         self.conn: Connection = conn
         self.routes: Routes = routes
         self.outgoing: Outgoing = conn.outgoing

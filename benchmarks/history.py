@@ -149,6 +149,12 @@ class Own:
         await asyncio.gather(*(call.end() for call in calls))
         return figures
 
+    async def end(self) -> None:
+        await asyncio.gather(*(call.end() for call in self.calls))
+        self.lifespan.inbox.append({"type": "lifespan.shutdown"})
+        self.lifespan.has_more.set()
+        await self.lifespan.task
+
 
 # ── beside others ─────────────────────────────────────────────────────────────────────────────
 
