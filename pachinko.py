@@ -5853,30 +5853,28 @@ def not_kept(group: str) -> PachinkoError:
 class Keeper(Relay):
     """The relay of an app with one process that keeps what is sent to some groups."""
 
-    history: History
-
     def __init__(self, history: History) -> None:
-        self.history = history
+        self.history = self._history = history
 
     def start(self, registry: Registry, process: str) -> None:
         """Do what `Relay.start` says."""
         super().start(registry, process)
-        self.history.start(registry)
+        self._history.start(registry)
 
     async def stop(self) -> None:
         """Do what `Relay.stop` says."""
-        self.history.rings.clear()
+        self._history.rings.clear()
 
     async def past(self, group: str, count: int) -> tuple[Position, Sequence[str]]:
         """Do what `Relay.past` says."""
-        rings = self.history.rings
+        rings = self._history.rings
         if rings.window_of(group) is None:
             raise not_kept(group)
         return rings.top_of(group), [kept.event["text"] for kept in rings.last(group, count)]
 
     def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
         """Do what `Relay.send` says, and keep what is sent to a kept group."""
-        rings, frame = self.history.rings, cast("bytes | Kept", data)
+        rings, frame = self._history.rings, cast("bytes | Kept", data)
         if kind is Kind.GROUP and (window := rings.window_of(name)) is not None:
             frame = rings.add(name, window, data, excluded)
         return self._registry.deliver(kind, name, frame, excluded)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import builtins
 from typing import Any
 
 import falcon
@@ -74,7 +73,7 @@ async def test_an_exception_is_answered_once(
             client = await sim.connect("/ws")
             await client.send(type, id=id)
             await sim.settle()
-            if type == "other" and answer == "done":
+            if type == "other" and str(raised).startswith("handled"):
                 assert client.received == []  # An error handler has no message to answer.
                 return
             envelope = await client.receive()

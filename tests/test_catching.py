@@ -664,6 +664,22 @@ async def test_a_message_may_say_it_after_the_handshake() -> None:
         assert seen(client)[-1] == 4
 
 
+async def test_a_message_does_not_move_who_catches_up_already() -> None:
+    """It is for the joins that come."""
+    async with world() as it:
+        at = await it.hub.position("r:1")
+        await it.say("r:1", 90)
+        client = await it.come(query={"groups": {"r:1": at}})
+        client.stall()
+        await it.hub.join("r:1", client.conn)
+        await client.send("resume", {"groups": {"r:1": "x.1", "r:2": "x.1"}})
+        await it.sim.settle()
+        await it.hub.join("r:2", client.conn)
+        client.resume()
+        await it.sim.settle()
+        assert seen(client) == [*range(1, 33), ("gap", "epoch"), *range(33, 91), ("resume", 90)]
+
+
 @pytest.mark.parametrize("payload", [pachinko.UNSET, *EMPTY], ids=repr)
 async def test_a_message_may_say_nothing(payload: Any) -> None:
     """Then all that waits is a first join, from when it was made."""
@@ -1239,6 +1255,65 @@ async def test_a_slow_member_is_told_what_was_lost() -> None:
         await it.say()
         await it.sim.settle()
         assert seen(client)[-2:] == [("gap", "broker"), 51]
+
+
+# What a ring does not know yet
+
+
+async def test_a_client_waits_for_its_ring() -> None:
+    """Where a broker has what is before it; whoever has left meanwhile gets nothing."""
+    is_ready, asked = False, list[str]()
+    async with world() as it:
+        history = it.hub.state.history
+        assert history is not None
+        history.fetch = asked.append
+        at = await it.hub.position("r:1")
+        await it.say()
+        with patch.object(pachinko.Rings, "is_ready", lambda *_: is_ready):
+            old = await it.come("r:1", query={"groups": {"r:1": at}})
+            await it.spend(1)
+            new, gone = await it.come("r:1", query={}), await it.come("r:1", query={})
+            late = await it.come("r:1", query={"resume": "message"})
+            await it.spend(1)
+            await it.hub.leave("r:1", gone.conn)
+            await it.say()
+            assert asked == ["r:1"] * 3
+            is_ready = True
+            await late.send("resume")
+            history.fetched("r:1")
+            history.fetched("r:2")
+            await it.sim.settle()
+        assert seen(old) == [1, 2, ("resume", 2)]
+        assert seen(new) == seen(late) == [2, ("resume", 1)]
+        assert seen(gone) == []
+
+
+async def test_a_first_join_that_had_to_wait_gets_the_state() -> None:
+    """And not what was sent before that: the state has it."""
+    hub, app = new_hub(), new_app()
+    hub.keep("r:")
+    ws = Pachinko(app, "/ws", hub=hub)
+
+    @pachinko.message("state")
+    class State:
+        at: str
+
+    @ws.snapshot("r:")
+    async def state(conn: Connection, group: str) -> State:
+        return State(await hub.position(group))
+
+    async with simulate(app) as sim:
+        client = await sim.connect("/ws", query={"resume": "message"})
+        await hub.join("r:1", client.conn)
+        await hub.send("r:1", "said", 1)
+        await client.send("resume")
+        await sim.settle()
+        await hub.send("r:1", "said", 2)
+        await sim.settle()
+        verdict, snapshot, said = client.received
+        assert (verdict.type, verdict.payload["replayed"], verdict.at) == ("resume", 0, None)
+        assert snapshot.type == "state" and snapshot.payload == {"at": snapshot.at}
+        assert said.payload == 2
 
 
 # A storm

@@ -80,6 +80,7 @@ def at(rings: Rings, number: int) -> Position:
 def is_empty(rings: Rings) -> bool:
     """Whether nothing is counted that is not there."""
     rings.clear()
+    rings.close("no such group")
     return not (rings._size or rings._full or rings._timers or rings._rings)
 
 
