@@ -108,7 +108,7 @@ STORED = {
     "_asgi_receive": "of Falcon's socket, whose queue is switched off",
 }
 
-MODULE_LINES = {"pachinko.py": 10_400, "pachinko_cluster.py": 2300}
+MODULE_LINES = {"pachinko.py": 10_400, "pachinko_cluster.py": 3500}
 SECTION_LINES = 450
 FUNCTION_LINES = 45
 
