@@ -4064,12 +4064,13 @@ class Rings:
         """Keep the frame *data* in the ring of *group*; return what is to be sent of it."""
         at = f"{self.epoch_of(group)}.{number}"  # PERF: no `Position`
         event = text_event(with_position(data, at))
-        ids = frozenset(excluded) if excluded else _NO_IDS
-        own: list[Any] = [event["text"], ids, *ids] if ids else [event["text"]]
+        ids, weight = _NO_IDS, _ENTRY_BYTES + sys.getsizeof(event["text"])
+        if excluded:
+            ids = frozenset(excluded)
+            weight += sum(map(sys.getsizeof, (ids, *ids)))
         kept = Kept(
-            event, None, len(data), group, number=number, time=time, excluded=ids,
-            weight=_ENTRY_BYTES + sum(map(sys.getsizeof, own)),
-        )  # fmt: skip
+            event, None, len(data), group, number=number, weight=weight, time=time, excluded=ids
+        )
         self.append(group, kept)
         return kept
 
@@ -5516,8 +5517,6 @@ def resume_in(query: str) -> str | None:
 
     Falcon may split it at its commas.
     """
-    if "resume=" not in query:
-        return None
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
     return next((value for name, value in pairs if name == "resume"), None)
 
@@ -7325,15 +7324,16 @@ class Answering:
         "_hub_state", "_limits", "_rate", "conn", "outgoing", "routes", "streams", "tasks",
     )  # fmt: skip
 
-    def __init__(self, conn: Connection, routes: Routes) -> None:
+    def __init__(
+        self, hub_state: HubState, conn: Connection, routes: Routes, limits: Limits
+    ) -> None:
         self.conn: Connection = conn
         self.routes: Routes = routes
         self.outgoing: Outgoing = conn.outgoing
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
         self.streams: dict[Id, Stream] = _NONE
-        self._hub_state, self._limits = conn.hub.state, conn.outgoing.limits
-        rate = self._limits.rate
-        self._rate = Rate(*rate) if rate is not None else None
+        self._hub_state, self._limits = hub_state, limits
+        self._rate = Rate(*limits.rate) if limits.rate is not None else None
 
     def _exceed_rate(
         self, event: Event, id: Id | None, type: str | None = None
@@ -7809,10 +7809,11 @@ class Session(Answering):
         self, hub: Hub, routes: Routes, limits: Limits,
         req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, params: dict[str, Any],
     ) -> None:  # fmt: skip
-        id = hub.state.process + os.urandom(_OWN_BYTES).hex()
+        state = hub.state
+        id = state.process + os.urandom(_OWN_BYTES).hex()
         receive, send = server_calls(ws)
-        outgoing = Outgoing(id, ws, send, limits, hub.state.counts, self)
-        super().__init__(Connection(hub, req, ws, params, id, outgoing), routes)
+        outgoing = Outgoing(id, ws, send, limits, state.counts, self)
+        super().__init__(state, Connection(hub, req, ws, params, id, outgoing), routes, limits)
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
         self.is_serving: bool = False  # messages are handled
@@ -9218,7 +9219,8 @@ class Pachinko(Lifecycle):
                 raise falcon.HTTPForbidden(description="pages of this origin may not connect")
             session = Session(self._hub, self._routes, self._limits, req, ws, params)
             state.enter(session)
-            if state.relay.history is not None or self._routes.has_resumable:
+            # PERF: most handshakes have no query.
+            if req.query_string and (state.relay.history or self._routes.has_resumable):
                 session.greet()
             try:
                 if await admit(session, self._subprotocols):
