@@ -8,8 +8,8 @@
  *     const total = await client.request("sum", { a: 1, b: 2 });
  *     for await (const n of client.stream("count", { to: 3 })) show(n);
  *
- * Groups that the server keeps go on where they were: what was missed comes, or a `gap` says that it
- * cannot. Importing this module does nothing.
+ * Groups that the server keeps go on where they were: what was missed comes, or a `gap` says that
+ * it cannot. Importing this module does nothing.
  */
 
 /**
@@ -444,8 +444,9 @@ class Client {
     const text = JSON.stringify(message), socket = this.#socket;
     const isOpen = this.#state === "open" && socket?.readyState === 1; // else it would vanish
     const size = isOpen ? 0 : new Blob([text]).size;
-    const waiting = this.#outbox.reduce((sum, each) => sum + each.size, socket?.bufferedAmount ?? 0);
-    const isFull = this.#outbox.length >= MOST_WAITING || waiting + size > MOST_BYTES;
+    const buffered = socket?.bufferedAmount ?? 0;
+    const total = this.#outbox.reduce((sum, each) => sum + each.size, buffered + size);
+    const isFull = this.#outbox.length >= MOST_WAITING || total > MOST_BYTES;
     if (isFull || this.#state === "closed") {
       if (call) this.#calls.delete(call.id);
       throw new Lost(false, isFull ? "the outbox is full" : "the client is closed");
@@ -576,7 +577,11 @@ class Client {
     return [...this.#calls.values()].filter((call) => this.#isResumable(call));
   }
 
-  /** Put all that into the address, and return true; or promise a message. @param {boolean} byMessage */
+  /**
+   * Put all that into the address, and return true; or promise a message there.
+   *
+   * @param {boolean} byMessage
+   */
   #announce(byMessage) {
     const resume = this.#resume(), text = JSON.stringify(resume);
     if (!resume) return true;
@@ -614,9 +619,10 @@ class Client {
     if (!storage || resume === false) return;
     const going = this.#streams().filter((call) => !call.stop);
     const streams = going.map(({ id, type, taken }) => ({ id, type, at: taken }));
-    const own = isHidden() ? { ids: this.#ids, streams } : {};
+    const groups = Object.fromEntries(this.#groups);
+    const note = isHidden() ? { groups, ids: this.#ids, streams } : { groups };
     try {
-      storage.setItem(this.#key, JSON.stringify({ groups: Object.fromEntries(this.#groups), ...own }));
+      storage.setItem(this.#key, JSON.stringify(note));
     } catch {
       // It is full, or access is denied: a reload begins anew.
     }
@@ -636,7 +642,7 @@ function isFinal(code, status) {
 
 /** Whether the server asks for patience. @param {number} code @param {number} status */
 function isBusy(code, status) {
-  return [1012, 1013].includes(code) || [408, 429].includes(status) || Math.floor(status / 100) === 5;
+  return [1012, 1013].includes(code) || [408, 429].includes(status) || /^5..$/.test(`${status}`);
 }
 
 /** @param {any} payload of an `error` */
