@@ -79,7 +79,8 @@ class Items {
   /** @type {unknown} */
   #error;
   #isOver = false;
-  #wake = () => {};
+  /** @type {((_?: undefined) => void)[]} */
+  #sleepers = []; // calls of `next` that wait
   /** @type {string | undefined} */
   #last;
   #call;
@@ -97,6 +98,10 @@ class Items {
     };
     call.done = () => this.#end();
     call.fail = (error) => this.#end(error);
+  }
+
+  #wake() {
+    for (const wake of this.#sleepers.splice(0)) wake();
   }
 
   /** @param {unknown} [error] */
@@ -118,10 +123,7 @@ class Items {
         if (error) throw error;
         return { value: undefined, done: true };
       }
-      const before = this.#wake;
-      await new Promise((wake) => {
-        this.#wake = () => (before(), wake(undefined)); // Several calls may wait.
-      });
+      await new Promise((wake) => this.#sleepers.push(wake));
     }
     const [value, at] = /** @type {[any, string | undefined]} */ (this.#waiting.shift());
     this.#last = at;
@@ -182,7 +184,7 @@ class Client {
     this.#address = new URL(url, globalThis.location?.href);
     this.#address.protocol = this.#address.protocol.replace("http", "ws");
     this.#address.hash = "";
-    this.#key = `pachinko ${url}`;
+    this.#key = `pachinko ${this.#address}`;
     this.#options = options;
     this.#load();
     this.#watch();

@@ -220,6 +220,32 @@ async def test_several_may_wait_for_a_stream(js: Js, script: Script) -> None:
     assert values == [(0, False), (1, False), (None, True)]
 
 
+async def test_a_long_stream_costs_no_more_at_its_end(in_node: InNode, script: Script) -> None:
+    """Nothing of the items before is kept: 20,000, of which each is waited for."""
+    await in_node.load(script.url)
+    code = """async () => {
+      let socket;
+      globalThis.WebSocket = class {
+        readyState = 1;
+        constructor() { socket = this; setTimeout(() => this.onopen()); }
+        send(text) { this.sent = JSON.parse(text); }
+        close() {}
+      };
+      const c = connect('ws://localhost'), items = c.stream('a');
+      await until(() => socket?.sent);
+      let n = 0;
+      for (let done = false; n < 20_000 && !done; n++) {
+        const next = items.next();
+        const message = { type: 'a.reply', id: socket.sent.id, more: true, payload: n };
+        socket.onmessage({ data: JSON.stringify(message) });
+        done = (await next).value !== n;
+      }
+      c.close();
+      return n;
+    }"""
+    assert await in_node.run(code) == 20_000
+
+
 async def test_a_stream_that_was_not_sent_is_not_sent(js: Js, script: Script) -> None:
     """Who leaves before the connection is open leaves nothing behind."""
     await begin(js, script, HELD)

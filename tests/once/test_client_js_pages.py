@@ -264,6 +264,25 @@ async def test_a_guest_who_has_a_token_goes_on(tab: InBrowser, site: Site) -> No
     await sees(tab, "one", "two")
 
 
+async def test_a_token_may_come_as_a_subprotocol(tab: InBrowser, site: Site) -> None:
+    """A real server takes it from there, and chooses ``bearer``, without which browsers give up."""
+
+    @site.ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        return token
+
+    await tab.page.add_init_script("globalThis.token = 'eve';")
+    await visit(tab, site)
+    code = """async () => {
+      const { connect } = await import('/pachinko.js');
+      c.close();
+      globalThis.c = connect('/ws', {token: 'ada', protocols: 'bearer'});
+    }"""
+    await tab.run(code)
+    await in_room(tab)
+    await until(lambda: [conn.user for conn in site.hub.connections] == ["ada"])
+
+
 async def test_a_gap_is_told(tab: InBrowser, site: Site) -> None:
     """What was missed and is gone is a gap, and the page goes on behind it."""
     await visit(tab, site)
@@ -378,6 +397,24 @@ async def test_an_attempt_that_hangs_is_given_up(tab: InBrowser, script: Script)
     assert await tab.run("() => c.state") == "connecting"
     await tab.page.clock.run_for(200)
     assert await tab.run("() => c.state") == "waiting"
+
+
+async def test_each_address_has_a_note_of_its_own(tab: InBrowser, script: Script) -> None:
+    """Also two relative ones, on two pages that a tab shows one after the other."""
+    for n, page in enumerate(("one/", "two/")):
+        await begin(tab, script, "{resume: false}")
+        await tab.run("(page) => { history.pushState({}, '', page); }", page)
+        await tab.run(
+            "() => { globalThis.d = log(connect('ws', {storage: sessionStorage}), 'a'); }"
+        )
+        await script.accept()
+        peer = await script.accept()
+        assert peer.path == f"/{page}ws?resume=%7B%7D"
+        await peer.send("a", 1, group="g", at=f"e.{n}")
+        await tab.page.wait_for_function("() => d.log.length === 1")
+    assert await tab.run("() => Object.keys(sessionStorage).sort()") == [
+        f"pachinko {script.url.replace('http', 'ws')}/{page}ws" for page in ("one/", "two/")
+    ]
 
 
 async def test_ids_are_stored_while_the_page_is_hidden(tab: InBrowser, script: Script) -> None:
