@@ -236,12 +236,14 @@ class Store(typing.Protocol):
 
     async def past(self, subject: str, count: int) -> Past:
         """Return the last *count* messages to *subject*, and perhaps more, in their order."""
+        ...
 
     async def agree(self, key: str, value: bytes, seconds: float) -> bytes:
         """Set *key* to *value* for so many seconds, if it has no other; return what it then has.
 
         An empty *value* sets nothing. An empty result stands for none.
         """
+        ...
 
 
 def stamped(stamp: Stamp, data: bytes) -> bytes:
