@@ -1123,9 +1123,16 @@ class RedisConnection:
         return await reply
 
     def cancel(self) -> None:
-        self._failure = self._failure or ConnectionResetError("not connected")
+        self._fail(ConnectionResetError("not connected"))
         for task in self._tasks:
             task.cancel()
+
+    def _fail(self, exc: Exception) -> None:
+        """Let all calls fail that have no reply, and later ones."""
+        self._failure = self._failure or exc
+        for reply in self._replies:
+            if not reply.done():
+                reply.set_exception(self._failure)
 
     async def close(self) -> None:
         while self._tasks and (await asyncio.wait(self._tasks, timeout=_CANCEL_AGAIN))[1]:
@@ -1136,12 +1143,9 @@ class RedisConnection:
         try:
             await work()
         except Exception as exc:  # the library or the socket has failed
-            self._failure = exc
             self.failed.set()
             self._lost(exc)
-            for reply in self._replies:
-                if not reply.done():
-                    reply.set_exception(exc)
+            self._fail(exc)
 
     async def _write(self) -> None:
         # This is a task of its own: redis-py disconnects when it is cancelled while it writes.
@@ -1277,7 +1281,7 @@ class Redis:
         return has
 
     async def _store(self, script: str, slot: str, name: str, *args: str | bytes) -> Any:
-        """Run *script* for the key *name*. Raises `PachinkoError` for what Redis refuses."""
+        """Run *script* for the key *name*. Raises `BrokerAway` if Redis does not do that."""
         run = functools.partial(self._run, "hub.keep()", f"~{slot}* {_STORE_RIGHTS}")
         try:
             try:
@@ -1287,7 +1291,8 @@ class Redis:
         except self._errors.ResponseError as exc:
             found = (advice for sign, advice in _ADVICE.items() if sign in str(exc))
             advice = next(found, "it says")
-            raise PachinkoError(f"Redis keeps no messages: {advice} ({exc})") from None
+            text = f"Redis keeps no messages: {advice} ({exc})"
+            raise pachinko.BrokerAway(text) from None  # The program has no bug.
 
     async def _run(self, what: str, rights: str, *command: str | bytes) -> Any:
         """Run a script. Raises `PachinkoError` if *what* is done without having the *rights*."""
