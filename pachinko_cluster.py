@@ -532,6 +532,7 @@ class JetStream:
             while self._stream is None or not self._stream.has_room(messages, seconds):
                 self._stream = None
                 name = f"{namespace}-kept"
+                latest = self._latest  # The feed goes on while the answer is on its way.
                 stream = await self._describe(namespace)
                 if stream is None:
                     config = {
@@ -540,7 +541,7 @@ class JetStream:
                         "max_age": _max_age(seconds), "num_replicas": 1,
                     }  # fmt: skip
                     await self._call(f"STREAM.CREATE.{name}", config, _NAME_TAKEN)
-                elif self._has_lost_some(stream):
+                elif self._has_lost_some(stream, latest):
                     await self._call(f"STREAM.DELETE.{name}", None, _NO_STREAM)
                 elif not stream.has_room(messages, seconds):
                     changed = stream.changed(messages, seconds)
@@ -560,9 +561,9 @@ class JetStream:
         )
         return all(reply.status != _NOBODY for [reply] in replies)
 
-    def _has_lost_some(self, stream: Stream) -> bool:
+    def _has_lost_some(self, stream: Stream, latest: tuple[str, int]) -> bool:
         """Tell whether the numbers of *stream* go back: after a power cut, or from a backup."""
-        epoch, number = self._latest
+        epoch, number = latest
         is_alone = stream.config["num_replicas"] == 1  # A new leader may take a while to know all.
         return is_alone and stream.epoch == epoch and stream.top < number
 
