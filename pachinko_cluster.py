@@ -265,6 +265,7 @@ _RAISING = 2**53  # a mark above all numbers
 _NO_JETSTREAM = (None, 10039, 10076)  # codes: nobody answers, or it is off for this account
 _NOT_NOW = 10008  # the code of a cluster that has no leader
 _NO_STREAM, _NAME_TAKEN, _OVERLAP, _NOT_THE_LAST = 10059, 10058, 10065, 10071
+_EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 _FULL = re.compile(r"resource|bytes exceeded")
 _NOBODY = "503"  # the status of the reply if nobody takes what was published
 
@@ -396,6 +397,7 @@ class JetStream:
         self._ask = ask
         self._stream: Stream | None = None  # as this connection has seen it
         self._rules = 0, 0.0  # the most messages and seconds of any rule
+        self._hour = 0  # the latest one that is marked
         self._latest = "", 0  # the epoch and number of the latest message
         self._turn = asyncio.Lock()
         self._reads = asyncio.Semaphore(_JS_READS)
@@ -413,7 +415,7 @@ class JetStream:
         await self._try(subject, window.messages, window.seconds, self._store, subject, data)
 
     async def past(self, subject: str, count: int, after: int = 0) -> Past:
-        return await self._try(subject, count, 0.0, self._read, subject, count, after)
+        return await self._try(subject, 0, 0.0, self._read, subject, count, after)
 
     async def _try(
         self, subject: str, messages: int, seconds: float,
@@ -506,16 +508,16 @@ class JetStream:
                     has = b""
             if not value or (has and has != value):
                 return has
-            headers = {"Nats-Expected-Last-Subject-Sequence": str(number)}
-            [reply] = await self._ask(subject, b"%f %b" % (seconds, value), headers)
+            replacing = {_EXPECTED: str(number)}
+            [reply] = await self._ask(subject, b"%f %b" % (seconds, value), replacing)
             if _number_of(reply):
                 return value
 
     def _learn(self, rules: bytes) -> None:
         with contextlib.suppress(msgspec.MsgspecError):
             windows = msgspec.json.decode(rules, type=dict[str, tuple[int, float, int]]).values()
-            most, longest, _ = zip(*windows, strict=True)
-            self._rules = max(most), max(longest)
+            most, longest = (max((w[n] for w in windows), default=0) for n in (0, 1))
+            self._rules = int(most), longest
 
     async def _open(self, namespace: str, messages: int, seconds: float) -> Stream:
         """Return the stream. Makes it, or lets it keep more, if that is needed."""
@@ -538,10 +540,24 @@ class JetStream:
                     changed = stream.changed(messages, seconds)
                     await self._call(f"STREAM.UPDATE.{name}", changed, _NO_STREAM)
                 elif await self._is_active(stream, namespace):
-                    self._stream = stream
+                    self._stream, self._hour = stream, 0
                 else:
                     await asyncio.sleep(_BEGINS)
+            hour = int((self._stream.ahead + pachinko.clock.time()) // 3600)
+            if hour != self._hour:
+                self._hour = hour
+                await self._mark(f"{namespace}.k.hour.{hour}")
             return self._stream
+
+    async def _mark(self, subject: str) -> None:
+        """Store a message that stays for a day, unless there is one.
+
+        The first message of the stream then tells which others may have been forgotten. Otherwise,
+        a busy group would push it on, and an old position in a quiet group would look forgotten.
+        """
+        with contextlib.suppress(PachinkoError):  # The storage may be full.
+            [reply] = await self._ask(subject, headers={_EXPECTED: "0"})
+            _number_of(reply)
 
     async def _is_active(self, stream: Stream, namespace: str) -> bool:
         """Tell whether *stream* takes messages and reads: it is described before it does."""
