@@ -35,6 +35,10 @@ Glossary
     fan out — To write one event to many connections, without waiting for any client.
     broker — The server between the processes: NATS or Redis.
     peer message — What one process sends to others by the broker, mostly with a frame in it.
+    kept group — A group whose messages stay for a while, for clients that come back (`Hub.keep`).
+    position — Where a client is in what was sent to kept groups; the ``at`` of a message.
+    ring — The messages of one kept group, the oldest of which go first.
+    cursor — Where a member of a kept group is that has not got all of its ring yet.
 
 Map: each section, what it is for, and those above it that it uses.
 
@@ -56,24 +60,30 @@ Map: each section, what it is for, and those above it that it uses.
     scope — a context for each message, and what providers make for one call (uses: errors, types,
         unions, signatures, handlers)
     include — what another Pachinko has, added to an endpoint (uses: errors, envelope and message,
-        signatures, handlers, scope)
+        signatures, scope)
     handshake — who may connect: origins and tokens (uses: errors)
     clock — the time that the library goes by
     limits — time, rate and the options that bound a connection (uses: errors, clock)
     outbox — what waits to be written to one client (uses: envelope and message)
+    history — what was sent to kept groups (uses: clock, outbox)
     outgoing — writes to one connection, or one event to many (uses: errors, scope, handshake,
         clock, limits, outbox)
     incoming — the reading half (uses: errors, envelope and message, handshake, outgoing)
     connection — what a handler gets (uses: errors, envelope and message, handshake, clock, outbox)
     asking — the questions of the server to its clients (uses: errors, types, unions, signatures,
         handlers, clock, limits, outbox, outgoing, connection)
-    registry and relay — this process and all others (uses: errors, outgoing, connection, asking)
+    registry and relay — this process and all others (uses: errors, outbox, history, outgoing,
+        connection, asking)
+    catching up — members of kept groups that have missed messages (uses: errors, envelope and
+        message, clock, outbox, history, outgoing, connection, registry and relay)
     hub state — what a hub has while it runs (uses: errors, clock, limits, outgoing, connection,
-        registry and relay)
+        registry and relay, catching up)
     listening — the messages to a group, without a connection (uses: errors, envelope and message,
         clock, limits, outbox, outgoing, connection, registry and relay)
-    hub — reaches clients from any code (uses: errors, envelope and message, codec, scope, clock,
-        connection, asking, registry and relay, hub state, listening)
+    hub setup — what an application says before a hub starts (uses: errors, codec, clock, limits,
+        history, connection, catching up, hub state)
+    hub — reaches clients from any code (uses: errors, envelope and message, scope, clock,
+        connection, asking, registry and relay, catching up, listening, hub setup)
     outcomes — what an exception means (uses: errors, envelope and message, signatures, clock,
         limits)
     guard — who may send a message type (uses: errors, types, unions, signatures, handlers,
@@ -81,16 +91,21 @@ Map: each section, what it is for, and those above it that it uses.
     stream — a generator in progress (uses: errors, scope, clock, limits, outgoing)
     background — tasks of the application that end with a connection (uses: errors, scope, limits,
         outcomes)
+    snapshots — the state of a group, for those who have missed messages (uses: errors, envelope and
+        message, signatures, limits, outcomes)
+    answering — what a client is told of its messages (uses: errors, scope, clock, limits, outbox,
+        outcomes, stream)
     session — decode a message, call its handler, answer (uses: errors, envelope and message, scope,
-        clock, limits, outbox, outgoing, incoming, connection, asking, outcomes, guard, stream,
-        background)
+        clock, limits, outgoing, incoming, connection, asking, outcomes, guard, stream, background,
+        answering)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         signatures, handshake, clock, limits, outbox, outgoing, outcomes)
     running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
         scope, clock, limits, connection, hub state, outcomes)
+    assets — the files of client/, as routes (uses: errors)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
         signatures, handlers, scope, include, handshake, limits, outgoing, hub, guard, session,
-        admission, running)
+        admission, running, assets)
     settling — what an event loop can still do by itself (uses: clock, outgoing, stream)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
         clock, asking, listening, outcomes, settling)
@@ -115,6 +130,7 @@ import difflib
 import enum
 import functools
 import gc
+import hashlib
 import importlib
 import inspect
 import itertools
@@ -2431,7 +2447,7 @@ def check_taken(
         if not admits(known_type(function, second.annotation, namespaces), cls):
             raise mistake(function, f"takes `{as_code(second)}`, but gets {cls.__name__}", example)
     returns = signature.return_annotation
-    if not (replies or _is_sendable(known_type(function, returns, namespaces), AS_THEY_ARE[cls])):
+    if not (replies or is_sendable(known_type(function, returns, namespaces), AS_THEY_ARE[cls])):
         refused = f"but {may_return(cls)}"
         raise mistake(function, f"returns {type_as_code(returns)}, {refused}", example)
 
@@ -2441,7 +2457,7 @@ def may_return(cls: type) -> str:
     return f"may return {'a str' if cls is str else 'bytes'}, a @message object or None"
 
 
-def _is_sendable(t: Any, raw: tuple[type, ...]) -> bool:
+def is_sendable(t: Any, raw: tuple[type, ...]) -> bool:
     """Tell whether *t* is one of *raw*, None or a class with ``@message``, or may be one."""
     with contextlib.suppress(Exception):  # A ``type`` statement may name what is not there.
         members = [*map(bare_type, union_members(t))]
@@ -2503,6 +2519,15 @@ def check_path_types(
             f"{place_of(function)} takes `{as_code(each)}`, but {path or 'the path'} gives "
             f"{given}; write {write}"
         )
+
+
+def refuse_second(
+    first: Any, second: Any, what: str, cure: str = "let it handle another type"
+) -> None:
+    """Raise a `PachinkoError` that names both functions if there is a *first* one already."""
+    if first is not None:
+        both = f"{place_of(first)}; and a second: {place_of(second)}"
+        raise PachinkoError(f"{what}: {both}. Remove one, or {cure}")
 
 
 # ── handlers ──────────────────────────────────────────────────────────────────────────────────
@@ -2955,15 +2980,6 @@ class Routes:
             if cls in self.errors or cls in built_in:
                 return cls if cls in self.errors else None
         return None
-
-
-def refuse_second(
-    first: Any, second: Any, what: str, cure: str = "let it handle another type"
-) -> None:
-    """Raise a `PachinkoError` that names both functions if there is a *first* one already."""
-    if first is not None:
-        both = f"{place_of(first)}; and a second: {place_of(second)}"
-        raise PachinkoError(f"{what}: {both}. Remove one, or {cure}")
 
 
 # ── scope ─────────────────────────────────────────────────────────────────────────────────────
@@ -3787,11 +3803,11 @@ def event_of(data: bytes) -> Event:
     return text_event(data)
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)  # PERF: a frozen one takes twice the time to make. It is never changed.
 class Waiting:
     """An event that waits for its turn to be written."""
 
-    event: Event
+    event: Event  # An empty one only tells that all before it was written.
     written: asyncio.Future[bool] | None = None  # tells a sender that waits whether it was
     size: int = 0  # the bytes of a hub's message, at least 1; 0 for all else, never dropped
     group: str | None = None
@@ -3828,16 +3844,30 @@ class Outbox:
         """Return whether a hub's messages fill more than *share* of what the outbox may hold."""
         return self.pushed > limits.outbox * share or self.size > limits.outbox_bytes * share
 
-    def remove(self, waiting: Waiting) -> None:
-        """Remove one of a hub's messages."""
-        self.queue.remove(waiting)
-        self.pushed -= 1
-        self.size -= waiting.size
+    def extract(self, is_wanted: Callable[[Waiting], bool]) -> list[Waiting]:
+        """Remove and return those of a hub's messages that are wanted."""
+        found, kept = list[Waiting](), collections.deque[Waiting]()
+        for waiting in self.queue:
+            (found if waiting.size and is_wanted(waiting) else kept).append(waiting)
+        self.queue = kept
+        self.pushed -= len(found)
+        self.size -= sum(waiting.size for waiting in found)
+        return found
+
+    def pin(self, group: str) -> None:
+        """Make the messages to *group* ordinary ones, which no longer come from its ring again."""
+        self.queue = collections.deque(
+            Waiting(each.event, None, each.size, group)
+            if each.size and each.group == group else each
+            for each in self.queue
+        )  # fmt: skip
 
     def drop_oldest(self) -> None:
         """Drop the oldest of a hub's messages and remember the gap in its group."""
         waiting = next(waiting for waiting in self.queue if waiting.size)
-        self.remove(waiting)
+        self.queue.remove(waiting)
+        self.pushed -= 1
+        self.size -= waiting.size
         self.gaps[waiting.group] = None
 
     def take(self) -> Waiting | None:
@@ -3847,7 +3877,9 @@ class Outbox:
             if waiting.size:
                 self.pushed -= 1
                 self.size -= waiting.size
-            if waiting.written is None or not waiting.written.done():  # The sender still waits.
+            if not (waiting.event or waiting.close):
+                waiting.end(True)
+            elif waiting.written is None or not waiting.written.done():  # The sender still waits.
                 return waiting
         if not self.gaps:
             return None
@@ -3870,7 +3902,9 @@ class Outbox:
 # process share one count: a position stays good while nothing of its group was dropped behind it.
 
 _FLOORS = 100_000  # forgotten rings of which it is known how far they were dropped
-_ENTRY_BYTES = 450  # what a kept message takes beside its text (CPython 3.13, 64 bits)
+_ENTRY_BYTES = 400  # what a message takes beside its text and the ids that it excludes
+_RING_BYTES = 1400  # what a ring takes, with its timer (all on CPython 3.13, 64 bits)
+_NO_IDS = frozenset[str]()  # all rings share it: each empty one takes 216 bytes
 _POSITION_CHARACTERS = 200  # of a position that a client sends
 _BATCH, _BATCH_BYTES = 32, 65_536  # messages to one client at a time that are on their way
 Reason = Literal["expired", "epoch", "limit", "broker", "overflow", "snapshot"]
@@ -3908,12 +3942,12 @@ def read_position(value: object) -> Position:
     return NOWHERE
 
 
-def with_position(data: bytes, position: Position) -> bytes:
+def with_position(data: bytes, position: Position | str) -> bytes:
     """Return the frame *data* with ``at``. It is spliced in, so that no frame is encoded twice."""
     return b'%b,"at":"%b"}' % (data[:-1], str(position).encode())
 
 
-@attrs.frozen(eq=False, kw_only=True)
+@attrs.define(eq=False, kw_only=True)
 class Kept(Waiting):
     """A message to a kept group. Its ring shares it with the outboxes of slow clients."""
 
@@ -3933,7 +3967,11 @@ class Ring:
     limited: int = -1  # the highest number that was dropped for its bytes
     size: int = 0  # bytes
     messages: collections.deque[Kept] = attrs.Factory(collections.deque)
-    timer: Timer | None = None
+
+    def put(self, kept: Kept) -> None:
+        """Add a message at the end."""
+        self.messages.append(kept)
+        self.size += kept.weight
 
     def drop(self, is_limit: bool) -> None:
         """Drop the oldest message."""
@@ -3953,11 +3991,11 @@ class Ring:
         while messages and self.size > window.bytes:
             self.drop(is_limit=True)
 
-    def after(self, number: int) -> Sequence[Kept]:
-        """Return the first messages behind *number*, as many as one client gets at a time."""
+    def after(self, number: int, count: int) -> Sequence[Kept]:
+        """Return the first *count* messages behind *number*, or as many as a client may get."""
         start = bisect.bisect_right(self.messages, number, key=lambda kept: kept.number)
         batch, size = list[Kept](), 0
-        for kept in itertools.islice(self.messages, start, start + _BATCH):
+        for kept in itertools.islice(self.messages, start, start + min(count, _BATCH)):
             size += kept.size
             if batch and size > _BATCH_BYTES:
                 break
@@ -3977,61 +4015,84 @@ class Rings:
         self._size = 0
         self._rings = dict[str, Ring]()
         self._full = collections.OrderedDict[str, Ring]()  # with messages; the latest is last
-        self._floors = collections.OrderedDict[str, int]()  # of forgotten rings
-        self._floor = 0  # of those that are not even there
+        self._timers = dict[str, Timer]()  # of those
+        # `Ring.floor` and `Ring.limited` of forgotten rings, and of those that are not even there.
+        self._floors = collections.OrderedDict[str, tuple[int, int]]()
+        self._floor = 0, -1
 
     def window_of(self, group: str) -> Window | None:
         """Return how much of *group* is kept, or None."""
-        prefix = max(filter(group.startswith, self.rules), key=len, default=None)
-        return None if prefix is None else self.rules[prefix]
+        longest = None  # PERF: each send asks, and `max` with `len` takes three times as long.
+        for prefix in self.rules:
+            if group.startswith(prefix) and (longest is None or len(prefix) > len(longest)):
+                longest = prefix
+        return None if longest is None else self.rules[longest]
 
     def is_ready(self, group: str, position: Position | None) -> bool:
         """Tell whether it is known what a client at *position* has missed."""
         return True
 
+    def epoch_of(self, group: str) -> str:
+        """Return the epoch of the positions in *group*."""
+        return self.epoch
+
     def top_of(self, group: str) -> Position:
         """Return the position behind all that was sent to *group*."""
         return Position(self.epoch, self._number)
 
-    def add(self, group: str, window: Window, data: bytes, excluded: Iterable[str]) -> Kept:
+    def start_of(self, group: str) -> Position:
+        """Return the position of those who joined *group* before it was ready."""
+        return NOWHERE
+
+    def add(self, group: str, window: Window, data: bytes, excluded: Collection[str]) -> Kept:
         """Keep the frame *data* to *group*, under the next number."""
         self._number += 1
         if group not in self._rings:
-            self.open(group, window, self._floors.pop(group, self._floor))
+            self.open(group, window, *self._floors.pop(group, self._floor))
         return self.put(group, data, self._number, clock.time(), excluded)
 
-    def open(self, group: str, window: Window, floor: int) -> None:
+    def open(self, group: str, window: Window, floor: int, limited: int = -1) -> None:
         """Begin a ring, of the messages behind the number *floor*."""
-        self._rings[group] = Ring(group, window, floor)
+        self._rings[group] = Ring(group, window, floor, limited)
+        self._size += _RING_BYTES
 
     def put(
-        self, group: str, data: bytes, number: int, time: float, excluded: Iterable[str]
+        self, group: str, data: bytes, number: int, time: float, excluded: Collection[str]
     ) -> Kept:
         """Keep the frame *data* in the ring of *group*; return what is to be sent of it."""
-        ring = self._rings[group]
-        event = text_event(with_position(data, Position(self.epoch, number)))
+        at = f"{self.epoch_of(group)}.{number}"  # PERF: no `Position`
+        event = text_event(with_position(data, at))
+        ids = frozenset(excluded) if excluded else _NO_IDS
+        own: list[Any] = [event["text"], ids, *ids] if ids else [event["text"]]
         kept = Kept(
-            event, None, len(data), group, number=number, time=time,
-            weight=sys.getsizeof(event["text"]) + _ENTRY_BYTES, excluded=frozenset(excluded),
+            event, None, len(data), group, number=number, time=time, excluded=ids,
+            weight=_ENTRY_BYTES + sum(map(sys.getsizeof, own)),
         )  # fmt: skip
-        ring.messages.append(kept)
-        ring.size += kept.weight
+        self.append(group, kept)
+        return kept
+
+    def append(self, group: str, kept: Kept) -> None:
+        """Put *kept* at the end of the ring of *group*."""
+        ring = self._rings[group]
+        ring.put(kept)
         self._size += kept.weight
         self._full[group] = ring
         self._full.move_to_end(group)
         self._trim(ring)
-        if ring.timer is None:
-            self._expire(ring)
-        while self._size > self._limit:
+        while self._size > self._limit and self._full:
             self._drop_one()
-        return kept
 
     def _trim(self, ring: Ring) -> None:
-        before = ring.size
+        """Drop what the window does not hold, now and when the oldest message is too old."""
+        group, before = ring.group, ring.size
         ring.trim(clock.time())
         self._size += ring.size - before
         if not ring.messages:
-            self._full.pop(ring.group, None)
+            self._leave(group)
+            self._end(ring)
+        elif group not in self._timers:
+            when = ring.messages[0].time + ring.window.seconds
+            self._timers[group] = clock.call_at(when, self._expire, ring)
 
     def _drop_one(self) -> None:
         """Drop the oldest message of the group that was quiet for the longest time."""
@@ -4041,49 +4102,44 @@ class Rings:
         self._trim(ring)
 
     def _expire(self, ring: Ring) -> None:
-        """Drop what is too old, now and again later."""
+        del self._timers[ring.group]
         self._trim(ring)
-        if ring.messages:
-            when = ring.messages[0].time + ring.window.seconds
-            ring.timer = clock.call_at(when, self._expire, ring)
-        else:
-            self._end(ring)
+
+    def _leave(self, group: str) -> None:
+        """Note that the ring of *group* has no messages any more."""
+        self._full.pop(group, None)
+        if (timer := self._timers.pop(group, None)) is not None:
+            timer.cancel()
 
     def _end(self, ring: Ring) -> None:
         """Forget a ring that is empty. How far it was dropped is known for much longer."""
         self.close(ring.group)
-        self._floors[ring.group] = ring.floor
+        self._floors[ring.group] = ring.floor, ring.limited
         if len(self._floors) > _FLOORS:
             self._floor = max(self._floor, self._floors.popitem(last=False)[1])
 
     def close(self, group: str) -> None:
         """Forget a ring, if there is one."""
         if (ring := self._rings.pop(group, None)) is not None:
-            self._full.pop(group, None)
-            self._size -= ring.size
-            if ring.timer is not None:
-                ring.timer.cancel()
+            self._size -= ring.size + _RING_BYTES
+            self._leave(group)
 
     def gap(self, group: str, position: Position) -> Reason | None:
         """Return why a client that was at *position* cannot go on, or None if it can."""
-        if position.epoch != self.epoch or position.number > self.top_of(group).number:
+        top = self.top_of(group)
+        if position.epoch != top.epoch or position.number > top.number:
             return "epoch"
         ring = self._rings.get(group)
-        floor = self._floors.get(group, self._floor) if ring is None else ring.floor
+        known = (ring.floor, ring.limited) if ring is not None else self._floors.get(group)
+        floor, limited = known or self._floor
         if position.number >= floor:
             return None
-        return "limit" if ring is not None and position.number < ring.limited else "expired"
+        return "limit" if position.number < limited else "expired"
 
-    def position_at(self, group: str, time: float) -> Position:
-        """Return the position of *group* at a *time* on `clock`."""
-        ring = self._rings[group]
-        earlier = (kept.number for kept in reversed(ring.messages) if kept.time < time)
-        return Position(self.epoch, next(earlier, ring.floor))
-
-    def after(self, group: str, number: int) -> Sequence[Kept]:
-        """Return the first messages to *group* behind *number*."""
+    def after(self, group: str, number: int, count: int = _BATCH) -> Sequence[Kept]:
+        """Return what `Ring.after` does, or nothing if there is no ring of *group*."""
         ring = self._rings.get(group)
-        return ring.after(number) if ring is not None else ()
+        return ring.after(number, count) if ring is not None else ()
 
     def last(self, group: str, count: int) -> Sequence[Kept]:
         """Return the last *count* messages to *group*."""
@@ -4394,12 +4450,11 @@ class Outgoing:
         return outbox.exceeds(0.5, self.limits)
 
     def put(self, *several: Waiting) -> None:
-        """Put events in line that no limit bounds, unless the connection ends."""
-        if self.phase in (Phase.CONNECTING, Phase.OPEN) and self.close_code is None:
-            for waiting in several:
-                self._put(waiting)
-            if not self.writing:
-                self.write_next()
+        """Put events in line that no option bounds, unless the connection ends."""
+        for waiting in () if self.closed else several:
+            self._put(waiting)
+        if not self.writing:
+            self.write_next()
 
     async def _write(self, outbox: Outbox) -> None:
         """Write all that waits in *outbox*, in a task of the library's own."""
@@ -4634,10 +4689,10 @@ class Incoming:
             if isinstance(frame, Frame) and frame.type == "resume":
                 self.received += 1
                 await self._session.resume(frame)
-                continue
-            held.append(event)
-            self._size += size_of_event(event)
-            if len(held) > _HELD_BEFORE_TOKEN:
+            else:
+                held.append(event)
+                self._size += size_of_event(event)
+            if len(held) + self.received > _HELD_BEFORE_TOKEN:
                 raise Close(UNAUTHENTICATED, "authenticate first")
 
     def watch(self) -> None:
@@ -4697,6 +4752,7 @@ class Incoming:
 
 _BURST = 32  # messages that code may send in a row before others get a turn
 _PROCESS_BYTES = _OWN_BYTES = 6  # bytes of a process's id, and of a connection's own
+_CONNECTION_ID = re.compile(r"[0-9a-f]{24}")
 _END_OF_TIME = 1e15  # UNIX seconds; beyond, floats and timers give up
 _LOOK_AT_CLOCK = 600.0  # seconds between two looks at the time of day, which may be set anew
 
@@ -5071,6 +5127,8 @@ Deliver = Callable[[str, bytes], Awaitable[None]]
 Lost = Callable[["BaseException | None"], None]
 Sending = Coroutine[Any, Any, None]  # PERF: it is passed on, not awaited by each function
 Given = Union[str, "Backplane", None]  # a broker's URL, or a transport
+# What `Relay.call` can do in another process: a function of its registry and of such arguments.
+PROCESS_CALLS: dict[str, Callable[..., Awaitable[Any]]] = {}
 Member = Union["Connection", "Mailbox"]  # who gets the messages to a group
 Receiver = Union["Outgoing", "Mailbox", "Cursor"]  # where each of them gets these
 
@@ -5138,6 +5196,7 @@ class Relay:
     """
 
     history: History | None = None  # of kept groups
+    has_others: bool = False  # Other processes can be reached.
 
     def start(self, registry: Registry, process: str) -> None:
         """Begin to connect, and to deliver to *registry*. *process* is the id of this process."""
@@ -5165,10 +5224,14 @@ class Relay:
     async def call(self, id: str, method: str, *args: Any) -> Any:
         """Do one of `CALLS` with the connection *id*, wherever it is; return or raise what it does.
 
+        Or do one of `PROCESS_CALLS` in the process of that connection, which may have ended.
+
         Raises `NoAnswer` if no connection has the id, and if its process does not answer: within 4
         seconds, or for a question its own. From there come `MessageError`, `AnswerError`,
         `NoAnswer` and `PachinkoError`; the last one also stands for a bug, which that process logs.
         """
+        if (function := PROCESS_CALLS.get(method)) is not None:
+            return await function(self._registry, *args)
         if (conn := self._registry.connections.get(id)) is None:
             raise NoAnswer(f"there is no connection with the id {id!r}")
         return await CALLS[method](conn, *args)
@@ -5272,6 +5335,7 @@ class Registry:
         self.groups: dict[str, dict[Member, Receiver]] = {}  # members, by the group's name
         self.users: dict[str, dict[Member, Receiver]] = {}
         self._tables = {Kind.GROUP: self.groups, Kind.USER: self.users}
+        self.resumable: dict[str, Resumable] = {}  # streams, by their tokens
         # Handshakes and late logins in progress, by id, with the latest closed user before them.
         self.arriving: dict[str, tuple[Connection, ClosedUser]] = {}
         self._latest = ClosedUser("", Close())
@@ -5432,13 +5496,13 @@ _TRIES = 3  # to take one before its ring has dropped what follows it
 Take = Callable[[], Awaitable[tuple["bytes | None", bool]]]
 
 
-@attrs.define(eq=False)
+@attrs.frozen(eq=False)
 class Resume:
     """What a client says that it has: positions by group, and the ids of former connections."""
 
     groups: dict[str, Position]
     ids: frozenset[str]
-    timer: Timer | None = None  # while the message that says so is still to come
+    is_announced: bool = False  # The message that says so is still to come.
 
 
 def resume_in(query: str) -> str | None:
@@ -5459,14 +5523,14 @@ def read_json(text: str) -> Any:
     return None
 
 
-def read_resume(value: Any) -> Resume:
+def read_resume(value: Any, is_announced: bool = False) -> Resume:
     """Return what is in the payload of a ``resume`` message: in what is none, nothing."""
     given: dict[str, Any] = value if type(value) is dict else {}
     groups, ids = given.get("groups"), given.get("ids")
     positions = groups.items() if type(groups) is dict else ()
     known = [id for id in ids if type(id) is str] if type(ids) is list else []
     found = {group: read_position(at) for group, at in positions}
-    return Resume(found, frozenset(known[-_RESUME_IDS:]))
+    return Resume(found, frozenset(known[-_RESUME_IDS:]), is_announced)
 
 
 class Cursor:
@@ -5485,8 +5549,8 @@ class Cursor:
         self.is_waiting: bool = False  # for a ``resume`` message, which may still move it
         self.is_joining: bool = False  # It has not had its verdict, or its state, yet.
         self._history, self._position, self._replayed = history, position or NOWHERE, 0
-        self._since = None if position is not None else clock.time()
         self._is_behind = True  # It has got something, so that another gap is one of its own.
+        self._lost: Reason | None = None  # why it is to be told of a gap in any case
         self._ids = frozenset([conn.id])
         self._take: Take | None = None  # takes the snapshot that comes next
 
@@ -5494,7 +5558,7 @@ class Cursor:
         """Begin with a new member at *position*; without one, with what is sent from now on."""
         self.is_joining = True
         if resume is not None:
-            self.is_waiting = resume.timer is not None
+            self.is_waiting = resume.is_announced
             self._ids |= resume.ids
         if not self.is_waiting:
             self._history.begin(self, position)
@@ -5504,48 +5568,64 @@ class Cursor:
         rings = self._history.rings
         if position is not None:
             self._position, self._is_behind = position, False
-        elif self._since is not None:
-            self._position = rings.position_at(self.group, self._since)
-        if position is not None or rings.after(self.group, self._position.number):
+        elif self.conn.outgoing.snapshot_of(self.group) is not None:
+            self._position = rings.top_of(self.group)  # The state has all that is before it.
+        elif self._position is NOWHERE:
+            self._position = rings.start_of(self.group)
+        has_missed = rings.gap(self.group, self._position) or self._next(1)
+        if position is not None or has_missed:
             self._history.go_on(self)
         else:
             self._arrive()
+
+    def lose(self, reason: Reason) -> None:
+        """Tell the member of a gap, in any case, when it has got what waits to be written."""
+        self._lost = reason
+
+    def follow(self, *events: Event) -> None:
+        """Put *events* in line, and go on when they, and all before them, are written.
+
+        So a client that does not read has no more than these in its outbox, however often it gets
+        live and falls behind again.
+        """
+        drained: asyncio.Future[bool] = running_loop().create_future()
+        drained.add_done_callback(lambda _: self._history.go_on(self))
+        self.conn.outgoing.put(*map(Waiting, events), Waiting({}, drained))
 
     def push(self, waiting: Waiting) -> bool:
         """Leave a hub's message to the ring."""
         return False
 
-    def step(self) -> int:
-        """Put the next messages in line, or make the member live; return how many were passed."""
-        rings = self._history.rings
+    def _next(self, count: int) -> Sequence[Kept]:
+        return self._history.rings.after(self.group, self._position.number, count)
+
+    def step(self, most: int) -> int:
+        """Put messages in line, or make the member live; return how many of *most* it has passed.
+
+        There is no ``await`` between the look at the ring, that nothing more is there, and the
+        change in the registry, so that no message is in neither of them, or in both.
+        """
         if not self._history.is_current(self):
             return 0
-        if (reason := rings.gap(self.group, self._position)) is not None:
+        rings = self._history.rings
+        if (reason := self._lost or rings.gap(self.group, self._position)) is not None:
             is_slow = self._is_behind and reason in ("expired", "limit")
-            self.skip("overflow" if is_slow else reason)
-            return 1
-        if not (batch := rings.after(self.group, self._position.number)):
-            self._arrive()
-            return 1
-        self._position, self._is_behind = Position(rings.epoch, batch[-1].number), True
-        own = [Waiting(kept.event) for kept in batch if not kept.excluded & self._ids]
-        self._replayed += len(own)
-        drained: asyncio.Future[bool] = running_loop().create_future()
-        drained.add_done_callback(lambda _: self._history.go_on(self))
-        if own:
-            self.conn.outgoing.put(*own[:-1], Waiting(own[-1].event, drained))
+            self._arrive("overflow" if is_slow else reason)
+        elif batch := self._next(most):
+            epoch = rings.epoch_of(self.group)
+            self._position, self._is_behind = Position(epoch, batch[-1].number), True
+            own = [kept.event for kept in batch if not kept.excluded & self._ids]
+            self._replayed += len(own)
+            self.follow(*own)
+            return len(batch)
         else:
-            drained.set_result(True)
-        return len(batch)
-
-    def skip(self, reason: Reason) -> None:
-        """Go on from the top, because what is before cannot be had."""
-        self._position = self._history.rings.top_of(self.group)
-        self._arrive(reason)
+            self._arrive()
+        return 1
 
     def _arrive(self, reason: Reason | None = None) -> None:
         """Tell the verdict, and make the member live: if nothing was replayed, behind its state."""
-        is_new, self.is_joining = self.is_joining, False
+        is_new, self.is_joining, self._lost = self.is_joining, False, None
+        self._position = self._history.rings.top_of(self.group)
         take: Take | None = None
         if reason is not None or (is_new and not self._replayed):
             take = self.conn.outgoing.snapshot_of(self.group)
@@ -5573,7 +5653,8 @@ class Cursor:
         """Begin to take the snapshot, if one comes next."""
         if self._take is not None:
             take, self._take = self._take, None
-            self.conn.outgoing.create_task(self._load(take))
+            context = self._history.context_of(self.conn)
+            context.run(self.conn.outgoing.create_task, self._load(take))
 
     async def _load(self, take: Take) -> None:
         """Send the state, and go on from the position before it was taken."""
@@ -5581,13 +5662,15 @@ class Cursor:
         has_failed = is_overtaken = True
         for _ in range(_TRIES):
             async with self._history.turns:
+                if not self._history.is_current(self):
+                    return
                 self._position = self._history.rings.top_of(self.group)
                 frame, has_failed = await take()
+            if not self._history.is_current(self):
+                return
             is_overtaken = self._history.rings.gap(self.group, self._position) is not None
             if has_failed or not is_overtaken:
                 break
-        if not self._history.is_current(self):
-            return
         if has_failed and frame is not None:
             self._put(frame)
         if has_failed or is_overtaken:
@@ -5606,10 +5689,11 @@ class History:
         self.rings: Rings = rings
         self._registry: Registry = cast(Any, None)  # until `start`
         self._resumes: dict[str, Resume] = {}  # by the ids of connections
-        # Cursors that wait until their ring is known, with their positions; *fetch* sees to it.
-        self.unready: dict[str, list[tuple[Cursor, Position | None]]] = {}
-        self.fetch: Callable[[str], None] = lambda _: None
+        self._timers: dict[str, Timer] = {}  # of those who have to send a message with it
+        # Sees to it that a cursor begins at its position when its ring is known.
+        self.fetch: Callable[[Cursor, Position | None], None] = Cursor.begin
         self.turns: asyncio.Semaphore = asyncio.Semaphore(_SNAPSHOTS)
+        self._contexts: dict[str, contextvars.Context] = {}  # of connections that get snapshots
         self._waiting = collections.deque[Cursor]()  # for their turn
         self._is_due = False
 
@@ -5617,33 +5701,54 @@ class History:
         """Begin, for the members in *registry*."""
         self._registry = registry
 
-    def greet(self, conn: Connection, value: Any, seconds: float | None) -> None:
-        """Take the *value* in the handshake; wait so many *seconds* for a message with another."""
-        resume = self._resumes[conn.id] = read_resume(value)
-        if seconds is not None:
-            resume.timer = clock.call_at(clock.time() + seconds, self.note, conn, None)
+    def greet(self, conn: Connection, value: Any, is_announced: bool) -> None:
+        """Take the *value* in the handshake, or that a message with another *is_announced*."""
+        self._resumes[conn.id] = read_resume(value, is_announced)
+
+    def welcome(self, conn: Connection) -> None:
+        """Begin what waits until a client is in: its snapshots, and the time for its ``resume``."""
+        if (resume := self._resumes.get(conn.id)) is not None and resume.is_announced:
+            when = clock.time() + conn.outgoing.limits.auth_timeout
+            self._timers[conn.id] = clock.call_at(when, self.note, conn, None)
+        self._contexts[conn.id] = contextvars.copy_context()
+        for cursor in self._cursors(conn):
+            cursor.load()
 
     def note(self, conn: Connection, value: Any) -> None:
         """Take the payload of a ``resume`` message, which cursors may wait for."""
-        before, resume = self._resumes.get(conn.id), read_resume(value)
-        self._resumes[conn.id] = resume
-        if before is not None and before.timer is not None:
-            before.timer.cancel()
-            for group in self._registry.groups_of(conn):
-                receiver = self._registry.groups[group][conn]
-                if isinstance(receiver, Cursor) and receiver.is_waiting:
-                    receiver.join(resume.groups.pop(group, None), resume)
+        self._unsay(conn)
+        resume = self._resumes[conn.id] = read_resume(value)
+        for cursor in self._cursors(conn):
+            if cursor.is_waiting:
+                cursor.join(resume.groups.pop(cursor.group, None), resume)
+
+    def note_within(self, conn: Connection, payload: Any) -> None:
+        """Take what the payload of ``authenticate`` has beside the token."""
+        if type(payload) is dict and "resume" in payload:
+            self.note(conn, payload["resume"])
 
     def forget(self, conn: Connection) -> None:
         """Forget a client that has ended."""
-        resume = self._resumes.pop(conn.id, None)
-        if resume is not None and resume.timer is not None:
-            resume.timer.cancel()
+        self._contexts.pop(conn.id, None)
+        self._unsay(conn)
+
+    def _unsay(self, conn: Connection) -> None:
+        """Forget what a client has said that it has."""
+        self._resumes.pop(conn.id, None)
+        if (timer := self._timers.pop(conn.id, None)) is not None:
+            timer.cancel()
+
+    def _cursors(self, conn: Connection) -> list[Cursor]:
+        """Return the cursors of *conn*."""
+        groups = self._registry.groups
+        found = (groups[group][conn] for group in self._registry.groups_of(conn))
+        return [receiver for receiver in found if isinstance(receiver, Cursor)]
 
     def enter(self, conn: Connection, group: str) -> None:
         """Let a new member begin: at its position, or with what is sent from now on."""
         if self.rings.window_of(group) is None:
             return
+        self._pin(conn, group)
         resume = self._resumes.get(conn.id)
         if resume is not None or conn.outgoing.snapshot_of(group) is not None:
             is_ready = self.rings.is_ready(group, None)
@@ -5651,36 +5756,50 @@ class History:
             self._registry.replace(group, conn, cursor)
             cursor.join(resume.groups.pop(group, None) if resume else None, resume)
 
+    def _pin(self, conn: Connection, group: str) -> None:
+        """Leave what waits for *conn* where it is: what follows does not continue it.
+
+        A client that joins and leaves, and does not read the verdicts, is evicted.
+        """
+        if (outbox := conn.outgoing.outbox) is not None:
+            outbox.pin(group)
+            most = conn.outgoing.limits.outbox + len(self._registry.groups_of(conn))
+            if (free := len(outbox.queue) - outbox.pushed) > most:
+                if free > most + (_BATCH + 1) * len(self._cursors(conn)):
+                    conn.outgoing.evict()
+
     def begin(self, cursor: Cursor, position: Position | None) -> None:
         """Let a new member begin, now or when `fetch` has got what the rings lack."""
         if self.rings.is_ready(cursor.group, position):
             cursor.begin(position)
         else:
-            self.unready.setdefault(cursor.group, []).append((cursor, position))
-            self.fetch(cursor.group)
-
-    def fetched(self, group: str) -> None:
-        """Let those begin who have waited for the ring of *group*."""
-        for cursor, position in self.unready.pop(group, ()):
-            if self.is_current(cursor):
-                cursor.begin(position)
+            self.fetch(cursor, position)
 
     def lose(self, group: str, reason: Reason) -> None:
-        """Tell all members of *group* that messages were lost."""
+        """Tell all members of *group* that messages were lost; new ones find that out."""
+        top = self.rings.top_of(group)
         for member, receiver in tuple(self._registry.groups.get(group, {}).items()):
             if not isinstance(member, Connection):
                 member.push(waiting_for(gap_of(group), group))
-            elif not (isinstance(receiver, Cursor) and receiver.is_joining):
-                cursor = Cursor(self, member, group, self.rings.top_of(group))
-                self._registry.replace(group, member, cursor)
-                cursor.skip(reason)
+            elif not isinstance(receiver, Cursor):
+                self._pin(member, group)
+                self._fall(member, group, top, reason)
+            elif not receiver.is_joining:
+                receiver.lose(reason)
 
-    def welcome(self, conn: Connection) -> None:
-        """Begin to take snapshots for a client, now that it is in."""
-        for group in tuple(self._registry.groups_of(conn)):
-            receiver = self._registry.groups[group][conn]
-            if isinstance(receiver, Cursor):
-                receiver.load()
+    def _fall(
+        self, conn: Connection, group: str, position: Position, reason: Reason | None = None
+    ) -> None:
+        """Let a live member read on from *position*, when its outbox has been written."""
+        cursor = Cursor(self, conn, group, position)
+        if reason is not None:
+            cursor.lose(reason)
+        self._registry.replace(group, conn, cursor)
+        cursor.follow()
+
+    def context_of(self, conn: Connection) -> contextvars.Context:
+        """Return a context for a snapshot: the client's own, whoever has let it join."""
+        return self._contexts.get(conn.id, contextvars.Context()).copy()
 
     def resumes(self, conn: Connection) -> bool:
         """Tell whether the client wants to resume, and so gets verdicts."""
@@ -5688,15 +5807,17 @@ class History:
 
     def fall_behind(self, conn: Connection, outbox: Outbox) -> bool:
         """Let a slow client read from the rings what waits in *outbox*; return whether any does."""
+        groups, live = self._registry.groups, conn.outgoing
         found = dict[str, int]()
-        for waiting in tuple(outbox.queue):
-            if isinstance(waiting, Kept):
-                outbox.remove(waiting)
-                found.setdefault(cast(str, waiting.group), waiting.number)
+        for kept in outbox.extract(
+            lambda waiting: (
+                isinstance(waiting, Kept)
+                and groups.get(cast(str, waiting.group), {}).get(conn) is live
+            )
+        ):
+            found.setdefault(cast(str, kept.group), cast(Kept, kept).number)
         for group, number in found.items():
-            cursor = Cursor(self, conn, group, Position(self.rings.epoch, number - 1))
-            if self._registry.replace(group, conn, cursor):
-                self.go_on(cursor)
+            self._fall(conn, group, Position(self.rings.epoch_of(group), number - 1))
         return bool(found)
 
     def is_current(self, cursor: Cursor) -> bool:
@@ -5718,10 +5839,17 @@ class History:
         """Let cursors take a step each, up to so many messages."""
         left = _REPLAYED
         while self._waiting and left > 0:
-            left -= self._waiting.popleft().step()
+            left -= self._waiting.popleft().step(left)
         self._is_due = bool(self._waiting)
         if self._is_due:
             running_loop().call_soon(self._turn, context=contextvars.Context())
+
+
+def not_kept(group: str) -> PachinkoError:
+    """Return the error for a call that needs *group* to be kept."""
+    prefix, colon, _ = group.partition(":")
+    write = f"hub.keep({prefix + colon!r})"
+    return PachinkoError(f"the group {group!r} is not kept; write {write} before the app starts")
 
 
 class Keeper(Relay):
@@ -5744,6 +5872,8 @@ class Keeper(Relay):
     async def past(self, group: str, count: int) -> tuple[Position, Sequence[str]]:
         """Do what `Relay.past` says."""
         rings = self.history.rings
+        if rings.window_of(group) is None:
+            raise not_kept(group)
         return rings.top_of(group), [kept.event["text"] for kept in rings.last(group, count)]
 
     def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
@@ -5795,7 +5925,6 @@ class HubState:
     drains: list[asyncio.Task[None]] = attrs.Factory(list)  # one for each call of `Hub.drain`
     questions: dict[str, Questions] = attrs.Factory(dict)  # by connection id, from its first one
     listeners: set[Mailbox] = attrs.Factory(set)
-    resumable: dict[str, Resumable] = attrs.Factory(dict)  # streams, by their tokens
     returning: dict[str, Any] = attrs.Factory(dict)  # what clients have that are not in yet, by id
     # Tasks of connections, by the connection's id: whether each has been cancelled.
     background: dict[str, dict[asyncio.Task[Any], bool]] = attrs.Factory(dict)
@@ -6138,6 +6267,7 @@ class Listener(AsyncIterator[T]):
 # An application sets the hub up before it starts.
 
 _HISTORY_BYTES = 67_108_864  # 64 MiB
+_EXAMPLES = {"messages": "100", "bytes": "1_048_576", "history_bytes": "67_108_864"}
 _hubs: weakref.WeakSet[HubSetup] = weakref.WeakSet()
 
 
@@ -6161,7 +6291,7 @@ class HubSetup:
     def configure(
         self, url: Given | UnsetType = UNSET, *,
         converter: cattrs.Converter | UnsetType | None = UNSET,
-        namespace: str | UnsetType | None = UNSET, history_bytes: int | UnsetType = UNSET,
+        namespace: str | UnsetType | None = UNSET, history_bytes: int | UnsetType | None = UNSET,
     ) -> None:  # fmt: skip
         """Set up the hub before an app starts. Options left out are kept; None resets one.
 
@@ -6180,13 +6310,13 @@ class HubSetup:
         self._check_stopped("configure")
         url = self.state.url if url is UNSET else url
         namespace = self.state.namespace if namespace is UNSET else namespace
-        open_relay(url, namespace, self.state.rules, self.state.history_bytes)
-        if history_bytes is not UNSET:
-            self._settings["history_bytes"] = check_count("history_bytes", history_bytes)
+        most = self.state.history_bytes if history_bytes is UNSET else history_bytes
+        most = check_count("configure", "history_bytes", _HISTORY_BYTES if most is None else most)
+        open_relay(url, namespace, self.state.rules, most)
         if not (converter in (UNSET, None) or isinstance(converter, cattrs.BaseConverter)):
             raise TypeError(f"write hub.configure(converter=cattrs.Converter()), got {converter!r}")
         codec = self.state.codec if converter is UNSET else Codec(converter)
-        self._settings.update(url=url, namespace=namespace, codec=codec)
+        self._settings.update(url=url, namespace=namespace, codec=codec, history_bytes=most)
         self._set_state()
 
     def keep(
@@ -6204,8 +6334,10 @@ class HubSetup:
         if not isinstance(prefix, str):
             raise PachinkoError(f'write hub.keep("room:"), the beginning of names; got {prefix!r}')
         if not (is_seconds(seconds) and seconds > 0):
-            raise PachinkoError(f"seconds is a number above 0, got {seconds!r}")
-        window = Window(check_count("messages", messages), seconds, check_count("bytes", bytes))
+            write = 'write hub.keep("room:", seconds=300.0), a finite number above 0'
+            raise PachinkoError(f"{write}; got {seconds!r}")
+        counts = check_count("keep", "messages", messages), check_count("keep", "bytes", bytes)
+        window = Window(counts[0], seconds, counts[1])
         self._settings["rules"] = {**self._settings["rules"], whole(prefix): window}
         self._set_state()
 
@@ -6268,10 +6400,12 @@ class HubSetup:
             )
 
 
-def check_count(name: str, value: object) -> int:
-    """Return *value*, of the option *name*. Raises `PachinkoError` unless it is at least 1."""
+def check_count(method: str, name: str, value: object) -> int:
+    """Return *value*, of an option of `Hub`. Raises `PachinkoError` unless it is at least 1."""
     if not (isinstance(value, int) and _is_count(value)):
-        raise PachinkoError(f"{name} is a number, at least 1, got {value!r}")
+        example = 'hub.keep("room:", ' if method == "keep" else f"hub.{method}("
+        write = f"write {example}{name}={_EXAMPLES[name]}), a whole number, at least 1"
+        raise PachinkoError(f"{write}; got {value!r}")
     return value
 
 
@@ -6335,12 +6469,13 @@ class Hub(HubSetup):
             if conn.outgoing.is_answered:
                 return  # It has ended.
             raise PachinkoError("nobody joins before it has authenticated; do it in @ws.connect")
-        is_new, most = group not in state.registry.groups_of(conn), conn.outgoing.limits.max_groups
-        if is_new and len(state.registry.groups_of(conn)) >= most:
+        groups, most = state.registry.groups_of(conn), conn.outgoing.limits.max_groups
+        is_new = group not in groups
+        if len(groups) >= most and is_new:
             raise MessageError("too_many_groups", f"at most {most} groups a connection")
         state.registry.join(group, conn)
-        if state.history is not None and is_new:
-            state.history.enter(conn, group)
+        if state.relay.history is not None and is_new:
+            state.relay.history.enter(conn, group)
         try:
             await state.relay.subscribed(Kind.GROUP, group)
         except PachinkoError:
@@ -6418,8 +6553,7 @@ class Hub(HubSetup):
     async def _past(self, group: str, count: int) -> tuple[Position, Sequence[str]]:
         self._check("history", group, "group")
         if not any(map(group.startswith, self.state.rules)) and self.state.history is None:
-            write = f'hub.keep("{group.partition(":")[0]}") before the app starts'
-            raise PachinkoError(f"the group {group!r} is not kept; write {write}")
+            raise not_kept(group)
         return await self.state.relay.past(group, count)
 
     async def broadcast(
@@ -7113,6 +7247,29 @@ async def _report(work: Coroutine[Any, Any, T], conn: Connection) -> T:
 # A member that has missed messages, or is new, may get the state of its group (`@ws.snapshot`).
 
 _SNAPSHOT_SECONDS = 10.0  # for one, if the endpoint has no `handler_timeout`
+_MAY_RETURN = "may return a @message object or None"
+
+
+def check_snapshot(function: Any, prefix: str, namespaces: Namespaces) -> None:
+    """Raise `PachinkoError` unless *function* takes snapshots of the groups with *prefix*."""
+    example = f"@ws.snapshot({prefix!r})\nasync def state(conn, group): ..."
+    check_function(function, example, 2)
+    check_taken(function, str, namespaces, example)
+    returns = signature_of(function).return_annotation
+    members: Iterable[Any] = (known := known_type(function, returns, namespaces),)
+    with contextlib.suppress(Exception):  # A ``type`` statement may name what is not there.
+        members = union_members(known)
+    if not all(is_sendable(each, ()) for each in members):
+        what = f"returns {type_as_code(returns)}, but {_MAY_RETURN}"
+        raise mistake(function, what, example)
+
+
+def check_kept(snapshots: Mapping[str, Any], rules: Mapping[str, Window]) -> None:
+    """Raise `PachinkoError` if one of *snapshots* is of groups of which *rules* keep none."""
+    for prefix, function in snapshots.items():
+        if not any(rule.startswith(prefix) or prefix.startswith(rule) for rule in rules):
+            refused = "is the snapshot of groups that are not kept"
+            raise mistake(function, refused, f"hub.keep({prefix!r})  # before the app starts")
 
 
 def snapshot_of(session: Session, group: str) -> Take | None:
@@ -7127,6 +7284,7 @@ def snapshot_of(session: Session, group: str) -> Take | None:
 async def _take_snapshot(
     conn: Connection, function: Callable[..., Awaitable[Any]], group: str
 ) -> tuple[bytes | None, bool]:
+    """Return what `Take` says. Raises `Close`, and what comes of the end of the connection."""
     codec, what = conn.hub.state.codec, place_of(function)
     seconds = conn.outgoing.limits.handler_timeout or _SNAPSHOT_SECONDS
     try:
@@ -7134,21 +7292,25 @@ async def _take_snapshot(
         if state is None:
             return None, False
         if message_type(type(state)) is None:
-            raise TypeError(f"{what} returns a @message object or None; got {state!r:.200}")
-        type_, payload = split_message(state, None)
-        return codec.encode(type_, payload, group), False
+            raise TypeError(f"{what} {_MAY_RETURN}; got {type(state).__name__}")
+        return codec.encode(*split_message(state, None), group), False
     except BaseException as exc:  # Code of the application may raise anything.
-        error = single(exc)
+        error = await _meaning(exc, conn, what)
+    count_error(conn.hub.state.counts, error.code)
+    log_refusal(error, conn.id, None)
+    return error_frame(error, None, codec, group), True
+
+
+async def _meaning(exc: BaseException, conn: Connection, what: str) -> MessageError:
+    """Return what a client is told of *exc*. Raises what `create_task_of` knows the meaning of."""
+    error, is_over = single(exc), conn.closed or conn.ws.closed
+    try:
         pass_on(error, what, conn.id)
-        outcome = outcome_of(error)
-        if isinstance(outcome, Close):
-            conn.outgoing.close(outcome)
-        if outcome is None:
-            log_failure(what, error, conn.id)
-        if not isinstance(outcome, MessageError):
-            outcome = internal_error()
-        count_error(conn.hub.state.counts, outcome.code)
-        return error_frame(outcome, None, codec, group), True
+        if isinstance(error, Close) or (is_over and is_departure(exc)):
+            raise error
+        return cast(MessageError, await meaning_of(error, (), conn, what, None))
+    finally:
+        del error, exc  # They refer to this frame; a cycle would keep the connection.
 
 
 # ── answering ─────────────────────────────────────────────────────────────────────────────────
@@ -7303,6 +7465,8 @@ class Answering:
 _ITEMS, _ITEM_BYTES = 256, 1_048_576  # of one stream that are kept, and as many without a client
 _MOST_ALONE = 1_000  # streams of a process that go on without a client
 _MOST_RESUMED = 100  # that one client may go on with at a time
+_PULL = 2.5  # seconds that another process waits for further items, less than `Relay.call` does
+_PULL_TRIES, _PULL_AGAIN = 4, 1.0  # how often it is asked in vain, and seconds between
 
 
 class ResumableStream(Stream):
@@ -7321,8 +7485,8 @@ class Resumable(Answering):
     """A stream that goes on for some seconds without its client."""
 
     __slots__ = (
-        "_alone", "_came", "_carrier", "_carriers", "_count", "_final", "_id", "_items", "_seconds",
-        "_size", "_stream", "_timer", "_token",
+        "_alone", "_came", "_carrier", "_carriers", "_count", "_final", "_id", "_items", "_news",
+        "_seconds", "_size", "_stream", "_timer", "_token",
     )  # fmt: skip
 
     def __init__(self, session: Session, id: Id, seconds: float) -> None:
@@ -7337,9 +7501,10 @@ class Resumable(Answering):
         self._count = 0  # items so far
         self._alone = 0  # what the items take that have come without a client
         self._came = asyncio.Event()  # A client is there again.
+        self._news = asyncio.Event()  # There are more items, or the final answer.
         self._final: bytes | None = None  # the frame after the last item
         self._timer: Timer | None = None
-        self._hub_state.resumable[self._token] = self
+        self._hub_state.registry.resumable[self._token] = self
 
     def start(self, handler: Handler, message: Received) -> None:
         """Run the generator in a task of its own."""
@@ -7361,9 +7526,9 @@ class Resumable(Answering):
         event = {"type": "websocket.send", "text": text}
         self._items.append((self._count, event))
         self._size += len(text)
+        self._news.set()
         if self._carrier is not None:
-            while len(self._items) > _ITEMS or self._size > _ITEM_BYTES:
-                self._size -= len(self._items.popleft()[1]["text"])
+            self._trim(self._count)
             with contextlib.suppress(falcon.WebSocketDisconnected):
                 await self.outgoing.send(event)
             return
@@ -7372,12 +7537,22 @@ class Resumable(Answering):
             self._came.clear()
             await self._came.wait()
 
+    def _trim(self, number: int) -> None:
+        """Drop old items that are too many, up to *number*."""
+        while (
+            self._items
+            and self._items[0][0] <= number
+            and (len(self._items) > _ITEMS or self._size > _ITEM_BYTES)
+        ):
+            self._size -= len(self._items.popleft()[1]["text"])
+
     async def _send(self, data: bytes) -> None:
         """Send the final answer. It is kept, too, since the client may not have got it."""
-        self._final = data
-        if self._token in self._hub_state.resumable:
+        self._final, carrier, self._carrier = data, self._carrier, None
+        self._news.set()
+        if self._token in self._hub_state.registry.resumable:
             self._set_timer()
-        if self._carrier is not None:
+        if carrier is not None:
             await super()._send(data)
 
     async def _fail(
@@ -7391,15 +7566,14 @@ class Resumable(Answering):
 
     def _free(self, id: Id) -> None:
         if self._carrier is not None:
-            self._carrier.streams.pop(id, None)
+            del self._carrier.streams[id]
 
     def leave(self) -> None:
         """Go on for a while without the client, which has gone."""
-        if self._carrier is not None:
-            self._carrier.streams.pop(self._id, None)
+        del cast(Session, self._carrier).streams[self._id]
         self._carrier, self._alone = None, 0
         self._set_timer()
-        every = self._hub_state.resumable
+        every = self._hub_state.registry.resumable
         every[self._token] = every.pop(self._token)  # The one that has left first is the first.
         if len(every) > _MOST_ALONE:
             alone = [each for each in every.values() if each.is_alone]
@@ -7418,43 +7592,69 @@ class Resumable(Answering):
 
     def end(self) -> None:
         """Stop, and forget what was kept."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._hub_state.resumable.pop(self._token, None)
+        cast(Timer, self._timer).cancel()  # Its client has left, or has got the final answer.
+        self._hub_state.registry.resumable.pop(self._token, None)
         self._stream.stop()
 
-    def is_for(self, session: Session, id: Id, ids: Container[str]) -> bool:
-        """Tell whether the client had this stream in a connection with one of *ids*."""
-        user = session.conn.user
-        is_same = (type(id), id) == (type(self._id), self._id)
-        return (
-            is_same
-            and user is not None
-            and user == self.conn.user
-            and any(each in ids for each in self._carriers)
-        )
+    def stop(self) -> None:
+        """Stop the generator, as its client has asked for in another process."""
+        self._stream.stop()
+
+    def is_for(self, user: str | None, id: Id, ids: Iterable[str]) -> bool:
+        """Tell whether *user* had this stream in a connection with one of *ids*."""
+        is_own = user is not None and user == self.conn.user
+        return is_own and self._has_id(id) and not self._carriers.isdisjoint(ids)
+
+    def _has_id(self, id: Id) -> bool:
+        return (type(id), id) == (type(self._id), self._id)
 
     def go_on(self, session: Session, id: Id, number: int) -> bool:
         """Go on with the client of *session*, behind the item *number*; return whether it can."""
+        if not self._take_over(id, number):
+            return False
+        self._carriers.add(session.conn.id)
+        waiting = [Waiting(event) for n, event in self._items if n > number]
+        if self._final is None:
+            cast(Timer, self._timer).cancel()
+            self._carrier, self.outgoing = session, session.outgoing
+            session.take_stream(self._id, self._stream)
+        else:
+            waiting.append(Waiting(text_event(self._final)))
+        session.outgoing.put(*waiting)
+        return True
+
+    def _take_over(self, id: Id, number: int) -> bool:
+        """Tell who has had the stream that it is lost; return whether another client may go on."""
         first = self._items[0][0] if self._items else self._count + 1
-        is_same = (type(id), id) == (type(self._id), self._id)
-        if not is_same or not first - 1 <= number <= self._count:
+        if not self._has_id(id) or not first - 1 <= number <= self._count:
             return False
         if self._carrier is not None:
             self._carrier.lose_stream(self._id)
-        if self._timer is not None:
-            self._timer.cancel()
-        self._carrier, self.outgoing = session, session.outgoing
-        self._carriers.add(session.conn.id)
-        waiting = [Waiting(event) for n, event in self._items if n > number]
-        if self._final is not None:
-            waiting.append(Waiting(text_event(self._final)))
-            self._set_timer()
-        else:
-            session.take_stream(self._id, self._stream)
-        self.outgoing.put(*waiting)
+            self._carrier = None
+        self._set_timer()
+        self._alone = 0
         self._came.set()
         return True
+
+    async def pull(self, id: Id, number: int, seconds: float) -> dict[str, Any] | None:
+        """Return items behind *number*, and the final answer, as texts, or None if it is lost.
+
+        The client is in another process. Waits for some, at most for so many *seconds*.
+        """
+        if not self._take_over(id, number):
+            return None
+        self._trim(number)
+        if number == self._count and self._final is None:
+            self._news.clear()
+            with contextlib.suppress(TimeoutError), WaitLimit(clock.time() + seconds):
+                await self._news.wait()
+        texts, size = list[str](), 0
+        for n, event in self._items:
+            size += len(event["text"]) if n > number else 0
+            if n > number and (not texts or size <= _BATCH_BYTES):
+                texts.append(event["text"])
+        is_last = self._final is not None and number + len(texts) == self._count
+        return {"items": texts, "final": self._final.decode() if is_last and self._final else None}
 
 
 def stream_lost() -> MessageError:
@@ -7462,29 +7662,140 @@ def stream_lost() -> MessageError:
     return MessageError("stream_lost", "what is missing of the stream is not kept any more")
 
 
+@attrs.frozen
+class Wanted:
+    """A stream that a client wants to go on with."""
+
+    id: Id
+    token: str | None  # None if it has got no item
+    number: int  # of the latest item that it has got
+    ids: Sequence[str]  # of its former connections
+
+
+def wanted_streams(value: Any) -> list[Wanted]:
+    """Return the streams that the payload of a ``resume`` message names."""
+    said: dict[str, Any] = value if type(value) is dict else {}
+    streams, ids = said.get("streams"), said.get("ids")
+    known = [each for each in ids if type(each) is str] if type(ids) is list else []
+    found = list[Wanted]()
+    for each in (streams if type(streams) is list else [])[:_MOST_RESUMED]:
+        id: Any = each.get("id") if type(each) is dict else None
+        if type(id) in (str, int):
+            position = read_position(each.get("at"))
+            token = None if each.get("at", "") is None else position.epoch
+            found.append(Wanted(id, token, max(0, position.number), known[-_RESUME_IDS:]))
+    return found
+
+
+def _find(registry: Registry, wanted: Wanted, user: str | None) -> Resumable | None:
+    """Return the stream that is *wanted*, if this process has it."""
+    if wanted.token is not None:
+        return registry.resumable.get(wanted.token)
+    every = registry.resumable.values()
+    return next((each for each in every if each.is_for(user, wanted.id, wanted.ids)), None)
+
+
 def go_on_streams(session: Session, value: Any) -> None:
     """Go on with the streams that a ``resume`` message names; tell the client of lost ones."""
-    given = value.get("streams") if type(value) is dict else None
-    ids = value.get("ids") if type(value) is dict else None
-    resumable = session.conn.hub.state.resumable
-    for each in (given if type(given) is list else [])[:_MOST_RESUMED]:
-        named: dict[str, Any] = each if type(each) is dict else {}
-        id: Any = named.get("id")
-        at: Any = named.get("at", "")
-        if type(id) not in (str, int) or id in session.streams:
+    registry = session.conn.hub.state.registry
+    for wanted in wanted_streams(value):
+        if wanted.id in session.streams:
             continue  # It has begun another one under that id.
-        token, _, number = at.rpartition(".") if type(at) is str else ("", "", "0")
-        found = resumable.get(token)
-        if at is None and type(ids) is list:
-            found = next((s for s in resumable.values() if s.is_for(session, id, ids)), None)
-        is_number = number.isascii() and number.isdecimal() and len(number) < 20
-        if found is None or not is_number or not found.go_on(session, id, int(number)):
-            session.lose_stream(id)
+        found = _find(registry, wanted, session.conn.user)
+        if found is None and (others := _others(session, wanted)):
+            session.take_stream(wanted.id, stream := Stream())
+            session.add_task(_relay_stream(session, wanted, stream, others), is_detached=True)
+        elif found is None or not found.go_on(session, wanted.id, wanted.number):
+            session.lose_stream(wanted.id)
+
+
+def _others(session: Session, wanted: Wanted) -> list[str]:
+    """Return former connections of the client, one of each other process."""
+    state, size = session.conn.hub.state, 2 * _PROCESS_BYTES
+    if not state.relay.has_others:
+        return []
+    latest = {id[:size]: id for id in wanted.ids if _CONNECTION_ID.fullmatch(id)}
+    return [id for process, id in latest.items() if process != state.process]
+
+
+async def _relay_stream(
+    session: Session, wanted: Wanted, stream: Stream, others: list[str]
+) -> None:
+    """Send the client of *session* a stream that one of the other processes has."""
+    final: str | None = None
+    try:
+        try:
+            final = await stream.run(lambda: _pull(session, wanted, others))
+        finally:
+            session.streams.pop(wanted.id, None)
+    except falcon.WebSocketDisconnected:
+        return
+    except asyncio.CancelledError:
+        if session.outgoing.closed or not stream.is_stopped:
+            raise
+        forget_cancellations()  # The client has stopped it.
+        for other in others:
+            with contextlib.suppress(PachinkoError, NoAnswer):
+                await _call(session, wanted, other, 0)
+        final = _encode(Sent("complete", wanted.id)).decode()
+    if final is None:
+        session.lose_stream(wanted.id)
+    else:
+        session.outgoing.put(Waiting({"type": "websocket.send", "text": final}))
+
+
+async def _pull(session: Session, wanted: Wanted, others: list[str]) -> str | None:
+    """Send items as the other process has them; return the final answer, or None if it is lost."""
+    failures = 0
+    while others:
+        try:
+            found = await _call(session, wanted, others[0], _PULL)
+        except (PachinkoError, NoAnswer):  # The broker is away there, or the process has gone.
+            failures += 1
+            if failures == _PULL_TRIES:
+                return None
+            await clock.sleep(_PULL_AGAIN)
+            continue
+        failures = 0
+        if found is None:
+            del others[0]
+            continue
+        for text in found["items"]:
+            await session.outgoing.send({"type": "websocket.send", "text": text})
+        wanted = attrs.evolve(wanted, number=wanted.number + len(found["items"]))
+        if found["final"] is not None:
+            return cast(str, found["final"])
+    return None
+
+
+async def _call(session: Session, wanted: Wanted, other: str, seconds: float) -> Any:
+    state, said = session.conn.hub.state, (*attrs.astuple(wanted), session.conn.user)
+    return await state.relay.call(other, "stream", "", msgspec.Raw(encode(said)), seconds)
+
+
+async def _stream_call(
+    registry: Registry, _: str, said: msgspec.Raw, seconds: float
+) -> dict[str, Any] | None:
+    """Answer `_call` in the process that has the stream. It is stopped if *seconds* are 0."""
+    kind = tuple[Id, str | None, int, list[str], str | None]
+    id, token, number, ids, user = msgspec.json.decode(said, type=kind)
+    wanted = Wanted(id, token, number, ids)
+    if (found := _find(registry, wanted, user)) is None:
+        return None
+    if seconds == 0:
+        found.stop()
+        return None
+    return await found.pull(wanted.id, wanted.number, seconds)
+
+
+PROCESS_CALLS["stream"] = _stream_call
 
 
 # ── session ───────────────────────────────────────────────────────────────────────────────────
 #
 # The session of a connection reads its messages, and runs what is to be done for each.
+
+_OWN = ("complete", "resume", "$ping")  # types of messages that the library handles itself
 
 
 class Session(Answering):
@@ -7557,7 +7868,7 @@ class Session(Answering):
         if text is not None and size_of(text) <= self._limits.max_size:
             frame = decode_or_error(text)
         if isinstance(frame, Frame):
-            if frame.type in ("complete", "resume", "$ping") or is_answer(frame.type):
+            if frame.type in _OWN or is_answer(frame.type):
                 return self._refuse(event)
             handler = self.routes.handlers.get(frame.type)
             if handler is not None and handler.is_concurrent and self.is_serving:
@@ -7576,8 +7887,7 @@ class Session(Answering):
         if (text := resume_in(self.conn.req.query_string)) is not None:
             value = read_json(text)
             if (history := self._hub_state.history) is not None:
-                seconds = self._limits.auth_timeout if text == "message" else None
-                history.greet(self.conn, value, seconds)
+                history.greet(self.conn, value, text == "message")
             self._hub_state.returning[self.conn.id] = value
 
     async def resume(self, frame: Frame) -> None:
@@ -7593,7 +7903,7 @@ class Session(Answering):
 
     def welcome(self) -> None:
         """Begin to resume, now that the client is in."""
-        if (history := self._hub_state.history) is not None:
+        if (history := self._hub_state.history) is not None and self.routes.snapshots:
             history.welcome(self.conn)
         if self.conn.id in self._hub_state.returning:
             go_on_streams(self, self._hub_state.returning.pop(self.conn.id))
@@ -7608,6 +7918,12 @@ class Session(Answering):
         if not self.tasks and not self.streams:
             self.tasks, self.streams = set(), {}
         self.streams[id] = stream
+
+    def add_task(self, work: Coroutine[Any, Any, None], *, is_detached: bool = False) -> None:
+        """Run *work* in a task that ends with the connection."""
+        task = create_task(work, is_detached=is_detached)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     def lose_stream(self, id: Id) -> None:
         """Tell the client that a stream does not go on for it."""
@@ -7785,12 +8101,12 @@ class Session(Answering):
             return
         if (refusal := self._exceed_rate(event, id, type)) is not None:
             await refusal
+        elif type not in _OWN:
+            await self._explain(text, frame, exc)
         elif type == "$ping":
             await self._send(_encode(Sent("$pong", id)))
         elif type == "resume":
             await self.resume(cast(Frame, frame))
-        elif type != "complete":
-            await self._explain(text, frame, exc)
 
     async def _explain(self, text: str, frame: Frame | BadFrame, exc: Any) -> None:
         """Give the text to the fallback, or tell the client what is wrong with it."""
@@ -7830,9 +8146,7 @@ class Session(Answering):
             work = self.run_stream(handler, message, stream)
         else:
             work = self._perform(handler, message, is_plain=False)
-        task = create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self.add_task(work)
 
     async def finish(self) -> None:
         """End the tasks, run the disconnect handlers, forget the connection."""
@@ -7860,8 +8174,8 @@ class Session(Answering):
         """Take the connection out of the hub."""
         self.conn.stop_expiry()
         self._hub_state.registry.remove(self.conn)
-        if self._hub_state.history is not None:
-            self._hub_state.history.forget(self.conn)
+        if (history := self._hub_state.relay.history) is not None:
+            history.forget(self.conn)
         if self._hub_state.returning:
             self._hub_state.returning.pop(self.conn.id, None)
 
@@ -8084,8 +8398,8 @@ async def _authenticate(
                 frame = await session.first_token()
             deadline += clock.time() - begun
             token = token_of(frame.payload)
-            if type(frame.payload) is dict and "resume" in frame.payload:
-                await session.resume(Frame("resume", None, frame.payload["resume"]))
+            if (history := conn.hub.state.history) is not None:
+                history.note_within(conn, frame.payload)
             if token is not None:
                 with TimeLimit(until):
                     user = await _attend(session, user_of(function, conn, token), deadline)
@@ -8321,7 +8635,7 @@ class Lifecycle:
         for session in sessions:
             session.outgoing.close(Close(1012, "the server shuts down"))
         streams = set[asyncio.Task[None]]()
-        for stream in tuple(self._hub.state.resumable.values()):
+        for stream in tuple(self._hub.state.registry.resumable.values()):
             if stream.outgoing.limits is self._limits:
                 streams |= stream.tasks
                 stream.end()
@@ -8331,6 +8645,7 @@ class Lifecycle:
         """Start once in each loop: with the lifespan, or else with the first connection."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
+            check_kept(self._routes.snapshots, self._hub.state.rules)
             contextvars.Context().run(hub_starter.get(), self)
             if self._hub.state.broker is None:
                 _warn_of_workers()
@@ -8415,6 +8730,39 @@ async def _keep_working(function: Callable[[], Awaitable[None]], name: str) -> N
             what, info = ("failed", exc) if not is_away(exc) else (f"failed: {exc}", None)
             logger.error("worker %s %s; again in %g s", name, what, backoff, exc_info=info)
         await clock.sleep(backoff)
+
+
+# ── assets ────────────────────────────────────────────────────────────────────────────────────
+#
+# The files of the folder client/, which stands beside the module in a checkout and in a wheel.
+
+_ASSETS = Path(__file__).with_name("client")
+
+
+class Asset:
+    """A file of ``client/`` as a Falcon resource, which has read it once."""
+
+    def __init__(self, name: str, media_type: str) -> None:
+        try:
+            self._data = (_ASSETS / name).read_bytes()
+        except OSError:
+            raise PachinkoError(
+                f"there is no {_ASSETS / name}: copy the folder client/ beside the module, or "
+                "install the package"
+            ) from None
+        self._media_type = media_type
+        self._etag = falcon.ETag(hashlib.sha256(self._data).hexdigest()[:32])
+
+    async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        """Send the file, or 304 to whoever has it (RFC 9110, 13.1.2). The address has no version."""
+        resp.cache_control, resp.etag = ["no-cache"], self._etag
+        known = req.if_none_match or ()
+        if "*" in known or self._etag in known:
+            resp.status = falcon.HTTP_304
+        else:
+            resp.content_type, resp.data = self._media_type, self._data
+
+    on_head = on_get  # Falcon leaves out the body.
 
 
 # ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
@@ -8536,10 +8884,15 @@ class Pachinko(Lifecycle):
         self._routes.set("authenticate", function, "authenticate", takes_guests=optional)
 
         async def again(conn: Connection, payload: Any) -> None:
+            if type(payload) is dict and "resume" in payload:
+                session = self._hub.state.serving[current_task()]
+                await session.resume(Frame("resume", None, payload["resume"]))
             if (token := token_of(payload)) is None:
                 wrong = {"path": "$.payload.token", "message": "expected str"}
                 raise invalid_payload("authenticate", [wrong])
             expires_at, registry = conn.expires_at, self._hub.state.registry
+            if (history := self._hub.state.history) is not None:
+                history.note_within(conn, payload)
             registry.expect(conn)
             try:
                 user = await user_of(function, conn, token)
@@ -8557,6 +8910,8 @@ class Pachinko(Lifecycle):
                 raise Close(UNAUTHENTICATED, "authentication failed")
             if is_guest:
                 await self._hub.state.reachable(conn)
+            if (history := self._hub.state.history) is not None and "resume" in payload:
+                history.note(conn, payload["resume"])
 
         parameter = inspect.Parameter("payload", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         renewal = Handler("authenticate", function, again, Any, parameter, None, None, False, False)
@@ -8704,13 +9059,16 @@ class Pachinko(Lifecycle):
         """
         if not isinstance(prefix, str):
             raise PachinkoError(f'write @ws.snapshot("room:"), the prefix of names; got {prefix!r}')
+        namespaces = caller_namespaces()
 
         def register(function: F) -> F:
-            example = f'@ws.snapshot("{prefix}")\nasync def state(conn, group): ...'
-            check_function(function, example, 2)
-            return self._register(
-                function, lambda self: self._routes.add_snapshot(whole(prefix), function)
-            )
+            def add(self: Any) -> None:
+                check_snapshot(function, prefix, namespaces)
+                self._routes.add_snapshot(whole(prefix), function)
+
+            if self._loop is not None:  # Else the start does it.
+                check_kept({whole(prefix): function}, self._hub.state.rules)
+            return self._register(function, add)
 
         return register
 
@@ -8824,6 +9182,18 @@ class Pachinko(Lifecycle):
             self._parts.setdefault(each, ())
         self._parts[other] += (prefix,)
 
+    def client(self, path: str) -> None:
+        """Serve the browsers' client, a JavaScript module, at *path*: ``"/pachinko.js"``.
+
+        Raises `PachinkoError` without an app, or without the folder ``client/`` beside the module.
+        """
+        if self._app is None or not (isinstance(path, str) and path.startswith("/")):
+            example = 'ws = Pachinko(app, "/ws")\nws.client("/pachinko.js")'
+            raise PachinkoError(
+                f"the client needs an app and a path; got {path!r}; write\n{example}"
+            )
+        self._app.add_route(path, Asset("pachinko.js", falcon.MEDIA_JS))
+
     async def on_websocket(
         self, req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, /, **params: Any
     ) -> None:
@@ -8841,11 +9211,11 @@ class Pachinko(Lifecycle):
                 raise falcon.HTTPForbidden(description="pages of this origin may not connect")
             session = Session(self._hub, self._routes, self._limits, req, ws, params)
             state.enter(session)
-            if state.history is not None or self._routes.has_resumable:
+            if state.relay.history is not None or self._routes.has_resumable:
                 session.greet()
             try:
                 if await admit(session, self._subprotocols):
-                    if state.history is not None or state.returning:
+                    if state.relay.history is not None or state.returning:
                         session.welcome()
                     await session.serve(welcome if self._routes.accepted else None)
             finally:

@@ -69,6 +69,7 @@ from msgspec import UNSET, UnsetType
 
 import pachinko
 from pachinko import (
+    NOWHERE,
     AnswerError,
     Backplane,
     Binary,
@@ -188,6 +189,9 @@ def look_at_result(task: asyncio.Task[Any]) -> None:
 
 _RULES = 60.0  # seconds that the rules outlast the last process that has them
 _FORGET = 86_400.0  # seconds that the position of a quiet group outlasts its messages, at least
+# An epoch becomes a part of JSON texts as it is. A peer message, which begins with a brace, has no
+# stamp.
+_STAMP = re.compile(rb"([\w.:-]{1,100}) (\d{1,19}) (\d{1,19})\n")
 
 
 class Stamp(NamedTuple):
@@ -241,14 +245,10 @@ def stamped(stamp: Stamp, data: bytes) -> bytes:
 
 def read_stamp(data: bytes) -> tuple[Stamp | None, bytes]:
     """Return the stamp, if there is one, and what is behind it."""
-    head, _, rest = data.partition(b"\n")
-    parts = head.split(b" ")
-    if head.startswith(b"{") or len(parts) != 3:
+    if (found := _STAMP.match(data)) is None:
         return None, data
-    epoch, number, previous = parts
-    if not (number.isdigit() and previous.isdigit()):
-        return None, data
-    return Stamp(epoch.decode(errors="replace"), int(number), int(previous)), rest
+    epoch, number, previous = found.groups()
+    return Stamp(epoch.decode(), int(number), int(previous)), data[found.end() :]
 
 
 # ── JetStream ─────────────────────────────────────────────────────────────────────────────────
@@ -1009,6 +1009,7 @@ def _nats_settings(broker: Broker) -> dict[str, Any]:
 # redis-py, `PubSub` and pipelines, takes 1.4 to 2 times the CPU time for a message.
 
 
+_TIDY = 100  # messages between two times to forget quiet subjects, ten times as many at most
 # A lease has its holder's token as value. To give it up is to keep it for a millisecond.
 _TAKE = """
 local owner = redis.call('GET', KEYS[1])
@@ -1016,8 +1017,90 @@ if owner and owner ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
-_NO_RIGHT = re.compile(r"ACL failure|can't run this command|can't access")
+_NO_RIGHT = re.compile(r"ACL failure|can't (run this command|access|publish)")
+# Three kinds of keys hold what is kept, all in one slot by their hash tag, the namespace:
+# - `{namespace}.kept`, a hash, has *n*, the number of the latest message, and what `_LIFE` reads.
+# - `….tops`, a sorted set, has the number of the latest message to each subject. A subject that has
+#   been quiet for a day may be missing; it then has no message with a number above *floor*. A day
+#   later *mark* becomes the floor. The member "" shows that the set was not evicted.
+# - `….<life>.<subject>`, a stream, expires with its messages. An id is a number and a time, and the
+#   only field of an entry is named by the number of the message before it.
+# A *life* ends when the hash or the set is lost. An epoch also ends with the server's history of
+# replication, by a failover or a restart, because messages that had numbers may be missing then.
+_LIFE = """
+local replid = string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
+if not replid then return redis.error_reply('ERR no master_replid') end
+local tops, subject, time = KEYS[1] .. '.tops', ARGV[1], redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local top = redis.call('ZSCORE', tops, subject)
+local has = redis.call('HMGET', KEYS[1], 'replid', 'epoch', 'life', 'floor', 'mark', 'since')
+local was, epoch, life, floor, mark, since = unpack(has)
+local is_lost = not life or not (top or redis.call('ZSCORE', tops, ''))
+if is_lost or was ~= replid then
+  epoch = string.sub(redis.sha1hex(replid .. time[1] .. '.' .. time[2]), 1, 8)
+  redis.call('HSET', KEYS[1], 'replid', replid, 'epoch', epoch)
+end
+if is_lost then
+  life, floor, mark, since, top = epoch, 0, 0, now, false
+  redis.call('ZREMRANGEBYRANK', tops, 0, -1)
+  redis.call('ZADD', tops, '-inf', '')
+  redis.call('HSET', KEYS[1], 'life', life, 'floor', floor, 'mark', mark, 'since', since, 'n', 0)
+end
+local stream = KEYS[1] .. '.' .. life .. '.' .. subject
+"""
+_KEEP = f"""{_LIFE}
+local n = redis.call('HINCRBY', KEYS[1], 'n', 1)
+if n % (ARGV[5] or {_TIDY}) == 0 then
+  if now - since > ARGV[4] + {_FORGET * 1000:.0f} then
+    floor = mark
+    redis.call('HSET', KEYS[1], 'floor', mark, 'mark', n - 1, 'since', now)
+  end
+  local quiet = math.min(redis.call('ZCOUNT', tops, '-inf', floor), {_TIDY * 10})
+  redis.call('ZREMRANGEBYRANK', tops, 1, quiet - 1)
+end
+redis.call('ZADD', tops, n, subject)
+redis.call('XADD', stream, 'MAXLEN', ARGV[3], n .. '-' .. now, top or floor, ARGV[2])
+redis.call('PEXPIRE', stream, ARGV[4])
+redis.call('PUBLISH', subject, epoch .. ' ' .. n .. ' ' .. (top or 0) .. '\\n' .. ARGV[2])
+"""
+_PAST = f"""{_LIFE}
+local last = {{}}
+if ARGV[2] ~= '0' then last = redis.call('XREVRANGE', stream, '+', '-', 'COUNT', ARGV[2]) end
+return {{epoch, tonumber(top or mark), tonumber(top or floor), now, last}}
+"""
+_AGREE = """
+local has = redis.call('GET', KEYS[1]) or ''
+if ARGV[1] == '' or has ~= '' and has ~= ARGV[1] then return has end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return ARGV[1]
+"""
+_STORE_RIGHTS = (
+    "+eval +evalsha +info +time +get +set +hmget +hset +hincrby +zscore +zadd +zcount "
+    "+zremrangebyrank +xadd +xrevrange +pexpire +publish"
+)
+_ADVICE = {  # by what the error says
+    "nknown": "they need Redis 5.0 or later, or Valkey, with all its commands",
+    "read only replica": "this is a replica, give the address of the primary",
+    "master_replid": "this server does not say when another one takes its place",
+    "maxmemory": "its memory is full, raise maxmemory",
+}
 _CANCEL_AGAIN = 0.5  # seconds that a task may clean up before it is cancelled once more
+
+
+@functools.cache
+def _digest(script: str) -> str:
+    """Return the name of *script* in the server's cache."""
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+
+
+def _slot_of(subject: str) -> str:
+    """Return the beginning of all keys for the namespace of *subject*."""
+    return f"{{{subject.partition('.')[0]}}}."
+
+
+def _milliseconds(seconds: float) -> str:
+    """Return *seconds* as Redis takes them: at least a millisecond, at most 30,000 years."""
+    return str(max(1, int(min(seconds, 1e12) * 1000)))
 
 
 class RedisConnection:
@@ -1048,6 +1131,7 @@ class RedisConnection:
         return await reply
 
     def cancel(self) -> None:
+        self._failure = self._failure or ConnectionResetError("not connected")
         for task in self._tasks:
             task.cancel()
 
@@ -1098,6 +1182,7 @@ class Redis:
     """A `Backplane` on Redis, by redis-py."""
 
     def __init__(self, broker: Broker) -> None:
+        import redis.exceptions
         from redis.asyncio.connection import ConnectionPool
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
@@ -1117,7 +1202,7 @@ class Redis:
                 f"redis-py takes another option in a {broker.scheme}:// URL: "
                 f"{without_secrets(exc, broker)}"
             ) from None
-        self._pool = pool
+        self._pool, self._errors = pool, redis.exceptions
         self._connections: list[RedisConnection] = []
         self._counts_all = True
         self._ending: asyncio.Task[None] | None = None
@@ -1170,24 +1255,64 @@ class Redis:
 
     async def lease(self, key: str, token: str, seconds: float) -> bool:
         """Take or renew the lease *key* for *token*, or give it up, as `Lease.request` says."""
-        from redis.exceptions import NoPermissionError, ResponseError
+        what, rights = "a worker with once=True", f"~{key.rpartition('.')[0]}.* +eval +get +set"
+        run = self._run(what, rights, "EVAL", _TAKE, "1", key, token, _milliseconds(seconds))
+        return bool(await run and seconds)
 
+    async def keep(self, subject: str, data: bytes, window: Window) -> None:
+        await self._keep(subject, data, window)
+
+    async def _keep(self, subject: str, data: bytes, window: Window, *tidy: str) -> None:
+        bounds = str(window.messages), _milliseconds(window.seconds)
+        await self._store(_KEEP, _slot_of(subject), "kept", subject, data, *bounds, *tidy)
+
+    async def past(self, subject: str, count: int) -> Past:
+        found = await self._store(_PAST, _slot_of(subject), "kept", subject, str(count))
+        epoch, top, floor, now, last = found
+        entries = list[Entry]()
+        for id, (previous, data) in reversed(last):
+            number, sent = map(int, id.split(b"-"))
+            floor = floor if entries else int(previous)
+            entries.append(Entry(number, (now - sent) / 1000, data))
+        return Past(epoch.decode(), top, floor if count else top, entries)
+
+    async def agree(self, key: str, value: bytes, seconds: float) -> bytes:
+        if value:  # This tells now what would otherwise be told at the first message.
+            await self._keep(key, b"", Window(1, 1.0, 1), "1")
+            await self.past(key, 1)
+        name, bounds = key.partition(".")[2], (value, _milliseconds(seconds))
+        has: bytes = await self._store(_AGREE, _slot_of(key), name, *bounds)
+        return has
+
+    async def _store(self, script: str, slot: str, name: str, *args: str | bytes) -> Any:
+        """Run *script* for the key *name*. Raises `PachinkoError` for what Redis refuses."""
+        run = functools.partial(self._run, "hub.keep()", f"~{slot}* {_STORE_RIGHTS}")
+        try:
+            try:
+                return await run("EVALSHA", _digest(script), "1", slot + name, *args)
+            except self._errors.NoScriptError:
+                return await run("EVAL", script, "1", slot + name, *args)
+        except self._errors.ResponseError as exc:
+            found = (advice for sign, advice in _ADVICE.items() if sign in str(exc))
+            advice = next(found, "it says")
+            raise PachinkoError(f"Redis keeps no messages: {advice} ({exc})") from None
+
+    async def _run(self, what: str, rights: str, *command: str | bytes) -> Any:
+        """Run a script. Raises `PachinkoError` if *what* is done without having the *rights*."""
         if not self._counts_all:
             raise PachinkoError(
-                "a worker with once=True needs a single Redis server, or NATS: this is a Redis "
-                "Cluster, whose nodes do not share their keys"
+                f"{what} needs a single Redis server, or NATS: this is a Redis Cluster, whose "
+                "nodes do not share their keys"
             )
-        milliseconds = str(max(1, int(seconds * 1000)))
         try:
-            held = await self._publishing.call("EVAL", _TAKE, "1", key, token, milliseconds)
-        except ResponseError as exc:
-            if isinstance(exc, NoPermissionError) or _NO_RIGHT.search(str(exc)):
+            return await self._publishing.call(*command)
+        except self._errors.ResponseError as exc:
+            is_refused = isinstance(exc, self._errors.NoPermissionError)
+            if is_refused or _NO_RIGHT.search(str(exc)):
                 raise PachinkoError(
-                    f"a worker with once=True needs further rights in Redis: ACL SETUSER app "
-                    f"~{key.rpartition('.')[0]}.* +eval +get +set ({exc})"
+                    f"{what} needs further rights in Redis: ACL SETUSER app {rights} ({exc})"
                 ) from None
             raise
-        return bool(held and seconds)
 
     async def stop(self) -> None:
         if self._ending is not None:
@@ -1370,7 +1495,7 @@ class Link:
         self, backplane: Backplane, broker: Broker | None,
         deliver: Deliver, restored: Callable[[str | None], None],
         essential: Sequence[str], beat: Pack, process: str,
-        opened: Callable[[], Awaitable[None]],
+        opened: Callable[[], Awaitable[None]] | None = None,
     ) -> None:  # fmt: skip
         self._backplane, self._broker, self._opened = backplane, broker, opened
         self._name = str(broker) if broker is not None else type(backplane).__name__
@@ -1607,8 +1732,9 @@ class Link:
                     raise result
                 else:
                     self._note_subscribed(subject)
-        async with asyncio.timeout(_CONNECT):
-            await self._opened()
+        if self._opened is not None:
+            async with asyncio.timeout(_CONNECT):
+                await self._opened()
 
     def _begin(self) -> None:
         """Let everybody go on who has waited for a session."""
@@ -1861,9 +1987,8 @@ class PeerMessage(msgspec.Struct, omit_defaults=True):
     """``send`` or ``close``: to the receivers, or the one in ``to``; ``who``: to the processes
     with members of a group, ``whose``: to those with connections of a user, both answered with
     ``here``; ``call``: to the process of a connection, answered with ``done``; ``beat``: to the
-    sender itself, as a sign of life; ``sync``: to nobody, behind all that was sent before;
-    ``rules``: to all, as the rules of kept groups have changed. Older processes refuse these two,
-    and a ``call``."""
+    sender itself, as a sign of life; ``rules``: to all, with those of kept groups. Older processes
+    refuse these, and a ``call``."""
     source: str = msgspec.field(name="from")  # the process that sends
     session: int = 0  # the number of the sender's session with the broker
     n: int = 0  # the message's number in its process
@@ -1892,10 +2017,10 @@ _CROSSING: dict[str, type[Exception]] = {
 class Call(msgspec.Struct, array_like=True):
     """The frame of a ``call``: one of `pachinko.CALLS`, and its arguments."""
 
-    method: Literal["join", "leave", "ask"]
+    method: Literal["join", "leave", "ask", "stream"]
     name: bytes  # the group, or the type of the question; JSON could not carry any text
-    frame: msgspec.Raw = msgspec.Raw()  # the question, for clients
-    seconds: Annotated[float, msgspec.Meta(gt=0)] = 10.0  # to wait for its answer
+    frame: msgspec.Raw = msgspec.Raw()  # the question, for clients; or what stream is wanted
+    seconds: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # to wait for its answer, or for items
 
 
 class Done(msgspec.Struct, omit_defaults=True):
@@ -2003,9 +2128,10 @@ def read_call(frame: bytes) -> tuple[Any, ...]:
         name = call.name.decode(errors="surrogatepass")
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
         raise Refused(f"not a call of ours: {exc}") from None
-    if call.method != "ask":
+    if call.method in ("join", "leave"):
         return call.method, name
-    check_carried(bytes(call.frame), None)
+    if call.method == "ask":
+        check_carried(bytes(call.frame), None)
     return call.method, name, call.frame, call.seconds
 
 
@@ -2035,59 +2161,137 @@ def done_with(exc: Exception, process: str) -> Done:
 
 # ── archive ───────────────────────────────────────────────────────────────────────────────────
 #
-# The archive has the rings of the kept groups with members in this process. They are filled by the
-# feed, which comes anyway; the broker is asked for what was before that, or is missing in it.
+# The archive has the rings of the kept groups with members in this process. The feed fills them,
+# which comes anyway. The broker is asked for what is before that, and for what was missed.
 
 _READS = 32  # groups whose past is read at a time
 _AGAIN = 1.0  # seconds before a read that has failed is tried again
-_decode_rules = msgspec.json.Decoder(dict[str, tuple[int, float, int]]).decode
-
-
-class BrokerRings(Rings):
-    """The rings of a process. Their numbers come from the broker."""
-
-    def __init__(self, rules: Mapping[str, Window], limit: int) -> None:
-        super().__init__(rules, limit)
-        self.epoch: str = ""  # Nobody knows it yet.
-        self.tops: dict[str, int] = {}  # numbers of the latest messages, of groups that are ready
-        self.whole: set[str] = set()  # groups of which all is known that the broker has
-
-    def is_ready(self, group: str, position: Position | None) -> bool:
-        if group not in self.tops or position is None or position.epoch != self.epoch:
-            return group in self.tops
-        floor = self._rings[group].floor
-        return position.number <= self.tops[group] and (
-            position.number >= floor or group in self.whole
-        )
-
-    def top_of(self, group: str) -> Position:
-        return Position(self.epoch, self.tops.get(group, 0))
-
-    def _end(self, ring: pachinko.Ring) -> None:
-        ring.timer = None  # The next message sets it. A ring stays while there is a member.
-
-    def close(self, group: str) -> None:
-        super().close(group)
-        self.tops.pop(group, None)
-        self.whole.discard(group)
+_BEGUN_A_TURN = 256  # members that begin in one turn of the loop, when they have waited
 
 
 class Arrived(NamedTuple):
-    """A kept message that has come by the feed."""
+    """A kept message that has come by the feed, or was read."""
 
     stamp: Stamp
     frame: bytes
     excluded: Sequence[str]
-    time: float = 0.0  # when it came, on the library's clock
+    age: float = 0.0  # seconds
+
+
+_decode_rules = msgspec.json.Decoder(dict[str, tuple[int, float, int]]).decode
+
+
+def write_rules(rules: Mapping[str, Window]) -> bytes:
+    """Return *rules* as all processes write them, so that equal ones are equal bytes."""
+    return encode({
+        prefix: (rule.messages, float(rule.seconds), rule.bytes)
+        for prefix, rule in sorted(rules.items())
+    })  # fmt: skip
+
+
+def read_rules(data: bytes) -> Mapping[str, Window]:
+    """Return the rules in *data*, none in an empty one. Raises `PachinkoError`."""
+    try:
+        return {key: Window(*rule) for key, rule in _decode_rules(data or b"{}").items()}
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
+        raise PachinkoError(
+            f"the broker keeps groups by rules of another version of Pachinko ({exc}): update this "
+            "process, or give it a namespace of its own: hub.configure(namespace=...)"
+        ) from None
+
+
+class BrokerRings(Rings):
+    """The rings of a process. A group has numbers, and an epoch, once one of the broker's is known.
+
+    A group whose broker has begun anew keeps its old epoch until something tells so.
+    """
+
+    def __init__(self, rules: Mapping[str, Window], limit: int) -> None:
+        super().__init__(rules, limit)
+        self.tops: dict[str, Position] = {}  # All messages up to here have come.
+        # Where those began to listen who joined before the top was known.
+        self._starts: dict[str, Position] = {}
+        self._whole: set[str] = set()  # groups whose ring has all that the broker has
+
+    def is_ready(self, group: str, position: Position | None) -> bool:
+        top = self.tops.get(group)
+        if top is None or position is None or position == NOWHERE:
+            return top is not None
+        is_past = position.epoch == top.epoch and position.number <= top.number
+        floor = self._rings[group].floor
+        return is_past and (position.number >= floor or group in self._whole)
+
+    def epoch_of(self, group: str) -> str:
+        return self.tops[group].epoch
+
+    def top_of(self, group: str) -> Position:
+        return self.tops.get(group, NOWHERE)
+
+    def start_of(self, group: str) -> Position:
+        return self._starts[group]
+
+    def begin(self, group: str, window: Window, top: Position, is_lost: bool) -> None:
+        """Begin the ring of *group* anew, behind *top*; what was before *is_lost*, or is not."""
+        self.close(group)
+        self.tops[group] = top
+        self.open(group, window, top.number)
+        self._starts.setdefault(group, NOWHERE if is_lost else top)
+
+    def take(self, group: str, message: Arrived) -> Kept:
+        """Keep the next message to *group*."""
+        self.tops[group] = Position(message.stamp.epoch, message.stamp.number)
+        return self._put(group, message)
+
+    def _put(self, group: str, message: Arrived) -> Kept:
+        when = pachinko.clock.time() - message.age
+        return self.put(group, message.frame, message.stamp.number, when, message.excluded)
+
+    def fill(self, group: str, floor: int, older: Iterable[Arrived]) -> None:
+        """Put *older* messages, all behind the number *floor*, before those in the ring."""
+        ring = self._rings[group]
+        super().close(group)
+        self.open(group, ring.window, min(floor, ring.floor), ring.limited)
+        for message in older:
+            if message.stamp.number <= ring.floor:
+                self._put(group, message)
+        for kept in ring.messages:
+            self.append(group, kept)
+        self._whole.add(group)
+
+    def resize(self, group: str, window: Window) -> None:
+        """Let *group* have another window, as the rules have changed."""
+        if group in self._rings:
+            self._rings[group].window = window
+        self._whole.discard(group)
+
+    def _end(self, ring: pachinko.Ring) -> None:
+        """Keep the ring, although it is empty, while the group has a member."""
+
+    def close(self, group: str) -> None:
+        super().close(group)
+        self.tops.pop(group, None)
+        self._whole.discard(group)
+
+    def forget(self, group: str) -> None:
+        """Forget *group*, as its last member has left."""
+        self.close(group)
+        self._starts.pop(group, None)
 
 
 @attrs.define(eq=False)
 class Feed:
     """What comes to a kept group with members in this process."""
 
-    held: list[Arrived] = attrs.Factory(list)  # what has come while the past is read
+    window: Window
+    # Members that wait for a read.
+    waiting: collections.deque[tuple[pachinko.Cursor, Position | None]] = attrs.Factory(
+        collections.deque
+    )
     is_reading: bool = False
     is_due: bool = False  # The past is to be read, once more.
+    # Something is missing between the top and what comes. What comes now is in the next past.
+    is_behind: bool = False
+    held: list[Arrived] | None = None  # what has come since the read of a feed that is behind began
     lost: Reason | None = None  # why members have missed something for good
 
 
@@ -2096,76 +2300,96 @@ class Archive:
 
     def __init__(
         self, store: Store, link: Link, history: History, registry: Registry,
-        subject: Callable[[str], str], sync: Callable[[str], Awaitable[object]],
+        subject: Callable[[str], str], sync: Callable[[], Awaitable[object]],
         start_work: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:  # fmt: skip
-        """*sync* returns when all that was sent to a group before has come."""
+        """*sync* returns when what the broker has sent to this process until now has come."""
         self._store, self._link, self._history, self._registry = store, link, history, registry
         self._subject, self._sync, self._start_work = subject, sync, start_work
         self._rings = cast(BrokerRings, history.rings)
         self._feeds: dict[str, Feed] = {}
         self._turns = asyncio.Semaphore(_READS)
-        self._back: asyncio.Future[None] | None = None  # done when the broker is back
+        self._is_failing = False  # The log says so.
         history.start(registry)
-        history.fetch = self.read
+        history.fetch = self._fetch
+        self.use(self._rings.rules)
+
+    def use(self, rules: Mapping[str, Window]) -> None:
+        """Keep groups by *rules* from now on. One that is no longer kept has a ring to its end."""
+        self._rings.rules = rules
+        for group in self._registry.groups:
+            window = self._rings.window_of(group)
+            if group not in self._feeds:
+                self.add(group)
+            elif window is not None:
+                self._feeds[group].window = window
+                self._rings.resize(group, window)
 
     def add(self, group: str) -> None:
         """Note the first member of *group*."""
-        if self._rings.window_of(group) is not None:
-            self._feeds[group] = Feed()
+        if (window := self._rings.window_of(group)) is not None:
+            self._feeds[group] = Feed(window)
             self.read(group)
 
     def remove(self, group: str) -> None:
         """Note that the last member of *group* has left."""
         if self._feeds.pop(group, None) is not None:
-            self._rings.close(group)
+            self._rings.forget(group)
 
-    def knows(self, group: str) -> bool:
-        """Tell whether *group* is kept, and has members here."""
-        return group in self._feeds
+    def _fetch(self, cursor: pachinko.Cursor, position: Position | None) -> None:
+        """Let *cursor* begin at *position* when the past was read."""
+        self._feeds[cursor.group].waiting.append((cursor, position))
+        self.read(cursor.group)
 
     async def take(self, group: str, message: Arrived) -> None:
         """Take a message from the feed; deliver it now, or behind what is missing before it."""
-        feed, stamp = self._feeds.get(group), message.stamp
+        feed = self._feeds.get(group)
         if feed is None:
-            return await self._deliver(group, _framed(message), message.excluded)
-        if stamp.epoch != self._rings.epoch:
-            self._begin_epoch(stamp.epoch)
-        top = self._rings.tops.get(group)
-        message = message._replace(time=pachinko.clock.time())
-        if feed.is_reading or top is None or stamp.previous > top:
+            await self._deliver(group, framed(message), message.excluded)
+        elif feed.held is not None:
             feed.held.append(message)
-            self.read(group)
-        elif stamp.number > top:
-            await self._deliver(group, self._put(group, message), message.excluded)
+        elif not feed.is_behind:
+            await self._take(group, feed, message, is_read=False)
+
+    async def _take(self, group: str, feed: Feed, message: Arrived, is_read: bool) -> None:
+        """Deliver the next message. The past before it *is_read* already, or is not."""
+        if self._feeds.get(group) is not feed:
+            return
+        stamp, top = message.stamp, self._rings.top_of(group)
+        if stamp.epoch != top.epoch:
+            self._begin(group, feed, Position(stamp.epoch, stamp.previous), "epoch")
+        elif stamp.previous > top.number:
+            if not is_read:
+                feed.is_behind = True
+                self.read(group)
+                return
+            self._begin(group, feed, Position(stamp.epoch, stamp.previous), "broker")
+        elif stamp.number <= top.number:
+            return
+        await self._deliver(group, self._rings.take(group, message), message.excluded)
 
     async def _deliver(
         self, group: str, frame: bytes | pachinko.Waiting, excluded: Collection[str]
     ) -> None:
         await self._registry.deliver(Kind.GROUP, group, frame, excluded)
 
-    def _put(self, group: str, message: Arrived) -> Kept:
-        self._rings.tops[group] = message.stamp.number
-        return self._rings.put(
-            group, message.frame, message.stamp.number, message.time, message.excluded
-        )
+    def _begin(self, group: str, feed: Feed, top: Position, reason: Reason) -> None:
+        """Begin the ring of *group* behind *top*. What was known before ends for that *reason*."""
+        is_known = group in self._rings.tops
+        lost, feed.lost = (reason if is_known else feed.lost), None
+        self._rings.begin(group, feed.window, top, lost is not None)
+        if lost is not None:
+            self._history.lose(group, lost)
 
-    def _begin_epoch(self, epoch: str) -> None:
-        """Forget what was known under another epoch."""
-        is_first, self._rings.epoch = not self._rings.epoch, epoch
-        for group, feed in self._feeds.items() if not is_first else ():
-            feed.lost = "epoch"
-            feed.held.clear()
-            self._rings.close(group)
-            self.read(group)
-
-    def restored(self, group: str | None) -> None:
-        """Read what was missed of *group*, or of all, while the broker was away."""
-        for each in tuple(self._feeds) if group is None else [group]:
-            self.read(each)
-        if group is None and self._back is not None:
-            self._back.set_result(None)
-            self._back = None
+    def restored(self, group: str) -> bool:
+        """Read what members of *group* have missed; return whether it is kept."""
+        if (feed := self._feeds.get(group)) is None:
+            return False
+        feed.is_behind, feed.held = True, None
+        if group not in self._rings.tops:  # Nobody knows where its members have been.
+            feed.lost = "broker"
+        self.read(group)
+        return True
 
     def read(self, group: str) -> None:
         """Begin to read what the ring of *group* lacks."""
@@ -2179,86 +2403,83 @@ class Archive:
         try:
             while feed.is_due and self._feeds.get(group) is feed:
                 feed.is_due = False
-                try:
-                    async with self._turns:
-                        await self._read(group, feed)
-                except Exception as exc:  # whatever the library raises
-                    if not self._link.is_connected:
-                        return  # `restored` is called when it is back.
-                    logger.warning("%r was not read: %s", group, self._link.reason(exc))
-                    feed.is_due = True
-                    # The link may notice later than this that the connection was lost.
-                    self._back = self._back or asyncio.get_running_loop().create_future()
-                    await pachinko.clock.wait([self._back], _AGAIN)
+                async with self._turns:
+                    await self._read(group, feed)
+                self._is_failing = False
+        except Exception as exc:  # whatever the library raises
+            # While the broker is away, nothing is logged here. `restored` reads at once.
+            if self._link.is_connected and not self._is_failing:
+                self._is_failing = True
+                text = "%r was not read: %s; trying again"
+                logger.warning(text, group, self._link.reason(exc))
+            when = pachinko.clock.time() + _AGAIN
+            pachinko.clock.call_at(when, self._read_again, group, feed)
         finally:
-            feed.is_reading = False
+            feed.is_reading, feed.held = False, None
+
+    def _read_again(self, group: str, feed: Feed) -> None:
+        if self._feeds.get(group) is feed and self._link.is_connected:
+            self.read(group)
 
     async def _read(self, group: str, feed: Feed) -> None:
         """Read the past of *group*, deliver what was missed, and let those go on who wait."""
-        rings, window = self._rings, self._rings.window_of(group)
-        if window is None:  # The rules have changed.
-            return
-        is_whole = group in rings.tops or any(at for _, at in self._history.unready.get(group, ()))
-        past = await self._store.past(self._subject(group), window.messages if is_whole else 0)
-        await self._sync(group)
+        subject = self._subject(group)
+        await self._link.subscribed(subject)  # What is sent after the past comes by the feed.
+        session, before = self._link.session, self._rings.top_of(group)
+        count, is_whole = len(feed.waiting), feed.is_behind or any(at for _, at in feed.waiting)
+        feed.held = [] if feed.is_behind else None
+        with pachinko.WaitLimit(pachinko.clock.time() + _BROKER_WAIT):
+            past = await self._store.past(subject, feed.window.messages if is_whole else 0)
+            await self._sync()
         if self._feeds.get(group) is not feed:
             return
-        if past.epoch != rings.epoch:
-            self._begin_epoch(past.epoch)
-        before = rings.tops.get(group)
-        if before is not None and past.floor > before:
-            feed.lost = "broker"
-        missed = self._fill(group, feed, window, past, is_whole)
-        lost, feed.lost = feed.lost, None
-        if lost is not None:
-            self._history.lose(group, lost)
-        for kept in missed if lost is None else ():
-            await self._deliver(group, kept, kept.excluded)
-        self._history.fetched(group)
-        while feed.held:
-            arrived = feed.held.pop(0)
-            if arrived.stamp.previous > rings.tops[group]:
-                feed.held.insert(0, arrived)
-                feed.is_due = True
-                return
-            if arrived.stamp.number > rings.tops[group]:
-                await self._deliver(group, self._put(group, arrived), arrived.excluded)
-
-    def _fill(
-        self, group: str, feed: Feed, window: Window, past: Past, is_whole: bool
-    ) -> list[Kept]:
-        """Make the ring of *group* anew; return what its members have not got."""
-        before, now = self._rings.tops.get(group, math.inf), pachinko.clock.time()
-        held, feed.held = feed.held, []
-        new = {each.stamp.number for each in held}
-        found = {entry.number: read_kept(group, entry, past.epoch, now) for entry in past.entries}
-        found.update({each.stamp.number: each for each in held})
-        # Without entries, the ring begins where the feed does.
-        floor = past.floor if is_whole else min([past.top, *(h.stamp.previous for h in held)])
-        self._rings.close(group)
-        self._rings.open(group, window, floor)
+        epoch = self._rings.top_of(group).epoch
+        if session != self._link.session or epoch not in (past.epoch, before.epoch):
+            feed.is_due = True  # What was read is out of date.
+            return
+        if epoch != past.epoch:
+            self._begin(group, feed, Position(past.epoch, past.top), "epoch")
         if is_whole:
-            self._rings.whole.add(group)
-        missed = list[Kept]()
-        for number, message in sorted(found.items()):
-            if message is not None:
-                kept = self._put(group, message)
-                missed += [kept] if number > before or number in new else []
-        self._rings.tops[group] = max([past.top, *found])
-        return missed
+            await self._use_past(group, feed, past)
+        await self._let_begin(feed, count)
+
+    async def _use_past(self, group: str, feed: Feed, past: Past) -> None:
+        """Deliver what was missed, and what came meanwhile, and fill the ring."""
+        rings, last = self._rings, Position(past.epoch, past.top)
+        found = [each for entry in past.entries if (each := read_kept(group, entry, past.epoch))]
+        if past.floor > rings.top_of(group).number:
+            self._begin(group, feed, last, "broker")
+        rings.fill(group, past.floor, found)
+        feed.held = held = feed.held or []
+        for message in found:
+            await self._take(group, feed, message, is_read=True)
+        if self._feeds.get(group) is feed and rings.top_of(group).number < past.top:
+            rings.tops[group] = last
+        while held and feed.held is held:
+            await self._take(group, feed, held.pop(0), is_read=True)
+        feed.is_behind, feed.held = feed.is_due, None
+
+    async def _let_begin(self, feed: Feed, count: int) -> None:
+        """Let the first *count* of those begin that wait, some in each turn of the loop."""
+        for n in range(count):
+            cursor, position = feed.waiting.popleft()
+            if self._history.is_current(cursor):
+                cursor.begin(position)
+            if n % _BEGUN_A_TURN == _BEGUN_A_TURN - 1:
+                await asyncio.sleep(0)
 
 
-def read_kept(group: str, entry: Entry, epoch: str, now: float) -> Arrived | None:
+def read_kept(group: str, entry: Entry, epoch: str) -> Arrived | None:
     """Return the message in *entry*, or None if it is none of ours."""
     with contextlib.suppress(Refused):
         message, frame = unpack(entry.data)
         check_carried(frame, group)
-        stamp = Stamp(epoch, entry.number, 0)
-        return Arrived(stamp, frame, message.exclude, now - entry.age)
+        return Arrived(Stamp(epoch, entry.number, 0), frame, message.exclude, entry.age)
     return None
 
 
-def _framed(message: Arrived) -> bytes:
+def framed(message: Arrived) -> bytes:
+    """Return the frame of *message* with its position."""
     at = Position(message.stamp.epoch, message.stamp.number)
     return pachinko.with_position(message.frame, at)
 
@@ -2281,6 +2502,7 @@ class Cluster(pachinko.Relay):
     """The `Relay` of an app with a broker."""
 
     history: History | None
+    has_others: bool = True
 
     def __init__(
         self, given: str | Backplane, namespace: str | None,
@@ -2366,8 +2588,8 @@ class Cluster(pachinko.Relay):
             why = self._link.reason(exc) or f"no answer within {_BROKER_WAIT:g} s"
             text = f"the history of {group!r} was not read: {why}"
             raise pachinko.BrokerAway(text) from None
-        found = [read_kept(group, entry, past.epoch, 0.0) for entry in past.entries if count]
-        texts = [_framed(each).decode() for each in found if each and -each.time < window.seconds]
+        found = [read_kept(group, entry, past.epoch) for entry in past.entries if count]
+        texts = [framed(each).decode() for each in found if each and each.age < window.seconds]
         return Position(past.epoch, past.top), texts[-count:]
 
     async def check_history(self) -> None:
@@ -2378,28 +2600,29 @@ class Cluster(pachinko.Relay):
         """Learn the rules of kept groups that the broker has; give it those of this process."""
         if self._store is None:
             return
-        own = encode({k: attrs.astuple(w) for k, w in sorted(self._own_rules.items())})
+        own = write_rules(self._own_rules) if self._own_rules else b""
         key = subject_of(self._namespace, "history", "rules")
         try:
-            rules = await self._store.agree(key, own if self._own_rules else b"", _RULES)
+            rules = await self._store.agree(key, own, _RULES)
+            windows = read_rules(rules)
         except PachinkoError as exc:
-            self._no_store = str(exc)
-            if self._own_rules:
+            if own and str(exc) != self._no_store:
                 logger.error("%s", exc)
+            self._no_store = str(exc)
             return
-        is_new, self._rules = rules != self._rules, rules
-        if is_new and rules:
-            windows = {key: Window(*window) for key, window in _decode_rules(rules).items()}
+        self._no_store = ""
+        if rules and rules != self._rules:
+            self._rules = rules
             self._use(windows)
-            if self._own_rules and rules != own:
+            if own and rules != own:
                 text = "the broker keeps groups by other rules, %s, which count, and not these: %s"
                 logger.error(text, rules.decode(), own.decode())
-            elif self._own_rules:
-                self._start_work(self._tell_rules())
+        if own and rules == own:  # Who was connected when the broker had none has to learn of them.
+            self._start_work(self._tell_rules())
 
     async def _tell_rules(self) -> None:
-        with contextlib.suppress(PachinkoError):  # Others ask when they connect, and now and then.
-            await self._publish(Kind.EVERYBODY, "all", "rules")
+        with contextlib.suppress(PachinkoError):  # Others ask when they connect.
+            await self._publish(Kind.EVERYBODY, "all", "rules", frame=self._rules)
 
     async def _keep_agreeing(self) -> None:
         while True:
@@ -2416,18 +2639,16 @@ class Cluster(pachinko.Relay):
 
     def _use(self, rules: Mapping[str, Window]) -> None:
         """Keep groups by *rules* from now on."""
-        if self.history is not None:
-            self.history.rings.rules = rules
-        else:
-            self.history = History(BrokerRings(rules, self._history_bytes))
-        if self._archive is None:
-            self._archive = Archive(
-                cast(Store, self._store), self._link, self.history, self._registry,
-                functools.partial(subject_of, self._namespace, Kind.GROUP),
-                functools.partial(self._publish, Kind.GROUP, op="sync"), self._start_work,
-            )  # fmt: skip
-        for group in self._registry.groups:
-            self._archive.add(group)
+        if self._archive is not None:
+            self._archive.use(rules)
+            return
+        self.history = History(BrokerRings(rules, self._history_bytes))
+        self._archive = Archive(
+            cast(Store, self._store), self._link, self.history, self._registry,
+            functools.partial(subject_of, self._namespace, Kind.GROUP),
+            functools.partial(self._publish, Kind.CONNECTION, self.process, "beat"),
+            self._start_work,
+        )  # fmt: skip
 
     def subscribe(self, kind: Kind, name: str) -> None:
         self._link.subscribe(self._add_address(kind, name))
@@ -2603,7 +2824,7 @@ class Cluster(pachinko.Relay):
         if self._archive is not None:
             await self._archive.take(group, message)
         else:  # The rules are still to be learned.
-            await self._registry.deliver(Kind.GROUP, group, _framed(message), message.excluded)
+            await self._registry.deliver(Kind.GROUP, group, framed(message), message.excluded)
 
     async def _take(self, kind: Kind, name: str, message: PeerMessage, frame: bytes) -> None:
         """Do what *message* says. Raises `Refused`."""
@@ -2626,9 +2847,8 @@ class Cluster(pachinko.Relay):
         elif message.op == "done" and kind is Kind.CONNECTION:
             self._note_answer(message, read_done(frame))
         elif message.op == "rules" and kind is Kind.EVERYBODY:
-            self._start_work(self._agree_again())
-        elif message.op == "sync" and kind is Kind.GROUP:
-            pass  # Its sender waits until it has come back.
+            if frame != self._rules:
+                self._start_work(self._agree_again())
         else:
             raise Refused(f"{message.op!r} makes no sense here")
 
@@ -2699,25 +2919,21 @@ class Cluster(pachinko.Relay):
         """Begin to send each member a gap for each group. Called by the link after an outage."""
         registry = self._registry
         alone: list[pachinko.Receiver] = []  # connections in no group
+        restore = self._archive.restored if self._archive is not None else _is_not_kept
         if subject is None:
-            is_kept = self._archive.knows if self._archive is not None else {}.__contains__
             self._gaps = {
                 group: dict(members) for group, members in registry.groups.items()
-                if not is_kept(group)
+                if not restore(group)
             }  # fmt: skip
-            if self._archive is not None:
-                self._archive.restored(None)
             conns = registry.connections.values()
             alone = [conn.outgoing for conn in conns if not registry.groups_of(conn)]
         else:
             kind, name = self._addresses[subject]
             receivers = dict(registry.receivers(kind, name))
-            if kind is Kind.GROUP and self._archive is not None and self._archive.knows(name):
-                self._archive.restored(name)
-            elif kind is Kind.GROUP:
-                self._gaps[name] = receivers
-            else:
+            if kind is not Kind.GROUP:
                 alone = list(receivers.values())
+            elif not restore(name):
+                self._gaps[name] = receivers
         self._start_work(self._announce_all(alone))
 
     async def _announce_all(self, alone: list[pachinko.Receiver]) -> None:
@@ -2735,6 +2951,10 @@ class Cluster(pachinko.Relay):
         groups_of = self._registry.groups_of
         present = [outgoing for conn, outgoing in members if group in groups_of(conn)]
         await pachinko.Outgoing.fan_out(present, waiting_for(gap_of(group), group))
+
+
+def _is_not_kept(group: str) -> bool:
+    return False
 
 
 def backplane_of(broker: Broker) -> Backplane:

@@ -1962,3 +1962,34 @@ async def test_presence_takes_a_group_or_a_user(write: str) -> None:
     """One of both, by a text."""
     with pytest.raises(TypeError, match=r"is named by a str, got|not both"):
         await eval(f"hub.presence({write})", {"hub": Hub()})
+
+
+@pytest.mark.parametrize(
+    "comes_as", [{}, {"Authorization": "Bearer ada"}], ids=["a guest", "somebody"]
+)
+async def test_a_later_authenticate_says_where_to_go_on(comes_as: dict[str, str]) -> None:
+    """A client that is in already sends ``resume`` inside it as well, and misses nothing."""
+    hub = Hub()
+    hub.keep("room")
+    ws = Pachinko(falcon.asgi.App(), "/ws", hub=hub)
+
+    @ws.authenticate(optional=True)
+    async def who(conn: Connection, token: str | None) -> str | None:
+        return token
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        await conn.join("room")
+
+    async with pachinko.simulate(ws._app) as sim:
+        await hub.send("room", "said", 1)
+        at = await hub.position("room")
+        await hub.send("room", "said", 2)
+        client = await sim.connect("/ws", headers=comes_as, query={"resume": "message"})
+        resume = {"groups": {"room": at}}
+        await client.send_text(
+            json.dumps({"type": "authenticate", "payload": {"token": "ada", "resume": resume}})
+        )
+        await sim.settle()
+        assert [each.payload for each in client.received if each.type == "said"] == [2]
+        assert client.received[-1].type == "resume"

@@ -1148,7 +1148,7 @@ def test_frames_are_valid(page: Path) -> None:
     """Each JSON object in the text that has a type is a frame, and JSON blocks are JSON."""
     for span in spans(prose(page)):
         if span.startswith('{"type":') and "str" not in span:
-            assert set(json.loads(span)) <= {"type", "id", "payload", "group", "more"}
+            assert set(json.loads(span)) <= {"type", "id", "payload", "group", "more", "at"}
     for block in blocks(page, "json"):
         for line in block.split("\n"):
             assert not line or isinstance(pachinko.decode_or_error(line), pachinko.Frame)

@@ -26,7 +26,7 @@ NAMES: dict[str, Any] = {
 # What the page calls by a name that is not one of the modules': the server's own two callables, the
 # type of a frame, options, phases, and the private names of others.
 WORDS = {
-    "receive", "send", "gap", *inspect.signature(Pachinko).parameters,
+    "receive", "send", "gap", "resume", "at", *inspect.signature(Pachinko).parameters,
     *map(str, pachinko.Phase), *house.FALCON, *house.NATS,
 }  # fmt: skip
 

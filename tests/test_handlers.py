@@ -1224,8 +1224,8 @@ def test_a_second_pachinko_on_a_path_is_refused(path: str) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"overflow": "block"}, 'overflow is "close" or "drop_oldest", got \'block\''),
-        ({"overflow": None}, 'overflow is "close" or "drop_oldest", got None'),
+        ({"overflow": "block"}, 'overflow is "close", "drop_oldest" or "replay", got \'block\''),
+        ({"overflow": None}, 'overflow is "close", "drop_oldest" or "replay", got None'),
         ({"rate": 5}, "rate is (messages, seconds), such as (20, 1.0), got 5"),
         ({"rate": (0, 1)}, "rate is (messages, seconds)"),
         ({"rate": (1, 0)}, "rate is (messages, seconds)"),

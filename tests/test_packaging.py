@@ -16,6 +16,7 @@ import pytest
 
 TREE = Path(__file__).parent.parent
 MODULES = ("pachinko", "pachinko_cluster")
+ASSETS = ("pachinko.d.ts", "pachinko.js")
 
 pytestmark = pytest.mark.skipif(
     not (TREE / "hatch_build.py").exists(), reason="needs the files of the checkout"
@@ -60,11 +61,12 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
-    """The wheel has each module as a package with the marker of PEP 561, and metadata."""
+    """The wheel has each module as a package with the marker of PEP 561, assets, and metadata."""
     (info,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     assert sorted(wheel.namelist()) == sorted(
         [
             "pachinko/__init__.py",
+            *(f"pachinko/client/{name}" for name in ASSETS),
             "pachinko/py.typed",
             "pachinko_cluster/__init__.py",
             "pachinko_cluster/py.typed",
@@ -81,6 +83,12 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
 def test_the_wheel_has_the_bytes_of_the_module(wheel, module):
     """The installed package is the file of the checkout, byte for byte."""
     assert wheel.read(f"{module}/__init__.py") == (TREE / f"{module}.py").read_bytes()
+
+
+@pytest.mark.parametrize("name", ASSETS)
+def test_the_wheel_has_the_bytes_of_an_asset(wheel, name):
+    """A file of ``client/`` is in the package, beside the module that serves it."""
+    assert wheel.read(f"pachinko/client/{name}") == (TREE / "client" / name).read_bytes()
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -157,7 +165,7 @@ def test_the_oldest_packages_are_tested(metadata):
 def test_the_sdist_has_what_building_and_testing_needs(sdist):
     """Everything that a contributor or a distributor runs is in the sdist."""
     needed = ["LICENSE", "README.md", "hatch_build.py", "pyproject.toml", "tox.ini"]
-    needed += [f"{module}.py" for module in MODULES]
+    needed += [f"{module}.py" for module in MODULES] + [f"client/{name}" for name in ASSETS]
     assert [name for name in needed if not (sdist / name).is_file()] == []
     here = {path.relative_to(TREE) for path in (TREE / "tests").rglob("*.py")}
     assert {path.relative_to(sdist) for path in (sdist / "tests").rglob("*.py")} == here

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import attrs
 import pytest
+import redis.asyncio
 from brokers import running
 from nats import connect
 from support import PATIENCE
@@ -49,7 +50,19 @@ async def simulated() -> AsyncIterator[Broker]:
 
 
 @contextlib.asynccontextmanager
-async def nats() -> AsyncIterator[Broker]:
+async def on_redis() -> AsyncIterator[Broker]:
+    async with running("redis") as server:
+
+        async def flush() -> None:
+            async with redis.asyncio.from_url(server.url) as admin:
+                await admin.flushall()
+
+        url = pachinko_cluster.read_broker(server.url)
+        yield Broker(lambda: pachinko_cluster.Redis(url), asyncio.sleep, flush)
+
+
+@contextlib.asynccontextmanager
+async def on_nats() -> AsyncIterator[Broker]:
     async with running("nats", "-js", "-sd", "store") as server:
 
         def new() -> Backplane:
@@ -65,8 +78,10 @@ async def nats() -> AsyncIterator[Broker]:
 
 # Each is what makes a broker. Its name is the parameter of all tests below.
 STORES: dict[str, Callable[[], AbstractAsyncContextManager[Broker]]] = {
-    "simulated": simulated, "nats": nats,
-}  # fmt: skip
+    "simulated": simulated,
+    "redis": on_redis,
+    "nats": on_nats,
+}
 
 
 class Process:

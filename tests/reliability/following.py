@@ -9,8 +9,8 @@ it will not receive, is what was published, in order, with no double.** In detai
    received there, and nothing of what a sender was told is stored. A gap ends what is owed: what
    was published before its position counts for nothing, and what comes behind it is owed again.
 3. A join has one verdict; ``replayed`` counts what came before it.
-4. What was sent with ``exclude`` for one of the client's connections is missing, if the client has
-   named that connection, and never counts as lost.
+4. What was sent with ``exclude`` for one of the client's connections is not sent to it, and is left
+   out of what is replayed to a client that has named it. It never counts as lost.
 5. At the end a connected client has everything. A gap has one of the reasons that the faults of the
    test explain; one by the window has so many messages behind it as the window holds.
 """
@@ -187,10 +187,12 @@ class Follower:
         self.at[group] = at
 
     def has(self, sent: Send) -> bool:
-        """Whether a message is the last that it has heard of its group, but for verdicts."""
-        log = self.heard.get(sent.group, ())
-        last = next((each for each in reversed(log) if each.kind in ("message", "gap")), None)
-        return last is not None and (last.kind == "gap" or last.key == (sent.sender, sent.n))
+        """Whether it has heard a message, or what says that it will not."""
+        key = (sent.sender, sent.n)
+        return any(
+            each.key == key or (each.kind == "gap" and each.tick > sent.begun)
+            for each in reversed(self.heard.get(sent.group, ()))
+        )
 
     def check(self, *, reasons: Collection[str] = (), window: int | None = None) -> None:
         """Check what it has heard of each group: see the top of this file."""
@@ -247,13 +249,15 @@ class Walk:
     since: int = 0  # What was sent later is owed. Of what was sent before it is not known.
     first: dict[str, int] = attrs.Factory(dict)  # the first message of each sender since then
     checked: dict[str, int] = attrs.Factory(dict)  # senders' messages up to here are had
-    named: frozenset[str] = frozenset()  # ids of its connections that the server was told
+    named: frozenset[str] = frozenset()  # ids of former connections that the server was told
+    current: frozenset[str] = frozenset()  # the id of this connection
     is_due: bool = False  # a verdict
     replayed: int = 0
     is_live: bool = False
 
     def join(self, heard: Heard) -> None:
         self.is_due, self.replayed, self.named = True, 0, heard.ids
+        self.current = frozenset()
         if not heard.at:
             self.begin(NEVER, heard.tick, is_known=False)
         else:
@@ -271,7 +275,8 @@ class Walk:
         sent = self.published.find(self.group, key)
         assert sent is not None, f"nobody has sent {heard}"
         assert key not in self.got, f"a double: {heard}"
-        assert sent.excluded not in self.named, f"it was to leave this out: {heard}"
+        hidden = self.named if self.is_due else self.current
+        assert sent.excluded not in hidden, f"it was to leave this out: {heard}"
         self.got.add(key)
         self.advance(place, heard)
         self.check_sender(key[0], key[1])
@@ -302,7 +307,7 @@ class Walk:
         self.checked[sender] = max(n, self.checked.get(sender, 0))
 
     def resume(self, heard: Heard) -> None:
-        self.named |= heard.ids
+        self.current = heard.ids
         assert self.is_due, f"a second verdict: {heard}"
         assert heard.replayed == self.replayed, f"{self.replayed} were replayed: {heard}"
         self.is_due = False
@@ -315,7 +320,7 @@ class Walk:
                 self.is_live, self.since = True, heard.tick
 
     def lose(self, heard: Heard, window: int | None) -> None:
-        self.named |= heard.ids
+        self.current = heard.ids
         place = place_of(heard.at)
         is_same = place[0] == self.place[0] and self.place != NEVER
         if is_same and heard.reason != "epoch":

@@ -20,7 +20,7 @@ from typing import Any
 import attrs
 import falcon.asgi
 import pytest
-from following import Follower, Heard, Hole, Published, Send, check, query_of
+from following import Follower, Published, query_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

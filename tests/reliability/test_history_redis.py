@@ -1,0 +1,208 @@
+"""Redis fails over to a replica: what it has lost is announced, and never a silent hole."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import attrs
+import falcon
+import pytest
+import redis.asyncio
+from brokers import BrokerProcess, Proxy, running
+from following import Follower, Published, query_of
+from support import Client, connect, new_app, serving, until
+
+from pachinko import Connection, Hub, Pachinko, PachinkoError
+
+ROOM = "room:a"
+QUIET = "room:quiet"
+
+
+class Process:
+    """An app that keeps its rooms, and its server."""
+
+    def __init__(self, url: str) -> None:
+        self.hub, self.app, self.url = Hub(), new_app(), ""
+        self.hub.configure(url)
+        self.hub.keep("room:")
+        ws = Pachinko(self.app, "/ws", hub=self.hub)
+
+        @ws.connect
+        async def arrive(conn: Connection) -> None:
+            await conn.join(ROOM)
+            await conn.join(QUIET)
+
+    async def connected(self) -> None:
+        """Wait until the process is connected, and has been lost before."""
+        await until(lambda: self.hub.stats()["outages"] and not self.hub.stats()["broker_down"])
+
+
+@attrs.define(eq=False)
+class Seat:
+    """A follower that is connected to a process."""
+
+    follower: Follower
+    client: Client
+    task: asyncio.Task[None] | None = None
+
+    async def read(self) -> None:
+        while True:
+            self.follower.take(json.loads(await self.client.socket.recv()))
+
+
+class Servers:
+    """A primary, its replica, and a network that leads the apps to one of them."""
+
+    def __init__(self, primary: BrokerProcess, replica: BrokerProcess, apps: Proxy) -> None:
+        self.primary, self.replica, self.apps = primary, replica, apps
+
+    async def synchronize(self) -> None:
+        """Return when the replica has all that the primary has."""
+        async with redis.asyncio.from_url(self.primary.url) as admin:
+            assert await admin.wait(1, 10_000) == 1
+
+    async def fail_over(self) -> None:
+        """Kill the primary, and let the replica take its place."""
+        self.primary.kill()
+        async with redis.asyncio.from_url(self.replica.url) as admin:
+            await admin.replicaof("NO", "ONE")
+        self.apps.target = self.replica.port
+
+
+class Scene:
+    """Processes, what was published, and who follows it."""
+
+    def __init__(self, servers: Servers, replication: Proxy) -> None:
+        self.servers, self.replication = servers, replication
+        self.published = Published()
+        self.stack = contextlib.AsyncExitStack()
+
+    async def process(self) -> Process:
+        process = Process(self.servers.apps.url("redis"))
+        server = await self.stack.enter_async_context(serving(process.app))
+        process.url = f"{server.url}/ws"
+        return process
+
+    async def follow(self, process: Process, follower: Follower) -> Seat:
+        """Connect *follower*, with what it knows, and wait for its verdicts."""
+        follower.joins(ROOM, QUIET)
+        query = falcon.to_query_str({"resume": query_of(follower.resume)})
+        client = await self.stack.enter_async_context(connect(process.url + query))
+        seat = Seat(follower, client)
+        seat.task = asyncio.create_task(seat.read())
+        self.stack.push_async_callback(self.leave, seat)
+        await until(lambda: follower.verdicts >= {ROOM, QUIET})
+        return seat
+
+    async def leave(self, seat: Seat) -> None:
+        if seat.task is not None:
+            seat.task.cancel()
+            await asyncio.wait([seat.task])
+            await seat.client.socket.close()
+
+    async def say(self, process: Process, count: int, *seats: Seat) -> None:
+        """Send messages, and wait until they have come to *seats*."""
+        for _ in range(count):
+            sent = self.published.begin(ROOM, str(process.hub.process))
+            await process.hub.send(ROOM, "said", sent.payload)
+            sent.is_stored = True
+            await until(lambda sent=sent: all(each.follower.has(sent) for each in seats))
+
+
+@pytest.fixture
+async def scene() -> AsyncIterator[Scene]:
+    at_once = ("--repl-diskless-sync-delay", "0")
+    async with running("redis", *at_once) as primary, Proxy(primary.port) as replication:
+        of_it = ("--replicaof", "127.0.0.1", str(replication.port))
+        async with running("redis", *of_it) as replica, Proxy(primary.port) as apps:
+            async with redis.asyncio.from_url(replica.url) as admin:
+                while (await admin.info("replication"))["master_link_status"] != "up":
+                    await asyncio.sleep(0.05)  # nobody tells
+            scene = Scene(Servers(primary, replica, apps), replication)
+            async with scene.stack:
+                yield scene
+
+
+def reasons_of(follower: Follower, group: str) -> list[str]:
+    return [each.reason for each in follower.heard[group] if each.kind == "gap"]
+
+
+@pytest.mark.parametrize("is_read", [True, False], ids=["read first", "sent first"])
+@pytest.mark.parametrize("lost", [0, 5])
+async def test_a_failover_is_announced(scene: Scene, lost: int, is_read: bool) -> None:
+    """To those who are connected and to those who come back, whether or not it has lost something.
+
+    The new primary gives the numbers of lost messages to others, so a position that counts for both
+    would hide the hole.
+    """
+    one, two = await scene.process(), await scene.process()
+    a = await scene.follow(one, Follower(scene.published, "a"))
+    b = await scene.follow(two, Follower(scene.published, "b"))
+    away = await scene.follow(two, Follower(scene.published, "away"))
+    await scene.say(one, 3, a, b, away)
+    await scene.servers.synchronize()
+    scene.replication.silent = True
+    await scene.say(two, lost, a, b, away)
+    await scene.leave(away)
+    await scene.servers.fail_over()
+    await asyncio.gather(one.connected(), two.connected())
+    if is_read:  # by a process that has known nothing before
+        three = await scene.process()
+        await scene.follow(three, away.follower)
+        assert reasons_of(away.follower, ROOM) == reasons_of(away.follower, QUIET) == ["epoch"]
+    await scene.say(one, lost + 3)
+    if not is_read:
+        await scene.follow(one, away.follower)
+        assert reasons_of(away.follower, ROOM) == reasons_of(away.follower, QUIET) == ["epoch"]
+    await scene.say(two, 1, a, b)
+    for each in (a, b):
+        assert reasons_of(each.follower, ROOM) == reasons_of(each.follower, QUIET) == ["epoch"]
+    again = await scene.follow(two, b.follower.fork("again"))
+    assert reasons_of(again.follower, ROOM) == ["epoch"]  # the one that it knows of
+    for seat in (a, b, again):
+        seat.follower.is_at_the_end = True
+    scene.published.check(reasons=("epoch",))
+    kept = [each async for each in one.hub.history(ROOM, last=100)]
+    assert len(kept) == 3 + lost + 3 + 1  # The replica's own are not lost for those who look.
+
+
+async def test_who_was_behind_at_a_failover_is_told(scene: Scene) -> None:
+    """A position from before, good on the primary, is not taken for one of the replica."""
+    one = await scene.process()
+    a = await scene.follow(one, Follower(scene.published, "a"))
+    await scene.say(one, 2, a)
+    late = a.follower.fork("late")
+    await scene.say(one, 3, a)
+    await scene.servers.synchronize()
+    await scene.servers.fail_over()
+    await until(lambda: reasons_of(a.follower, ROOM))
+    await scene.follow(one, late)
+    assert reasons_of(late, ROOM) == ["epoch"]
+    await scene.say(one, 2, a)
+    scene.published.check(reasons=("epoch",))
+
+
+async def test_a_replica_that_was_not_promoted_takes_nothing(scene: Scene) -> None:
+    """The sender is told; clients get what is sent once it is promoted."""
+    one = await scene.process()
+    a = await scene.follow(one, Follower(scene.published, "a"))
+    await scene.say(one, 1, a)
+    await scene.servers.synchronize()
+    scene.servers.primary.kill()
+    scene.servers.apps.target = scene.servers.replica.port
+    await one.connected()
+    with pytest.raises(PachinkoError, match="this is a replica, give the address of the primary"):
+        await one.hub.send(ROOM, "said", {"sender": "nobody", "n": 0})
+    await scene.servers.fail_over()
+    await scene.say(one, 2, a)
+    scene.published.check(reasons=("epoch",))
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> Any:
+    """The log is full of what the test does to the broker."""
+    caplog.set_level(100, "pachinko")
