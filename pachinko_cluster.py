@@ -340,7 +340,7 @@ class Stream:
     """A stream, as the server has described it."""
 
     def __init__(self, namespace: str, described: dict[str, Any]) -> None:
-        """Raises `PachinkoError` if the stream is not like ours."""
+        """Read what the server says. Raises `PachinkoError` if the stream is not like ours."""
         self.config: dict[str, Any] = described["config"]
         self.name: str = self.config["name"]
         self.epoch: str = [*"".join(self.config.get("subjects", [])[:1]).split("."), "", ""][2]
@@ -422,15 +422,17 @@ class JetStream:
         work: Callable[Concatenate[Stream, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs,
     ) -> T:  # fmt: skip
         """Do *work* with a stream; with a new one if the stream turns out to be gone."""
-        for is_last in (False, True):
+        tries = 0
+        while True:
             stream = await self._open(subject.partition(".")[0], messages, seconds)
             try:
                 return await work(stream, *args, **kwargs)
             except BaseException as exc:
-                self.forget()  # After a time-out: someone may listen to what is no longer stored.
-                if is_last or not isinstance(exc, StreamGone):
+                # After a time-out: a listener hides that nobody stores the messages.
+                self._stream = None if self._stream is stream else self._stream
+                tries += 1
+                if tries > 1 or not isinstance(exc, StreamGone):
                     raise
-        raise AssertionError("unreachable")
 
     async def _store(self, stream: Stream, subject: str, data: bytes) -> None:
         [reply] = await self._ask(stream.subject(subject), data)
@@ -657,7 +659,7 @@ def _client_class() -> Any:
             name, data = subject.decode(), bytes(data)
             if name.startswith("_INBOX."):  # It answers us, or a request of nats-py, for a lease.
                 if not self.answer(name, data, headers or b""):
-                    await super()._process_msg(sid, subject, reply, data, headers)
+                    await super()._process_msg(sid, subject, reply, data, cast(bytes, headers))
                 return
             await self.deliver(name, self.stamp(data, headers) if headers else data)
 

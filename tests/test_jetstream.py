@@ -196,7 +196,7 @@ async def test_all_make_one_stream() -> None:
 
 
 async def test_namespaces_have_streams_of_their_own(scene: Scene) -> None:
-    """With epochs, numbers and limits of their own; a namespace that another one begins with, too."""
+    """With epochs, numbers and limits of their own, also if one name begins with the other."""
     process, other = await scene.process(), await scene.process()
     await process.keep("a", window=Window(1, 300.0, 100))
     for n in range(3):
@@ -265,11 +265,12 @@ async def test_a_stream_of_another_form_is_refused(scene: Scene, wrong: dict[str
 
 
 async def test_other_settings_are_the_administrators(scene: Scene) -> None:
-    """They stay as they are, also when more is to be kept. Without a limit, there is always room."""
+    """They stay when more is to be kept. Without a limit, there is always room."""
     process = await scene.process()
     await process.keep("a", window=Window(2, 1.0, 100))
     await scene.edit(description="ours", max_bytes=1_000_000)
     process.nats._jetstream.forget()
+    await process.keep("b", window=Window(2, 9.0, 100))
     await process.keep("b", window=Window(9, 9.0, 100))
     config = (await scene.call(f"STREAM.INFO.{STREAM}"))["config"]
     assert (config["description"], config["max_bytes"]) == ("ours", 1_000_000)
@@ -279,7 +280,22 @@ async def test_other_settings_are_the_administrators(scene: Scene) -> None:
     await process.keep("c", window=Window(99, 99.0, 100))
     config = (await scene.call(f"STREAM.INFO.{STREAM}"))["config"]
     assert (config["max_msgs_per_subject"], config["max_age"]) == (-1, 0)
-    assert await process.texts() == [*"bc"]  # Something before "a" may have been dropped.
+    assert await process.texts() == [*"bbc"]  # Something before "a" may have been dropped.
+
+
+async def test_a_stream_is_used_when_it_takes_messages(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server describes it before that, to other processes."""
+    is_active, answers = pachinko_cluster.JetStream._is_active, [False, False]
+
+    async def not_yet(self: Any, *args: Any) -> bool:
+        return answers.pop() if answers else await is_active(self, *args)
+
+    monkeypatch.setattr(pachinko_cluster.JetStream, "_is_active", not_yet)
+    process = await scene.process()
+    await process.keep("a")
+    assert await process.texts() == ["a"] and not answers
 
 
 async def test_another_stream_may_have_the_subjects(scene: Scene) -> None:
@@ -298,8 +314,7 @@ async def test_a_full_storage_is_told(tmp_path: Path) -> None:
         process = await scene.process()
         await process.keep("a")
         with pytest.raises(PachinkoError, match="the storage is full"):
-            for _ in range(10):
-                await process.keep("x" * 40_000)
+            await process.keep(*["x" * 40_000] * 10)
         process.nats._jetstream.forget()  # So the next mark is stored, if it can be.
         assert (await process.texts())[0] == "a"
 
