@@ -6377,6 +6377,7 @@ class HubSetup:
         self.state.start(program, url, own)
         try:
             await self.state.relay.connected()
+            await self.state.relay.check_history()
             yield self
         finally:
             await self.state.stop(program)

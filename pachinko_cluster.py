@@ -21,7 +21,8 @@ Map: what each section does, and which of those above it each one uses.
     cluster relay — the `Relay` of an app with a broker
         (uses: broker URLs, NATS, Redis, link, leases, peer messages, pachinko)
     sync hub — the sending half of a hub for code without an event loop (uses: link, pachinko)
-    shell command — ``pachinko send``, ``listen`` and ``presence`` (uses: cluster relay, pachinko)
+    shell command — ``pachinko send``, ``listen``, ``history`` and ``presence``
+        (uses: cluster relay, pachinko)
 """
 
 from __future__ import annotations
@@ -3192,6 +3193,24 @@ class SyncHub:
         found: list[pachinko.Presence] = self._call(ask, group, user=user)
         return found
 
+    def position(self, group: str) -> str:
+        """Return where *group*, a kept one, is: a client that has a page of it goes on from there.
+
+        Raises `PachinkoError` for a group that the app does not keep.
+        """
+        return self._call(Hub.position, group)
+
+    def history(self, group: str, last: int = 20) -> list[pachinko.Envelope]:
+        """Return the *last* messages to *group*, a kept one, the oldest first.
+
+        Raises what `Hub.history` raises.
+        """
+
+        async def history(hub: Hub) -> list[pachinko.Envelope]:
+            return [envelope async for envelope in hub.history(group, last)]
+
+        return self._call(history)
+
     def _new_hub(self) -> Hub:
         hub = Hub()
         hub.configure(**self._settings)
@@ -3202,8 +3221,9 @@ class SyncHub:
     ) -> T:
         """Call *method* in the thread of the hub, and return what it returns or raises."""
         if is_in_loop():
+            how = "async for envelope in" if method.__name__ == "history" else "await"
             raise PachinkoError(
-                "a SyncHub would block the event loop that runs in this thread: write `await "
+                f"a SyncHub would block the event loop that runs in this thread: write `{how} "
                 f"hub.{method.__name__}(...)`, with `from pachinko import hub`"
             )
         hub = self._open()
@@ -3242,6 +3262,7 @@ class Eavesdropper(Cluster):
 
     def __init__(self, given: str | Backplane, namespace: str | None, group: str) -> None:
         super().__init__(given, namespace)
+        self._store = None  # It needs no rules: what comes says what is kept.
         self._group = group
         self._lines: asyncio.Queue[str] = asyncio.Queue()
 
@@ -3268,6 +3289,9 @@ class Eavesdropper(Cluster):
             _tell(f"its members were closed with {message.code} {message.reason}".rstrip())
         else:
             await super()._take(kind, name, message, frame)
+
+    async def _take_kept(self, group: str, message: Arrived) -> None:
+        self._lines.put_nowait(framed(message).decode())
 
     async def _miss(self, kind: Kind, name: str) -> None:
         if (kind, name) not in self._unread:
@@ -3305,6 +3329,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="pachinko listen nats://localhost:4222 room:1",
     )  # fmt: skip
     listen.add_argument("--count", type=_count, metavar="N", help="end after N messages")
+    history = commands.add_parser(
+        "history", parents=[common], help="print the last messages to a kept group, a line each",
+        epilog="pachinko history nats://localhost:4222 room:1 --last 5",
+    )  # fmt: skip
+    history.add_argument("--last", type=_count, metavar="N", default=20, help="by default 20")
     commands.add_parser(
         "presence", parents=[common], help="print who is in a group, a line of JSON each",
         epilog="pachinko presence nats://localhost:4222 room:1",
@@ -3380,6 +3409,9 @@ async def _run(given: argparse.Namespace) -> None:
     async with hub.open():
         if given.command == "send":
             await hub.send(given.group, given.type, payload)
+        elif given.command == "history":
+            for line in (await hub.state.relay.past(given.group, given.last))[1]:
+                _print(line)
         else:
             for each in sorted(await hub.presence(given.group), key=lambda each: each.id):
                 _print(encode(attrs.asdict(each)).decode())

@@ -491,6 +491,8 @@ def use_hub_without_an_event_loop(conn: Connection) -> None:
         assert_type(sync_hub.ask(conn.id, "sum", {"a": 1}, timeout=5, returns=int), int)
         assert_type(sync_hub.ask(conn.id, Say("hello")), Any)
         assert_type(sync_hub.presence("room:1")[0].user, str | None)
+        assert_type(sync_hub.position("room:1"), str)
+        assert_type(sync_hub.history("room:1", last=5)[0].at, str | None)
         assert_type(sync_hub.presence(user="ada")[0].id, str)
     sync_hub.stop()
 
