@@ -7510,7 +7510,7 @@ class Resumable(Answering):
     def start(self, handler: Handler, message: Received) -> None:
         """Run the generator in a task of its own."""
         session = cast(Session, self._carrier)
-        session.streams[self._id] = self._stream
+        session.take_stream(self._id, self._stream)
         task = create_task(self._run(handler, message))
         self.tasks = {task}
         task.add_done_callback(lambda _: self.tasks.clear())
@@ -7567,11 +7567,11 @@ class Resumable(Answering):
 
     def _free(self, id: Id) -> None:
         if self._carrier is not None:
-            del self._carrier.streams[id]
+            self._carrier.drop_stream(id)
 
     def leave(self) -> None:
         """Go on for a while without the client, which has gone."""
-        del cast(Session, self._carrier).streams[self._id]
+        cast(Session, self._carrier).drop_stream(self._id)
         self._carrier, self._alone = None, 0
         self._set_timer()
         every = self._hub_state.registry.resumable
@@ -7728,7 +7728,7 @@ async def _relay_stream(
         try:
             final = await stream.run(lambda: _pull(session, wanted, others))
         finally:
-            session.streams.pop(wanted.id, None)
+            session.drop_stream(wanted.id)
     except falcon.WebSocketDisconnected:
         return
     except asyncio.CancelledError:
@@ -7915,10 +7915,15 @@ class Session(Answering):
         return sum(isinstance(stream, ResumableStream) for stream in self.streams.values())
 
     def take_stream(self, id: Id, stream: Stream) -> None:
-        """Take over a stream that goes on."""
+        """Note that the client has a stream with this id."""
         if not self.tasks and not self.streams:
             self.tasks, self.streams = set(), {}
         self.streams[id] = stream
+
+    def drop_stream(self, id: Id) -> None:
+        """Note that it has none with this id any more."""
+        if id in self.streams:
+            del self.streams[id]
 
     def add_task(self, work: Coroutine[Any, Any, None], *, is_detached: bool = False) -> None:
         """Run *work* in a task that ends with the connection."""
@@ -7928,8 +7933,7 @@ class Session(Answering):
 
     def lose_stream(self, id: Id) -> None:
         """Tell the client that a stream does not go on for it."""
-        if id in self.streams:
-            del self.streams[id]
+        self.drop_stream(id)
         frame = error_frame(stream_lost(), id, self._hub_state.codec)
         self.outgoing.put(Waiting(text_event(frame)))
 

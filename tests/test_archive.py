@@ -138,6 +138,14 @@ async def away(*processes: Any) -> AsyncIterator[None]:
         await until(lambda: not any(down()))
 
 
+async def lose(process: Any, work: Awaitable[None]) -> None:
+    """Do *work*. The process does not get what is sent to it meanwhile."""
+    (link,) = links(process)
+    messages, link.messages = link.messages, asyncio.Queue()
+    await work
+    link.messages = messages
+
+
 class Reads:
     """What processes read of the past; a test may hold it up, or let it fail."""
 
@@ -338,27 +346,23 @@ async def test_the_past_of_a_group_is_read_once(reads: Reads) -> None:
 
 
 async def test_who_comes_while_the_past_is_read_waits_for_the_next_one(reads: Reads) -> None:
-    """What it has may be newer than what was read."""
+    """What it has may be newer than what was read, and than what the feed has brought."""
     async with simulate(app_of()) as sim:
         other = await sim.process()
         client = await enter(sim)
         await say(sim, 1)
         await sim.settle()
-        async with away(other):
-            old = asyncio.create_task(enter(other, client.received[0].at))
-            await asyncio.sleep(0)
         reads.goes_on.clear()
-        await old
+        old = await enter(other, client.received[0].at)
         await until(lambda: 7 in reads.counts)
-        links(other)[0].messages = asyncio.Queue()  # The feed is slow: nothing of it comes.
-        await say(sim, 2)
-        late = asyncio.create_task(enter(other, last(client)))
-        await until(lambda: len(other.hub.connections) == 1)
+        await lose(other, say(sim, 2))
+        await sim.settle()
+        late = await enter(other, last(client))
         await sim.settle()
         reads.goes_on.set()
         await sim.settle()
-        assert heard(await old)[-1][0] == "resume"
-        assert heard(await late) == [("resume", 0)]
+        assert heard(old) == [1, 2, ("resume", 2)]
+        assert heard(late) == [("resume", 0)]
 
 
 @pytest.mark.parametrize(
@@ -592,6 +596,7 @@ async def test_an_outage_while_members_catch_up(window: int) -> None:
         await sim.settle()
         await waits.send_text('{"type":"resume","payload":{}}')
         slow.resume()
+        await sim.settle()
         await say(other, 7)
         await sim.settle()
         for client in (slow, waits):
@@ -628,10 +633,7 @@ async def test_a_hole_in_the_feed_is_filled() -> None:
         client = await enter(sim)
         await say(other, 1)
         await sim.settle()
-        real = links(sim)[0].messages
-        links(sim)[0].messages = asyncio.Queue()
-        await say(other, 2)
-        links(sim)[0].messages = real
+        await lose(sim, say(other, 2))
         await say(other, 3)
         await sim.settle()
         await say(other, 4)
@@ -650,15 +652,13 @@ async def test_a_hole_that_no_read_can_fill_is_a_gap(reads: Reads) -> None:
             await say(other, 2)
             reads.goes_on.clear()
         await until(lambda: 7 in reads.counts)
-        key, = sim.broker.kept
-        await say(other, 3)
-        links(sim)[0].messages.get_nowait()
+        await lose(sim, say(other, 3))
         await say(other, 4)
         reads.goes_on.set()
         await sim.settle()
         await say(other, 5)
         await sim.settle()
-        assert heard(client) == [("resume", 0), 1, 2, ("gap", "broker"), 4, 5] and key
+        assert heard(client) == [("resume", 0), 1, 2, ("gap", "broker"), 4, 5]
 
 
 # A broker that has begun anew
@@ -810,24 +810,25 @@ async def test_a_broker_that_goes_is_not_asked(
 # Rules
 
 
-async def test_a_program_numbers_and_stores_what_it_sends() -> None:
-    """By the rules of the app, which it learns when it connects, or as soon as there are any."""
-    broker = SimulatedBroker()
-    early = Hub()
-    early.configure(broker.connection("0"))
-    async with early.open():
-        await early.send(ROOM, "said", 0)
-        with pytest.raises(PachinkoError, match=r'write hub\.keep\("room'):
-            await early.position(ROOM)
-        async with simulate(app_of()) as sim:
-            sim._broker = broker
-        # The simulation has begun with a broker of its own; one begins on this one.
-    async with Hub().open(broker.connection("0")) as late:
-        assert late.state.history is None
+async def test_who_was_there_before_the_app_learns_of_its_rules() -> None:
+    """What it has sent before is kept by nobody."""
+    sim, program = simulate(app_of()), Hub()
+    program.configure(sim.broker.connection("0"))
+    async with program.open():
+        await program.send(ROOM, "said", 0)
+        with pytest.raises(PachinkoError, match="not kept"):
+            await program.position(ROOM)
+        async with sim:
+            client = await enter(sim)
+            await sim.settle()
+            await program.send(ROOM, "said", 1)
+            await sim.settle()
+            assert heard(client) == [("resume", 0), 1]
+            assert await program.position(ROOM) == last(client)
 
 
-async def test_who_was_connected_before_the_app_learns_of_its_rules() -> None:
-    """And of those that come after a broker has forgotten all, or that a later version has."""
+async def test_rules_come_again_after_a_broker_has_forgotten_them() -> None:
+    """As soon as a process that has them connects."""
     async with simulate(app_of(SEVEN)) as sim:
         program = Hub()
         program.configure(sim.broker.connection("0"))
