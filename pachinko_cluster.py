@@ -229,8 +229,11 @@ class Store(typing.Protocol):
     async def keep(self, subject: str, data: bytes, window: Window) -> None:
         """Do what `Backplane.publish` does, and keep *data*. It is delivered behind its stamp."""
 
-    async def past(self, subject: str, count: int) -> Past:
-        """Return the last *count* messages to *subject*, and perhaps more, in their order."""
+    async def past(self, subject: str, count: int, after: Position | None = None) -> Past:
+        """Return the last *count* messages to *subject*, and perhaps more, in their order.
+
+        In the epoch of *after*, those up to there are not needed, and the floor may be as high.
+        """
 
     async def agree(self, key: str, value: bytes, seconds: float) -> bytes:
         """Set *key* to *value* for so many seconds, if it has no other; return what it then has.
@@ -415,7 +418,7 @@ class JetStream:
     async def keep(self, subject: str, data: bytes, window: Window) -> None:
         await self._try(subject, window.messages, window.seconds, self._store, subject, data)
 
-    async def past(self, subject: str, count: int, after: int = 0) -> Past:
+    async def past(self, subject: str, count: int, after: Position | None = None) -> Past:
         return await self._try(subject, 0, 0.0, self._read, subject, count, after)
 
     async def _try(
@@ -439,8 +442,11 @@ class JetStream:
         [reply] = await self._ask(stream.subject(subject), data)
         self.note(stream.epoch, _number_of(reply))
 
-    async def _read(self, stream: Stream, subject: str, count: int, after: int) -> Past:
+    async def _read(
+        self, stream: Stream, subject: str, count: int, needed: Position | None
+    ) -> Past:
         kept, epoch = stream.subject(subject), stream.epoch
+        after = needed.number if needed is not None and needed.epoch == epoch else 0
         [last] = await self._ask(f"$JS.API.DIRECT.GET.{stream.name}.{kept}")
         top = 0 if last.status else last.number
         if top and (not count or top <= after):
@@ -793,7 +799,7 @@ class Nats:
     async def keep(self, subject: str, data: bytes, window: Window) -> None:
         await self._jetstream.keep(subject, data, window)
 
-    async def past(self, subject: str, count: int, after: int = 0) -> Past:
+    async def past(self, subject: str, count: int, after: Position | None = None) -> Past:
         return await self._jetstream.past(subject, count, after)
 
     async def agree(self, key: str, value: bytes, seconds: float) -> bytes:
@@ -1269,7 +1275,7 @@ class Redis:
         bounds = str(window.messages), _milliseconds(window.seconds)
         await self._store(_KEEP, _slot_of(subject), "kept", subject, data, *bounds, *tidy)
 
-    async def past(self, subject: str, count: int) -> Past:
+    async def past(self, subject: str, count: int, after: Position | None = None) -> Past:
         found = await self._store(_PAST, _slot_of(subject), "kept", subject, str(count))
         epoch, top, floor, now, last = found
         entries = list[Entry]()
@@ -1404,11 +1410,13 @@ class SimulatedConnection:
         del kept[: -window.messages]
         await self.publish(subject, stamped(stamp, data))
 
-    async def past(self, subject: str, count: int) -> Past:
+    async def past(self, subject: str, count: int, after: Position | None = None) -> Past:
         broker, now = self._connected(), pachinko.clock.time()
         kept = broker.kept.get((self.channel, subject), [])
         top = kept[-1][0].number if kept else 0
         last = kept[-count:] if count else []
+        if after is not None and after.epoch == broker.epoch:
+            last = [each for each in last if each[0].number > after.number]
         entries = [Entry(stamp.number, now - at, data) for stamp, at, data in last]
         return Past(broker.epoch, top, last[0][0].previous if last else top, entries)
 
@@ -2249,8 +2257,11 @@ class BrokerRings(Rings):
         when = pachinko.clock.time() - message.age
         return self.put(group, message.frame, message.stamp.number, when, message.excluded)
 
-    def fill(self, group: str, floor: int, older: Iterable[Arrived]) -> None:
-        """Put *older* messages, all behind the number *floor*, before those in the ring."""
+    def fill(self, group: str, floor: int, older: Iterable[Arrived], is_whole: bool) -> None:
+        """Put *older* messages, all behind the number *floor*, before those in the ring.
+
+        The ring *is_whole* if the broker has no others.
+        """
         ring = self._rings[group]
         super().close(group)
         self.open(group, ring.window, min(floor, ring.floor), ring.limited)
@@ -2259,7 +2270,8 @@ class BrokerRings(Rings):
                 self._put(group, message)
         for kept in ring.messages:
             self.append(group, kept)
-        self._whole.add(group)
+        if is_whole:
+            self._whole.add(group)
 
     def resize(self, group: str, window: Window) -> None:
         """Let *group* have another window, as the rules have changed."""
@@ -2430,9 +2442,9 @@ class Archive:
         await self._link.subscribed(subject)  # What is sent after the past comes by the feed.
         session, before = self._link.session, self._rings.top_of(group)
         count, is_whole = len(feed.waiting), feed.is_behind or any(at for _, at in feed.waiting)
-        feed.held = [] if feed.is_behind else None
+        feed.held, after = [] if feed.is_behind else None, needed_after(feed, before)
         with pachinko.WaitLimit(pachinko.clock.time() + _BROKER_WAIT):
-            past = await self._store.past(subject, feed.window.messages if is_whole else 0)
+            past = await self._store.past(subject, feed.window.messages if is_whole else 0, after)
             await self._sync()
         if self._feeds.get(group) is not feed:
             return
@@ -2443,16 +2455,17 @@ class Archive:
         if epoch != past.epoch:
             self._begin(group, feed, Position(past.epoch, past.top), "epoch")
         if is_whole:
-            await self._use_past(group, feed, past)
+            await self._use_past(group, feed, past, after)
         await self._let_begin(feed, count)
 
-    async def _use_past(self, group: str, feed: Feed, past: Past) -> None:
+    async def _use_past(self, group: str, feed: Feed, past: Past, after: Position | None) -> None:
         """Deliver what was missed, and what came meanwhile, and fill the ring."""
         rings, last = self._rings, Position(past.epoch, past.top)
         found = [each for entry in past.entries if (each := read_kept(group, entry, past.epoch))]
         if past.floor > rings.top_of(group).number:
             self._begin(group, feed, last, "broker")
-        rings.fill(group, past.floor, found)
+        is_part = after is not None and after.epoch == past.epoch and past.floor <= after.number
+        rings.fill(group, past.floor, found, is_whole=not is_part)
         feed.held = held = feed.held or []
         for message in found:
             await self._take(group, feed, message, is_read=True)
@@ -2470,6 +2483,17 @@ class Archive:
                 cursor.begin(position)
             if n % _BEGUN_A_TURN == _BEGUN_A_TURN - 1:
                 await asyncio.sleep(0)
+
+
+def needed_after(feed: Feed, top: Position) -> Position | None:
+    """Return what a read has to go back to, for a group that is at *top*; None for all of it.
+
+    A store that has all groups in one file reads the end of it much faster than all.
+    """
+    known = [at for _, at in feed.waiting if at is not None] + [top]
+    known = [at for at in known if at != NOWHERE]
+    is_one = len({at.epoch for at in known}) == 1
+    return min(known, key=lambda at: at.number) if is_one else None
 
 
 def read_kept(group: str, entry: Entry, epoch: str) -> Arrived | None:

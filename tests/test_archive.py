@@ -156,13 +156,15 @@ class Reads:
         self.error: Exception | None = None
         self.is_early = True  # What is answered is what was known before the wait.
 
-    async def past(self, connection: SimulatedConnection, subject: str, count: int) -> Past:
+    async def past(
+        self, connection: SimulatedConnection, subject: str, count: int, *more: Any
+    ) -> Past:
         self.counts.append(count)
-        found = await REAL_PAST(connection, subject, count)
+        found = await REAL_PAST(connection, subject, count, *more)
         await self.goes_on.wait()
         if self.error is not None:
             raise self.error
-        return found if self.is_early else await REAL_PAST(connection, subject, count)
+        return found if self.is_early else await REAL_PAST(connection, subject, count, *more)
 
 
 REAL_PAST = SimulatedConnection.past
@@ -172,8 +174,8 @@ REAL_PAST = SimulatedConnection.past
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     found = Reads()
 
-    async def past(self: SimulatedConnection, subject: str, count: int) -> Past:
-        return await found.past(self, subject, count)
+    async def past(self: SimulatedConnection, subject: str, count: int, *more: Any) -> Past:
+        return await found.past(self, subject, count, *more)
 
     monkeypatch.setattr(SimulatedConnection, "past", past)
     return found

@@ -18,7 +18,7 @@ from nats.aio.client import Client
 from support import PATIENCE, until
 
 import pachinko_cluster
-from pachinko import Kind, PachinkoError, Window
+from pachinko import Kind, PachinkoError, Position, Window
 from pachinko_cluster import Nats, Past, Stamp, StreamGone, read_stamp, subject_of
 
 LONG = Window(100, 300.0, 1_048_576)
@@ -48,8 +48,8 @@ class Process:
         for text in texts:
             await self.nats.keep(to, b"{%b" % str(text).encode(), window)
 
-    async def texts(self, count: int = 100, after: int = 0, of: str = ROOM) -> list[str]:
-        return texts(await self.nats.past(of, count, after))
+    async def texts(self, of: str = ROOM) -> list[str]:
+        return texts(await self.nats.past(of, 100))
 
     def stamps(self) -> list[Stamp]:
         return [stamp for _, stamp, _ in self.came if stamp is not None]
@@ -409,18 +409,19 @@ async def test_only_what_is_behind_a_number_is_read(scene: Scene, messages: int)
     await until(lambda: len(process.came) == 6)
     numbers = [stamp.number for stamp in process.stamps()]
     for n, after in enumerate(numbers):
-        past = await process.nats.past(ROOM, 9, after)
+        past = await process.nats.past(ROOM, 9, Position(before.epoch, after))
         dropped = messages == 3 and n < 2
         assert past.floor == (numbers[2] if dropped else after)
         assert known(past, numbers) == numbers[3 if dropped else n + 1 :]
         assert past.top >= numbers[-1]
-    assert (await process.nats.past(ROOM, 9, before.top)).floor == (
-        numbers[2] if messages == 3 else before.top
-    )
+    idle = await process.nats.past(ROOM, 9, Position(before.epoch, before.top))
+    assert idle.floor == (numbers[2] if messages == 3 else before.top)
+    other = await process.nats.past(ROOM, 9, Position("other", 10**9))
+    assert known(other, numbers) == numbers[3 if messages == 3 else 0 :]
     for after in (numbers[-1] + 1, 10**9):  # somebody has invented it
-        past = await process.nats.past(ROOM, 9, after)
+        past = await process.nats.past(ROOM, 9, Position(before.epoch, after))
         assert (past.top, past.floor, past.entries) == (numbers[-1], numbers[-1], [])
-        empty = await process.nats.past("pachinko.g.empty", 9, after)
+        empty = await process.nats.past("pachinko.g.empty", 9, Position(past.epoch, after))
         assert empty.floor == empty.top and not empty.entries
 
 
