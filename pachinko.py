@@ -5722,11 +5722,6 @@ class History:
             if cursor.is_waiting:
                 cursor.join(resume.groups.pop(cursor.group, None), resume)
 
-    def note_within(self, conn: Connection, payload: Any) -> None:
-        """Take what the payload of ``authenticate`` has beside the token."""
-        if type(payload) is dict and "resume" in payload:
-            self.note(conn, payload["resume"])
-
     def forget(self, conn: Connection) -> None:
         """Forget a client that has ended."""
         self._contexts.pop(conn.id, None)
@@ -7893,18 +7888,26 @@ class Session(Answering):
 
     async def resume(self, frame: Frame) -> None:
         """Note what the client says that it has, in a ``resume`` message, and answer its id."""
-        if (history := self._hub_state.history) is not None:
-            history.note(self.conn, frame.payload)
-        if self.is_serving:
-            go_on_streams(self, frame.payload)
-        else:
-            self._hub_state.returning[self.conn.id] = frame.payload
+        self._note(frame.payload)
         if frame.id is not None:
             await self._send(_encode(Sent("resume.reply", frame.id)))
 
+    def note_within(self, payload: Any) -> None:
+        """Note what the payload of ``authenticate`` has beside the token."""
+        if type(payload) is dict and "resume" in payload:
+            self._note(payload["resume"])
+
+    def _note(self, value: Any) -> None:
+        if (history := self._hub_state.history) is not None:
+            history.note(self.conn, value)
+        if self.is_serving:
+            go_on_streams(self, value)
+        else:
+            self._hub_state.returning[self.conn.id] = value
+
     def welcome(self) -> None:
         """Begin to resume, now that the client is in."""
-        if (history := self._hub_state.history) is not None and self.routes.snapshots:
+        if (history := self._hub_state.history) is not None:
             history.welcome(self.conn)
         if self.conn.id in self._hub_state.returning:
             go_on_streams(self, self._hub_state.returning.pop(self.conn.id))
@@ -8403,8 +8406,7 @@ async def _authenticate(
                 frame = await session.first_token()
             deadline += clock.time() - begun
             token = token_of(frame.payload)
-            if (history := conn.hub.state.history) is not None:
-                history.note_within(conn, frame.payload)
+            session.note_within(frame.payload)
             if token is not None:
                 with TimeLimit(until):
                     user = await _attend(session, user_of(function, conn, token), deadline)
@@ -8889,15 +8891,10 @@ class Pachinko(Lifecycle):
         self._routes.set("authenticate", function, "authenticate", takes_guests=optional)
 
         async def again(conn: Connection, payload: Any) -> None:
-            if type(payload) is dict and "resume" in payload:
-                session = self._hub.state.serving[current_task()]
-                await session.resume(Frame("resume", None, payload["resume"]))
             if (token := token_of(payload)) is None:
                 wrong = {"path": "$.payload.token", "message": "expected str"}
                 raise invalid_payload("authenticate", [wrong])
             expires_at, registry = conn.expires_at, self._hub.state.registry
-            if (history := self._hub.state.history) is not None:
-                history.note_within(conn, payload)
             registry.expect(conn)
             try:
                 user = await user_of(function, conn, token)
@@ -8915,6 +8912,7 @@ class Pachinko(Lifecycle):
                 raise Close(UNAUTHENTICATED, "authentication failed")
             if is_guest:
                 await self._hub.state.reachable(conn)
+            self._hub.state.serving[current_task()].note_within(payload)
             if (history := self._hub.state.history) is not None and "resume" in payload:
                 history.note(conn, payload["resume"])
 
