@@ -11,7 +11,9 @@ the subject, the message passes the same layers upwards, to the registry of `pac
 Map: what each section does, and which of those above it each one uses.
 
     broker URLs — reads a URL, and keeps its password out of errors (uses: pachinko)
-    NATS — a backplane by nats-py (uses: broker URLs, pachinko)
+    store — what a broker has to do so that groups can be kept
+    JetStream — how NATS keeps groups (uses: store, pachinko)
+    NATS — a backplane by nats-py (uses: broker URLs, store, JetStream, pachinko)
     Redis — a backplane by redis-py (uses: broker URLs, pachinko)
     simulated broker — a broker in memory, for tests (uses: pachinko)
     link — keeps a process connected and subscribed, whatever the broker does
@@ -646,29 +648,22 @@ def _client_class() -> Any:
     import nats.aio.client
 
     class OrderedClient(nats.aio.client.Client):
-        """A client that awaits `deliver` for one message after the other.
+        """A client that awaits *take* for one message after the other, or leaves it to nats-py.
 
         Without this subclass, nats-py fails 3 of 24 fault tests. Its task and queue for each
         subscription cost 3 KiB, mix up the order between groups, and drop messages when a queue is
-        full. Here a slow `deliver` makes the broker wait, and it disconnects a client that is slow.
+        full. Here a slow *take* makes the broker wait, and it disconnects a client that is slow.
         """
 
-        def __init__(
-            self, deliver: Deliver, lost: Lost,
-            answer: Callable[[str, bytes, bytes], bool], stamp: Callable[[bytes, bytes], bytes],
-        ) -> None:  # fmt: skip
+        def __init__(self, take: Callable[..., Awaitable[bool]], lost: Lost) -> None:
             super().__init__()
-            self.deliver, self.lost, self.answer, self.stamp = deliver, lost, answer, stamp
+            self.take, self.lost = take, lost
 
         async def _process_msg(
-            self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None
+            self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
         ) -> None:
-            name, data = subject.decode(), bytes(data)
-            if name.startswith("_INBOX."):  # It answers us, or a request of nats-py, for a lease.
-                if not self.answer(name, data, headers or b""):
-                    await super()._process_msg(sid, subject, reply, data, cast(bytes, headers))
-                return
-            await self.deliver(name, self.stamp(data, headers) if headers else data)
+            if not await self.take(subject.decode(), bytes(data), headers):
+                await super()._process_msg(sid, subject, reply, data, headers)
 
         async def _process_op_err(self, e: Exception) -> None:
             self.lost(e)  # nats-py calls its callbacks only if it closes without an error
@@ -775,7 +770,7 @@ class Nats:
         self._subscriptions, self._round_trip, self._bucket, self._inbox = {}, None, None, ""
         self._refusals.clear()
         self._jetstream.forget()
-        self._client = client = self._class(deliver, tell, self._answer, self._stamp)
+        self._client = client = self._class(functools.partial(self._take, deliver), tell)
         try:
             await client.connect(server, error_cb=failed, closed_cb=closed, **self._settings)
         except Exception as exc:  # whatever nats-py raises
@@ -829,6 +824,16 @@ class Nats:
         finally:
             del self._questions[name]
 
+    async def _take(self, deliver: Deliver, name: str, data: bytes, headers: bytes | None) -> bool:
+        """Take a message. Returns False if it answers nats-py, which has asked for a lease."""
+        if name.startswith("_INBOX."):
+            return self._answer(name, data, headers or b"")
+        if headers and (stamp := stamp_of(read_headers(headers)[1])) is not None:
+            self._jetstream.note(stamp.epoch, stamp.number)
+            data = stamped(stamp, data)
+        await deliver(name, data)
+        return True
+
     def _answer(self, name: str, data: bytes, headers: bytes) -> bool:
         """Take a reply. Returns False if it is not for us."""
         if not self._inbox or not name.startswith(self._inbox):
@@ -839,13 +844,6 @@ class Nats:
             if not question.is_batch or reply.status or "Nats-Num-Pending" not in reply.headers:
                 question.end()
         return True
-
-    def _stamp(self, data: bytes, headers: bytes) -> bytes:
-        """Return *data* behind its stamp, if a stream of ours has published it."""
-        if (stamp := stamp_of(read_headers(headers)[1])) is None:
-            return data
-        self._jetstream.note(stamp.epoch, stamp.number)
-        return stamped(stamp, data)
 
     def _refuse(self, refusal: str) -> bool:
         """Fail the questions that the server does not permit. Returns whether there were some."""

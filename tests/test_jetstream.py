@@ -11,14 +11,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import falcon
 import nats
 import pytest
-from brokers import BrokerProcess, running
+from brokers import BrokerProcess, Proxy, running
 from nats.aio.client import Client
-from support import PATIENCE, until
+from support import PATIENCE, connect, new_app, serving, until
+from test_leases import startup
 
 import pachinko_cluster
-from pachinko import Kind, PachinkoError, Position, Window
+from pachinko import Connection, Hub, Kind, Pachinko, PachinkoError, Position, Window
 from pachinko_cluster import Nats, Past, Stamp, StreamGone, read_stamp, subject_of
 
 LONG = Window(100, 300.0, 1_048_576)
@@ -635,6 +637,57 @@ async def test_a_server_that_has_lost_the_latest_messages(scene: Scene, has_read
     await who.start(ROOM)
     past = await who.nats.past(ROOM, 9)
     assert (past.epoch != before.epoch, texts(past)) == (True, [])
+
+
+# Apps
+
+
+def app_on(url: str, *, keeps: bool = True) -> tuple[falcon.asgi.App[Any, Any], Hub]:
+    app, hub = new_app(), Hub()
+    hub.configure(url)
+    if keeps:
+        hub.keep("room:")
+    ws = Pachinko(app, "/ws", hub=hub)
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        await conn.join("room:a")
+
+    return app, hub
+
+
+async def test_an_app_that_keeps_groups_does_not_start_without_jetstream() -> None:
+    """It says what is missing. An app that keeps nothing starts on any server."""
+    async with running("nats") as broker:
+        answer = await startup(app_on(broker.url)[0])
+        assert answer["type"] == "lifespan.startup.failed"
+        assert "start it as nats-server -js" in answer["message"]
+        answer = await startup(app_on(broker.url, keeps=False)[0])
+        assert answer["type"] == "lifespan.startup.complete"
+
+
+async def test_a_client_goes_on_in_another_process() -> None:
+    """After an outage of the first one, and a message by a program without clients."""
+    async with running("nats", "-js", "-sd", "store") as broker, Proxy(broker.port) as network:
+        (one, _), (two, hub) = app_on(network.url("nats")), app_on(broker.url)
+        async with serving(one) as first, serving(two) as second:
+            ask = falcon.to_query_str({"resume": "{}"})
+            async with connect(f"{first.url}/ws{ask}") as ada, connect(f"{second.url}/ws") as bob:
+                assert (await ada.receive())["type"] == "resume"
+                await hub.send("room:a", "said", 1)
+                assert (await bob.receive())["payload"] == 1
+                at = (await ada.receive())["at"]
+                network.cut()
+                async with Hub().open(broker.url) as program:
+                    for n in (2, 3):
+                        await program.send("room:a", "said", n)
+                assert [(await ada.receive())["payload"] for _ in range(2)] == [2, 3]
+            ask = falcon.to_query_str({"resume": json.dumps({"groups": {"room:a": at}})})
+            async with connect(f"{second.url}/ws{ask}") as ada:
+                assert [(await ada.receive())["payload"] for _ in range(2)] == [2, 3]
+                assert (await ada.receive())["payload"]["replayed"] == 2
+            kept = [each.payload async for each in hub.history("room:a", last=2)]
+            assert kept == [2, 3]
 
 
 # Questions
