@@ -91,21 +91,23 @@ Map: each section, what it is for, and those above it that it uses.
     stream — a generator in progress (uses: errors, scope, clock, limits, outgoing)
     background — tasks of the application that end with a connection (uses: errors, scope, limits,
         outcomes)
-    snapshots — the state of a group, for those who have missed messages (uses: errors, envelope and
-        message, signatures, limits, outcomes)
-    answering — what a client is told of its messages (uses: errors, scope, clock, limits, outbox,
-        outcomes, stream)
+    snapshots — the state of a group, for those who have missed messages (uses: errors, types,
+        envelope and message, signatures, limits, outcomes)
+    answering — what a client is told of its messages (uses: errors, envelope and message, scope,
+        clock, limits, outbox, outcomes, guard, stream)
+    resumable streams — ? (uses: errors, envelope and message, scope, clock, limits, outbox,
+        history, connection, registry and relay, catching up, outcomes, stream, answering, session)
     session — decode a message, call its handler, answer (uses: errors, envelope and message, scope,
-        clock, limits, outgoing, incoming, connection, asking, outcomes, guard, stream, background,
-        answering)
+        clock, limits, outbox, outgoing, incoming, connection, asking, catching up, outcomes,
+        stream, background, answering, resumable streams)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         signatures, handshake, clock, limits, outbox, outgoing, outcomes)
     running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
-        scope, clock, limits, connection, hub state, outcomes)
+        scope, clock, limits, connection, hub state, outcomes, snapshots)
     assets — the files of client/, as routes (uses: errors)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        signatures, handlers, scope, include, handshake, limits, outgoing, hub, guard, session,
-        admission, running, assets)
+        signatures, handlers, scope, include, handshake, clock, limits, outgoing, hub, guard,
+        snapshots, session, admission, running, assets)
     settling — what an event loop can still do by itself (uses: clock, outgoing, stream)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
         clock, asking, listening, outcomes, settling)
@@ -5690,16 +5692,17 @@ class History:
         self._registry: Registry = cast(Any, None)  # until `start`
         self._resumes: dict[str, Resume] = {}  # by the ids of connections
         self._timers: dict[str, Timer] = {}  # of those who have to send a message with it
-        # Sees to it that a cursor begins at its position when its ring is known.
-        self.fetch: Callable[[Cursor, Position | None], None] = Cursor.begin
         self.turns: asyncio.Semaphore = asyncio.Semaphore(_SNAPSHOTS)
         self._contexts: dict[str, contextvars.Context] = {}  # of connections that get snapshots
         self._waiting = collections.deque[Cursor]()  # for their turn
         self._is_due = False
 
-    def start(self, registry: Registry) -> None:
-        """Begin, for the members in *registry*."""
-        self._registry = registry
+    def start(
+        self, registry: Registry,
+        fetch: Callable[[Cursor, Position | None], None] = Cursor.begin,
+    ) -> None:  # fmt: skip
+        """Begin, for the members in *registry*. *fetch* lets one begin when its ring is ready."""
+        self._registry, self._fetch = registry, fetch
 
     def greet(self, conn: Connection, value: Any, is_announced: bool) -> None:
         """Take the *value* in the handshake, or that a message with another *is_announced*."""
@@ -5764,11 +5767,11 @@ class History:
                     conn.outgoing.evict()
 
     def begin(self, cursor: Cursor, position: Position | None) -> None:
-        """Let a new member begin, now or when `fetch` has got what the rings lack."""
+        """Let a new member begin, now or when the rings have what they lack."""
         if self.rings.is_ready(cursor.group, position):
             cursor.begin(position)
         else:
-            self.fetch(cursor, position)
+            self._fetch(cursor, position)
 
     def lose(self, group: str, reason: Reason) -> None:
         """Tell all members of *group* that messages were lost; new ones find that out."""

@@ -1,4 +1,4 @@
-"""Nothing of a kept group is lost when processes are killed, and a broker is slow, fails or forgets.
+"""Nothing of a kept group is lost when processes are killed, and a broker is slow or forgets.
 
 The steps of `test_history`, and further ones, with other examples.
 """
