@@ -11,16 +11,16 @@ the subject, the message passes the same layers upwards, to the registry of `pac
 Map: what each section does, and which of those above it each one uses.
 
     broker URLs — reads a URL, and keeps its password out of errors (uses: pachinko)
-    store — what a broker does that keeps messages (uses: pachinko)
+    store — what a broker does that keeps messages
     JetStream — keeps the messages to kept groups in NATS (uses: store, pachinko)
     NATS — a backplane by nats-py (uses: broker URLs, store, JetStream, pachinko)
     Redis — a backplane by redis-py (uses: broker URLs, store, pachinko)
     simulated broker — a broker in memory, for tests (uses: store, pachinko)
     link — keeps a process connected and subscribed, whatever the broker does
         (uses: broker URLs, store, pachinko)
-    leases — run a worker in one process at a time (uses: broker URLs, link, pachinko)
+    leases — run a worker in one process at a time (uses: broker URLs, pachinko)
     peer messages — what processes send to one another, as bytes (uses: pachinko)
-    rules — by which of them the processes of a namespace keep groups (uses: store, link, pachinko)
+    rules — by which of them the processes of a namespace keep groups (uses: pachinko)
     archive — the kept groups of a process that has a broker
         (uses: store, link, peer messages, pachinko)
     cluster relay — the `Relay` of an app with a broker
@@ -1141,9 +1141,16 @@ class RedisConnection:
         return await reply
 
     def cancel(self) -> None:
-        self._failure = self._failure or ConnectionResetError("not connected")
+        self._fail(ConnectionResetError("not connected"))
         for task in self._tasks:
             task.cancel()
+
+    def _fail(self, exc: Exception) -> None:
+        """Let all calls fail that have no reply, and later ones."""
+        self._failure = self._failure or exc
+        for reply in self._replies:
+            if not reply.done():
+                reply.set_exception(self._failure)
 
     async def close(self) -> None:
         while self._tasks and (await asyncio.wait(self._tasks, timeout=_CANCEL_AGAIN))[1]:
@@ -1154,12 +1161,9 @@ class RedisConnection:
         try:
             await work()
         except Exception as exc:  # the library or the socket has failed
-            self._failure = exc
             self.failed.set()
             self._lost(exc)
-            for reply in self._replies:
-                if not reply.done():
-                    reply.set_exception(exc)
+            self._fail(exc)
 
     async def _write(self) -> None:
         # This is a task of its own: redis-py disconnects when it is cancelled while it writes.
@@ -1295,7 +1299,7 @@ class Redis:
         return has
 
     async def _store(self, script: str, slot: str, name: str, *args: str | bytes) -> Any:
-        """Run *script* for the key *name*. Raises `PachinkoError` for what Redis refuses."""
+        """Run *script* for the key *name*. Raises `BrokerAway` if Redis does not do that."""
         run = functools.partial(self._run, "hub.keep()", f"~{slot}* {_STORE_RIGHTS}")
         try:
             try:
@@ -1305,7 +1309,8 @@ class Redis:
         except self._errors.ResponseError as exc:
             found = (advice for sign, advice in _ADVICE.items() if sign in str(exc))
             advice = next(found, "it says")
-            raise PachinkoError(f"Redis keeps no messages: {advice} ({exc})") from None
+            text = f"Redis keeps no messages: {advice} ({exc})"
+            raise pachinko.BrokerAway(text) from None  # The program has no bug.
 
     async def _run(self, what: str, rights: str, *command: str | bytes) -> Any:
         """Run a script. Raises `PachinkoError` if *what* is done without having the *rights*."""

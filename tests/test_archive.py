@@ -154,6 +154,16 @@ class Reads:
         self.error: Exception | None = None
         self.is_early = True  # What is answered is what was known before the wait.
 
+    @classmethod
+    def use(cls, patch: pytest.MonkeyPatch) -> Reads:
+        reads = cls()
+
+        async def past(self: SimulatedConnection, subject: str, count: int, *more: Any) -> Past:
+            return await reads.past(self, subject, count, *more)
+
+        patch.setattr(SimulatedConnection, "past", past)
+        return reads
+
     async def past(
         self, connection: SimulatedConnection, subject: str, count: int, *more: Any
     ) -> Past:
@@ -170,13 +180,7 @@ REAL_PAST = SimulatedConnection.past
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    found = Reads()
-
-    async def past(self: SimulatedConnection, subject: str, count: int, *more: Any) -> Past:
-        return await found.past(self, subject, count, *more)
-
-    monkeypatch.setattr(SimulatedConnection, "past", past)
-    return found
+    return Reads.use(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -424,6 +428,53 @@ async def test_who_has_left_meanwhile_gets_nothing(reads: Reads) -> None:
         await say(sim, 3, group="room:b")
         await sim.settle()
         assert heard(gone) == [] and heard(back) == [3, ("resume", 1)]
+
+
+async def test_a_member_leaves_while_it_gets_what_it_has_missed(reads: Reads) -> None:
+    """The rest of that is delivered to nobody, and the next member begins anew."""
+    async with simulate(app_of()) as sim:
+        other = await sim.process()
+        client = await enter(sim)
+        await sim.settle()
+        real = sim.hub.state.relay._archive.deliver
+
+        async def deliver(group: str, frame: Any, excluded: Any) -> None:
+            await real(group, frame, excluded)
+            client.cut()
+            await until(lambda: not sim.hub.groups)
+
+        async with away(sim):
+            await say(other, 1, 2)
+            sim.hub.state.relay._archive.deliver = deliver
+        await sim.settle()
+        assert sim.hub.groups == frozenset()
+        sim.hub.state.relay._archive.deliver = real
+        client = await enter(sim)
+        await say(other, 3)
+        await sim.settle()
+        assert heard(client)[-1] == 3
+
+
+async def test_a_broker_may_say_a_later_top(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A position of that is as good; what comes then is behind it."""
+    async with simulate(app_of()) as sim:
+        live = await enter(sim)
+        await say(sim, 1)
+        for _ in range(5):
+            next(sim.broker.numbers)
+
+        async def later(self: SimulatedConnection, subject: str, count: int) -> Past:
+            found = await REAL_PAST(self, subject, count)
+            return found._replace(top=found.top + 5)
+
+        monkeypatch.setattr(SimulatedConnection, "past", later)
+        at = await sim.hub.position(ROOM)
+        client = await enter(sim, at)
+        await sim.settle()
+        monkeypatch.setattr(SimulatedConnection, "past", REAL_PAST)
+        await say(sim, 2)
+        await sim.settle()
+        assert heard(client) == [("resume", 0), 2] and heard(live) == [("resume", 0), 1, 2]
 
 
 async def test_many_begin_in_turns(reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -859,8 +910,9 @@ async def test_the_shell_sends_to_kept_groups_and_reads_them(
         found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [each["at"] for each in found] == [client.received[n].at for n in (1, 2, 1, 2, 2)]
         assert heard(client) == [("resume", 0), 1, 2]
-        with pytest.raises(PachinkoError, match="not kept"):
-            await run(sim.broker, "history", "lobby")
+        for broker in (sim.broker, SimulatedBroker()):
+            with pytest.raises(PachinkoError, match="not kept"):
+                await run(broker, "history", "lobby")
 
 
 async def test_a_sync_hub_sends_to_kept_groups_and_reads_them() -> None:

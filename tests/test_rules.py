@@ -5,12 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_archive import ROOM, SEVEN, app_of, cut, enter, errors, heard, last, links, say, watch
+from test_archive import (
+    ROOM,
+    SEVEN,
+    Reads,
+    app_of,
+    cut,
+    enter,
+    errors,
+    heard,
+    last,
+    links,
+    say,
+    watch,
+)
 
 import pachinko
 import pachinko_cluster
 from pachinko import Hub, PachinkoError, Window, simulate
 from pachinko_cluster import SimulatedConnection, read_rules, write_rules
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    return Reads.use(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +126,26 @@ async def test_a_group_whose_rules_change_goes_on() -> None:
         again = await enter(other, last(old), group="old:a")
         await sim.settle()
         assert heard(late) == [4, 5, 6, ("resume", 3)] and heard(again) == []
+
+
+async def test_rules_change_while_nothing_is_known_of_a_group(reads: Reads) -> None:
+    """Groups that are not kept, and those whose past is still read, go on as well."""
+    async with simulate(app_of(SEVEN, {**SEVEN, "user:": {"messages": 1}})) as sim:
+        other = await sim.process()
+        reads.goes_on.clear()
+        client, user = await enter(other), await watch(other, "user:ada", "lobby")
+        sim.kill()
+        await sim.advance(60)
+        reads.goes_on.set()
+        await sim.advance(20)
+        await say(other, 1)
+        await say(other, 2, group="user:ada")
+        await say(other, 3, group="lobby")
+        await sim.settle()
+        assert heard(client)[-1] == 1 and heard(user) == [2, 3]
+        assert [each.at is None for each in user.received] == [False, True]
+        user.cut()
+        await sim.settle()
 
 
 async def test_rules_that_are_renewed_last(monkeypatch: pytest.MonkeyPatch) -> None:
