@@ -463,8 +463,8 @@ async def test_a_broker_may_say_a_later_top(monkeypatch: pytest.MonkeyPatch) -> 
         for _ in range(5):
             next(sim.broker.numbers)
 
-        async def later(self: SimulatedConnection, subject: str, count: int) -> Past:
-            found = await REAL_PAST(self, subject, count)
+        async def later(self: SimulatedConnection, subject: str, count: int, *more: Any) -> Past:
+            found = await REAL_PAST(self, subject, count, *more)
             return found._replace(top=found.top + 5)
 
         monkeypatch.setattr(SimulatedConnection, "past", later)
