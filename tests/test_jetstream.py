@@ -201,7 +201,7 @@ async def test_who_is_overtaken_while_agreeing_takes_what_is_there(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other one has set its value after this one had found none."""
-    process, other, key = await scene.process(), await scene.process(), "pachinko.history.rules"
+    other, key = await scene.process(), "pachinko.history.rules"
     ask, is_first = Nats._ask, True
 
     async def overtaken(
@@ -214,6 +214,7 @@ async def test_who_is_overtaken_while_agreeing_takes_what_is_there(
         return await ask(self, subject, data, *args, **keys)
 
     monkeypatch.setattr(Nats, "_ask", overtaken)
+    process = await scene.process()
     assert await process.nats.agree(key, b'{"a":1}', 60.0) == b'{"b":2}'
 
 
