@@ -197,6 +197,27 @@ async def test_all_make_one_stream() -> None:
         assert (await scene.call("STREAM.NAMES"))["streams"] == [STREAM]
 
 
+async def test_who_is_overtaken_while_agreeing_takes_what_is_there(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has set its value after this one had found none."""
+    other, key = await scene.process(), "pachinko.history.rules"
+    ask, is_first = Nats._ask, True
+
+    async def overtaken(
+        self: Nats, subject: str, data: bytes = b"", *args: Any, **keys: Any
+    ) -> Any:
+        nonlocal is_first
+        if is_first and data.endswith(b'{"a":1}'):
+            is_first = False
+            assert await other.nats.agree(key, b'{"b":2}', 60.0) == b'{"b":2}'
+        return await ask(self, subject, data, *args, **keys)
+
+    monkeypatch.setattr(Nats, "_ask", overtaken)
+    process = await scene.process()
+    assert await process.nats.agree(key, b'{"a":1}', 60.0) == b'{"b":2}'
+
+
 async def test_namespaces_have_streams_of_their_own(scene: Scene) -> None:
     """With epochs, numbers and limits of their own, also if one name begins with the other."""
     process, other = await scene.process(), await scene.process()
