@@ -91,21 +91,23 @@ Map: each section, what it is for, and those above it that it uses.
     stream — a generator in progress (uses: errors, scope, clock, limits, outgoing)
     background — tasks of the application that end with a connection (uses: errors, scope, limits,
         outcomes)
-    snapshots — the state of a group, for those who have missed messages (uses: errors, envelope and
-        message, signatures, limits, outcomes)
-    answering — what a client is told of its messages (uses: errors, scope, clock, limits, outbox,
-        outcomes, stream)
+    snapshots — the state of a group, for those who have missed messages (uses: errors, types,
+        envelope and message, signatures, limits, outcomes)
+    answering — what a client is told of its messages (uses: errors, envelope and message, scope,
+        clock, limits, outbox, outcomes, guard, stream)
+    resumable streams — ? (uses: errors, envelope and message, scope, clock, limits, outbox,
+        history, connection, registry and relay, catching up, outcomes, stream, answering, session)
     session — decode a message, call its handler, answer (uses: errors, envelope and message, scope,
-        clock, limits, outgoing, incoming, connection, asking, outcomes, guard, stream, background,
-        answering)
+        clock, limits, outbox, outgoing, incoming, connection, asking, catching up, outcomes,
+        stream, background, answering, resumable streams)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         signatures, handshake, clock, limits, outbox, outgoing, outcomes)
     running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
-        scope, clock, limits, connection, hub state, outcomes)
+        scope, clock, limits, connection, hub state, outcomes, snapshots)
     assets — the files of client/, as routes (uses: errors)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        signatures, handlers, scope, include, handshake, limits, outgoing, hub, guard, session,
-        admission, running, assets)
+        signatures, handlers, scope, include, handshake, clock, limits, outgoing, hub, guard,
+        snapshots, session, admission, running, assets)
     settling — what an event loop can still do by itself (uses: clock, outgoing, stream)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
         clock, asking, listening, outcomes, settling)
@@ -5514,7 +5516,7 @@ def resume_in(query: str) -> str | None:
 
     Falcon may split it at its commas.
     """
-    if "resume=" not in query:
+    if "resume=" not in query and "%" not in query:
         return None
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
     return next((value for name, value in pairs if name == "resume"), None)
@@ -5672,6 +5674,8 @@ class Cursor:
                 frame, has_failed = await take()
             if not self._history.is_current(self):
                 return
+            if self._lost is not None:  # A state of the time before may lack what was lost.
+                return self._history.go_on(self)
             is_overtaken = self._history.rings.gap(self.group, self._position) is not None
             if has_failed or not is_overtaken:
                 break
@@ -8914,8 +8918,6 @@ class Pachinko(Lifecycle):
             if is_guest:
                 await self._hub.state.reachable(conn)
             self._hub.state.serving[current_task()].note_within(payload)
-            if (history := self._hub.state.history) is not None and "resume" in payload:
-                history.note(conn, payload["resume"])
 
         parameter = inspect.Parameter("payload", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         renewal = Handler("authenticate", function, again, Any, parameter, None, None, False, False)
