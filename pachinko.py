@@ -4064,12 +4064,13 @@ class Rings:
         """Keep the frame *data* in the ring of *group*; return what is to be sent of it."""
         at = f"{self.epoch_of(group)}.{number}"  # PERF: no `Position`
         event = text_event(with_position(data, at))
-        ids = frozenset(excluded) if excluded else _NO_IDS
-        own: list[Any] = [event["text"], ids, *ids] if ids else [event["text"]]
+        ids, weight = _NO_IDS, _ENTRY_BYTES + sys.getsizeof(event["text"])
+        if excluded:
+            ids = frozenset(excluded)
+            weight += sum(map(sys.getsizeof, (ids, *ids)))
         kept = Kept(
-            event, None, len(data), group, number=number, time=time, excluded=ids,
-            weight=_ENTRY_BYTES + sum(map(sys.getsizeof, own)),
-        )  # fmt: skip
+            event, None, len(data), group, number=number, weight=weight, time=time, excluded=ids
+        )
         self.append(group, kept)
         return kept
 
@@ -5516,8 +5517,6 @@ def resume_in(query: str) -> str | None:
 
     Falcon may split it at its commas.
     """
-    if "resume=" not in query and "%" not in query:
-        return None
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
     return next((value for name, value in pairs if name == "resume"), None)
 
@@ -5644,8 +5643,7 @@ class Cursor:
             self._history.make_live(self)
         else:
             self._take = take
-            if self.conn.outgoing.is_answered:
-                self.load()
+            self.load()
 
     def _tell(self, type: str, is_whole: bool, **payload: Any) -> None:
         """Put a verdict in line. It has a position if it *is_whole*, that is without a state."""
@@ -5656,11 +5654,11 @@ class Cursor:
         self.conn.outgoing.put(Waiting(text_event(frame)))
 
     def load(self) -> None:
-        """Begin to take the snapshot, if one comes next."""
-        if self._take is not None:
-            take, self._take = self._take, None
-            context = self._history.context_of(self.conn)
-            context.run(self.conn.outgoing.create_task, self._load(take))
+        """Begin to take the snapshot, if one comes next, and the client is in."""
+        context, take = self._history.context_of(self.conn), self._take
+        if take is not None and context is not None:
+            self._take = None
+            context.copy().run(self.conn.outgoing.create_task, self._load(take))
 
     async def _load(self, take: Take) -> None:
         """Send the state, and go on from the position before it was taken."""
@@ -5698,16 +5696,17 @@ class History:
         self._registry: Registry = cast(Any, None)  # until `start`
         self._resumes: dict[str, Resume] = {}  # by the ids of connections
         self._timers: dict[str, Timer] = {}  # of those who have to send a message with it
-        # Sees to it that a cursor begins at its position when its ring is known.
-        self.fetch: Callable[[Cursor, Position | None], None] = Cursor.begin
         self.turns: asyncio.Semaphore = asyncio.Semaphore(_SNAPSHOTS)
         self._contexts: dict[str, contextvars.Context] = {}  # of connections that get snapshots
         self._waiting = collections.deque[Cursor]()  # for their turn
         self._is_due = False
 
-    def start(self, registry: Registry) -> None:
-        """Begin, for the members in *registry*."""
-        self._registry = registry
+    def start(
+        self, registry: Registry,
+        fetch: Callable[[Cursor, Position | None], None] = Cursor.begin,
+    ) -> None:  # fmt: skip
+        """Begin, for the members in *registry*. *fetch* lets one begin when its ring is ready."""
+        self._registry, self._fetch = registry, fetch
 
     def greet(self, conn: Connection, value: Any, is_announced: bool) -> None:
         """Take the *value* in the handshake, or that a message with another *is_announced*."""
@@ -5772,11 +5771,11 @@ class History:
                 conn.outgoing.evict()
 
     def begin(self, cursor: Cursor, position: Position | None) -> None:
-        """Let a new member begin, now or when `fetch` has got what the rings lack."""
+        """Let a new member begin, now or when the rings have what they lack."""
         if self.rings.is_ready(cursor.group, position):
             cursor.begin(position)
         else:
-            self.fetch(cursor, position)
+            self._fetch(cursor, position)
 
     def lose(self, group: str, reason: Reason) -> None:
         """Tell all members of *group* that messages were lost; new ones find that out."""
@@ -5800,9 +5799,9 @@ class History:
         self._registry.replace(group, conn, cursor)
         cursor.follow()
 
-    def context_of(self, conn: Connection) -> contextvars.Context:
-        """Return a context for a snapshot: the client's own, whoever has let it join."""
-        return self._contexts.get(conn.id, contextvars.Context()).copy()
+    def context_of(self, conn: Connection) -> contextvars.Context | None:
+        """Return the context of a client that is in, whoever has let it join; else None."""
+        return self._contexts.get(conn.id)
 
     def resumes(self, conn: Connection) -> bool:
         """Tell whether the client wants to resume, and so gets verdicts."""
@@ -6378,6 +6377,7 @@ class HubSetup:
         self.state.start(program, url, own)
         try:
             await self.state.relay.connected()
+            await self.state.relay.check_history()
             yield self
         finally:
             await self.state.stop(program)
@@ -7326,15 +7326,16 @@ class Answering:
         "_hub_state", "_limits", "_rate", "conn", "outgoing", "routes", "streams", "tasks",
     )  # fmt: skip
 
-    def __init__(self, conn: Connection, routes: Routes) -> None:
+    def __init__(
+        self, hub_state: HubState, conn: Connection, routes: Routes, limits: Limits
+    ) -> None:
         self.conn: Connection = conn
         self.routes: Routes = routes
         self.outgoing: Outgoing = conn.outgoing
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
         self.streams: dict[Id, Stream] = _NONE
-        self._hub_state, self._limits = conn.hub.state, conn.outgoing.limits
-        rate = self._limits.rate
-        self._rate = Rate(*rate) if rate is not None else None
+        self._hub_state, self._limits = hub_state, limits
+        self._rate = Rate(*limits.rate) if limits.rate is not None else None
 
     def _exceed_rate(
         self, event: Event, id: Id | None, type: str | None = None
@@ -7810,10 +7811,11 @@ class Session(Answering):
         self, hub: Hub, routes: Routes, limits: Limits,
         req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, params: dict[str, Any],
     ) -> None:  # fmt: skip
-        id = hub.state.process + os.urandom(_OWN_BYTES).hex()
+        state = hub.state
+        id = state.process + os.urandom(_OWN_BYTES).hex()
         receive, send = server_calls(ws)
-        outgoing = Outgoing(id, ws, send, limits, hub.state.counts, self)
-        super().__init__(Connection(hub, req, ws, params, id, outgoing), routes)
+        outgoing = Outgoing(id, ws, send, limits, state.counts, self)
+        super().__init__(state, Connection(hub, req, ws, params, id, outgoing), routes, limits)
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
         self.is_serving: bool = False  # messages are handled
@@ -7912,7 +7914,7 @@ class Session(Answering):
 
     def welcome(self) -> None:
         """Begin to resume, now that the client is in."""
-        if (history := self._hub_state.history) is not None:
+        if (history := self._hub_state.relay.history) is not None:
             history.welcome(self.conn)
         if self.conn.id in self._hub_state.returning:
             go_on_streams(self, self._hub_state.returning.pop(self.conn.id))
@@ -8791,9 +8793,9 @@ class Pachinko(Lifecycle):
     *origins*: browsers' origins that may connect beside the request's own host, a list such as
     ``["https://example.com"]``, or ``"*"`` for all. *subprotocols*: in the order of preference.
     *max_size*: bytes of one frame. *rate*: ``(messages, seconds)`` of one connection.
-    *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client;
-    *overflow*: ``"close"`` or ``"drop_oldest"`` beyond that. *send_timeout*: seconds that a send
-    waits for one. *linger*: seconds that a handler may go on after its client has gone.
+    *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client; *overflow*:
+    ``"close"``, ``"drop_oldest"`` or, for kept groups, ``"replay"`` beyond that. *send_timeout*:
+    seconds that a send waits for one. *linger*: those of a handler after its client has gone.
     *max_concurrent*: streams and concurrent handlers of one connection. *max_groups*: that one may
     be in. *handler_timeout*: seconds for the handler of a message, but not for a stream, or None.
     *auth_timeout*: seconds within which `authenticate` has to know the client. *connect_timeout*:
@@ -8809,7 +8811,7 @@ class Pachinko(Lifecycle):
         subprotocols: Sequence[str] = (),
         max_size: int = 1_048_576, rate: tuple[int, float] | None = None,
         outbox: int = 256, outbox_bytes: int = 1_048_576,
-        overflow: Literal["close", "drop_oldest"] = "close",
+        overflow: Literal["close", "drop_oldest", "replay"] = "close",
         send_timeout: float = 20.0, linger: float = 10.0,
         max_concurrent: int = 16, max_groups: int = 1000,
         handler_timeout: float | None = None, auth_timeout: float = 10.0,
@@ -9217,7 +9219,8 @@ class Pachinko(Lifecycle):
                 raise falcon.HTTPForbidden(description="pages of this origin may not connect")
             session = Session(self._hub, self._routes, self._limits, req, ws, params)
             state.enter(session)
-            if state.relay.history is not None or self._routes.has_resumable:
+            # PERF: most handshakes have no query.
+            if req.query_string and (state.relay.history or self._routes.has_resumable):
                 session.greet()
             try:
                 if await admit(session, self._subprotocols):

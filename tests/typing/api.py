@@ -227,6 +227,33 @@ ws.worker(clock, once=True)
 ws.worker(once=True)(5)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
 
 
+# Kept groups, and streams that go on without their client.
+
+hub.keep("room:")
+hub.keep("", messages=1, seconds=0.5, bytes=1024)
+hub.keep("room:", 100)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+hub.configure(history_bytes=1 << 20)
+Pachinko(app, "/slow", overflow="replay")
+Pachinko(app, "/bad", overflow="keep")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+@ws.snapshot("room:")
+async def state(conn: Connection, group: str) -> Said | None:
+    assert_type(await hub.position(group), str)
+    async for kept in hub.history(group, last=5):
+        assert_type(kept, Envelope)
+    return None
+
+
+snapped: Callable[[Connection, str], Awaitable[Said | None]] = state
+ws.snapshot(state)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+@ws.on("tokens", resumable=60)
+async def tokens(conn: Connection, *, prompt: str) -> AsyncIterator[str]:
+    yield prompt
+
+
 # Who may send a type, and what other files have registered.
 
 
@@ -505,6 +532,8 @@ def use_hub_without_an_event_loop(conn: Connection) -> None:
         assert_type(sync_hub.ask(conn.id, "sum", {"a": 1}, timeout=5, returns=int), int)
         assert_type(sync_hub.ask(conn.id, Say("hello")), Any)
         assert_type(sync_hub.presence("room:1")[0].user, str | None)
+        assert_type(sync_hub.position("room:1"), str)
+        assert_type(sync_hub.history("room:1", last=5)[0].at, str | None)
         assert_type(sync_hub.presence(user="ada")[0].id, str)
     sync_hub.stop()
 
