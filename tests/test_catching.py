@@ -1266,7 +1266,7 @@ async def test_a_client_waits_for_its_ring() -> None:
     async with world() as it:
         history = it.hub.state.history
         assert history is not None
-        history.fetch = lambda *args: asked.append(args)
+        history.start(it.hub.state.registry, lambda *args: asked.append(args))
         start = await it.hub.position("r:1")
         await it.say()
         begin = pachinko.read_position(await it.hub.position("r:1"))
