@@ -316,6 +316,12 @@ async def test_a_client_gets_some_bytes_at_a_time() -> None:
     assert is_empty(rings)
 
 
+def test_rings_that_are_always_ready_have_no_start() -> None:
+    """Nobody has to wait for them."""
+    rings = rings_of()
+    assert rings.is_ready("g", None) and rings.start_of("g") is pachinko.NOWHERE
+
+
 def test_excluded_ids_are_kept_once(now: Now) -> None:
     """Messages that exclude nobody share one set."""
     rings = rings_of()
