@@ -5672,6 +5672,8 @@ class Cursor:
                 frame, has_failed = await take()
             if not self._history.is_current(self):
                 return
+            if self._lost is not None:  # A state of the time before may lack what was lost.
+                return self._history.go_on(self)
             is_overtaken = self._history.rings.gap(self.group, self._position) is not None
             if has_failed or not is_overtaken:
                 break
@@ -8862,8 +8864,6 @@ class Registration(Lifecycle):
             if is_guest:
                 await self._hub.state.reachable(conn)
             self._hub.state.serving[current_task()].note_within(payload)
-            if (history := self._hub.state.history) is not None and "resume" in payload:
-                history.note(conn, payload["resume"])
 
         parameter = inspect.Parameter("payload", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         renewal = Handler("authenticate", function, again, Any, parameter, None, None, False, False)

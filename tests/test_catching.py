@@ -1262,26 +1262,28 @@ async def test_a_slow_member_is_told_what_was_lost() -> None:
 
 async def test_a_client_waits_for_its_ring() -> None:
     """Where a broker has what is before it; whoever has left meanwhile gets nothing."""
-    is_ready, asked = False, list[str]()
+    is_ready, asked = False, list[tuple[pachinko.Cursor, Position | None]]()
     async with world() as it:
         history = it.hub.state.history
         assert history is not None
-        history.fetch = asked.append
-        at = await it.hub.position("r:1")
+        history.start(it.hub.state.registry, lambda *args: asked.append(args))
+        start = await it.hub.position("r:1")
         await it.say()
-        with patch.object(pachinko.Rings, "is_ready", lambda *_: is_ready):
-            old = await it.come("r:1", query={"groups": {"r:1": at}})
-            await it.spend(1)
+        begin = pachinko.read_position(await it.hub.position("r:1"))
+        with (
+            patch.object(pachinko.Rings, "is_ready", lambda *_: is_ready),
+            patch.object(pachinko.Rings, "start_of", lambda *_: begin),
+        ):
+            old = await it.come("r:1", query={"groups": {"r:1": start}})
             new, gone = await it.come("r:1", query={}), await it.come("r:1", query={})
             late = await it.come("r:1", query={"resume": "message"})
-            await it.spend(1)
             await it.hub.leave("r:1", gone.conn)
             await it.say()
-            assert asked == ["r:1"] * 3
+            assert len(asked) == 3
             is_ready = True
             await late.send("resume")
-            history.fetched("r:1")
-            history.fetched("r:2")
+            for cursor, position in asked:
+                cursor.begin(position)
             await it.sim.settle()
         assert seen(old) == [1, 2, ("resume", 2)]
         assert seen(new) == seen(late) == [2, ("resume", 1)]
