@@ -91,21 +91,25 @@ Map: each section, what it is for, and those above it that it uses.
     stream — a generator in progress (uses: errors, scope, clock, limits, outgoing)
     background — tasks of the application that end with a connection (uses: errors, scope, limits,
         outcomes)
-    snapshots — the state of a group, for those who have missed messages (uses: errors, envelope and
-        message, signatures, limits, outcomes)
-    answering — what a client is told of its messages (uses: errors, scope, clock, limits, outbox,
-        outcomes, stream)
+    snapshots — the state of a group, for those who have missed messages (uses: errors, types,
+        envelope and message, signatures, limits, outcomes)
+    answering — what a client is told of its messages (uses: errors, envelope and message, scope,
+        clock, limits, outbox, outcomes, guard, stream)
+    resumable streams — ? (uses: errors, envelope and message, scope, clock, limits, outbox,
+        history, connection, registry and relay, catching up, outcomes, stream, answering)
     session — decode a message, call its handler, answer (uses: errors, envelope and message, scope,
-        clock, limits, outgoing, incoming, connection, asking, outcomes, guard, stream, background,
-        answering)
+        clock, limits, outbox, outgoing, incoming, connection, asking, catching up, outcomes,
+        stream, background, answering, resumable streams)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         signatures, handshake, clock, limits, outbox, outgoing, outcomes)
     running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
-        scope, clock, limits, connection, hub state, outcomes)
+        scope, clock, limits, connection, hub state, outcomes, snapshots)
     assets — the files of client/, as routes (uses: errors)
-    Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        signatures, handlers, scope, include, handshake, limits, outgoing, hub, guard, session,
-        admission, running, assets)
+    registration — the decorators (uses: errors, envelope and message, signatures, handlers, scope,
+        include, handshake, clock, limits, guard, snapshots, admission, running)
+    Pachinko — the façade: what an application makes, and what Falcon calls (uses: errors, envelope
+        and message, handlers, include, handshake, limits, outgoing, hub, session, admission,
+        running, assets, registration)
     settling — what an event loop can still do by itself (uses: clock, outgoing, stream)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
         clock, asking, listening, outcomes, settling)
@@ -2942,10 +2946,8 @@ class Routes:
 
     def add_snapshot(self, prefix: str, function: Callable[..., Awaitable[Any]]) -> None:
         """Take snapshots of the groups that begin with *prefix*, or refuse a second function."""
-        refuse_second(
-            self.snapshots.get(prefix), function, f"{prefix!r} has a snapshot",
-            "give it a longer prefix",
-        )  # fmt: skip
+        what, cure = f"{prefix!r} has a snapshot", "give it a longer prefix"
+        refuse_second(self.snapshots.get(prefix), function, what, cure)
         self.snapshots[prefix] = function
 
     def add_provider(self, provider: Provider) -> None:
@@ -4062,12 +4064,13 @@ class Rings:
         """Keep the frame *data* in the ring of *group*; return what is to be sent of it."""
         at = f"{self.epoch_of(group)}.{number}"  # PERF: no `Position`
         event = text_event(with_position(data, at))
-        ids = frozenset(excluded) if excluded else _NO_IDS
-        own: list[Any] = [event["text"], ids, *ids] if ids else [event["text"]]
+        ids, weight = _NO_IDS, _ENTRY_BYTES + sys.getsizeof(event["text"])
+        if excluded:
+            ids = frozenset(excluded)
+            weight += sum(map(sys.getsizeof, (ids, *ids)))
         kept = Kept(
-            event, None, len(data), group, number=number, time=time, excluded=ids,
-            weight=_ENTRY_BYTES + sum(map(sys.getsizeof, own)),
-        )  # fmt: skip
+            event, None, len(data), group, number=number, weight=weight, time=time, excluded=ids
+        )
         self.append(group, kept)
         return kept
 
@@ -5504,14 +5507,16 @@ class Resume:
     ids: frozenset[str]
     is_announced: bool = False  # The message that says so is still to come.
 
+    def take(self, group: str) -> Position | None:
+        """Return the position in *group* for a join, once. The client knows the name from JSON."""
+        return self.groups.pop(whole(group), None)
+
 
 def resume_in(query: str) -> str | None:
     """Return the value of ``resume`` in the raw *query* of a handshake (RFC 3986, 3.4), or None.
 
     Falcon may split it at its commas.
     """
-    if "resume=" not in query:
-        return None
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
     return next((value for name, value in pairs if name == "resume"), None)
 
@@ -5689,16 +5694,17 @@ class History:
         self._registry: Registry = cast(Any, None)  # until `start`
         self._resumes: dict[str, Resume] = {}  # by the ids of connections
         self._timers: dict[str, Timer] = {}  # of those who have to send a message with it
-        # Sees to it that a cursor begins at its position when its ring is known.
-        self.fetch: Callable[[Cursor, Position | None], None] = Cursor.begin
         self.turns: asyncio.Semaphore = asyncio.Semaphore(_SNAPSHOTS)
         self._contexts: dict[str, contextvars.Context] = {}  # of connections that get snapshots
         self._waiting = collections.deque[Cursor]()  # for their turn
         self._is_due = False
 
-    def start(self, registry: Registry) -> None:
-        """Begin, for the members in *registry*."""
-        self._registry = registry
+    def start(
+        self, registry: Registry,
+        fetch: Callable[[Cursor, Position | None], None] = Cursor.begin,
+    ) -> None:  # fmt: skip
+        """Begin, for the members in *registry*. *fetch* lets one begin when its ring is ready."""
+        self._registry, self._fetch = registry, fetch
 
     def greet(self, conn: Connection, value: Any, is_announced: bool) -> None:
         """Take the *value* in the handshake, or that a message with another *is_announced*."""
@@ -5719,12 +5725,7 @@ class History:
         resume = self._resumes[conn.id] = read_resume(value)
         for cursor in self._cursors(conn):
             if cursor.is_waiting:
-                cursor.join(resume.groups.pop(cursor.group, None), resume)
-
-    def note_within(self, conn: Connection, payload: Any) -> None:
-        """Take what the payload of ``authenticate`` has beside the token."""
-        if type(payload) is dict and "resume" in payload:
-            self.note(conn, payload["resume"])
+                cursor.join(resume.take(cursor.group), resume)
 
     def forget(self, conn: Connection) -> None:
         """Forget a client that has ended."""
@@ -5753,7 +5754,7 @@ class History:
             is_ready = self.rings.is_ready(group, None)
             cursor = Cursor(self, conn, group, self.rings.top_of(group) if is_ready else None)
             self._registry.replace(group, conn, cursor)
-            cursor.join(resume.groups.pop(group, None) if resume else None, resume)
+            cursor.join(resume.take(group) if resume else None, resume)
 
     def _pin(self, conn: Connection, group: str) -> None:
         """Leave what waits for *conn* where it is: what follows does not continue it.
@@ -5762,17 +5763,17 @@ class History:
         """
         if (outbox := conn.outgoing.outbox) is not None:
             outbox.pin(group)
-            most = conn.outgoing.limits.outbox + len(self._registry.groups_of(conn))
-            if (free := len(outbox.queue) - outbox.pushed) > most:
-                if free > most + (_BATCH + 1) * len(self._cursors(conn)):
-                    conn.outgoing.evict()
+            free = len(outbox.queue) - outbox.pushed - conn.outgoing.limits.outbox
+            most = len(self._registry.groups_of(conn))
+            if free > most and free > most + (_BATCH + 1) * len(self._cursors(conn)):
+                conn.outgoing.evict()
 
     def begin(self, cursor: Cursor, position: Position | None) -> None:
-        """Let a new member begin, now or when `fetch` has got what the rings lack."""
+        """Let a new member begin, now or when the rings have what they lack."""
         if self.rings.is_ready(cursor.group, position):
             cursor.begin(position)
         else:
-            self.fetch(cursor, position)
+            self._fetch(cursor, position)
 
     def lose(self, group: str, reason: Reason) -> None:
         """Tell all members of *group* that messages were lost; new ones find that out."""
@@ -5854,30 +5855,28 @@ def not_kept(group: str) -> PachinkoError:
 class Keeper(Relay):
     """The relay of an app with one process that keeps what is sent to some groups."""
 
-    history: History
-
     def __init__(self, history: History) -> None:
-        self.history = history
+        self.history = self._history = history
 
     def start(self, registry: Registry, process: str) -> None:
         """Do what `Relay.start` says."""
         super().start(registry, process)
-        self.history.start(registry)
+        self._history.start(registry)
 
     async def stop(self) -> None:
         """Do what `Relay.stop` says."""
-        self.history.rings.clear()
+        self._history.rings.clear()
 
     async def past(self, group: str, count: int) -> tuple[Position, Sequence[str]]:
         """Do what `Relay.past` says."""
-        rings = self.history.rings
+        rings = self._history.rings
         if rings.window_of(group) is None:
             raise not_kept(group)
         return rings.top_of(group), [kept.event["text"] for kept in rings.last(group, count)]
 
     def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
         """Do what `Relay.send` says, and keep what is sent to a kept group."""
-        rings, frame = self.history.rings, cast("bytes | Kept", data)
+        rings, frame = self._history.rings, cast("bytes | Kept", data)
         if kind is Kind.GROUP and (window := rings.window_of(name)) is not None:
             frame = rings.add(name, window, data, excluded)
         return self._registry.deliver(kind, name, frame, excluded)
@@ -6376,6 +6375,7 @@ class HubSetup:
         self.state.start(program, url, own)
         try:
             await self.state.relay.connected()
+            await self.state.relay.check_history()
             yield self
         finally:
             await self.state.stop(program)
@@ -7324,15 +7324,16 @@ class Answering:
         "_hub_state", "_limits", "_rate", "conn", "outgoing", "routes", "streams", "tasks",
     )  # fmt: skip
 
-    def __init__(self, conn: Connection, routes: Routes) -> None:
+    def __init__(
+        self, hub_state: HubState, conn: Connection, routes: Routes, limits: Limits
+    ) -> None:
         self.conn: Connection = conn
         self.routes: Routes = routes
         self.outgoing: Outgoing = conn.outgoing
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
         self.streams: dict[Id, Stream] = _NONE
-        self._hub_state, self._limits = conn.hub.state, conn.outgoing.limits
-        rate = self._limits.rate
-        self._rate = Rate(*rate) if rate is not None else None
+        self._hub_state, self._limits = hub_state, limits
+        self._rate = Rate(*limits.rate) if limits.rate is not None else None
 
     def _exceed_rate(
         self, event: Event, id: Id | None, type: str | None = None
@@ -7489,7 +7490,8 @@ class Resumable(Answering):
     )  # fmt: skip
 
     def __init__(self, session: Session, id: Id, seconds: float) -> None:
-        super().__init__(session.conn, session.routes)
+        conn = session.conn
+        super().__init__(conn.hub.state, conn, session.routes, session.outgoing.limits)
         self._id, self._seconds = id, seconds
         self._token = secrets.token_hex(12)  # Only its client knows the 96 bits.
         self._stream = ResumableStream(self)
@@ -7507,7 +7509,7 @@ class Resumable(Answering):
 
     def start(self, handler: Handler, message: Received) -> None:
         """Run the generator in a task of its own."""
-        session = cast(Session, self._carrier)
+        session = cast("Session", self._carrier)
         session.take_stream(self._id, self._stream)
         task = create_task(self._run(handler, message))
         self.tasks = {task}
@@ -7569,7 +7571,7 @@ class Resumable(Answering):
 
     def leave(self) -> None:
         """Go on for a while without the client, which has gone."""
-        cast(Session, self._carrier).drop_stream(self._id)
+        cast("Session", self._carrier).drop_stream(self._id)
         self._carrier, self._alone = None, 0
         self._set_timer()
         every = self._hub_state.registry.resumable
@@ -7808,10 +7810,11 @@ class Session(Answering):
         self, hub: Hub, routes: Routes, limits: Limits,
         req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, params: dict[str, Any],
     ) -> None:  # fmt: skip
-        id = hub.state.process + os.urandom(_OWN_BYTES).hex()
+        state = hub.state
+        id = state.process + os.urandom(_OWN_BYTES).hex()
         receive, send = server_calls(ws)
-        outgoing = Outgoing(id, ws, send, limits, hub.state.counts, self)
-        super().__init__(Connection(hub, req, ws, params, id, outgoing), routes)
+        outgoing = Outgoing(id, ws, send, limits, state.counts, self)
+        super().__init__(state, Connection(hub, req, ws, params, id, outgoing), routes, limits)
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
         self.is_serving: bool = False  # messages are handled
@@ -7891,14 +7894,22 @@ class Session(Answering):
 
     async def resume(self, frame: Frame) -> None:
         """Note what the client says that it has, in a ``resume`` message, and answer its id."""
-        if (history := self._hub_state.history) is not None:
-            history.note(self.conn, frame.payload)
-        if self.is_serving:
-            go_on_streams(self, frame.payload)
-        else:
-            self._hub_state.returning[self.conn.id] = frame.payload
+        self._note(frame.payload)
         if frame.id is not None:
             await self._send(_encode(Sent("resume.reply", frame.id)))
+
+    def note_within(self, payload: Any) -> None:
+        """Note what the payload of ``authenticate`` has beside the token."""
+        if type(payload) is dict and "resume" in payload:
+            self._note(payload["resume"])
+
+    def _note(self, value: Any) -> None:
+        if (history := self._hub_state.history) is not None:
+            history.note(self.conn, value)
+        if self.is_serving:
+            go_on_streams(self, value)
+        else:
+            self._hub_state.returning[self.conn.id] = value
 
     def welcome(self) -> None:
         """Begin to resume, now that the client is in."""
@@ -8401,8 +8412,7 @@ async def _authenticate(
                 frame = await session.first_token()
             deadline += clock.time() - begun
             token = token_of(frame.payload)
-            if (history := conn.hub.state.history) is not None:
-                history.note_within(conn, frame.payload)
+            session.note_within(frame.payload)
             if token is not None:
                 with TimeLimit(until):
                     user = await _attend(session, user_of(function, conn, token), deadline)
@@ -8757,7 +8767,7 @@ class Asset:
         self._etag = falcon.ETag(hashlib.sha256(self._data).hexdigest()[:32])
 
     async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
-        """Send the file, or 304 to whoever has it (RFC 9110, 13.1.2). The address has no version."""
+        """Send the file, or 304 to whoever has it (RFC 9110, 13.1.2): no version is in its URL."""
         resp.cache_control, resp.etag = ["no-cache"], self._etag
         known = req.if_none_match or ()
         if "*" in known or self._etag in known:
@@ -8768,68 +8778,11 @@ class Asset:
     on_head = on_get  # Falcon leaves out the body.
 
 
-# ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
-
-_WIRE_FORMAT = "pachinko.1"  # a client may offer it as a subprotocol
+# ── registration ──────────────────────────────────────────────────────────────────────────────
 
 
-class Pachinko(Lifecycle):
-    """A WebSocket endpoint: a Falcon resource that routes messages to handlers.
-
-    ``ws = Pachinko(app, "/ws/{room}")`` adds itself to *app*. Without the two, write the lines
-    yourself: ``app.add_route("/ws", ws)`` and, for the lifespan, ``app.add_middleware(ws)``.
-
-    *origins*: browsers' origins that may connect beside the request's own host, a list such as
-    ``["https://example.com"]``, or ``"*"`` for all. *subprotocols*: in the order of preference.
-    *max_size*: bytes of one frame. *rate*: ``(messages, seconds)`` of one connection.
-    *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client; *overflow*:
-    ``"close"``, ``"drop_oldest"`` or, for kept groups, ``"replay"`` beyond that. *send_timeout*:
-    seconds that a send waits for one. *linger*: those of a handler after its client has gone.
-    *max_concurrent*: streams and concurrent handlers of one connection. *max_groups*: that one may
-    be in. *handler_timeout*: seconds for the handler of a message, but not for a stream, or None.
-    *auth_timeout*: seconds within which `authenticate` has to know the client. *connect_timeout*:
-    seconds for `authenticate` and connect handlers together, without the wait for the client's
-    first message; beyond, it is refused with 503, or closed with 1013. *trust_forwarded*: whether
-    a proxy of yours sets the headers that ``req.forwarded_host`` and ``req.forwarded_scheme`` read;
-    *origins* then goes by these. Raises `PachinkoError`.
-    """
-
-    def __init__(
-        self, app: falcon.asgi.App[Any, Any] | None = None, path: str | None = None, *,
-        hub: Hub = hub, origins: Iterable[str] | Literal["*"] | None = None,
-        subprotocols: Sequence[str] = (),
-        max_size: int = 1_048_576, rate: tuple[int, float] | None = None,
-        outbox: int = 256, outbox_bytes: int = 1_048_576,
-        overflow: Literal["close", "drop_oldest", "replay"] = "close",
-        send_timeout: float = 20.0, linger: float = 10.0,
-        max_concurrent: int = 16, max_groups: int = 1000,
-        handler_timeout: float | None = None, auth_timeout: float = 10.0,
-        connect_timeout: float = 10.0, trust_forwarded: bool = False,
-    ) -> None:  # fmt: skip
-        limits = Limits(
-            max_size=max_size, rate=rate, outbox=outbox, overflow=overflow, linger=linger,
-            outbox_bytes=outbox_bytes, send_timeout=send_timeout, max_concurrent=max_concurrent,
-            max_groups=max_groups, handler_timeout=handler_timeout, auth_timeout=auth_timeout,
-            connect_timeout=connect_timeout,
-        )  # fmt: skip
-        if not isinstance(hub, Hub):
-            raise PachinkoError(f"write hub=Hub() for a hub of its own, got {hub!r}")
-        super().__init__(app, path, hub, limits, Routes(), {})
-        self._origins = read_origins(origins, trust_forwarded)
-        self._subprotocols = (*texts(subprotocols, "subprotocols"), _WIRE_FORMAT)
-        if app is not None or path is not None:
-            self._attach(app, path)
-
-    def _attach(self, app: Any, path: Any) -> None:
-        if not isinstance(app, falcon.asgi.App):
-            raise PachinkoError(f"WebSockets need app = falcon.asgi.App(), got {app!r}")
-        if not isinstance(path, str) or not path.startswith("/"):
-            raise PachinkoError(f'a path has a leading slash: Pachinko(app, "/ws"), got {path!r}')
-        if (id(app), path) in _attached:
-            raise PachinkoError(f"{path} has a Pachinko already; use that one, or another path")
-        app.add_route(path, self)
-        app.add_middleware(self)
-        _attached[id(app), path] = self
+class Registration(Lifecycle):
+    """What an application registers on an endpoint: handlers, and what is around them."""
 
     def connect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn, …)`` before the handshake is answered, with path parameters.
@@ -8887,15 +8840,10 @@ class Pachinko(Lifecycle):
         self._routes.set("authenticate", function, "authenticate", takes_guests=optional)
 
         async def again(conn: Connection, payload: Any) -> None:
-            if type(payload) is dict and "resume" in payload:
-                session = self._hub.state.serving[current_task()]
-                await session.resume(Frame("resume", None, payload["resume"]))
             if (token := token_of(payload)) is None:
                 wrong = {"path": "$.payload.token", "message": "expected str"}
                 raise invalid_payload("authenticate", [wrong])
             expires_at, registry = conn.expires_at, self._hub.state.registry
-            if (history := self._hub.state.history) is not None:
-                history.note_within(conn, payload)
             registry.expect(conn)
             try:
                 user = await user_of(function, conn, token)
@@ -8913,6 +8861,7 @@ class Pachinko(Lifecycle):
                 raise Close(UNAUTHENTICATED, "authentication failed")
             if is_guest:
                 await self._hub.state.reachable(conn)
+            self._hub.state.serving[current_task()].note_within(payload)
             if (history := self._hub.state.history) is not None and "resume" in payload:
                 history.note(conn, payload["resume"])
 
@@ -9120,6 +9069,70 @@ class Pachinko(Lifecycle):
         self._routes.accepted.extend(ends["accepted"])
         self._routes.disconnect.extend(leave)
 
+
+# ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
+
+_WIRE_FORMAT = "pachinko.1"  # a client may offer it as a subprotocol
+
+
+class Pachinko(Registration):
+    """A WebSocket endpoint: a Falcon resource that routes messages to handlers.
+
+    ``ws = Pachinko(app, "/ws/{room}")`` adds itself to *app*. Without the two, write the lines
+    yourself: ``app.add_route("/ws", ws)`` and, for the lifespan, ``app.add_middleware(ws)``.
+
+    *origins*: browsers' origins that may connect beside the request's own host, a list such as
+    ``["https://example.com"]``, or ``"*"`` for all. *subprotocols*: in the order of preference.
+    *max_size*: bytes of one frame. *rate*: ``(messages, seconds)`` of one connection.
+    *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client; *overflow*:
+    ``"close"``, ``"drop_oldest"`` or, for kept groups, ``"replay"`` beyond that. *send_timeout*:
+    seconds that a send waits for one. *linger*: those of a handler after its client has gone.
+    *max_concurrent*: streams and concurrent handlers of one connection. *max_groups*: that one may
+    be in. *handler_timeout*: seconds for the handler of a message, but not for a stream, or None.
+    *auth_timeout*: seconds within which `authenticate` has to know the client. *connect_timeout*:
+    seconds for `authenticate` and connect handlers together, without the wait for the client's
+    first message; beyond, it is refused with 503, or closed with 1013. *trust_forwarded*: whether
+    a proxy of yours sets the headers that ``req.forwarded_host`` and ``req.forwarded_scheme`` read;
+    *origins* then goes by these. Raises `PachinkoError`.
+    """
+
+    def __init__(
+        self, app: falcon.asgi.App[Any, Any] | None = None, path: str | None = None, *,
+        hub: Hub = hub, origins: Iterable[str] | Literal["*"] | None = None,
+        subprotocols: Sequence[str] = (),
+        max_size: int = 1_048_576, rate: tuple[int, float] | None = None,
+        outbox: int = 256, outbox_bytes: int = 1_048_576,
+        overflow: Literal["close", "drop_oldest", "replay"] = "close",
+        send_timeout: float = 20.0, linger: float = 10.0,
+        max_concurrent: int = 16, max_groups: int = 1000,
+        handler_timeout: float | None = None, auth_timeout: float = 10.0,
+        connect_timeout: float = 10.0, trust_forwarded: bool = False,
+    ) -> None:  # fmt: skip
+        limits = Limits(
+            max_size=max_size, rate=rate, outbox=outbox, overflow=overflow, linger=linger,
+            outbox_bytes=outbox_bytes, send_timeout=send_timeout, max_concurrent=max_concurrent,
+            max_groups=max_groups, handler_timeout=handler_timeout, auth_timeout=auth_timeout,
+            connect_timeout=connect_timeout,
+        )  # fmt: skip
+        if not isinstance(hub, Hub):
+            raise PachinkoError(f"write hub=Hub() for a hub of its own, got {hub!r}")
+        super().__init__(app, path, hub, limits, Routes(), {})
+        self._origins = read_origins(origins, trust_forwarded)
+        self._subprotocols = (*texts(subprotocols, "subprotocols"), _WIRE_FORMAT)
+        if app is not None or path is not None:
+            self._attach(app, path)
+
+    def _attach(self, app: Any, path: Any) -> None:
+        if not isinstance(app, falcon.asgi.App):
+            raise PachinkoError(f"WebSockets need app = falcon.asgi.App(), got {app!r}")
+        if not isinstance(path, str) or not path.startswith("/"):
+            raise PachinkoError(f'a path has a leading slash: Pachinko(app, "/ws"), got {path!r}')
+        if (id(app), path) in _attached:
+            raise PachinkoError(f"{path} has a Pachinko already; use that one, or another path")
+        app.add_route(path, self)
+        app.add_middleware(self)
+        _attached[id(app), path] = self
+
     def include(self, other: Pachinko, prefix: str = "") -> None:
         """Add a copy of all that is registered on *other*, a ``Pachinko()`` of another file.
 
@@ -9214,7 +9227,8 @@ class Pachinko(Lifecycle):
                 raise falcon.HTTPForbidden(description="pages of this origin may not connect")
             session = Session(self._hub, self._routes, self._limits, req, ws, params)
             state.enter(session)
-            if state.relay.history is not None or self._routes.has_resumable:
+            # PERF: most handshakes have no query.
+            if req.query_string and (state.relay.history or self._routes.has_resumable):
                 session.greet()
             try:
                 if await admit(session, self._subprotocols):

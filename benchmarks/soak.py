@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import datetime
 import faulthandler
+import functools
 import itertools
 import json
 import os
@@ -31,6 +32,7 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import uvloop
 from websockets.asyncio.client import ClientConnection, connect
@@ -39,6 +41,10 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from benchmarks import soak_app
 from benchmarks.load import masked
 from benchmarks.processes import Child, ChildFailed, allow_open_files, text_of
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "reliability"))
+
+from following import Follower, Published, Send, query_of
 
 MIB = 1024 * 1024
 GROWTH = 2 * MIB  # that is taken for noise
@@ -534,6 +540,7 @@ class Options:
     connections: int
     stalled: int
     flooding: int
+    returning: int
 
 
 class Soak:
@@ -730,6 +737,70 @@ class Soak:
 
     # All of them
 
+    # Those that come back with positions
+
+    async def follow(self, team: str) -> None:
+        """Three clients follow a new room, cut and closed; check what they have heard of it."""
+        published, room = Published(), f"kept-{team}-{time.monotonic_ns()}"
+        followers = [Follower(published, f"{team}.{n}") for n in range(3)]
+        await asyncio.gather(*(self.come_and_go(each, room) for each in followers))
+        async with contextlib.AsyncExitStack() as stack:
+            lines = [await stack.enter_async_context(self.line(each, room)) for each in followers]
+            last = await self.say_kept(lines[0], followers[0], room, False)
+            async with asyncio.timeout(PATIENCE):
+                while not all(each.has(last) and each.verdicts for each in followers):
+                    await asyncio.sleep(0.02)  # nobody tells when it has come
+            for each in followers:
+                each.is_at_the_end = True
+        try:
+            published.check(reasons=("expired", "overflow"))
+        except AssertionError as exc:
+            self.findings.fail("a kept group is not whole", "\n".join([str(exc), *exc.__notes__]))
+        heard = sum(each.kind == "message" for f in followers for each in f.heard[room])
+        self.findings.counts["messages to kept groups"] += heard
+
+    async def come_and_go(self, follower: Follower, room: str) -> None:
+        for _ in range(random.randrange(2, 8)):
+            async with self.line(follower, room) as socket:
+                for _ in range(random.randrange(6)):
+                    others = bool(follower.verdicts) and random.random() < 0.3
+                    await self.say_kept(socket, follower, room, others)
+                    if not await self.gate.pause(0.05, 0.5):
+                        break
+                if random.random() < 0.6:
+                    socket.transport.abort()
+
+    @contextlib.asynccontextmanager
+    async def line(self, follower: Follower, room: str) -> AsyncIterator[ClientConnection]:
+        """A connection of *follower*, with what it knows; it takes what comes."""
+        url = f"ws://127.0.0.1:{self.port}/kept/{room}?resume={quote(query_of(follower.resume))}"
+        follower.joins(room)
+
+        async def read(socket: ClientConnection) -> None:
+            with contextlib.suppress(ConnectionClosed):
+                while True:
+                    frame = json.loads(await socket.recv())
+                    follower.take(frame)
+
+        async with connect(url, compression=None, open_timeout=PATIENCE, proxy=None) as socket:
+            self.findings.counts["connections with positions"] += 1
+            reader = asyncio.create_task(read(socket))
+            try:
+                yield socket
+            finally:
+                reader.cancel()
+                await asyncio.wait([reader])
+
+    async def say_kept(
+        self, socket: ClientConnection, follower: Follower, room: str, others: bool
+    ) -> Send:
+        """Send to the room, or to the others in it. Without an answer it may be lost."""
+        excluded = follower.ids[-1] if others else None
+        sent = follower.published.begin(room, follower.name, excluded)
+        payload = {**sent.payload, "others": others}
+        await socket.send(json.dumps({"type": "say", "payload": payload}))
+        return sent
+
     async def load(self, seconds: float) -> None:
         """All clients come and go, for *seconds*; and then they leave."""
         self.gate.open()
@@ -741,6 +812,8 @@ class Soak:
                 tasks.create_task(self.stall(f"stalled-{number}"))
             for number in range(self.options.flooding):
                 tasks.create_task(self.flood(f"flooding-{number}"))
+            for number in range(self.options.returning):
+                tasks.create_task(self.repeat(functools.partial(self.follow, str(number))))
             await self.watch(seconds)
             self.gate.close()
         await self.watcher.ended(1000)  # and was there all the time
@@ -907,6 +980,10 @@ def main() -> int:
     parser.add_argument(
         "--flooding", type=int, default=1, metavar="N", help="that send too much (%(default)s)"
     )
+    parser.add_argument(
+        "--returning", type=int, default=20, metavar="N",
+        help="teams that follow a kept group over many connections (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to FILE")
     arguments = vars(parser.parse_args())
     file, options = arguments.pop("json"), Options(**arguments)

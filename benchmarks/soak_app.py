@@ -50,6 +50,8 @@ ws = Pachinko(app, "/ws/{name}")
 feed = Pachinko(app, "/feed/{name}", outbox=OUTBOX, send_timeout=1.0)
 lossy = Pachinko(app, "/lossy/{name}", outbox=OUTBOX, overflow="drop_oldest", send_timeout=60.0)
 limited = Pachinko(app, "/limited/{name}", rate=RATE)
+kept = Pachinko(app, "/kept/{room}", outbox=OUTBOX, overflow="replay")
+hub.keep("kept-", messages=200, seconds=10.0)  # the rings of a run are over when it is looked at
 
 
 class ProvokedError(Exception):
@@ -112,6 +114,17 @@ class Said:
 class Stored:
     size: int
     crc: int
+
+
+@kept.connect
+async def enter_kept(conn: Connection, room: str) -> None:
+    await conn.join(room)
+
+
+@kept.on("say")
+async def say_kept(conn: Connection, *, sender: str, n: int, others: bool) -> None:
+    room = next(iter(conn.groups))
+    await hub.send(room, "said", {"sender": sender, "n": n}, exclude=conn if others else None)
 
 
 @ws.connect
@@ -326,9 +339,9 @@ class Desk:
     def held(self) -> dict[str, int]:
         """How much there is of everything that goes with the clients."""
         gc.collect()
-        kept: tuple[type, ...] = (
+        classes: tuple[type, ...] = (
             pachinko.Connection, pachinko.Session, pachinko.Outgoing, pachinko.Incoming,
-            pachinko.Outbox, pachinko.Waiting, pachinko.Stream, pachinko.Rate,
+            pachinko.Outbox, pachinko.Waiting, pachinko.Stream, pachinko.Rate, pachinko.Cursor,
             falcon.asgi.WebSocket, falcon.asgi.Request,
         )  # fmt: skip
         counts = collections.Counter(map(type, gc.get_objects()))
@@ -338,9 +351,10 @@ class Desk:
             "rows of the hub's connections": len(hub.state.registry.connections),
             "rows of the hub's groups": len(hub.state.registry.groups),
             "rows of the hub's users": len(hub.state.registry.users),
+            "kept groups": len(hub.state.history.rings._rings) if hub.state.history else 0,
             "clients to be seen out": len(attendance.present),
             "threads": threading.active_count(),
-            **{f"objects of {cls.__name__}": counts[cls] for cls in kept},
+            **{f"objects of {cls.__name__}": counts[cls] for cls in classes},
         }
 
     def counts(self) -> dict[str, int]:

@@ -561,7 +561,7 @@ class Client {
     const streams = this.#streams();
     return {
       groups: this.#groups.size ? Object.fromEntries(this.#groups) : undefined,
-      ids: this.#groups.size ? this.#ids : undefined,
+      ids: this.#ids.length ? this.#ids : undefined,
       streams: streams.length ? streams.map(({ id, at }) => ({ id, at })) : undefined,
     };
   }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -27,6 +27,13 @@ def pytest_collection_finish() -> None:
     begin()  # the generator asks who refers to it, and what is frozen is not found
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_garbage() -> Iterator[None]:
+    """A simulation looks at all tasks that there are, also at those of loops that have ended."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
