@@ -8803,7 +8803,7 @@ class Pachinko(Lifecycle):
         subprotocols: Sequence[str] = (),
         max_size: int = 1_048_576, rate: tuple[int, float] | None = None,
         outbox: int = 256, outbox_bytes: int = 1_048_576,
-        overflow: Literal["close", "drop_oldest"] = "close",
+        overflow: Literal["close", "drop_oldest", "replay"] = "close",
         send_timeout: float = 20.0, linger: float = 10.0,
         max_concurrent: int = 16, max_groups: int = 1000,
         handler_timeout: float | None = None, auth_timeout: float = 10.0,

@@ -136,9 +136,7 @@ FAULTS: dict[str, Callable[[list[Heard]], None]] = {
 def test_a_right_life_passes() -> None:
     """The life that the faults are planted in has none."""
     published, heard = life()
-    check(
-        heard, published, GROUP, own=frozenset(["1", SECRET, "3"]), reasons=["expired"], window=3
-    )
+    check(heard, published, GROUP, own=frozenset(["1", SECRET, "3"]), reasons=["expired"], window=3)
     assert len(messages(heard)) == 9
 
 
