@@ -91,21 +91,23 @@ Map: each section, what it is for, and those above it that it uses.
     stream — a generator in progress (uses: errors, scope, clock, limits, outgoing)
     background — tasks of the application that end with a connection (uses: errors, scope, limits,
         outcomes)
-    snapshots — the state of a group, for those who have missed messages (uses: errors, envelope and
-        message, signatures, limits, outcomes)
-    answering — what a client is told of its messages (uses: errors, scope, clock, limits, outbox,
-        outcomes, stream)
+    snapshots — the state of a group, for those who have missed messages (uses: errors, types,
+        envelope and message, signatures, limits, outcomes)
+    answering — what a client is told of its messages (uses: errors, envelope and message, scope,
+        clock, limits, outbox, outcomes, guard, stream)
+    resumable streams — ? (uses: errors, envelope and message, scope, clock, limits, outbox,
+        history, connection, registry and relay, catching up, outcomes, stream, answering, session)
     session — decode a message, call its handler, answer (uses: errors, envelope and message, scope,
-        clock, limits, outgoing, incoming, connection, asking, outcomes, guard, stream, background,
-        answering)
+        clock, limits, outbox, outgoing, incoming, connection, asking, catching up, outcomes,
+        stream, background, answering, resumable streams)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         signatures, handshake, clock, limits, outbox, outgoing, outcomes)
     running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
-        scope, clock, limits, connection, hub state, outcomes)
+        scope, clock, limits, connection, hub state, outcomes, snapshots)
     assets — the files of client/, as routes (uses: errors)
     Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        signatures, handlers, scope, include, handshake, limits, outgoing, hub, guard, session,
-        admission, running, assets)
+        signatures, handlers, scope, include, handshake, clock, limits, outgoing, hub, guard,
+        snapshots, session, admission, running, assets)
     settling — what an event loop can still do by itself (uses: clock, outgoing, stream)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
         clock, asking, listening, outcomes, settling)
@@ -4062,12 +4064,13 @@ class Rings:
         """Keep the frame *data* in the ring of *group*; return what is to be sent of it."""
         at = f"{self.epoch_of(group)}.{number}"  # PERF: no `Position`
         event = text_event(with_position(data, at))
-        ids = frozenset(excluded) if excluded else _NO_IDS
-        own: list[Any] = [event["text"], ids, *ids] if ids else [event["text"]]
+        ids, weight = _NO_IDS, _ENTRY_BYTES + sys.getsizeof(event["text"])
+        if excluded:
+            ids = frozenset(excluded)
+            weight += sum(map(sys.getsizeof, (ids, *ids)))
         kept = Kept(
-            event, None, len(data), group, number=number, time=time, excluded=ids,
-            weight=_ENTRY_BYTES + sum(map(sys.getsizeof, own)),
-        )  # fmt: skip
+            event, None, len(data), group, number=number, weight=weight, time=time, excluded=ids
+        )
         self.append(group, kept)
         return kept
 
@@ -5504,14 +5507,16 @@ class Resume:
     ids: frozenset[str]
     is_announced: bool = False  # The message that says so is still to come.
 
+    def take(self, group: str) -> Position | None:
+        """Return the position in *group* for a join, once. The client knows the name from JSON."""
+        return self.groups.pop(whole(group), None)
+
 
 def resume_in(query: str) -> str | None:
     """Return the value of ``resume`` in the raw *query* of a handshake (RFC 3986, 3.4), or None.
 
     Falcon may split it at its commas.
     """
-    if "resume=" not in query:
-        return None
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
     return next((value for name, value in pairs if name == "resume"), None)
 
@@ -5638,8 +5643,7 @@ class Cursor:
             self._history.make_live(self)
         else:
             self._take = take
-            if self.conn.outgoing.is_answered:
-                self.load()
+            self.load()
 
     def _tell(self, type: str, is_whole: bool, **payload: Any) -> None:
         """Put a verdict in line. It has a position if it *is_whole*, that is without a state."""
@@ -5650,11 +5654,11 @@ class Cursor:
         self.conn.outgoing.put(Waiting(text_event(frame)))
 
     def load(self) -> None:
-        """Begin to take the snapshot, if one comes next."""
-        if self._take is not None:
-            take, self._take = self._take, None
-            context = self._history.context_of(self.conn)
-            context.run(self.conn.outgoing.create_task, self._load(take))
+        """Begin to take the snapshot, if one comes next, and the client is in."""
+        context, take = self._history.context_of(self.conn), self._take
+        if take is not None and context is not None:
+            self._take = None
+            context.copy().run(self.conn.outgoing.create_task, self._load(take))
 
     async def _load(self, take: Take) -> None:
         """Send the state, and go on from the position before it was taken."""
@@ -5690,16 +5694,17 @@ class History:
         self._registry: Registry = cast(Any, None)  # until `start`
         self._resumes: dict[str, Resume] = {}  # by the ids of connections
         self._timers: dict[str, Timer] = {}  # of those who have to send a message with it
-        # Sees to it that a cursor begins at its position when its ring is known.
-        self.fetch: Callable[[Cursor, Position | None], None] = Cursor.begin
         self.turns: asyncio.Semaphore = asyncio.Semaphore(_SNAPSHOTS)
         self._contexts: dict[str, contextvars.Context] = {}  # of connections that get snapshots
         self._waiting = collections.deque[Cursor]()  # for their turn
         self._is_due = False
 
-    def start(self, registry: Registry) -> None:
-        """Begin, for the members in *registry*."""
-        self._registry = registry
+    def start(
+        self, registry: Registry,
+        fetch: Callable[[Cursor, Position | None], None] = Cursor.begin,
+    ) -> None:  # fmt: skip
+        """Begin, for the members in *registry*. *fetch* lets one begin when its ring is ready."""
+        self._registry, self._fetch = registry, fetch
 
     def greet(self, conn: Connection, value: Any, is_announced: bool) -> None:
         """Take the *value* in the handshake, or that a message with another *is_announced*."""
@@ -5720,7 +5725,7 @@ class History:
         resume = self._resumes[conn.id] = read_resume(value)
         for cursor in self._cursors(conn):
             if cursor.is_waiting:
-                cursor.join(resume.groups.pop(cursor.group, None), resume)
+                cursor.join(resume.take(cursor.group), resume)
 
     def forget(self, conn: Connection) -> None:
         """Forget a client that has ended."""
@@ -5749,7 +5754,7 @@ class History:
             is_ready = self.rings.is_ready(group, None)
             cursor = Cursor(self, conn, group, self.rings.top_of(group) if is_ready else None)
             self._registry.replace(group, conn, cursor)
-            cursor.join(resume.groups.pop(group, None) if resume else None, resume)
+            cursor.join(resume.take(group) if resume else None, resume)
 
     def _pin(self, conn: Connection, group: str) -> None:
         """Leave what waits for *conn* where it is: what follows does not continue it.
@@ -5758,17 +5763,17 @@ class History:
         """
         if (outbox := conn.outgoing.outbox) is not None:
             outbox.pin(group)
-            most = conn.outgoing.limits.outbox + len(self._registry.groups_of(conn))
-            if (free := len(outbox.queue) - outbox.pushed) > most:
-                if free > most + (_BATCH + 1) * len(self._cursors(conn)):
-                    conn.outgoing.evict()
+            free = len(outbox.queue) - outbox.pushed - conn.outgoing.limits.outbox
+            most = len(self._registry.groups_of(conn))
+            if free > most and free > most + (_BATCH + 1) * len(self._cursors(conn)):
+                conn.outgoing.evict()
 
     def begin(self, cursor: Cursor, position: Position | None) -> None:
-        """Let a new member begin, now or when `fetch` has got what the rings lack."""
+        """Let a new member begin, now or when the rings have what they lack."""
         if self.rings.is_ready(cursor.group, position):
             cursor.begin(position)
         else:
-            self.fetch(cursor, position)
+            self._fetch(cursor, position)
 
     def lose(self, group: str, reason: Reason) -> None:
         """Tell all members of *group* that messages were lost; new ones find that out."""
@@ -5792,9 +5797,9 @@ class History:
         self._registry.replace(group, conn, cursor)
         cursor.follow()
 
-    def context_of(self, conn: Connection) -> contextvars.Context:
-        """Return a context for a snapshot: the client's own, whoever has let it join."""
-        return self._contexts.get(conn.id, contextvars.Context()).copy()
+    def context_of(self, conn: Connection) -> contextvars.Context | None:
+        """Return the context of a client that is in, whoever has let it join; else None."""
+        return self._contexts.get(conn.id)
 
     def resumes(self, conn: Connection) -> bool:
         """Tell whether the client wants to resume, and so gets verdicts."""
@@ -5850,30 +5855,28 @@ def not_kept(group: str) -> PachinkoError:
 class Keeper(Relay):
     """The relay of an app with one process that keeps what is sent to some groups."""
 
-    history: History
-
     def __init__(self, history: History) -> None:
-        self.history = history
+        self.history = self._history = history
 
     def start(self, registry: Registry, process: str) -> None:
         """Do what `Relay.start` says."""
         super().start(registry, process)
-        self.history.start(registry)
+        self._history.start(registry)
 
     async def stop(self) -> None:
         """Do what `Relay.stop` says."""
-        self.history.rings.clear()
+        self._history.rings.clear()
 
     async def past(self, group: str, count: int) -> tuple[Position, Sequence[str]]:
         """Do what `Relay.past` says."""
-        rings = self.history.rings
+        rings = self._history.rings
         if rings.window_of(group) is None:
             raise not_kept(group)
         return rings.top_of(group), [kept.event["text"] for kept in rings.last(group, count)]
 
     def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> Sending:
         """Do what `Relay.send` says, and keep what is sent to a kept group."""
-        rings, frame = self.history.rings, cast("bytes | Kept", data)
+        rings, frame = self._history.rings, cast("bytes | Kept", data)
         if kind is Kind.GROUP and (window := rings.window_of(name)) is not None:
             frame = rings.add(name, window, data, excluded)
         return self._registry.deliver(kind, name, frame, excluded)
@@ -6372,6 +6375,7 @@ class HubSetup:
         self.state.start(program, url, own)
         try:
             await self.state.relay.connected()
+            await self.state.relay.check_history()
             yield self
         finally:
             await self.state.stop(program)
@@ -7320,15 +7324,16 @@ class Answering:
         "_hub_state", "_limits", "_rate", "conn", "outgoing", "routes", "streams", "tasks",
     )  # fmt: skip
 
-    def __init__(self, conn: Connection, routes: Routes) -> None:
+    def __init__(
+        self, hub_state: HubState, conn: Connection, routes: Routes, limits: Limits
+    ) -> None:
         self.conn: Connection = conn
         self.routes: Routes = routes
         self.outgoing: Outgoing = conn.outgoing
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
         self.streams: dict[Id, Stream] = _NONE
-        self._hub_state, self._limits = conn.hub.state, conn.outgoing.limits
-        rate = self._limits.rate
-        self._rate = Rate(*rate) if rate is not None else None
+        self._hub_state, self._limits = hub_state, limits
+        self._rate = Rate(*limits.rate) if limits.rate is not None else None
 
     def _exceed_rate(
         self, event: Event, id: Id | None, type: str | None = None
@@ -7804,10 +7809,11 @@ class Session(Answering):
         self, hub: Hub, routes: Routes, limits: Limits,
         req: falcon.asgi.Request, ws: falcon.asgi.WebSocket, params: dict[str, Any],
     ) -> None:  # fmt: skip
-        id = hub.state.process + os.urandom(_OWN_BYTES).hex()
+        state = hub.state
+        id = state.process + os.urandom(_OWN_BYTES).hex()
         receive, send = server_calls(ws)
-        outgoing = Outgoing(id, ws, send, limits, hub.state.counts, self)
-        super().__init__(Connection(hub, req, ws, params, id, outgoing), routes)
+        outgoing = Outgoing(id, ws, send, limits, state.counts, self)
+        super().__init__(state, Connection(hub, req, ws, params, id, outgoing), routes, limits)
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
         self.is_serving: bool = False  # messages are handled
@@ -7906,7 +7912,7 @@ class Session(Answering):
 
     def welcome(self) -> None:
         """Begin to resume, now that the client is in."""
-        if (history := self._hub_state.history) is not None:
+        if (history := self._hub_state.relay.history) is not None:
             history.welcome(self.conn)
         if self.conn.id in self._hub_state.returning:
             go_on_streams(self, self._hub_state.returning.pop(self.conn.id))
@@ -8785,9 +8791,9 @@ class Pachinko(Lifecycle):
     *origins*: browsers' origins that may connect beside the request's own host, a list such as
     ``["https://example.com"]``, or ``"*"`` for all. *subprotocols*: in the order of preference.
     *max_size*: bytes of one frame. *rate*: ``(messages, seconds)`` of one connection.
-    *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client;
-    *overflow*: ``"close"`` or ``"drop_oldest"`` beyond that. *send_timeout*: seconds that a send
-    waits for one. *linger*: seconds that a handler may go on after its client has gone.
+    *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client; *overflow*:
+    ``"close"``, ``"drop_oldest"`` or, for kept groups, ``"replay"`` beyond that. *send_timeout*:
+    seconds that a send waits for one. *linger*: those of a handler after its client has gone.
     *max_concurrent*: streams and concurrent handlers of one connection. *max_groups*: that one may
     be in. *handler_timeout*: seconds for the handler of a message, but not for a stream, or None.
     *auth_timeout*: seconds within which `authenticate` has to know the client. *connect_timeout*:
@@ -9213,7 +9219,8 @@ class Pachinko(Lifecycle):
                 raise falcon.HTTPForbidden(description="pages of this origin may not connect")
             session = Session(self._hub, self._routes, self._limits, req, ws, params)
             state.enter(session)
-            if state.relay.history is not None or self._routes.has_resumable:
+            # PERF: most handshakes have no query.
+            if req.query_string and (state.relay.history or self._routes.has_resumable):
                 session.greet()
             try:
                 if await admit(session, self._subprotocols):

@@ -11,17 +11,24 @@ the subject, the message passes the same layers upwards, to the registry of `pac
 Map: what each section does, and which of those above it each one uses.
 
     broker URLs — reads a URL, and keeps its password out of errors (uses: pachinko)
-    NATS — a backplane by nats-py (uses: broker URLs, pachinko)
-    Redis — a backplane by redis-py (uses: broker URLs, pachinko)
-    simulated broker — a broker in memory, for tests (uses: pachinko)
+    store — what a broker does that keeps messages
+    JetStream — keeps the messages to kept groups in NATS (uses: store, pachinko)
+    NATS — a backplane by nats-py (uses: broker URLs, store, JetStream, pachinko)
+    Redis — a backplane by redis-py (uses: broker URLs, store, pachinko)
+    simulated broker — a broker in memory, for tests (uses: store, pachinko)
     link — keeps a process connected and subscribed, whatever the broker does
-        (uses: broker URLs, pachinko)
+        (uses: broker URLs, store, pachinko)
     leases — run a worker in one process at a time (uses: broker URLs, pachinko)
     peer messages — what processes send to one another, as bytes (uses: pachinko)
+    rules — by which of them the processes of a namespace keep groups (uses: pachinko)
+    archive — the kept groups of a process that has a broker
+        (uses: store, link, peer messages, pachinko)
     cluster relay — the `Relay` of an app with a broker
-        (uses: broker URLs, NATS, Redis, link, leases, peer messages, pachinko)
+        (uses: broker URLs, store, NATS, Redis, link, leases, peer messages, rules, archive,
+        pachinko)
     sync hub — the sending half of a hub for code without an event loop (uses: link, pachinko)
-    shell command — ``pachinko send``, ``listen`` and ``presence`` (uses: cluster relay, pachinko)
+    shell command — ``pachinko send``, ``listen``, ``history`` and ``presence``
+        (uses: archive, cluster relay, pachinko)
 """
 
 from __future__ import annotations
@@ -187,7 +194,6 @@ def look_at_result(task: asyncio.Task[Any]) -> None:
 # A broker that keeps what is sent to kept groups numbers a message, stores it and publishes it in
 # one step, so that all processes have the same order, and each of them can tell what was missed.
 
-_RULES = 60.0  # seconds that the rules outlast the last process that has them
 _FORGET = 86_400.0  # seconds that the position of a quiet group outlasts its messages, at least
 # An epoch becomes a part of JSON texts as it is. A peer message, which begins with a brace, has no
 # stamp.
@@ -1273,7 +1279,7 @@ class Redis:
         return has
 
     async def _store(self, script: str, slot: str, name: str, *args: str | bytes) -> Any:
-        """Run *script* for the key *name*. Raises `PachinkoError` for what Redis refuses."""
+        """Run *script* for the key *name*. Raises `BrokerAway` if Redis does not do that."""
         run = functools.partial(self._run, "hub.keep()", f"~{slot}* {_STORE_RIGHTS}")
         try:
             try:
@@ -1283,7 +1289,8 @@ class Redis:
         except self._errors.ResponseError as exc:
             found = (advice for sign, advice in _ADVICE.items() if sign in str(exc))
             advice = next(found, "it says")
-            raise PachinkoError(f"Redis keeps no messages: {advice} ({exc})") from None
+            text = f"Redis keeps no messages: {advice} ({exc})"
+            raise pachinko.BrokerAway(text) from None  # The program has no bug.
 
     async def _run(self, what: str, rights: str, *command: str | bytes) -> Any:
         """Run a script. Raises `PachinkoError` if *what* is done without having the *rights*."""
@@ -2147,25 +2154,12 @@ def done_with(exc: Exception, process: str) -> Done:
     return Done(None, kind, str(exc))
 
 
-# ── archive ───────────────────────────────────────────────────────────────────────────────────
+# ── rules ─────────────────────────────────────────────────────────────────────────────────────
 #
-# The archive has the rings of the kept groups with members in this process. The feed fills them,
-# which comes anyway. The broker is asked for what is before that, and for what was missed.
+# The processes of a namespace keep groups by the rules of the one that came first. The broker has
+# them, so that all who send number and store.
 
-_READS = 32  # groups whose past is read at a time
-_AGAIN = 1.0  # seconds before a read that has failed is tried again
-_BEGUN_A_TURN = 256  # members that begin in one turn of the loop, when they have waited
-
-
-class Arrived(NamedTuple):
-    """A kept message that has come by the feed, or was read."""
-
-    stamp: Stamp
-    frame: bytes
-    excluded: Sequence[str]
-    age: float = 0.0  # seconds
-
-
+_RULES = 60.0  # seconds that the rules outlast the last process that has them
 _decode_rules = msgspec.json.Decoder(dict[str, tuple[int, float, int]]).decode
 
 
@@ -2186,6 +2180,80 @@ def read_rules(data: bytes) -> Mapping[str, Window]:
             f"the broker keeps groups by rules of another version of Pachinko ({exc}): update this "
             "process, or give it a namespace of its own: hub.configure(namespace=...)"
         ) from None
+
+
+class Agreement:
+    """What a process and its broker have agreed upon."""
+
+    def __init__(
+        self, store: Store | None, key: str, own: Mapping[str, Window],
+        use: Callable[[Mapping[str, Window]], None], tell: Callable[[bytes], None],
+    ) -> None:  # fmt: skip
+        """*use* gets the broker's rules when they change. *tell* lets the others know of them."""
+        self._store, self._key, self._use, self._tell = store, key, use, tell
+        self._own = write_rules(own) if own else b""
+        self._refusal = ""  # why nothing can be kept
+        self.rules: bytes = b""  # what the broker has
+
+    def check(self) -> None:
+        """Raise `PachinkoError` if this process wants to keep groups, and cannot."""
+        if self._own and self._refusal:
+            raise PachinkoError(self._refusal)
+
+    async def make(self) -> None:
+        """Learn the rules that the broker has; give it those of this process if it has none."""
+        if self._store is None:
+            return
+        try:
+            rules = await self._store.agree(self._key, self._own, _RULES)
+            windows = read_rules(rules)
+        except PachinkoError as exc:
+            if self._own and str(exc) != self._refusal:
+                logger.error("%s", exc)
+            self._refusal = str(exc)
+            return
+        self._refusal = ""
+        if rules and rules != self.rules:
+            self.rules = rules
+            self._use(windows)
+            if self._own and rules != self._own:
+                text = "the broker keeps groups by other rules, %s, which count, and not these: %s"
+                logger.error(text, rules.decode(), self._own.decode())
+        if self._own and rules == self._own:  # Who has found none has to learn of them.
+            self._tell(rules)
+
+    async def make_again(self, link: Link) -> None:
+        """Do what `make` does, unless the broker is away: then it is done when it is back."""
+        if link.is_connected:
+            try:
+                await self.make()
+            except Exception as exc:  # whatever the library raises
+                logger.warning("rules were not renewed: %s", link.reason(exc))
+
+    async def keep(self, link: Link) -> None:
+        """Renew the rules of this process, or see when others have ended. Never returns."""
+        while True:
+            await pachinko.clock.sleep(_RULES / 3)
+            await self.make_again(link)
+
+
+# ── archive ───────────────────────────────────────────────────────────────────────────────────
+#
+# The archive has the rings of the kept groups with members in this process. The feed fills them,
+# which comes anyway. The broker is asked for what is before that, and for what was missed.
+
+_READS = 32  # groups whose past is read at a time
+_AGAIN = 1.0  # seconds before a read that has failed is tried again
+_BEGUN_A_TURN = 256  # members that begin in one turn of the loop, when they have waited
+
+
+class Arrived(NamedTuple):
+    """A kept message that has come by the feed, or was read."""
+
+    stamp: Stamp
+    frame: bytes
+    excluded: Sequence[str]
+    age: float = 0.0  # seconds
 
 
 class BrokerRings(Rings):
@@ -2237,20 +2305,29 @@ class BrokerRings(Rings):
     def fill(self, group: str, floor: int, older: Iterable[Arrived]) -> None:
         """Put *older* messages, all behind the number *floor*, before those in the ring."""
         ring = self._rings[group]
-        super().close(group)
-        self.open(group, ring.window, min(floor, ring.floor), ring.limited)
+        self._open_again(ring, ring.window, min(floor, ring.floor), older)
+        self._whole.add(group)
+
+    def _open_again(
+        self, ring: pachinko.Ring, window: Window, floor: int, older: Iterable[Arrived] = ()
+    ) -> None:
+        super().close(ring.group)
+        self.open(ring.group, window, floor, ring.limited)
         for message in older:
             if message.stamp.number <= ring.floor:
-                self._put(group, message)
+                self._put(ring.group, message)
         for kept in ring.messages:
-            self.append(group, kept)
-        self._whole.add(group)
+            self.append(ring.group, kept)
+
+    def use(self, rules: Mapping[str, Window]) -> None:
+        """Keep groups by *rules* from now on."""
+        self.rules = rules
 
     def resize(self, group: str, window: Window) -> None:
         """Let *group* have another window, as the rules have changed."""
-        if group in self._rings:
-            self._rings[group].window = window
-        self._whole.discard(group)
+        if (ring := self._rings.get(group)) is not None:
+            self._open_again(ring, window, ring.floor)
+            self._whole.discard(group)
 
     def _end(self, ring: pachinko.Ring) -> None:
         """Keep the ring, although it is empty, while the group has a member."""
@@ -2266,21 +2343,147 @@ class BrokerRings(Rings):
         self._starts.pop(group, None)
 
 
-@attrs.define(eq=False)
 class Feed:
-    """What comes to a kept group with members in this process."""
+    """What comes to one kept group with members in this process."""
 
-    window: Window
-    # Members that wait for a read.
-    waiting: collections.deque[tuple[pachinko.Cursor, Position | None]] = attrs.Factory(
-        collections.deque
-    )
-    is_reading: bool = False
-    is_due: bool = False  # The past is to be read, once more.
-    # Something is missing between the top and what comes. What comes now is in the next past.
-    is_behind: bool = False
-    held: list[Arrived] | None = None  # what has come since the read of a feed that is behind began
-    lost: Reason | None = None  # why members have missed something for good
+    def __init__(self, archive: Archive, group: str, window: Window) -> None:
+        self._archive, self._rings, self._group = archive, archive.rings, group
+        self._window = window
+        # Members that wait for a read.
+        self._waiting = collections.deque[tuple[pachinko.Cursor, Position | None]]()
+        self._is_reading = False
+        self._is_due = False  # The past is to be read, once more.
+        # Something is missing between the top and what comes. What comes now is in the next past.
+        self._is_behind = False
+        self._held: list[Arrived] | None = None  # what has come since a read began that is behind
+        self._lost: Reason | None = None  # why members have missed something for good
+        self._is_over = False  # The last member has left.
+
+    def end(self) -> None:
+        """Forget the group, as its last member has left."""
+        self._is_over = True
+        self._rings.forget(self._group)
+
+    def resize(self, window: Window) -> None:
+        """Keep another window, as the rules have changed."""
+        self._window = window
+        self._rings.resize(self._group, window)
+
+    def wait(self, cursor: pachinko.Cursor, position: Position | None) -> None:
+        """Let *cursor* begin at *position* when the past was read."""
+        self._waiting.append((cursor, position))
+        self.read()
+
+    def restore(self) -> None:
+        """Read what members have missed while the broker was away."""
+        self._is_behind, self._held = True, None
+        if self._group not in self._rings.tops:  # Nobody knows where its members have been.
+            self._lost = "broker"
+        self.read()
+
+    async def take(self, message: Arrived) -> None:
+        """Take a message that has come; deliver it now, or behind what is missing before it."""
+        if self._held is not None:
+            self._held.append(message)
+        elif not self._is_behind:
+            await self._take(message, is_read=False)
+
+    async def _take(self, message: Arrived, is_read: bool) -> None:
+        """Deliver the next message. The past before it *is_read* already, or is not."""
+        if self._is_over:
+            return
+        stamp, top = message.stamp, self._rings.top_of(self._group)
+        if stamp.epoch != top.epoch:
+            self._begin(Position(stamp.epoch, stamp.previous), "epoch")
+        elif stamp.previous > top.number:
+            if not is_read:
+                self._is_behind = True
+                self.read()
+                return
+            self._begin(Position(stamp.epoch, stamp.previous), "broker")
+        elif stamp.number <= top.number:
+            return
+        await self._archive.deliver(
+            self._group, self._rings.take(self._group, message), message.excluded
+        )
+
+    def _begin(self, top: Position, reason: Reason) -> None:
+        """Begin the ring anew behind *top*. What was known before ends for that *reason*."""
+        is_known = self._group in self._rings.tops
+        lost, self._lost = (reason if is_known else self._lost), None
+        self._rings.begin(self._group, self._window, top, lost is not None)
+        if lost is not None:
+            self._archive.history.lose(self._group, lost)
+
+    def read(self) -> None:
+        """Begin to read what the ring lacks."""
+        self._is_due = True
+        if not self._is_reading:
+            self._is_reading = True
+            self._archive.start_work(self._keep_reading())
+
+    async def _keep_reading(self) -> None:
+        try:
+            while self._is_due and not self._is_over:
+                self._is_due = False
+                async with self._archive.turns:
+                    await self._read()
+                self._archive.note(self._group)
+        except Exception as exc:  # whatever the library raises
+            self._archive.note(self._group, exc)
+            pachinko.clock.call_at(pachinko.clock.time() + _AGAIN, self._read_again)
+        finally:
+            self._is_reading, self._held = False, None
+
+    def _read_again(self) -> None:
+        if not self._is_over and self._archive.link.is_connected:  # `restore` comes otherwise.
+            self.read()
+
+    async def _read(self) -> None:
+        """Read the past, deliver what was missed, and let those go on who wait."""
+        group, link, rings = self._group, self._archive.link, self._rings
+        subject = self._archive.subject(group)
+        await link.subscribed(subject)  # What is sent after the past comes by the feed.
+        session, before = link.session, rings.top_of(group)
+        count, is_whole = len(self._waiting), self._is_behind or any(at for _, at in self._waiting)
+        self._held = [] if self._is_behind else None
+        with pachinko.WaitLimit(pachinko.clock.time() + _BROKER_WAIT):
+            past = await self._archive.store.past(subject, self._window.messages * is_whole)
+            await self._archive.sync()
+        epoch = rings.top_of(group).epoch
+        if session != link.session or epoch not in (past.epoch, before.epoch):
+            self._is_due = True  # What was read is out of date.
+        elif not self._is_over:
+            if epoch != past.epoch:
+                self._begin(Position(past.epoch, past.top), "epoch")
+            if is_whole:
+                await self._use(past)
+            await self._let_begin(count)
+
+    async def _use(self, past: Past) -> None:
+        """Fill the ring, and deliver what was missed, and what came meanwhile."""
+        group, rings, last = self._group, self._rings, Position(past.epoch, past.top)
+        found = [each for entry in past.entries if (each := read_kept(group, entry, past.epoch))]
+        if past.floor > rings.top_of(group).number:
+            self._begin(last, "broker")
+        rings.fill(group, past.floor, found)
+        self._held = held = self._held or []
+        for message in found:
+            await self._take(message, is_read=True)
+        if not self._is_over and rings.top_of(group).number < past.top:
+            rings.tops[group] = last
+        while held and self._held is held:
+            await self._take(held.pop(0), is_read=True)
+        self._is_behind, self._held = self._is_due, None
+
+    async def _let_begin(self, count: int) -> None:
+        """Let the first *count* of those begin that wait, some in each turn of the loop."""
+        for n in range(count):
+            cursor, position = self._waiting.popleft()
+            if self._archive.history.is_current(cursor):
+                cursor.begin(position)
+            if n % _BEGUN_A_TURN == _BEGUN_A_TURN - 1:
+                await asyncio.sleep(0)
 
 
 class Archive:
@@ -2292,169 +2495,84 @@ class Archive:
         start_work: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:  # fmt: skip
         """*sync* returns when what the broker has sent to this process until now has come."""
-        self._store, self._link, self._history, self._registry = store, link, history, registry
-        self._subject, self._sync, self._start_work = subject, sync, start_work
-        self._rings = cast(BrokerRings, history.rings)
+        self.store, self.link, self.history = store, link, history
+        self.subject, self.sync, self.start_work = subject, sync, start_work
+        self.rings: BrokerRings = cast(BrokerRings, history.rings)
+        self.turns: asyncio.Semaphore = asyncio.Semaphore(_READS)
+        self._registry = registry
         self._feeds: dict[str, Feed] = {}
-        self._turns = asyncio.Semaphore(_READS)
         self._is_failing = False  # The log says so.
-        history.start(registry)
-        history.fetch = self._fetch
-        self.use(self._rings.rules)
+        history.start(registry, self._fetch)
+        self.use(self.rings.rules)
 
     def use(self, rules: Mapping[str, Window]) -> None:
         """Keep groups by *rules* from now on. One that is no longer kept has a ring to its end."""
-        self._rings.rules = rules
+        self.rings.use(rules)
         for group in self._registry.groups:
-            window = self._rings.window_of(group)
+            window = self.rings.window_of(group)
             if group not in self._feeds:
                 self.add(group)
             elif window is not None:
-                self._feeds[group].window = window
-                self._rings.resize(group, window)
+                self._feeds[group].resize(window)
 
     def add(self, group: str) -> None:
         """Note the first member of *group*."""
-        if (window := self._rings.window_of(group)) is not None:
-            self._feeds[group] = Feed(window)
-            self.read(group)
+        if (window := self.rings.window_of(group)) is not None:
+            self._feeds[group] = feed = Feed(self, group, window)
+            feed.read()
 
     def remove(self, group: str) -> None:
         """Note that the last member of *group* has left."""
-        if self._feeds.pop(group, None) is not None:
-            self._rings.forget(group)
+        if group in self._feeds:
+            self._feeds.pop(group).end()
+
+    def restore(self, group: str) -> bool:
+        """Read what members of *group* have missed; return whether it is kept."""
+        if group in self._feeds:
+            self._feeds[group].restore()
+        return group in self._feeds
 
     def _fetch(self, cursor: pachinko.Cursor, position: Position | None) -> None:
-        """Let *cursor* begin at *position* when the past was read."""
-        self._feeds[cursor.group].waiting.append((cursor, position))
-        self.read(cursor.group)
+        self._feeds[cursor.group].wait(cursor, position)
 
     async def take(self, group: str, message: Arrived) -> None:
-        """Take a message from the feed; deliver it now, or behind what is missing before it."""
-        feed = self._feeds.get(group)
-        if feed is None:
-            await self._deliver(group, framed(message), message.excluded)
-        elif feed.held is not None:
-            feed.held.append(message)
-        elif not feed.is_behind:
-            await self._take(group, feed, message, is_read=False)
+        """Take a message that has come to *group*."""
+        if group in self._feeds:
+            await self._feeds[group].take(message)
+        else:
+            await self.deliver(group, framed(message), message.excluded)
 
-    async def _take(self, group: str, feed: Feed, message: Arrived, is_read: bool) -> None:
-        """Deliver the next message. The past before it *is_read* already, or is not."""
-        if self._feeds.get(group) is not feed:
-            return
-        stamp, top = message.stamp, self._rings.top_of(group)
-        if stamp.epoch != top.epoch:
-            self._begin(group, feed, Position(stamp.epoch, stamp.previous), "epoch")
-        elif stamp.previous > top.number:
-            if not is_read:
-                feed.is_behind = True
-                self.read(group)
-                return
-            self._begin(group, feed, Position(stamp.epoch, stamp.previous), "broker")
-        elif stamp.number <= top.number:
-            return
-        await self._deliver(group, self._rings.take(group, message), message.excluded)
-
-    async def _deliver(
+    async def deliver(
         self, group: str, frame: bytes | pachinko.Waiting, excluded: Collection[str]
     ) -> None:
+        """Deliver a message to the live members of *group*."""
         await self._registry.deliver(Kind.GROUP, group, frame, excluded)
 
-    def _begin(self, group: str, feed: Feed, top: Position, reason: Reason) -> None:
-        """Begin the ring of *group* behind *top*. What was known before ends for that *reason*."""
-        is_known = group in self._rings.tops
-        lost, feed.lost = (reason if is_known else feed.lost), None
-        self._rings.begin(group, feed.window, top, lost is not None)
-        if lost is not None:
-            self._history.lose(group, lost)
+    def note(self, group: str, exc: Exception | None = None) -> None:
+        """Note that a read has failed, or has not. The first failure in a row is logged."""
+        if exc is None:
+            self._is_failing = False
+        elif self.link.is_connected and not self._is_failing:
+            self._is_failing = True
+            text = "%r was not read: %s; trying again"
+            logger.warning(text, group, self.link.reason(exc))
 
-    def restored(self, group: str) -> bool:
-        """Read what members of *group* have missed; return whether it is kept."""
-        if (feed := self._feeds.get(group)) is None:
-            return False
-        feed.is_behind, feed.held = True, None
-        if group not in self._rings.tops:  # Nobody knows where its members have been.
-            feed.lost = "broker"
-        self.read(group)
-        return True
-
-    def read(self, group: str) -> None:
-        """Begin to read what the ring of *group* lacks."""
-        if (feed := self._feeds.get(group)) is not None:
-            feed.is_due = True
-            if not feed.is_reading:
-                feed.is_reading = True
-                self._start_work(self._keep_reading(group, feed))
-
-    async def _keep_reading(self, group: str, feed: Feed) -> None:
+    async def past(self, group: str, count: int) -> tuple[Position, Sequence[str]]:
+        """Do what `Relay.past` says."""
+        if (window := self.rings.window_of(group)) is None:
+            raise pachinko.not_kept(group)
         try:
-            while feed.is_due and self._feeds.get(group) is feed:
-                feed.is_due = False
-                async with self._turns:
-                    await self._read(group, feed)
-                self._is_failing = False
+            async with asyncio.timeout(_BROKER_WAIT):
+                await self.link.connected()
+                past = await self.store.past(self.subject(group), min(count, window.messages))
+        except PachinkoError:
+            raise
         except Exception as exc:  # whatever the library raises
-            # While the broker is away, nothing is logged here. `restored` reads at once.
-            if self._link.is_connected and not self._is_failing:
-                self._is_failing = True
-                text = "%r was not read: %s; trying again"
-                logger.warning(text, group, self._link.reason(exc))
-            when = pachinko.clock.time() + _AGAIN
-            pachinko.clock.call_at(when, self._read_again, group, feed)
-        finally:
-            feed.is_reading, feed.held = False, None
-
-    def _read_again(self, group: str, feed: Feed) -> None:
-        if self._feeds.get(group) is feed and self._link.is_connected:
-            self.read(group)
-
-    async def _read(self, group: str, feed: Feed) -> None:
-        """Read the past of *group*, deliver what was missed, and let those go on who wait."""
-        subject = self._subject(group)
-        await self._link.subscribed(subject)  # What is sent after the past comes by the feed.
-        session, before = self._link.session, self._rings.top_of(group)
-        count, is_whole = len(feed.waiting), feed.is_behind or any(at for _, at in feed.waiting)
-        feed.held = [] if feed.is_behind else None
-        with pachinko.WaitLimit(pachinko.clock.time() + _BROKER_WAIT):
-            past = await self._store.past(subject, feed.window.messages if is_whole else 0)
-            await self._sync()
-        if self._feeds.get(group) is not feed:
-            return
-        epoch = self._rings.top_of(group).epoch
-        if session != self._link.session or epoch not in (past.epoch, before.epoch):
-            feed.is_due = True  # What was read is out of date.
-            return
-        if epoch != past.epoch:
-            self._begin(group, feed, Position(past.epoch, past.top), "epoch")
-        if is_whole:
-            await self._use_past(group, feed, past)
-        await self._let_begin(feed, count)
-
-    async def _use_past(self, group: str, feed: Feed, past: Past) -> None:
-        """Deliver what was missed, and what came meanwhile, and fill the ring."""
-        rings, last = self._rings, Position(past.epoch, past.top)
-        found = [each for entry in past.entries if (each := read_kept(group, entry, past.epoch))]
-        if past.floor > rings.top_of(group).number:
-            self._begin(group, feed, last, "broker")
-        rings.fill(group, past.floor, found)
-        feed.held = held = feed.held or []
-        for message in found:
-            await self._take(group, feed, message, is_read=True)
-        if self._feeds.get(group) is feed and rings.top_of(group).number < past.top:
-            rings.tops[group] = last
-        while held and feed.held is held:
-            await self._take(group, feed, held.pop(0), is_read=True)
-        feed.is_behind, feed.held = feed.is_due, None
-
-    async def _let_begin(self, feed: Feed, count: int) -> None:
-        """Let the first *count* of those begin that wait, some in each turn of the loop."""
-        for n in range(count):
-            cursor, position = feed.waiting.popleft()
-            if self._history.is_current(cursor):
-                cursor.begin(position)
-            if n % _BEGUN_A_TURN == _BEGUN_A_TURN - 1:
-                await asyncio.sleep(0)
+            text = f"the history of {group!r} was not read: {self.link.reason(exc)}"
+            raise pachinko.BrokerAway(text) from None
+        found = [read_kept(group, entry, past.epoch) for entry in past.entries if count]
+        texts = [framed(each).decode() for each in found if each and each.age < window.seconds]
+        return Position(past.epoch, past.top), texts[-count:]
 
 
 def read_kept(group: str, entry: Entry, epoch: str) -> Arrived | None:
@@ -2519,9 +2637,10 @@ class Cluster(pachinko.Relay):
         self._backplane: Backplane = given
         self._namespace = "pachinko" if namespace is None else namespace
         self._own_rules, self._history_bytes = rules, history_bytes
-        self._rules = b""  # what the broker has
-        self._store = cast(Store, given) if hasattr(given, "keep") else None
-        self._no_store = ""  # why nothing can be kept
+        self._agreement = Agreement(
+            cast(Store, given) if hasattr(given, "agree") else None,
+            subject_of(self._namespace, "history", "rules"), rules, self._use, self._tell_rules,
+        )  # fmt: skip
         self._archive: Archive | None = None
         self.history = None
         self._addresses: dict[str, Address] = {}  # the address of each subject
@@ -2543,11 +2662,11 @@ class Cluster(pachinko.Relay):
         self._link = Link(
             self._backplane, self._broker, self.receive, self.restored,
             [self._add_address(*address) for address in own],
-            functools.partial(self._pack, op="beat"), process, self._agree,
+            functools.partial(self._pack, op="beat"), process, self._agreement.make,
         )  # fmt: skip
         if self._own_rules:
             self._use(self._own_rules)
-            self._start_work(self._keep_agreeing())
+            self._start_work(self._agreement.keep(self._link))
 
     def _add_address(self, kind: Kind, name: str) -> str:
         subject = subject_of(self._namespace, kind, name)
@@ -2563,67 +2682,19 @@ class Cluster(pachinko.Relay):
         await self._link.stop()
 
     async def past(self, group: str, count: int) -> tuple[Position, Sequence[str]]:
-        if self.history is None or (window := self.history.rings.window_of(group)) is None:
-            raise PachinkoError(f"the group {group!r} is not kept by the rules of the broker")
-        subject = subject_of(self._namespace, Kind.GROUP, group)
-        try:
-            async with asyncio.timeout(_BROKER_WAIT):
-                await self._link.connected()
-                past = await cast(Store, self._store).past(subject, min(count, window.messages))
-        except PachinkoError:
-            raise
-        except Exception as exc:  # whatever the library raises
-            why = self._link.reason(exc) or f"no answer within {_BROKER_WAIT:g} s"
-            text = f"the history of {group!r} was not read: {why}"
-            raise pachinko.BrokerAway(text) from None
-        found = [read_kept(group, entry, past.epoch) for entry in past.entries if count]
-        texts = [framed(each).decode() for each in found if each and each.age < window.seconds]
-        return Position(past.epoch, past.top), texts[-count:]
+        if self._archive is None:
+            raise pachinko.not_kept(group)
+        return await self._archive.past(group, count)
 
     async def check_history(self) -> None:
-        if self._own_rules and self._no_store:
-            raise PachinkoError(self._no_store)
+        self._agreement.check()
 
-    async def _agree(self) -> None:
-        """Learn the rules of kept groups that the broker has; give it those of this process."""
-        if self._store is None:
-            return
-        own = write_rules(self._own_rules) if self._own_rules else b""
-        key = subject_of(self._namespace, "history", "rules")
-        try:
-            rules = await self._store.agree(key, own, _RULES)
-            windows = read_rules(rules)
-        except PachinkoError as exc:
-            if own and str(exc) != self._no_store:
-                logger.error("%s", exc)
-            self._no_store = str(exc)
-            return
-        self._no_store = ""
-        if rules and rules != self._rules:
-            self._rules = rules
-            self._use(windows)
-            if own and rules != own:
-                text = "the broker keeps groups by other rules, %s, which count, and not these: %s"
-                logger.error(text, rules.decode(), own.decode())
-        if own and rules == own:  # Who was connected when the broker had none has to learn of them.
-            self._start_work(self._tell_rules())
+    def _tell_rules(self, rules: bytes) -> None:
+        async def tell() -> None:
+            with contextlib.suppress(PachinkoError):  # Others ask when they connect.
+                await self._publish(Kind.EVERYBODY, "all", "rules", frame=rules)
 
-    async def _tell_rules(self) -> None:
-        with contextlib.suppress(PachinkoError):  # Others ask when they connect.
-            await self._publish(Kind.EVERYBODY, "all", "rules", frame=self._rules)
-
-    async def _keep_agreeing(self) -> None:
-        while True:
-            await pachinko.clock.sleep(_RULES / 3)
-            await self._agree_again()
-
-    async def _agree_again(self) -> None:
-        """Do what `_agree` does, unless the broker is away: then it is done when it is back."""
-        if self._link.is_connected:
-            try:
-                await self._agree()
-            except Exception as exc:  # whatever the library raises
-                logger.warning("rules were not renewed: %s", self._link.reason(exc))
+        self._start_work(tell())
 
     def _use(self, rules: Mapping[str, Window]) -> None:
         """Keep groups by *rules* from now on."""
@@ -2632,7 +2703,7 @@ class Cluster(pachinko.Relay):
             return
         self.history = History(BrokerRings(rules, self._history_bytes))
         self._archive = Archive(
-            cast(Store, self._store), self._link, self.history, self._registry,
+            cast(Store, self._backplane), self._link, self.history, self._registry,
             functools.partial(subject_of, self._namespace, Kind.GROUP),
             functools.partial(self._publish, Kind.CONNECTION, self.process, "beat"),
             self._start_work,
@@ -2835,8 +2906,8 @@ class Cluster(pachinko.Relay):
         elif message.op == "done" and kind is Kind.CONNECTION:
             self._note_answer(message, read_done(frame))
         elif message.op == "rules" and kind is Kind.EVERYBODY:
-            if frame != self._rules:
-                self._start_work(self._agree_again())
+            if frame != self._agreement.rules:
+                self._start_work(self._agreement.make_again(self._link))
         else:
             raise Refused(f"{message.op!r} makes no sense here")
 
@@ -2907,7 +2978,7 @@ class Cluster(pachinko.Relay):
         """Begin to send each member a gap for each group. Called by the link after an outage."""
         registry = self._registry
         alone: list[pachinko.Receiver] = []  # connections in no group
-        restore = self._archive.restored if self._archive is not None else _is_not_kept
+        restore = self._archive.restore if self._archive is not None else _is_not_kept
         if subject is None:
             self._gaps = {
                 group: dict(members) for group, members in registry.groups.items()
@@ -3178,6 +3249,24 @@ class SyncHub:
         found: list[pachinko.Presence] = self._call(ask, group, user=user)
         return found
 
+    def position(self, group: str) -> str:
+        """Return where *group*, a kept one, is: a client that has a page of it goes on from there.
+
+        Raises `PachinkoError` for a group that the app does not keep.
+        """
+        return self._call(Hub.position, group)
+
+    def history(self, group: str, last: int = 20) -> list[pachinko.Envelope]:
+        """Return the *last* messages to *group*, a kept one, the oldest first.
+
+        Raises what `Hub.history` raises.
+        """
+
+        async def history(hub: Hub) -> list[pachinko.Envelope]:
+            return [envelope async for envelope in hub.history(group, last)]
+
+        return self._call(history)
+
     def _new_hub(self) -> Hub:
         hub = Hub()
         hub.configure(**self._settings)
@@ -3188,8 +3277,9 @@ class SyncHub:
     ) -> T:
         """Call *method* in the thread of the hub, and return what it returns or raises."""
         if is_in_loop():
+            how = "async for envelope in" if method.__name__ == "history" else "await"
             raise PachinkoError(
-                "a SyncHub would block the event loop that runs in this thread: write `await "
+                f"a SyncHub would block the event loop that runs in this thread: write `{how} "
                 f"hub.{method.__name__}(...)`, with `from pachinko import hub`"
             )
         hub = self._open()
@@ -3255,6 +3345,12 @@ class Eavesdropper(Cluster):
         else:
             await super()._take(kind, name, message, frame)
 
+    def _use(self, rules: Mapping[str, Window]) -> None:
+        """Do nothing: what comes says what is kept."""
+
+    async def _take_kept(self, group: str, message: Arrived) -> None:
+        self._lines.put_nowait(framed(message).decode())
+
     async def _miss(self, kind: Kind, name: str) -> None:
         if (kind, name) not in self._unread:
             self._unread[kind, name] = frozenset()
@@ -3291,6 +3387,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="pachinko listen nats://localhost:4222 room:1",
     )  # fmt: skip
     listen.add_argument("--count", type=_count, metavar="N", help="end after N messages")
+    history = commands.add_parser(
+        "history", parents=[common], help="print the last messages to a kept group, a line each",
+        epilog="pachinko history nats://localhost:4222 room:1 --last 5",
+    )  # fmt: skip
+    history.add_argument("--last", type=_count, metavar="N", default=20, help="by default 20")
     commands.add_parser(
         "presence", parents=[common], help="print who is in a group, a line of JSON each",
         epilog="pachinko presence nats://localhost:4222 room:1",
@@ -3366,6 +3467,9 @@ async def _run(given: argparse.Namespace) -> None:
     async with hub.open():
         if given.command == "send":
             await hub.send(given.group, given.type, payload)
+        elif given.command == "history":
+            for line in (await hub.state.relay.past(given.group, given.last))[1]:
+                _print(line)
         else:
             for each in sorted(await hub.presence(given.group), key=lambda each: each.id):
                 _print(encode(attrs.asdict(each)).decode())

@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tracemalloc
+import urllib.parse
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from types import FrameType
 from typing import Any
@@ -29,7 +30,7 @@ from typing import Any
 import falcon.asgi
 
 import pachinko
-from pachinko import Connection, Envelope, Pachinko, hub, message
+from pachinko import Connection, Envelope, Hub, Pachinko, hub, message
 
 Event = dict[str, Any]  # of ASGI
 App = Callable[..., Awaitable[None]]  # of ASGI
@@ -49,6 +50,11 @@ app_with_middleware = falcon.asgi.App()
 surrounded = Pachinko(app_with_middleware, "/pachinko")
 app_of_files = falcon.asgi.App()
 file, file_with_middleware, file_with_guards = Pachinko(), Pachinko(), Pachinko()
+app_that_keeps = falcon.asgi.App()
+keeping = Hub()
+keeping.keep("kept")
+keeping.keep("kept shortly", messages=TIMES // 2)
+kept = Pachinko(app_that_keeps, "/kept/{number}", hub=keeping)
 
 
 @message("y")
@@ -65,6 +71,11 @@ class Heard:
 @ws.connect
 async def arrive(conn: Connection) -> None:
     await hub.join("all", conn)
+
+
+@kept.connect
+async def come_back(conn: Connection, number: str) -> None:
+    await conn.join(f"kept {number}")
 
 
 @surrounded.middleware
@@ -146,7 +157,9 @@ async def send(event: Event) -> None:
         sent.append(event["text"])
 
 
-async def serve(path: str, *events: Event, to: App = app, is_slow: bool = False) -> None:
+async def serve(
+    path: str, *events: Event, to: App = app, is_slow: bool = False, query: str = ""
+) -> None:
     """A connection with these *events*, and then silence. Each makes *to* wait if *is_slow*."""
     coming = iter([{"type": "websocket.connect"}, *events])
 
@@ -159,7 +172,7 @@ async def serve(path: str, *events: Event, to: App = app, is_slow: bool = False)
         "type": "websocket",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
         "path": path,
-        "query_string": b"",
+        "query_string": query.encode(),
         "headers": [(b"host", b"localhost")],
     }
     await to(scope, receive, send)
@@ -222,6 +235,34 @@ async def group_send(receivers: int) -> None:
     await hub.send(f"group of {receivers}", Heard("text"))
     await settle()
     assert len(sent) == receivers
+
+
+async def keep(times: int) -> None:
+    """Messages to nobody, of which the latest are kept."""
+    for _ in range(times):
+        await keeping.send("kept shortly", Heard("text"))
+
+
+async def fill() -> Work:
+    """Keep as many messages as a client is to miss; return what lets one come back that has."""
+    await serve("/kept/0", LEAVE, to=app_that_keeps)
+    resume = {}
+    for size in (TIMES, 2 * TIMES):
+        resume[size] = {"groups": {f"kept {size}": await keeping.position(f"kept {size}")}}
+        for _ in range(size):
+            await keeping.send(f"kept {size}", Heard("text"))
+
+    async def work(times: int) -> None:
+        sent.clear()
+        query = "resume=" + urllib.parse.quote(json.dumps(resume[times]))
+        coming = serve(f"/kept/{times}", to=app_that_keeps, query=query)
+        task = asyncio.create_task(coming)
+        while len(sent) < times + 1:  # noqa: ASYNC110 - it counts turns, too
+            await asyncio.sleep(0)
+        await release([task])
+        assert f'"replayed":{times},' in sent[-1]
+
+    return work
 
 
 async def cost(work: Work) -> dict[str, int]:
@@ -302,6 +343,9 @@ async def measure() -> Figures:
             await hub.join(f"group of {size}", conn)
     figures["receiver of a group send"] = await cost(group_send)
     await release(members)
+    returns = await fill()
+    figures["a send to a kept group"] = await cost(keep)
+    figures["a message that was missed"] = await cost(returns)
     more = await idle_bytes("/pachinko") - await idle_bytes("/falcon")
     figures["idle, more than Falcon's"] = {"bytes": round(more)}
     return figures

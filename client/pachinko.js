@@ -561,7 +561,7 @@ class Client {
     const streams = this.#streams();
     return {
       groups: this.#groups.size ? Object.fromEntries(this.#groups) : undefined,
-      ids: this.#groups.size ? this.#ids : undefined,
+      ids: this.#ids.length ? this.#ids : undefined,
       streams: streams.length ? streams.map(({ id, at }) => ({ id, at })) : undefined,
     };
   }
@@ -587,8 +587,8 @@ class Client {
     try {
       const { groups, ids, streams } = JSON.parse(storage?.getItem(this.#key) ?? "{}");
       this.#groups = new Map(Object.entries(groups ?? {}));
-      this.#ids = ids ?? [];
-      this.#unfinished = streams ?? [];
+      this.#ids = [...(ids ?? [])];
+      this.#unfinished = [...(streams ?? [])];
     } catch {
       // Access is denied, or another program has written there: begin anew.
     }

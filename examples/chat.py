@@ -5,7 +5,8 @@
     PORT=8001 python3 examples/chat.py      # at another port; HOST=0.0.0.0 lets in other machines
     uvicorn --app-dir examples chat:app     # the same app, with uvicorn's own options
 
-A client sends ``enter`` first, and gets ``welcome`` with its own id and everybody who is here.
+A client sends ``enter`` first, and gets ``welcome`` with its own id and everybody who is here. One
+that comes back gets what was said meanwhile.
 """
 
 import asyncio
@@ -24,8 +25,10 @@ from attrs.validators import max_len, min_len
 
 from pachinko import Close, Connection, MessageError, Pachinko, hub, message
 
+hub.keep("talk:")  # what is said, but not who comes, goes and types
 app = falcon.asgi.App()
 ws = Pachinko(app, "/ws/{room}", max_size=32_768, rate=(20, 5.0))
+ws.client("/pachinko.js")
 
 
 @attrs.frozen
@@ -63,8 +66,8 @@ def person(conn: Connection) -> Person:
     return Person(conn.id, conn.context.nick)
 
 
-def group_of(conn: Connection) -> str:
-    return f"room:{conn.params['room']}"
+def group_of(conn: Connection, what: str = "room") -> str:
+    return f"{what}:{conn.params['room']}"
 
 
 @ws.connect
@@ -77,6 +80,7 @@ async def check_room(conn: Connection, room: str) -> None:
 async def enter(conn: Connection, msg: Enter) -> Welcome:
     conn.context.nick = msg.nick
     await conn.join(group_of(conn))
+    await conn.join(group_of(conn, "talk"))
     # Somebody who enters again has a new nickname. The same message tells everybody.
     await hub.send(group_of(conn), "joined", person(conn), exclude=conn)
     return Welcome(person(conn), [person(member) for member in hub.members(group_of(conn))])
@@ -85,7 +89,7 @@ async def enter(conn: Connection, msg: Enter) -> Welcome:
 @ws.on(Say)
 async def say(conn: Connection, msg: Say) -> Said:
     said = Said(person(conn), msg.text, datetime.now(UTC))
-    await hub.send(group_of(conn), said, exclude=conn)
+    await hub.send(group_of(conn, "talk"), said, exclude=conn)
     return said  # The reply's id tells the sender which of its messages has arrived.
 
 
@@ -101,15 +105,15 @@ async def add(conn: Connection, *, a: int, b: int) -> int:
 
 @ws.disconnect
 async def leave(conn: Connection) -> None:
-    for group in conn.groups:
-        await conn.leave(group)  # Leave before the notice: lists made after it show no ghost.
-        await hub.send(group, "left", person(conn))
+    if (room := group_of(conn)) in conn.groups:
+        await conn.leave(room)  # Leave before the notice: lists made after it show no ghost.
+        await hub.send(room, "left", person(conn))
 
 
 @ws.worker
 async def clock() -> None:
     while True:
-        for group in hub.groups:
+        for group in (each for each in hub.groups if each.startswith("room:")):
             await hub.send(group, "tick", {"at": datetime.now(UTC)})
         await asyncio.sleep(1)
 

@@ -106,9 +106,11 @@ STORED = {
     "__signature__": "of a function around a handler, which takes less than the handler",
     "_max_queue": "of Falcon's socket, whose queue is switched off",
     "_asgi_receive": "of Falcon's socket, whose queue is switched off",
+    "status": "of Falcon's response, as in any resource",
+    "data": "of Falcon's response, as in any resource",
 }
 
-MODULE_LINES = {"pachinko.py": 10_400, "pachinko_cluster.py": 2300}
+MODULE_LINES = {"pachinko.py": 10_400, "pachinko_cluster.py": 3500}
 SECTION_LINES = 450
 FUNCTION_LINES = 45
 

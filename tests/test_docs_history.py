@@ -154,11 +154,10 @@ async def test_tokens_go_on(page: Any) -> None:
 # The tables
 
 
-CLIENT_ROWS = rows("The client sends")
-SERVER_ROWS = rows("The server sends")
+WIRE = [(who, frame.strip("`")) for who, frame, _ in rows("From")]
 
 
-@pytest.mark.parametrize("sends", [row[0].strip("`") for row in CLIENT_ROWS])
+@pytest.mark.parametrize("sends", [frame for who, frame in WIRE if who == "client"])
 async def test_what_the_client_sends(page: Any, sends: str) -> None:
     """Each way to resume replays what was missed, or begins."""
     safe = Pachinko(page.app, "/safe/{room}")
@@ -220,8 +219,8 @@ async def test_what_the_server_sends(page: Any) -> None:
             clients.append(await sim.connect(path, query=query))
         await sim.settle()
         frames = [frame for each in clients for frame in frames_of(sim, each)]
-    for shown, _ in SERVER_ROWS:
-        wanted = json.loads(shown.strip("`").replace("Hel", "You"))
+    for shown in [frame for who, frame in WIRE if who == "server"]:
+        wanted = json.loads(shown.replace("Hel", "You"))
         assert any(Talk(sim).matches(wanted, json.loads(frame)) for frame in frames), shown
 
 

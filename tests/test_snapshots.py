@@ -274,16 +274,14 @@ async def test_a_later_gap_is_followed_by_the_state() -> None:
             assert await client.receive()
         assert room.hub.state.history is not None
         room.hub.state.history.lose("room:a", "broker")
-        await room.say(2)
         await sim.settle()
-        # A state may hold what comes behind its position already.
-        then = [("state at 1", [1, 2]), ("said at 2", 2)]
+        then = [("state at 1", [1])]
         assert shown(told)[1:] == [("said at 1", 1), ("gap", "broker"), *then]
         assert shown(other) == [("said at 1", 1), *then]
 
 
-async def test_a_gap_meanwhile_takes_the_place_of_a_state() -> None:
-    """The state that was being loaded is not sent: it may lack what the gap is about."""
+async def test_a_gap_meanwhile_is_followed_by_another_state() -> None:
+    """The one that was being loaded may lack what the gap is about."""
     room = Room(held=asyncio.Event()).takes()
     async with running(room) as sim:
         client = await sim.connect("/ws", query=FIRST)
@@ -293,11 +291,28 @@ async def test_a_gap_meanwhile_takes_the_place_of_a_state() -> None:
         room.hub.state.history.lose("room:a", "broker")
         room.held.set()
         await sim.settle()
-        assert shown(client) == [("resume", 0), ("gap", "broker"), ("state at 1", [1])]
+        assert shown(client) == [
+            ("resume", 0), ("state at 0", []), ("gap", "broker"), ("state at 1", [1]),
+        ]  # fmt: skip
         assert room.calls == ["?", "?"]
 
 
 # Which one
+
+
+async def test_a_state_may_hold_what_comes_behind_it() -> None:
+    """The position is taken first, and then the state: nothing falls between the two."""
+    room = Room()
+
+    @room.ws.snapshot("room:")
+    async def state(conn: Connection, group: str) -> State:
+        await room.say(1)
+        return State([*room.texts])
+
+    async with running(room) as sim:
+        client = await sim.connect("/ws")
+        await sim.settle()
+        assert shown(client) == [("state at 0", [1]), ("said at 1", 1)]
 
 
 async def test_the_longest_prefix_counts() -> None:
@@ -402,19 +417,35 @@ async def test_it_runs_after_the_accept() -> None:
         assert shown(client) == [("state at 1", [1])]
 
 
-async def test_a_client_that_is_refused_needs_none() -> None:
-    """It has joined, and never comes in."""
-    room = Room().takes()
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("lets_in", [False, True])
+async def test_connect_handlers_come_first(is_late: bool, lets_in: bool) -> None:
+    """Also where the accept came before, for a first message. Who is refused needs no state."""
+    room, decided = Room().takes(), asyncio.Event()
+    if is_late:
+
+        @room.ws.authenticate
+        async def who(conn: Connection, token: str | None) -> str | None:
+            return token
 
     @room.ws.connect
-    async def refuse(conn: Connection) -> None:
-        raise Close(4000)
+    async def decide(conn: Connection) -> None:
+        await decided.wait()
+        if not lets_in:
+            raise Close(4000)
 
     async with running(room) as sim:
-        with pytest.raises(Refused):
-            await sim.connect("/ws")
+        coming = asyncio.create_task(sim.connect("/ws"))
+        if is_late:
+            client = await coming
+            await client.send("authenticate", {"token": "ada"})
         await sim.settle()
-        assert room.calls == []
+        assert room.hub.members("room:a") == frozenset() and room.calls == []
+        decided.set()
+        with contextlib.suppress(Refused):
+            await coming
+        await sim.settle()
+        assert len(room.calls) == lets_in
 
 
 async def test_sixteen_at_a_time() -> None:
@@ -524,8 +555,13 @@ async def test_it_runs_in_the_context_of_its_client() -> None:
 
 
 async def test_one_for_who_was_in_before_it_was_registered() -> None:
-    """It has an empty context."""
+    """As for anybody else."""
     room = Room(groups=())
+
+    @room.ws.connect
+    async def enter(conn: Connection) -> None:
+        WHO.set("ada")
+
     async with running(room) as sim:
         client = await sim.connect("/ws")
 
@@ -535,7 +571,7 @@ async def test_one_for_who_was_in_before_it_was_registered() -> None:
 
         await room.hub.join("room:a", client.conn)
         await sim.settle()
-        assert shown(client) == [("state at 0", ["nobody"])]
+        assert shown(client) == [("state at 0", ["ada"])]
 
 
 # What fails

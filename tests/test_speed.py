@@ -37,6 +37,10 @@ LIMITS = [
     ("receiver of a group send", "instructions", 71),
     ("receiver of a group send", "C calls", 2),
     ("idle, more than Falcon's", "bytes", 1536),  # 1.5 KiB
+    ("a send to a kept group", "in pachinko.py", 740),
+    ("a send to a kept group", "from pachinko.py", 27),
+    ("a message that was missed", "in pachinko.py", 185),  # as above
+    ("a message that was missed", "from pachinko.py", 5),
 ]
 
 
@@ -121,3 +125,15 @@ def test_a_request_in_a_simulation_is_measured_beside_one_by_hand():
     assert list(figures["request"]) == list(figures["connection"]) == list(own)
     assert list(figures["send"]) == ["by hand", "simulate", "by hand, again"]
     assert list(figures["settle"]) == ["simulate"]
+
+
+async def test_what_kept_groups_cost_is_measured(five):
+    """The measures of the benchmark do the work that they name, in small."""
+    own = importlib.import_module("benchmarks.history").Own()
+    await own.about()
+    await own.grow(3)
+    assert await own.send("kept", 2) > 0 < await own.send("plain", 2)
+    taken, counted = await own.weigh(100, 200)
+    assert 0.8 * taken < counted < 1.2 * taken
+    assert set(await own.replay(4, 3)) == {"turn", "cpu"}
+    await own.end()

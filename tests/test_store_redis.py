@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import falcon
@@ -17,7 +18,7 @@ from test_cluster import NAMES
 from test_leases import startup
 
 import pachinko_cluster
-from pachinko import Connection, Hub, Kind, Pachinko, PachinkoError, Window
+from pachinko import BrokerAway, Connection, Hub, Kind, Pachinko, PachinkoError, Window
 from pachinko_cluster import Past, Redis, Stamp, read_broker, read_stamp, subject_of
 
 LONG = Window(100, 300.0, 1_048_576)
@@ -93,7 +94,7 @@ LOSSES = {
 async def test_what_was_lost_is_known_to_be(
     server: BrokerProcess, loss: str, is_read: bool
 ) -> None:
-    """By an operator, or by eviction: a floor above it, or another epoch; before a send, or by it."""
+    """By an operator, or by eviction: a floor above it, or another epoch, whatever comes next."""
     pattern, announced = LOSSES[loss]
     async with process(server.url) as one, admin_of(server) as admin:
         *_, last = await one.keep("a", "b", "c")
@@ -275,7 +276,7 @@ REFUSALS = {
 @pytest.mark.parametrize("call", ["keep", "past", "agree"])
 @pytest.mark.parametrize("refusal", REFUSALS)
 async def test_a_server_that_keeps_nothing_is_told_apart(refusal: str, call: str) -> None:
-    """With what is to be done. What is not kept is not delivered."""
+    """With what is to be done, and without a traceback. What is not kept is not delivered."""
     options, text = REFUSALS[refusal]
     async with running("redis", *options) as broker, process(broker.url) as one:
         given: dict[str, tuple[Any, ...]] = {
@@ -283,9 +284,10 @@ async def test_a_server_that_keeps_nothing_is_told_apart(refusal: str, call: str
         }  # fmt: skip
         if (refusal, call) == ("old", "past"):
             return  # It needs nothing that is missing.
-        with pytest.raises(PachinkoError, match=text):
+        with pytest.raises(PachinkoError, match=text) as caught:
             await getattr(one.store, call)(*given[call])
         assert not one.came and not one.lost
+        assert isinstance(caught.value, BrokerAway) == (refusal != "cluster")
 
 
 async def test_a_server_that_cannot_tell_of_a_failover_is_refused(
@@ -459,3 +461,17 @@ async def test_an_app_on_a_server_that_keeps_nothing_does_not_start() -> None:
         assert "they need Redis 5.0 or later, or Valkey" in answer["message"]
         async with Hub().open(broker.url) as hub:
             await hub.send("room:a", "said", "1")
+
+
+async def test_who_keeps_nothing_needs_no_rights_for_it(server: BrokerProcess) -> None:
+    """A user of before goes on as before."""
+    async with admin_of(server) as admin:
+        await admin.execute_command("ACL", "SETUSER", "app", *MESSAGES)
+    async with Hub().open(server.url.replace("//", "//app:x@")) as hub:
+        await hub.send("room:a", "said", "1")
+
+
+def test_the_documentation_has_the_rights() -> None:
+    """All of them, in one line that can be copied."""
+    page = (Path(__file__).parent.parent / "docs" / "cluster.md").read_text()
+    assert RIGHTS in " ".join(page.split())

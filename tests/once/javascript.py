@@ -35,6 +35,10 @@ globalThis.log = (client, ...types) => {
 globalThis.until = async (test) => {
   while (!test()) await new Promise((wake) => setTimeout(wake, 5));
 };
+// A storage as browsers have it, also for Node: `kept`, with a text for the client of an address.
+globalThis.kept = { items: {}, getItem(key) { return this.items[key] ?? null; },
+  setItem(key, value) { this.items[key] = `${value}`; } };
+globalThis.holding = (url, text) => (kept.setItem(`pachinko ${url}/ws`, text), kept);
 globalThis.outcome = (promise) => promise.then(
   (value) => ({ value: value ?? null }),
   ({ name, code, sent, message, details }) => ({ name, code, sent, message, details }));

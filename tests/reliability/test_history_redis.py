@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import json
+import os
+import random
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,7 +19,9 @@ from brokers import BrokerProcess, Proxy, running
 from following import Follower, Published, query_of
 from support import Client, connect, new_app, serving, until
 
-from pachinko import Connection, Hub, Pachinko, PachinkoError
+import pachinko_cluster
+from pachinko import Connection, Hub, Pachinko, PachinkoError, Window
+from pachinko_cluster import Redis, Stamp, read_broker, read_stamp
 
 ROOM = "room:a"
 QUIET = "room:quiet"
@@ -200,6 +205,86 @@ async def test_a_replica_that_was_not_promoted_takes_nothing(scene: Scene) -> No
     await scene.servers.fail_over()
     await scene.say(one, 2, a)
     scene.published.check(reasons=("epoch",))
+
+
+class Lot:
+    """What was kept in a Redis that loses keys by lot, and what its positions must be good for."""
+
+    def __init__(self, url: str, seed: int) -> None:
+        self.store, self.lot = Redis(read_broker(url)), random.Random(seed)
+        self.admin = redis.asyncio.from_url(url)
+        self.came: list[tuple[Stamp, bytes]] = []
+        self.kept: dict[str, list[tuple[Stamp, bytes]]] = collections.defaultdict(list)
+        self.places: dict[str, list[tuple[str, int, int]]] = collections.defaultdict(list)
+        self.days = 0
+
+    async def deliver(self, subject: str, data: bytes) -> None:
+        stamp, data = read_stamp(data)
+        assert stamp is not None
+        self.came.append((stamp, data))
+
+    async def keep(self, subject: str, n: int) -> None:
+        """Each number is above all before, and names the last one, unless that is forgotten."""
+        self.came.clear()
+        window = Window(self.lot.choice([1, 2, 100]), self.lot.choice([0.03, 300.0]), 1)
+        await self.store.keep(subject, b"{}%d" % n, window)
+        await until(lambda: self.came)
+        stamp, data = self.came.pop()
+        assert data == b"{}%d" % n
+        before = [each.number for each, _ in self.kept[subject] if each.epoch == stamp.epoch]
+        assert stamp.previous in (0, *before[-1:]) and stamp.number > max(before, default=0)
+        self.kept[subject].append((stamp, data))
+        self.places[subject].append((stamp.epoch, stamp.number, self.days))
+
+    async def read(self, subject: str, n: int) -> None:
+        """What is missing is below the floor. A position of the last day has no gap for nothing."""
+        count = self.lot.choice([1, 2, 100])
+        past = await self.store.past(subject, count)
+        numbers = [entry.number for entry in past.entries]
+        mine = [stamp.number for stamp, _ in self.kept[subject] if stamp.epoch == past.epoch]
+        texts = {(stamp.number, data) for stamp, data in self.kept[subject]}
+        assert {(entry.number, entry.data) for entry in past.entries} <= texts
+        assert numbers == sorted(numbers) and past.top >= max(mine, default=0)
+        assert all(number <= past.floor for number in {*mine} - {*numbers})
+        for epoch, number, day in self.places[subject]:
+            is_all = all(each in numbers for each in mine if each > number)
+            if epoch == past.epoch and is_all and count == 100 and self.days - day <= 1:
+                assert past.floor <= number
+        self.places[subject].append((past.epoch, past.top, self.days))
+
+    async def forget(self, subject: str, n: int) -> None:
+        """A day passes."""
+        script, day = pachinko_cluster._KEEP, f"+ {pachinko_cluster._FORGET * 1000:.0f}"
+        self.days += 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pachinko_cluster, "_KEEP", script.replace(day, "- 1e12"))
+            await self.store.agree("pachinko.history.rules", b"1", 60.0)
+
+    async def lose(self, subject: str, n: int) -> None:
+        patterns = ["*", "{pachinko}.kept", "{pachinko}.kept.tops", *[f"*.{subject}"] * 3]
+        for key in await self.admin.keys(self.lot.choice(patterns)):
+            await self.admin.delete(key)
+
+    async def wait(self, subject: str, n: int) -> None:
+        await asyncio.sleep(0.04)  # the shorter windows end
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("PACHINKO_FAULT_EXAMPLES", "5"))))
+async def test_no_message_is_missing_above_the_floor(seed: int) -> None:
+    """Whatever Redis evicts, expires or forgets."""
+    async with running("redis") as broker:
+        lot = Lot(broker.url, seed)
+        subjects = [f"pachinko.g.{n}" for n in range(3)]
+        try:
+            await lot.store.start(lot.deliver, lambda why: None)
+            for subject in subjects:
+                await lot.store.subscribe(subject)
+            steps = [lot.keep] * 12 + [lot.read] * 8 + [lot.forget, lot.lose, lot.wait]
+            for n in range(300):
+                await lot.lot.choice(steps)(lot.lot.choice(subjects), n)
+        finally:
+            await lot.store.stop()
+            await lot.admin.aclose()
 
 
 @pytest.fixture(autouse=True)

@@ -227,6 +227,33 @@ ws.worker(clock, once=True)
 ws.worker(once=True)(5)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
 
 
+# Kept groups, and streams that go on without their client.
+
+hub.keep("room:")
+hub.keep("", messages=1, seconds=0.5, bytes=1024)
+hub.keep("room:", 100)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+hub.configure(history_bytes=1 << 20)
+Pachinko(app, "/slow", overflow="replay")
+Pachinko(app, "/bad", overflow="keep")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+@ws.snapshot("room:")
+async def state(conn: Connection, group: str) -> Said | None:
+    assert_type(await hub.position(group), str)
+    async for kept in hub.history(group, last=5):
+        assert_type(kept, Envelope)
+    return None
+
+
+snapped: Callable[[Connection, str], Awaitable[Said | None]] = state
+ws.snapshot(state)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+@ws.on("tokens", resumable=60)
+async def tokens(conn: Connection, *, prompt: str) -> AsyncIterator[str]:
+    yield prompt
+
+
 # Who may send a type, and what other files have registered.
 
 
@@ -327,6 +354,15 @@ async def start_tasks(conn: Connection) -> None:
     assert_type(await task, int)
     conn.create_task(add)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     conn.create_task(count(conn, to=3))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def read_history() -> None:
+    assert_type(await hub.position("room:1"), str)
+    async for kept in hub.history("room:1", last=5):
+        assert_type(kept, Envelope)
+        assert_type(kept.at, str | None)
+    hub.history(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await hub.history("room:1")  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues]
 
 
 async def listen() -> None:
@@ -440,6 +476,11 @@ class Own:
 async def several_processes() -> None:
     own: Backplane = Own()
     hub.configure("nats://localhost:4222", namespace="shop")
+    hub.configure(history_bytes=10_000_000)
+    hub.keep("room:")
+    hub.keep("", messages=1, seconds=60, bytes=10_000)
+    hub.keep()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    hub.keep("room:", 5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     hub.configure(own)
     hub.configure(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType] - is no broker
     async with hub.open("redis://localhost:6379") as opened:
@@ -491,6 +532,8 @@ def use_hub_without_an_event_loop(conn: Connection) -> None:
         assert_type(sync_hub.ask(conn.id, "sum", {"a": 1}, timeout=5, returns=int), int)
         assert_type(sync_hub.ask(conn.id, Say("hello")), Any)
         assert_type(sync_hub.presence("room:1")[0].user, str | None)
+        assert_type(sync_hub.position("room:1"), str)
+        assert_type(sync_hub.history("room:1", last=5)[0].at, str | None)
         assert_type(sync_hub.presence(user="ada")[0].id, str)
     sync_hub.stop()
 
