@@ -34,7 +34,9 @@ CHARACTERS = 2_000  # of ``?resume=``
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 numbers = st.integers() | st.sampled_from([0, -1, 2**31, 2**53, 2**63, 2**64, 10**400])
-scalars = st.none() | st.booleans() | numbers | st.floats(allow_nan=False) | texts
+scalars = (
+    st.none() | st.booleans() | numbers | st.floats(allow_nan=False, allow_infinity=False) | texts
+)
 anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
     max_leaves=8,
@@ -47,7 +49,8 @@ positions = (
         "{epoch}.1e2",
         "{epoch}.1_0", "{epoch}.\N{ARABIC-INDIC DIGIT ONE}", "{epoch}.\N{SUPERSCRIPT TWO}",
         "{epoch}.99999", "{epoch}." + "9" * 150, "{epoch}." + "9" * 4400, "{epoch}.0x1", ".1",
-        "x.1", "{epoch}.{epoch}.1", "\0.1", "{epoch}.1\0", "\N{SNOWMAN}.1", "{epoch}.1\n", " {epoch}.1",
+        "x.1", "{epoch}.{epoch}.1", "\0.1", "{epoch}.1\0", "\N{SNOWMAN}.1", "{epoch}.1\n",
+        " {epoch}.1",
     ])
     | anything
 )  # fmt: skip
