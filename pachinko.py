@@ -96,7 +96,7 @@ Map: each section, what it is for, and those above it that it uses.
     answering — what a client is told of its messages (uses: errors, envelope and message, scope,
         clock, limits, outbox, outcomes, guard, stream)
     resumable streams — ? (uses: errors, envelope and message, scope, clock, limits, outbox,
-        history, connection, registry and relay, catching up, outcomes, stream, answering, session)
+        history, connection, registry and relay, catching up, outcomes, stream, answering)
     session — decode a message, call its handler, answer (uses: errors, envelope and message, scope,
         clock, limits, outbox, outgoing, incoming, connection, asking, catching up, outcomes,
         stream, background, answering, resumable streams)
@@ -105,9 +105,11 @@ Map: each section, what it is for, and those above it that it uses.
     running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
         scope, clock, limits, connection, hub state, outcomes, snapshots)
     assets — the files of client/, as routes (uses: errors)
-    Pachinko — the façade: registration, and what Falcon calls (uses: errors, envelope and message,
-        signatures, handlers, scope, include, handshake, clock, limits, outgoing, hub, guard,
-        snapshots, session, admission, running, assets)
+    registration — the decorators (uses: errors, envelope and message, signatures, handlers, scope,
+        include, handshake, clock, limits, guard, snapshots, admission, running)
+    Pachinko — the façade: what an application makes, and what Falcon calls (uses: errors, envelope
+        and message, handlers, include, handshake, limits, outgoing, hub, session, admission,
+        running, assets, registration)
     settling — what an event loop can still do by itself (uses: clock, outgoing, stream)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
         clock, asking, listening, outcomes, settling)
@@ -2944,10 +2946,8 @@ class Routes:
 
     def add_snapshot(self, prefix: str, function: Callable[..., Awaitable[Any]]) -> None:
         """Take snapshots of the groups that begin with *prefix*, or refuse a second function."""
-        refuse_second(
-            self.snapshots.get(prefix), function, f"{prefix!r} has a snapshot",
-            "give it a longer prefix",
-        )  # fmt: skip
+        what, cure = f"{prefix!r} has a snapshot", "give it a longer prefix"
+        refuse_second(self.snapshots.get(prefix), function, what, cure)
         self.snapshots[prefix] = function
 
     def add_provider(self, provider: Provider) -> None:
@@ -7490,7 +7490,8 @@ class Resumable(Answering):
     )  # fmt: skip
 
     def __init__(self, session: Session, id: Id, seconds: float) -> None:
-        super().__init__(session.conn, session.routes)
+        conn = session.conn
+        super().__init__(conn.hub.state, conn, session.routes, session.outgoing.limits)
         self._id, self._seconds = id, seconds
         self._token = secrets.token_hex(12)  # Only its client knows the 96 bits.
         self._stream = ResumableStream(self)
@@ -7508,7 +7509,7 @@ class Resumable(Answering):
 
     def start(self, handler: Handler, message: Received) -> None:
         """Run the generator in a task of its own."""
-        session = cast(Session, self._carrier)
+        session = cast("Session", self._carrier)
         session.take_stream(self._id, self._stream)
         task = create_task(self._run(handler, message))
         self.tasks = {task}
@@ -7570,7 +7571,7 @@ class Resumable(Answering):
 
     def leave(self) -> None:
         """Go on for a while without the client, which has gone."""
-        cast(Session, self._carrier).drop_stream(self._id)
+        cast("Session", self._carrier).drop_stream(self._id)
         self._carrier, self._alone = None, 0
         self._set_timer()
         every = self._hub_state.registry.resumable
@@ -8766,7 +8767,7 @@ class Asset:
         self._etag = falcon.ETag(hashlib.sha256(self._data).hexdigest()[:32])
 
     async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
-        """Send the file, or 304 to whoever has it (RFC 9110, 13.1.2). The address has no version."""
+        """Send the file, or 304 to whoever has it (RFC 9110, 13.1.2): no version is in its URL."""
         resp.cache_control, resp.etag = ["no-cache"], self._etag
         known = req.if_none_match or ()
         if "*" in known or self._etag in known:
@@ -8777,68 +8778,11 @@ class Asset:
     on_head = on_get  # Falcon leaves out the body.
 
 
-# ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
-
-_WIRE_FORMAT = "pachinko.1"  # a client may offer it as a subprotocol
+# ── registration ──────────────────────────────────────────────────────────────────────────────
 
 
-class Pachinko(Lifecycle):
-    """A WebSocket endpoint: a Falcon resource that routes messages to handlers.
-
-    ``ws = Pachinko(app, "/ws/{room}")`` adds itself to *app*. Without the two, write the lines
-    yourself: ``app.add_route("/ws", ws)`` and, for the lifespan, ``app.add_middleware(ws)``.
-
-    *origins*: browsers' origins that may connect beside the request's own host, a list such as
-    ``["https://example.com"]``, or ``"*"`` for all. *subprotocols*: in the order of preference.
-    *max_size*: bytes of one frame. *rate*: ``(messages, seconds)`` of one connection.
-    *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client; *overflow*:
-    ``"close"``, ``"drop_oldest"`` or, for kept groups, ``"replay"`` beyond that. *send_timeout*:
-    seconds that a send waits for one. *linger*: those of a handler after its client has gone.
-    *max_concurrent*: streams and concurrent handlers of one connection. *max_groups*: that one may
-    be in. *handler_timeout*: seconds for the handler of a message, but not for a stream, or None.
-    *auth_timeout*: seconds within which `authenticate` has to know the client. *connect_timeout*:
-    seconds for `authenticate` and connect handlers together, without the wait for the client's
-    first message; beyond, it is refused with 503, or closed with 1013. *trust_forwarded*: whether
-    a proxy of yours sets the headers that ``req.forwarded_host`` and ``req.forwarded_scheme`` read;
-    *origins* then goes by these. Raises `PachinkoError`.
-    """
-
-    def __init__(
-        self, app: falcon.asgi.App[Any, Any] | None = None, path: str | None = None, *,
-        hub: Hub = hub, origins: Iterable[str] | Literal["*"] | None = None,
-        subprotocols: Sequence[str] = (),
-        max_size: int = 1_048_576, rate: tuple[int, float] | None = None,
-        outbox: int = 256, outbox_bytes: int = 1_048_576,
-        overflow: Literal["close", "drop_oldest", "replay"] = "close",
-        send_timeout: float = 20.0, linger: float = 10.0,
-        max_concurrent: int = 16, max_groups: int = 1000,
-        handler_timeout: float | None = None, auth_timeout: float = 10.0,
-        connect_timeout: float = 10.0, trust_forwarded: bool = False,
-    ) -> None:  # fmt: skip
-        limits = Limits(
-            max_size=max_size, rate=rate, outbox=outbox, overflow=overflow, linger=linger,
-            outbox_bytes=outbox_bytes, send_timeout=send_timeout, max_concurrent=max_concurrent,
-            max_groups=max_groups, handler_timeout=handler_timeout, auth_timeout=auth_timeout,
-            connect_timeout=connect_timeout,
-        )  # fmt: skip
-        if not isinstance(hub, Hub):
-            raise PachinkoError(f"write hub=Hub() for a hub of its own, got {hub!r}")
-        super().__init__(app, path, hub, limits, Routes(), {})
-        self._origins = read_origins(origins, trust_forwarded)
-        self._subprotocols = (*texts(subprotocols, "subprotocols"), _WIRE_FORMAT)
-        if app is not None or path is not None:
-            self._attach(app, path)
-
-    def _attach(self, app: Any, path: Any) -> None:
-        if not isinstance(app, falcon.asgi.App):
-            raise PachinkoError(f"WebSockets need app = falcon.asgi.App(), got {app!r}")
-        if not isinstance(path, str) or not path.startswith("/"):
-            raise PachinkoError(f'a path has a leading slash: Pachinko(app, "/ws"), got {path!r}')
-        if (id(app), path) in _attached:
-            raise PachinkoError(f"{path} has a Pachinko already; use that one, or another path")
-        app.add_route(path, self)
-        app.add_middleware(self)
-        _attached[id(app), path] = self
+class Registration(Lifecycle):
+    """What an application registers on an endpoint: handlers, and what is around them."""
 
     def connect(self, function: F = _NO_FUNCTION) -> F:
         """Run ``async def f(conn, …)`` before the handshake is answered, with path parameters.
@@ -9124,6 +9068,70 @@ class Pachinko(Lifecycle):
         self._routes.connect.extend(with_end(c, *leave) if leave else c for c in ends["connect"])
         self._routes.accepted.extend(ends["accepted"])
         self._routes.disconnect.extend(leave)
+
+
+# ── Pachinko ──────────────────────────────────────────────────────────────────────────────────
+
+_WIRE_FORMAT = "pachinko.1"  # a client may offer it as a subprotocol
+
+
+class Pachinko(Registration):
+    """A WebSocket endpoint: a Falcon resource that routes messages to handlers.
+
+    ``ws = Pachinko(app, "/ws/{room}")`` adds itself to *app*. Without the two, write the lines
+    yourself: ``app.add_route("/ws", ws)`` and, for the lifespan, ``app.add_middleware(ws)``.
+
+    *origins*: browsers' origins that may connect beside the request's own host, a list such as
+    ``["https://example.com"]``, or ``"*"`` for all. *subprotocols*: in the order of preference.
+    *max_size*: bytes of one frame. *rate*: ``(messages, seconds)`` of one connection.
+    *outbox*, *outbox_bytes*: what hub methods may leave waiting for one slow client; *overflow*:
+    ``"close"``, ``"drop_oldest"`` or, for kept groups, ``"replay"`` beyond that. *send_timeout*:
+    seconds that a send waits for one. *linger*: those of a handler after its client has gone.
+    *max_concurrent*: streams and concurrent handlers of one connection. *max_groups*: that one may
+    be in. *handler_timeout*: seconds for the handler of a message, but not for a stream, or None.
+    *auth_timeout*: seconds within which `authenticate` has to know the client. *connect_timeout*:
+    seconds for `authenticate` and connect handlers together, without the wait for the client's
+    first message; beyond, it is refused with 503, or closed with 1013. *trust_forwarded*: whether
+    a proxy of yours sets the headers that ``req.forwarded_host`` and ``req.forwarded_scheme`` read;
+    *origins* then goes by these. Raises `PachinkoError`.
+    """
+
+    def __init__(
+        self, app: falcon.asgi.App[Any, Any] | None = None, path: str | None = None, *,
+        hub: Hub = hub, origins: Iterable[str] | Literal["*"] | None = None,
+        subprotocols: Sequence[str] = (),
+        max_size: int = 1_048_576, rate: tuple[int, float] | None = None,
+        outbox: int = 256, outbox_bytes: int = 1_048_576,
+        overflow: Literal["close", "drop_oldest", "replay"] = "close",
+        send_timeout: float = 20.0, linger: float = 10.0,
+        max_concurrent: int = 16, max_groups: int = 1000,
+        handler_timeout: float | None = None, auth_timeout: float = 10.0,
+        connect_timeout: float = 10.0, trust_forwarded: bool = False,
+    ) -> None:  # fmt: skip
+        limits = Limits(
+            max_size=max_size, rate=rate, outbox=outbox, overflow=overflow, linger=linger,
+            outbox_bytes=outbox_bytes, send_timeout=send_timeout, max_concurrent=max_concurrent,
+            max_groups=max_groups, handler_timeout=handler_timeout, auth_timeout=auth_timeout,
+            connect_timeout=connect_timeout,
+        )  # fmt: skip
+        if not isinstance(hub, Hub):
+            raise PachinkoError(f"write hub=Hub() for a hub of its own, got {hub!r}")
+        super().__init__(app, path, hub, limits, Routes(), {})
+        self._origins = read_origins(origins, trust_forwarded)
+        self._subprotocols = (*texts(subprotocols, "subprotocols"), _WIRE_FORMAT)
+        if app is not None or path is not None:
+            self._attach(app, path)
+
+    def _attach(self, app: Any, path: Any) -> None:
+        if not isinstance(app, falcon.asgi.App):
+            raise PachinkoError(f"WebSockets need app = falcon.asgi.App(), got {app!r}")
+        if not isinstance(path, str) or not path.startswith("/"):
+            raise PachinkoError(f'a path has a leading slash: Pachinko(app, "/ws"), got {path!r}')
+        if (id(app), path) in _attached:
+            raise PachinkoError(f"{path} has a Pachinko already; use that one, or another path")
+        app.add_route(path, self)
+        app.add_middleware(self)
+        _attached[id(app), path] = self
 
     def include(self, other: Pachinko, prefix: str = "") -> None:
         """Add a copy of all that is registered on *other*, a ``Pachinko()`` of another file.

@@ -1,6 +1,6 @@
 """An agent that streams tokens: they can be stopped, and go on after a reload or a lost network.
 
-    uvicorn --app-dir examples tokens:app     # then open http://127.0.0.1:8000/
+uvicorn --app-dir examples tokens:app     # then open http://127.0.0.1:8000/
 """
 
 import asyncio

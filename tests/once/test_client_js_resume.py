@@ -123,7 +123,9 @@ async def test_positions_begin_where_the_page_does(js: Js, script: Script) -> No
     assert resume_of((await script.accept()).path) == resume
 
 
-@pytest.mark.parametrize("text", ["", "no JSON", "null", "[]", "7", '{"groups":7,"ids":7,"streams":7}'])
+@pytest.mark.parametrize(
+    "text", ["", "no JSON", "null", "[]", "7", '{"groups":7,"ids":7,"streams":7}']
+)
 async def test_a_storage_may_hold_anything(js: Js, script: Script, text: str) -> None:
     """What is no note of the client's is none; one that denies access is as good as none."""
     await begin(js, script, f"{{storage: holding(url, '{text}')}}")
@@ -236,7 +238,9 @@ async def test_a_stream_can_be_stopped_while_the_connection_is_lost(js: Js, scri
     await js.run("() => c.items.next()")
     script.refuses = True
     peer.cut()
-    await js.run("async () => { await until(() => c.state === 'waiting'); await c.items.return(); }")
+    await js.run(
+        "async () => { await until(() => c.state === 'waiting'); await c.items.return(); }"
+    )
     script.refuses = False
     await js.run("() => { c.retry(); }")
     peer = await script.accept()
