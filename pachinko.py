@@ -8765,17 +8765,18 @@ class Asset:
                 f"there is no {_ASSETS / name}: copy the folder client/ beside the module, or "
                 "install the package"
             ) from None
-        self._media_type = media_type
-        self._etag = falcon.ETag(hashlib.sha256(self._data).hexdigest()[:32])
+        self._etag = hashlib.sha256(self._data).hexdigest()[:32]
+        # Browsers ask each time whether it has changed, as its address has no version.
+        about = {"Cache-Control": "no-cache", "Content-Type": media_type}
+        self._headers = {**about, "ETag": f'"{self._etag}"'}
 
     async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
-        """Send the file, or 304 to whoever has it (RFC 9110, 13.1.2): no version is in its URL."""
-        resp.cache_control, resp.etag = ["no-cache"], self._etag
-        known = req.if_none_match or ()
-        if "*" in known or self._etag in known:
+        """Send the file, or 304 to whoever has it (RFC 9110, 13.1.2)."""
+        resp.set_headers(self._headers)
+        if {"*", self._etag}.intersection(req.if_none_match or ()):
             resp.status = falcon.HTTP_304
         else:
-            resp.content_type, resp.data = self._media_type, self._data
+            resp.data = self._data
 
     on_head = on_get  # Falcon leaves out the body.
 
