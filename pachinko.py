@@ -4454,8 +4454,9 @@ class Outgoing:
 
     def put(self, *several: Waiting) -> None:
         """Put events in line that no option bounds, unless the connection ends."""
-        for waiting in () if self.closed else several:
-            self._put(waiting)
+        if not self.closed:
+            self.outbox = self.outbox or Outbox()
+            self.outbox.queue.extend(several)  # None of them has a size to be counted.
         if not self.writing:
             self.write_next()
 
