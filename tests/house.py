@@ -113,7 +113,7 @@ STORED = {
     "etag": "of Falcon's response, as in any resource",
 }
 
-MODULE_LINES = {"pachinko.py": 10_800, "pachinko_cluster.py": 3500}
+MODULE_LINES = {"pachinko.py": 10_800, "pachinko_cluster.py": 3600}
 SECTION_LINES = 450
 FUNCTION_LINES = 45
 
