@@ -4454,8 +4454,9 @@ class Outgoing:
 
     def put(self, *several: Waiting) -> None:
         """Put events in line that no option bounds, unless the connection ends."""
-        for waiting in () if self.closed else several:
-            self._put(waiting)
+        if not self.closed:
+            self.outbox = self.outbox or Outbox()
+            self.outbox.queue.extend(several)  # None of them has a size to be counted.
         if not self.writing:
             self.write_next()
 
@@ -7326,15 +7327,14 @@ class Answering:
         "_hub_state", "_limits", "_rate", "conn", "outgoing", "routes", "streams", "tasks",
     )  # fmt: skip
 
-    def __init__(
-        self, hub_state: HubState, conn: Connection, routes: Routes, limits: Limits
-    ) -> None:
+    def __init__(self, conn: Connection, routes: Routes) -> None:
+        limits = conn.outgoing.limits
         self.conn: Connection = conn
         self.routes: Routes = routes
         self.outgoing: Outgoing = conn.outgoing
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
         self.streams: dict[Id, Stream] = _NONE
-        self._hub_state, self._limits = hub_state, limits
+        self._hub_state, self._limits = conn.hub.state, limits
         self._rate = Rate(*limits.rate) if limits.rate is not None else None
 
     def _exceed_rate(
@@ -7816,7 +7816,7 @@ class Session(Answering):
         id = state.process + os.urandom(_OWN_BYTES).hex()
         receive, send = server_calls(ws)
         outgoing = Outgoing(id, ws, send, limits, state.counts, self)
-        super().__init__(state, Connection(hub, req, ws, params, id, outgoing), routes, limits)
+        super().__init__(Connection(hub, req, ws, params, id, outgoing), routes)
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
         self.is_serving: bool = False  # messages are handled
@@ -8765,17 +8765,18 @@ class Asset:
                 f"there is no {_ASSETS / name}: copy the folder client/ beside the module, or "
                 "install the package"
             ) from None
-        self._media_type = media_type
-        self._etag = falcon.ETag(hashlib.sha256(self._data).hexdigest()[:32])
+        self._etag = hashlib.sha256(self._data).hexdigest()[:32]
+        # Browsers ask each time whether it has changed, as its address has no version.
+        about = {"Cache-Control": "no-cache", "Content-Type": media_type}
+        self._headers = {**about, "ETag": f'"{self._etag}"'}
 
     async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
-        """Send the file, or 304 to whoever has it (RFC 9110, 13.1.2): no version is in its URL."""
-        resp.cache_control, resp.etag = ["no-cache"], self._etag
-        known = req.if_none_match or ()
-        if "*" in known or self._etag in known:
+        """Send the file, or 304 to whoever has it (RFC 9110, 13.1.2)."""
+        resp.set_headers(self._headers)
+        if {"*", self._etag}.intersection(req.if_none_match or ()):
             resp.status = falcon.HTTP_304
         else:
-            resp.content_type, resp.data = self._media_type, self._data
+            resp.data = self._data
 
     on_head = on_get  # Falcon leaves out the body.
 

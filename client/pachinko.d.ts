@@ -72,9 +72,9 @@ type Rest<P> = undefined extends P ? [payload?: P] : [payload: P];
 
 export interface Client<M extends Messages = Messages> {
   readonly state: State;
-  /** Send a message without an answer. Throws `Lost` if the client is closed, or its outbox full. */
+  /** Send what needs no answer. Throws `Lost` if the client is closed, or its outbox full. */
   send<T extends Key<M["sends"]>>(type: T, ...payload: Rest<M["sends"][T]>): void;
-  /** Send a message, and return the payload of its answer. Rejects with `MessageError` or `Lost`. */
+  /** Send a message, and return its answer's payload. Rejects with `MessageError` or `Lost`. */
   request<T extends Key<M["requests"]>>(
     type: T,
     payload?: M["requests"][T]["payload"],
@@ -131,4 +131,7 @@ export interface Failure {
 }
 
 /** Connect, and stay connected. Returns at once; what is sent meanwhile waits in the outbox. */
-export function connect<M extends Messages = Messages>(url: string | URL, options?: Options): Client<M>;
+export function connect<M extends Messages = Messages>(
+  url: string | URL,
+  options?: Options,
+): Client<M>;

@@ -8,8 +8,8 @@
  *     const total = await client.request("sum", { a: 1, b: 2 });
  *     for await (const n of client.stream("count", { to: 3 })) show(n);
  *
- * Groups that the server keeps go on where they were: what was missed comes, or a `gap` says that it
- * cannot. Importing this module does nothing.
+ * Groups that the server keeps go on where they were: what was missed comes, or a `gap` says that
+ * it cannot. Importing this module does nothing.
  */
 
 /**
@@ -83,11 +83,13 @@ class Items {
   /** @type {string | undefined} */
   #last;
   #call;
+  #took;
   #leave;
 
-  /** @param {Call} call @param {() => void} leave */
-  constructor(call, leave) {
+  /** @param {Call} call @param {() => void} took @param {() => void} leave */
+  constructor(call, took, leave) {
     this.#call = call;
+    this.#took = took;
     this.#leave = leave;
     call.item = (payload, at) => {
       this.#waiting.push([payload, at]);
@@ -108,6 +110,7 @@ class Items {
   async next() {
     // Whoever asks for the next item is done with the last one: it need not come again.
     this.#call.taken = this.#last ?? this.#call.taken;
+    this.#took();
     while (!this.#waiting.length) {
       if (this.#isOver) {
         const error = this.#error;
@@ -325,7 +328,7 @@ class Client {
   #listen(socket, opened) {
     this.#socket = socket;
     socket.onopen = opened;
-    socket.onmessage = ({ data }) => this.#receive(JSON.parse(data));
+    socket.onmessage = ({ data }) => typeof data === "string" && this.#receive(JSON.parse(data));
     socket.onclose = ({ code, reason }) => this.#drop(code, reason);
   }
 
@@ -441,8 +444,9 @@ class Client {
     const text = JSON.stringify(message), socket = this.#socket;
     const isOpen = this.#state === "open" && socket?.readyState === 1; // else it would vanish
     const size = isOpen ? 0 : new Blob([text]).size;
-    const waiting = this.#outbox.reduce((sum, each) => sum + each.size, socket?.bufferedAmount ?? 0);
-    const isFull = this.#outbox.length >= MOST_WAITING || waiting + size > MOST_BYTES;
+    const buffered = socket?.bufferedAmount ?? 0;
+    const total = this.#outbox.reduce((sum, each) => sum + each.size, buffered + size);
+    const isFull = this.#outbox.length >= MOST_WAITING || total > MOST_BYTES;
     if (isFull || this.#state === "closed") {
       if (call) this.#calls.delete(call.id);
       throw new Lost(false, isFull ? "the outbox is full" : "the client is closed");
@@ -467,7 +471,8 @@ class Client {
 
   /** @param {Call} call */
   #items(call) {
-    return new Items(call, () => {
+    const took = () => isHidden() && this.#save();
+    return new Items(call, took, () => {
       if (!call.sent) return this.#withdraw(call);
       call.item = call.done = call.fail = () => {}; // It waits for its final answer unheard.
       call.stop = { sent: false };
@@ -511,6 +516,7 @@ class Client {
       this.#calls.delete(id);
       if (type === "error") call.fail(errorOf(payload));
       else call.done(payload);
+      if (!call.isPlain && isHidden()) this.#save();
     }
   }
 
@@ -571,7 +577,11 @@ class Client {
     return [...this.#calls.values()].filter((call) => this.#isResumable(call));
   }
 
-  /** Put all that into the address, and return true; or promise a message. @param {boolean} byMessage */
+  /**
+   * Put all that into the address, and return true; or promise a message there.
+   *
+   * @param {boolean} byMessage
+   */
   #announce(byMessage) {
     const resume = this.#resume(), text = JSON.stringify(resume);
     if (!resume) return true;
@@ -584,6 +594,7 @@ class Client {
 
   #load() {
     const { storage, resume } = this.#options;
+    if (resume === false) return;
     try {
       const { groups, ids, streams } = JSON.parse(storage?.getItem(this.#key) ?? "{}");
       this.#groups = new Map(Object.entries(groups ?? {}));
@@ -594,7 +605,7 @@ class Client {
     }
     this.#lastId = Math.max(0, ...this.#unfinished.map(({ id }) => id));
     // A page that was rendered from positions knows better than the one before it.
-    if (typeof resume === "object") for (const each of Object.entries(resume)) this.#groups.set(...each);
+    for (const [group, at] of Object.entries(resume ?? {})) this.#groups.set(group, at);
     this.#save();
   }
 
@@ -606,16 +617,21 @@ class Client {
   #save() {
     const { storage, resume } = this.#options;
     if (!storage || resume === false) return;
-    const isOwn = globalThis.document?.hidden !== false;
     const going = this.#streams().filter((call) => !call.stop);
     const streams = going.map(({ id, type, taken }) => ({ id, type, at: taken }));
-    const own = isOwn ? { ids: this.#ids, streams } : {};
+    const groups = Object.fromEntries(this.#groups);
+    const note = isHidden() ? { groups, ids: this.#ids, streams } : { groups };
     try {
-      storage.setItem(this.#key, JSON.stringify({ groups: Object.fromEntries(this.#groups), ...own }));
+      storage.setItem(this.#key, JSON.stringify(note));
     } catch {
       // It is full, or access is denied: a reload begins anew.
     }
   }
+}
+
+/** Whether this is a page that may be killed without a word. In Node there is nothing to see. */
+function isHidden() {
+  return globalThis.document?.hidden !== false;
 }
 
 /** Whether another attempt would end like the last. @param {number} code @param {number} status */
@@ -626,7 +642,7 @@ function isFinal(code, status) {
 
 /** Whether the server asks for patience. @param {number} code @param {number} status */
 function isBusy(code, status) {
-  return [1012, 1013].includes(code) || [408, 429].includes(status) || Math.floor(status / 100) === 5;
+  return [1012, 1013].includes(code) || [408, 429].includes(status) || /^5..$/.test(`${status}`);
 }
 
 /** @param {any} payload of an `error` */

@@ -1,4 +1,4 @@
-"""The smallest page with pachinko.js. Run ``uvicorn --app-dir examples live:app``, open two tabs."""
+"""The smallest page of pachinko.js. Run ``uvicorn --app-dir examples live:app``; open two tabs."""
 
 from pathlib import Path
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import pachinko
 
 CLIENT = Path(pachinko.__file__).with_name("client")
+PAGE = Path(__file__).parent.parent / "docs" / "client.md"
 ESBUILD, TYPESCRIPT = "esbuild@0.28.2", "typescript@7.0.2"
 STRICT = ["--noEmit", "--strict", "--target", "esnext", "--module", "nodenext"]
 STRICT += ["--lib", "esnext,dom,dom.iterable"]
@@ -26,7 +28,8 @@ STRICT += ["--lib", "esnext,dom,dom.iterable"]
 PROGRAM = """
 import { connect, Lost, MessageError, type Client, type Messages } from "./pachinko.js";
 
-const any = connect("/ws", { storage: sessionStorage, token: async () => "s3cret", resume: { g: "e.1" } });
+const token = async () => "s3cret";
+const any = connect("/ws", { storage: sessionStorage, token, resume: { g: "e.1" } });
 any.on("said", ({ who }, { group, at }) => console.log(who, group, at));
 any.on("$state", (state, detail) => state === "waiting" && console.log(detail?.wait));
 any.on("gap", ({ reason }) => reason === "expired");
@@ -41,7 +44,8 @@ interface Chat extends Messages {
   questions: { confirm: { payload: { text: string }; reply: boolean } };
 }
 
-const chat: Client<Chat> = connect<Chat>("wss://example.com/ws", { protocols: ["bearer"], token: null });
+const url = new URL("wss://example.com/ws");
+const chat: Client<Chat> = connect<Chat>(url, { protocols: ["bearer"], token: null });
 async function talk(): Promise<void> {
   chat.send("say", { text: "hi" });
   chat.send("typing");
@@ -124,9 +128,11 @@ def test_the_source_has_types(tools: Path) -> None:
 
 
 def test_the_types_fit_a_program(tools: Path) -> None:
-    """A program with and without a map of its messages; its mistakes are found."""
+    """Programs with and without a map of their messages; mistakes are found."""
     (tools / "program.ts").write_text(PROGRAM)
-    run(tools, "tsc", *STRICT, "program.ts")
+    shown = re.findall(r"^```ts\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (tools / "shown.ts").write_text("".join(shown))
+    run(tools, "tsc", *STRICT, "program.ts", "shown.ts")
 
 
 def test_the_types_name_all_that_is_there(tools: Path) -> None:

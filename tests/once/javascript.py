@@ -1,4 +1,4 @@
-"""Where pachinko.js runs in tests, Chromium and Node, and a server that says what a test tells it."""
+"""Where pachinko.js runs in tests, Chromium and Node, and a server that says what it is told."""
 
 from __future__ import annotations
 

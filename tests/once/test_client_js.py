@@ -51,6 +51,17 @@ async def test_messages_go_both_ways(js: Js, script: Script) -> None:
     assert log == [["$state", "open"], ["said", {"text": "hi"}], message]
 
 
+async def test_a_binary_frame_is_none_of_its_business(js: Js, script: Script) -> None:
+    """It is passed over, and what follows is read."""
+    await begin(js, script)
+    peer = await script.accept()
+    await js.run("() => { log(c, 'a'); }")
+    await peer.socket.send(b"\x00\x01")
+    await peer.send("a", 1)
+    await js.run("() => until(() => c.log.length > 1)")
+    assert await js.run("() => c.log") == [["$state", "open"], ["a", 1]]
+
+
 async def test_a_listener_can_be_taken_away(js: Js, script: Script) -> None:
     """``on`` returns what ends it; the other listeners of the type stay."""
     await begin(js, script)
@@ -168,7 +179,7 @@ async def test_a_stream_ends_with_its_loop(js: Js, script: Script) -> None:
 
 @pytest.mark.parametrize("way", ["loop", "return", "signal"])
 async def test_a_stream_is_stopped_by_who_leaves(js: Js, script: Script, way: str) -> None:
-    """Leaving the loop sends ``complete``; so do ``return()``, also while it waits, and a signal."""
+    """Leaving the loop sends ``complete``; so do ``return()``, while it waits, and a signal."""
     await begin(js, script)
     code = """async (way) => {
       const abort = new AbortController(), items = c.stream('count', {}, {signal: abort.signal});
@@ -415,7 +426,7 @@ async def test_an_outbox_is_bounded_by_bytes(js: Js, script: Script) -> None:
 
 
 async def test_closing_is_final(js: Js, script: Script) -> None:
-    """``close()`` gives its code to the server, ends everything once, and nothing brings it back."""
+    """``close()`` tells the server its code, ends everything once, and nothing brings it back."""
     await begin(js, script)
     peer = await script.accept()
     await js.run("() => until(() => c.state === 'open')")

@@ -1,4 +1,4 @@
-"""What pachinko.js does in a page: reloads, sleep, lost networks, tabs; the server is a real one."""
+"""What pachinko.js does in a page, with a real server: reloads, sleep, lost networks, tabs."""
 
 from __future__ import annotations
 

@@ -123,9 +123,10 @@ async def test_positions_begin_where_the_page_does(js: Js, script: Script) -> No
     assert resume_of((await script.accept()).path) == resume
 
 
-@pytest.mark.parametrize(
-    "text", ["", "no JSON", "null", "[]", "7", '{"groups":7,"ids":7,"streams":7}']
-)
+NOTES = ["", "no JSON", "null", "[]", "7", '{"groups":7,"ids":7,"streams":7}', '{"ids":{}}']
+
+
+@pytest.mark.parametrize("text", NOTES)
 async def test_a_storage_may_hold_anything(js: Js, script: Script, text: str) -> None:
     """What is no note of the client's is none; one that denies access is as good as none."""
     await begin(js, script, f"{{storage: holding(url, '{text}')}}")
@@ -173,6 +174,29 @@ async def test_positions_are_bounded(js: Js, script: Script) -> None:
 
 
 # Streams
+
+
+async def test_what_a_hidden_page_has_read_is_stored(js: Js, script: Script) -> None:
+    """It may be killed at any time: each item that it is done with, and the end of the stream."""
+    peer, id = await started(js, script, "{storage: kept}")
+    if isinstance(js, InBrowser):
+        await js.run("() => { Object.defineProperty(document, 'hidden', {value: true}); }")
+    for n in range(1, 4):
+        await peer.send("ask.reply", n, id=id, more=True, at=f"s.{n}")
+        await js.run("() => c.items.next()")
+    await js.run("() => { c.last = c.items.next(); }")
+    assert (await js.run(STORED))["streams"] == [{"id": id, "type": "ask", "at": "s.3"}]
+    await peer.send("complete", id=id)
+    assert (await js.run("() => c.last"))["done"]
+    assert (await js.run(STORED))["streams"] == []
+
+
+async def test_who_does_not_resume_takes_up_nothing(js: Js, script: Script) -> None:
+    """Also where another client has left a note."""
+    text = '{"groups":{"g":"e.1"},"streams":[{"id":1,"type":"ask","at":"s.1"}]}'
+    await begin(js, script, f"{{resume: false, storage: holding(url, '{text}')}}")
+    assert await js.run("() => c.resumed('ask') ?? null") is None
+    assert (await script.accept()).path == "/ws"
 
 
 async def started(js: Js, script: Script, options: str = "{}") -> tuple[Any, Any]:

@@ -285,6 +285,8 @@ todos.on("clear", is_admin)  # type: ignore[call-arg,arg-type]  # pyright: ignor
 def include(other: Pachinko) -> None:
     ws.include(todos)
     ws.include(todos, "todo")
+    ws.client("/pachinko.js")
+    ws.client(7)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     assert_type(other.include(todos, prefix="todo"), None)
     ws.include("todos")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     ws.include(todos, prefix=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
