@@ -466,6 +466,7 @@ async def test_who_comes_back_gets_what_was_missed() -> None:
         await it.sim.settle()
         assert seen(second) == [2, 3, 4, ("resume", 3), 7]
         await it.hub.join("r:2", second.conn)
+        await it.sim.settle()
         assert seen(second)[-1] == ("resume", 0)
 
 
@@ -601,6 +602,7 @@ async def test_a_position_serves_one_join() -> None:
         await it.hub.leave("r:1", client.conn)
         await it.say()
         await it.hub.join("r:1", client.conn)
+        await it.sim.settle()
         assert seen(client) == [1, ("resume", 1), ("resume", 0)]
         await it.hub.leave("r:1", client.conn)
         await it.say()
@@ -1033,6 +1035,7 @@ async def test_endpoints_share_what_is_kept() -> None:
     async with simulate(app) as sim:
         first = await sim.connect("/a", query={"resume": "{}"})
         await hub.join("r:1", first.conn)
+        await sim.settle()
         first.cut()
         await sim.settle()
         await hub.send("r:1", "said", 1)
