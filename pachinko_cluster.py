@@ -2149,12 +2149,16 @@ def read_call(frame: bytes) -> tuple[Any, ...]:
     try:
         call = _decode_call(frame)
         name = call.name.decode(errors="surrogatepass")
+        if call.method == "stream":
+            pachinko.read_wanted(call.frame)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
         raise Refused(f"not a call of ours: {exc}") from None
     if call.method in ("join", "leave"):
         return call.method, name
     if call.method == "ask":
         check_carried(bytes(call.frame), None)
+        if not call.seconds:
+            raise Refused("a question that nobody can answer in time")
     return call.method, name, call.frame, call.seconds
 
 
