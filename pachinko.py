@@ -98,8 +98,8 @@ Map: each section, what it is for, and those above it that it uses.
     resumable streams — ? (uses: errors, envelope and message, scope, clock, limits, outbox,
         history, connection, registry and relay, catching up, outcomes, stream, answering)
     session — decode a message, call its handler, answer (uses: errors, envelope and message, scope,
-        clock, limits, outbox, outgoing, incoming, connection, asking, catching up, outcomes,
-        stream, background, answering, resumable streams)
+        handshake, clock, limits, outbox, outgoing, incoming, connection, asking, catching up,
+        outcomes, stream, background, answering, resumable streams)
     admission — authenticate, connect handlers, accept (uses: errors, envelope and message,
         signatures, handshake, clock, limits, outbox, outgoing, outcomes)
     running — the start and the stop of an endpoint, and its workers (uses: errors, signatures,
@@ -108,8 +108,8 @@ Map: each section, what it is for, and those above it that it uses.
     registration — the decorators (uses: errors, envelope and message, signatures, handlers, scope,
         include, handshake, clock, limits, guard, snapshots, admission, running)
     Pachinko — the façade: what an application makes, and what Falcon calls (uses: errors, envelope
-        and message, handlers, include, handshake, limits, outgoing, hub, session, admission,
-        running, assets, registration)
+        and message, handlers, include, handshake, limits, hub, session, admission, running, assets,
+        registration)
     settling — what an event loop can still do by itself (uses: clock, outgoing, stream)
     client — a client of a simulated application (uses: errors, envelope and message, unions, scope,
         clock, asking, listening, outcomes, settling)
@@ -3464,6 +3464,63 @@ def token_of(payload: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
+# Only these three functions have Falcon's private names, which `tests/test_falcon_names.py` pins.
+
+
+def server_calls(ws: Any) -> tuple[Callable[[], Awaitable[Event]], Callable[[Event], Any]]:
+    """Return the server's own `receive` and `send` for Falcon's socket *ws*.
+
+    Falcon's coroutines around them cost 12 % of a message. Its receive queue doubles the cost, and
+    loses what it holds when the client leaves. So it is turned off, for this socket only. If a
+    middleware has accepted the socket, the queue runs already, and frames are read from it.
+    """
+    queue = ws._buffered_receiver
+    if queue._pump_task is None:
+        queue._max_queue = 0
+        ws._asgi_receive = queue._asgi_receive
+    return ws._asgi_receive, ws._asgi_send
+
+
+def mark_closed(ws: Any, code: int | None) -> None:
+    """Tell Falcon's socket that the connection is over: its own close may wait for ever."""
+    ws._state = type(ws._state).CLOSED
+    ws._close_code = code
+
+
+def refuse_by_status(ws: Any, scope: Mapping[str, Any], headers: Iterable[Header]) -> None:
+    """Let Falcon's refusal of the handshake have an HTTP status, where the server offers that.
+
+    Falcon asks the app's error handlers, and then closes with 3000 and the status. Before accept,
+    servers make HTTP 403 of any close. The extension ``websocket.http.response`` of ASGI has the
+    status, the headers and the body of the error that Falcon handles, and *headers*.
+    """
+    send = ws._asgi_send
+
+    async def refuse(event: Event) -> None:
+        status = event.get("code", 0) - 3000
+        if not (ws.unaccepted and event["type"] == "websocket.close" and 300 <= status < 600):
+            await send(event)
+            return
+        exc = sys.exc_info()[1]  # Falcon closes while it handles the error.
+        if not isinstance(exc, (falcon.HTTPError, falcon.HTTPStatus)) or exc.status_code != status:
+            exc = falcon.HTTPError(status)  # An error handler has closed by itself.
+        given: Any = exc.headers or ()
+        own: list[Header] = [*(given.items() if isinstance(given, Mapping) else given)]
+        if isinstance(exc, falcon.HTTPError):
+            kind, body = "application/json", exc.to_json()
+        else:
+            kind, body = "text/plain; charset=utf-8", (exc.text or "").encode()
+        replaced = {str(name).lower() for name, _ in own}
+        rest = [h for h in (("Content-Type", kind), *headers) if h[0].lower() not in replaced]
+        texts = [(str(n), str(v)) for n, v in (*rest, *own)]  # Falcon takes numbers, too
+        sent = [(n.lower().encode(), v.encode()) for n, v in texts if is_header(n, v)]
+        await send({"type": "websocket.http.response.start", "status": status, "headers": sent})
+        await send({"type": "websocket.http.response.body", "body": body})
+
+    if ws.unaccepted and "websocket.http.response" in (scope.get("extensions") or ()):
+        ws._asgi_send = refuse
+
+
 # ── clock ─────────────────────────────────────────────────────────────────────────────────────
 #
 # All that waits for time, or measures it, goes through one object. `simulate` puts a clock that can
@@ -4218,63 +4275,6 @@ def start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return asyncio.Task(coroutine, loop=loop, context=context)
 
 
-# Only these three functions have Falcon's private names, which `tests/test_falcon_names.py` pins.
-
-
-def server_calls(ws: Any) -> tuple[Callable[[], Awaitable[Event]], Callable[[Event], Any]]:
-    """Return the server's own `receive` and `send` for Falcon's socket *ws*.
-
-    Falcon's coroutines around them cost 12 % of a message. Its receive queue doubles the cost, and
-    loses what it holds when the client leaves. So it is turned off, for this socket only. If a
-    middleware has accepted the socket, the queue runs already, and frames are read from it.
-    """
-    queue = ws._buffered_receiver
-    if queue._pump_task is None:
-        queue._max_queue = 0
-        ws._asgi_receive = queue._asgi_receive
-    return ws._asgi_receive, ws._asgi_send
-
-
-def mark_closed(ws: Any, code: int | None) -> None:
-    """Tell Falcon's socket that the connection is over: its own close may wait for ever."""
-    ws._state = type(ws._state).CLOSED
-    ws._close_code = code
-
-
-def refuse_by_status(ws: Any, scope: Mapping[str, Any], headers: Iterable[Header]) -> None:
-    """Let Falcon's refusal of the handshake have an HTTP status, where the server offers that.
-
-    Falcon asks the app's error handlers, and then closes with 3000 and the status. Before accept,
-    servers make HTTP 403 of any close. The extension ``websocket.http.response`` of ASGI has the
-    status, the headers and the body of the error that Falcon handles, and *headers*.
-    """
-    send = ws._asgi_send
-
-    async def refuse(event: Event) -> None:
-        status = event.get("code", 0) - 3000
-        if not (ws.unaccepted and event["type"] == "websocket.close" and 300 <= status < 600):
-            await send(event)
-            return
-        exc = sys.exc_info()[1]  # Falcon closes while it handles the error.
-        if not isinstance(exc, (falcon.HTTPError, falcon.HTTPStatus)) or exc.status_code != status:
-            exc = falcon.HTTPError(status)  # An error handler has closed by itself.
-        given: Any = exc.headers or ()
-        own: list[Header] = [*(given.items() if isinstance(given, Mapping) else given)]
-        if isinstance(exc, falcon.HTTPError):
-            kind, body = "application/json", exc.to_json()
-        else:
-            kind, body = "text/plain; charset=utf-8", (exc.text or "").encode()
-        replaced = {str(name).lower() for name, _ in own}
-        rest = [h for h in (("Content-Type", kind), *headers) if h[0].lower() not in replaced]
-        texts = [(str(n), str(v)) for n, v in (*rest, *own)]  # Falcon takes numbers, too
-        sent = [(n.lower().encode(), v.encode()) for n, v in texts if is_header(n, v)]
-        await send({"type": "websocket.http.response.start", "status": status, "headers": sent})
-        await send({"type": "websocket.http.response.body", "body": body})
-
-    if ws.unaccepted and "websocket.http.response" in (scope.get("extensions") or ()):
-        ws._asgi_send = refuse
-
-
 class _Nobody:
     """A stand-in for the session of a closed connection, where the session would make a cycle."""
 
@@ -4454,8 +4454,9 @@ class Outgoing:
 
     def put(self, *several: Waiting) -> None:
         """Put events in line that no option bounds, unless the connection ends."""
-        for waiting in () if self.closed else several:
-            self._put(waiting)
+        if not self.closed:
+            self.outbox = self.outbox or Outbox()
+            self.outbox.queue.extend(several)  # None of them has a size to be counted.
         if not self.writing:
             self.write_next()
 
@@ -5672,6 +5673,8 @@ class Cursor:
                 frame, has_failed = await take()
             if not self._history.is_current(self):
                 return
+            if self._lost is not None:  # A state of the time before may lack what was lost.
+                return self._history.go_on(self)
             is_overtaken = self._history.rings.gap(self.group, self._position) is not None
             if has_failed or not is_overtaken:
                 break
@@ -5838,11 +5841,13 @@ class History:
     def _turn(self) -> None:
         """Let cursors take a step each, up to so many messages."""
         left = _REPLAYED
-        while self._waiting and left > 0:
-            left -= self._waiting.popleft().step(left)
-        self._is_due = bool(self._waiting)
-        if self._is_due:
-            running_loop().call_soon(self._turn, context=contextvars.Context())
+        try:
+            while self._waiting and left > 0:
+                left -= self._waiting.popleft().step(left)
+        finally:  # What fails keeps nobody else.
+            self._is_due = bool(self._waiting)
+            if self._is_due:
+                running_loop().call_soon(self._turn, context=contextvars.Context())
 
 
 def not_kept(group: str) -> PachinkoError:
@@ -7324,15 +7329,14 @@ class Answering:
         "_hub_state", "_limits", "_rate", "conn", "outgoing", "routes", "streams", "tasks",
     )  # fmt: skip
 
-    def __init__(
-        self, hub_state: HubState, conn: Connection, routes: Routes, limits: Limits
-    ) -> None:
+    def __init__(self, conn: Connection, routes: Routes) -> None:
+        limits = conn.outgoing.limits
         self.conn: Connection = conn
         self.routes: Routes = routes
         self.outgoing: Outgoing = conn.outgoing
         self.tasks: set[asyncio.Task[None]] = _NONE  # concurrent handlers and streams
         self.streams: dict[Id, Stream] = _NONE
-        self._hub_state, self._limits = hub_state, limits
+        self._hub_state, self._limits = conn.hub.state, limits
         self._rate = Rate(*limits.rate) if limits.rate is not None else None
 
     def _exceed_rate(
@@ -7491,7 +7495,7 @@ class Resumable(Answering):
 
     def __init__(self, session: Session, id: Id, seconds: float) -> None:
         conn = session.conn
-        super().__init__(conn.hub.state, conn, session.routes, session.outgoing.limits)
+        super().__init__(conn, session.routes)
         self._id, self._seconds = id, seconds
         self._token = secrets.token_hex(12)  # Only its client knows the 96 bits.
         self._stream = ResumableStream(self)
@@ -7774,13 +7778,18 @@ async def _call(session: Session, wanted: Wanted, other: str, seconds: float) ->
     return await state.relay.call(other, "stream", "", msgspec.Raw(encode(said)), seconds)
 
 
+def read_wanted(said: msgspec.Raw) -> tuple[Wanted, str | None]:
+    """Return what `_call` has said, and for which user. Raises `msgspec.MsgspecError`."""
+    kind = tuple[Id, str | None, int, list[str], str | None]
+    id, token, number, ids, user = msgspec.json.decode(said, type=kind)
+    return Wanted(id, token, number, ids), user
+
+
 async def _stream_call(
     registry: Registry, _: str, said: msgspec.Raw, seconds: float
 ) -> dict[str, Any] | None:
     """Answer `_call` in the process that has the stream. It is stopped if *seconds* are 0."""
-    kind = tuple[Id, str | None, int, list[str], str | None]
-    id, token, number, ids, user = msgspec.json.decode(said, type=kind)
-    wanted = Wanted(id, token, number, ids)
+    wanted, user = read_wanted(said)
     if (found := _find(registry, wanted, user)) is None:
         return None
     if seconds == 0:
@@ -7814,7 +7823,7 @@ class Session(Answering):
         id = state.process + os.urandom(_OWN_BYTES).hex()
         receive, send = server_calls(ws)
         outgoing = Outgoing(id, ws, send, limits, state.counts, self)
-        super().__init__(state, Connection(hub, req, ws, params, id, outgoing), routes, limits)
+        super().__init__(Connection(hub, req, ws, params, id, outgoing), routes)
         self.incoming: Incoming = Incoming(receive, limits.max_size, self)
         self.is_handling: bool = True  # code of the application runs, at first `authenticate`
         self.is_serving: bool = False  # messages are handled
@@ -8863,8 +8872,6 @@ class Registration(Lifecycle):
             if is_guest:
                 await self._hub.state.reachable(conn)
             self._hub.state.serving[current_task()].note_within(payload)
-            if (history := self._hub.state.history) is not None and "resume" in payload:
-                history.note(conn, payload["resume"])
 
         parameter = inspect.Parameter("payload", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         renewal = Handler("authenticate", function, again, Any, parameter, None, None, False, False)

@@ -234,14 +234,19 @@ class Store(typing.Protocol):
     async def keep(self, subject: str, data: bytes, window: Window) -> None:
         """Do what `Backplane.publish` does, and keep *data*. It is delivered behind its stamp."""
 
-    async def past(self, subject: str, count: int) -> Past:
-        """Return the last *count* messages to *subject*, and perhaps more, in their order."""
+    async def past(self, subject: str, count: int, after: Position | None = None) -> Past:
+        """Return the last *count* messages to *subject*, and perhaps more, in their order.
+
+        In the epoch of *after*, those up to there are not needed, and the floor may be as high.
+        """
+        ...
 
     async def agree(self, key: str, value: bytes, seconds: float) -> bytes:
         """Set *key* to *value* for so many seconds, if it has no other; return what it then has.
 
         An empty *value* sets nothing. An empty result stands for none.
         """
+        ...
 
 
 def stamped(stamp: Stamp, data: bytes) -> bytes:
@@ -271,6 +276,7 @@ _RAISING = 2**53  # a mark above all numbers
 _NO_JETSTREAM = (None, 10039, 10076)  # codes: nobody answers, or it is off for this account
 _NOT_NOW = 10008  # the code of a cluster that has no leader
 _NO_STREAM, _NAME_TAKEN, _OVERLAP, _NOT_THE_LAST = 10059, 10058, 10065, 10071
+_EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 _FULL = re.compile(r"resource|bytes exceeded")
 _NOBODY = "503"  # the status of the reply if nobody takes what was published
 
@@ -345,7 +351,7 @@ class Stream:
     """A stream, as the server has described it."""
 
     def __init__(self, namespace: str, described: dict[str, Any]) -> None:
-        """Raises `PachinkoError` if the stream is not like ours."""
+        """Read what the server says. Raises `PachinkoError` if the stream is not like ours."""
         self.config: dict[str, Any] = described["config"]
         self.name: str = self.config["name"]
         self.epoch: str = [*"".join(self.config.get("subjects", [])[:1]).split("."), "", ""][2]
@@ -402,6 +408,7 @@ class JetStream:
         self._ask = ask
         self._stream: Stream | None = None  # as this connection has seen it
         self._rules = 0, 0.0  # the most messages and seconds of any rule
+        self._hour = 0  # the latest one that is marked
         self._latest = "", 0  # the epoch and number of the latest message
         self._turn = asyncio.Lock()
         self._reads = asyncio.Semaphore(_JS_READS)
@@ -418,30 +425,35 @@ class JetStream:
     async def keep(self, subject: str, data: bytes, window: Window) -> None:
         await self._try(subject, window.messages, window.seconds, self._store, subject, data)
 
-    async def past(self, subject: str, count: int, after: int = 0) -> Past:
-        return await self._try(subject, count, 0.0, self._read, subject, count, after)
+    async def past(self, subject: str, count: int, after: Position | None = None) -> Past:
+        return await self._try(subject, 0, 0.0, self._read, subject, count, after)
 
     async def _try(
         self, subject: str, messages: int, seconds: float,
         work: Callable[Concatenate[Stream, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs,
     ) -> T:  # fmt: skip
         """Do *work* with a stream; with a new one if the stream turns out to be gone."""
-        for is_last in (False, True):
+        tries = 0
+        while True:
             stream = await self._open(subject.partition(".")[0], messages, seconds)
             try:
                 return await work(stream, *args, **kwargs)
             except BaseException as exc:
-                self.forget()  # After a time-out: someone may listen to what is no longer stored.
-                if is_last or not isinstance(exc, StreamGone):
+                # After a time-out: a listener hides that nobody stores the messages.
+                self._stream = None if self._stream is stream else self._stream
+                tries += 1
+                if tries > 1 or not isinstance(exc, StreamGone):
                     raise
-        raise AssertionError("unreachable")
 
     async def _store(self, stream: Stream, subject: str, data: bytes) -> None:
         [reply] = await self._ask(stream.subject(subject), data)
         self.note(stream.epoch, _number_of(reply))
 
-    async def _read(self, stream: Stream, subject: str, count: int, after: int) -> Past:
+    async def _read(
+        self, stream: Stream, subject: str, count: int, needed: Position | None
+    ) -> Past:
         kept, epoch = stream.subject(subject), stream.epoch
+        after = needed.number if needed is not None and needed.epoch == epoch else 0
         [last] = await self._ask(f"$JS.API.DIRECT.GET.{stream.name}.{kept}")
         top = 0 if last.status else last.number
         if top and (not count or top <= after):
@@ -512,16 +524,16 @@ class JetStream:
                     has = b""
             if not value or (has and has != value):
                 return has
-            headers = {"Nats-Expected-Last-Subject-Sequence": str(number)}
-            [reply] = await self._ask(subject, b"%f %b" % (seconds, value), headers)
+            replacing = {_EXPECTED: str(number)}
+            [reply] = await self._ask(subject, b"%f %b" % (seconds, value), replacing)
             if _number_of(reply):
                 return value
 
     def _learn(self, rules: bytes) -> None:
         with contextlib.suppress(msgspec.MsgspecError):
             windows = msgspec.json.decode(rules, type=dict[str, tuple[int, float, int]]).values()
-            most, longest, _ = zip(*windows, strict=True)
-            self._rules = max(most), max(longest)
+            most, longest = (max((w[n] for w in windows), default=0) for n in (0, 1))
+            self._rules = int(most), longest
 
     async def _open(self, namespace: str, messages: int, seconds: float) -> Stream:
         """Return the stream. Makes it, or lets it keep more, if that is needed."""
@@ -530,6 +542,7 @@ class JetStream:
             while self._stream is None or not self._stream.has_room(messages, seconds):
                 self._stream = None
                 name = f"{namespace}-kept"
+                latest = self._latest  # The feed goes on while the answer is on its way.
                 stream = await self._describe(namespace)
                 if stream is None:
                     config = {
@@ -538,16 +551,30 @@ class JetStream:
                         "max_age": _max_age(seconds), "num_replicas": 1,
                     }  # fmt: skip
                     await self._call(f"STREAM.CREATE.{name}", config, _NAME_TAKEN)
-                elif self._has_lost_some(stream):
+                elif self._has_lost_some(stream, latest):
                     await self._call(f"STREAM.DELETE.{name}", None, _NO_STREAM)
                 elif not stream.has_room(messages, seconds):
                     changed = stream.changed(messages, seconds)
                     await self._call(f"STREAM.UPDATE.{name}", changed, _NO_STREAM)
                 elif await self._is_active(stream, namespace):
-                    self._stream = stream
+                    self._stream, self._hour = stream, 0
                 else:
                     await asyncio.sleep(_BEGINS)
+            hour = int((self._stream.ahead + pachinko.clock.time()) // 3600)
+            if hour != self._hour:
+                self._hour = hour
+                await self._mark(f"{namespace}.k.hour.{hour}")
             return self._stream
+
+    async def _mark(self, subject: str) -> None:
+        """Store a message that stays for a day, unless there is one.
+
+        The first message of the stream then tells which others may have been forgotten. Otherwise,
+        a busy group would push it on, and an old position in a quiet group would look forgotten.
+        """
+        with contextlib.suppress(PachinkoError):  # The storage may be full.
+            [reply] = await self._ask(subject, headers={_EXPECTED: "0"})
+            _number_of(reply)
 
     async def _is_active(self, stream: Stream, namespace: str) -> bool:
         """Tell whether *stream* takes messages and reads: it is described before it does."""
@@ -558,9 +585,9 @@ class JetStream:
         )
         return all(reply.status != _NOBODY for [reply] in replies)
 
-    def _has_lost_some(self, stream: Stream) -> bool:
+    def _has_lost_some(self, stream: Stream, latest: tuple[str, int]) -> bool:
         """Tell whether the numbers of *stream* go back: after a power cut, or from a backup."""
-        epoch, number = self._latest
+        epoch, number = latest
         is_alone = stream.config["num_replicas"] == 1  # A new leader may take a while to know all.
         return is_alone and stream.epoch == epoch and stream.top < number
 
@@ -627,29 +654,22 @@ def _client_class() -> Any:
     import nats.aio.client
 
     class OrderedClient(nats.aio.client.Client):
-        """A client that awaits `deliver` for one message after the other.
+        """A client that awaits *take* for one message after the other, or leaves it to nats-py.
 
         Without this subclass, nats-py fails 3 of 24 fault tests. Its task and queue for each
         subscription cost 3 KiB, mix up the order between groups, and drop messages when a queue is
-        full. Here a slow `deliver` makes the broker wait, and it disconnects a client that is slow.
+        full. Here a slow *take* makes the broker wait, and it disconnects a client that is slow.
         """
 
-        def __init__(
-            self, deliver: Deliver, lost: Lost,
-            answer: Callable[[str, bytes, bytes], bool], stamp: Callable[[bytes, bytes], bytes],
-        ) -> None:  # fmt: skip
+        def __init__(self, take: Callable[..., Awaitable[bool]], lost: Lost) -> None:
             super().__init__()
-            self.deliver, self.lost, self.answer, self.stamp = deliver, lost, answer, stamp
+            self.take, self.lost = take, lost
 
         async def _process_msg(
-            self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None
+            self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
         ) -> None:
-            name, data = subject.decode(), bytes(data)
-            if name.startswith("_INBOX."):  # It answers us, or a request of nats-py, for a lease.
-                if not self.answer(name, data, headers or b""):
-                    await super()._process_msg(sid, subject, reply, data, headers)
-                return
-            await self.deliver(name, self.stamp(data, headers) if headers else data)
+            if not await self.take(subject.decode(), bytes(data), headers):
+                await super()._process_msg(sid, subject, reply, data, headers)
 
         async def _process_op_err(self, e: Exception) -> None:
             self.lost(e)  # nats-py calls its callbacks only if it closes without an error
@@ -756,7 +776,7 @@ class Nats:
         self._subscriptions, self._round_trip, self._bucket, self._inbox = {}, None, None, ""
         self._refusals.clear()
         self._jetstream.forget()
-        self._client = client = self._class(deliver, tell, self._answer, self._stamp)
+        self._client = client = self._class(functools.partial(self._take, deliver), tell)
         try:
             await client.connect(server, error_cb=failed, closed_cb=closed, **self._settings)
         except Exception as exc:  # whatever nats-py raises
@@ -780,7 +800,7 @@ class Nats:
     async def keep(self, subject: str, data: bytes, window: Window) -> None:
         await self._jetstream.keep(subject, data, window)
 
-    async def past(self, subject: str, count: int, after: int = 0) -> Past:
+    async def past(self, subject: str, count: int, after: Position | None = None) -> Past:
         return await self._jetstream.past(subject, count, after)
 
     async def agree(self, key: str, value: bytes, seconds: float) -> bytes:
@@ -793,13 +813,7 @@ class Nats:
         """Do what `Ask` says. Replies are taken in one order with the messages to groups."""
         client = self._client_for(data)
         async with self._inbox_turn:
-            if not self._inbox:
-                inbox = f"_INBOX.{secrets.token_hex(8)}"
-                try:
-                    await self.subscribe(f"{inbox}.*")
-                except PachinkoError as exc:
-                    raise _no_rights_to_keep(exc) from None
-                self._inbox = inbox
+            self._inbox = self._inbox or await self._open_inbox()
         name = f"{self._inbox}.{next(_numbers)}"
         question = Question(subject.lower(), is_batch)
         self._questions[name] = question
@@ -809,6 +823,25 @@ class Nats:
                 return await question.answer
         finally:
             del self._questions[name]
+
+    async def _open_inbox(self) -> str:
+        """Subscribe to replies, and return what their subjects begin with."""
+        inbox = f"_INBOX.{secrets.token_hex(8)}"
+        try:
+            await self.subscribe(f"{inbox}.*")
+        except PachinkoError as exc:
+            raise _no_rights_to_keep(exc) from None
+        return inbox
+
+    async def _take(self, deliver: Deliver, name: str, data: bytes, headers: bytes | None) -> bool:
+        """Take a message. Returns False if it answers nats-py, which has asked for a lease."""
+        if name.startswith("_INBOX."):
+            return self._answer(name, data, headers or b"")
+        if headers and (stamp := stamp_of(read_headers(headers)[1])) is not None:
+            self._jetstream.note(stamp.epoch, stamp.number)
+            data = stamped(stamp, data)
+        await deliver(name, data)
+        return True
 
     def _answer(self, name: str, data: bytes, headers: bytes) -> bool:
         """Take a reply. Returns False if it is not for us."""
@@ -820,13 +853,6 @@ class Nats:
             if not question.is_batch or reply.status or "Nats-Num-Pending" not in reply.headers:
                 question.end()
         return True
-
-    def _stamp(self, data: bytes, headers: bytes) -> bytes:
-        """Return *data* behind its stamp, if a stream of ours has published it."""
-        if (stamp := stamp_of(read_headers(headers)[1])) is None:
-            return data
-        self._jetstream.note(stamp.epoch, stamp.number)
-        return stamped(stamp, data)
 
     def _refuse(self, refusal: str) -> bool:
         """Fail the questions that the server does not permit. Returns whether there were some."""
@@ -1260,7 +1286,7 @@ class Redis:
         bounds = str(window.messages), _milliseconds(window.seconds)
         await self._store(_KEEP, _slot_of(subject), "kept", subject, data, *bounds, *tidy)
 
-    async def past(self, subject: str, count: int) -> Past:
+    async def past(self, subject: str, count: int, after: Position | None = None) -> Past:
         found = await self._store(_PAST, _slot_of(subject), "kept", subject, str(count))
         epoch, top, floor, now, last = found
         entries = list[Entry]()
@@ -1396,11 +1422,13 @@ class SimulatedConnection:
         del kept[: -window.messages]
         await self.publish(subject, stamped(stamp, data))
 
-    async def past(self, subject: str, count: int) -> Past:
+    async def past(self, subject: str, count: int, after: Position | None = None) -> Past:
         broker, now = self._connected(), pachinko.clock.time()
         kept = broker.kept.get((self.channel, subject), [])
         top = kept[-1][0].number if kept else 0
         last = kept[-count:] if count else []
+        if after is not None and after.epoch == broker.epoch:
+            last = [each for each in last if each[0].number > after.number]
         entries = [Entry(stamp.number, now - at, data) for stamp, at, data in last]
         return Past(broker.epoch, top, last[0][0].previous if last else top, entries)
 
@@ -2121,12 +2149,16 @@ def read_call(frame: bytes) -> tuple[Any, ...]:
     try:
         call = _decode_call(frame)
         name = call.name.decode(errors="surrogatepass")
+        if call.method == "stream":
+            pachinko.read_wanted(call.frame)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
         raise Refused(f"not a call of ours: {exc}") from None
     if call.method in ("join", "leave"):
         return call.method, name
     if call.method == "ask":
         check_carried(bytes(call.frame), None)
+        if not call.seconds:
+            raise Refused("a question that nobody can answer in time")
     return call.method, name, call.frame, call.seconds
 
 
@@ -2302,11 +2334,15 @@ class BrokerRings(Rings):
         when = pachinko.clock.time() - message.age
         return self.put(group, message.frame, message.stamp.number, when, message.excluded)
 
-    def fill(self, group: str, floor: int, older: Iterable[Arrived]) -> None:
-        """Put *older* messages, all behind the number *floor*, before those in the ring."""
+    def fill(self, group: str, floor: int, older: Iterable[Arrived], is_whole: bool) -> None:
+        """Put *older* messages, all behind the number *floor*, before those in the ring.
+
+        The ring *is_whole* if the broker has no others.
+        """
         ring = self._rings[group]
         self._open_again(ring, ring.window, min(floor, ring.floor), older)
-        self._whole.add(group)
+        if is_whole:
+            self._whole.add(group)
 
     def _open_again(
         self, ring: pachinko.Ring, window: Window, floor: int, older: Iterable[Arrived] = ()
@@ -2446,9 +2482,9 @@ class Feed:
         await link.subscribed(subject)  # What is sent after the past comes by the feed.
         session, before = link.session, rings.top_of(group)
         count, is_whole = len(self._waiting), self._is_behind or any(at for _, at in self._waiting)
-        self._held = [] if self._is_behind else None
+        self._held, after = [] if self._is_behind else None, self._needed_after(before)
         with pachinko.WaitLimit(pachinko.clock.time() + _BROKER_WAIT):
-            past = await self._archive.store.past(subject, self._window.messages * is_whole)
+            past = await self._archive.store.past(subject, self._window.messages * is_whole, after)
             await self._archive.sync()
         epoch = rings.top_of(group).epoch
         if session != link.session or epoch not in (past.epoch, before.epoch):
@@ -2457,16 +2493,27 @@ class Feed:
             if epoch != past.epoch:
                 self._begin(Position(past.epoch, past.top), "epoch")
             if is_whole:
-                await self._use(past)
+                await self._use(past, after)
             await self._let_begin(count)
 
-    async def _use(self, past: Past) -> None:
+    def _needed_after(self, top: Position) -> Position | None:
+        """Return what a read has to go back to, if the group is at *top*; None for all of it.
+
+        A store that has all groups in one file reads the end of it much faster.
+        """
+        known = [at for _, at in self._waiting if at is not None] + [top]
+        known = [at for at in known if at != NOWHERE]
+        is_one = len({at.epoch for at in known}) == 1
+        return min(known, key=lambda at: at.number) if is_one else None
+
+    async def _use(self, past: Past, after: Position | None) -> None:
         """Fill the ring, and deliver what was missed, and what came meanwhile."""
         group, rings, last = self._group, self._rings, Position(past.epoch, past.top)
         found = [each for entry in past.entries if (each := read_kept(group, entry, past.epoch))]
         if past.floor > rings.top_of(group).number:
             self._begin(last, "broker")
-        rings.fill(group, past.floor, found)
+        is_part = after is not None and after.epoch == past.epoch and past.floor <= after.number
+        rings.fill(group, past.floor, found, is_whole=not is_part)
         self._held = held = self._held or []
         for message in found:
             await self._take(message, is_read=True)

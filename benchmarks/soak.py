@@ -44,7 +44,12 @@ from benchmarks.processes import Child, ChildFailed, allow_open_files, text_of
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "reliability"))
 
-from following import Follower, Published, Send, query_of
+from following import (  # type: ignore[import-not-found]  # mypy does not know the path
+    Follower,
+    Published,
+    Send,
+    query_of,
+)
 
 MIB = 1024 * 1024
 GROWTH = 2 * MIB  # that is taken for noise
@@ -748,8 +753,8 @@ class Soak:
             lines = [await stack.enter_async_context(self.line(each, room)) for each in followers]
             last = await self.say_kept(lines[0], followers[0], room, False)
             async with asyncio.timeout(PATIENCE):
-                while not all(each.has(last) and each.verdicts for each in followers):
-                    await asyncio.sleep(0.02)  # nobody tells when it has come
+                while not all(each.has(last) and each.verdicts for each in followers):  # noqa: ASYNC110 - nobody tells when it has come
+                    await asyncio.sleep(0.02)
             for each in followers:
                 each.is_at_the_end = True
         try:

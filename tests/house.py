@@ -110,7 +110,7 @@ STORED = {
     "data": "of Falcon's response, as in any resource",
 }
 
-MODULE_LINES = {"pachinko.py": 10_800, "pachinko_cluster.py": 3500}
+MODULE_LINES = {"pachinko.py": 10_800, "pachinko_cluster.py": 3600}
 SECTION_LINES = 450
 FUNCTION_LINES = 45
 

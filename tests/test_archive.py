@@ -158,19 +158,21 @@ class Reads:
     def use(cls, patch: pytest.MonkeyPatch) -> Reads:
         reads = cls()
 
-        async def past(self: SimulatedConnection, subject: str, count: int) -> Past:
-            return await reads.past(self, subject, count)
+        async def past(self: SimulatedConnection, subject: str, count: int, *more: Any) -> Past:
+            return await reads.past(self, subject, count, *more)
 
         patch.setattr(SimulatedConnection, "past", past)
         return reads
 
-    async def past(self, connection: SimulatedConnection, subject: str, count: int) -> Past:
+    async def past(
+        self, connection: SimulatedConnection, subject: str, count: int, *more: Any
+    ) -> Past:
         self.counts.append(count)
-        found = await REAL_PAST(connection, subject, count)
+        found = await REAL_PAST(connection, subject, count, *more)
         await self.goes_on.wait()
         if self.error is not None:
             raise self.error
-        return found if self.is_early else await REAL_PAST(connection, subject, count)
+        return found if self.is_early else await REAL_PAST(connection, subject, count, *more)
 
 
 REAL_PAST = SimulatedConnection.past
@@ -461,8 +463,8 @@ async def test_a_broker_may_say_a_later_top(monkeypatch: pytest.MonkeyPatch) -> 
         for _ in range(5):
             next(sim.broker.numbers)
 
-        async def later(self: SimulatedConnection, subject: str, count: int) -> Past:
-            found = await REAL_PAST(self, subject, count)
+        async def later(self: SimulatedConnection, subject: str, count: int, *more: Any) -> Past:
+            found = await REAL_PAST(self, subject, count, *more)
             return found._replace(top=found.top + 5)
 
         monkeypatch.setattr(SimulatedConnection, "past", later)

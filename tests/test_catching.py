@@ -466,6 +466,7 @@ async def test_who_comes_back_gets_what_was_missed() -> None:
         await it.sim.settle()
         assert seen(second) == [2, 3, 4, ("resume", 3), 7]
         await it.hub.join("r:2", second.conn)
+        await it.sim.settle()
         assert seen(second)[-1] == ("resume", 0)
 
 
@@ -601,6 +602,7 @@ async def test_a_position_serves_one_join() -> None:
         await it.hub.leave("r:1", client.conn)
         await it.say()
         await it.hub.join("r:1", client.conn)
+        await it.sim.settle()
         assert seen(client) == [1, ("resume", 1), ("resume", 0)]
         await it.hub.leave("r:1", client.conn)
         await it.say()
@@ -1033,6 +1035,7 @@ async def test_endpoints_share_what_is_kept() -> None:
     async with simulate(app) as sim:
         first = await sim.connect("/a", query={"resume": "{}"})
         await hub.join("r:1", first.conn)
+        await sim.settle()
         first.cut()
         await sim.settle()
         await hub.send("r:1", "said", 1)
@@ -1262,26 +1265,28 @@ async def test_a_slow_member_is_told_what_was_lost() -> None:
 
 async def test_a_client_waits_for_its_ring() -> None:
     """Where a broker has what is before it; whoever has left meanwhile gets nothing."""
-    is_ready, asked = False, list[str]()
+    is_ready, asked = False, list[tuple[pachinko.Cursor, Position | None]]()
     async with world() as it:
         history = it.hub.state.history
         assert history is not None
-        history.fetch = asked.append
-        at = await it.hub.position("r:1")
+        history.start(it.hub.state.registry, lambda *args: asked.append(args))
+        start = await it.hub.position("r:1")
         await it.say()
-        with patch.object(pachinko.Rings, "is_ready", lambda *_: is_ready):
-            old = await it.come("r:1", query={"groups": {"r:1": at}})
-            await it.spend(1)
+        begin = pachinko.read_position(await it.hub.position("r:1"))
+        with (
+            patch.object(pachinko.Rings, "is_ready", lambda *_: is_ready),
+            patch.object(pachinko.Rings, "start_of", lambda *_: begin),
+        ):
+            old = await it.come("r:1", query={"groups": {"r:1": start}})
             new, gone = await it.come("r:1", query={}), await it.come("r:1", query={})
             late = await it.come("r:1", query={"resume": "message"})
-            await it.spend(1)
             await it.hub.leave("r:1", gone.conn)
             await it.say()
-            assert asked == ["r:1"] * 3
+            assert len(asked) == 3
             is_ready = True
             await late.send("resume")
-            history.fetched("r:1")
-            history.fetched("r:2")
+            for cursor, position in asked:
+                cursor.begin(position)
             await it.sim.settle()
         assert seen(old) == [1, 2, ("resume", 2)]
         assert seen(new) == seen(late) == [2, ("resume", 1)]

@@ -234,7 +234,7 @@ async def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     """Of the program and of each command, with an example."""
     status, out, _ = await run("--help")
     assert status == 0 and all(word in out for word in ("send", "listen", "presence", "nats://"))
-    for command in ("send", "listen", "presence"):
+    for command in ("send", "listen", "history", "presence"):
         assert status_of(command, "--help") == 0
         example = f"pachinko {command} nats://localhost:4222 room:1"
         assert example in " ".join(capsys.readouterr().out.split())

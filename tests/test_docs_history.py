@@ -22,7 +22,17 @@ from falcon.testing import ASGIConductor
 from support import serving, until
 
 import pachinko
-from pachinko import Client, Connection, Hub, Pachinko, PachinkoError, Simulation, hub, simulate
+from pachinko import (
+    Client,
+    Connection,
+    Hub,
+    MessageError,
+    Pachinko,
+    PachinkoError,
+    Simulation,
+    hub,
+    simulate,
+)
 
 PAGE = Path(__file__).parent.parent / "docs" / "history.md"
 TEXT = PAGE.read_text() if PAGE.exists() else ""
@@ -200,6 +210,13 @@ def json_id(text: str) -> Any:
 
 async def test_what_the_server_sends(page: Any) -> None:
     """Each frame of the table is one that a server sends, to the letter."""
+    broken = Pachinko(page.app, "/broken/{room}")
+    broken.connect(page.arrive)
+
+    @broken.snapshot("room:")
+    async def fail(conn: Connection, group: str) -> None:
+        raise MessageError("no_such_room")
+
     frames = list[str]()
     async with simulate(page.app) as sim:
         clients = [await sim.connect("/ws/lobby", query={"resume": "{}"})]
@@ -214,7 +231,7 @@ async def test_what_the_server_sends(page: Any) -> None:
         await client.send("resume", {"streams": [{"id": 8, "at": "x.1"}]}, id=1)
         await clients[-1].send("ask", {"prompt": "x"}, id=8)
         await sim.advance(301)
-        for path in ("/ws/lobby", "/desk/lobby"):
+        for path in ("/ws/lobby", "/desk/lobby", "/broken/lobby"):
             query = {"resume": json.dumps({"groups": {"room:lobby": at}})}
             clients.append(await sim.connect(path, query=query))
         await sim.settle()

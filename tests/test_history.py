@@ -316,15 +316,10 @@ async def test_a_client_gets_some_bytes_at_a_time() -> None:
     assert is_empty(rings)
 
 
-def test_a_time_has_a_position(now: Now) -> None:
-    """It is behind what was sent before that time."""
-    rings = rings_of(Window(3, 1000.0, 10**6))
-    for _ in range(4):
-        add(rings)
-        now.move(1)
-    found = [rings.position_at("g", 100.0 + n).number for n in (0, 1.5, 2, 3, 4)]
-    assert found == [1, 2, 2, 3, 4]
-    assert is_empty(rings)
+def test_rings_that_are_always_ready_have_no_start() -> None:
+    """Nobody has to wait for them."""
+    rings = rings_of()
+    assert rings.is_ready("g", None) and rings.start_of("g") is pachinko.NOWHERE
 
 
 def test_excluded_ids_are_kept_once(now: Now) -> None:

@@ -396,7 +396,7 @@ async def test_a_stream_that_has_not_begun_does_not_begin_when_a_timer_closes() 
     async def expire(conn: Connection) -> None:
         stream = Stream()
         session = session_of(conn)
-        session.tasks, session._streams = {asyncio.ensure_future(asyncio.sleep(0))}, {7: stream}
+        session.tasks, session.streams = {asyncio.ensure_future(asyncio.sleep(0))}, {7: stream}
         asyncio.get_running_loop().call_soon(conn.outgoing.close, Close(4000))
         await turns()
         began.extend([] if stream.is_stopped else ["not stopped"])

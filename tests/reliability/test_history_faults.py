@@ -37,9 +37,11 @@ class Worse(Scene):
         self.goes_on.set()
         self.fails = 0  # reads that are to fail
 
-    async def past(self, connection: SimulatedConnection, subject: str, count: int) -> Past:
+    async def past(
+        self, connection: SimulatedConnection, subject: str, count: int, *more: Any
+    ) -> Past:
         """Read what is known now, and answer later."""
-        found = await REAL(connection, subject, count)
+        found = await REAL(connection, subject, count, *more)
         await self.goes_on.wait()
         if self.fails:
             self.fails -= 1
@@ -80,8 +82,8 @@ async def play(steps: list[Step], patch: pytest.MonkeyPatch) -> None:
     async with simulate(make_app) as sim:
         scene = Worse(sim)
 
-        async def past(self: SimulatedConnection, subject: str, count: int) -> Past:
-            return await scene.past(self, subject, count)
+        async def past(self: SimulatedConnection, subject: str, count: int, *more: Any) -> Past:
+            return await scene.past(self, subject, count, *more)
 
         patch.setattr(SimulatedConnection, "past", past)
         scene.processes.append(await sim.process())

@@ -4,7 +4,8 @@ Clients come and go all the time, are cut after any octet, are slow, resume twic
 positions, and speak, also with ``exclude``; brokers are killed, paused and flushed, processes are
 killed. Then all come once more, and what they have heard is checked (`following`).
 
-``PACHINKO_FAULT_EXAMPLES=2000`` is the nightly form: a thousand clients, and longer.
+``PACHINKO_FAULT_EXAMPLES=2000`` is the nightly form: a thousand clients, and longer. It needs
+``pytest -o faulthandler_timeout=900``, since pytest ends a test after two minutes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ IS_NIGHTLY = "PACHINKO_FAULT_EXAMPLES" in os.environ
 ROUND = 500  # examples of one test, which pytest ends after two minutes
 CLIENTS = 1000 if EXAMPLES >= 2000 else EXAMPLES
 SECONDS = 30.0 if EXAMPLES >= 2000 else 1.5  # of a storm without faults
-SETTLE = 20.0  # seconds until all have everything, on a slow and noisy machine
+SETTLE = 60.0 if IS_NIGHTLY else 20.0  # until all have everything, on a slow and noisy machine
 MEMBERS = 10  # clients in a group
 SEED = int(os.environ.get("PACHINKO_FAULT_SEED") or random.randrange(2**32))
 LOGGERS = ("asyncio", "falcon", "pachinko", "uvicorn.error")

@@ -34,7 +34,9 @@ CHARACTERS = 2_000  # of ``?resume=``
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 numbers = st.integers() | st.sampled_from([0, -1, 2**31, 2**53, 2**63, 2**64, 10**400])
-scalars = st.none() | st.booleans() | numbers | st.floats(allow_nan=False) | texts
+scalars = (
+    st.none() | st.booleans() | numbers | st.floats(allow_nan=False, allow_infinity=False) | texts
+)
 anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
     max_leaves=8,
@@ -43,10 +45,12 @@ anything = st.recursive(
 positions = (
     st.integers(-1, SENT - 1).map(lambda n: ("of message", n))
     | st.sampled_from([
-        "", ".", "..", "{epoch}", "{epoch}.", "{epoch}.-1", "{epoch}.+1", "{epoch}. 1", "{epoch}.1e2",
+        "", ".", "..", "{epoch}", "{epoch}.", "{epoch}.-1", "{epoch}.+1", "{epoch}. 1",
+        "{epoch}.1e2",
         "{epoch}.1_0", "{epoch}.\N{ARABIC-INDIC DIGIT ONE}", "{epoch}.\N{SUPERSCRIPT TWO}",
-        "{epoch}.99999", "{epoch}." + "9" * 150, "{epoch}." + "9" * 4400, "{epoch}.0x1", ".1", "x.1",
-        "{epoch}.{epoch}.1", "\0.1", "{epoch}.1\0", "\N{SNOWMAN}.1", "{epoch}.1\n", " {epoch}.1",
+        "{epoch}.99999", "{epoch}." + "9" * 150, "{epoch}." + "9" * 4400, "{epoch}.0x1", ".1",
+        "x.1", "{epoch}.{epoch}.1", "\0.1", "{epoch}.1\0", "\N{SNOWMAN}.1", "{epoch}.1\n",
+        " {epoch}.1",
     ])
     | anything
 )  # fmt: skip
@@ -56,7 +60,8 @@ ids = st.lists(texts | st.just("{id}") | anything, max_size=20) | anything
 objects = st.fixed_dictionaries({}, optional={"groups": groups, "ids": ids, "more": anything})
 values = objects | anything
 ODD = (  # which is no JSON, or no text that a query can have
-    "", "{", "nul", "[" * 100_000, '{"groups":' * 900, "{}{}", "\ufeff{}", "{'groups':1}", '{"a":NaN}',
+    "", "{", "nul", "[" * 100_000, '{"groups":' * 900, "{}{}", "\ufeff{}", "{'groups':1}",
+    '{"a":NaN}',
     '{"groups":{"room:a":"\\ud800"}}', '{"groups":{"\\ud800":"a.1"}}', '{"groups":{},"groups":[]}',
     "%", "%zz", "message ", "Message", "null", "true", '"message"', "{}" + " " * 1_998,
     "{}" + " " * 1_999, "1" * 1_999, "1e999", "-", "\0",
@@ -135,7 +140,7 @@ async def play(resumes: list[tuple[str, Any]], url: str | None) -> None:
         for how, template in resumes:
             value = template
             if how != "text":
-                own = {g: [at for at in sorted(numbers[g])] for g in KEPT}
+                own = {g: sorted(numbers[g]) for g in KEPT}
                 value = filled(template, epoch, own[KEPT[0]])
                 if isinstance(value, dict) and isinstance(value.get("groups"), dict):
                     raw = template["groups"]
