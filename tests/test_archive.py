@@ -939,3 +939,15 @@ async def test_a_sync_hub_sends_to_kept_groups_and_reads_them() -> None:
             hub.history(ROOM)
         with pytest.raises(PachinkoError, match=r"`await hub\.position\(\.\.\.\)`"):
             hub.position(ROOM)
+
+
+async def test_a_subscription_that_came_late() -> None:
+    """What was missed of a kept group until then is read; its members are told of no gap."""
+    async with simulate(app_of()) as sim:
+        ada = await enter(sim)
+        await say(sim, 1)
+        relay: Any = sim.hub.state.relay
+        relay.restored(pachinko_cluster.subject_of("pachinko", "g", ROOM))
+        await say(sim, 2)
+        await sim.settle()
+        assert heard(ada) == [("resume", 0), 1, 2]
