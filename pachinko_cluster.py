@@ -1279,10 +1279,7 @@ class Redis:
         run = self._run(what, rights, "EVAL", _TAKE, "1", key, token, _milliseconds(seconds))
         return bool(await run and seconds)
 
-    async def keep(self, subject: str, data: bytes, window: Window) -> None:
-        await self._keep(subject, data, window)
-
-    async def _keep(self, subject: str, data: bytes, window: Window, *tidy: str) -> None:
+    async def keep(self, subject: str, data: bytes, window: Window, *tidy: str) -> None:
         bounds = str(window.messages), _milliseconds(window.seconds)
         await self._store(_KEEP, _slot_of(subject), "kept", subject, data, *bounds, *tidy)
 
@@ -1298,7 +1295,7 @@ class Redis:
 
     async def agree(self, key: str, value: bytes, seconds: float) -> bytes:
         if value:  # This tells now what would otherwise be told at the first message.
-            await self._keep(key, b"", Window(1, 1.0, 1), "1")
+            await self.keep(key, b"", Window(1, 1.0, 1), "1")
             await self.past(key, 1)
         name, bounds = key.partition(".")[2], (value, _milliseconds(seconds))
         has: bytes = await self._store(_AGREE, _slot_of(key), name, *bounds)
@@ -2277,6 +2274,7 @@ class Agreement:
 _READS = 32  # groups whose past is read at a time
 _AGAIN = 1.0  # seconds before a read that has failed is tried again
 _BEGUN_A_TURN = 256  # members that begin in one turn of the loop, when they have waited
+_LEFT = 1_000  # members that may have left a group while they waited, beside as many as have not
 
 
 class Arrived(NamedTuple):
@@ -2385,8 +2383,10 @@ class Feed:
     def __init__(self, archive: Archive, group: str, window: Window) -> None:
         self._archive, self._rings, self._group = archive, archive.rings, group
         self._window = window
-        # Members that wait for a read.
-        self._waiting = collections.deque[tuple[pachinko.Cursor, Position | None]]()
+        # Members that wait for a read, with the number of reads that were begun before they came.
+        self._waiting = collections.deque[tuple[int, pachinko.Cursor, Position | None]]()
+        self._reads = 0
+        self._most = _LEFT  # members that may wait until those are forgotten that have left
         self._is_reading = False
         self._is_due = False  # The past is to be read, once more.
         # Something is missing between the top and what comes. What comes now is in the next past.
@@ -2408,7 +2408,11 @@ class Feed:
 
     def wait(self, cursor: pachinko.Cursor, position: Position | None) -> None:
         """Let *cursor* begin at *position* when the past was read."""
-        self._waiting.append((cursor, position))
+        if len(self._waiting) > self._most:  # Clients may come and go while the broker is away.
+            is_current = self._archive.history.is_current
+            self._waiting = collections.deque(each for each in self._waiting if is_current(each[1]))
+            self._most = 2 * len(self._waiting) + _LEFT
+        self._waiting.append((self._reads, cursor, position))
         self.read()
 
     def restore(self) -> None:
@@ -2482,7 +2486,8 @@ class Feed:
         subject = self._archive.subject(group)
         await link.subscribed(subject)  # What is sent after the past comes by the feed.
         session, before = link.session, rings.top_of(group)
-        count, is_whole = len(self._waiting), self._is_behind or any(at for _, at in self._waiting)
+        self._reads += 1
+        is_whole = self._is_behind or any(at for _, _, at in self._waiting)
         self._held = collections.deque() if self._is_behind else None
         after = self._needed_after(before)
         with pachinko.WaitLimit(pachinko.clock.time() + _BROKER_WAIT):
@@ -2496,14 +2501,14 @@ class Feed:
                 self._begin(Position(past.epoch, past.top), "epoch")
             if is_whole:
                 await self._use(past, after)
-            await self._let_begin(count)
+            await self._let_begin()
 
     def _needed_after(self, top: Position) -> Position | None:
         """Return what a read has to go back to, if the group is at *top*; None for all of it.
 
         A store that has all groups in one file reads the end of it much faster.
         """
-        known = [at for _, at in self._waiting if at is not None] + [top]
+        known = [at for _, _, at in self._waiting if at is not None] + [top]
         known = [at for at in known if at != NOWHERE]
         is_one = len({at.epoch for at in known}) == 1
         return min(known, key=lambda at: at.number) if is_one else None
@@ -2526,13 +2531,15 @@ class Feed:
             await self._take(held.popleft(), is_read=True)
         self._is_behind, self._held = self._is_due, None
 
-    async def _let_begin(self, count: int) -> None:
-        """Let the first *count* of those begin that wait, some in each turn of the loop."""
-        for n in range(count):
-            cursor, position = self._waiting.popleft()
+    async def _let_begin(self) -> None:
+        """Let those begin who have waited since before the read, some in each turn of the loop."""
+        begun = 0
+        while self._waiting and self._waiting[0][0] < self._reads:
+            _, cursor, position = self._waiting.popleft()
             if self._archive.history.is_current(cursor):
                 cursor.begin(position)
-            if n % _BEGUN_A_TURN == _BEGUN_A_TURN - 1:
+            begun += 1
+            if begun % _BEGUN_A_TURN == 0:
                 await asyncio.sleep(0)
 
 

@@ -484,6 +484,27 @@ async def test_who_has_left_meanwhile_gets_nothing(reads: Reads) -> None:
         assert heard(gone) == [] and heard(back) == [3, ("resume", 1)]
 
 
+async def test_who_comes_and_goes_while_nothing_can_be_read_is_forgotten(
+    reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who stay begin when it can be."""
+    monkeypatch.setattr(pachinko_cluster, "_LEFT", 5)
+    async with simulate(app_of()) as sim:
+        reads.goes_on.clear()
+        stays, restless = await enter(sim), await enter(sim, group="other")
+        for _ in range(50):
+            for type in ("join", "leave"):
+                await restless.request(type, ROOM)
+        relay = sim.hub.state.relay
+        assert len(relay._archive._feeds[ROOM]._waiting) <= 10
+        reads.goes_on.set()
+        await sim.settle()
+        assert not relay._archive._feeds[ROOM]._waiting
+        await say(sim, 1)
+        await sim.settle()
+        assert heard(stays) == [("resume", 0), 1] and not heard(restless)
+
+
 async def test_a_member_leaves_while_it_gets_what_it_has_missed(reads: Reads) -> None:
     """The rest of that is delivered to nobody, and the next member begins anew."""
     async with simulate(app_of()) as sim:
