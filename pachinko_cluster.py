@@ -1279,10 +1279,7 @@ class Redis:
         run = self._run(what, rights, "EVAL", _TAKE, "1", key, token, _milliseconds(seconds))
         return bool(await run and seconds)
 
-    async def keep(self, subject: str, data: bytes, window: Window) -> None:
-        await self._keep(subject, data, window)
-
-    async def _keep(self, subject: str, data: bytes, window: Window, *tidy: str) -> None:
+    async def keep(self, subject: str, data: bytes, window: Window, *tidy: str) -> None:
         bounds = str(window.messages), _milliseconds(window.seconds)
         await self._store(_KEEP, _slot_of(subject), "kept", subject, data, *bounds, *tidy)
 
@@ -1298,7 +1295,7 @@ class Redis:
 
     async def agree(self, key: str, value: bytes, seconds: float) -> bytes:
         if value:  # This tells now what would otherwise be told at the first message.
-            await self._keep(key, b"", Window(1, 1.0, 1), "1")
+            await self.keep(key, b"", Window(1, 1.0, 1), "1")
             await self.past(key, 1)
         name, bounds = key.partition(".")[2], (value, _milliseconds(seconds))
         has: bytes = await self._store(_AGREE, _slot_of(key), name, *bounds)
@@ -2277,6 +2274,7 @@ class Agreement:
 _READS = 32  # groups whose past is read at a time
 _AGAIN = 1.0  # seconds before a read that has failed is tried again
 _BEGUN_A_TURN = 256  # members that begin in one turn of the loop, when they have waited
+_LEFT = 1_000  # members that may have left a group while they waited, beside as many as have not
 
 
 class Arrived(NamedTuple):
@@ -2385,13 +2383,16 @@ class Feed:
     def __init__(self, archive: Archive, group: str, window: Window) -> None:
         self._archive, self._rings, self._group = archive, archive.rings, group
         self._window = window
-        # Members that wait for a read.
-        self._waiting = collections.deque[tuple[pachinko.Cursor, Position | None]]()
+        # Members that wait for a read, with the number of reads that were begun before they came.
+        self._waiting = collections.deque[tuple[int, pachinko.Cursor, Position | None]]()
+        self._reads = 0
+        self._most = _LEFT  # members that may wait until those are forgotten that have left
         self._is_reading = False
         self._is_due = False  # The past is to be read, once more.
         # Something is missing between the top and what comes. What comes now is in the next past.
         self._is_behind = False
-        self._held: list[Arrived] | None = None  # what has come since a read began that is behind
+        # What has come since a read began that is behind.
+        self._held: collections.deque[Arrived] | None = None
         self._lost: Reason | None = None  # why members have missed something for good
         self._is_over = False  # The last member has left.
 
@@ -2407,7 +2408,11 @@ class Feed:
 
     def wait(self, cursor: pachinko.Cursor, position: Position | None) -> None:
         """Let *cursor* begin at *position* when the past was read."""
-        self._waiting.append((cursor, position))
+        if len(self._waiting) > self._most:  # Clients may come and go while the broker is away.
+            is_current = self._archive.history.is_current
+            self._waiting = collections.deque(each for each in self._waiting if is_current(each[1]))
+            self._most = 2 * len(self._waiting) + _LEFT
+        self._waiting.append((self._reads, cursor, position))
         self.read()
 
     def restore(self) -> None:
@@ -2481,8 +2486,10 @@ class Feed:
         subject = self._archive.subject(group)
         await link.subscribed(subject)  # What is sent after the past comes by the feed.
         session, before = link.session, rings.top_of(group)
-        count, is_whole = len(self._waiting), self._is_behind or any(at for _, at in self._waiting)
-        self._held, after = [] if self._is_behind else None, self._needed_after(before)
+        self._reads += 1
+        is_whole = self._is_behind or any(at for _, _, at in self._waiting)
+        self._held = collections.deque() if self._is_behind else None
+        after = self._needed_after(before)
         with pachinko.WaitLimit(pachinko.clock.time() + _BROKER_WAIT):
             past = await self._archive.store.past(subject, self._window.messages * is_whole, after)
             await self._archive.sync()
@@ -2494,14 +2501,14 @@ class Feed:
                 self._begin(Position(past.epoch, past.top), "epoch")
             if is_whole:
                 await self._use(past, after)
-            await self._let_begin(count)
+            await self._let_begin()
 
     def _needed_after(self, top: Position) -> Position | None:
         """Return what a read has to go back to, if the group is at *top*; None for all of it.
 
         A store that has all groups in one file reads the end of it much faster.
         """
-        known = [at for _, at in self._waiting if at is not None] + [top]
+        known = [at for _, _, at in self._waiting if at is not None] + [top]
         known = [at for at in known if at != NOWHERE]
         is_one = len({at.epoch for at in known}) == 1
         return min(known, key=lambda at: at.number) if is_one else None
@@ -2509,27 +2516,30 @@ class Feed:
     async def _use(self, past: Past, after: Position | None) -> None:
         """Fill the ring, and deliver what was missed, and what came meanwhile."""
         group, rings, last = self._group, self._rings, Position(past.epoch, past.top)
-        found = [each for entry in past.entries if (each := read_kept(group, entry, past.epoch))]
-        if past.floor > rings.top_of(group).number:
+        floor, found = read_past(group, past)
+        found = [each for each in found if each.stamp.number > floor]
+        if floor > rings.top_of(group).number:
             self._begin(last, "broker")
-        is_part = after is not None and after.epoch == past.epoch and past.floor <= after.number
-        rings.fill(group, past.floor, found, is_whole=not is_part)
-        self._held = held = self._held or []
+        is_part = after is not None and after.epoch == past.epoch and floor <= after.number
+        rings.fill(group, floor, found, is_whole=not is_part)
+        self._held = held = self._held or collections.deque()
         for message in found:
             await self._take(message, is_read=True)
         if not self._is_over and rings.top_of(group).number < past.top:
             rings.tops[group] = last
         while held and self._held is held:
-            await self._take(held.pop(0), is_read=True)
+            await self._take(held.popleft(), is_read=True)
         self._is_behind, self._held = self._is_due, None
 
-    async def _let_begin(self, count: int) -> None:
-        """Let the first *count* of those begin that wait, some in each turn of the loop."""
-        for n in range(count):
-            cursor, position = self._waiting.popleft()
+    async def _let_begin(self) -> None:
+        """Let those begin who have waited since before the read, some in each turn of the loop."""
+        begun = 0
+        while self._waiting and self._waiting[0][0] < self._reads:
+            _, cursor, position = self._waiting.popleft()
             if self._archive.history.is_current(cursor):
                 cursor.begin(position)
-            if n % _BEGUN_A_TURN == _BEGUN_A_TURN - 1:
+            begun += 1
+            if begun % _BEGUN_A_TURN == 0:
                 await asyncio.sleep(0)
 
 
@@ -2573,11 +2583,15 @@ class Archive:
         if group in self._feeds:
             self._feeds.pop(group).end()
 
+    def keeps(self, group: str) -> bool:
+        """Return whether *group* is kept, and has members here."""
+        return group in self._feeds
+
     def restore(self, group: str) -> bool:
         """Read what members of *group* have missed; return whether it is kept."""
-        if group in self._feeds:
+        if self.keeps(group):
             self._feeds[group].restore()
-        return group in self._feeds
+        return self.keeps(group)
 
     def _fetch(self, cursor: pachinko.Cursor, position: Position | None) -> None:
         self._feeds[cursor.group].wait(cursor, position)
@@ -2617,18 +2631,26 @@ class Archive:
         except Exception as exc:  # whatever the library raises
             text = f"the history of {group!r} was not read: {self.link.reason(exc)}"
             raise pachinko.BrokerAway(text) from None
-        found = [read_kept(group, entry, past.epoch) for entry in past.entries if count]
-        texts = [framed(each).decode() for each in found if each and each.age < window.seconds]
-        return Position(past.epoch, past.top), texts[-count:]
+        _, found = read_past(group, past)
+        texts = [framed(each).decode() for each in found if each.age < window.seconds]
+        return Position(past.epoch, past.top), texts[-count:] if count else []
 
 
-def read_kept(group: str, entry: Entry, epoch: str) -> Arrived | None:
-    """Return the message in *entry*, or None if it is none of ours."""
-    with contextlib.suppress(Refused):
-        message, frame = unpack(entry.data)
-        check_carried(frame, group)
-        return Arrived(Stamp(epoch, entry.number, 0), frame, message.exclude, entry.age)
-    return None
+def read_past(group: str, past: Past) -> tuple[int, list[Arrived]]:
+    """Return the floor of *past*, and those messages in it that are ours.
+
+    The floor is not below a message of another format, which is missing here.
+    """
+    floor, found = past.floor, list[Arrived]()
+    for number, age, data in past.entries:
+        try:
+            message, frame = unpack(data)
+            check_carried(frame, group)
+        except Refused as why:
+            floor = number if why.format is not None else floor
+        else:
+            found.append(Arrived(Stamp(past.epoch, number, 0), frame, message.exclude, age))
+    return floor, found
 
 
 def framed(message: Arrived) -> bytes:
@@ -2694,7 +2716,7 @@ class Cluster(pachinko.Relay):
         self._sent = 0
         self._sessions: dict[str, int] = {}  # the latest of each process that has sent a message
         self._refused = 0
-        self._suspects: set[object] = set()  # the kinds of refused messages that have been logged
+        self._suspects: set[object] = set()  # the kinds of messages that have been logged
         self._work: set[asyncio.Task[None]] = set()  # sends that no caller waits for
         # Answers, by their op and the number of the question.
         self._asks: dict[tuple[str, int], asyncio.Queue[Any]] = {}
@@ -2939,6 +2961,10 @@ class Cluster(pachinko.Relay):
             await self._announce(name)  # the gap is older than this message
         if message.op == "send":
             receiver = message.to or "" if kind is Kind.CONNECTION else name
+            is_kept = kind is Kind.GROUP and self._archive is not None and self._archive.keeps(name)
+            if is_kept and self._is_new_suspect("not kept"):
+                text = "%s sends to %r, which is kept, without keeping it: may it read the rules?"
+                logger.warning(text, message.source, name)
             await self._registry.deliver(kind, receiver, frame, message.exclude)
         elif message.op == "close" and (
             kind is Kind.GROUP or (kind is not Kind.USER and message.to is not None)
@@ -3001,12 +3027,17 @@ class Cluster(pachinko.Relay):
         self._work.add(task)
         task.add_done_callback(self._work.discard)
 
+    def _is_new_suspect(self, kind: object) -> bool:
+        """Return whether messages of that *kind* are still to be logged, which is done once."""
+        if kind in self._suspects or len(self._suspects) >= _MAX_SUSPECTS:
+            return False
+        self._suspects.add(kind)
+        return True
+
     async def _refuse(self, address: Address, why: Refused) -> None:
         """Count a message that is refused. The receivers get a gap if it has another format."""
         self._refused += 1
-        suspect = type(why), why.format
-        if suspect not in self._suspects and len(self._suspects) < _MAX_SUSPECTS:
-            self._suspects.add(suspect)
+        if self._is_new_suspect((type(why), why.format)):
             logger.warning(
                 "refused a message from the broker (more like it are counted, not logged): %s", why
             )
@@ -3025,22 +3056,26 @@ class Cluster(pachinko.Relay):
         """Begin to send each member a gap for each group. Called by the link after an outage."""
         registry = self._registry
         alone: list[pachinko.Receiver] = []  # connections in no group
-        restore = self._archive.restore if self._archive is not None else _is_not_kept
         if subject is None:
             self._gaps = {
                 group: dict(members) for group, members in registry.groups.items()
-                if not restore(group)
+                if not self._restore(group)
             }  # fmt: skip
-            conns = registry.connections.values()
-            alone = [conn.outgoing for conn in conns if not registry.groups_of(conn)]
+            alone = [  # They get none, or no other: messages to a user or to all may be missing.
+                conn.outgoing for conn in registry.connections.values()
+                if self._gaps.keys().isdisjoint(registry.groups_of(conn))
+            ]  # fmt: skip
         else:
             kind, name = self._addresses[subject]
             receivers = dict(registry.receivers(kind, name))
             if kind is not Kind.GROUP:
                 alone = list(receivers.values())
-            elif not restore(name):
+            elif not self._restore(name):
                 self._gaps[name] = receivers
         self._start_work(self._announce_all(alone))
+
+    def _restore(self, group: str) -> bool:
+        return self._archive is not None and self._archive.restore(group)
 
     async def _announce_all(self, alone: list[pachinko.Receiver]) -> None:
         await pachinko.Outgoing.fan_out(alone, waiting_for(gap_of(None)))
@@ -3057,10 +3092,6 @@ class Cluster(pachinko.Relay):
         groups_of = self._registry.groups_of
         present = [outgoing for conn, outgoing in members if group in groups_of(conn)]
         await pachinko.Outgoing.fan_out(present, waiting_for(gap_of(group), group))
-
-
-def _is_not_kept(group: str) -> bool:
-    return False
 
 
 def backplane_of(broker: Broker) -> Backplane:

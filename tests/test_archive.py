@@ -84,11 +84,11 @@ async def watch(process: Any, *groups: str) -> Client:
 
 
 def heard(client: Client) -> list[Any]:
-    """What has come: payloads, and of verdicts their type and what they say."""
+    """What has come to groups: payloads, and of verdicts their type and what they say."""
     return [
         each.payload if each.type == "said"
         else (each.type, each.payload.get("reason", each.payload.get("replayed")))
-        for each in client.received
+        for each in client.received if each.group is not None
     ]  # fmt: skip
 
 
@@ -410,6 +410,60 @@ async def test_what_is_in_a_broker_and_none_of_ours_is_left_out() -> None:
         assert sim.hub.stats()["refused"] == 1
 
 
+@pytest.mark.parametrize("is_last", [True, False])
+async def test_what_only_a_later_version_can_read_is_a_gap(is_last: bool) -> None:
+    """For who lacks it; who has got a gap for it, or comes from behind it, goes on."""
+    async with simulate(app_of()) as sim:
+        await enter(sim)
+        await say(sim, 1)
+        subject = pachinko_cluster.subject_of("pachinko", pachinko.Kind.GROUP, ROOM)
+        await links(sim)[0].keep(subject, b'{"v":9}\n?', Window(7, 300.0, 1_000))
+        await say(sim, *(() if is_last else (2, 3)))
+        await sim.settle()
+        late = [await enter(await sim.process(), at) for at in await kept_by(sim)]
+        await sim.settle()
+        expected: list[Any] = [[("gap", "expired")]]
+        if not is_last:
+            expected += [[3, ("resume", 1)], [("resume", 0)]]
+        assert [heard(each) for each in late] == expected
+
+
+async def kept_by(process: Any) -> list[str]:
+    """The positions of the messages to the group that are kept."""
+    return [each.at async for each in process.hub.history(ROOM)]
+
+
+async def test_who_sends_without_knowing_the_rules_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Once: its messages reach the members, but nobody numbers them."""
+    async with simulate(app_of()) as sim:
+        clients = [await watch(sim), await watch(sim, "other")]
+        relay = sim.hub.state.relay
+        for group in (ROOM, ROOM, "other"):
+            await relay._publish(pachinko.Kind.GROUP, group, "send", frame=said_to(group))
+        await sim.settle()
+        assert [len(each.received) for each in clients] == [2, 1]
+    texts = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert len(texts) == 1 and f"sends to '{ROOM}', which is kept," in texts[0]
+
+
+def said_to(group: str) -> bytes:
+    return json.dumps({"type": "said", "payload": 1, "group": group}).encode()
+
+
+async def test_an_outage_may_lose_what_is_sent_to_all() -> None:
+    """Who gets no other gap is told so by one without a group."""
+    async with simulate(app_of()) as sim:
+        other = await sim.process()
+        clients = [await watch(sim), await watch(sim, ROOM, "other"), await watch(sim, "other")]
+        async with away(sim):
+            await other.hub.broadcast("news")
+        await sim.settle()
+        gaps = [[each.payload["group"] for each in client.received] for client in clients]
+        assert gaps == [[None], ["other"], ["other"]]
+
+
 async def test_who_has_left_meanwhile_gets_nothing(reads: Reads) -> None:
     """A member that is back then gets one verdict; an old read tells nothing of the new one."""
     async with simulate(app_of()) as sim:
@@ -428,6 +482,27 @@ async def test_who_has_left_meanwhile_gets_nothing(reads: Reads) -> None:
         await say(sim, 3, group="room:b")
         await sim.settle()
         assert heard(gone) == [] and heard(back) == [3, ("resume", 1)]
+
+
+async def test_who_comes_and_goes_while_nothing_can_be_read_is_forgotten(
+    reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who stay begin when it can be."""
+    monkeypatch.setattr(pachinko_cluster, "_LEFT", 5)
+    async with simulate(app_of()) as sim:
+        reads.goes_on.clear()
+        stays, restless = await enter(sim), await enter(sim, group="other")
+        for _ in range(50):
+            for type in ("join", "leave"):
+                await restless.request(type, ROOM)
+        relay = sim.hub.state.relay
+        assert len(relay._archive._feeds[ROOM]._waiting) <= 10
+        reads.goes_on.set()
+        await sim.settle()
+        assert not relay._archive._feeds[ROOM]._waiting
+        await say(sim, 1)
+        await sim.settle()
+        assert heard(stays) == [("resume", 0), 1] and not heard(restless)
 
 
 async def test_a_member_leaves_while_it_gets_what_it_has_missed(reads: Reads) -> None:
@@ -654,7 +729,7 @@ async def test_an_outage_while_members_catch_up(window: int) -> None:
         await sim.settle()
         for client in (slow, waits):
             numbers = [each for each in heard(client) if type(each) is int]
-            gaps = [each.payload["reason"] for each in client.received if each.type == "gap"]
+            gaps = [each for each in heard(client) if "gap" in str(each)]
             assert numbers == sorted({*numbers}) and numbers[-1] == 7
             assert (numbers == [1, 2, 3, 4, 5, 6, 7]) == (gaps == [])
             assert bool(gaps) == (window == 2)

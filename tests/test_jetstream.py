@@ -702,7 +702,9 @@ async def test_a_client_goes_on_in_another_process() -> None:
                 async with Hub().open(broker.url) as program:
                     for n in (2, 3):
                         await program.send("room:a", "said", n)
-                assert [(await ada.receive())["payload"] for _ in range(2)] == [2, 3]
+                got = [(await ada.receive())["payload"] for _ in range(3)]
+                got.remove({"group": None})  # Messages to all may be missing.
+                assert got == [2, 3]
             ask = falcon.to_query_str({"resume": json.dumps({"groups": {"room:a": at}})})
             async with connect(f"{second.url}/ws{ask}") as ada:
                 assert [(await ada.receive())["payload"] for _ in range(2)] == [2, 3]

@@ -170,6 +170,8 @@ class Follower:
     def take(self, frame: dict[str, Any]) -> None:
         """Take a frame that has come."""
         group, at, type, payload = (frame.get(k) for k in ("group", "at", "type", "payload"))
+        if type == "gap" and payload == {"group": None}:
+            return  # An outage may have lost what is sent to all.
         if group is None or at is None:
             self.other.append(frame)
             return

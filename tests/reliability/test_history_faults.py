@@ -1,6 +1,6 @@
 """Nothing of a kept group is lost when processes are killed, and a broker is slow or forgets.
 
-The steps of `test_history`, and further ones, with other examples.
+The steps of `test_history_steps`, and further ones, with other examples.
 """
 
 from __future__ import annotations
@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_history import ALONE, BROKEN, EXAMPLES, ROUND, Scene, Step, make_app, options, processes
+from test_history_steps import (
+    ALONE,
+    BROKEN,
+    EXAMPLES,
+    ROUND,
+    Scene,
+    Step,
+    make_app,
+    options,
+    processes,
+)
 
 import pachinko_cluster
 from pachinko import simulate
