@@ -3960,7 +3960,7 @@ class Outbox:
 # A message to a kept group stays in a ring for a while, for clients that come back. All groups of a
 # process share one count: a position stays good while nothing of its group was dropped behind it.
 
-_FLOORS = 100_000  # forgotten rings of which it is known how far they were dropped
+_FLOORS = 20_000  # forgotten rings (5 MB) of which it is known how far they were dropped
 _ENTRY_BYTES = 400  # what a message takes beside its text and the ids that it excludes
 _RING_BYTES = 1400  # what a ring takes, with its timer (all on CPython 3.13, 64 bits)
 _NO_IDS = frozenset[str]()  # all rings share it: each empty one takes 216 bytes
@@ -4054,7 +4054,8 @@ class Ring:
         """Return the first *count* messages behind *number*, or as many as a client may get."""
         start = bisect.bisect_right(self.messages, number, key=lambda kept: kept.number)
         batch, size = list[Kept](), 0
-        for kept in itertools.islice(self.messages, start, start + min(count, _BATCH)):
+        for index in range(start, min(start + min(count, _BATCH), len(self.messages))):
+            kept = self.messages[index]  # PERF: `itertools.islice` would pass all before *start*.
             size += kept.size
             if batch and size > _BATCH_BYTES:
                 break
@@ -4076,7 +4077,8 @@ class Rings:
         self._full = collections.OrderedDict[str, Ring]()  # with messages; the latest is last
         self._timers = dict[str, Timer]()  # of those
         # `Ring.floor` and `Ring.limited` of forgotten rings, and of those that are not even there.
-        self._floors = collections.OrderedDict[str, tuple[int, int]]()
+        # By the hashes of their names, since a name may be long.
+        self._floors = collections.OrderedDict[int, tuple[int, int]]()
         self._floor = 0, -1
 
     def window_of(self, group: str) -> Window | None:
@@ -4107,7 +4109,7 @@ class Rings:
         """Keep the frame *data* to *group*, under the next number."""
         self._number += 1
         if group not in self._rings:
-            self.open(group, window, *self._floors.pop(group, self._floor))
+            self.open(group, window, *self._floors.pop(hash(group), self._floor))
         return self.put(group, data, self._number, clock.time(), excluded)
 
     def open(self, group: str, window: Window, floor: int, limited: int = -1) -> None:
@@ -4174,7 +4176,7 @@ class Rings:
     def _end(self, ring: Ring) -> None:
         """Forget a ring that is empty. How far it was dropped is known for much longer."""
         self.close(ring.group)
-        self._floors[ring.group] = ring.floor, ring.limited
+        self._floors[hash(ring.group)] = ring.floor, ring.limited
         if len(self._floors) > _FLOORS:
             self._floor = max(self._floor, self._floors.popitem(last=False)[1])
 
@@ -4190,7 +4192,7 @@ class Rings:
         if position.epoch != top.epoch or position.number > top.number:
             return "epoch"
         ring = self._rings.get(group)
-        known = (ring.floor, ring.limited) if ring is not None else self._floors.get(group)
+        known = (ring.floor, ring.limited) if ring is not None else self._floors.get(hash(group))
         floor, limited = known or self._floor
         if position.number >= floor:
             return None
@@ -4204,7 +4206,7 @@ class Rings:
     def last(self, group: str, count: int) -> Sequence[Kept]:
         """Return the last *count* messages to *group*."""
         ring = self._rings.get(group)
-        return [*ring.messages][-count:] if ring is not None and count else ()
+        return [*itertools.islice(reversed(ring.messages), count)][::-1] if ring is not None else ()
 
     def clear(self) -> None:
         """Forget everything."""
@@ -5340,6 +5342,8 @@ class Registry:
         self.users: dict[str, dict[Member, Receiver]] = {}
         self._tables = {Kind.GROUP: self.groups, Kind.USER: self.users}
         self.resumable: dict[str, Resumable] = {}  # streams, by their tokens
+        # Those of them without a client. The one that was left first is the first.
+        self.alone: collections.OrderedDict[str, Resumable] = collections.OrderedDict()
         # Handshakes and late logins in progress, by id, with the latest closed user before them.
         self.arriving: dict[str, tuple[Connection, ClosedUser]] = {}
         self._latest = ClosedUser("", Close())
@@ -7141,8 +7145,9 @@ class Stream:
         self.is_stopped = True
 
     def leave(self) -> None:
-        """Note that the client has gone."""
-        self.stop()
+        """Stop, as the client has gone. A write of its own that has noticed that raises."""
+        if self.task is None or self.task is not asyncio.current_task():  # A timer has no task.
+            self.stop()
 
     async def run(self, call: Callable[[], Awaitable[Any]]) -> Any:
         """Return what *call* returns, which is the stream with the middleware around it."""
@@ -7467,7 +7472,8 @@ class Answering:
 # kept, for a client that comes back with the position of the latest one that it has got.
 
 _ITEMS, _ITEM_BYTES = 256, 1_048_576  # of one stream that are kept, and as many without a client
-_MOST_ALONE = 1_000  # streams of a process that go on without a client
+_MOST_ALONE = 1_000  # streams of a process without a client, also if they have ended
+_ALL_BYTES = 67_108_864  # of all items that a process keeps
 _MOST_RESUMED = 100  # that one client may go on with at a time
 _PULL = 2.5  # seconds that another process waits for further items, less than `Relay.call` does
 _PULL_TRIES, _PULL_AGAIN = 4, 1.0  # how often it is asked in vain, and seconds between
@@ -7490,7 +7496,7 @@ class Resumable(Answering):
 
     __slots__ = (
         "_alone", "_came", "_carrier", "_carriers", "_count", "_final", "_id", "_items", "_news",
-        "_seconds", "_size", "_stream", "_timer", "_token",
+        "_puller", "_seconds", "_size", "_stream", "_timer", "_token",
     )  # fmt: skip
 
     def __init__(self, session: Session, id: Id, seconds: float) -> None:
@@ -7509,6 +7515,7 @@ class Resumable(Answering):
         self._news = asyncio.Event()  # There are more items, or the final answer.
         self._final: bytes | None = None  # the frame after the last item
         self._timer: Timer | None = None
+        self._puller: str | None = None  # its client in another process: a connection's id
         self._hub_state.registry.resumable[self._token] = self
 
     def start(self, handler: Handler, message: Received) -> None:
@@ -7530,7 +7537,8 @@ class Resumable(Answering):
         text = f'{event["text"][:-1]},"at":"{self._token}.{self._count}"}}'
         event = {"type": "websocket.send", "text": text}
         self._items.append((self._count, event))
-        self._size += len(text)
+        self._resize(len(text))
+        self._make_room()
         self._news.set()
         if self._carrier is not None:
             self._trim(self._count)
@@ -7542,21 +7550,40 @@ class Resumable(Answering):
             self._came.clear()
             await self._came.wait()
 
+    def _resize(self, change: int) -> None:
+        """Count characters of items, here and for the process."""
+        self._size += change
+        self._hub_state.counts["stream_bytes"] += change
+
+    def _make_room(self) -> None:
+        """End the streams without a client that are too many, the first that were left first."""
+        alone, counts = self._hub_state.registry.alone, self._hub_state.counts
+        while alone and (len(alone) > _MOST_ALONE or counts["stream_bytes"] > _ALL_BYTES):
+            next(iter(alone.values())).end()
+
     def _trim(self, number: int) -> None:
         """Drop old items that are too many, up to *number*."""
+        counts = self._hub_state.counts
         while (
             self._items
             and self._items[0][0] <= number
-            and (len(self._items) > _ITEMS or self._size > _ITEM_BYTES)
+            and (
+                len(self._items) > _ITEMS
+                or self._size > _ITEM_BYTES
+                or counts["stream_bytes"] > _ALL_BYTES
+            )
         ):
-            self._size -= len(self._items.popleft()[1]["text"])
+            self._resize(-len(self._items.popleft()[1]["text"]))
 
     async def _send(self, data: bytes) -> None:
         """Send the final answer. It is kept, too, since the client may not have got it."""
         self._final, carrier, self._carrier = data, self._carrier, None
+        if carrier is not None:
+            carrier.drop_stream(self._id)
         self._news.set()
         if self._token in self._hub_state.registry.resumable:
-            self._set_timer()
+            self._stay()
+            self._make_room()
         if carrier is not None:
             await super()._send(data)
 
@@ -7570,45 +7597,48 @@ class Resumable(Answering):
             await super()._fail(raised, type, id, routes)
 
     def _free(self, id: Id) -> None:
-        if self._carrier is not None:
-            self._carrier.drop_stream(id)
+        """Leave that to the final answer: an error handler may take a while to find it."""
 
     def leave(self) -> None:
         """Go on for a while without the client, which has gone."""
         cast("Session", self._carrier).drop_stream(self._id)
-        self._carrier, self._alone = None, 0
-        self._set_timer()
-        every = self._hub_state.registry.resumable
-        every[self._token] = every.pop(self._token)  # The one that has left first is the first.
-        if len(every) > _MOST_ALONE:
-            alone = [each for each in every.values() if each.is_alone]
-            for each in alone[:-_MOST_ALONE]:
-                each.end()
+        self._alone = 0
+        self._stay()
+        self._make_room()
 
-    @property
-    def is_alone(self) -> bool:
-        """Whether it has no client."""
-        return self._carrier is None
-
-    def _set_timer(self) -> None:
+    def _stay(self) -> None:
+        """Wait some seconds for a client."""
+        self._carrier = None
         if self._timer is not None:
             self._timer.cancel()
         self._timer = clock.call_at(clock.time() + self._seconds, self.end)
+        alone = self._hub_state.registry.alone
+        alone[self._token] = self
+        alone.move_to_end(self._token)
 
     def end(self) -> None:
         """Stop, and forget what was kept."""
-        cast(Timer, self._timer).cancel()  # Its client has left, or has got the final answer.
-        self._hub_state.registry.resumable.pop(self._token, None)
+        if self._timer is not None:
+            self._timer.cancel()
+        for table in (self._hub_state.registry.resumable, self._hub_state.registry.alone):
+            table.pop(self._token, None)
+        self._items.clear()
+        self._resize(-self._size)
+        self._set_puller(None)
         self._stream.stop()
 
     def stop(self) -> None:
         """Stop the generator, as its client has asked for in another process."""
         self._stream.stop()
 
-    def is_for(self, user: str | None, id: Id, ids: Iterable[str]) -> bool:
-        """Tell whether *user* had this stream in a connection with one of *ids*."""
-        is_own = user is not None and user == self.conn.user
-        return is_own and self._has_id(id) and not self._carriers.isdisjoint(ids)
+    @property
+    def user(self) -> str | None:
+        """Whose stream it is."""
+        return self.conn.user
+
+    def is_for(self, wanted: Wanted) -> bool:
+        """Tell whether it was *wanted* in one of its connections; its user has been found out."""
+        return self._has_id(wanted.id) and not self._carriers.isdisjoint(wanted.ids)
 
     def _has_id(self, id: Id) -> bool:
         return (type(id), id) == (type(self._id), self._id)
@@ -7617,10 +7647,12 @@ class Resumable(Answering):
         """Go on with the client of *session*, behind the item *number*; return whether it can."""
         if not self._take_over(id, number):
             return False
+        self._set_puller(None)
         self._carriers.add(session.conn.id)
         waiting = [Waiting(event) for n, event in self._items if n > number]
         if self._final is None:
             cast(Timer, self._timer).cancel()
+            del self._hub_state.registry.alone[self._token]
             self._carrier, self.outgoing = session, session.outgoing
             session.take_stream(self._id, self._stream)
         else:
@@ -7634,32 +7666,44 @@ class Resumable(Answering):
         if not self._has_id(id) or not first - 1 <= number <= self._count:
             return False
         if self._carrier is not None:
+            self._carrier.drop_stream(self._id)
             self._carrier.lose_stream(self._id)
-            self._carrier = None
-        self._set_timer()
+        self._stay()
         self._alone = 0
         self._came.set()
         return True
 
-    async def pull(self, id: Id, number: int, seconds: float) -> dict[str, Any] | None:
+    def _set_puller(self, by: str | None) -> None:
+        """Let *by* go on in another process; a `pull` for who has had it returns None."""
+        self._puller = by
+        self._news.set()
+
+    async def pull(self, by: str, id: Id, number: int, seconds: float) -> dict[str, Any] | None:
         """Return items behind *number*, and the final answer, as texts, or None if it is lost.
 
-        The client is in another process. Waits for some, at most for so many *seconds*.
+        The client is in another process, and *by* the id of its connection there. Waits for some,
+        at most for so many *seconds*.
         """
-        if not self._take_over(id, number):
+        is_over = by != self._puller and by in self._carriers  # Another client has taken it.
+        if is_over or not self._take_over(id, number):
             return None
+        self._set_puller(by)
+        self._carriers.add(by)
         self._trim(number)
         if number == self._count and self._final is None:
             self._news.clear()
             with contextlib.suppress(TimeoutError), WaitLimit(clock.time() + seconds):
                 await self._news.wait()
+            if self._puller != by:
+                return None
         texts, size = list[str](), 0
         for n, event in self._items:
             size += len(event["text"]) if n > number else 0
             if n > number and (not texts or size <= _BATCH_BYTES):
                 texts.append(event["text"])
         is_last = self._final is not None and number + len(texts) == self._count
-        return {"items": texts, "final": self._final.decode() if is_last and self._final else None}
+        final = self._final.decode() if is_last and self._final else None
+        return {"items": texts, "final": final, "token": self._token}
 
 
 def stream_lost() -> MessageError:
@@ -7692,22 +7736,31 @@ def wanted_streams(value: Any) -> list[Wanted]:
     return found
 
 
-def _find(registry: Registry, wanted: Wanted, user: str | None) -> Resumable | None:
-    """Return the stream that is *wanted*, if this process has it."""
+def _own(registry: Registry, user: str | None) -> list[Resumable]:
+    """Return the streams of *user*. Guests cannot be told apart."""
+    every = registry.resumable.values() if user is not None else ()
+    return [each for each in every if each.user == user]
+
+
+def _find(registry: Registry, wanted: Wanted, own: Iterable[Resumable]) -> Resumable | None:
+    """Return the stream that is *wanted*, without a token one of the client's *own*."""
     if wanted.token is not None:
         return registry.resumable.get(wanted.token)
-    every = registry.resumable.values()
-    return next((each for each in every if each.is_for(user, wanted.id, wanted.ids)), None)
+    return next((each for each in own if each.is_for(wanted)), None)
 
 
 def go_on_streams(session: Session, value: Any) -> None:
     """Go on with the streams that a ``resume`` message names; tell the client of lost ones."""
-    registry = session.conn.hub.state.registry
-    for wanted in wanted_streams(value):
+    registry, every = session.conn.hub.state.registry, wanted_streams(value)
+    is_any = any(wanted.token is None for wanted in every)
+    own = _own(registry, session.conn.user) if is_any else []
+    for wanted in every:
         if wanted.id in session.streams:
             continue  # It has begun another one under that id.
-        found = _find(registry, wanted, session.conn.user)
-        if found is None and (others := _others(session, wanted)):
+        found = _find(registry, wanted, own)
+        if len(session.streams) >= _MOST_RESUMED:
+            session.lose_stream(wanted.id)
+        elif found is None and (others := _others(session, wanted)):
             session.take_stream(wanted.id, stream := Stream())
             session.add_task(_relay_stream(session, wanted, stream, others), is_detached=True)
         elif found is None or not found.go_on(session, wanted.id, wanted.number):
@@ -7767,35 +7820,41 @@ async def _pull(session: Session, wanted: Wanted, others: list[str]) -> str | No
             continue
         for text in found["items"]:
             await session.outgoing.send({"type": "websocket.send", "text": text})
-        wanted = attrs.evolve(wanted, number=wanted.number + len(found["items"]))
+        number = wanted.number + len(found["items"])
+        wanted = attrs.evolve(wanted, number=number, token=found["token"])
         if found["final"] is not None:
             return cast(str, found["final"])
     return None
 
 
 async def _call(session: Session, wanted: Wanted, other: str, seconds: float) -> Any:
-    state, said = session.conn.hub.state, (*attrs.astuple(wanted), session.conn.user)
+    state, conn = session.conn.hub.state, session.conn
+    said = (*attrs.astuple(wanted), conn.user, conn.id)
     return await state.relay.call(other, "stream", "", msgspec.Raw(encode(said)), seconds)
 
 
-def read_wanted(said: msgspec.Raw) -> tuple[Wanted, str | None]:
-    """Return what `_call` has said, and for which user. Raises `msgspec.MsgspecError`."""
-    kind = tuple[Id, str | None, int, list[str], str | None]
-    id, token, number, ids, user = msgspec.json.decode(said, type=kind)
-    return Wanted(id, token, number, ids), user
+def read_wanted(said: msgspec.Raw) -> tuple[Wanted, str | None, str]:
+    """Return what `_call` has said, for which user and by which connection.
+
+    Raises `msgspec.MsgspecError`.
+    """
+    kind = tuple[Id, str | None, int, list[str], str | None, str]
+    id, token, number, ids, user, by = msgspec.json.decode(said, type=kind)
+    return Wanted(id, token, number, ids), user, by
 
 
 async def _stream_call(
     registry: Registry, _: str, said: msgspec.Raw, seconds: float
 ) -> dict[str, Any] | None:
     """Answer `_call` in the process that has the stream. It is stopped if *seconds* are 0."""
-    wanted, user = read_wanted(said)
-    if (found := _find(registry, wanted, user)) is None:
+    wanted, user, by = read_wanted(said)
+    own = _own(registry, user) if wanted.token is None else []
+    if (found := _find(registry, wanted, own)) is None:
         return None
     if seconds == 0:
         found.stop()
         return None
-    return await found.pull(wanted.id, wanted.number, seconds)
+    return await found.pull(by, wanted.id, wanted.number, seconds)
 
 
 PROCESS_CALLS["stream"] = _stream_call
@@ -7847,8 +7906,7 @@ class Session(Answering):
         task, self._ended = asyncio.current_task(), clock.time()
         if self.streams:  # PERF: most connections have none.
             for stream in tuple(self.streams.values()):
-                if task is None or stream.task is not task:  # A timer has no task.
-                    stream.leave()
+                stream.leave()
         self._hub_state.end_work(self.conn.id)
         # Without a close code the server may hold frames from before the end.
         may_go_on = self.is_handling or self.outgoing.close_code is None
@@ -7940,8 +7998,7 @@ class Session(Answering):
 
     def drop_stream(self, id: Id) -> None:
         """Note that it has none with this id any more."""
-        if id in self.streams:
-            del self.streams[id]
+        del self.streams[id]
 
     def add_task(self, work: Coroutine[Any, Any, None], *, is_detached: bool = False) -> None:
         """Run *work* in a task that ends with the connection."""
@@ -7951,7 +8008,6 @@ class Session(Answering):
 
     def lose_stream(self, id: Id) -> None:
         """Tell the client that a stream does not go on for it."""
-        self.drop_stream(id)
         frame = error_frame(stream_lost(), id, self._hub_state.codec)
         self.outgoing.put(Waiting(text_event(frame)))
 

@@ -676,6 +676,104 @@ async def test_a_close_ends_the_connection_of_now() -> None:
         assert ada.end is None
 
 
+@pytest.mark.parametrize("how", ["close", "write"])
+@pytest.mark.parametrize("comes_back", [True, False])
+async def test_a_stream_that_ends_its_connection_itself(how: str, comes_back: bool) -> None:
+    """Goes on alone, too: until its client comes back, or its seconds are over."""
+    app, hub, goes_on, ended = falcon.asgi.App(), Hub(), asyncio.Semaphore(0), list[int]()
+    ws = Pachinko(app, "/ws", hub=hub)
+
+    @ws.on("ask", resumable=5)
+    async def ask(conn: Connection) -> AsyncIterator[int]:
+        try:
+            for n in range(4):
+                await goes_on.acquire()
+                if n == 1 and how == "close":
+                    await conn.close(4000)
+                yield n
+        finally:
+            ended.append(1)
+
+    async def wrapped(scope: Any, receive: Any, send: Any) -> None:
+        async def checked(event: Any) -> None:
+            if how == "write" and '"payload":1' in (event.get("text") or "") and not is_back:
+                raise ConnectionResetError
+            await send(event)
+
+        await app(scope, receive, checked)
+
+    is_back = False
+    async with simulate(wrapped) as sim:
+        ada = await sim.connect("/ws")
+        await ada.send("ask", id=8)
+        goes_on.release()
+        await sim.settle()
+        at = ada.received[0].at
+        goes_on.release()
+        await sim.settle()
+        ada.cut()
+        await sim.settle()
+        is_back = True
+        if comes_back:
+            bob = await sim.connect("/ws", query=resume(at))
+            goes_on.release()
+            goes_on.release()
+            await sim.settle()
+            assert [each.payload for each in bob.received] == [1, 2, 3, None]
+        else:
+            await sim.advance(5)
+            assert not hub.state.registry.resumable
+        assert ended == [1]
+
+
+async def test_it_ends_with_its_client_there() -> None:
+    """The end of the server may find it so, and the client gets the final answer."""
+    count = Count()
+    async with simulate(count.app) as sim:
+        ada = await sim.connect("/ws")
+        await begin(ada)
+        await sim.settle()
+        count.kept[0].end()
+        await sim.settle()
+        assert seen(ada) == [final()] and count.kept == []
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+async def test_a_departure_while_an_error_is_explained(is_taken: bool) -> None:
+    """The stream has not ended before its final answer, which is for who has it then."""
+    app, hub, explained = falcon.asgi.App(), Hub(), asyncio.Event()
+    ws = Pachinko(app, "/ws", hub=hub)
+
+    @ws.on("fail", resumable=60)
+    async def fail(conn: Connection) -> AsyncIterator[int]:
+        yield 0
+        raise KeyError
+
+    @ws.error(KeyError)
+    async def explain(conn: Connection, exc: Exception) -> MessageError:
+        await explained.wait()
+        return MessageError("no")
+
+    async with simulate(app) as sim:
+        ada = await sim.connect("/ws")
+        await ada.send("fail", id=8)
+        await sim.settle()
+        at = ada.received[0].at
+        bob = ada
+        if is_taken:
+            bob = await sim.connect("/ws", query=resume(at))
+            explained.set()
+            await sim.settle()
+            assert seen(ada)[1:] == [lost()] and seen(bob)[0][2]["code"] == "no"
+        bob.cut()
+        await sim.settle()
+        explained.set()
+        await sim.settle()
+        eve = await sim.connect("/ws", query=resume(at))
+        await sim.settle()
+        assert [each.payload["code"] for each in eve.received] == ["no"]
+
+
 # What it takes
 
 
@@ -779,6 +877,71 @@ async def test_streams_without_a_client_are_bounded(monkeypatch: pytest.MonkeyPa
             await sim.settle()
             found.append(seen(bob) == [])
         assert found == [True, True, True, False, False]
+
+
+async def test_finished_streams_count_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that begins one after the other makes the process keep no more."""
+    monkeypatch.setattr(pachinko, "_MOST_ALONE", 3)
+    count = Count()
+    async with simulate(count.app) as sim:
+        ada = await sim.connect("/ws")
+        for id in range(9):
+            await begin(ada, id, to=1)
+            count.release(2)
+            await sim.settle()
+        assert seen(ada)[-1] == final(8) and len(count.kept) == 3
+        bob = await sim.connect("/ws", query=resume(ada.received[-2].at, 8))
+        await sim.settle()
+        assert seen(bob) == [final(8)]
+
+
+async def test_items_of_all_streams_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams without a client end first; then fewer items are kept for those who have one."""
+    count = Count()
+    async with simulate(count.app) as sim:
+        clients = [await sim.connect("/ws") for _ in range(4)]
+        for client in clients:
+            await begin(client, to=100)
+        count.release(40)
+        await sim.settle()
+        at = clients[3].received[-1].at
+        for client in clients[:2]:
+            client.cut()
+            await sim.settle()
+        size = count.hub.state.counts["stream_bytes"]
+        monkeypatch.setattr(pachinko, "_ALL_BYTES", size * 7 // 8)
+        count.release(4)
+        await sim.settle()
+        assert len(count.kept) == 3
+        monkeypatch.setattr(pachinko, "_ALL_BYTES", 100)
+        count.release(30)
+        await sim.settle()
+        assert len(count.kept) == 2 and count.hub.state.counts["stream_bytes"] <= 400
+        clients[3].cut()
+        await sim.settle()
+        bob = await sim.connect("/ws", query=resume(at))
+        await sim.settle()
+        assert seen(bob) == [lost()]
+    assert count.hub.state.counts["stream_bytes"] == 0
+
+
+async def test_a_client_may_have_so_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many messages ask for them."""
+    monkeypatch.setattr(pachinko, "_MOST_RESUMED", 3)
+    count = Count()
+    async with simulate(count.app) as sim:
+        ada = await sim.connect("/ws", token="ada")
+        for id in range(5):
+            await begin(ada, id)
+        await sim.settle()
+        ids = [ada.conn.id]
+        ada.cut()
+        await sim.settle()
+        bob = await sim.connect("/ws", token="ada")
+        for id in range(5):
+            await bob.send("resume", {"streams": [{"id": id, "at": None}], "ids": ids})
+        await sim.settle()
+        assert seen(bob) == [lost(3), lost(4)]
 
 
 async def test_middleware_is_around_it() -> None:
@@ -1006,6 +1169,50 @@ async def test_its_seconds_run_from_the_latest_question() -> None:
         bob.cut()
         await sim.advance(100)
         assert counts.made[0].ended == ["cancelled"]
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+async def test_one_client_at_a_time_there(is_here: bool) -> None:
+    """One in another process loses the stream to the next one, here or in a third process."""
+    counts = Counts()
+    async with simulate(counts) as sim:
+        other, third = await sim.process(), await sim.process()
+        ada = await sim.connect("/ws")
+        await begin(ada, to=4)
+        counts.made[0].release()
+        await sim.settle()
+        at, ids = ada.received[0].at, [ada.conn.id]
+        ada.cut()
+        await sim.settle()
+        bob = await other.connect("/ws", query=resume(at, ids=ids))
+        counts.made[0].release()
+        await sim.settle()
+        eve = await (sim if is_here else third).connect("/ws", query=resume(at, ids=ids))
+        await sim.settle()
+        counts.made[0].release(5)
+        await sim.settle()
+        assert seen(bob) == [*items(1), lost()]
+        assert seen(eve) == [*items(1, 2, 3), final()]
+
+
+async def test_whoever_was_late_to_ask_has_lost_it() -> None:
+    """Another client came between two of its questions."""
+    counts = Counts()
+    async with simulate(counts) as sim:
+        other = await sim.process()
+        ada = await sim.connect("/ws")
+        await begin(ada, to=2)
+        counts.made[0].release()
+        await sim.settle()
+        (stream,) = counts.made[0].kept
+        assert await stream.pull("bob", 8, 0, 0) is not None
+        eve = await sim.connect("/ws", query=resume(ada.received[0].at))
+        assert await stream.pull("bob", 8, 0, 0) is None
+        assert await stream.pull(eve.conn.id, 8, 0, 0) is None
+        counts.made[0].release(2)
+        await sim.settle()
+        assert seen(eve) == [*items(1), final()]
+        assert not other.hub.state.registry.resumable
 
 
 @pytest.fixture
