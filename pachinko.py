@@ -5390,12 +5390,9 @@ class Registry:
         self._joined.setdefault(conn, set()).add(group)
         self._enter(Kind.GROUP, group, conn)
 
-    def replace(self, group: str, conn: Member, receiver: Receiver) -> bool:
-        """Let messages to *group* go to *receiver* for *conn*; return whether it is a member."""
-        is_member = conn in self.groups.get(group, ())
-        if is_member:
-            self.groups[group][conn] = receiver
-        return is_member
+    def replace(self, group: str, conn: Member, receiver: Receiver) -> None:
+        """Let messages to *group* go to *receiver* for *conn*, which is a member."""
+        self.groups[group][conn] = receiver
 
     def leave(self, group: str, conn: Member) -> None:
         """Remove *conn* from *group*, if it is a member."""
@@ -7637,8 +7634,9 @@ class Resumable(Answering):
         return self.conn.user
 
     def is_for(self, wanted: Wanted) -> bool:
-        """Tell whether it was *wanted* in one of its connections; its user has been found out."""
-        return self._has_id(wanted.id) and not self._carriers.isdisjoint(wanted.ids)
+        """Tell whether its user, who has been found out, can mean it by *wanted*."""
+        is_named = not self._carriers.isdisjoint(wanted.ids)
+        return self._has_id(wanted.id) and (is_named if wanted.ids else self._carrier is None)
 
     def _has_id(self, id: Id) -> bool:
         return (type(id), id) == (type(self._id), self._id)
@@ -7746,7 +7744,8 @@ def _find(registry: Registry, wanted: Wanted, own: Iterable[Resumable]) -> Resum
     """Return the stream that is *wanted*, without a token one of the client's *own*."""
     if wanted.token is not None:
         return registry.resumable.get(wanted.token)
-    return next((each for each in own if each.is_for(wanted)), None)
+    found = [each for each in own if each.is_for(wanted)]
+    return found[0] if len(found) == 1 else None  # Of two, either may be another tab's.
 
 
 def go_on_streams(session: Session, value: Any) -> None:

@@ -331,6 +331,27 @@ async def test_without_a_position_the_user_counts(user: str | None, is_known: bo
         assert seen(bob) == ([*items(0, 1, 2, 3, 4), final()] if is_right else [lost()])
 
 
+@pytest.mark.parametrize("others", [0, 1])
+async def test_a_client_that_does_not_know_its_ids(others: int) -> None:
+    """It goes on with the only stream of its user with that id that has no client."""
+    count = Count()
+    async with simulate(count.app) as sim:
+        eve, tab = await sim.connect("/ws", token="eve"), await sim.connect("/ws", token="ada")
+        for client in (eve, tab):
+            await begin(client)
+        for _ in range(1 + others):
+            ada = await sim.connect("/ws", token="ada")
+            await begin(ada, to=1)
+            await sim.settle()
+            ada.cut()
+        await sim.settle()
+        bob = await sim.connect("/ws", token="ada", query=resume(None))
+        count.release(20)
+        await sim.settle()
+        assert seen(bob) == ([lost()] if others else [*items(0), final()])
+        assert seen(tab)[-1] == final()
+
+
 async def test_nobody_is_no_user() -> None:
     """Guests cannot be told apart."""
     count = Count()
