@@ -5862,7 +5862,8 @@ class Keeper(Relay):
     """The relay of an app with one process that keeps what is sent to some groups."""
 
     def __init__(self, history: History) -> None:
-        self.history = self._history = history
+        self.history: History | None = history
+        self._history = history
 
     def start(self, registry: Registry, process: str) -> None:
         """Do what `Relay.start` says."""
@@ -7341,6 +7342,15 @@ class Answering:
         self._hub_state, self._limits = conn.hub.state, limits
         self._rate = Rate(*limits.rate) if limits.rate is not None else None
 
+    def open_tables(self) -> None:
+        """Make the tables of tasks and streams, which most connections do not need."""
+        if not self.tasks and not self.streams:
+            self.tasks, self.streams = set(), {}
+
+    def attach(self, outgoing: Outgoing) -> None:
+        """Answer another connection from now on."""
+        self.outgoing = outgoing
+
     def _exceed_rate(
         self, event: Event, id: Id | None, type: str | None = None
     ) -> Awaitable[None] | None:
@@ -7520,8 +7530,9 @@ class Resumable(Answering):
         session = cast("Session", self._carrier)
         session.take_stream(self._id, self._stream)
         task = create_task(self._run(handler, message))
-        self.tasks = {task}
-        task.add_done_callback(lambda _: self.tasks.clear())
+        self.open_tables()
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     async def _run(self, handler: Handler, message: Received) -> None:
         await self.run_stream(handler, message, self._stream)
@@ -7651,7 +7662,8 @@ class Resumable(Answering):
         if self._final is None:
             cast(Timer, self._timer).cancel()
             del self._hub_state.registry.alone[self._token]
-            self._carrier, self.outgoing = session, session.outgoing
+            self._carrier = session
+            self.attach(session.outgoing)
             session.take_stream(self._id, self._stream)
         else:
             waiting.append(Waiting(text_event(self._final)))
@@ -7991,8 +8003,7 @@ class Session(Answering):
 
     def take_stream(self, id: Id, stream: Stream) -> None:
         """Note that the client has a stream with this id."""
-        if not self.tasks and not self.streams:
-            self.tasks, self.streams = set(), {}
+        self.open_tables()
         self.streams[id] = stream
 
     def drop_stream(self, id: Id) -> None:
@@ -8213,8 +8224,7 @@ class Session(Answering):
         if error is not None:
             await self._send_error(error, id, handler.type)
             return
-        if not self.tasks and not self.streams:
-            self.tasks, self.streams = set(), {}
+        self.open_tables()
         if handler.resumable is not None:
             Resumable(self, cast(Id, id), handler.resumable).start(handler, message)
             return

