@@ -24,7 +24,7 @@ def begin(_: None) -> None:
 
 def pytest_collection_finish() -> None:
     """What the modules have made stays to the end, and no search for garbage looks at it again."""
-    begin()  # the generator asks who refers to it, and what is frozen is not found
+    begin()  # The generator asks then who refers to it: what is frozen would not be found.
     gc.collect()
     gc.freeze()
 

@@ -944,7 +944,7 @@ async def test_a_client_may_authenticate_by_a_message() -> None:
 
     @ws.on("nap")
     async def nap(conn: Connection) -> None:
-        await asyncio.sleep(PATIENCE)
+        await asyncio.sleep(PATIENCE)  # It outlasts the test, and no wait in it may last so long.
 
     async with simulate(app) as sim:
         bob = await sim.connect("/ws", token="bob")
