@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 
 from brokers import BrokerKind, BrokerProcess, running
+from support import PATIENCE
+
+import pachinko_cluster
 
 
 @given(st.none())
@@ -43,6 +46,8 @@ def kind(request: pytest.FixtureRequest) -> BrokerKind:
 
 
 @pytest.fixture
-async def broker(kind: BrokerKind) -> AsyncIterator[BrokerProcess]:
+async def broker(kind: BrokerKind, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[BrokerProcess]:
+    """A broker; processes on it may take longer to say who is there than they may in use."""
+    monkeypatch.setattr(pachinko_cluster, "_PRESENCE", 1.0 if kind == "nats" else PATIENCE)
     async with running(kind) as broker:
         yield broker
