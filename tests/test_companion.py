@@ -165,7 +165,7 @@ def parts() -> list[str]:
 COUNTS = """
 class Clients:
     async def on_get(self, req, resp):
-        resp.media = len(hub.connections)
+        resp.media = hub.count
 
 
 app.add_route("/clients", Clients())
@@ -218,7 +218,7 @@ async def test_the_first_app_and_its_client(place: Place) -> None:
 async def test_what_the_readme_shows(page: Uvicorn, claim: Any) -> None:
     """What is tested in this process also holds there."""
     await claim(page)
-    async with asyncio.timeout(PATIENCE):  # The others of a room are told when a client has left.
+    async with asyncio.timeout(PATIENCE):  # Others in a room are told of each that leaves.
         while await asyncio.to_thread(clients, page):
             await asyncio.sleep(0.01)
 

@@ -20,7 +20,8 @@ from urllib.request import urlopen
 
 import cattrs
 import pytest
-from brokers import BrokerKind, BrokerProcess, environment, free_port, running
+from brokers import BrokerKind, BrokerProcess, environment, running
+from ports import free_port
 from support import PATIENCE, Client, connect, new_app, serving, until
 
 import pachinko
