@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 
 from brokers import BrokerKind, BrokerProcess, running
-from support import PATIENCE
 
 import pachinko_cluster
 
@@ -48,6 +47,6 @@ def kind(request: pytest.FixtureRequest) -> BrokerKind:
 @pytest.fixture
 async def broker(kind: BrokerKind, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[BrokerProcess]:
     """A broker; processes on it may take longer to say who is there than they may in use."""
-    monkeypatch.setattr(pachinko_cluster, "_PRESENCE", 1.0 if kind == "nats" else PATIENCE)
+    monkeypatch.setattr(pachinko_cluster, "_PRESENCE", 1.0)
     async with running(kind) as broker:
         yield broker

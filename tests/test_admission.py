@@ -1111,7 +1111,7 @@ async def test_accepted_handlers_run_for_messages_that_a_client_has_left(
     leaves_message: bool,
 ) -> None:
     """Before these are handled; a client that left nothing behind has never been in."""
-    door, may_go_on = Door(linger=0.2), asyncio.Event()
+    door, may_go_on = Door(linger=5.0), asyncio.Event()
 
     @door.ws.connect
     async def load(conn: Connection) -> None:
@@ -1135,7 +1135,7 @@ async def test_accepted_handlers_run_for_messages_that_a_client_has_left(
         (session,) = door.ws._hub.state.serving.values()
         await until(lambda: session.outgoing.closed)
         may_go_on.set()
-        await server.spend(0.2)
+        await server.spend(5.0)
         await until(lambda: not door.ws._hub.state.serving)
     handled = ["accepted", "saved"] if leaves_message else []
     assert door.seen[3:] == [*handled, ("disconnect", 4000)]
