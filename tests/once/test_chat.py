@@ -1,6 +1,7 @@
 """The chat example: its messages over a real server, and its page in a real browser.
 
-``python tests/test_chat.py docs/chat.png`` makes the screenshot for the documentation instead.
+``PYTHONPATH=tests python tests/once/test_chat.py docs/chat.png`` makes the screenshot for the
+documentation instead.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ports import free_port
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 PATIENCE = 15.0  # seconds for anything to happen; a slow machine needs it, a fast one never waits
 
 expect.set_options(timeout=PATIENCE * 1000)
