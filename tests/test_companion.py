@@ -220,7 +220,7 @@ async def test_what_the_readme_shows(page: Uvicorn, claim: Any) -> None:
     await claim(page)
     async with asyncio.timeout(PATIENCE):  # Others in a room are told of each that leaves.
         while await asyncio.to_thread(clients, page):
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # the pause between two questions
 
 
 async def test_authentication_the_resource_and_the_hub(page: Uvicorn) -> None:
