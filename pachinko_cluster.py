@@ -1608,6 +1608,9 @@ class Link:
         is_ours = subject in self._subscribed and subject in self._subjects
         if session != self.session or not is_ours:
             return
+        if not self.is_connected:  # The members learn in `_begin` what they have missed before.
+            self._has_missed = True
+            return
         if data == self._beat:
             self._has_heard = True
             return

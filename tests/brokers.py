@@ -7,7 +7,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from ports import free_port
 from support import PATIENCE
 
 BrokerKind = Literal["nats", "redis"]
@@ -38,12 +38,6 @@ def find(kind: BrokerKind) -> str:
 def has_tls(kind: BrokerKind) -> bool:
     """Whether the broker was built with OpenSSL."""
     return kind == "nats" or b"libssl" in Path(find(kind)).read_bytes()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
 
 
 class BrokerProcess:

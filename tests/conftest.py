@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from brokers import BrokerKind, BrokerProcess, running
 
+import pachinko_cluster
+
 
 @given(st.none())
 def begin(_: None) -> None:
@@ -24,7 +26,7 @@ def begin(_: None) -> None:
 
 def pytest_collection_finish() -> None:
     """What the modules have made stays to the end, and no search for garbage looks at it again."""
-    begin()  # the generator asks who refers to it, and what is frozen is not found
+    begin()  # The generator asks then who refers to it: what is frozen would not be found.
     gc.collect()
     gc.freeze()
 
@@ -50,6 +52,8 @@ def kind(request: pytest.FixtureRequest) -> BrokerKind:
 
 
 @pytest.fixture
-async def broker(kind: BrokerKind) -> AsyncIterator[BrokerProcess]:
+async def broker(kind: BrokerKind, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[BrokerProcess]:
+    """A broker; processes on it may take longer to say who is there than they may in use."""
+    monkeypatch.setattr(pachinko_cluster, "_PRESENCE", 1.0)
     async with running(kind) as broker:
         yield broker

@@ -615,7 +615,7 @@ async def test_what_a_task_group_refuses_with_is_freed_at_once(
 @pytest.mark.parametrize("ends", ["ann", "hangs", "drained"])
 async def test_a_caught_failure_of_a_task_group_is_no_cancellation(ends: str) -> None:
     """It hides neither the user, nor the end of the time, nor a close."""
-    ws = endpoint(auth_timeout=0.05 if ends == "hangs" else PATIENCE)
+    ws = endpoint(auth_timeout=5.0)
     asked = asyncio.Event()
 
     @ws.authenticate
@@ -640,6 +640,8 @@ async def test_a_caught_failure_of_a_task_group_is_no_cancellation(ends: str) ->
         await asyncio.wait_for(asked.wait(), PATIENCE)
         if ends == "drained":
             await ws._hub.drain(0)
+        else:
+            await server.spend(5.0)
         assert (await client.closed())[0] == (1012 if ends == "drained" else 3401)
 
 
@@ -1109,7 +1111,7 @@ async def test_accepted_handlers_run_for_messages_that_a_client_has_left(
     leaves_message: bool,
 ) -> None:
     """Before these are handled; a client that left nothing behind has never been in."""
-    door, may_go_on = Door(linger=0.2), asyncio.Event()
+    door, may_go_on = Door(linger=5.0), asyncio.Event()
 
     @door.ws.connect
     async def load(conn: Connection) -> None:
@@ -1133,7 +1135,7 @@ async def test_accepted_handlers_run_for_messages_that_a_client_has_left(
         (session,) = door.ws._hub.state.serving.values()
         await until(lambda: session.outgoing.closed)
         may_go_on.set()
-        await server.spend(0.2)
+        await server.spend(5.0)
         await until(lambda: not door.ws._hub.state.serving)
     handled = ["accepted", "saved"] if leaves_message else []
     assert door.seen[3:] == [*handled, ("disconnect", 4000)]
@@ -1358,9 +1360,10 @@ async def test_a_handshake_that_takes_too_long_is_refused_with_503(
     where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With a time to come back after; the log names the handler, which was cancelled."""
-    ws, seen = endpoint(connect_timeout=0.05), list[str]()
+    ws, seen, hangs = endpoint(connect_timeout=5.0), list[str](), asyncio.Event()
 
     async def hang() -> None:
+        hangs.set()
         try:
             await asyncio.Event().wait()
         finally:
@@ -1389,14 +1392,17 @@ async def test_a_handshake_that_takes_too_long_is_refused_with_503(
             seen.append("second")
         await hang()
 
-    async with serving(ws._app) as server:
-        code, headers, body = await status(f"{server.url}/ws", **bearer("ann"))
+    async with simulated(ws._app) as server:
+        visit = asyncio.create_task(status(f"{server.url}/ws", **bearer("ann")))
+        await asyncio.wait_for(hangs.wait(), PATIENCE)
+        await server.spend(5.0)
+        code, headers, body = await visit
         assert (code, headers["Retry-After"]) == (503, "5")
         assert body["title"] == "503 Service Unavailable"
         await until(lambda: not ws._hub.state.serving)
     assert seen == ["cancelled"]
     name = {"authenticate": "who", "second": "second"}.get(where, "arrive")
-    assert f"{name}() at" in caplog.text and "was stopped after 0.05 s" in caplog.text
+    assert f"{name}() at" in caplog.text and "was stopped after 5 s" in caplog.text
 
 
 async def test_a_handshake_that_takes_too_long_after_the_accept_is_closed() -> None:

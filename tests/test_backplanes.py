@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from brokers import BrokerKind, BrokerProcess, free_port, has_tls, running
+from brokers import BrokerKind, BrokerProcess, has_tls, running
+from ports import free_port
 from support import PATIENCE, until
 
 import pachinko_cluster

@@ -14,7 +14,8 @@ from collections.abc import Coroutine
 from pathlib import Path
 
 import pytest
-from brokers import BrokerKind, free_port, running
+from brokers import BrokerKind, running
+from ports import free_port
 from support import PATIENCE, connect, new_app, serving, until
 
 import pachinko_cluster

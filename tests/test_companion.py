@@ -6,6 +6,7 @@ no other copy of the library. The server runs there; the tests are its clients.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -160,10 +162,27 @@ def parts() -> list[str]:
     return [code for code in blocks(README, "python") if not is_client(code)]
 
 
+COUNTS = """
+class Clients:
+    async def on_get(self, req, resp):
+        resp.media = hub.count
+
+
+app.add_route("/clients", Clients())
+"""
+
+
+def clients(page: Uvicorn) -> int:
+    """How many clients the server has."""
+    url = f"http://127.0.0.1:{page.port}/clients"
+    with urllib.request.urlopen(url, timeout=PATIENCE) as response:
+        return int(response.read())
+
+
 @pytest.fixture(scope="module")
 def page(place: Place) -> Iterator[Uvicorn]:
     """A server of all that the README shows, as one file."""
-    with Uvicorn(place, "\n".join(code.lstrip("\n") for code in parts())) as server:
+    with Uvicorn(place, "\n".join(code.lstrip("\n") for code in [*parts(), COUNTS])) as server:
         yield server
 
 
@@ -199,6 +218,9 @@ async def test_the_first_app_and_its_client(place: Place) -> None:
 async def test_what_the_readme_shows(page: Uvicorn, claim: Any) -> None:
     """What is tested in this process also holds there."""
     await claim(page)
+    async with asyncio.timeout(PATIENCE):  # Others in a room are told of each that leaves.
+        while await asyncio.to_thread(clients, page):
+            await asyncio.sleep(0.01)  # the pause between two questions
 
 
 async def test_authentication_the_resource_and_the_hub(page: Uvicorn) -> None:

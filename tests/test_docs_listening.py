@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers import free_port
+from ports import free_port
 from support import PATIENCE, Server, connect, serving, simulated, until
 
 from pachinko import hub

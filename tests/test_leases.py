@@ -761,7 +761,7 @@ async def test_nats_needs_further_rights(
 ) -> None:
     """The error has the rights to add, and they are all that a worker needs."""
     if not is_enough:  # NATS answers a request that it does not permit by silence.
-        monkeypatch.setattr(pachinko_cluster, "_REQUEST", 0.2)
+        monkeypatch.setattr(pachinko_cluster, "_REQUEST", 1.0)
     config = tmp_path / "nats.conf"
     config.write_text(
         'jetstream { store_dir: "store" }\n'

@@ -136,10 +136,11 @@ async def test_cancellations_left_behind_do_not_hide_a_time_limit() -> None:
         raise ValueError
 
     async def work() -> None:
-        with pachinko.TimeLimit(in_ms(5)):
+        with pachinko.TimeLimit() as limit:
             with pytest.raises(ExceptionGroup):
                 async with asyncio.TaskGroup() as group:
                     group.create_task(fail())
+            limit.end_at(in_ms(5))
             await asyncio.Event().wait()
 
     with pytest.raises(TimeoutError):

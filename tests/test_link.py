@@ -794,6 +794,34 @@ async def test_thousands_are_subscribed_again_in_parts() -> None:
     assert scene.fake.most_at_once == 500
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_nothing_comes_before_the_gap_for_what_was_missed(is_first: bool) -> None:
+    """While the rest is being subscribed, a message counts as missed as well."""
+    fake = Fake()
+    may_start = fake.hold("start")
+    async with linked(fake) as scene:
+        if not is_first:
+            may_start.set()
+            await scene.join("room")
+            may_start.clear()
+            fake.lost(ConnectionError("gone"))
+            await until(lambda: fake.count("start") == 2)
+        scene.link.subscribe("ns.g.room")
+        may_subscribe = fake.hold("subscribe")
+        may_start.set()
+        await until(lambda: fake.at_once)
+        scene.link.subscribe("ns.g.new")  # It needs another turn of subscriptions.
+        fake.held["subscribe"] = asyncio.Event()
+        may_subscribe.set()
+        await until(lambda: fake.calls[-1] == "subscribe ns.g.new")
+        await fake.exchange.publish("ns.g.room", b"early")
+        fake.held["subscribe"].set()
+        await scene.link.subscribed("ns.g.new")
+        assert scene.receiver.restores == [None] and scene.texts == []
+        await scene.send(text="late")
+        assert scene.texts == ["late"]
+
+
 async def test_stopping_ends_whatever_waits() -> None:
     """No task is left."""
     before = asyncio.all_tasks()

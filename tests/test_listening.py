@@ -326,15 +326,19 @@ async def test_a_drain_ends_it() -> None:
         assert await rest(hub.listen("room")) == [] and hub.groups == frozenset()
 
 
-async def test_a_drain_takes_listeners_one_after_the_other() -> None:
+async def test_a_drain_takes_listeners_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it does clients, and not those that have left."""
+    monkeypatch.setattr(pachinko, "clock", clock := pachinko.MovableClock())
     async with running_hub() as hub:
-        listeners = [hub.listen("room") for _ in range(3)]
-        drain = asyncio.create_task(hub.drain(0.3))
+        listeners = [hub.listen("room") for _ in range(4)]
+        drain = asyncio.create_task(hub.drain(400))
+        await until(lambda: len(hub.state.listeners) == 3)
+        clock.advance(100)
         await until(lambda: len(hub.state.listeners) == 2)
         assert not drain.done()
-        for listener in listeners[:2]:
+        for listener in listeners:
             await listener.aclose()
+        clock.advance(100)
         await drain
         assert not hub.state.listeners
 

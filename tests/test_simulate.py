@@ -136,9 +136,9 @@ async def test_advance_moves_the_expiry() -> None:
     async with simulate(talking()) as sim:
         ada = await sim.connect("/ws")
         ada.conn.expires_at = time.time() + 100
-        await sim.advance(99)
+        await sim.advance(50)
         assert ada.end is None
-        await sim.advance(2)
+        await sim.advance(51)
         assert await ada.closed() == (3401, "the authentication has expired")
 
 
@@ -269,7 +269,7 @@ async def test_advance_moves_the_back_off_of_a_worker() -> None:
         with sim.bugs(KeyError) as bugs:
             await sim.settle()
             assert len(starts) == 1
-            for seconds, count in ((0.9, 1), (0.2, 2), (1.8, 2), (0.4, 3), (4.1, 4)):
+            for seconds, count in ((0.1, 1), (1.0, 2), (1.0, 2), (1.1, 3), (4.1, 4)):
                 await sim.advance(seconds)
                 assert len(starts) == count
         assert len(bugs) == 4

@@ -20,7 +20,8 @@ from urllib.request import urlopen
 
 import cattrs
 import pytest
-from brokers import BrokerKind, BrokerProcess, environment, free_port, running
+from brokers import BrokerKind, BrokerProcess, environment, running
+from ports import free_port
 from support import PATIENCE, Client, connect, new_app, serving, until
 
 import pachinko
@@ -243,6 +244,7 @@ async def test_the_broker_comes_late_goes_and_comes_back(kind: BrokerKind) -> No
         try:
             await broker.start()
             await call(hub.send, "room", "again")
+            await until(lambda: len(threads()) == 1)  # Those of the first calls end by themselves.
             (thread,) = threads()
             broker.kill()
             await fails(hub.send, "room", "away")

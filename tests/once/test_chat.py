@@ -1,6 +1,7 @@
 """The chat example: its messages over a real server, and its page in a real browser.
 
-``python tests/once/test_chat.py docs/chat.png`` makes the screenshot for the documentation instead.
+``PYTHONPATH=tests python tests/once/test_chat.py docs/chat.png`` makes the screenshot for the
+documentation instead.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import re
 import secrets
 import shutil
@@ -32,6 +32,7 @@ from playwright.sync_api import (
     expect,
     sync_playwright,
 )
+from ports import free_port
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
@@ -39,15 +40,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PATIENCE = 15.0  # seconds for anything to happen; a slow machine needs it, a fast one never waits
 
 expect.set_options(timeout=PATIENCE * 1000)
-
-
-def free_port() -> int:
-    """A port that stays free while its server is down: below those that the system gives away."""
-    for port in random.sample(range(20_000, 32_000), 100):
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
-    pytest.fail("no free port between 20000 and 32000")
 
 
 class Server:

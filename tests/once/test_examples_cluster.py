@@ -27,7 +27,8 @@ from urllib.request import urlopen
 import pytest
 from brokers import find
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
-from test_chat import PATIENCE, chromium, free_port
+from ports import free_port
+from test_chat import PATIENCE, chromium
 from test_docs import blocks
 from websockets.sync.client import ClientConnection, connect
 
@@ -127,10 +128,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def free_ports(count: int) -> list[int]:
-    ports: set[int] = set()
-    while len(ports) < count:
-        ports.add(free_port())
-    return list(ports)
+    return [free_port() for _ in range(count)]
 
 
 def is_open(port: int) -> bool:

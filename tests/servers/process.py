@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from observed import Observed
+from ports import free_port
 
 HERE = Path(__file__).parent
 START = 30  # seconds for what takes one or two, on a slow and noisy machine
@@ -132,12 +132,6 @@ def running(observed: Observed, folder: Path, *served: Any) -> Iterator[Process]
         assert process.ends_within(START), f"{observed} goes on after SIGTERM, without connections"
     finally:
         process.kill()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port: int = unused.getsockname()[1]
-        return port
 
 
 def folder_of(module: str) -> str:

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from process import START, folder_of, free_port
+from ports import free_port
+from process import START, folder_of
 from support import Client, Stalled, connect, until
 from websockets.exceptions import InvalidStatus
 

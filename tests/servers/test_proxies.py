@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 
 import pytest
 import uvicorn
-from process import START, folder_of, free_port
+from ports import free_port
+from process import START, folder_of
 from support import PATIENCE, Client, Stalled, connect, until
 from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus
 
