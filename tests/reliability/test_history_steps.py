@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -38,11 +40,11 @@ PROCESSES = 2
 Step = tuple[Any, ...]
 
 
-def make_app(url: str | None = None) -> falcon.asgi.App[Any, Any]:
+def make_app(url: str | None = None, messages: int = WINDOW) -> falcon.asgi.App[Any, Any]:
     """An app whose clients are in the groups of their query, and come and go in them."""
     hub = Hub()
     hub.configure(url)
-    hub.keep("room:", messages=WINDOW, seconds=SECONDS)
+    hub.keep("room:", messages=messages, seconds=SECONDS)
     app = falcon.asgi.App()
     ws = Pachinko(app, "/ws", hub=hub, overflow="replay", outbox=4, auth_timeout=1000.0)
 
@@ -243,6 +245,42 @@ class Scene:
             assert seat.client is None or seat.client.end is None, seat.client.end
             seat.follower.is_at_the_end = seat.client is not None
             assert not seat.follower.other, seat.follower.other
+
+
+async def test_nothing_is_lost_while_a_thousand_others_resume() -> None:
+    """All come at once, with positions of any age, and invented ones; some are cut at once."""
+    async with simulate(functools.partial(make_app, messages=100)) as sim:
+        scene = Scene(sim, is_alone=False)
+        scene.processes.append(await sim.process())
+        known, lot = list[tuple[str, str]](), random.Random(0)
+        for n in range(20):
+            group = GROUPS[n % 2]
+            known.append((group, await sim.hub.position(group)))
+            await scene.send(n, group, 1)
+            await scene.settle()
+        for n in range(1000):
+            group, at = lot.choice(known)
+            crowd = Follower(scene.published, f"other {n}", {group: at})
+            if n % 10 == 0:
+                crowd.at[group], crowd.excuses = lot.choice(["x.1", f"{at}000000", "?"]), ("epoch",)
+            scene.forks.append(Seat(crowd))
+        entering = [
+            asyncio.create_task(scene.enter(seat, n, "query", *seat.follower.at))
+            for n, seat in enumerate(scene.forks)
+        ]
+        for n in range(3):
+            await scene.connect(n, n, "query")
+            await scene.send(n, GROUPS[n % 2], 20)
+            await scene.cut(n)
+        await scene.lose()
+        await asyncio.gather(*entering)
+        for seat in scene.forks[::7]:
+            if seat.client is not None:
+                seat.client.cut()
+                seat.read()
+                seat.client = None
+        await scene.end()
+        scene.published.check(reasons=())
 
 
 clients = st.integers(0, 2)
