@@ -203,7 +203,8 @@ class Follower:
             try:
                 check(
                     heard, self.published, group, own=frozenset(self.ids),
-                    reasons=(*reasons, *self.excuses), window=window, is_at_the_end=self.is_at_the_end,
+                    reasons=(*reasons, *self.excuses), window=window,
+                    is_at_the_end=self.is_at_the_end,
                 )  # fmt: skip
             except AssertionError as exc:
                 exc.add_note(f"{self.name} in {group}, which has heard:")

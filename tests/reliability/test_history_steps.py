@@ -23,7 +23,7 @@ import attrs
 import falcon.asgi
 import pytest
 from following import Follower, Published, query_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import pachinko
@@ -306,6 +306,23 @@ ALONE = (
     st.tuples(st.just("settle")),
     st.tuples(st.just("advance"), st.sampled_from([1.0, SECONDS / 2, SECONDS + 1])),
 )  # fmt: skip
+A, B = GROUPS
+LIVES: list[list[Step]] = [  # which examples by chance seldom have
+    [  # A slow client reads on from the ring.
+        ("connect", 0, 0, "query"), ("settle",), ("stall", 0), ("send", 0, A, 6, None),
+        ("settle",), ("go", 0), ("settle",), ("send", 0, A, 1, None),
+    ],
+    [  # A position is good for one join.
+        ("connect", 0, 0, "query"), ("send", 0, A, 2, None), ("settle",), ("cut", 0),
+        ("send", 0, A, 1, None), ("settle",), ("connect", 0, 0, "query"), ("settle",),
+        ("send", 0, A, 2, None), ("settle",), ("rejoin", 0, A, False), ("settle",),
+    ],
+    [  # What was dropped before a pause is told behind it.
+        ("connect", 0, 0, "query"), ("send", 0, A, 1, None), ("settle",), ("save", 0),
+        ("send", 0, A, 2, None), ("settle",), ("advance", SECONDS + 1), ("send", 0, A, 1, None),
+        ("settle",), ("restore", 0),
+    ],
+]  # fmt: skip
 BROKEN = (
     st.tuples(st.just("lose")),
     st.tuples(st.just("find")),
@@ -328,6 +345,13 @@ async def play(steps: list[Step], is_alone: bool) -> None:
         scene.published.check(reasons=("expired", "overflow", "epoch", *outage))
 
 
+def lives(test: Any) -> Any:
+    """Play `LIVES` as well."""
+    for steps in LIVES:
+        test = example(steps)(test)
+    return test
+
+
 def options(count: int) -> Any:
     return settings(
         max_examples=min(count, ROUND), deadline=None, derandomize=not IS_NIGHTLY, database=None,
@@ -340,6 +364,7 @@ def test_nothing_is_lost_in_one_process(round: int) -> None:
     """Whatever clients do, each has what was published, or is told what not."""
 
     @options(EXAMPLES)
+    @lives
     @given(st.lists(st.one_of(*ALONE), max_size=25))
     def run(steps: list[Step]) -> None:
         asyncio.run(play(steps, is_alone=True))
@@ -353,6 +378,7 @@ def test_nothing_is_lost_in_two_processes(round: int, caplog: pytest.LogCaptureF
     caplog.set_level(logging.CRITICAL, "pachinko")
 
     @options(EXAMPLES)
+    @lives
     @given(st.lists(st.one_of(*ALONE, *BROKEN), max_size=25))
     def run(steps: list[Step]) -> None:
         asyncio.run(play(steps, is_alone=False))

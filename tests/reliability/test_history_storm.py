@@ -1,8 +1,8 @@
 """Nothing of a kept group is lost, over sockets: many clients, real servers, brokers and processes.
 
 Clients come and go all the time, are cut after any octet, are slow, resume twice and with old and
-invented positions, and speak, also with ``exclude``; brokers are killed, paused and flushed, processes are
-killed. Then all come once more, and what they have heard is checked (`following`).
+invented positions, and speak, also with ``exclude``; brokers are killed, paused and flushed, and
+processes are killed. Then all come once more, and what they have heard is checked (`following`).
 
 ``PACHINKO_FAULT_EXAMPLES=2000`` is the nightly form: a thousand clients, and longer. It needs
 ``pytest -o faulthandler_timeout=900``, since pytest ends a test after two minutes.
