@@ -338,14 +338,13 @@ class Client:
 
     async def ended(self, *codes: int) -> int | None:
         """Wait until it is over, with one of *codes*."""
-        begun = time.monotonic()
         async with asyncio.timeout(PATIENCE):
             await self.reader
             await self.socket.wait_closed()
         if codes and self.socket.close_code not in codes:
-            exc = self.socket.protocol.close_exc  # It tells who has closed, and how.
-            waited = f"after {time.monotonic() - begun:.1f} s, and not one of {codes}"
-            self.fail("the close code is wrong", f"{self.socket.close_code}: {exc} {waited}")
+            exc = self.socket.close_exc  # It tells who has closed, and how.
+            what = f"{self.socket.close_code}, not one of {codes}"
+            self.fail("the close code is wrong", f"{what}: {exc!r} from {exc.__cause__!r}")
         return self.socket.close_code
 
     def abort(self) -> None:
