@@ -712,9 +712,9 @@ class Soak:
         async with self.slow(f"/lossy/{name}", lossy=True) as client:
             client.socket.transport.pause_reading()
             target = client.last.get("feed", 0) + 150
-            await self.gate.until(lambda: self.watcher.last["feed"] > target - 50)
+            await self.gate.until(lambda: self.watcher.last.get("feed", 0) > target - 50)
             answers = [await client.start("sum", {"a": n}) for n in range(3)]
-            await self.gate.until(lambda: self.watcher.last["feed"] > target)
+            await self.gate.until(lambda: self.watcher.last.get("feed", 0) > target)
             client.socket.transport.resume_reading()
             for n, (_, answer) in enumerate(answers):
                 client.check((await client.wait(answer)).get("payload"), n)
