@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -71,13 +72,20 @@ class Seat:
     follower: Follower
     client: pachinko.Client | None = None
     taken: int = 0  # frames of *client*
-    is_slow: bool = False
+    ids: Iterator[int] = attrs.Factory(itertools.count)
+    # Groups that it leaves and joins again, by the ids of its requests; and whether it forgets its
+    # position.
+    rejoins: dict[Any, tuple[str, bool]] = attrs.Factory(dict)
 
     def read(self) -> None:
         """Take what has come."""
         if self.client is not None:
             for each in self.client.received[self.taken :]:
                 self.taken += 1
+                if each.id in self.rejoins:  # What comes of the group now is of the next join.
+                    group, is_first = self.rejoins.pop(each.id)
+                    self.follower.joins(group, is_first=is_first)
+                    continue
                 frame = {"type": each.type, "payload": each.payload, "group": each.group}
                 self.follower.take({**frame, "at": each.at})
 
@@ -129,6 +137,7 @@ class Scene:
         from urllib.parse import urlencode
 
         seat.taken = 0
+        seat.rejoins.clear()
         seat.client = await self.process(process).connect("/ws", query=urlencode(query))
         if how == "message":
             await seat.client.send_text(json.dumps({"type": "resume", "payload": resume}))
@@ -154,15 +163,18 @@ class Scene:
         seat = self.seats[n]
         if seat.client is None or seat.client.end is not None:
             return
-        await seat.client.send("leave", {"group": group})
+        if resumes:  # It reads everything, or a position would be older than what it gets.
+            seat.client.resume()
+            await self.settle()
+        id = next(seat.ids)
+        seat.rejoins[id] = group, not resumes
+        await seat.client.send("leave", {"group": group}, id=id)
         await self.settle()
-        if seat.client is None or seat.client.end is not None:
-            return
-        if resumes:
+        if seat.client.end is None and resumes:
             resume = seat.follower.resume
             await seat.client.send_text(json.dumps({"type": "resume", "payload": resume}))
-        seat.follower.joins(group, is_first=not resumes)
-        await seat.client.send("join", {"group": group})
+        if seat.client.end is None:
+            await seat.client.send("join", {"group": group})
 
     async def twice(self, n: int, first: int, second: int) -> None:
         """Two clients come with the same position."""
@@ -321,6 +333,16 @@ LIVES: list[list[Step]] = [  # which examples by chance seldom have
         ("connect", 0, 0, "query"), ("send", 0, A, 1, None), ("settle",), ("save", 0),
         ("send", 0, A, 2, None), ("settle",), ("advance", SECONDS + 1), ("send", 0, A, 1, None),
         ("settle",), ("restore", 0),
+    ],
+    [  # Who leaves while it catches up, and joins again, gets nothing by its first join.
+        ("connect", 0, 0, "query"), ("settle",), ("stall", 0), ("send", 0, A, 6, None),
+        ("settle",), ("rejoin", 0, A, False), ("send", 0, A, 2, None), ("settle",), ("go", 0),
+        ("settle",), ("send", 0, A, 2, None),
+    ],
+    [  # The same before its verdict.
+        ("connect", 0, 0, "query"), ("settle",), ("cut", 0), ("send", 0, A, 4, None),
+        ("settle",), ("connect", 0, 0, "query"), ("stall", 0), ("settle",),
+        ("rejoin", 0, A, False), ("send", 0, A, 2, None), ("settle",), ("go", 0), ("settle",),
     ],
 ]  # fmt: skip
 BROKEN = (
