@@ -328,24 +328,24 @@ EMPTY: list[Any] = [
 @pytest.mark.parametrize("value", [*EMPTY, pachinko.UNSET], ids=repr)
 def test_what_is_no_such_object_is_empty(value: Any) -> None:
     """It says that there is nothing."""
-    resume = pachinko.read_resume(value)
+    resume = pachinko.read_resume(value, 9)
     assert resume.groups == {} and resume.ids == frozenset()
 
 
 def test_what_is_said_is_read() -> None:
     """Positions by group; what is none of ours stands for a gap."""
     resume = pachinko.read_resume(
-        {"groups": {"a": "e.1", "b": "?", "c": None, "d": {"x": 1}}, "ids": ["x", 5, None, "y"]}
+        {"groups": {"a": "e.1", "b": "?", "c": None, "d": {"x": 1}}, "ids": ["x", 5, None, "y"]}, 4
     )
     nowhere = dict.fromkeys("bcd", pachinko.NOWHERE)
     assert resume.groups == {"a": Position("e", 1), **nowhere}
-    assert resume.ids == {"x", "y"}
+    assert resume.ids == {"x", "y"} and resume.rest is None
 
 
 def test_the_latest_sixteen_ids_count() -> None:
     """However many a client sends."""
     ids = [f"{number}" for number in range(40)]
-    assert pachinko.read_resume({"ids": ids}).ids == {*ids[-16:]}
+    assert pachinko.read_resume({"ids": ids}, 9).ids == {*ids[-16:]}
 
 
 # In the handshake
@@ -555,6 +555,20 @@ async def test_a_position_of_nobody_is_a_gap(at: Any) -> None:
         assert gap == Envelope(
             "gap", {"group": "r:1", "reason": "epoch", "id": client.conn.id}, None, "r:1", top
         )
+
+
+async def test_positions_that_are_too_many_are_gaps() -> None:
+    """In as many groups as one may be in they count, the last ones; in others nothing is silent."""
+    async with world(max_groups=2) as it:
+        at = await it.hub.position("r:1")
+        client = await it.come(query={"resume": "message"})
+        await client.send("resume", {"groups": {f"r:{number}": at for number in range(9)}})
+        for group in ("r:8", "r:7", "r:6", "r:none"):
+            await it.sim.settle()
+            await it.hub.join(group, client.conn)
+            await it.sim.settle()
+            await it.hub.leave(group, client.conn)
+        assert seen(client) == [("resume", 0), ("resume", 0), ("gap", "epoch"), ("gap", "epoch")]
 
 
 async def test_a_position_in_the_page_is_where_a_client_begins() -> None:
@@ -1241,6 +1255,21 @@ async def test_members_are_told_what_was_lost() -> None:
         await late.send("resume")
         await it.sim.settle()
         assert seen(late) == [1, 2, 3, ("resume", 3)]
+
+
+async def test_very_many_members_are_told_in_turns() -> None:
+    """The loss itself takes no write to any of them; all that comes then is behind the gap."""
+    async with world() as it:
+        clients = [await it.come("r:1") for _ in range(3)]
+        history = it.hub.state.history
+        assert history is not None
+        history.lose("r:1", "broker")
+        assert len(history._waiting) == 3 and not clients[0].conn.outgoing.outbox
+        await it.say()
+        await it.sim.settle()
+        await it.say()
+        await it.sim.settle()
+        assert all(seen(client) == [("gap", "broker"), 2] for client in clients)
 
 
 async def test_a_slow_member_is_told_what_was_lost() -> None:
