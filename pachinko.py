@@ -7955,12 +7955,14 @@ class Session(Answering):
         A concurrent handler, a stream, its end, ``resume``, a ``$ping`` and an answer wait for
         nobody, but no handler of a message begins before the accepted ones have ended. A frame
         counts for the rate when it has come: its handler may be called much later, with many.
+        Before the client is in, only ``resume`` overtakes.
         """
-        if self.outgoing.phase is Phase.CONNECTING:
-            return None
         text, frame = event.get("text"), None
         if text is not None and size_of(text) <= self._limits.max_size:
             frame = decode_or_error(text)
+        if self.outgoing.phase is Phase.CONNECTING:  # Answers wait; `_HELD` bounds them.
+            is_resume = isinstance(frame, Frame) and frame.type == "resume"
+            return self._refuse(event) if is_resume and self.incoming.received < _HELD else None
         if isinstance(frame, Frame):
             if frame.type in _OWN or is_answer(frame.type):
                 return self._refuse(event)

@@ -767,6 +767,44 @@ async def test_a_resume_message_overtakes_a_handler_that_waits() -> None:
         event.set()
 
 
+@pytest.mark.parametrize("times", [1, 300])
+async def test_a_resume_message_overtakes_the_handlers_of_a_handshake(times: int) -> None:
+    """They may take longer than it may; so many of them are answered that memory has a bound."""
+    hub, app, hold = new_hub(), new_app(), asyncio.Semaphore(0)
+    hub.keep("r:")
+    ws = Pachinko(app, "/ws", hub=hub)
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        return token
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        await conn.join("r:1")
+        await hold.acquire()
+
+    @ws.accepted
+    async def greet(conn: Connection) -> None:
+        await hold.acquire()
+
+    async with simulate(app) as sim:
+        payload = {"groups": {"r:1": await hub.position("r:1")}}
+        await hub.send("r:1", "said", 1)
+        client = await sim.connect("/ws", query={"resume": "message"})
+        await client.send("authenticate", {"token": "ada"})
+        for number in range(times):
+            await client.send("resume", payload, id=number)
+        await sim.settle()
+        (session,) = hub.state.serving.values()
+        assert session.incoming.received == min(times + 1, 256)
+        hold.release()
+        await sim.settle()
+        await sim.advance(11)
+        hold.release()
+        await sim.settle()
+        assert sorted(seen(client), key=repr) == [*["resume.reply"] * times, ("resume", 1), 1]
+
+
 def guarded(optional: bool = False, **options: Any) -> tuple[Hub, Any]:
     """An endpoint that asks for a token, and puts who has one into a group."""
     hub, app = new_hub(), new_app()
@@ -1079,6 +1117,39 @@ async def test_a_group_may_have_any_name(group: str) -> None:
         assert verdict.group is not None
         second = await it.come(group, query={"groups": {verdict.group: verdict.at}})
         assert seen(second) == [1, ("resume", 1)]
+
+
+async def test_a_frame_is_encoded_once() -> None:
+    """For who is live, who comes back and who asks for the history; and `at` is spliced in once."""
+    encode, splice = pachinko.Codec.encode, pachinko.with_position
+    with (
+        patch.object(pachinko.Codec, "encode", autospec=True, side_effect=encode) as encoded,
+        patch.object(pachinko, "with_position", side_effect=splice) as spliced,
+    ):
+        async with world() as it:
+            at = await it.hub.position("r:1")
+            live = [await it.come("r:1") for _ in range(3)]
+            await it.say()
+            late = [await it.come("r:1", query={"groups": {"r:1": at}}) for _ in range(3)]
+            assert [each.payload async for each in it.hub.history("r:1")] == [1]
+            assert [*map(seen, live + late)] == [[1]] * 3 + [[1, ("resume", 1)]] * 3
+    assert encoded.call_count == 1 and spliced.call_count == 1 + len(late)
+
+
+@pytest.mark.parametrize(("size", "most"), [(1, 32), (30_000, 2), (70_000, 1)])
+async def test_little_is_on_its_way_to_who_does_not_read(size: int, most: int) -> None:
+    """At most 32 messages or 64 KiB; the client is a member like any other meanwhile."""
+    async with world(size=10**8) as it:
+        at = await it.hub.position("r:1")
+        for _ in range(40):
+            await it.hub.send("r:1", "text", "x" * size)
+        client = await it.come(query={"groups": {"r:1": at}})
+        client.stall()
+        await it.hub.join("r:1", client.conn)
+        await it.sim.settle()
+        outbox = client.conn.outgoing.outbox
+        assert outbox is not None and sum(bool(each.event) for each in outbox.queue) == most - 1
+        assert [each.id for each in await it.hub.presence("r:1")] == [client.conn.id]
 
 
 # Slow clients
