@@ -7660,10 +7660,6 @@ class Resumable(Answering):
         self._set_puller(None)
         self._stream.stop()
 
-    def stop(self) -> None:
-        """Stop the generator, as its client has asked for in another process."""
-        self._stream.stop()
-
     def is_for(self, wanted: Wanted) -> bool:
         """Tell whether its user, who has been found out, can mean it by *wanted*."""
         is_named = not self._carriers.isdisjoint(wanted.ids)
@@ -7878,13 +7874,13 @@ def read_wanted(said: msgspec.Raw) -> tuple[Wanted, str | None, str]:
 async def _stream_call(
     registry: Registry, _: str, said: msgspec.Raw, seconds: float
 ) -> dict[str, Any] | None:
-    """Answer `_call` in the process that has the stream. It is stopped if *seconds* are 0."""
+    """Answer `_call` in the process that has the stream. It ends if *seconds* are 0."""
     wanted, user, by = read_wanted(said)
     own = _own(registry, user) if wanted.token is None else []
     if (found := _find(registry, wanted, own)) is None:
         return None
     if seconds == 0:
-        found.stop()
+        found.end()
         return None
     return await found.pull(by, wanted.id, wanted.number, seconds)
 
