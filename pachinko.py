@@ -5679,22 +5679,18 @@ class Cursor:
         self.conn.outgoing.put(Waiting(text_event(frame)))
 
     def load(self) -> None:
-        """Begin to take the snapshot, if one comes next, and the client is in."""
-        outgoing, take = self.conn.outgoing, self._take
-        if take is not None and outgoing.is_answered:
+        """Get in line for the snapshot, if one comes next, and the client is in."""
+        if (take := self._take) is not None and self.conn.outgoing.is_answered:
             self._take = None
-            self._history.context_of(self.conn).run(outgoing.create_task, self._load(take))
+            self._history.line_up(self, take)
 
-    async def _load(self, take: Take) -> None:
+    async def take(self, take: Take) -> None:
         """Send the state, and go on from the position before it was taken."""
         frame: bytes | None = None
         has_failed = is_overtaken = True
         for _ in range(_TRIES):
-            async with self._history.turns:
-                if not self._history.is_current(self):
-                    return
-                self._position = self._history.rings.top_of(self.group)
-                frame, has_failed = await take()
+            self._position = self._history.rings.top_of(self.group)
+            frame, has_failed = await take()
             if not self._history.is_current(self):
                 return
             if self._lost is not None:  # A state of the time before may lack what was lost.
@@ -5725,7 +5721,9 @@ class History:
         self._registry: Registry = cast(Any, None)  # until `start`
         self._resumes: dict[str, Resume] = {}  # by the ids of connections
         self._timers: dict[str, Timer] = {}  # of those who have to send a message with it
-        self.turns: asyncio.Semaphore = asyncio.Semaphore(_SNAPSHOTS)
+        # Cursors in line for their snapshots. Those of members that have left are not there.
+        self._loads = weakref.WeakKeyDictionary[Cursor, Take]()
+        self._loading = set[asyncio.Task[None]]()
         self._contexts: dict[str, contextvars.Context] = {}  # of those who may get snapshots
         self._waiting = collections.deque[Cursor]()  # for their turn
         self._is_due = False
@@ -5825,9 +5823,21 @@ class History:
         else:
             cursor.follow()
 
-    def context_of(self, conn: Connection) -> contextvars.Context:
-        """Return a context for a snapshot: a copy of that of its client, whoever lets it join."""
-        return self._contexts.get(conn.id, contextvars.Context()).copy()
+    def line_up(self, cursor: Cursor, take: Take) -> None:
+        """Let *cursor* take its snapshot when it is its turn, in the context of its client."""
+        self._loads[cursor] = take
+        self._load()
+
+    def _load(self, done: asyncio.Task[None] | None = None) -> None:
+        """Let cursors take their snapshots, up to so many, now that one is *done*."""
+        self._loading.difference_update([done])
+        while self._loads and len(self._loading) < _SNAPSHOTS:
+            cursor, take = next(iter(self._loads.items()))
+            del self._loads[cursor]
+            context = self._contexts.get(cursor.conn.id, contextvars.Context()).copy()
+            task = context.run(cursor.conn.outgoing.create_task, cursor.take(take))
+            self._loading.add(task)
+            task.add_done_callback(self._load)
 
     def resumes(self, conn: Connection) -> bool:
         """Tell whether the client wants to resume, and so gets verdicts."""
@@ -7374,6 +7384,7 @@ class Answering:
     def add_task(self, work: Coroutine[Any, Any, None], *, is_detached: bool = False) -> None:
         """Run *work* in a task that is among `tasks`."""
         task = create_task(work, is_detached=is_detached)
+        self.open_tables()
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
@@ -7557,7 +7568,6 @@ class Resumable(Answering):
         """Run the generator in a task of its own."""
         session = cast("Session", self._carrier)
         session.take_stream(self._id, self._stream)
-        self.open_tables()
         self.add_task(self._run(handler, message))
 
     async def _run(self, handler: Handler, message: Received) -> None:
@@ -7678,8 +7688,7 @@ class Resumable(Answering):
         if self._final is None:
             cast(Timer, self._timer).cancel()
             del self._hub_state.registry.alone[self._token]
-            self._carrier = session
-            self.outgoing = session.outgoing
+            self._carrier, self.outgoing = session, session.outgoing
             session.take_stream(self._id, self._stream)
         else:
             waiting.append(Waiting(text_event(self._final)))
@@ -7990,10 +7999,7 @@ class Session(Answering):
             self._hub_state.returning[self.conn.id] = value
 
     async def resume(self, frame: Frame) -> None:
-        """Note what the client says that it has, in a ``resume`` message, and answer its id.
-
-        A client that does not read what it asks for is read no further.
-        """
+        """Note what the client says that it has. One that does not read is read no further."""
         self._note(frame.payload)
         if frame.id is not None:
             await self._send(_encode(Sent("resume.reply", frame.id)))
@@ -8234,13 +8240,12 @@ class Session(Answering):
         if error is not None:
             await self._send_error(error, id, handler.type)
             return
-        self.open_tables()
         if handler.resumable is not None:
             Resumable(self, cast(Id, id), handler.resumable).start(handler, message)
             return
         if handler.streams:
             stream = Stream(is_stopped=self.outgoing.closed)
-            self.streams[cast(Id, id)] = stream
+            self.take_stream(cast(Id, id), stream)
             work = self.run_stream(handler, message, stream)
         else:
             work = self._perform(handler, message, is_plain=False)

@@ -809,7 +809,7 @@ async def test_who_has_left_the_group_gets_no_state(does: Any) -> None:
 
 
 async def test_who_has_left_before_its_turn_costs_no_call() -> None:
-    """Nor does who has left, and was overtaken."""
+    """Nor does who has left, and was overtaken; and nothing is kept of those who have left."""
     room = Room(held=asyncio.Event()).takes()
     async with running(room) as sim:
         for _ in range(16):
@@ -818,7 +818,8 @@ async def test_who_has_left_before_its_turn_costs_no_call() -> None:
         for _ in range(3):
             await client.request("leave", "room:a")
             await client.request("join", "room:a")
-        assert room.held is not None
+        assert room.held is not None and room.hub.state.history is not None
+        assert len(room.hub.state.history._loads) == 1
         room.held.set()
         await sim.settle()
         assert room.calls.count("late") == 1
