@@ -29,7 +29,7 @@ export interface Options {
   /** Whether kept groups and streams go on after a cut, or the positions to begin at, by group. */
   resume?: boolean | Record<string, string>;
   /** Subprotocols. With `"bearer"` among them the token goes there, not into a message. */
-  protocols?: string | string[];
+  protocols?: string | readonly string[];
 }
 
 /** The messages of an application, by type. Without it, every type and payload is allowed. */
@@ -114,8 +114,10 @@ export interface Client<M extends Messages = Messages> {
 }
 
 export interface Gap {
-  group: string;
-  reason: "expired" | "epoch" | "limit" | "broker" | "overflow" | "snapshot" | (string & {});
+  /** Messages to this group are missing; or, if it is null, such to a user or to everybody. */
+  group: string | null;
+  /** Absent if the group is not kept. */
+  reason?: "expired" | "epoch" | "limit" | "broker" | "overflow" | "snapshot" | (string & {});
   id?: string;
 }
 

@@ -150,7 +150,8 @@ async def test_a_request_may_have_a_time_limit(js: Js, script: Script) -> None:
     await begin(js, script, HELD)
     unsent = await js.run("() => outcome(c.request('a', 1, {timeout: 10}))")
     assert (unsent["name"], unsent["sent"]) == ("TimeoutError", False)
-    await js.run("() => { give(null); c.asked = outcome(c.request('b', 2, {timeout: 200})); }")
+    await js.run("() => { give(null); return until(() => c.state === 'open'); }")
+    await js.run("() => { c.asked = outcome(c.request('b', 2, {timeout: 1})); }")
     peer = await script.accept()
     assert (await peer.receive())["type"] == "b"
     late = await js.run("() => c.asked")
@@ -684,6 +685,19 @@ async def test_importing_does_nothing(js: Js, script: Script) -> None:
     await js.load(script.url)
     if isinstance(js, InNode):
         assert set(await js.run("() => process.getActiveResourcesInfo()")) == {"PipeWrap"}
+    else:
+        used = """async () => {
+          const used = [], targets = [globalThis, document, Storage.prototype];
+          const names = ['setTimeout', 'addEventListener', 'fetch', 'WebSocket', 'getItem'];
+          for (const target of targets) for (const name of names.filter((each) => each in target)) {
+            const own = target[name];
+            target[name] = (...args) => (used.push(name), own(...args));
+          }
+          await import('/pachinko.js?again');
+          setTimeout(() => {});
+          return used;
+        }"""
+        assert await js.run(used) == ["setTimeout"]  # It would have been seen.
     assert script.attempts == 0
 
 
