@@ -391,7 +391,7 @@ class Client {
 
   /** Note that the server lives. */
   #hear() {
-    this.#isProbing = this.#isWanted = false;
+    this.#isProbing = false;
     this.#after(SILENCE, () => this.#probe());
   }
 
@@ -536,6 +536,8 @@ class Client {
   /** @param {Message} message */
   #receive(message) {
     if (this.#state === "open") this.#hear();
+    // What comes before the answer may have waited, in a page that was frozen, for the end as well.
+    if (message.type === "$pong") this.#isWanted = false;
     const { type, id, payload, at } = message, call = this.#calls.get(id);
     if (id == null) {
       this.#emit(type, payload, message);

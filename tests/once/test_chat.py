@@ -893,6 +893,8 @@ def test_the_page_comes_back_unless_that_is_in_vain(staged: Staged, is_final: bo
         ada.get_by_role("button", name="Try again" if is_final else "Reconnect now").click()
         expect(status).to_have_text("Connected")
     assert len(stage.sockets) == 1 + len(FINAL if is_final else PASSING)
+    away = ada.get_by_text("Messages sent while you were away are not shown.")
+    expect(away).to_have_count(len(FINAL) if is_final else 0)
 
 
 def test_a_server_that_asks_for_patience_gets_it(staged: Staged) -> None:

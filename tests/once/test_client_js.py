@@ -88,7 +88,7 @@ async def test_a_listener_can_be_taken_away(js: Js, script: Script) -> None:
 
 async def test_listeners_do_not_disturb_each_other(js: Js, script: Script) -> None:
     """Who has been taken away is not called any more, and nobody hears of a state that is over."""
-    await begin(js, script)
+    await begin(js, script, HELD)
     await js.run("""() => {
       const off = c.on('a', () => later());
       const later = c.on('a', () => c.log.push('never'));
@@ -97,6 +97,7 @@ async def test_listeners_do_not_disturb_each_other(js: Js, script: Script) -> No
       c.on('$state', (state) => { if (state === 'waiting') c.retry(); });
       c.on('$state', (state) => { if (state === 'connecting') c.close(); });
       c.on('$state', (state) => c.states.push(state));
+      give(null);
     }""")
     peer = await script.accept()
     await peer.send("a")
@@ -511,6 +512,21 @@ async def test_a_close_code_says_what_to_do(js: Js, script: Script) -> None:
         assert (detail["code"], detail["reason"]) == (code, "" if code == 1006 else "because")
         low = 5_000 if code in BUSY else 500
         assert code in STOPS or low <= detail["wait"] <= 2 * low, code
+
+
+async def test_who_is_here_does_not_wait(js: Js, script: Script) -> None:
+    """What the server had sent before it closed does not count for the answer to ``$ping``."""
+    await begin(js, script)
+    await js.run("() => { c.on('$state', (_, detail) => { c.wait ??= detail?.wait; }); }")
+    for last, low, high in (("a", 0, 0), ("$pong", 5_000, 20_000)):
+        peer = await script.accept()
+        await js.run("() => until(() => c.state === 'open')")
+        await js.run("() => { c.wait = undefined; c.retry(); }")
+        assert (await peer.receive())["type"] == "$ping"
+        await peer.send(last)
+        await peer.close(1013)
+        await js.run("() => until(() => c.wait !== undefined)")
+        assert low <= await js.run("() => c.wait") <= high
 
 
 @pytest.mark.parametrize("code", [3401, 4401])
