@@ -217,9 +217,9 @@ async def test_a_server_that_drains(tab: InBrowser, site: Site) -> None:
     state, detail = (await tab.run("() => states"))[-1]
     assert state == "waiting" and 5_000 <= detail["wait"] <= 10_000
     await site.say("one")
-    await tab.page.clock.run_for(4_900)
+    await tab.page.clock.run_for(detail["wait"] - 2_000)
     assert not site.hub.connections
-    await tab.page.clock.run_for(5_200)
+    await tab.page.clock.run_for(2_000)
     await sees(tab, "one")
 
 
@@ -318,12 +318,13 @@ async def test_a_living_connection_is_probed(tab: InBrowser, script: Script, eve
     await tab.page.clock.install()
     await begin(tab, script)
     peer = await script.accept()
-    await tab.run("() => until(() => c.state === 'open')")
+    await tab.run("() => { log(c, '$pong'); return until(() => c.state === 'open'); }")
     target = "window" if event == "online" else "document"
     code = f"() => {{ {target}.dispatchEvent(new Event('{event}')); }}"
     await tab.run(code)
     assert (await peer.receive())["type"] == "$ping"
     await peer.send("$pong")
+    await tab.page.wait_for_function("() => c.log.at(-1)[0] === '$pong'")
     await tab.page.clock.run_for(6_000)
     await tab.run("() => { c.on('$state', (_, detail) => { c.wait ??= detail?.wait; }); }")
     for _ in range(3):  # A network that comes and goes does not put off the end.
@@ -410,9 +411,9 @@ async def test_an_attempt_that_hangs_is_given_up(tab: InBrowser, script: Script,
     await begin(tab, script, HANGS[what])
     if what == "answer":
         await (await script.accept()).receive()
-    await tab.page.clock.run_for(19_900)
+    await tab.page.clock.run_for(15_000)
     assert await tab.run("() => c.state") == "connecting"
-    await tab.page.clock.run_for(200)
+    await tab.page.clock.run_for(5_000)
     assert await tab.run("() => c.state") == "waiting"
 
 
