@@ -80,7 +80,7 @@ export interface Client<M extends Messages = Messages> {
     payload?: M["requests"][T]["payload"],
     options?: { timeout?: number; signal?: AbortSignal },
   ): Promise<M["requests"][T]["reply"]>;
-  /** Start a stream, and return its items. */
+  /** Start a stream, and return its items; the signal stops it. Throws `Lost` as `send` does. */
   stream<T extends Key<M["streams"]>>(
     type: T,
     payload?: M["streams"][T]["payload"],
@@ -132,7 +132,10 @@ export interface Failure {
   [detail: string]: any;
 }
 
-/** Connect, and stay connected. Returns at once; what is sent meanwhile waits in the outbox. */
+/**
+ * Connect, and stay connected. Returns at once; what is sent meanwhile waits in the outbox. Throws
+ * `TypeError` if this is not the address of a WebSocket.
+ */
 export function connect<M extends Messages = Messages>(
   url: string | URL,
   options?: Options,

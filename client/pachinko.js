@@ -64,7 +64,8 @@ export class Lost extends Error {
 }
 
 /**
- * Connect, and stay connected. Returns at once; what is sent meanwhile waits in the outbox.
+ * Connect, and stay connected. Returns at once; what is sent meanwhile waits in the outbox. Throws
+ * `TypeError` if this is not the address of a WebSocket.
  *
  * @param {string | URL} url of the endpoint; relative to the page, `http:` or `ws:`
  * @param {Options} [options]
@@ -187,7 +188,7 @@ class Client {
   constructor(url, options = {}) {
     this.#address = new URL(url, globalThis.location?.href);
     this.#address.protocol = this.#address.protocol.replace("http", "ws");
-    if (!/^wss?:$/.test(this.#address.protocol)) throw new TypeError(`no address: ${url}`);
+    if (!/^wss?:$/.test(this.#address.protocol)) throw new TypeError(`no address of a WebSocket: ${url}`);
     this.#address.hash = "";
     this.#key = `pachinko ${this.#address}`;
     this.#options = options;
@@ -239,7 +240,8 @@ class Client {
   }
 
   /**
-   * Start a stream, and return its items. Leaving the loop stops it, and so does the signal.
+   * Start a stream, and return its items. Leaving the loop stops it, and so does the signal. Throws
+   * `Lost` as `send` does.
    *
    * @param {string} type @param {any} [payload] @param {{ signal?: AbortSignal }} [options]
    */
