@@ -188,7 +188,8 @@ class Client {
   constructor(url, options = {}) {
     this.#address = new URL(url, globalThis.location?.href);
     this.#address.protocol = this.#address.protocol.replace("http", "ws");
-    if (!/^wss?:$/.test(this.#address.protocol)) throw new TypeError(`no address of a WebSocket: ${url}`);
+    const { protocol } = this.#address;
+    if (!/^wss?:$/.test(protocol)) throw new TypeError(`no address of a WebSocket: ${url}`);
     this.#address.hash = "";
     this.#key = `pachinko ${this.#address}`;
     this.#options = options;
