@@ -550,7 +550,10 @@ class JetStream:
                         "storage": "file", "max_msgs_per_subject": messages + 1,
                         "max_age": _max_age(seconds), "num_replicas": 1,
                     }  # fmt: skip
-                    await self._call(f"STREAM.CREATE.{name}", config, _NAME_TAKEN)
+                    made = await self._call(f"STREAM.CREATE.{name}", config, _NAME_TAKEN)
+                    # NATS may give it the files of a deleted stream, which it removes too late.
+                    if made.get("state", {}).get("messages"):
+                        await self._call(f"STREAM.DELETE.{name}", None, _NO_STREAM)
                 elif self._has_lost_some(stream, latest):
                     await self._call(f"STREAM.DELETE.{name}", None, _NO_STREAM)
                 elif not stream.has_room(messages, seconds):
