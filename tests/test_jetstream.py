@@ -630,6 +630,30 @@ async def test_a_stream_that_goes_again_and_again(
         await process.texts()
 
 
+@pytest.mark.parametrize("replicas", [1, 3])
+async def test_a_late_replica_hides_nothing(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, replicas: int
+) -> None:
+    """What it has is the top. A stream that is alone has all, and a top that stays good longer."""
+    describe = pachinko_cluster.JetStream._describe
+
+    async def replicated(self: Any, *args: Any) -> Any:
+        described = await describe(self, *args)
+        if described is not None:
+            described.config["num_replicas"] = replicas
+        return described
+
+    process = await scene.process()
+    await process.keep("a")
+    await process.keep("b", to="pachinko.g.other")
+    monkeypatch.setattr(pachinko_cluster.JetStream, "_describe", replicated)
+    past = await process.nats.past(ROOM, 9)
+    top = past.entries[-1].number
+    assert past.top == top + (replicas == 1)
+    empty = await process.nats.past("pachinko.g.empty", 9)
+    assert empty.top == top + 1
+
+
 async def test_a_late_replica_is_read_again(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each replica of a stream may answer a read; one may not have the latest messages yet."""
     process = await scene.process()

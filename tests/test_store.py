@@ -437,6 +437,14 @@ async def test_a_value_expires(scene: Scene) -> None:
     assert await one.store.agree(key, b"1", 60.0) == b"2"
 
 
+async def test_a_value_that_has_expired_is_there_for_who_only_asks(scene: Scene) -> None:
+    """Until another one is set."""
+    one, two, key = await scene.process(), await scene.process(), scene.subject()
+    await one.store.agree(key, b"1", 0.02)
+    await scene.broker.wait(0.05)
+    assert await two.store.agree(key, b"", 60.0) == b"1"
+
+
 async def test_the_same_value_lasts_longer(scene: Scene) -> None:
     """Each time that it is set; another one, and a question, change nothing."""
     one, two, key = await scene.process(), await scene.process(), scene.subject()
