@@ -882,13 +882,13 @@ AS_THEY_ARE: dict[type, tuple[type, ...]] = {str: (str,), bytes: (bytes, bytearr
 
 
 class Envelope(msgspec.Struct, frozen=True):  # PERF: attrs' takes three times as long to make.
-    """A message as middleware sees it."""
+    """A message as middleware sees it, and as `Hub.listen` and `Hub.history` yield it."""
 
     type: str  # "" for what the fallback or the binary handler takes
     payload: Any  # the handler gets this; a dict by name for keyword-only parameters
     id: Id | None = None
-    group: str | None = None
-    at: str | None = None
+    group: str | None = None  # that it was sent to
+    at: str | None = None  # its position, if the group is kept
 
 
 def _refuse_change(*_: object) -> typing.NoReturn:
@@ -6535,8 +6535,8 @@ class Hub(HubSetup):
     ) -> None:
         """Send a ``@message`` object, or a type and its payload, to the members of *group*.
 
-        Bytes alone are a binary frame, here and wherever the hub sends. *exclude* leaves out a
-        connection, an id, or several of them.
+        Bytes alone are a binary frame, here and wherever the hub sends; to a kept group (`keep`)
+        they are a `PachinkoError`. *exclude* leaves out a connection, an id, or several of them.
         """
         self._check("send", group, "group")
         await self._send(Kind.GROUP, group, message, payload, exclude)
