@@ -274,7 +274,7 @@ def test_the_numbers() -> None:
         "The last {} items, or 1 MiB, are kept": pachinko._ITEMS,
         "A process keeps {} streams without a client": pachinko._MOST_ALONE,
         "go on with {} streams at a time": pachinko._MOST_RESUMED,
-        "some {} bytes of Python objects": pachinko._ENTRY_BYTES + 50,  # and those of an empty `str`
+        "some {} bytes of Python objects": pachinko._ENTRY_BYTES + 50,  # an empty str
         "also counts {} bytes for each group": pachinko._RING_BYTES,
         "until {} other groups have run empty": pachinko._FLOORS,
         "at most {} messages or 64 KiB ahead": pachinko._BATCH,
