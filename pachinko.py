@@ -95,9 +95,8 @@ Map: each section, what it is for, and those above it that it uses.
         envelope and message, signatures, limits, outcomes)
     answering — what a client is told of its messages (uses: errors, envelope and message, scope,
         clock, limits, outbox, outcomes, guard, stream)
-    resumable streams — streams that go on without their client (uses: errors, envelope and message,
-        scope, clock, limits, outbox, history, connection, registry and relay, catching up,
-        outcomes, stream, answering)
+    resumable streams — ? (uses: errors, envelope and message, scope, clock, limits, outbox,
+        history, connection, registry and relay, catching up, outcomes, stream, answering)
     session — decode a message, call its handler, answer (uses: errors, envelope and message, scope,
         handshake, clock, limits, outbox, outgoing, incoming, connection, asking, catching up,
         outcomes, stream, background, answering, resumable streams)
@@ -887,7 +886,7 @@ class Envelope(msgspec.Struct, frozen=True):  # PERF: attrs' takes three times a
     type: str  # "" for what the fallback or the binary handler takes
     payload: Any  # the handler gets this; a dict by name for keyword-only parameters
     id: Id | None = None
-    group: str | None = None  # that it was sent to
+    group: str | None = None  # the one that it was sent to
     at: str | None = None  # its position, if the group is kept
 
 
