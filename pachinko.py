@@ -95,8 +95,9 @@ Map: each section, what it is for, and those above it that it uses.
         envelope and message, signatures, limits, outcomes)
     answering — what a client is told of its messages (uses: errors, envelope and message, scope,
         clock, limits, outbox, outcomes, guard, stream)
-    resumable streams — ? (uses: errors, envelope and message, scope, clock, limits, outbox,
-        history, connection, registry and relay, catching up, outcomes, stream, answering)
+    resumable streams — streams that go on for a while without their client (uses: errors, envelope
+        and message, clock, limits, outbox, history, connection, registry and relay, catching up,
+        outcomes, stream, answering)
     session — decode a message, call its handler, answer (uses: errors, envelope and message, scope,
         handshake, clock, limits, outbox, outgoing, incoming, connection, asking, catching up,
         outcomes, stream, background, answering, resumable streams)
@@ -4462,6 +4463,13 @@ class Outgoing:
         if not self.writing:
             self.write_next()
 
+    async def drained(self) -> None:
+        """Wait until what is in line now is written, or given up."""
+        if self.phase is _OPEN and self.outbox is not None:
+            written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            self.put(Waiting({}, written))
+            await written
+
     async def _write(self, outbox: Outbox) -> None:
         """Write all that waits in *outbox*, in a task of the library's own."""
         self.writing, self.writer = "writer", current_task()
@@ -5508,10 +5516,11 @@ class Resume:
     groups: dict[str, Position]
     ids: frozenset[str]
     is_announced: bool = False  # The message that says so is still to come.
+    rest: Position | None = None  # in other groups
 
     def take(self, group: str) -> Position | None:
         """Return the position in *group* for a join, once. The client knows the name from JSON."""
-        return self.groups.pop(whole(group), None)
+        return self.groups.pop(whole(group), self.rest)
 
 
 def resume_in(query: str) -> str | None:
@@ -5530,14 +5539,23 @@ def read_json(text: str) -> Any:
     return None
 
 
-def read_resume(value: Any, is_announced: bool = False) -> Resume:
-    """Return what is in the payload of a ``resume`` message: in what is none, nothing."""
+def read_resume(value: Any, most: int, is_announced: bool = False) -> Resume:
+    """Return what is in the payload of a ``resume`` message: in what is none, nothing.
+
+    Of more than *most* positions, the last ones count, and in all other groups there is a gap.
+    """
     given: dict[str, Any] = value if type(value) is dict else {}
-    groups, ids = given.get("groups"), given.get("ids")
-    positions = groups.items() if type(groups) is dict else ()
-    known = [id for id in ids if type(id) is str] if type(ids) is list else []
-    found = {group: read_position(at) for group, at in positions}
-    return Resume(found, frozenset(known[-_RESUME_IDS:]), is_announced)
+    groups = given.get("groups")
+    positions = [*groups.items()] if type(groups) is dict else []
+    found = {group: read_position(at) for group, at in positions[-most:]}
+    rest = NOWHERE if len(positions) > most else None
+    return Resume(found, frozenset(read_ids(given.get("ids"))), is_announced, rest)
+
+
+def read_ids(value: Any) -> list[str]:
+    """Return the ids of former connections that count: the last texts in *value*, an array."""
+    every = value if type(value) is list else []
+    return [each for each in every if type(each) is str][-_RESUME_IDS:]
 
 
 class Cursor:
@@ -5548,8 +5566,9 @@ class Cursor:
     writing: Literal["", "handshake", "task", "writer"] = "writer"
 
     def __init__(
-        self, history: History, conn: Connection, group: str, position: Position | None
-    ) -> None:
+        self, history: History, conn: Connection, group: str, position: Position | None,
+        lost: Reason | None = None,
+    ) -> None:  # fmt: skip
         """Begin with a member that was live until *position*; None if nobody knows yet."""
         self.conn: Connection = conn
         self.group: str = group
@@ -5557,7 +5576,7 @@ class Cursor:
         self.is_joining: bool = False  # It has not had its verdict, or its state, yet.
         self._history, self._position, self._replayed = history, position or NOWHERE, 0
         self._is_behind = True  # It has got something, so that another gap is one of its own.
-        self._lost: Reason | None = None  # why it is to be told of a gap in any case
+        self._lost: Reason | None = lost  # why it is to be told of a gap in any case
         self._ids = frozenset([conn.id])
         self._take: Take | None = None  # takes the snapshot that comes next
 
@@ -5568,7 +5587,8 @@ class Cursor:
             self.is_waiting = resume.is_announced
             self._ids |= resume.ids
         if not self.is_waiting:
-            self._history.begin(self, position)
+            is_ready = self._history.rings.is_ready(self.group, position)
+            (Cursor.begin if is_ready else self._history.fetch)(self, position)
 
     def begin(self, position: Position | None) -> None:
         """Do what `join` says, now that it is known what was sent."""
@@ -5657,10 +5677,10 @@ class Cursor:
 
     def load(self) -> None:
         """Begin to take the snapshot, if one comes next, and the client is in."""
-        context, take = self._history.context_of(self.conn), self._take
-        if take is not None and context is not None:
+        outgoing, take = self.conn.outgoing, self._take
+        if take is not None and outgoing.is_answered:
             self._take = None
-            context.copy().run(self.conn.outgoing.create_task, self._load(take))
+            self._history.context_of(self.conn).run(outgoing.create_task, self._load(take))
 
     async def _load(self, take: Take) -> None:
         """Send the state, and go on from the position before it was taken."""
@@ -5699,7 +5719,7 @@ class History:
         self._resumes: dict[str, Resume] = {}  # by the ids of connections
         self._timers: dict[str, Timer] = {}  # of those who have to send a message with it
         self.turns: asyncio.Semaphore = asyncio.Semaphore(_SNAPSHOTS)
-        self._contexts: dict[str, contextvars.Context] = {}  # of connections that get snapshots
+        self._contexts: dict[str, contextvars.Context] = {}  # of those who may get snapshots
         self._waiting = collections.deque[Cursor]()  # for their turn
         self._is_due = False
 
@@ -5708,25 +5728,28 @@ class History:
         fetch: Callable[[Cursor, Position | None], None] = Cursor.begin,
     ) -> None:  # fmt: skip
         """Begin, for the members in *registry*. *fetch* lets one begin when its ring is ready."""
-        self._registry, self._fetch = registry, fetch
+        self._registry, self.fetch = registry, fetch
 
     def greet(self, conn: Connection, value: Any, is_announced: bool) -> None:
         """Take the *value* in the handshake, or that a message with another *is_announced*."""
-        self._resumes[conn.id] = read_resume(value, is_announced)
+        most = conn.outgoing.limits.max_groups
+        self._resumes[conn.id] = read_resume(value, most, is_announced)
 
-    def welcome(self, conn: Connection) -> None:
+    def welcome(self, conn: Connection, gets_snapshots: bool) -> None:
         """Begin what waits until a client is in: its snapshots, and the time for its ``resume``."""
         if (resume := self._resumes.get(conn.id)) is not None and resume.is_announced:
             when = clock.time() + conn.outgoing.limits.auth_timeout
             self._timers[conn.id] = clock.call_at(when, self.note, conn, None)
-        self._contexts[conn.id] = contextvars.copy_context()
+        if gets_snapshots:
+            self._contexts[conn.id] = contextvars.copy_context()
         for cursor in self._cursors(conn):
             cursor.load()
 
     def note(self, conn: Connection, value: Any) -> None:
         """Take the payload of a ``resume`` message, which cursors may wait for."""
         self._unsay(conn)
-        resume = self._resumes[conn.id] = read_resume(value)
+        self.greet(conn, value, is_announced=False)
+        resume = self._resumes[conn.id]
         for cursor in self._cursors(conn):
             if cursor.is_waiting:
                 cursor.join(resume.take(cursor.group), resume)
@@ -5772,13 +5795,6 @@ class History:
             if free > most and free > most + (_BATCH + 1) * len(self._cursors(conn)):
                 conn.outgoing.evict()
 
-    def begin(self, cursor: Cursor, position: Position | None) -> None:
-        """Let a new member begin, now or when the rings have what they lack."""
-        if self.rings.is_ready(cursor.group, position):
-            cursor.begin(position)
-        else:
-            self._fetch(cursor, position)
-
     def lose(self, group: str, reason: Reason) -> None:
         """Tell all members of *group* that messages were lost; new ones find that out."""
         top = self.rings.top_of(group)
@@ -5795,15 +5811,16 @@ class History:
         self, conn: Connection, group: str, position: Position, reason: Reason | None = None
     ) -> None:
         """Let a live member read on from *position*, when its outbox has been written."""
-        cursor = Cursor(self, conn, group, position)
-        if reason is not None:
-            cursor.lose(reason)
+        cursor = Cursor(self, conn, group, position, reason)
         self._registry.replace(group, conn, cursor)
-        cursor.follow()
+        if conn.outgoing.outbox is None:  # PERF: it may be one of very many members.
+            self.go_on(cursor)
+        else:
+            cursor.follow()
 
-    def context_of(self, conn: Connection) -> contextvars.Context | None:
-        """Return the context of a client that is in, whoever has let it join; else None."""
-        return self._contexts.get(conn.id)
+    def context_of(self, conn: Connection) -> contextvars.Context:
+        """Return a context for a snapshot: a copy of that of its client, whoever lets it join."""
+        return self._contexts.get(conn.id, contextvars.Context()).copy()
 
     def resumes(self, conn: Connection) -> bool:
         """Tell whether the client wants to resume, and so gets verdicts."""
@@ -7352,9 +7369,11 @@ class Answering:
         if not self.tasks and not self.streams:
             self.tasks, self.streams = set(), {}
 
-    def attach(self, outgoing: Outgoing) -> None:
-        """Answer another connection from now on."""
-        self.outgoing = outgoing
+    def add_task(self, work: Coroutine[Any, Any, None], *, is_detached: bool = False) -> None:
+        """Run *work* in a task that is among `tasks`."""
+        task = create_task(work, is_detached=is_detached)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     def _exceed_rate(
         self, event: Event, id: Id | None, type: str | None = None
@@ -7404,7 +7423,7 @@ class Answering:
             try:
                 result = await stream.run(lambda: self._call(handler, message, stream))
             finally:  # The id is free before the final answer is on its way.
-                self._free(id)
+                self.drop_stream(id)
             if not (stream.is_stopped or stream.has_begun):
                 await self._answer(handler.type, id, result)  # A middleware has returned it.
                 return
@@ -7473,8 +7492,8 @@ class Answering:
         """Send an item of a stream. Raises `falcon.WebSocketDisconnected`."""
         await self.outgoing.send(event)
 
-    def _free(self, id: Id) -> None:
-        """Note that the stream with this id has ended."""
+    def drop_stream(self, id: Id) -> None:
+        """Note that the client has no stream with this id any more."""
         del self.streams[id]
 
 
@@ -7486,6 +7505,7 @@ class Answering:
 _ITEMS, _ITEM_BYTES = 256, 1_048_576  # of one stream that are kept, and as many without a client
 _MOST_ALONE = 1_000  # streams of a process without a client, also if they have ended
 _ALL_BYTES = 67_108_864  # of all items that a process keeps
+_TOKEN_BYTES = 12
 _MOST_RESUMED = 100  # that one client may go on with at a time
 _PULL = 2.5  # seconds that another process waits for further items, less than `Relay.call` does
 _PULL_TRIES, _PULL_AGAIN = 4, 1.0  # how often it is asked in vain, and seconds between
@@ -7515,7 +7535,8 @@ class Resumable(Answering):
         conn = session.conn
         super().__init__(conn, session.routes)
         self._id, self._seconds = id, seconds
-        self._token = secrets.token_hex(12)  # Only its client knows the 96 bits.
+        # Only its client knows the 96 bits. The rest tells another process which one to ask.
+        self._token = secrets.token_hex(_TOKEN_BYTES) + self._hub_state.process
         self._stream = ResumableStream(self)
         self._carrier: Session | None = session  # Its client gets the items.
         self._carriers = {session.conn.id}  # of all that have been it, the ids
@@ -7534,10 +7555,8 @@ class Resumable(Answering):
         """Run the generator in a task of its own."""
         session = cast("Session", self._carrier)
         session.take_stream(self._id, self._stream)
-        task = create_task(self._run(handler, message))
         self.open_tables()
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self.add_task(self._run(handler, message))
 
     async def _run(self, handler: Handler, message: Received) -> None:
         await self.run_stream(handler, message, self._stream)
@@ -7609,19 +7628,18 @@ class Resumable(Answering):
         else:
             await super()._fail(raised, type, id, routes)
 
-    def _free(self, id: Id) -> None:
+    def drop_stream(self, id: Id) -> None:
         """Leave that to the final answer: an error handler may take a while to find it."""
 
     def leave(self) -> None:
         """Go on for a while without the client, which has gone."""
         cast("Session", self._carrier).drop_stream(self._id)
-        self._alone = 0
         self._stay()
         self._make_room()
 
     def _stay(self) -> None:
         """Wait some seconds for a client."""
-        self._carrier = None
+        self._carrier, self._alone = None, 0
         if self._timer is not None:
             self._timer.cancel()
         self._timer = clock.call_at(clock.time() + self._seconds, self.end)
@@ -7644,11 +7662,6 @@ class Resumable(Answering):
         """Stop the generator, as its client has asked for in another process."""
         self._stream.stop()
 
-    @property
-    def user(self) -> str | None:
-        """Whose stream it is."""
-        return self.conn.user
-
     def is_for(self, wanted: Wanted) -> bool:
         """Tell whether its user, who has been found out, can mean it by *wanted*."""
         is_named = not self._carriers.isdisjoint(wanted.ids)
@@ -7668,7 +7681,7 @@ class Resumable(Answering):
             cast(Timer, self._timer).cancel()
             del self._hub_state.registry.alone[self._token]
             self._carrier = session
-            self.attach(session.outgoing)
+            self.outgoing = session.outgoing
             session.take_stream(self._id, self._stream)
         else:
             waiting.append(Waiting(text_event(self._final)))
@@ -7684,7 +7697,6 @@ class Resumable(Answering):
             self._carrier.drop_stream(self._id)
             self._carrier.lose_stream(self._id)
         self._stay()
-        self._alone = 0
         self._came.set()
         return True
 
@@ -7739,22 +7751,21 @@ class Wanted:
 def wanted_streams(value: Any) -> list[Wanted]:
     """Return the streams that the payload of a ``resume`` message names."""
     said: dict[str, Any] = value if type(value) is dict else {}
-    streams, ids = said.get("streams"), said.get("ids")
-    known = [each for each in ids if type(each) is str] if type(ids) is list else []
-    found = list[Wanted]()
+    streams, known = said.get("streams"), read_ids(said.get("ids"))
+    found = dict[Id, Wanted]()  # of several with one id the last, so that it has one final answer
     for each in (streams if type(streams) is list else [])[:_MOST_RESUMED]:
         id: Any = each.get("id") if type(each) is dict else None
         if type(id) in (str, int):
             position = read_position(each.get("at"))
             token = None if each.get("at", "") is None else position.epoch
-            found.append(Wanted(id, token, max(0, position.number), known[-_RESUME_IDS:]))
-    return found
+            found[id] = Wanted(id, token, max(0, position.number), known)
+    return [*found.values()]
 
 
 def _own(registry: Registry, user: str | None) -> list[Resumable]:
     """Return the streams of *user*. Guests cannot be told apart."""
     every = registry.resumable.values() if user is not None else ()
-    return [each for each in every if each.user == user]
+    return [each for each in every if each.conn.user == user]
 
 
 def _find(registry: Registry, wanted: Wanted, own: Iterable[Resumable]) -> Resumable | None:
@@ -7767,6 +7778,8 @@ def _find(registry: Registry, wanted: Wanted, own: Iterable[Resumable]) -> Resum
 
 def go_on_streams(session: Session, value: Any) -> None:
     """Go on with the streams that a ``resume`` message names; tell the client of lost ones."""
+    if session.outgoing.closed:
+        return
     registry, every = session.conn.hub.state.registry, wanted_streams(value)
     is_any = any(wanted.token is None for wanted in every)
     own = _own(registry, session.conn.user) if is_any else []
@@ -7784,11 +7797,14 @@ def go_on_streams(session: Session, value: Any) -> None:
 
 
 def _others(session: Session, wanted: Wanted) -> list[str]:
-    """Return former connections of the client, one of each other process."""
+    """Return connections, one of each other process that may have the stream."""
     state, size = session.conn.hub.state, 2 * _PROCESS_BYTES
     if not state.relay.has_others:
         return []
-    latest = {id[:size]: id for id in wanted.ids if _CONNECTION_ID.fullmatch(id)}
+    known = wanted.ids
+    if wanted.token is not None:  # Any id stands for its process.
+        known = [wanted.token[_TOKEN_BYTES * 2 :] + "0" * size]
+    latest = {id[:size]: id for id in known if _CONNECTION_ID.fullmatch(id)}
     return [id for process, id in latest.items() if process != state.process]
 
 
@@ -7845,8 +7861,8 @@ async def _pull(session: Session, wanted: Wanted, others: list[str]) -> str | No
 
 async def _call(session: Session, wanted: Wanted, other: str, seconds: float) -> Any:
     state, conn = session.conn.hub.state, session.conn
-    said = (*attrs.astuple(wanted), conn.user, conn.id)
-    return await state.relay.call(other, "stream", "", msgspec.Raw(encode(said)), seconds)
+    said = msgspec.Raw(encode((wanted, conn.user, conn.id)))
+    return await state.relay.call(other, "stream", "", said, seconds)
 
 
 def read_wanted(said: msgspec.Raw) -> tuple[Wanted, str | None, str]:
@@ -7854,9 +7870,7 @@ def read_wanted(said: msgspec.Raw) -> tuple[Wanted, str | None, str]:
 
     Raises `msgspec.MsgspecError`.
     """
-    kind = tuple[Id, str | None, int, list[str], str | None, str]
-    id, token, number, ids, user, by = msgspec.json.decode(said, type=kind)
-    return Wanted(id, token, number, ids), user, by
+    return msgspec.json.decode(said, type=tuple[Wanted, str | None, str])
 
 
 async def _stream_call(
@@ -7946,12 +7960,14 @@ class Session(Answering):
         A concurrent handler, a stream, its end, ``resume``, a ``$ping`` and an answer wait for
         nobody, but no handler of a message begins before the accepted ones have ended. A frame
         counts for the rate when it has come: its handler may be called much later, with many.
+        Before the client is in, only ``resume`` overtakes.
         """
-        if self.outgoing.phase is Phase.CONNECTING:
-            return None
         text, frame = event.get("text"), None
         if text is not None and size_of(text) <= self._limits.max_size:
             frame = decode_or_error(text)
+        if self.outgoing.phase is Phase.CONNECTING:  # Answers wait; `_HELD` bounds them.
+            is_resume = isinstance(frame, Frame) and frame.type == "resume"
+            return self._refuse(event) if is_resume and self.incoming.received < _HELD else None
         if isinstance(frame, Frame):
             if frame.type in _OWN or is_answer(frame.type):
                 return self._refuse(event)
@@ -7976,10 +7992,15 @@ class Session(Answering):
             self._hub_state.returning[self.conn.id] = value
 
     async def resume(self, frame: Frame) -> None:
-        """Note what the client says that it has, in a ``resume`` message, and answer its id."""
+        """Note what the client says that it has, in a ``resume`` message, and answer its id.
+
+        A client that does not read what it asks for is read no further.
+        """
         self._note(frame.payload)
         if frame.id is not None:
             await self._send(_encode(Sent("resume.reply", frame.id)))
+        else:
+            await self.outgoing.drained()
 
     def note_within(self, payload: Any) -> None:
         """Note what the payload of ``authenticate`` has beside the token."""
@@ -7989,7 +8010,7 @@ class Session(Answering):
     def _note(self, value: Any) -> None:
         if (history := self._hub_state.history) is not None:
             history.note(self.conn, value)
-        if self.is_serving:
+        if self.outgoing.is_answered:
             go_on_streams(self, value)
         else:
             self._hub_state.returning[self.conn.id] = value
@@ -7997,7 +8018,7 @@ class Session(Answering):
     def welcome(self) -> None:
         """Begin to resume, now that the client is in."""
         if (history := self._hub_state.relay.history) is not None:
-            history.welcome(self.conn)
+            history.welcome(self.conn, bool(self.routes.snapshots))
         if self.conn.id in self._hub_state.returning:
             go_on_streams(self, self._hub_state.returning.pop(self.conn.id))
 
@@ -8010,16 +8031,6 @@ class Session(Answering):
         """Note that the client has a stream with this id."""
         self.open_tables()
         self.streams[id] = stream
-
-    def drop_stream(self, id: Id) -> None:
-        """Note that it has none with this id any more."""
-        del self.streams[id]
-
-    def add_task(self, work: Coroutine[Any, Any, None], *, is_detached: bool = False) -> None:
-        """Run *work* in a task that ends with the connection."""
-        task = create_task(work, is_detached=is_detached)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
 
     def lose_stream(self, id: Id) -> None:
         """Tell the client that a stream does not go on for it."""

@@ -552,8 +552,18 @@ async def test_it_runs_in_the_context_of_its_client() -> None:
         assert not room.hub.state.history._contexts
 
 
+@pytest.mark.parametrize("takes", [True, False])
+async def test_only_clients_that_may_get_one_cost_something(takes: bool) -> None:
+    """Of an endpoint without snapshots no context is kept."""
+    room = Room().takes() if takes else Room()
+    async with running(room) as sim:
+        await sim.connect("/ws")
+        assert room.hub.state.history is not None
+        assert len(room.hub.state.history._contexts) == takes
+
+
 async def test_one_for_who_was_in_before_it_was_registered() -> None:
-    """As for anybody else."""
+    """As for anybody else, but in a context of its own: that of its client was not kept."""
     room = Room(groups=())
 
     @room.ws.connect
@@ -569,7 +579,7 @@ async def test_one_for_who_was_in_before_it_was_registered() -> None:
 
         await room.hub.join("room:a", client.conn)
         await sim.settle()
-        assert shown(client) == [("state at 0", ["ada"])]
+        assert shown(client) == [("state at 0", ["nobody"])]
 
 
 # What fails
