@@ -6324,8 +6324,7 @@ class HubSetup:
         letters, digits, ``_`` and ``-``; by default ``pachinko``.
         *converter*: of cattrs, for all payloads, in and out; set before handlers are registered.
         Start from ``hub.converter.copy()`` to keep the strict rules: a plain one coerces 5 to "5".
-        *history_bytes*: how much memory of a process all kept groups (`keep`) may take together;
-        by default 67_108_864, which is 64 MiB.
+        *history_bytes*: bytes that all kept groups (`keep`) of a process take; by default 64 MiB.
 
         Raises `PachinkoError` for a mistake in any of them, for a library that is not installed,
         and once an app has started; `TypeError` for a wrong object. Then nothing has changed.
@@ -6349,10 +6348,9 @@ class HubSetup:
 
         Of each group, the last *messages* are kept, each for *seconds*, in at most *bytes* of a
         process's memory; `configure` bounds all groups together. ``""`` is the prefix of all
-        groups, and the longest prefix of a name counts. docs/history.md has the rest.
+        groups, and the longest prefix of a name counts. See docs/history.md.
 
-        Raises `PachinkoError` for a mistake in any of them, and once an app has started. An app
-        whose broker cannot keep groups does not start.
+        Raises `PachinkoError` for a mistake in any of them, and once an app has started.
         """
         self._check_stopped("keep")
         if not isinstance(prefix, str):
@@ -6558,9 +6556,7 @@ class Hub(HubSetup):
         await self._send(Kind.GROUP, group, message, payload, exclude)
 
     async def position(self, group: str) -> str:
-        """Return the position of a kept *group*, an opaque text such as ``"9f3a.41"``.
-
-        A client that sends it, when it resumes, gets what was sent to the group since then.
+        """Return where a kept *group* is, such as ``"9f3a.41"``: who resumes there misses nothing.
 
         Raises `PachinkoError` for a group that is not kept (`keep`), and if the broker is away.
         """
@@ -8971,9 +8967,7 @@ class Registration(Lifecycle):
         not, says whether the client may send it. It is asked before anything is said about the
         payload, and False is answered with the error ``forbidden``. *resumable*: seconds for which
         a stream goes on without its client, which may come back for the rest (docs/history.md);
-        *conn* stays the connection that it was begun in.
-
-        Raises `PachinkoError` for a mistake in any of them, or in the function.
+        *conn* stays the connection that it was begun in. Raises `PachinkoError`.
         """
         if resumable is not None and not (is_seconds(resumable) and resumable > 0):
             raise PachinkoError(f"resumable is a number of seconds above 0, got {resumable!r}")
@@ -9099,10 +9093,8 @@ class Registration(Lifecycle):
         names begin with the prefix; the longest one counts. It returns a ``@message`` object, or
         None to send nothing. What is sent to the group meanwhile comes behind the state. It is
         called after the accept, and may take `handler_timeout`, or 10 seconds. If it fails, the
-        client gets an ``error`` with the group, and a ``gap`` with the reason ``snapshot``.
-
-        Raises `PachinkoError` for a wrong function, a second one for a prefix, and, at the start of
-        the app, for groups that `Hub.keep` does not keep.
+        client gets an ``error`` with the group, and a ``gap``. Raises `PachinkoError`, at the start
+        of the app for groups that `Hub.keep` does not keep.
         """
         if not isinstance(prefix, str):
             raise PachinkoError(f'write @ws.snapshot("room:"), the prefix of names; got {prefix!r}')
