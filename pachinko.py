@@ -5579,6 +5579,8 @@ class Cursor:
         self._lost: Reason | None = lost  # why it is to be told of a gap in any case
         self._ids = frozenset([conn.id])
         self._take: Take | None = None  # takes the snapshot that comes next
+        self._untold: Reason | None = None  # of a gap that this stands for
+        self._since = NOWHERE  # what is missing if there is none
 
     def join(self, position: Position | None, resume: Resume | None) -> None:
         """Begin with a new member at *position*; without one, with what is sent from now on."""
@@ -5595,15 +5597,14 @@ class Cursor:
         rings = self._history.rings
         if position is not None:
             self._position, self._is_behind = position, False
-        elif self.conn.outgoing.snapshot_of(self.group) is not None:
-            self._position = rings.top_of(self.group)  # The state has all that is before it.
-        elif self._position is NOWHERE:
+            return self._history.go_on(self)
+        if self._position is NOWHERE:
             self._position = rings.start_of(self.group)
         has_missed = rings.gap(self.group, self._position) or self._next(1)
-        if position is not None or has_missed:
+        if has_missed and self.conn.outgoing.snapshot_of(self.group) is None:
             self._history.go_on(self)
         else:
-            self._arrive()
+            self._arrive()  # A state has all that it has missed.
 
     def lose(self, reason: Reason) -> None:
         """Tell the member of a gap, in any case, when it has got what waits to be written."""
@@ -5652,24 +5653,26 @@ class Cursor:
     def _arrive(self, reason: Reason | None = None) -> None:
         """Tell the verdict, and make the member live: if nothing was replayed, behind its state."""
         is_new, self.is_joining, self._lost = self.is_joining, False, None
-        self._position = self._history.rings.top_of(self.group)
+        top = self._history.rings.top_of(self.group)
+        self._since, self._position = self._position if reason is None else top, top
         take: Take | None = None
         if reason is not None or (is_new and not self._replayed):
             take = self.conn.outgoing.snapshot_of(self.group)
         is_told = self._history.resumes(self.conn)
-        if reason is not None and (is_told or take is None):
-            self._tell("gap", take is None, group=self.group, reason=reason)
-        elif is_new and is_told:
-            self._tell("resume", take is None, replayed=self._replayed)
+        self._untold = None if is_told else reason
+        if (is_told and is_new) or (reason is not None and (is_told or take is None)):
+            self._tell(reason, take is None)
         if take is None:
             self._history.make_live(self)
         else:
             self._take = take
             self.load()
 
-    def _tell(self, type: str, is_whole: bool, **payload: Any) -> None:
+    def _tell(self, reason: Reason | None, is_whole: bool = True) -> None:
         """Put a verdict in line. It has a position if it *is_whole*, that is without a state."""
-        frame = encode(Sent(type, payload={**payload, "id": self.conn.id}, group=self.group))
+        said = {"group": self.group, "reason": reason} if reason else {"replayed": self._replayed}
+        type, payload = "gap" if reason else "resume", {**said, "id": self.conn.id}
+        frame = encode(Sent(type, payload=payload, group=self.group))
         self._put(with_position(frame, self._position) if is_whole else frame)
 
     def _put(self, frame: bytes) -> None:
@@ -5704,9 +5707,13 @@ class Cursor:
         if has_failed or is_overtaken:
             if is_overtaken:
                 self._position = self._history.rings.top_of(self.group)
-            self._tell("gap", True, group=self.group, reason="snapshot")
+            self._tell("snapshot")
         elif frame is not None:
             self._put(with_position(frame, self._position))
+        else:  # No state has what came while this waited for its turn.
+            self._position = self._since
+            if self._untold is not None:
+                self._tell(self._untold)
         self._history.go_on(self)
 
 
@@ -8018,11 +8025,6 @@ class Session(Answering):
         if self.conn.id in self._hub_state.returning:
             go_on_streams(self, self._hub_state.returning.pop(self.conn.id))
 
-    @property
-    def resumed(self) -> int:
-        """How many streams it has that are not among `tasks`."""
-        return sum(isinstance(stream, ResumableStream) for stream in self.streams.values())
-
     def take_stream(self, id: Id, stream: Stream) -> None:
         """Note that the client has a stream with this id."""
         self.open_tables()
@@ -8227,11 +8229,12 @@ class Session(Answering):
     async def _start_task(self, handler: Handler, message: Received) -> None:
         """Start a concurrent handler or a stream in a task of its own."""
         error, id = None, message.id
+        resumable = sum(isinstance(each, ResumableStream) for each in self.streams.values())
         if handler.streams and id is None:
             error = MessageError("id_required", f"{handler.type} is a stream, which needs an id")
         elif handler.streams and id in self.streams:
             error, id = MessageError("id_in_use", f"a stream with the id {id!r} goes on"), None
-        elif len(self.tasks) + self.resumed >= self._limits.max_concurrent:
+        elif len(self.tasks) + resumable >= self._limits.max_concurrent:
             error = MessageError("too_busy", f"at most {self._limits.max_concurrent} at a time")
         if error is not None:
             await self._send_error(error, id, handler.type)

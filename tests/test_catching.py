@@ -1393,8 +1393,9 @@ async def test_a_client_waits_for_its_ring() -> None:
         assert seen(gone) == []
 
 
-async def test_a_first_join_that_had_to_wait_gets_the_state() -> None:
-    """And not what was sent before that: the state has it."""
+@pytest.mark.parametrize("is_none", [True, False])
+async def test_a_first_join_that_had_to_wait_gets_the_state(is_none: bool) -> None:
+    """And not what was sent before that, which the state has; without one, all of it."""
     hub, app = new_hub(), new_app()
     hub.keep("r:")
     ws = Pachinko(app, "/ws", hub=hub)
@@ -1404,8 +1405,8 @@ async def test_a_first_join_that_had_to_wait_gets_the_state() -> None:
         at: str
 
     @ws.snapshot("r:")
-    async def state(conn: Connection, group: str) -> State:
-        return State(await hub.position(group))
+    async def state(conn: Connection, group: str) -> State | None:
+        return None if is_none else State(await hub.position(group))
 
     async with simulate(app) as sim:
         client = await sim.connect("/ws", query={"resume": "message"})
@@ -1415,9 +1416,12 @@ async def test_a_first_join_that_had_to_wait_gets_the_state() -> None:
         await sim.settle()
         await hub.send("r:1", "said", 2)
         await sim.settle()
-        verdict, snapshot, said = client.received
+        verdict, first, said = client.received
         assert (verdict.type, verdict.payload["replayed"], verdict.at) == ("resume", 0, None)
-        assert snapshot.type == "state" and snapshot.payload == {"at": snapshot.at}
+        if is_none:
+            assert (first.type, first.payload) == ("said", 1)
+        else:
+            assert (first.type, first.payload) == ("state", {"at": first.at})
         assert said.payload == 2
 
 
