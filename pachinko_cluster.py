@@ -824,7 +824,13 @@ class Nats:
         """Publish a question and return the replies, in one order with messages to groups."""
         client = self._client_for(data)
         async with self._inbox_turn:
-            self._inbox = self._inbox or await self._open_inbox()
+            if not self._inbox:
+                inbox = f"_INBOX.{secrets.token_hex(8)}"
+                try:
+                    await self.subscribe(f"{inbox}.*")
+                except PachinkoError as exc:
+                    raise _no_rights_to_keep(exc) from None
+                self._inbox = inbox
         name = f"{self._inbox}.{next(_numbers)}"
         question = Question(subject.lower(), is_batch)
         self._questions[name] = question
@@ -834,15 +840,6 @@ class Nats:
                 return await question.answer
         finally:
             del self._questions[name]
-
-    async def _open_inbox(self) -> str:
-        """Subscribe to replies, and return what their subjects begin with."""
-        inbox = f"_INBOX.{secrets.token_hex(8)}"
-        try:
-            await self.subscribe(f"{inbox}.*")
-        except PachinkoError as exc:
-            raise _no_rights_to_keep(exc) from None
-        return inbox
 
     async def _take(self, deliver: Deliver, name: str, data: bytes, headers: bytes | None) -> bool:
         """Take a message. Returns False if it answers nats-py, which has asked for a lease."""
@@ -2878,26 +2875,21 @@ class Cluster(pachinko.Relay):
         return id[: len(self.process)] if _CONNECTION_ID.fullmatch(id) else self.process
 
     async def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> None:
-        to: str | None = None
+        to = window = None
         if kind is Kind.CONNECTION:
-            process = self._process_of(name)
-            if process == self.process:
-                await self._registry.deliver(kind, name, data, excluded)
-                return
-            name, to = process, name
-        window = None
+            name, to = self._process_of(name), name
+            if name == self.process:
+                return await self._registry.deliver(kind, to, data, excluded)
         if kind is Kind.GROUP and self.history is not None:
             window = self.history.rings.window_of(name)
         await self._publish(kind, name, "send", window, frame=data, exclude=excluded, to=to)
 
     async def close(self, kind: Kind, name: str, close: pachinko.Close) -> None:
-        to: str | None = None
+        to = None
         if kind is Kind.CONNECTION:
-            process = self._process_of(name)
-            if process == self.process:
-                await self._registry.close(kind, name, close)
-                return
-            name, to = process, name
+            name, to = self._process_of(name), name
+            if name == self.process:
+                return await self._registry.close(kind, to, close)
         elif kind is Kind.USER:  # A process may have nothing but a handshake of that user.
             kind, name, to = Kind.EVERYBODY, "all", quoted(name)
         await self._publish(kind, name, "close", to=to, code=close.code, reason=close.reason)

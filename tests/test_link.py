@@ -822,6 +822,20 @@ async def test_nothing_comes_before_the_gap_for_what_was_missed(is_first: bool) 
         assert scene.texts == ["late"]
 
 
+async def test_who_leaves_while_all_is_subscribed_again_is_unsubscribed() -> None:
+    """As soon as the session has begun."""
+    async with linked() as scene:
+        await scene.join("room", "other")
+        other = scene.fake.hold("subscribe ns.g.other")
+        scene.fake.lost(None)
+        await until(lambda: {"ns.p.me", "ns.g.room"} <= scene.fake.subjects)
+        await until(lambda: scene.fake.at_once == 1)
+        scene.link.unsubscribe("ns.g.room")
+        other.set()
+        await until(lambda: "ns.g.room" not in scene.fake.subjects)
+        assert "ns.g.other" in scene.fake.subjects
+
+
 async def test_stopping_ends_whatever_waits() -> None:
     """No task is left."""
     before = asyncio.all_tasks()
