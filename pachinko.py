@@ -9295,9 +9295,7 @@ class Pachinko(Registration):
         """
         if self._app is None or not (isinstance(path, str) and path.startswith("/")):
             example = 'ws = Pachinko(app, "/ws")\nws.client("/pachinko.js")'
-            raise PachinkoError(
-                f"the client needs an app and a path; got {path!r}; write\n{example}"
-            )
+            raise PachinkoError(f"a client needs an app and a path; got {path!r}; write\n{example}")
         self._app.add_route(path, Asset("pachinko.js", falcon.MEDIA_JS))
 
     async def on_websocket(
