@@ -3357,16 +3357,13 @@ class SyncHub:
         return found
 
     def position(self, group: str) -> str:
-        """Return where *group*, a kept one, is: a client that has a page of it goes on from there.
-
-        Raises `PachinkoError` for a group that the app does not keep.
-        """
+        """Return the position of a kept *group*, as `Hub.position` does, and raise the same."""
         return self._call(Hub.position, group)
 
     def history(self, group: str, last: int = 20) -> list[pachinko.Envelope]:
-        """Return the *last* messages to *group*, a kept one, the oldest first.
+        """Return the *last* messages to a kept *group*, the oldest first.
 
-        Raises what `Hub.history` raises.
+        Each is what `Hub.history` yields. Raises the same.
         """
 
         async def history(hub: Hub) -> list[pachinko.Envelope]:
