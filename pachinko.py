@@ -882,13 +882,13 @@ AS_THEY_ARE: dict[type, tuple[type, ...]] = {str: (str,), bytes: (bytes, bytearr
 
 
 class Envelope(msgspec.Struct, frozen=True):  # PERF: attrs' takes three times as long to make.
-    """A message as middleware sees it."""
+    """A message as middleware sees it, and as `Hub.listen` and `Hub.history` yield it."""
 
     type: str  # "" for what the fallback or the binary handler takes
     payload: Any  # the handler gets this; a dict by name for keyword-only parameters
     id: Id | None = None
-    group: str | None = None
-    at: str | None = None
+    group: str | None = None  # the one that it was sent to
+    at: str | None = None  # its position, if the group is kept
 
 
 def _refuse_change(*_: object) -> typing.NoReturn:
@@ -6254,10 +6254,10 @@ class Mailbox:
         self._has_gap = False
 
 
-def refuse_listening_elsewhere(loop: asyncio.AbstractEventLoop | None) -> None:
-    """Raise `PachinkoError` if *loop* is elsewhere."""
+def refuse_iterating_elsewhere(loop: asyncio.AbstractEventLoop | None, what: str) -> None:
+    """Raise `PachinkoError` if *loop* is elsewhere, since the hub was *what*."""
     call = "`async def f()` with all of the `async for` in it, and hub.call_threadsafe(f"
-    refuse_elsewhere(loop, "the hub was listened to", call)
+    refuse_elsewhere(loop, f"the hub was {what}", call)
 
 
 class Listener(AsyncIterator[T]):
@@ -6269,7 +6269,7 @@ class Listener(AsyncIterator[T]):
 
     async def __aenter__(self) -> Listener[T]:
         """Wait until messages of all processes arrive. Raises `PachinkoError`."""
-        refuse_listening_elsewhere(self._mailbox.loop)
+        refuse_iterating_elsewhere(self._mailbox.loop, "listened to")
         if not (self._is_subscribed or self._mailbox.closed):
             await self._mailbox.subscribed()
             self._is_subscribed = True
@@ -6290,7 +6290,7 @@ class Listener(AsyncIterator[T]):
 
     async def aclose(self) -> None:
         """Stop listening. What has arrived is forgotten."""
-        refuse_listening_elsewhere(self._mailbox.loop)
+        refuse_iterating_elsewhere(self._mailbox.loop, "listened to")
         self._mailbox.close()
         self._mailbox.empty()
 
@@ -6341,7 +6341,7 @@ class HubSetup:
         letters, digits, ``_`` and ``-``; by default ``pachinko``.
         *converter*: of cattrs, for all payloads, in and out; set before handlers are registered.
         Start from ``hub.converter.copy()`` to keep the strict rules: a plain one coerces 5 to "5".
-        *history_bytes*: what the kept groups (`keep`) of a process may take; by default 64 MiB.
+        *history_bytes*: bytes that all kept groups (`keep`) of a process take; by default 64 MiB.
 
         Raises `PachinkoError` for a mistake in any of them, for a library that is not installed,
         and once an app has started; `TypeError` for a wrong object. Then nothing has changed.
@@ -6363,9 +6363,9 @@ class HubSetup:
     ) -> None:  # fmt: skip
         """Keep what is sent to groups whose name begins with *prefix*, for clients that come back.
 
-        Of each group, the last *messages*, those of the last *seconds*, and no more than *bytes*
-        are kept; of all groups of a process, the ``history_bytes`` of `configure`. ``""`` is the
-        prefix of all groups, and the longest prefix of a name counts. See docs/history.md.
+        Of each group, the last *messages* are kept, each for *seconds*, in at most *bytes* of a
+        process's memory; `configure` bounds all groups together. ``""`` is the prefix of all
+        groups, and the longest prefix of a name counts. See docs/history.md.
 
         Raises `PachinkoError` for a mistake in any of them, and once an app has started.
         """
@@ -6566,32 +6566,33 @@ class Hub(HubSetup):
     ) -> None:
         """Send a ``@message`` object, or a type and its payload, to the members of *group*.
 
-        Bytes alone are a binary frame, here and wherever the hub sends. *exclude* leaves out a
-        connection, an id, or several of them.
+        Bytes alone are a binary frame, here and wherever the hub sends; to a kept group (`keep`)
+        they are a `PachinkoError`. *exclude* leaves out a connection, an id, or several of them.
         """
         self._check("send", group, "group")
         await self._send(Kind.GROUP, group, message, payload, exclude)
 
     async def position(self, group: str) -> str:
-        """Return where *group*, a kept one, is: a client that has a page of it goes on from there.
+        """Return where a kept *group* is, such as ``"9f3a.41"``: who resumes there misses nothing.
 
-        Raises `PachinkoError` for a group that is not kept (`keep`).
+        Raises `PachinkoError` for a group that is not kept (`keep`), and if the broker is away.
         """
-        return str((await self._past(group, 0))[0])
+        return str((await self._past("position", group, 0))[0])
 
     async def history(self, group: str, last: int = 20) -> AsyncGenerator[Envelope, None]:
-        """Yield the *last* messages to *group*, a kept one, the oldest first.
+        """Yield the *last* messages to a kept *group*, or as many as there are, the oldest first.
 
-        Each is an `Envelope` with its payload as JSON, and ``at``. Raises `PachinkoError` for a
-        group that is not kept (`keep`), `ValueError` for a *last* below 0.
+        Each is an `Envelope` with its payload as JSON values and its position, ``at``. Raises what
+        `position` raises, and `ValueError` for a *last* that is no whole number or below 0.
         """
+        refuse_iterating_elsewhere(self.state.loop, "asked for its history")
         if not (type(last) is int and last >= 0):
             raise ValueError(f"last is a number of messages, at least 0, got {last!r}")
-        for text in (await self._past(group, last))[1]:
+        for text in (await self._past("history", group, last))[1]:
             yield read_frame(text, group)[0]
 
-    async def _past(self, group: str, count: int) -> tuple[Position, Sequence[str]]:
-        self._check("history", group, "group")
+    async def _past(self, method: str, group: str, count: int) -> tuple[Position, Sequence[str]]:
+        self._check(method, group, "group")
         if not any(map(group.startswith, self.state.rules)) and self.state.history is None:
             raise not_kept(group)
         return await self.state.relay.past(group, count)
@@ -6750,7 +6751,7 @@ class Hub(HubSetup):
         does not permit the subscription. Raises `ValueError` for a *heartbeat* that is not above 0.
         """
         if isinstance(group, str):
-            refuse_listening_elsewhere(self.state.loop)
+            refuse_iterating_elsewhere(self.state.loop, "listened to")
         self._check("listen", group, "group")
         if heartbeat is not None and not (is_seconds(heartbeat) and heartbeat > 0):
             raise ValueError(f"heartbeat is a number of seconds above 0, got {heartbeat!r}")
@@ -8968,9 +8969,9 @@ class Registration(Lifecycle):
         annotation. What it returns is the reply; an async generator is a stream. *concurrent* lets
         it run beside other handlers of the connection. *only*, ``def f(conn) -> bool``, async or
         not, says whether the client may send it. It is asked before anything is said about the
-        payload, and False is answered with the error ``forbidden``. *resumable*: seconds that a
-        stream goes on without its client, for one that comes back; then *conn* is the connection
-        that it was begun in.
+        payload, and False is answered with the error ``forbidden``. *resumable*: seconds for which
+        a stream goes on without its client, which may come back for the rest (docs/history.md);
+        *conn* stays the connection that it was begun in. Raises `PachinkoError`.
         """
         if resumable is not None and not (is_seconds(resumable) and resumable > 0):
             raise PachinkoError(f"resumable is a number of seconds above 0, got {resumable!r}")
@@ -9095,7 +9096,9 @@ class Registration(Lifecycle):
         ``@ws.snapshot("room:") async def state(conn, group) -> RoomState`` is for the groups whose
         names begin with the prefix; the longest one counts. It returns a ``@message`` object, or
         None to send nothing. What is sent to the group meanwhile comes behind the state. It is
-        called after the accept, and may take `handler_timeout`, or 10 seconds; an error is sent.
+        called after the accept, and may take `handler_timeout`, or 10 seconds. If it fails, the
+        client gets an ``error`` with the group, and a ``gap``. Raises `PachinkoError`, at the start
+        of the app for groups that `Hub.keep` does not keep.
         """
         if not isinstance(prefix, str):
             raise PachinkoError(f'write @ws.snapshot("room:"), the prefix of names; got {prefix!r}')
@@ -9293,9 +9296,7 @@ class Pachinko(Registration):
         """
         if self._app is None or not (isinstance(path, str) and path.startswith("/")):
             example = 'ws = Pachinko(app, "/ws")\nws.client("/pachinko.js")'
-            raise PachinkoError(
-                f"the client needs an app and a path; got {path!r}; write\n{example}"
-            )
+            raise PachinkoError(f"a client needs an app and a path; got {path!r}; write\n{example}")
         self._app.add_route(path, Asset("pachinko.js", falcon.MEDIA_JS))
 
     async def on_websocket(

@@ -154,6 +154,8 @@ class Client:
         self.told = 0
         self.last: dict[str, int] = {}  # number of the last tick and feed
         self.jumped: set[str | None] = set()  # groups of which some is lost, as no gap has told yet
+        # Groups of which a gap has told; true if that is to be seen in the next message to them.
+        self.told_of: dict[str | None, bool] = {}
         self.reader = asyncio.create_task(self.read())
 
     # Asking
@@ -267,19 +269,27 @@ class Client:
 
     def follow(self, what: str, n: int, group: str | None) -> None:
         """The next of a series: none may be missing, unless a gap will tell."""
-        last = self.last.get(what, n - 1)
-        if n != last + 1:
-            if self.is_lossy and n > last:
-                self.jumped.add(group)
-            else:
-                self.fail(f"a {what} is lost, or not in order", f"{n} after {last}")
+        last = self.last.get(what)
+        is_owed = self.told_of.pop(group, None)
+        if last is None:
+            pass  # What came before the first one may have been lost.
+        elif n == last + 1:
+            if is_owed:
+                self.fail("there is a gap where nothing is lost", f"{what} {n}")
+        elif not self.is_lossy or n <= last:
+            self.fail(f"a {what} is lost, or not in order", f"{n} after {last}")
+        elif is_owed is None:
+            self.jumped.add(group)
         self.last[what] = n
         self.findings.counts[f"{what} messages"] += 1
 
     def on_gap(self, payload: Any) -> None:
-        if payload["group"] not in self.jumped:
+        """Gaps come behind what has waited: some has been missed already, or comes no more."""
+        group = payload["group"]
+        if not self.is_lossy or group not in (None, soak_app.FEED):
             self.fail("there is a gap where nothing is lost", payload)
-        self.jumped.discard(payload["group"])
+        self.told_of[group] = group not in self.jumped
+        self.jumped.discard(group)
         self.findings.counts["gaps"] += 1
         self.soak.gate.tell()
 
@@ -332,7 +342,9 @@ class Client:
             await self.reader
             await self.socket.wait_closed()
         if codes and self.socket.close_code not in codes:
-            self.fail("the close code is wrong", f"{self.socket.close_code}, not one of {codes}")
+            exc = self.socket.close_exc  # It tells who has closed, and how.
+            what = f"{self.socket.close_code}, not one of {codes}"
+            self.fail("the close code is wrong", f"{what}: {exc!r} from {exc.__cause__!r}")
         return self.socket.close_code
 
     def abort(self) -> None:
@@ -700,9 +712,9 @@ class Soak:
         async with self.slow(f"/lossy/{name}", lossy=True) as client:
             client.socket.transport.pause_reading()
             target = client.last.get("feed", 0) + 150
-            await self.gate.until(lambda: self.watcher.last["feed"] > target - 50)
+            await self.gate.until(lambda: self.watcher.last.get("feed", 0) > target - 50)
             answers = [await client.start("sum", {"a": n}) for n in range(3)]
-            await self.gate.until(lambda: self.watcher.last["feed"] > target)
+            await self.gate.until(lambda: self.watcher.last.get("feed", 0) > target)
             client.socket.transport.resume_reading()
             for n, (_, answer) in enumerate(answers):
                 client.check((await client.wait(answer)).get("payload"), n)
@@ -761,8 +773,11 @@ class Soak:
             published.check(reasons=("expired", "overflow"))
         except AssertionError as exc:
             self.findings.fail("a kept group is not whole", "\n".join([str(exc), *exc.__notes__]))
-        heard = sum(each.kind == "message" for f in followers for each in f.heard[room])
-        self.findings.counts["messages to kept groups"] += heard
+        heard = [each for follower in followers for each in follower.heard[room]]
+        counts = self.findings.counts
+        counts["messages to kept groups"] += sum(each.kind == "message" for each in heard)
+        counts["kept messages that were missed, and came"] += sum(each.replayed for each in heard)
+        counts["gaps in kept groups"] += sum(each.kind == "gap" for each in heard)
 
     async def come_and_go(self, follower: Follower, room: str) -> None:
         for _ in range(random.randrange(2, 8)):
@@ -868,6 +883,9 @@ class Soak:
         wanted = [f"left by {way.__name__}" for way in WAYS_OUT]
         if self.options.stalled:
             wanted += ["evictions that were waited for", "gaps"]
+        if self.options.returning:
+            wanted += ["connections with positions", "messages to kept groups"]
+            wanted += ["kept messages that were missed, and came"]
         if self.options.flooding:
             wanted += ["floods closed with 1008", "messages over the limit"]
         for what in wanted:

@@ -438,7 +438,10 @@ def run(pipe: Pipe) -> None:
         allow_open_files()
         listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        # A slow client that leaves may still have to read a ping of uvicorn, which websockets would
+        # answer. The system then resets the connection, and the answer to the close is lost.
         config = uvicorn.Config(
-            app, backlog=BACKLOG, ws="websockets-sansio", log_config=None, log_level="warning"
-        )
+            app, backlog=BACKLOG, ws="websockets-sansio", ws_ping_interval=None, log_config=None,
+            log_level="warning",
+        )  # fmt: skip
         uvloop.run(Server(config, pipe, Desk(listener, watch())).serve(sockets=[listener]))

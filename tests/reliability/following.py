@@ -142,6 +142,7 @@ class Follower:
     heard: dict[str, list[Heard]] = attrs.Factory(lambda: collections.defaultdict(list))
     verdicts: set[str] = attrs.Factory(set)  # groups with a verdict on this connection
     is_at_the_end: bool = False  # It is connected when nothing more comes.
+    excuses: tuple[str, ...] = ()  # reasons that its gaps may have, beside those of all
     other: list[dict[str, Any]] = attrs.Factory(list)  # frames of no kept group
 
     def __attrs_post_init__(self) -> None:
@@ -201,8 +202,9 @@ class Follower:
         for group, heard in self.heard.items():
             try:
                 check(
-                    heard, self.published, group, own=frozenset(self.ids), reasons=reasons,
-                    window=window, is_at_the_end=self.is_at_the_end,
+                    heard, self.published, group, own=frozenset(self.ids),
+                    reasons=(*reasons, *self.excuses), window=window,
+                    is_at_the_end=self.is_at_the_end,
                 )  # fmt: skip
             except AssertionError as exc:
                 exc.add_note(f"{self.name} in {group}, which has heard:")

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import itertools
 import json
 import logging
 import os
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
 import falcon.asgi
 import pytest
 from following import Follower, Published, query_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import pachinko
@@ -38,11 +41,11 @@ PROCESSES = 2
 Step = tuple[Any, ...]
 
 
-def make_app(url: str | None = None) -> falcon.asgi.App[Any, Any]:
+def make_app(url: str | None = None, messages: int = WINDOW) -> falcon.asgi.App[Any, Any]:
     """An app whose clients are in the groups of their query, and come and go in them."""
     hub = Hub()
     hub.configure(url)
-    hub.keep("room:", messages=WINDOW, seconds=SECONDS)
+    hub.keep("room:", messages=messages, seconds=SECONDS)
     app = falcon.asgi.App()
     ws = Pachinko(app, "/ws", hub=hub, overflow="replay", outbox=4, auth_timeout=1000.0)
 
@@ -69,13 +72,20 @@ class Seat:
     follower: Follower
     client: pachinko.Client | None = None
     taken: int = 0  # frames of *client*
-    is_slow: bool = False
+    ids: Iterator[int] = attrs.Factory(itertools.count)
+    # Groups that it leaves and joins again, by the ids of its requests; and whether it forgets its
+    # position.
+    rejoins: dict[Any, tuple[str, bool]] = attrs.Factory(dict)
 
     def read(self) -> None:
         """Take what has come."""
         if self.client is not None:
             for each in self.client.received[self.taken :]:
                 self.taken += 1
+                if each.id in self.rejoins:  # What comes of the group now is of the next join.
+                    group, is_first = self.rejoins.pop(each.id)
+                    self.follower.joins(group, is_first=is_first)
+                    continue
                 frame = {"type": each.type, "payload": each.payload, "group": each.group}
                 self.follower.take({**frame, "at": each.at})
 
@@ -127,6 +137,7 @@ class Scene:
         from urllib.parse import urlencode
 
         seat.taken = 0
+        seat.rejoins.clear()
         seat.client = await self.process(process).connect("/ws", query=urlencode(query))
         if how == "message":
             await seat.client.send_text(json.dumps({"type": "resume", "payload": resume}))
@@ -152,15 +163,18 @@ class Scene:
         seat = self.seats[n]
         if seat.client is None or seat.client.end is not None:
             return
-        await seat.client.send("leave", {"group": group})
+        if resumes:  # It reads everything, or a position would be older than what it gets.
+            seat.client.resume()
+            await self.settle()
+        id = next(seat.ids)
+        seat.rejoins[id] = group, not resumes
+        await seat.client.send("leave", {"group": group}, id=id)
         await self.settle()
-        if seat.client is None or seat.client.end is not None:
-            return
-        if resumes:
+        if seat.client.end is None and resumes:
             resume = seat.follower.resume
             await seat.client.send_text(json.dumps({"type": "resume", "payload": resume}))
-        seat.follower.joins(group, is_first=not resumes)
-        await seat.client.send("join", {"group": group})
+        if seat.client.end is None:
+            await seat.client.send("join", {"group": group})
 
     async def twice(self, n: int, first: int, second: int) -> None:
         """Two clients come with the same position."""
@@ -245,6 +259,42 @@ class Scene:
             assert not seat.follower.other, seat.follower.other
 
 
+async def test_nothing_is_lost_while_a_thousand_others_resume() -> None:
+    """All come at once, with positions of any age, and invented ones; some are cut at once."""
+    async with simulate(functools.partial(make_app, messages=100)) as sim:
+        scene = Scene(sim, is_alone=False)
+        scene.processes.append(await sim.process())
+        known, lot = list[tuple[str, str]](), random.Random(0)
+        for n in range(20):
+            group = GROUPS[n % 2]
+            known.append((group, await sim.hub.position(group)))
+            await scene.send(n, group, 1)
+            await scene.settle()
+        for n in range(1000):
+            group, at = lot.choice(known)
+            crowd = Follower(scene.published, f"other {n}", {group: at})
+            if n % 10 == 0:
+                crowd.at[group], crowd.excuses = lot.choice(["x.1", f"{at}000000", "?"]), ("epoch",)
+            scene.forks.append(Seat(crowd))
+        entering = [
+            asyncio.create_task(scene.enter(seat, n, "query", *seat.follower.at))
+            for n, seat in enumerate(scene.forks)
+        ]
+        for n in range(3):
+            await scene.connect(n, n, "query")
+            await scene.send(n, GROUPS[n % 2], 20)
+            await scene.cut(n)
+        await scene.lose()
+        await asyncio.gather(*entering)
+        for seat in scene.forks[::7]:
+            if seat.client is not None:
+                seat.client.cut()
+                seat.read()
+                seat.client = None
+        await scene.end()
+        scene.published.check(reasons=())
+
+
 clients = st.integers(0, 2)
 processes = st.integers(0, PROCESSES - 1)
 groups = st.sampled_from(GROUPS)
@@ -268,6 +318,33 @@ ALONE = (
     st.tuples(st.just("settle")),
     st.tuples(st.just("advance"), st.sampled_from([1.0, SECONDS / 2, SECONDS + 1])),
 )  # fmt: skip
+A, B = GROUPS
+LIVES: list[list[Step]] = [  # which examples by chance seldom have
+    [  # A slow client reads on from the ring.
+        ("connect", 0, 0, "query"), ("settle",), ("stall", 0), ("send", 0, A, 6, None),
+        ("settle",), ("go", 0), ("settle",), ("send", 0, A, 1, None),
+    ],
+    [  # A position is good for one join.
+        ("connect", 0, 0, "query"), ("send", 0, A, 2, None), ("settle",), ("cut", 0),
+        ("send", 0, A, 1, None), ("settle",), ("connect", 0, 0, "query"), ("settle",),
+        ("send", 0, A, 2, None), ("settle",), ("rejoin", 0, A, False), ("settle",),
+    ],
+    [  # What was dropped before a pause is told behind it.
+        ("connect", 0, 0, "query"), ("send", 0, A, 1, None), ("settle",), ("save", 0),
+        ("send", 0, A, 2, None), ("settle",), ("advance", SECONDS + 1), ("send", 0, A, 1, None),
+        ("settle",), ("restore", 0),
+    ],
+    [  # Who leaves while it catches up, and joins again, gets nothing by its first join.
+        ("connect", 0, 0, "query"), ("settle",), ("stall", 0), ("send", 0, A, 6, None),
+        ("settle",), ("rejoin", 0, A, False), ("send", 0, A, 2, None), ("settle",), ("go", 0),
+        ("settle",), ("send", 0, A, 2, None),
+    ],
+    [  # The same before its verdict.
+        ("connect", 0, 0, "query"), ("settle",), ("cut", 0), ("send", 0, A, 4, None),
+        ("settle",), ("connect", 0, 0, "query"), ("stall", 0), ("settle",),
+        ("rejoin", 0, A, False), ("send", 0, A, 2, None), ("settle",), ("go", 0), ("settle",),
+    ],
+]  # fmt: skip
 BROKEN = (
     st.tuples(st.just("lose")),
     st.tuples(st.just("find")),
@@ -290,6 +367,13 @@ async def play(steps: list[Step], is_alone: bool) -> None:
         scene.published.check(reasons=("expired", "overflow", "epoch", *outage))
 
 
+def lives(test: Any) -> Any:
+    """Play `LIVES` as well."""
+    for steps in LIVES:
+        test = example(steps)(test)
+    return test
+
+
 def options(count: int) -> Any:
     return settings(
         max_examples=min(count, ROUND), deadline=None, derandomize=not IS_NIGHTLY, database=None,
@@ -302,6 +386,7 @@ def test_nothing_is_lost_in_one_process(round: int) -> None:
     """Whatever clients do, each has what was published, or is told what not."""
 
     @options(EXAMPLES)
+    @lives
     @given(st.lists(st.one_of(*ALONE), max_size=25))
     def run(steps: list[Step]) -> None:
         asyncio.run(play(steps, is_alone=True))
@@ -315,6 +400,7 @@ def test_nothing_is_lost_in_two_processes(round: int, caplog: pytest.LogCaptureF
     caplog.set_level(logging.CRITICAL, "pachinko")
 
     @options(EXAMPLES)
+    @lives
     @given(st.lists(st.one_of(*ALONE, *BROKEN), max_size=25))
     def run(steps: list[Step]) -> None:
         asyncio.run(play(steps, is_alone=False))

@@ -1,8 +1,8 @@
 """Nothing of a kept group is lost, over sockets: many clients, real servers, brokers and processes.
 
-Clients come and go all the time, are cut after any octet, are slow, resume twice and with old
-positions, and speak, also with ``exclude``; brokers are killed, paused and flushed, processes are
-killed. Then all come once more, and what they have heard is checked (`following`).
+Clients come and go all the time, are cut after any octet, are slow, resume twice and with old and
+invented positions, and speak, also with ``exclude``; brokers are killed, paused and flushed, and
+processes are killed. Then all come once more, and what they have heard is checked (`following`).
 
 ``PACHINKO_FAULT_EXAMPLES=2000`` is the nightly form: a thousand clients, and longer. It needs
 ``pytest -o faulthandler_timeout=900``, since pytest ends a test after two minutes.
@@ -202,6 +202,8 @@ class Storm:
         await asyncio.sleep(lot.uniform(0, 0.3))  # the chance of this run
         forks = 0
         while not self.is_over:
+            if lot.random() < 0.1 and follower.at:
+                await self.live(lot, self.inventor(lot, follower), groups)
             if lot.random() < 0.1 and forks < 3:
                 forks += 1
                 other = follower.fork(f"fork {forks} of {follower.name}")
@@ -222,6 +224,17 @@ class Storm:
                 follower.is_at_the_end = True
                 return
             await asyncio.sleep(0.1)  # a server that is not yet there
+
+    def inventor(self, lot: random.Random, known: Follower) -> Follower:
+        """A client with positions that nobody was given."""
+        at = dict[str, str]()
+        for group, position in known.at.items():
+            epoch, _, number = position.rpartition(".")
+            by = lot.choice([-3, -1, 1, 10**6])
+            invented = f"{epoch}.{max(0, int(number) + by)}"
+            at[group] = lot.choice([invented, invented, f"x.{number}", f"{epoch}x.{number}", "?"])
+        name = f"inventor {len(self.published.followers)}"
+        return Follower(self.published, name, at, excuses=("epoch", "broker"))
 
     async def live(self, lot: random.Random, follower: Follower, groups: list[str]) -> None:
         """One connection, up to an end of some kind."""

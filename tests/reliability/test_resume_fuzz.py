@@ -73,18 +73,27 @@ def make_app(hub: Hub, seen: list[Any], url: str | None) -> falcon.asgi.App[Any,
     hub.configure(url)
     hub.keep("room:", messages=100)
     ws = Pachinko(app, "/ws", hub=hub, auth_timeout=1000.0)
+    members = Pachinko(app, "/members", hub=hub, auth_timeout=1000.0)
+
+    @ws.authenticate(optional=True)
+    @members.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        return token
 
     @ws.connect
+    @members.connect
     async def arrive(conn: Connection) -> None:
         for group in (*KEPT, "other"):
             await conn.join(group)
 
     @ws.middleware
+    @members.middleware
     async def around(conn: Connection, message: Any, call_next: Any) -> Any:
         seen.append(message)
         return await call_next()
 
     @ws.on("echo")
+    @members.on("echo")
     async def echo(conn: Connection, payload: Any) -> Any:
         return payload
 
@@ -149,19 +158,24 @@ async def play(resumes: list[tuple[str, Any]], url: str | None) -> None:
                         for g, at in raw.items()
                     }
             text = value if how == "text" else json.dumps(value)
-            announced = how in ("message", "bare message")
+            announced = how in ("message", "bare message", "authenticate")
             query = urlencode({"resume": "message" if announced else text}, errors="replace")
             if how == "text" and text.startswith("%"):
                 query = f"resume={text}"
             elif how == "comma":  # Some clients do not encode it.
                 query = "a=1&resume=" + quote(text, safe=',:{}[]"') + "&b=2"
-            client = await sim.connect("/ws", query=query)
-            if announced:
+            is_first = how == "first message"
+            path, query = ("/members", "") if is_first else ("/ws", query)
+            client = await sim.connect(path, query=query)
+            if announced or is_first:
                 await sim.settle()
                 assert client.received == [], "a verdict before the message"
                 frame = {"type": "resume", "payload": value}
                 if how == "message":
                     frame["id"] = 7
+                elif how in ("authenticate", "first message"):
+                    payload = {"token": "ada", "resume": value}
+                    frame = {"type": "authenticate", "payload": payload}
                 await client.send_text(json.dumps(frame))
             assert await client.request("echo", text[:50]) == text[:50]
             await sim.settle()
@@ -228,7 +242,9 @@ def test_whatever_comes_to_resume_is_answered_by_the_rules(
     round: int, url: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In the query, and in a message: no failure, no log, no reply that is wrong, nothing left."""
-    hows = st.sampled_from(["query", "comma", "message", "bare message"])
+    hows = st.sampled_from([
+        "query", "comma", "message", "bare message", "authenticate", "first message",
+    ])  # fmt: skip
 
     @options(EXAMPLES)
     @given(st.lists(st.tuples(hows, values), min_size=1, max_size=4))
