@@ -485,7 +485,11 @@ class JetStream:
             floor = found[0].number
         elif found:
             floor = max(floor, min(found[0].number, now.mark))
-        if len(found) < now.count:  # There are older ones, which would have been dropped first.
+        if len(found) < now.count:  # There are older ones, which are dropped before those found.
+            oldest = encode({"seq": 1, "next_by_subj": kept})
+            [first] = await self._ask(f"$JS.API.DIRECT.GET.{stream.name}", oldest)
+            if first.status or first.number > after:
+                raise StreamGone("messages were dropped while they were read")
             floor = after
         age = now.ahead + pachinko.clock.time()
         entries = [
