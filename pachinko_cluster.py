@@ -481,10 +481,9 @@ class JetStream:
         is_late = now.count and now.config["num_replicas"] > 1
         latest = max(last_found, min(after, now.top) if is_late else now.top)
         floor = now.first - 1
-        if max(now.count, len(found)) > now.messages:
-            floor = found[0].number
-        elif found:
-            floor = max(floor, min(found[0].number, now.mark))
+        if found:
+            is_full = max(now.count, len(found)) > now.messages
+            floor = found[0].number if is_full else max(floor, min(found[0].number, now.mark))
         if len(found) < now.count:  # There are older ones, which are dropped before those found.
             oldest = encode({"seq": 1, "next_by_subj": kept})
             [first] = await self._ask(f"$JS.API.DIRECT.GET.{stream.name}", oldest)
@@ -2200,7 +2199,7 @@ def done_with(exc: Exception, process: str) -> Done:
 # The processes of a namespace keep groups by the rules of the one that came first. The broker has
 # them, so that all who send number and store.
 
-_RULES = 60.0  # seconds that the rules outlast the last process that has them
+_RULES = 60.0  # seconds after the last process that has them until others may replace the rules
 
 
 def write_rules(rules: Mapping[str, Window]) -> bytes:
