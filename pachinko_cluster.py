@@ -3087,8 +3087,6 @@ class Cluster(pachinko.Relay):
         registry = self._registry
         alone: list[pachinko.Receiver] = []  # connections in no group
         if subject is None:
-            if not self._own_rules:  # It may have missed those that another process has.
-                self._start_work(self._agreement.make_again(self._link))
             self._gaps = {
                 group: dict(members) for group, members in registry.groups.items()
                 if not self._restore(group)
@@ -3117,6 +3115,8 @@ class Cluster(pachinko.Relay):
             announced += 1
             if announced % _GAPS_A_TURN == 0:  # nothing else may let the loop run
                 await asyncio.sleep(0)
+        if not self._own_rules:  # It may have missed those that another process has.
+            await self._agreement.make_again(self._link)
 
     async def _announce(self, group: str) -> None:
         """Send a gap to those who have been in *group* since the outage."""
