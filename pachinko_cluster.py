@@ -481,11 +481,14 @@ class JetStream:
         is_late = now.count and now.config["num_replicas"] > 1
         latest = max(last_found, min(after, now.top) if is_late else now.top)
         floor = now.first - 1
-        if max(now.count, len(found)) > now.messages:
-            floor = found[0].number
-        elif found:
-            floor = max(floor, min(found[0].number, now.mark))
-        if len(found) < now.count:  # There are older ones, which would have been dropped first.
+        if found:
+            is_full = max(now.count, len(found)) > now.messages
+            floor = found[0].number if is_full else max(floor, min(found[0].number, now.mark))
+        if len(found) < now.count:  # There are older ones, which are dropped before those found.
+            oldest = encode({"seq": 1, "next_by_subj": kept})
+            [first] = await self._ask(f"$JS.API.DIRECT.GET.{stream.name}", oldest)
+            if first.status or first.number > after:
+                raise StreamGone("messages were dropped while they were read")
             floor = after
         age = now.ahead + pachinko.clock.time()
         entries = [
@@ -2196,7 +2199,7 @@ def done_with(exc: Exception, process: str) -> Done:
 # The processes of a namespace keep groups by the rules of the one that came first. The broker has
 # them, so that all who send number and store.
 
-_RULES = 60.0  # seconds that the rules outlast the last process that has them
+_RULES = 60.0  # seconds after the last process that has them until others may replace the rules
 
 
 def write_rules(rules: Mapping[str, Window]) -> bytes:
@@ -3084,8 +3087,6 @@ class Cluster(pachinko.Relay):
         registry = self._registry
         alone: list[pachinko.Receiver] = []  # connections in no group
         if subject is None:
-            if not self._own_rules:  # It may have missed those that another process has.
-                self._start_work(self._agreement.make_again(self._link))
             self._gaps = {
                 group: dict(members) for group, members in registry.groups.items()
                 if not self._restore(group)
@@ -3114,6 +3115,8 @@ class Cluster(pachinko.Relay):
             announced += 1
             if announced % _GAPS_A_TURN == 0:  # nothing else may let the loop run
                 await asyncio.sleep(0)
+        if not self._own_rules:  # It may have missed those that another process has.
+            await self._agreement.make_again(self._link)
 
     async def _announce(self, group: str) -> None:
         """Send a gap to those who have been in *group* since the outage."""

@@ -460,6 +460,32 @@ async def test_only_what_is_behind_a_number_is_read(scene: Scene, messages: int)
         assert empty.floor == empty.top and not empty.entries
 
 
+@pytest.mark.parametrize("after", [0, 2, 4])
+async def test_what_is_dropped_while_it_is_read_is_told(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """A server that sends one message at a time leaves more time for that."""
+    process, window = await scene.process(ROOM), Window(3, 300.0, 1000)
+    await process.keep(*range(6), window=window)
+    await until(lambda: len(process.came) == 6)
+    at = Position(process.stamps()[0].epoch, process.stamps()[after].number)
+    read, is_first = pachinko_cluster.JetStream._messages, True
+
+    async def late(self: Any, stream: Any, kept: str, start: int, top: int) -> Any:
+        nonlocal is_first
+        if not is_first:
+            return await read(self, stream, kept, start, top)
+        is_first = False
+        await process.keep(6, 7, window=window)
+        return [each for each in await read(self, stream, kept, start, top) if each.number <= top]
+
+    monkeypatch.setattr(pachinko_cluster.JetStream, "_messages", late)
+    past = await process.nats.past(ROOM, 9, at)
+    await until(lambda: len(process.came) == 8)
+    numbers = [stamp.number for stamp in process.stamps()]
+    assert known(past, [number for number in numbers if number <= past.top])
+
+
 async def test_a_long_past_is_read_in_parts(scene: Scene) -> None:
     """The server sends a mebibyte for a question."""
     process = await scene.process()
