@@ -95,8 +95,9 @@ Map: each section, what it is for, and those above it that it uses.
         envelope and message, signatures, limits, outcomes)
     answering — what a client is told of its messages (uses: errors, envelope and message, scope,
         clock, limits, outbox, outcomes, guard, stream)
-    resumable streams — ? (uses: errors, envelope and message, scope, clock, limits, outbox,
-        history, connection, registry and relay, catching up, outcomes, stream, answering)
+    resumable streams — streams that go on for a while without their client (uses: errors, envelope
+        and message, clock, limits, outbox, history, connection, registry and relay, catching up,
+        outcomes, stream, answering)
     session — decode a message, call its handler, answer (uses: errors, envelope and message, scope,
         handshake, clock, limits, outbox, outgoing, incoming, connection, asking, catching up,
         outcomes, stream, background, answering, resumable streams)
@@ -881,13 +882,13 @@ AS_THEY_ARE: dict[type, tuple[type, ...]] = {str: (str,), bytes: (bytes, bytearr
 
 
 class Envelope(msgspec.Struct, frozen=True):  # PERF: attrs' takes three times as long to make.
-    """A message as middleware sees it."""
+    """A message as middleware sees it, and as `Hub.listen` and `Hub.history` yield it."""
 
     type: str  # "" for what the fallback or the binary handler takes
     payload: Any  # the handler gets this; a dict by name for keyword-only parameters
     id: Id | None = None
-    group: str | None = None
-    at: str | None = None
+    group: str | None = None  # the one that it was sent to
+    at: str | None = None  # its position, if the group is kept
 
 
 def _refuse_change(*_: object) -> typing.NoReturn:
@@ -4462,6 +4463,13 @@ class Outgoing:
         if not self.writing:
             self.write_next()
 
+    async def drained(self) -> None:
+        """Wait until what is in line now is written, or given up."""
+        if self.phase is _OPEN and self.outbox is not None:
+            written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            self.put(Waiting({}, written))
+            await written
+
     async def _write(self, outbox: Outbox) -> None:
         """Write all that waits in *outbox*, in a task of the library's own."""
         self.writing, self.writer = "writer", current_task()
@@ -5508,10 +5516,11 @@ class Resume:
     groups: dict[str, Position]
     ids: frozenset[str]
     is_announced: bool = False  # The message that says so is still to come.
+    rest: Position | None = None  # in other groups
 
     def take(self, group: str) -> Position | None:
         """Return the position in *group* for a join, once. The client knows the name from JSON."""
-        return self.groups.pop(whole(group), None)
+        return self.groups.pop(whole(group), self.rest)
 
 
 def resume_in(query: str) -> str | None:
@@ -5530,14 +5539,23 @@ def read_json(text: str) -> Any:
     return None
 
 
-def read_resume(value: Any, is_announced: bool = False) -> Resume:
-    """Return what is in the payload of a ``resume`` message: in what is none, nothing."""
+def read_resume(value: Any, most: int, is_announced: bool = False) -> Resume:
+    """Return what is in the payload of a ``resume`` message: in what is none, nothing.
+
+    Of more than *most* positions, the last ones count, and in all other groups there is a gap.
+    """
     given: dict[str, Any] = value if type(value) is dict else {}
-    groups, ids = given.get("groups"), given.get("ids")
-    positions = groups.items() if type(groups) is dict else ()
-    known = [id for id in ids if type(id) is str] if type(ids) is list else []
-    found = {group: read_position(at) for group, at in positions}
-    return Resume(found, frozenset(known[-_RESUME_IDS:]), is_announced)
+    groups = given.get("groups")
+    positions = [*groups.items()] if type(groups) is dict else []
+    found = {group: read_position(at) for group, at in positions[-most:]}
+    rest = NOWHERE if len(positions) > most else None
+    return Resume(found, frozenset(read_ids(given.get("ids"))), is_announced, rest)
+
+
+def read_ids(value: Any) -> list[str]:
+    """Return the ids of former connections that count: the last texts in *value*, an array."""
+    every = value if type(value) is list else []
+    return [each for each in every if type(each) is str][-_RESUME_IDS:]
 
 
 class Cursor:
@@ -5548,8 +5566,9 @@ class Cursor:
     writing: Literal["", "handshake", "task", "writer"] = "writer"
 
     def __init__(
-        self, history: History, conn: Connection, group: str, position: Position | None
-    ) -> None:
+        self, history: History, conn: Connection, group: str, position: Position | None,
+        lost: Reason | None = None,
+    ) -> None:  # fmt: skip
         """Begin with a member that was live until *position*; None if nobody knows yet."""
         self.conn: Connection = conn
         self.group: str = group
@@ -5557,9 +5576,11 @@ class Cursor:
         self.is_joining: bool = False  # It has not had its verdict, or its state, yet.
         self._history, self._position, self._replayed = history, position or NOWHERE, 0
         self._is_behind = True  # It has got something, so that another gap is one of its own.
-        self._lost: Reason | None = None  # why it is to be told of a gap in any case
+        self._lost: Reason | None = lost  # why it is to be told of a gap in any case
         self._ids = frozenset([conn.id])
         self._take: Take | None = None  # takes the snapshot that comes next
+        self._untold: Reason | None = None  # of a gap that this stands for
+        self._since = NOWHERE  # what is missing if there is none
 
     def join(self, position: Position | None, resume: Resume | None) -> None:
         """Begin with a new member at *position*; without one, with what is sent from now on."""
@@ -5568,22 +5589,22 @@ class Cursor:
             self.is_waiting = resume.is_announced
             self._ids |= resume.ids
         if not self.is_waiting:
-            self._history.begin(self, position)
+            is_ready = self._history.rings.is_ready(self.group, position)
+            (Cursor.begin if is_ready else self._history.fetch)(self, position)
 
     def begin(self, position: Position | None) -> None:
         """Do what `join` says, now that it is known what was sent."""
         rings = self._history.rings
         if position is not None:
             self._position, self._is_behind = position, False
-        elif self.conn.outgoing.snapshot_of(self.group) is not None:
-            self._position = rings.top_of(self.group)  # The state has all that is before it.
-        elif self._position is NOWHERE:
+            return self._history.go_on(self)
+        if self._position is NOWHERE:
             self._position = rings.start_of(self.group)
         has_missed = rings.gap(self.group, self._position) or self._next(1)
-        if position is not None or has_missed:
+        if has_missed and self.conn.outgoing.snapshot_of(self.group) is None:
             self._history.go_on(self)
         else:
-            self._arrive()
+            self._arrive()  # A state has all that it has missed.
 
     def lose(self, reason: Reason) -> None:
         """Tell the member of a gap, in any case, when it has got what waits to be written."""
@@ -5632,46 +5653,44 @@ class Cursor:
     def _arrive(self, reason: Reason | None = None) -> None:
         """Tell the verdict, and make the member live: if nothing was replayed, behind its state."""
         is_new, self.is_joining, self._lost = self.is_joining, False, None
-        self._position = self._history.rings.top_of(self.group)
+        top = self._history.rings.top_of(self.group)
+        self._since, self._position = self._position if reason is None else top, top
         take: Take | None = None
         if reason is not None or (is_new and not self._replayed):
             take = self.conn.outgoing.snapshot_of(self.group)
         is_told = self._history.resumes(self.conn)
-        if reason is not None and (is_told or take is None):
-            self._tell("gap", take is None, group=self.group, reason=reason)
-        elif is_new and is_told:
-            self._tell("resume", take is None, replayed=self._replayed)
+        self._untold = None if is_told else reason
+        if (is_told and is_new) or (reason is not None and (is_told or take is None)):
+            self._tell(reason, take is None)
         if take is None:
             self._history.make_live(self)
         else:
             self._take = take
             self.load()
 
-    def _tell(self, type: str, is_whole: bool, **payload: Any) -> None:
+    def _tell(self, reason: Reason | None, is_whole: bool = True) -> None:
         """Put a verdict in line. It has a position if it *is_whole*, that is without a state."""
-        frame = encode(Sent(type, payload={**payload, "id": self.conn.id}, group=self.group))
+        said = {"group": self.group, "reason": reason} if reason else {"replayed": self._replayed}
+        type, payload = "gap" if reason else "resume", {**said, "id": self.conn.id}
+        frame = encode(Sent(type, payload=payload, group=self.group))
         self._put(with_position(frame, self._position) if is_whole else frame)
 
     def _put(self, frame: bytes) -> None:
         self.conn.outgoing.put(Waiting(text_event(frame)))
 
     def load(self) -> None:
-        """Begin to take the snapshot, if one comes next, and the client is in."""
-        context, take = self._history.context_of(self.conn), self._take
-        if take is not None and context is not None:
+        """Get in line for the snapshot, if one comes next, and the client is in."""
+        if (take := self._take) is not None and self.conn.outgoing.is_answered:
             self._take = None
-            context.copy().run(self.conn.outgoing.create_task, self._load(take))
+            self._history.line_up(self, take)
 
-    async def _load(self, take: Take) -> None:
+    async def take(self, take: Take) -> None:
         """Send the state, and go on from the position before it was taken."""
         frame: bytes | None = None
         has_failed = is_overtaken = True
         for _ in range(_TRIES):
-            async with self._history.turns:
-                if not self._history.is_current(self):
-                    return
-                self._position = self._history.rings.top_of(self.group)
-                frame, has_failed = await take()
+            self._position = self._history.rings.top_of(self.group)
+            frame, has_failed = await take()
             if not self._history.is_current(self):
                 return
             if self._lost is not None:  # A state of the time before may lack what was lost.
@@ -5684,9 +5703,13 @@ class Cursor:
         if has_failed or is_overtaken:
             if is_overtaken:
                 self._position = self._history.rings.top_of(self.group)
-            self._tell("gap", True, group=self.group, reason="snapshot")
+            self._tell("snapshot")
         elif frame is not None:
             self._put(with_position(frame, self._position))
+        else:  # No state has what came while this waited for its turn.
+            self._position = self._since
+            if self._untold is not None:
+                self._tell(self._untold)
         self._history.go_on(self)
 
 
@@ -5698,8 +5721,10 @@ class History:
         self._registry: Registry = cast(Any, None)  # until `start`
         self._resumes: dict[str, Resume] = {}  # by the ids of connections
         self._timers: dict[str, Timer] = {}  # of those who have to send a message with it
-        self.turns: asyncio.Semaphore = asyncio.Semaphore(_SNAPSHOTS)
-        self._contexts: dict[str, contextvars.Context] = {}  # of connections that get snapshots
+        # Cursors in line for their snapshots. Those of members that have left are not there.
+        self._loads = weakref.WeakKeyDictionary[Cursor, Take]()
+        self._loading = set[asyncio.Task[None]]()
+        self._contexts: dict[str, contextvars.Context] = {}  # of those who may get snapshots
         self._waiting = collections.deque[Cursor]()  # for their turn
         self._is_due = False
 
@@ -5708,25 +5733,28 @@ class History:
         fetch: Callable[[Cursor, Position | None], None] = Cursor.begin,
     ) -> None:  # fmt: skip
         """Begin, for the members in *registry*. *fetch* lets one begin when its ring is ready."""
-        self._registry, self._fetch = registry, fetch
+        self._registry, self.fetch = registry, fetch
 
     def greet(self, conn: Connection, value: Any, is_announced: bool) -> None:
         """Take the *value* in the handshake, or that a message with another *is_announced*."""
-        self._resumes[conn.id] = read_resume(value, is_announced)
+        most = conn.outgoing.limits.max_groups
+        self._resumes[conn.id] = read_resume(value, most, is_announced)
 
-    def welcome(self, conn: Connection) -> None:
+    def welcome(self, conn: Connection, gets_snapshots: bool) -> None:
         """Begin what waits until a client is in: its snapshots, and the time for its ``resume``."""
         if (resume := self._resumes.get(conn.id)) is not None and resume.is_announced:
             when = clock.time() + conn.outgoing.limits.auth_timeout
             self._timers[conn.id] = clock.call_at(when, self.note, conn, None)
-        self._contexts[conn.id] = contextvars.copy_context()
+        if gets_snapshots:
+            self._contexts[conn.id] = contextvars.copy_context()
         for cursor in self._cursors(conn):
             cursor.load()
 
     def note(self, conn: Connection, value: Any) -> None:
         """Take the payload of a ``resume`` message, which cursors may wait for."""
         self._unsay(conn)
-        resume = self._resumes[conn.id] = read_resume(value)
+        self.greet(conn, value, is_announced=False)
+        resume = self._resumes[conn.id]
         for cursor in self._cursors(conn):
             if cursor.is_waiting:
                 cursor.join(resume.take(cursor.group), resume)
@@ -5772,13 +5800,6 @@ class History:
             if free > most and free > most + (_BATCH + 1) * len(self._cursors(conn)):
                 conn.outgoing.evict()
 
-    def begin(self, cursor: Cursor, position: Position | None) -> None:
-        """Let a new member begin, now or when the rings have what they lack."""
-        if self.rings.is_ready(cursor.group, position):
-            cursor.begin(position)
-        else:
-            self._fetch(cursor, position)
-
     def lose(self, group: str, reason: Reason) -> None:
         """Tell all members of *group* that messages were lost; new ones find that out."""
         top = self.rings.top_of(group)
@@ -5795,15 +5816,28 @@ class History:
         self, conn: Connection, group: str, position: Position, reason: Reason | None = None
     ) -> None:
         """Let a live member read on from *position*, when its outbox has been written."""
-        cursor = Cursor(self, conn, group, position)
-        if reason is not None:
-            cursor.lose(reason)
+        cursor = Cursor(self, conn, group, position, reason)
         self._registry.replace(group, conn, cursor)
-        cursor.follow()
+        if conn.outgoing.outbox is None:  # PERF: it may be one of very many members.
+            self.go_on(cursor)
+        else:
+            cursor.follow()
 
-    def context_of(self, conn: Connection) -> contextvars.Context | None:
-        """Return the context of a client that is in, whoever has let it join; else None."""
-        return self._contexts.get(conn.id)
+    def line_up(self, cursor: Cursor, take: Take) -> None:
+        """Let *cursor* take its snapshot when it is its turn, in the context of its client."""
+        self._loads[cursor] = take
+        self._load()
+
+    def _load(self, done: asyncio.Task[None] | None = None) -> None:
+        """Let cursors take their snapshots, up to so many, now that one is *done*."""
+        self._loading.difference_update([done])
+        while self._loads and len(self._loading) < _SNAPSHOTS:
+            cursor, take = next(iter(self._loads.items()))
+            del self._loads[cursor]
+            context = self._contexts.get(cursor.conn.id, contextvars.Context()).copy()
+            task = context.run(cursor.conn.outgoing.create_task, cursor.take(take))
+            self._loading.add(task)
+            task.add_done_callback(self._load)
 
     def resumes(self, conn: Connection) -> bool:
         """Tell whether the client wants to resume, and so gets verdicts."""
@@ -6220,10 +6254,10 @@ class Mailbox:
         self._has_gap = False
 
 
-def refuse_listening_elsewhere(loop: asyncio.AbstractEventLoop | None) -> None:
-    """Raise `PachinkoError` if *loop* is elsewhere."""
+def refuse_iterating_elsewhere(loop: asyncio.AbstractEventLoop | None, what: str) -> None:
+    """Raise `PachinkoError` if *loop* is elsewhere, since the hub was *what*."""
     call = "`async def f()` with all of the `async for` in it, and hub.call_threadsafe(f"
-    refuse_elsewhere(loop, "the hub was listened to", call)
+    refuse_elsewhere(loop, f"the hub was {what}", call)
 
 
 class Listener(AsyncIterator[T]):
@@ -6235,7 +6269,7 @@ class Listener(AsyncIterator[T]):
 
     async def __aenter__(self) -> Listener[T]:
         """Wait until messages of all processes arrive. Raises `PachinkoError`."""
-        refuse_listening_elsewhere(self._mailbox.loop)
+        refuse_iterating_elsewhere(self._mailbox.loop, "listened to")
         if not (self._is_subscribed or self._mailbox.closed):
             await self._mailbox.subscribed()
             self._is_subscribed = True
@@ -6256,7 +6290,7 @@ class Listener(AsyncIterator[T]):
 
     async def aclose(self) -> None:
         """Stop listening. What has arrived is forgotten."""
-        refuse_listening_elsewhere(self._mailbox.loop)
+        refuse_iterating_elsewhere(self._mailbox.loop, "listened to")
         self._mailbox.close()
         self._mailbox.empty()
 
@@ -6307,7 +6341,7 @@ class HubSetup:
         letters, digits, ``_`` and ``-``; by default ``pachinko``.
         *converter*: of cattrs, for all payloads, in and out; set before handlers are registered.
         Start from ``hub.converter.copy()`` to keep the strict rules: a plain one coerces 5 to "5".
-        *history_bytes*: what the kept groups (`keep`) of a process may take; by default 64 MiB.
+        *history_bytes*: bytes that all kept groups (`keep`) of a process take; by default 64 MiB.
 
         Raises `PachinkoError` for a mistake in any of them, for a library that is not installed,
         and once an app has started; `TypeError` for a wrong object. Then nothing has changed.
@@ -6329,9 +6363,9 @@ class HubSetup:
     ) -> None:  # fmt: skip
         """Keep what is sent to groups whose name begins with *prefix*, for clients that come back.
 
-        Of each group, the last *messages*, those of the last *seconds*, and no more than *bytes*
-        are kept; of all groups of a process, the ``history_bytes`` of `configure`. ``""`` is the
-        prefix of all groups, and the longest prefix of a name counts. See docs/history.md.
+        Of each group, the last *messages* are kept, each for *seconds*, in at most *bytes* of a
+        process's memory; `configure` bounds all groups together. ``""`` is the prefix of all
+        groups, and the longest prefix of a name counts. See docs/history.md.
 
         Raises `PachinkoError` for a mistake in any of them, and once an app has started.
         """
@@ -6532,32 +6566,33 @@ class Hub(HubSetup):
     ) -> None:
         """Send a ``@message`` object, or a type and its payload, to the members of *group*.
 
-        Bytes alone are a binary frame, here and wherever the hub sends. *exclude* leaves out a
-        connection, an id, or several of them.
+        Bytes alone are a binary frame, here and wherever the hub sends; to a kept group (`keep`)
+        they are a `PachinkoError`. *exclude* leaves out a connection, an id, or several of them.
         """
         self._check("send", group, "group")
         await self._send(Kind.GROUP, group, message, payload, exclude)
 
     async def position(self, group: str) -> str:
-        """Return where *group*, a kept one, is: a client that has a page of it goes on from there.
+        """Return where a kept *group* is, such as ``"9f3a.41"``: who resumes there misses nothing.
 
-        Raises `PachinkoError` for a group that is not kept (`keep`).
+        Raises `PachinkoError` for a group that is not kept (`keep`), and if the broker is away.
         """
-        return str((await self._past(group, 0))[0])
+        return str((await self._past("position", group, 0))[0])
 
     async def history(self, group: str, last: int = 20) -> AsyncGenerator[Envelope, None]:
-        """Yield the *last* messages to *group*, a kept one, the oldest first.
+        """Yield the *last* messages to a kept *group*, or as many as there are, the oldest first.
 
-        Each is an `Envelope` with its payload as JSON, and ``at``. Raises `PachinkoError` for a
-        group that is not kept (`keep`), `ValueError` for a *last* below 0.
+        Each is an `Envelope` with its payload as JSON values and its position, ``at``. Raises what
+        `position` raises, and `ValueError` for a *last* that is no whole number or below 0.
         """
+        refuse_iterating_elsewhere(self.state.loop, "asked for its history")
         if not (type(last) is int and last >= 0):
             raise ValueError(f"last is a number of messages, at least 0, got {last!r}")
-        for text in (await self._past(group, last))[1]:
+        for text in (await self._past("history", group, last))[1]:
             yield read_frame(text, group)[0]
 
-    async def _past(self, group: str, count: int) -> tuple[Position, Sequence[str]]:
-        self._check("history", group, "group")
+    async def _past(self, method: str, group: str, count: int) -> tuple[Position, Sequence[str]]:
+        self._check(method, group, "group")
         if not any(map(group.startswith, self.state.rules)) and self.state.history is None:
             raise not_kept(group)
         return await self.state.relay.past(group, count)
@@ -6716,7 +6751,7 @@ class Hub(HubSetup):
         does not permit the subscription. Raises `ValueError` for a *heartbeat* that is not above 0.
         """
         if isinstance(group, str):
-            refuse_listening_elsewhere(self.state.loop)
+            refuse_iterating_elsewhere(self.state.loop, "listened to")
         self._check("listen", group, "group")
         if heartbeat is not None and not (is_seconds(heartbeat) and heartbeat > 0):
             raise ValueError(f"heartbeat is a number of seconds above 0, got {heartbeat!r}")
@@ -7347,9 +7382,12 @@ class Answering:
         if not self.tasks and not self.streams:
             self.tasks, self.streams = set(), {}
 
-    def attach(self, outgoing: Outgoing) -> None:
-        """Answer another connection from now on."""
-        self.outgoing = outgoing
+    def add_task(self, work: Coroutine[Any, Any, None], *, is_detached: bool = False) -> None:
+        """Run *work* in a task that is among `tasks`."""
+        task = create_task(work, is_detached=is_detached)
+        self.open_tables()
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     def _exceed_rate(
         self, event: Event, id: Id | None, type: str | None = None
@@ -7399,7 +7437,7 @@ class Answering:
             try:
                 result = await stream.run(lambda: self._call(handler, message, stream))
             finally:  # The id is free before the final answer is on its way.
-                self._free(id)
+                self.drop_stream(id)
             if not (stream.is_stopped or stream.has_begun):
                 await self._answer(handler.type, id, result)  # A middleware has returned it.
                 return
@@ -7468,8 +7506,8 @@ class Answering:
         """Send an item of a stream. Raises `falcon.WebSocketDisconnected`."""
         await self.outgoing.send(event)
 
-    def _free(self, id: Id) -> None:
-        """Note that the stream with this id has ended."""
+    def drop_stream(self, id: Id) -> None:
+        """Note that the client has no stream with this id any more."""
         del self.streams[id]
 
 
@@ -7481,6 +7519,7 @@ class Answering:
 _ITEMS, _ITEM_BYTES = 256, 1_048_576  # of one stream that are kept, and as many without a client
 _MOST_ALONE = 1_000  # streams of a process without a client, also if they have ended
 _ALL_BYTES = 67_108_864  # of all items that a process keeps
+_TOKEN_BYTES = 12
 _MOST_RESUMED = 100  # that one client may go on with at a time
 _PULL = 2.5  # seconds that another process waits for further items, less than `Relay.call` does
 _PULL_TRIES, _PULL_AGAIN = 4, 1.0  # how often it is asked in vain, and seconds between
@@ -7510,7 +7549,8 @@ class Resumable(Answering):
         conn = session.conn
         super().__init__(conn, session.routes)
         self._id, self._seconds = id, seconds
-        self._token = secrets.token_hex(12)  # Only its client knows the 96 bits.
+        # Only its client knows the 96 bits. The rest tells another process which one to ask.
+        self._token = secrets.token_hex(_TOKEN_BYTES) + self._hub_state.process
         self._stream = ResumableStream(self)
         self._carrier: Session | None = session  # Its client gets the items.
         self._carriers = {session.conn.id}  # of all that have been it, the ids
@@ -7529,10 +7569,7 @@ class Resumable(Answering):
         """Run the generator in a task of its own."""
         session = cast("Session", self._carrier)
         session.take_stream(self._id, self._stream)
-        task = create_task(self._run(handler, message))
-        self.open_tables()
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self.add_task(self._run(handler, message))
 
     async def _run(self, handler: Handler, message: Received) -> None:
         await self.run_stream(handler, message, self._stream)
@@ -7604,19 +7641,18 @@ class Resumable(Answering):
         else:
             await super()._fail(raised, type, id, routes)
 
-    def _free(self, id: Id) -> None:
+    def drop_stream(self, id: Id) -> None:
         """Leave that to the final answer: an error handler may take a while to find it."""
 
     def leave(self) -> None:
         """Go on for a while without the client, which has gone."""
         cast("Session", self._carrier).drop_stream(self._id)
-        self._alone = 0
         self._stay()
         self._make_room()
 
     def _stay(self) -> None:
         """Wait some seconds for a client."""
-        self._carrier = None
+        self._carrier, self._alone = None, 0
         if self._timer is not None:
             self._timer.cancel()
         self._timer = clock.call_at(clock.time() + self._seconds, self.end)
@@ -7634,15 +7670,6 @@ class Resumable(Answering):
         self._resize(-self._size)
         self._set_puller(None)
         self._stream.stop()
-
-    def stop(self) -> None:
-        """Stop the generator, as its client has asked for in another process."""
-        self._stream.stop()
-
-    @property
-    def user(self) -> str | None:
-        """Whose stream it is."""
-        return self.conn.user
 
     def is_for(self, wanted: Wanted) -> bool:
         """Tell whether its user, who has been found out, can mean it by *wanted*."""
@@ -7662,8 +7689,7 @@ class Resumable(Answering):
         if self._final is None:
             cast(Timer, self._timer).cancel()
             del self._hub_state.registry.alone[self._token]
-            self._carrier = session
-            self.attach(session.outgoing)
+            self._carrier, self.outgoing = session, session.outgoing
             session.take_stream(self._id, self._stream)
         else:
             waiting.append(Waiting(text_event(self._final)))
@@ -7679,7 +7705,6 @@ class Resumable(Answering):
             self._carrier.drop_stream(self._id)
             self._carrier.lose_stream(self._id)
         self._stay()
-        self._alone = 0
         self._came.set()
         return True
 
@@ -7734,22 +7759,21 @@ class Wanted:
 def wanted_streams(value: Any) -> list[Wanted]:
     """Return the streams that the payload of a ``resume`` message names."""
     said: dict[str, Any] = value if type(value) is dict else {}
-    streams, ids = said.get("streams"), said.get("ids")
-    known = [each for each in ids if type(each) is str] if type(ids) is list else []
-    found = list[Wanted]()
+    streams, known = said.get("streams"), read_ids(said.get("ids"))
+    found = dict[Id, Wanted]()  # of several with one id the last, so that it has one final answer
     for each in (streams if type(streams) is list else [])[:_MOST_RESUMED]:
         id: Any = each.get("id") if type(each) is dict else None
         if type(id) in (str, int):
             position = read_position(each.get("at"))
             token = None if each.get("at", "") is None else position.epoch
-            found.append(Wanted(id, token, max(0, position.number), known[-_RESUME_IDS:]))
-    return found
+            found[id] = Wanted(id, token, max(0, position.number), known)
+    return [*found.values()]
 
 
 def _own(registry: Registry, user: str | None) -> list[Resumable]:
     """Return the streams of *user*. Guests cannot be told apart."""
     every = registry.resumable.values() if user is not None else ()
-    return [each for each in every if each.user == user]
+    return [each for each in every if each.conn.user == user]
 
 
 def _find(registry: Registry, wanted: Wanted, own: Iterable[Resumable]) -> Resumable | None:
@@ -7762,6 +7786,8 @@ def _find(registry: Registry, wanted: Wanted, own: Iterable[Resumable]) -> Resum
 
 def go_on_streams(session: Session, value: Any) -> None:
     """Go on with the streams that a ``resume`` message names; tell the client of lost ones."""
+    if session.outgoing.closed:
+        return
     registry, every = session.conn.hub.state.registry, wanted_streams(value)
     is_any = any(wanted.token is None for wanted in every)
     own = _own(registry, session.conn.user) if is_any else []
@@ -7779,11 +7805,14 @@ def go_on_streams(session: Session, value: Any) -> None:
 
 
 def _others(session: Session, wanted: Wanted) -> list[str]:
-    """Return former connections of the client, one of each other process."""
+    """Return connections, one of each other process that may have the stream."""
     state, size = session.conn.hub.state, 2 * _PROCESS_BYTES
     if not state.relay.has_others:
         return []
-    latest = {id[:size]: id for id in wanted.ids if _CONNECTION_ID.fullmatch(id)}
+    known = wanted.ids
+    if wanted.token is not None:  # Any id stands for its process.
+        known = [wanted.token[_TOKEN_BYTES * 2 :] + "0" * size]
+    latest = {id[:size]: id for id in known if _CONNECTION_ID.fullmatch(id)}
     return [id for process, id in latest.items() if process != state.process]
 
 
@@ -7840,8 +7869,8 @@ async def _pull(session: Session, wanted: Wanted, others: list[str]) -> str | No
 
 async def _call(session: Session, wanted: Wanted, other: str, seconds: float) -> Any:
     state, conn = session.conn.hub.state, session.conn
-    said = (*attrs.astuple(wanted), conn.user, conn.id)
-    return await state.relay.call(other, "stream", "", msgspec.Raw(encode(said)), seconds)
+    said = msgspec.Raw(encode((wanted, conn.user, conn.id)))
+    return await state.relay.call(other, "stream", "", said, seconds)
 
 
 def read_wanted(said: msgspec.Raw) -> tuple[Wanted, str | None, str]:
@@ -7849,21 +7878,19 @@ def read_wanted(said: msgspec.Raw) -> tuple[Wanted, str | None, str]:
 
     Raises `msgspec.MsgspecError`.
     """
-    kind = tuple[Id, str | None, int, list[str], str | None, str]
-    id, token, number, ids, user, by = msgspec.json.decode(said, type=kind)
-    return Wanted(id, token, number, ids), user, by
+    return msgspec.json.decode(said, type=tuple[Wanted, str | None, str])
 
 
 async def _stream_call(
     registry: Registry, _: str, said: msgspec.Raw, seconds: float
 ) -> dict[str, Any] | None:
-    """Answer `_call` in the process that has the stream. It is stopped if *seconds* are 0."""
+    """Answer `_call` in the process that has the stream. It ends if *seconds* are 0."""
     wanted, user, by = read_wanted(said)
     own = _own(registry, user) if wanted.token is None else []
     if (found := _find(registry, wanted, own)) is None:
         return None
     if seconds == 0:
-        found.stop()
+        found.end()
         return None
     return await found.pull(by, wanted.id, wanted.number, seconds)
 
@@ -7941,12 +7968,14 @@ class Session(Answering):
         A concurrent handler, a stream, its end, ``resume``, a ``$ping`` and an answer wait for
         nobody, but no handler of a message begins before the accepted ones have ended. A frame
         counts for the rate when it has come: its handler may be called much later, with many.
+        Before the client is in, only ``resume`` overtakes.
         """
-        if self.outgoing.phase is Phase.CONNECTING:
-            return None
         text, frame = event.get("text"), None
         if text is not None and size_of(text) <= self._limits.max_size:
             frame = decode_or_error(text)
+        if self.outgoing.phase is Phase.CONNECTING:  # Answers wait; `_HELD` bounds them.
+            is_resume = isinstance(frame, Frame) and frame.type == "resume"
+            return self._refuse(event) if is_resume and self.incoming.received < _HELD else None
         if isinstance(frame, Frame):
             if frame.type in _OWN or is_answer(frame.type):
                 return self._refuse(event)
@@ -7971,10 +8000,12 @@ class Session(Answering):
             self._hub_state.returning[self.conn.id] = value
 
     async def resume(self, frame: Frame) -> None:
-        """Note what the client says that it has, in a ``resume`` message, and answer its id."""
+        """Note what the client says that it has. One that does not read is read no further."""
         self._note(frame.payload)
         if frame.id is not None:
             await self._send(_encode(Sent("resume.reply", frame.id)))
+        else:
+            await self.outgoing.drained()
 
     def note_within(self, payload: Any) -> None:
         """Note what the payload of ``authenticate`` has beside the token."""
@@ -7984,7 +8015,7 @@ class Session(Answering):
     def _note(self, value: Any) -> None:
         if (history := self._hub_state.history) is not None:
             history.note(self.conn, value)
-        if self.is_serving:
+        if self.outgoing.is_answered:
             go_on_streams(self, value)
         else:
             self._hub_state.returning[self.conn.id] = value
@@ -7992,29 +8023,14 @@ class Session(Answering):
     def welcome(self) -> None:
         """Begin to resume, now that the client is in."""
         if (history := self._hub_state.relay.history) is not None:
-            history.welcome(self.conn)
+            history.welcome(self.conn, bool(self.routes.snapshots))
         if self.conn.id in self._hub_state.returning:
             go_on_streams(self, self._hub_state.returning.pop(self.conn.id))
-
-    @property
-    def resumed(self) -> int:
-        """How many streams it has that are not among `tasks`."""
-        return sum(isinstance(stream, ResumableStream) for stream in self.streams.values())
 
     def take_stream(self, id: Id, stream: Stream) -> None:
         """Note that the client has a stream with this id."""
         self.open_tables()
         self.streams[id] = stream
-
-    def drop_stream(self, id: Id) -> None:
-        """Note that it has none with this id any more."""
-        del self.streams[id]
-
-    def add_task(self, work: Coroutine[Any, Any, None], *, is_detached: bool = False) -> None:
-        """Run *work* in a task that ends with the connection."""
-        task = create_task(work, is_detached=is_detached)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
 
     def lose_stream(self, id: Id) -> None:
         """Tell the client that a stream does not go on for it."""
@@ -8215,22 +8231,22 @@ class Session(Answering):
     async def _start_task(self, handler: Handler, message: Received) -> None:
         """Start a concurrent handler or a stream in a task of its own."""
         error, id = None, message.id
+        resumable = sum(isinstance(each, ResumableStream) for each in self.streams.values())
         if handler.streams and id is None:
             error = MessageError("id_required", f"{handler.type} is a stream, which needs an id")
         elif handler.streams and id in self.streams:
             error, id = MessageError("id_in_use", f"a stream with the id {id!r} goes on"), None
-        elif len(self.tasks) + self.resumed >= self._limits.max_concurrent:
+        elif len(self.tasks) + resumable >= self._limits.max_concurrent:
             error = MessageError("too_busy", f"at most {self._limits.max_concurrent} at a time")
         if error is not None:
             await self._send_error(error, id, handler.type)
             return
-        self.open_tables()
         if handler.resumable is not None:
             Resumable(self, cast(Id, id), handler.resumable).start(handler, message)
             return
         if handler.streams:
             stream = Stream(is_stopped=self.outgoing.closed)
-            self.streams[cast(Id, id)] = stream
+            self.take_stream(cast(Id, id), stream)
             work = self.run_stream(handler, message, stream)
         else:
             work = self._perform(handler, message, is_plain=False)
@@ -8953,9 +8969,9 @@ class Registration(Lifecycle):
         annotation. What it returns is the reply; an async generator is a stream. *concurrent* lets
         it run beside other handlers of the connection. *only*, ``def f(conn) -> bool``, async or
         not, says whether the client may send it. It is asked before anything is said about the
-        payload, and False is answered with the error ``forbidden``. *resumable*: seconds that a
-        stream goes on without its client, for one that comes back; then *conn* is the connection
-        that it was begun in.
+        payload, and False is answered with the error ``forbidden``. *resumable*: seconds for which
+        a stream goes on without its client, which may come back for the rest (docs/history.md);
+        *conn* stays the connection that it was begun in. Raises `PachinkoError`.
         """
         if resumable is not None and not (is_seconds(resumable) and resumable > 0):
             raise PachinkoError(f"resumable is a number of seconds above 0, got {resumable!r}")
@@ -9080,7 +9096,9 @@ class Registration(Lifecycle):
         ``@ws.snapshot("room:") async def state(conn, group) -> RoomState`` is for the groups whose
         names begin with the prefix; the longest one counts. It returns a ``@message`` object, or
         None to send nothing. What is sent to the group meanwhile comes behind the state. It is
-        called after the accept, and may take `handler_timeout`, or 10 seconds; an error is sent.
+        called after the accept, and may take `handler_timeout`, or 10 seconds. If it fails, the
+        client gets an ``error`` with the group, and a ``gap``. Raises `PachinkoError`, at the start
+        of the app for groups that `Hub.keep` does not keep.
         """
         if not isinstance(prefix, str):
             raise PachinkoError(f'write @ws.snapshot("room:"), the prefix of names; got {prefix!r}')
@@ -9278,9 +9296,7 @@ class Pachinko(Registration):
         """
         if self._app is None or not (isinstance(path, str) and path.startswith("/")):
             example = 'ws = Pachinko(app, "/ws")\nws.client("/pachinko.js")'
-            raise PachinkoError(
-                f"the client needs an app and a path; got {path!r}; write\n{example}"
-            )
+            raise PachinkoError(f"a client needs an app and a path; got {path!r}; write\n{example}")
         self._app.add_route(path, Asset("pachinko.js", falcon.MEDIA_JS))
 
     async def on_websocket(

@@ -20,13 +20,14 @@ Map: what each section does, and which of those above it each one uses.
         (uses: broker URLs, store, pachinko)
     leases — run a worker in one process at a time (uses: broker URLs, pachinko)
     peer messages — what processes send to one another, as bytes (uses: pachinko)
-    rules — by which of them the processes of a namespace keep groups (uses: pachinko)
+    rules — by which of them the processes of a namespace keep groups (uses: store, pachinko)
     archive — the kept groups of a process that has a broker
         (uses: store, link, peer messages, pachinko)
     cluster relay — the `Relay` of an app with a broker
         (uses: broker URLs, store, NATS, Redis, link, leases, peer messages, rules, archive,
         pachinko)
-    sync hub — the sending half of a hub for code without an event loop (uses: link, pachinko)
+    sync hub — the sending half of a hub for code without an event loop
+        (uses: broker URLs, link, pachinko)
     shell command — ``pachinko send``, ``listen``, ``history`` and ``presence``
         (uses: archive, cluster relay, pachinko)
 """
@@ -189,6 +190,19 @@ def look_at_result(task: asyncio.Task[Any]) -> None:
         task.exception()
 
 
+def resolve(
+    future: asyncio.Future[Any] | concurrent.futures.Future[Any],
+    result: Any = None, failure: BaseException | None = None,
+) -> None:  # fmt: skip
+    """Give *future* its result, or its *failure*, if it has neither."""
+    if future.done():
+        return
+    if failure is None:
+        future.set_result(result)
+    else:
+        future.set_exception(failure)
+
+
 # ── store ─────────────────────────────────────────────────────────────────────────────────────
 #
 # A broker that keeps what is sent to kept groups numbers a message, stores it and publishes it in
@@ -198,6 +212,8 @@ _FORGET = 86_400.0  # seconds that the position of a quiet group outlasts its me
 # An epoch becomes a part of JSON texts as it is. A peer message, which begins with a brace, has no
 # stamp.
 _STAMP = re.compile(rb"([\w.:-]{1,100}) (\d{1,19}) (\d{1,19})\n")
+# What processes agree on are rules: messages, seconds and bytes, by the prefix of a group.
+decode_rules = msgspec.json.Decoder(dict[str, tuple[int, float, int]]).decode
 
 
 class Stamp(NamedTuple):
@@ -242,9 +258,10 @@ class Store(typing.Protocol):
         ...
 
     async def agree(self, key: str, value: bytes, seconds: float) -> bytes:
-        """Set *key* to *value* for so many seconds, if it has no other; return what it then has.
+        """Set *key* to *value*, unless another one was set within its seconds; return what it has.
 
-        An empty *value* sets nothing. An empty result stands for none.
+        An empty *value* sets nothing. An empty result stands for none. What was not set again for
+        so many seconds can be replaced, but is returned for another day to those who only ask.
         """
         ...
 
@@ -299,15 +316,6 @@ class Reply(NamedTuple):
 
 class StreamGone(ConnectionError):
     """The stream is not there any more, or another one is, and nothing was stored or read."""
-
-
-class Ask(typing.Protocol):
-    """Publishes a question and returns the replies. Raises `PachinkoError` without the rights."""
-
-    async def __call__(
-        self, subject: str, data: bytes = ..., headers: dict[str, str] | None = ...,
-        is_batch: bool = ...,
-    ) -> list[Reply]: ...  # fmt: skip
 
 
 def read_headers(data: bytes) -> tuple[str, dict[str, str]]:
@@ -404,10 +412,11 @@ class Stream:
 class JetStream:
     """The `Store` of a `Nats`. It outlasts the connections by which it can *ask*."""
 
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: Callable[..., Awaitable[list[Reply]]]) -> None:
+        """*ask* publishes a question. It raises `PachinkoError` without the rights."""
         self._ask = ask
         self._stream: Stream | None = None  # as this connection has seen it
-        self._rules = 0, 0.0  # the most messages and seconds of any rule
+        self._most = 0, 0.0  # messages and seconds to be kept of a subject
         self._hour = 0  # the latest one that is marked
         self._latest = "", 0  # the epoch and number of the latest message
         self._turn = asyncio.Lock()
@@ -423,21 +432,22 @@ class JetStream:
             self._latest = epoch, number
 
     async def keep(self, subject: str, data: bytes, window: Window) -> None:
-        await self._try(subject, window.messages, window.seconds, self._store, subject, data)
+        self._need(window.messages, window.seconds)
+        await self._try(self._store, subject, data)
 
     async def past(self, subject: str, count: int, after: Position | None = None) -> Past:
-        return await self._try(subject, 0, 0.0, self._read, subject, count, after)
+        return await self._try(self._read, subject, count, after)
 
     async def _try(
-        self, subject: str, messages: int, seconds: float,
-        work: Callable[Concatenate[Stream, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs,
+        self, work: Callable[Concatenate[Stream, str, P], Awaitable[T]], subject: str,
+        *args: P.args, **kwargs: P.kwargs,
     ) -> T:  # fmt: skip
         """Do *work* with a stream; with a new one if the stream turns out to be gone."""
         tries = 0
         while True:
-            stream = await self._open(subject.partition(".")[0], messages, seconds)
+            stream = await self._open(subject.partition(".")[0])
             try:
-                return await work(stream, *args, **kwargs)
+                return await work(stream, subject, *args, **kwargs)
             except BaseException as exc:
                 # After a time-out: a listener hides that nobody stores the messages.
                 self._stream = None if self._stream is stream else self._stream
@@ -464,22 +474,28 @@ class JetStream:
             if now is None or now.epoch != epoch:
                 raise StreamGone("the stream was made anew")
             found = await self._messages(now, kept, after + 1, top) if top or now.count else []
-        last_found = found[-1].number if found else now.top
+        last_found = found[-1].number if found else 0
         if last_found < top:
             raise StreamGone("the stream has changed, or a replica is late")
+        # What was described is whole. What was read is not, if the replica that was asked is late.
+        is_late = now.count and now.config["num_replicas"] > 1
+        latest = max(last_found, min(after, now.top) if is_late else now.top)
         floor = now.first - 1
-        if max(now.count, len(found)) > now.messages:
-            floor = found[0].number
-        elif found:
-            floor = max(floor, min(found[0].number, now.mark))
-        if len(found) < now.count:  # There are older ones, which would have been dropped first.
+        if found:
+            is_full = max(now.count, len(found)) > now.messages
+            floor = found[0].number if is_full else max(floor, min(found[0].number, now.mark))
+        if len(found) < now.count:  # There are older ones, which are dropped before those found.
+            oldest = encode({"seq": 1, "next_by_subj": kept})
+            [first] = await self._ask(f"$JS.API.DIRECT.GET.{stream.name}", oldest)
+            if first.status or first.number > after:
+                raise StreamGone("messages were dropped while they were read")
             floor = after
         age = now.ahead + pachinko.clock.time()
         entries = [
             Entry(each.number, max(0.0, age - each.time), each.data)
             for each in found if each.number > floor
         ]  # fmt: skip
-        return Past(epoch, last_found, max(floor, min(after, last_found)), entries)
+        return Past(epoch, latest, max(floor, min(after, latest)), entries)
 
     async def _messages(self, stream: Stream, kept: str, start: int, top: int) -> list[Reply]:
         """Return the messages from number *start* on, up to *top* at least."""
@@ -508,21 +524,20 @@ class JetStream:
             if reply.status:
                 return b""
         self._learn(value)
-        has = await self._try(subject, 0, 0.0, self._agree, subject, value, seconds)
+        has = await self._try(self._agree, subject, value, seconds)
         self._learn(has)
-        await self._open(namespace, 0, 0.0)
+        await self._open(namespace)
         return has
 
     async def _agree(self, stream: Stream, subject: str, value: bytes, seconds: float) -> bytes:
         while True:
             [reply] = await self._ask(f"$JS.API.DIRECT.GET.{stream.name}.{subject}")
-            has, number = b"", 0
+            has, number, end = b"", 0, 0.0
             if not reply.status:
                 lasts, _, has = reply.data.partition(b" ")
-                number = reply.number
-                if reply.time + float(lasts) <= stream.ahead + pachinko.clock.time():
-                    has = b""
-            if not value or (has and has != value):
+                number, end = reply.number, reply.time + float(lasts)
+            is_valid = stream.ahead + pachinko.clock.time() < end
+            if not value or (is_valid and has != value):
                 return has
             replacing = {_EXPECTED: str(number)}
             [reply] = await self._ask(subject, b"%f %b" % (seconds, value), replacing)
@@ -531,15 +546,16 @@ class JetStream:
 
     def _learn(self, rules: bytes) -> None:
         with contextlib.suppress(msgspec.MsgspecError):
-            windows = msgspec.json.decode(rules, type=dict[str, tuple[int, float, int]]).values()
-            most, longest = (max((w[n] for w in windows), default=0) for n in (0, 1))
-            self._rules = int(most), longest
+            for messages, seconds, _ in decode_rules(rules).values():
+                self._need(messages, seconds)
 
-    async def _open(self, namespace: str, messages: int, seconds: float) -> Stream:
+    def _need(self, messages: int, seconds: float) -> None:
+        self._most = max(messages, self._most[0]), max(seconds, self._most[1])
+
+    async def _open(self, namespace: str) -> Stream:
         """Return the stream. Makes it, or lets it keep more, if that is needed."""
-        messages, seconds = max(messages, self._rules[0]), max(seconds, self._rules[1])
         async with self._turn:
-            while self._stream is None or not self._stream.has_room(messages, seconds):
+            while self._stream is None or not self._stream.has_room(*self._most):
                 self._stream = None
                 name = f"{namespace}-kept"
                 latest = self._latest  # The feed goes on while the answer is on its way.
@@ -547,14 +563,17 @@ class JetStream:
                 if stream is None:
                     config = {
                         **_settings_of(namespace, secrets.token_hex(4)), "name": name,
-                        "storage": "file", "max_msgs_per_subject": messages + 1,
-                        "max_age": _max_age(seconds), "num_replicas": 1,
+                        "storage": "file", "max_msgs_per_subject": self._most[0] + 1,
+                        "max_age": _max_age(self._most[1]), "num_replicas": 1,
                     }  # fmt: skip
-                    await self._call(f"STREAM.CREATE.{name}", config, _NAME_TAKEN)
+                    made = await self._call(f"STREAM.CREATE.{name}", config, _NAME_TAKEN)
+                    # NATS may give it the files of a deleted stream, which it removes too late.
+                    if made.get("state", {}).get("messages"):
+                        await self._call(f"STREAM.DELETE.{name}", None, _NO_STREAM)
                 elif self._has_lost_some(stream, latest):
                     await self._call(f"STREAM.DELETE.{name}", None, _NO_STREAM)
-                elif not stream.has_room(messages, seconds):
-                    changed = stream.changed(messages, seconds)
+                elif not stream.has_room(*self._most):
+                    changed = stream.changed(*self._most)
                     await self._call(f"STREAM.UPDATE.{name}", changed, _NO_STREAM)
                 elif await self._is_active(stream, namespace):
                     self._stream, self._hour = stream, 0
@@ -708,12 +727,7 @@ class Question:
 
     def end(self, failure: Exception | None = None) -> None:
         """Let the asker go on, if it still waits."""
-        if self.answer.done():
-            return
-        if failure is None:
-            self.answer.set_result(self.replies)
-        else:
-            self.answer.set_exception(failure)
+        resolve(self.answer, self.replies, failure)
 
 
 class Nats:
@@ -810,10 +824,16 @@ class Nats:
         self, subject: str, data: bytes = b"", headers: dict[str, str] | None = None,
         is_batch: bool = False,
     ) -> list[Reply]:  # fmt: skip
-        """Do what `Ask` says. Replies are taken in one order with the messages to groups."""
+        """Publish a question and return the replies, in one order with messages to groups."""
         client = self._client_for(data)
         async with self._inbox_turn:
-            self._inbox = self._inbox or await self._open_inbox()
+            if not self._inbox:
+                inbox = f"_INBOX.{secrets.token_hex(8)}"
+                try:
+                    await self.subscribe(f"{inbox}.*")
+                except PachinkoError as exc:
+                    raise _no_rights_to_keep(exc) from None
+                self._inbox = inbox
         name = f"{self._inbox}.{next(_numbers)}"
         question = Question(subject.lower(), is_batch)
         self._questions[name] = question
@@ -823,15 +843,6 @@ class Nats:
                 return await question.answer
         finally:
             del self._questions[name]
-
-    async def _open_inbox(self) -> str:
-        """Subscribe to replies, and return what their subjects begin with."""
-        inbox = f"_INBOX.{secrets.token_hex(8)}"
-        try:
-            await self.subscribe(f"{inbox}.*")
-        except PachinkoError as exc:
-            raise _no_rights_to_keep(exc) from None
-        return inbox
 
     async def _take(self, deliver: Deliver, name: str, data: bytes, headers: bytes | None) -> bool:
         """Take a message. Returns False if it answers nats-py, which has asked for a lease."""
@@ -1049,15 +1060,15 @@ if not replid then return redis.error_reply('ERR no master_replid') end
 local tops, subject, time = KEYS[1] .. '.tops', ARGV[1], redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local top = redis.call('ZSCORE', tops, subject)
-local has = redis.call('HMGET', KEYS[1], 'replid', 'epoch', 'life', 'floor', 'mark', 'since')
-local was, epoch, life, floor, mark, since = unpack(has)
+local has = redis.call('HMGET', KEYS[1], 'replid', 'epoch', 'life', 'floor', 'mark', 'since', 'n')
+local was, epoch, life, floor, mark, since, n = unpack(has)
 local is_lost = not life or not (top or redis.call('ZSCORE', tops, ''))
 if is_lost or was ~= replid then
   epoch = string.sub(redis.sha1hex(replid .. time[1] .. '.' .. time[2]), 1, 8)
   redis.call('HSET', KEYS[1], 'replid', replid, 'epoch', epoch)
 end
 if is_lost then
-  life, floor, mark, since, top = epoch, 0, 0, now, false
+  life, floor, mark, since, n, top = epoch, 0, 0, now, 0, false
   redis.call('ZREMRANGEBYRANK', tops, 0, -1)
   redis.call('ZADD', tops, '-inf', '')
   redis.call('HSET', KEYS[1], 'life', life, 'floor', floor, 'mark', mark, 'since', since, 'n', 0)
@@ -1065,7 +1076,7 @@ end
 local stream = KEYS[1] .. '.' .. life .. '.' .. subject
 """
 _KEEP = f"""{_LIFE}
-local n = redis.call('HINCRBY', KEYS[1], 'n', 1)
+n = redis.call('HINCRBY', KEYS[1], 'n', 1)
 if n % (ARGV[5] or {_TIDY}) == 0 then
   if now - since > ARGV[4] + {_FORGET * 1000:.0f} then
     floor = mark
@@ -1082,12 +1093,16 @@ redis.call('PUBLISH', subject, epoch .. ' ' .. n .. ' ' .. (top or 0) .. '\\n' .
 _PAST = f"""{_LIFE}
 local last = {{}}
 if ARGV[2] ~= '0' then last = redis.call('XREVRANGE', stream, '+', '-', 'COUNT', ARGV[2]) end
-return {{epoch, tonumber(top or mark), tonumber(top or floor), now, last}}
+return {{epoch, tonumber(n), tonumber(top or floor), now, last}}
 """
-_AGREE = """
-local has = redis.call('GET', KEYS[1]) or ''
-if ARGV[1] == '' or has ~= '' and has ~= ARGV[1] then return has end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+_AGREE = f"""
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local till, has = string.match(redis.call('GET', KEYS[1]) or '', '^(%d+) (.*)$')
+if ARGV[1] == '' then return has or '' end
+if has and has ~= ARGV[1] and now < tonumber(till) then return has end
+local value = string.format('%.0f ', now + ARGV[2]) .. ARGV[1]
+redis.call('SET', KEYS[1], value, 'PX', string.format('%.0f', ARGV[2] + {_FORGET * 1000:.0f}))
 return ARGV[1]
 """
 _STORE_RIGHTS = (
@@ -1155,8 +1170,7 @@ class RedisConnection:
         """Let all calls fail that have no reply, and later ones."""
         self._failure = self._failure or exc
         for reply in self._replies:
-            if not reply.done():
-                reply.set_exception(self._failure)
+            resolve(reply, failure=self._failure)
 
     async def close(self) -> None:
         while self._tasks and (await asyncio.wait(self._tasks, timeout=_CANCEL_AGAIN))[1]:
@@ -1191,11 +1205,7 @@ class RedisConnection:
             if type(reply) is list and reply[0] == b"message":
                 await self._deliver(reply[1].decode(), reply[2])
                 continue
-            future = self._replies.popleft()
-            if error is not None and not future.done():
-                future.set_exception(error)
-            elif not future.done():
-                future.set_result(reply)
+            resolve(self._replies.popleft(), reply, error)
 
 
 class Redis:
@@ -1434,8 +1444,8 @@ class SimulatedConnection:
         key = f"{self.channel}.{key}"
         has, end = values.get(key, (b"", now))
         if value and (has == value or end <= now):
-            values[key] = has, end = value, now + seconds
-        return has if now < end else b""
+            values[key] = has, _ = value, now + seconds
+        return has
 
     async def subscribe(self, subject: str) -> None:
         self._connected()
@@ -1841,14 +1851,6 @@ class Link:
                 await self._backplane.stop()
 
 
-def resolve(
-    future: asyncio.Future[Any] | concurrent.futures.Future[Any], result: Any = None
-) -> None:
-    """Give *future* its result, if it has none."""
-    if not future.done():
-        future.set_result(result)
-
-
 # ── leases ────────────────────────────────────────────────────────────────────────────────────
 #
 # The broker gives a lease to one process at a time, and forgets it when it is not renewed. Its
@@ -2197,8 +2199,7 @@ def done_with(exc: Exception, process: str) -> Done:
 # The processes of a namespace keep groups by the rules of the one that came first. The broker has
 # them, so that all who send number and store.
 
-_RULES = 60.0  # seconds that the rules outlast the last process that has them
-_decode_rules = msgspec.json.Decoder(dict[str, tuple[int, float, int]]).decode
+_RULES = 60.0  # seconds after the last process that has them until others may replace the rules
 
 
 def write_rules(rules: Mapping[str, Window]) -> bytes:
@@ -2212,7 +2213,7 @@ def write_rules(rules: Mapping[str, Window]) -> bytes:
 def read_rules(data: bytes) -> Mapping[str, Window]:
     """Return the rules in *data*, none in an empty one. Raises `PachinkoError`."""
     try:
-        return {key: Window(*rule) for key, rule in _decode_rules(data or b"{}").items()}
+        return {key: Window(*rule) for key, rule in decode_rules(data or b"{}").items()}
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
         raise PachinkoError(
             f"the broker keeps groups by rules of another version of Pachinko ({exc}): update this "
@@ -2398,6 +2399,8 @@ class Feed:
         self._most = _LEFT  # members that may wait until those are forgotten that have left
         self._is_reading = False
         self._is_due = False  # The past is to be read, once more.
+        self._is_quiet = False  # It is to be read although nobody has missed anything.
+        self._checked = NOWHERE  # the top when that was last considered
         # Something is missing between the top and what comes. What comes now is in the next past.
         self._is_behind = False
         # What has come since a read began that is behind.
@@ -2430,6 +2433,13 @@ class Feed:
         if self._group not in self._rings.tops:  # Nobody knows where its members have been.
             self._lost = "broker"
         self.read()
+
+    def check(self) -> None:
+        """Ask how far the broker is, if nothing has come for long: it forgets that of the group."""
+        top, self._checked = self._checked, self._rings.top_of(self._group)
+        self._is_quiet = top == self._checked
+        if self._is_quiet:
+            self.read()
 
     async def take(self, message: Arrived) -> None:
         """Take a message that has come; deliver it now, or behind what is missing before it."""
@@ -2496,9 +2506,9 @@ class Feed:
         await link.subscribed(subject)  # What is sent after the past comes by the feed.
         session, before = link.session, rings.top_of(group)
         self._reads += 1
-        is_whole = self._is_behind or any(at for _, _, at in self._waiting)
+        is_whole = self._is_behind or self._is_quiet or any(at for _, _, at in self._waiting)
         self._held = collections.deque() if self._is_behind else None
-        after = self._needed_after(before)
+        after = None if self._is_quiet else self._needed_after(before)
         with pachinko.WaitLimit(pachinko.clock.time() + _BROKER_WAIT):
             past = await self._archive.store.past(subject, self._window.messages * is_whole, after)
             await self._archive.sync()
@@ -2515,12 +2525,16 @@ class Feed:
     def _needed_after(self, top: Position) -> Position | None:
         """Return what a read has to go back to, if the group is at *top*; None for all of it.
 
-        A store that has all groups in one file reads the end of it much faster.
+        A store that has all groups in one file reads the end of it much faster. Twice as far as
+        members are behind is enough for most of those that come later.
         """
         known = [at for _, _, at in self._waiting if at is not None] + [top]
         known = [at for at in known if at != NOWHERE]
-        is_one = len({at.epoch for at in known}) == 1
-        return min(known, key=lambda at: at.number) if is_one else None
+        if len({at.epoch for at in known}) != 1:
+            return None
+        oldest = min(at.number for at in known)
+        behind = max(0, top.number - oldest)
+        return Position(known[0].epoch, max(0, oldest - behind))
 
     async def _use(self, past: Past, after: Position | None) -> None:
         """Fill the ring, and deliver what was missed, and what came meanwhile."""
@@ -2538,7 +2552,7 @@ class Feed:
             rings.tops[group] = last
         while held and self._held is held:
             await self._take(held.popleft(), is_read=True)
-        self._is_behind, self._held = self._is_due, None
+        self._is_behind, self._is_quiet, self._held = self._is_due, False, None
 
     async def _let_begin(self) -> None:
         """Let those begin who have waited since before the read, some in each turn of the loop."""
@@ -2574,6 +2588,14 @@ class Archive:
         self._is_failing = False  # The log says so.
         history.start(registry, self._fetch)
         self.use(self.rings.rules)
+        start_work(self._check())
+
+    async def _check(self) -> None:
+        """Ask now and then about groups that are quiet. Never returns."""
+        while True:
+            await pachinko.clock.sleep(_FORGET / 4)
+            for feed in tuple(self._feeds.values()):
+                feed.check()
 
     def use(self, rules: Mapping[str, Window]) -> None:
         """Keep groups by *rules* from now on. One that is no longer kept has a ring to its end."""
@@ -2856,26 +2878,21 @@ class Cluster(pachinko.Relay):
         return id[: len(self.process)] if _CONNECTION_ID.fullmatch(id) else self.process
 
     async def send(self, kind: Kind, name: str, data: bytes, excluded: list[str]) -> None:
-        to: str | None = None
+        to = window = None
         if kind is Kind.CONNECTION:
-            process = self._process_of(name)
-            if process == self.process:
-                await self._registry.deliver(kind, name, data, excluded)
-                return
-            name, to = process, name
-        window = None
+            name, to = self._process_of(name), name
+            if name == self.process:
+                return await self._registry.deliver(kind, to, data, excluded)
         if kind is Kind.GROUP and self.history is not None:
             window = self.history.rings.window_of(name)
         await self._publish(kind, name, "send", window, frame=data, exclude=excluded, to=to)
 
     async def close(self, kind: Kind, name: str, close: pachinko.Close) -> None:
-        to: str | None = None
+        to = None
         if kind is Kind.CONNECTION:
-            process = self._process_of(name)
-            if process == self.process:
-                await self._registry.close(kind, name, close)
-                return
-            name, to = process, name
+            name, to = self._process_of(name), name
+            if name == self.process:
+                return await self._registry.close(kind, to, close)
         elif kind is Kind.USER:  # A process may have nothing but a handshake of that user.
             kind, name, to = Kind.EVERYBODY, "all", quoted(name)
         await self._publish(kind, name, "close", to=to, code=close.code, reason=close.reason)
@@ -3098,6 +3115,8 @@ class Cluster(pachinko.Relay):
             announced += 1
             if announced % _GAPS_A_TURN == 0:  # nothing else may let the loop run
                 await asyncio.sleep(0)
+        if not self._own_rules:  # It may have missed those that another process has.
+            await self._agreement.make_again(self._link)
 
     async def _announce(self, group: str) -> None:
         """Send a gap to those who have been in *group* since the outage."""
@@ -3341,16 +3360,13 @@ class SyncHub:
         return found
 
     def position(self, group: str) -> str:
-        """Return where *group*, a kept one, is: a client that has a page of it goes on from there.
-
-        Raises `PachinkoError` for a group that the app does not keep.
-        """
+        """Return the position of a kept *group*, as `Hub.position` does, and raise the same."""
         return self._call(Hub.position, group)
 
     def history(self, group: str, last: int = 20) -> list[pachinko.Envelope]:
-        """Return the *last* messages to *group*, a kept one, the oldest first.
+        """Return the *last* messages to a kept *group*, the oldest first.
 
-        Raises what `Hub.history` raises.
+        Each is what `Hub.history` yields. Raises the same.
         """
 
         async def history(hub: Hub) -> list[pachinko.Envelope]:

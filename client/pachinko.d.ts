@@ -29,7 +29,7 @@ export interface Options {
   /** Whether kept groups and streams go on after a cut, or the positions to begin at, by group. */
   resume?: boolean | Record<string, string>;
   /** Subprotocols. With `"bearer"` among them the token goes there, not into a message. */
-  protocols?: string | string[];
+  protocols?: string | readonly string[];
 }
 
 /** The messages of an application, by type. Without it, every type and payload is allowed. */
@@ -80,7 +80,7 @@ export interface Client<M extends Messages = Messages> {
     payload?: M["requests"][T]["payload"],
     options?: { timeout?: number; signal?: AbortSignal },
   ): Promise<M["requests"][T]["reply"]>;
-  /** Start a stream, and return its items. */
+  /** Start a stream, and return its items; the signal stops it. Throws `Lost` as `send` does. */
   stream<T extends Key<M["streams"]>>(
     type: T,
     payload?: M["streams"][T]["payload"],
@@ -114,8 +114,10 @@ export interface Client<M extends Messages = Messages> {
 }
 
 export interface Gap {
-  group: string;
-  reason: "expired" | "epoch" | "limit" | "broker" | "overflow" | "snapshot" | (string & {});
+  /** Messages to this group are missing; or, if it is null, such to a user or to everybody. */
+  group: string | null;
+  /** Absent if the group is not kept. */
+  reason?: "expired" | "epoch" | "limit" | "broker" | "overflow" | "snapshot" | (string & {});
   id?: string;
 }
 
@@ -130,7 +132,10 @@ export interface Failure {
   [detail: string]: any;
 }
 
-/** Connect, and stay connected. Returns at once; what is sent meanwhile waits in the outbox. */
+/**
+ * Connect, and stay connected. Returns at once; what is sent meanwhile waits in the outbox. Throws
+ * `TypeError` if this is not the address of a WebSocket.
+ */
 export function connect<M extends Messages = Messages>(
   url: string | URL,
   options?: Options,

@@ -19,7 +19,7 @@
  * @typedef {{ code: number, reason: string, wait?: number }} Detail
  * @typedef {{ id: number, type: string, sent: boolean, at?: string | null, taken?: string | null,
  *   isPlain?: boolean, stop?: Sending, item?: (payload: any, at?: string) => void,
- *   done: (payload?: any) => void, fail: (error: unknown) => void }} Call
+ *   done: (payload?: any) => void, fail: (error: unknown) => void, over?: () => void }} Call
  * @typedef {{ id?: number, sent: boolean }} Sending
  * @typedef {Pick<Storage, "getItem" | "setItem">} Store
  * @typedef {string | null | undefined} Token
@@ -40,6 +40,7 @@ const MOST_BYTES = 1_048_576; // in the outbox, or in the browser's own buffer
 const MOST_IDS = 16; // The server reads no more.
 const MOST_GROUPS = 1_000; // whose positions are kept: as many as the server lets one client join
 const MOST_URL = 2_000; // characters of a position in the address; more goes in a message
+const MOST_TIMER = 2 ** 31; // Timers take a longer time for none at all.
 
 /** An error that the server has answered with: `code` is stable, `message` is for developers. */
 export class MessageError extends Error {
@@ -63,7 +64,8 @@ export class Lost extends Error {
 }
 
 /**
- * Connect, and stay connected. Returns at once; what is sent meanwhile waits in the outbox.
+ * Connect, and stay connected. Returns at once; what is sent meanwhile waits in the outbox. Throws
+ * `TypeError` if this is not the address of a WebSocket.
  *
  * @param {string | URL} url of the endpoint; relative to the page, `http:` or `ws:`
  * @param {Options} [options]
@@ -108,6 +110,7 @@ class Items {
   #end(error) {
     this.#error = error;
     this.#isOver = true;
+    this.#call.over?.();
     this.#wake();
   }
 
@@ -133,6 +136,7 @@ class Items {
   /** Stop the stream, at once: a `next()` that waits is over, too. */
   async return() {
     this.#waiting = [];
+    this.#error = undefined;
     if (!this.#isOver) {
       this.#leave();
       this.#end();
@@ -158,6 +162,7 @@ class Client {
   #openedAt = Infinity;
   #isRenewed = false; // A fresh token has been tried.
   #isProbing = false;
+  #isWanted = false; // Somebody is here who should not wait.
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #timer; // for the next attempt, the end of this one, or the silence of the server
   #over = new AbortController();
@@ -183,6 +188,8 @@ class Client {
   constructor(url, options = {}) {
     this.#address = new URL(url, globalThis.location?.href);
     this.#address.protocol = this.#address.protocol.replace("http", "ws");
+    const { protocol } = this.#address;
+    if (!/^wss?:$/.test(protocol)) throw new TypeError(`no address of a WebSocket: ${url}`);
     this.#address.hash = "";
     this.#key = `pachinko ${this.#address}`;
     this.#options = options;
@@ -223,7 +230,7 @@ class Client {
         abort = () => fail(signal?.reason);
         signal?.addEventListener("abort", abort);
         const late = () => fail(new Lost(call.sent, `no answer in ${timeout} ms`, "TimeoutError"));
-        if (timeout !== undefined) timer = setTimeout(late, timeout);
+        if ((timeout ?? Infinity) < MOST_TIMER) timer = setTimeout(late, timeout);
         this.#post({ type, id: call.id, payload }, call);
       });
     } finally {
@@ -234,15 +241,22 @@ class Client {
   }
 
   /**
-   * Start a stream, and return its items. Leaving the loop stops it, and so does the signal.
+   * Start a stream, and return its items. Leaving the loop stops it, and so does the signal. Throws
+   * `Lost` as `send` does.
    *
    * @param {string} type @param {any} [payload] @param {{ signal?: AbortSignal }} [options]
    */
   stream(type, payload, { signal } = {}) {
     signal?.throwIfAborted();
-    const call = this.#call(type), items = this.#items(call);
-    signal?.addEventListener("abort", () => items.return(), { signal: this.#over.signal });
-    this.#post({ type, id: call.id, payload }, call);
+    const call = this.#call(type), items = this.#items(call), stop = () => items.return();
+    try {
+      this.#post({ type, id: call.id, payload }, call);
+    } catch (error) {
+      this.#withdraw(call);
+      throw error;
+    }
+    signal?.addEventListener("abort", stop);
+    call.over = () => signal?.removeEventListener("abort", stop);
     return items;
   }
 
@@ -285,13 +299,15 @@ class Client {
   /** Try now, if the next attempt waits; if the connection is open, see whether it still lives. */
   retry() {
     if (this.#state === "waiting") this.#open();
-    else if (this.#state === "open") this.#probe();
+    if (this.#state !== "open") return;
+    this.#isWanted = true;
+    if (!this.#isProbing) this.#probe(); // else many calls would put off its end
   }
 
   /** Close for good. What waits for an answer rejects with `Lost`. */
   close(code = 1000, reason = "") {
     if (this.#state === "closed") return;
-    this.#socket?.close(code, reason);
+    if (this.#socket?.readyState === 1) this.#socket.close(code, reason);
     this.#finish(code, reason);
   }
 
@@ -300,7 +316,11 @@ class Client {
   #watch() {
     const options = { signal: this.#over.signal }, { document } = globalThis;
     const wake = () => this.retry();
-    globalThis.addEventListener?.("online", wake, options);
+    globalThis.addEventListener?.("online", () => {
+      if (this.#state !== "connecting") return wake();
+      this.#isWanted = true; // The attempt is from before, and may hang.
+      this.#drop(1006, "the network is back");
+    }, options);
     document?.addEventListener("resume", wake, options); // after a freeze
     document?.addEventListener("visibilitychange", () => {
       this.#save(); // A page that is hidden may be killed without a word.
@@ -329,9 +349,19 @@ class Client {
   /** @param {WebSocket} socket @param {() => void} opened */
   #listen(socket, opened) {
     this.#socket = socket;
-    socket.onopen = opened;
-    socket.onmessage = ({ data }) => typeof data === "string" && this.#receive(JSON.parse(data));
+    socket.onopen = () => {
+      socket.onerror = null; // A `close` with the code is to come.
+      opened();
+    };
+    socket.onmessage = ({ data }) => {
+      try {
+        if (typeof data === "string") this.#receive(JSON.parse(data));
+      } catch (error) {
+        report(error); // It is no message. In Node an error from here would end the process.
+      }
+    };
     socket.onclose = ({ code, reason }) => this.#drop(code, reason);
+    socket.onerror = () => this.#drop(1006); // Node 22 says no more of an attempt that has failed.
   }
 
   /** @param {string} token */
@@ -339,8 +369,12 @@ class Client {
     const call = this.#call("authenticate"), resume = this.#resume();
     // What waits in the outbox is sent once the server knows us: nothing is lost if it does not.
     call.done = () => this.#begin();
-    // A server that asks for no token answers with an error, and has not read the rest.
-    call.fail = (error) => error instanceof MessageError && this.#begin(resume);
+    call.fail = (error) => {
+      if (!(error instanceof MessageError)) return;
+      // A server that knows no tokens has not read the rest either. Others may take it later.
+      if (error.code === "unknown_type") this.#begin(resume);
+      else this.#drop(3500, error.message);
+    };
     call.sent = call.isPlain = true;
     this.#write({ type: "authenticate", id: call.id, payload: { token, resume } });
   }
@@ -382,7 +416,7 @@ class Client {
     const shortest = isBusy(code, status) ? BUSY : SHORTEST;
     const longest = Math.min(LONGEST, shortest * 2 ** ++this.#failures);
     // Random, so that not all clients come back at once. A user who returns does not wait.
-    const wait = this.#isProbing ? 0 : shortest + Math.random() * (longest - shortest);
+    const wait = this.#isWanted ? 0 : shortest + Math.random() * (longest - shortest);
     this.#detach();
     this.#after(wait, () => this.#open());
     this.#lose((call) => call.sent && !this.#isResumable(call), "the connection was lost");
@@ -409,12 +443,12 @@ class Client {
   /** Abandon the socket in any state: a dead one would take a minute to report its end. */
   #detach() {
     const socket = this.#socket;
-    if (socket) socket.onopen = socket.onmessage = socket.onclose = null;
+    if (socket) socket.onopen = socket.onmessage = socket.onclose = socket.onerror = null;
     socket?.close();
     this.#socket = null;
     this.#attempt++;
     this.#openedAt = Infinity;
-    this.#isProbing = false;
+    this.#isProbing = this.#isWanted = false;
     clearTimeout(this.#timer);
   }
 
@@ -450,7 +484,6 @@ class Client {
     const total = this.#outbox.reduce((sum, each) => sum + each.size, buffered + size);
     const isFull = this.#outbox.length >= MOST_WAITING || total > MOST_BYTES;
     if (isFull || this.#state === "closed") {
-      if (call) this.#calls.delete(call.id);
       throw new Lost(false, isFull ? "the outbox is full" : "the client is closed");
     }
     if (!isOpen) this.#outbox.push({ text, size, call });
@@ -477,7 +510,8 @@ class Client {
     return new Items(call, took, () => {
       if (!call.sent) return this.#withdraw(call);
       call.item = call.done = call.fail = () => {}; // It waits for its final answer unheard.
-      call.stop = { sent: false };
+      call.stop = { sent: this.#state === "open" };
+      if (call.stop.sent) return this.#write({ type: "complete", id: call.id });
       try {
         this.#post({ type: "complete", id: call.id }, call.stop);
       } catch {
@@ -505,8 +539,10 @@ class Client {
   /** @param {Message} message */
   #receive(message) {
     if (this.#state === "open") this.#hear();
+    // What comes before the answer may have waited, in a page that was frozen, for the end as well.
+    if (message.type === "$pong") this.#isWanted = false;
     const { type, id, payload, at } = message, call = this.#calls.get(id);
-    if (id === undefined) {
+    if (id == null) {
       this.#emit(type, payload, message);
       this.#advance(message); // only now: a page that dies before gets the message again
     } else if (String(id).startsWith("$")) {
@@ -524,7 +560,10 @@ class Client {
 
   /** @param {string} type @param {...any} args */
   #emit(type, ...args) {
-    for (const f of [...(this.#listeners.get(type) ?? [])]) {
+    const all = this.#listeners.get(type) ?? new Set();
+    for (const f of [...all]) {
+      // One before it may have taken it away; or changed the state, which all know by now.
+      if (!all.has(f) || (type === "$state" && args[0] !== this.#state)) continue;
       try {
         f(...args);
       } catch (error) {
@@ -534,19 +573,25 @@ class Client {
   }
 
   /** Answer a question of the server. @param {Message} question */
-  async #reply({ type, id, payload }) {
-    const socket = this.#socket, f = this.#answerers.get(type);
-    let answer;
+  async #reply(question) {
+    const socket = this.#socket, { id } = question;
+    const text = await this.#answerTo(question).catch((error) => {
+      report(error);
+      return failure(id, new MessageError("internal_error"));
+    });
+    if (socket === this.#socket) socket?.send(text); // Another connection does not know the id.
+  }
+
+  /** @param {Message} question */
+  async #answerTo({ type, id, payload }) {
+    const f = this.#answerers.get(type);
     try {
       if (!f) throw new MessageError("unknown_type", `nothing answers ${type}`);
-      answer = { type: `${type}.reply`, id, payload: await f(payload) };
+      return JSON.stringify({ type: `${type}.reply`, id, payload: await f(payload) });
     } catch (error) {
-      if (!(error instanceof MessageError)) report(error);
-      const { code, message, details } =
-        error instanceof MessageError ? error : new MessageError("internal_error");
-      answer = { type: "error", id, payload: { ...details, code, message } };
+      if (error instanceof MessageError) return failure(id, error);
+      throw error;
     }
-    if (socket === this.#socket) this.#write(answer); // On another connection the id means nothing.
   }
 
   // ── positions ────────────────────────────────────────────────────────────────────────────────
@@ -601,7 +646,8 @@ class Client {
       const { groups, ids, streams } = JSON.parse(storage?.getItem(this.#key) ?? "{}");
       this.#groups = new Map(Object.entries(groups ?? {}));
       this.#ids = [...(ids ?? [])];
-      this.#unfinished = [...(streams ?? [])];
+      const going = [...(streams ?? [])];
+      this.#unfinished = going.filter((each) => Number.isSafeInteger(each?.id));
     } catch {
       // Access is denied, or another program has written there: begin anew.
     }
@@ -626,7 +672,7 @@ class Client {
     try {
       storage.setItem(this.#key, JSON.stringify(note));
     } catch {
-      // It is full, or access is denied: a reload begins anew.
+      // It is full, or access is denied: a reload goes on from what it has, or begins anew.
     }
   }
 }
@@ -645,6 +691,11 @@ function isFinal(code, status) {
 /** Whether the server asks for patience. @param {number} code @param {number} status */
 function isBusy(code, status) {
   return [1012, 1013].includes(code) || [408, 429].includes(status) || /^5..$/.test(`${status}`);
+}
+
+/** Return the answer to a question that failed. @param {any} id @param {MessageError} error */
+function failure(id, { code, message, details }) {
+  return JSON.stringify({ type: "error", id, payload: { ...details, code, message } });
 }
 
 /** @param {any} payload of an `error` */

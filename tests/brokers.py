@@ -106,6 +106,18 @@ async def running(kind: BrokerKind, *options: str) -> AsyncIterator[BrokerProces
 
 
 @contextlib.contextmanager
+def shared(kind: BrokerKind, *options: str) -> Iterator[BrokerProcess]:
+    """A running server for several tests, each of which has a loop of its own."""
+    broker = BrokerProcess(kind, *options)
+    try:
+        asyncio.run(broker.start())
+        yield broker
+    finally:
+        broker.kill()
+        broker.folder.cleanup()
+
+
+@contextlib.contextmanager
 def environment(**variables: str) -> Iterator[None]:
     """Environment variables for the time of a test."""
     with pytest.MonkeyPatch.context() as patch:

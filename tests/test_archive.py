@@ -350,6 +350,21 @@ async def test_the_past_of_a_group_is_read_once(reads: Reads) -> None:
         assert reads.counts == [0, 7]
 
 
+async def test_each_read_goes_further_back_than_it_has_to(reads: Reads) -> None:
+    """So a group is read a few times only, also if each client is behind the one before it."""
+    async with simulate(app_of({"room:": {"messages": 64}})) as sim:
+        client = await enter(sim)
+        await say(sim, *range(40))
+        await sim.settle()
+        other = await sim.process()
+        reads.counts.clear()
+        for n in range(40, -1, -1):
+            late = await enter(other, client.received[n].at)
+            await sim.settle()
+            assert heard(late) == [*range(n, 40), ("resume", 40 - n)]
+        assert len(reads.counts) <= 8
+
+
 async def test_who_comes_while_the_past_is_read_waits_for_the_next_one(reads: Reads) -> None:
     """What it has may be newer than what was read, and than what the feed has brought."""
     async with simulate(app_of()) as sim:
@@ -684,6 +699,74 @@ async def test_a_quiet_group_has_no_gap_after_an_outage() -> None:
             client = await enter(process, at)
             await sim.settle()
             assert heard(client) == [("resume", 0)]
+
+
+async def test_a_group_that_is_quiet_for_days_has_no_gap_after_an_outage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A broker forgets where it was after a day, and a process asks before that."""
+    floor = 0
+
+    async def forgetful(self: SimulatedConnection, *given: Any) -> Past:
+        found = await REAL_PAST(self, *given)
+        latest = max((kept[-1][0].number for kept in sim.broker.kept.values()), default=0)
+        entries = [each for each in found.entries if each.number > floor]
+        return Past(found.epoch, latest, max(found.floor, floor), entries)
+
+    monkeypatch.setattr(SimulatedConnection, "past", forgetful)
+    monkeypatch.setattr(pachinko_cluster, "_FORGET", 200.0)
+    async with simulate(app_of({"room:": {"seconds": 50.0}})) as sim:
+        other = await sim.process()
+        quiet, never = await enter(sim), await enter(sim, group="room:b")
+        await say(sim, 1)
+        for _ in range(6):
+            before = (await other.hub.position("room:busy")).rpartition(".")[2]
+            await say(other, *range(3), group="room:busy")
+            await sim.advance(100)
+            floor = int(before)
+        async with away(sim):
+            pass
+        await sim.settle()
+        assert heard(quiet) == [("resume", 0), 1] and heard(never) == [("resume", 0)]
+        late = await enter(sim)
+        await sim.settle()
+        again = await enter(other, last(late))
+        await sim.settle()
+        assert heard(again) == [("resume", 0)]
+
+
+async def test_what_comes_before_all_is_subscribed_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The link throws it away, since it would overtake what was missed before it."""
+    real, goes_on = SimulatedConnection.subscribe, asyncio.Event()
+    waits = pachinko_cluster.subject_of("pachinko", pachinko.Kind.GROUP, "room:b")
+
+    async def subscribe(self: SimulatedConnection, subject: str) -> None:
+        if subject == waits:
+            await goes_on.wait()
+        await real(self, subject)
+
+    async with simulate(app_of()) as sim:
+        other = await sim.process()
+        clients = [await enter(sim), await enter(sim, group="room:b")]
+        await say(other, 1)
+        await sim.settle()
+        monkeypatch.setattr(SimulatedConnection, "subscribe", subscribe)
+        link = sim.hub.state.relay._link
+        (connection,) = links(sim)
+        subject = pachinko_cluster.subject_of("pachinko", pachinko.Kind.GROUP, ROOM)
+        cut(sim)
+        await until(lambda: subject in connection.subjects)
+        await say(other, 2)
+        await until(connection.messages.empty)
+        assert not link.is_connected
+        goes_on.set()
+        await until(lambda: link.is_connected)
+        await say(other, 3)
+        await sim.settle()
+        assert heard(clients[0]) == [("resume", 0), 1, 2, 3]
+        assert heard(clients[1]) == [("resume", 0)]
 
 
 async def test_an_outage_before_anything_was_known_is_a_gap(reads: Reads) -> None:

@@ -328,24 +328,24 @@ EMPTY: list[Any] = [
 @pytest.mark.parametrize("value", [*EMPTY, pachinko.UNSET], ids=repr)
 def test_what_is_no_such_object_is_empty(value: Any) -> None:
     """It says that there is nothing."""
-    resume = pachinko.read_resume(value)
+    resume = pachinko.read_resume(value, 9)
     assert resume.groups == {} and resume.ids == frozenset()
 
 
 def test_what_is_said_is_read() -> None:
     """Positions by group; what is none of ours stands for a gap."""
     resume = pachinko.read_resume(
-        {"groups": {"a": "e.1", "b": "?", "c": None, "d": {"x": 1}}, "ids": ["x", 5, None, "y"]}
+        {"groups": {"a": "e.1", "b": "?", "c": None, "d": {"x": 1}}, "ids": ["x", 5, None, "y"]}, 4
     )
     nowhere = dict.fromkeys("bcd", pachinko.NOWHERE)
     assert resume.groups == {"a": Position("e", 1), **nowhere}
-    assert resume.ids == {"x", "y"}
+    assert resume.ids == {"x", "y"} and resume.rest is None
 
 
 def test_the_latest_sixteen_ids_count() -> None:
     """However many a client sends."""
     ids = [f"{number}" for number in range(40)]
-    assert pachinko.read_resume({"ids": ids}).ids == {*ids[-16:]}
+    assert pachinko.read_resume({"ids": ids}, 9).ids == {*ids[-16:]}
 
 
 # In the handshake
@@ -557,6 +557,20 @@ async def test_a_position_of_nobody_is_a_gap(at: Any) -> None:
         )
 
 
+async def test_positions_that_are_too_many_are_gaps() -> None:
+    """In as many groups as one may be in they count, the last ones; in others nothing is silent."""
+    async with world(max_groups=2) as it:
+        at = await it.hub.position("r:1")
+        client = await it.come(query={"resume": "message"})
+        await client.send("resume", {"groups": {f"r:{number}": at for number in range(9)}})
+        for group in ("r:8", "r:7", "r:6", "r:none"):
+            await it.sim.settle()
+            await it.hub.join(group, client.conn)
+            await it.sim.settle()
+            await it.hub.leave(group, client.conn)
+        assert seen(client) == [("resume", 0), ("resume", 0), ("gap", "epoch"), ("gap", "epoch")]
+
+
 async def test_a_position_in_the_page_is_where_a_client_begins() -> None:
     """`Hub.position` gives it to who renders the page."""
     async with world() as it:
@@ -751,6 +765,44 @@ async def test_a_resume_message_overtakes_a_handler_that_waits() -> None:
         await sim.settle()
         assert seen(client) == [("resume", 0), "resume.reply"]
         event.set()
+
+
+@pytest.mark.parametrize("times", [1, 300])
+async def test_a_resume_message_overtakes_the_handlers_of_a_handshake(times: int) -> None:
+    """They may take longer than it may; so many of them are answered that memory has a bound."""
+    hub, app, hold = new_hub(), new_app(), asyncio.Semaphore(0)
+    hub.keep("r:")
+    ws = Pachinko(app, "/ws", hub=hub)
+
+    @ws.authenticate
+    async def who(conn: Connection, token: str | None) -> str | None:
+        return token
+
+    @ws.connect
+    async def arrive(conn: Connection) -> None:
+        await conn.join("r:1")
+        await hold.acquire()
+
+    @ws.accepted
+    async def greet(conn: Connection) -> None:
+        await hold.acquire()
+
+    async with simulate(app) as sim:
+        payload = {"groups": {"r:1": await hub.position("r:1")}}
+        await hub.send("r:1", "said", 1)
+        client = await sim.connect("/ws", query={"resume": "message"})
+        await client.send("authenticate", {"token": "ada"})
+        for number in range(times):
+            await client.send("resume", payload, id=number)
+        await sim.settle()
+        (session,) = hub.state.serving.values()
+        assert session.incoming.received == min(times + 1, 256)
+        hold.release()
+        await sim.settle()
+        await sim.advance(11)
+        hold.release()
+        await sim.settle()
+        assert sorted(seen(client), key=repr) == [*["resume.reply"] * times, ("resume", 1), 1]
 
 
 def guarded(optional: bool = False, **options: Any) -> tuple[Hub, Any]:
@@ -1067,6 +1119,39 @@ async def test_a_group_may_have_any_name(group: str) -> None:
         assert seen(second) == [1, ("resume", 1)]
 
 
+async def test_a_frame_is_encoded_once() -> None:
+    """For who is live, who comes back and who asks for the history; and `at` is spliced in once."""
+    encode, splice = pachinko.Codec.encode, pachinko.with_position
+    with (
+        patch.object(pachinko.Codec, "encode", autospec=True, side_effect=encode) as encoded,
+        patch.object(pachinko, "with_position", side_effect=splice) as spliced,
+    ):
+        async with world() as it:
+            at = await it.hub.position("r:1")
+            live = [await it.come("r:1") for _ in range(3)]
+            await it.say()
+            late = [await it.come("r:1", query={"groups": {"r:1": at}}) for _ in range(3)]
+            assert [each.payload async for each in it.hub.history("r:1")] == [1]
+            assert [*map(seen, live + late)] == [[1]] * 3 + [[1, ("resume", 1)]] * 3
+    assert encoded.call_count == 1 and spliced.call_count == 1 + len(late)
+
+
+@pytest.mark.parametrize(("size", "most"), [(1, 32), (30_000, 2), (70_000, 1)])
+async def test_little_is_on_its_way_to_who_does_not_read(size: int, most: int) -> None:
+    """At most 32 messages or 64 KiB; the client is a member like any other meanwhile."""
+    async with world(size=10**8) as it:
+        at = await it.hub.position("r:1")
+        for _ in range(40):
+            await it.hub.send("r:1", "text", "x" * size)
+        client = await it.come(query={"groups": {"r:1": at}})
+        client.stall()
+        await it.hub.join("r:1", client.conn)
+        await it.sim.settle()
+        outbox = client.conn.outgoing.outbox
+        assert outbox is not None and sum(bool(each.event) for each in outbox.queue) == most - 1
+        assert [each.id for each in await it.hub.presence("r:1")] == [client.conn.id]
+
+
 # Slow clients
 
 
@@ -1243,6 +1328,21 @@ async def test_members_are_told_what_was_lost() -> None:
         assert seen(late) == [1, 2, 3, ("resume", 3)]
 
 
+async def test_very_many_members_are_told_in_turns() -> None:
+    """The loss itself takes no write to any of them; all that comes then is behind the gap."""
+    async with world() as it:
+        clients = [await it.come("r:1") for _ in range(3)]
+        history = it.hub.state.history
+        assert history is not None
+        history.lose("r:1", "broker")
+        assert len(history._waiting) == 3 and not clients[0].conn.outgoing.outbox
+        await it.say()
+        await it.sim.settle()
+        await it.say()
+        await it.sim.settle()
+        assert all(seen(client) == [("gap", "broker"), 2] for client in clients)
+
+
 async def test_a_slow_member_is_told_what_was_lost() -> None:
     """Although it reads from the ring already."""
     async with world(overflow="replay", outbox=2) as it:
@@ -1293,8 +1393,9 @@ async def test_a_client_waits_for_its_ring() -> None:
         assert seen(gone) == []
 
 
-async def test_a_first_join_that_had_to_wait_gets_the_state() -> None:
-    """And not what was sent before that: the state has it."""
+@pytest.mark.parametrize("is_none", [True, False])
+async def test_a_first_join_that_had_to_wait_gets_the_state(is_none: bool) -> None:
+    """And not what was sent before that, which the state has; without one, all of it."""
     hub, app = new_hub(), new_app()
     hub.keep("r:")
     ws = Pachinko(app, "/ws", hub=hub)
@@ -1304,8 +1405,8 @@ async def test_a_first_join_that_had_to_wait_gets_the_state() -> None:
         at: str
 
     @ws.snapshot("r:")
-    async def state(conn: Connection, group: str) -> State:
-        return State(await hub.position(group))
+    async def state(conn: Connection, group: str) -> State | None:
+        return None if is_none else State(await hub.position(group))
 
     async with simulate(app) as sim:
         client = await sim.connect("/ws", query={"resume": "message"})
@@ -1315,9 +1416,12 @@ async def test_a_first_join_that_had_to_wait_gets_the_state() -> None:
         await sim.settle()
         await hub.send("r:1", "said", 2)
         await sim.settle()
-        verdict, snapshot, said = client.received
+        verdict, first, said = client.received
         assert (verdict.type, verdict.payload["replayed"], verdict.at) == ("resume", 0, None)
-        assert snapshot.type == "state" and snapshot.payload == {"at": snapshot.at}
+        if is_none:
+            assert (first.type, first.payload) == ("said", 1)
+        else:
+            assert (first.type, first.payload) == ("state", {"at": first.at})
         assert said.payload == 2
 
 

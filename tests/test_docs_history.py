@@ -262,6 +262,26 @@ def test_the_sizes() -> None:
 # The recipes
 
 
+def test_the_numbers() -> None:
+    """Those in the text are those of the code."""
+    text = " ".join(TEXT.split())
+    for shown, number in {
+        "the last {} count": pachinko._RESUME_IDS,
+        "with more than {} characters": pachinko._RESUME_CHARACTERS,
+        "{} at a time in a process": pachinko._SNAPSHOTS,
+        "(without one, {} seconds)": int(pachinko._SNAPSHOT_SECONDS),
+        "The last {} items, or 1 MiB, are kept": pachinko._ITEMS,
+        "A process keeps {} streams without a client": pachinko._MOST_ALONE,
+        "go on with {} streams at a time": pachinko._MOST_RESUMED,
+        "some {} bytes of Python objects": pachinko._ENTRY_BYTES + 50,  # an empty str
+        "also counts {} bytes for each group": pachinko._RING_BYTES,
+        "until {} other groups have run empty": pachinko._FLOORS,
+        "at most {} messages or 64 KiB ahead": pachinko._BATCH,
+        "together get {} messages in a turn": pachinko._REPLAYED,
+    }.items():
+        assert shown.format(f"{number:,}") in text, shown
+
+
 async def test_prices(page: Any) -> None:
     """Who is new, or was away for long, gets the present price, and never old ones."""
     async with simulate(page.app) as sim:

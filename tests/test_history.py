@@ -543,10 +543,16 @@ async def test_a_hub_that_does_not_run_has_no_history(caplog: pytest.LogCaptureF
     assert len(caplog.records) == 1
 
 
-async def test_another_loop_is_refused(hub: Hub) -> None:
-    """As everywhere: the error shows the call for threads."""
-    with pytest.raises(PachinkoError, match="call_threadsafe"):
-        await asyncio.to_thread(asyncio.run, hub.position("room:1"))
+@pytest.mark.parametrize(
+    ("method", "cure"), [("position", r"use hub\.call_threadsafe\(hub\.position, "),
+                         ("history", r"use `async def f\(\)`.* hub\.call_threadsafe\(f, ")],
+)  # fmt: skip
+async def test_another_loop_is_refused(hub: Hub, method: str, cure: str) -> None:
+    """As everywhere: the error shows the call for threads, or what can be called so."""
+    await hub.send("room:1", "said", 1)
+    call = hub.position("room:1") if method == "position" else past(hub, "room:1")
+    with pytest.raises(PachinkoError, match=cure):
+        await asyncio.to_thread(asyncio.run, call)
 
 
 async def test_a_thread_asks_for_a_position(hub: Hub) -> None:

@@ -7,14 +7,14 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import falcon
 import nats
 import pytest
-from brokers import BrokerProcess, Proxy, running
+from brokers import BrokerProcess, Proxy, running, shared
 from nats.aio.client import Client
 from support import PATIENCE, connect, new_app, serving, until
 from test_leases import startup
@@ -96,34 +96,47 @@ class Scene:
 
 
 @contextlib.asynccontextmanager
+async def scene_of(broker: BrokerProcess) -> AsyncIterator[Scene]:
+    scene = Scene(broker)
+    try:
+        yield scene
+    finally:
+        for process in scene.processes:
+            await process.nats.stop()
+
+
+@contextlib.asynccontextmanager
 async def scene_on(*options: str) -> AsyncIterator[Scene]:
-    async with running("nats", *options) as broker:
-        scene = Scene(broker)
-        try:
-            yield scene
-        finally:
-            for process in scene.processes:
-                await process.nats.stop()
+    async with running("nats", *options) as broker, scene_of(broker) as scene:
+        yield scene
+
+
+@pytest.fixture(scope="module")
+def jetstream() -> Iterator[BrokerProcess]:
+    with shared("nats", "-js", "-sd", "store") as broker:
+        yield broker
 
 
 @pytest.fixture
-async def scene() -> AsyncIterator[Scene]:
-    async with scene_on("-js", "-sd", "store") as scene:
+async def scene(jetstream: BrokerProcess) -> AsyncIterator[Scene]:
+    """A server without streams."""
+    async with scene_of(jetstream) as scene:
+        for name in (await scene.call("STREAM.NAMES"))["streams"] or ():
+            await scene.call(f"STREAM.DELETE.{name}")
         yield scene
 
 
 # One who keeps nothing
 
 
-async def test_without_kept_groups_one_question_is_asked() -> None:
+async def test_without_kept_groups_one_question_is_asked(scene: Scene) -> None:
     """On a server without JetStream, too. Nothing is made, and nothing fails."""
-    for options in ((), ("-js", "-sd", "store")):
-        async with scene_on(*options) as scene:
-            process = await scene.process()
+    async with scene_on() as without:
+        for each in (without, scene):
+            process = await each.process()
             assert await process.nats.agree("pachinko.history.rules", b"", 60.0) == b""
             assert process.nats._client.stats["out_msgs"] == 1
-            if options:
-                assert (await scene.call("STREAM.NAMES"))["streams"] is None
+    assert (await scene.call("STREAM.NAMES"))["streams"] is None
 
 
 async def test_without_jetstream_the_error_says_how_to_start_it() -> None:
@@ -180,21 +193,20 @@ async def test_the_error_has_the_rights_that_are_needed(
 # The stream
 
 
-async def test_all_make_one_stream() -> None:
+async def test_all_make_one_stream(scene: Scene) -> None:
     """However many want it at once, and whether it is agreed on, written or read first."""
-    async with scene_on("-js", "-sd", "store") as scene:
-        processes = [await scene.process() for _ in range(9)]
-        rules = b'{"":[100,300.0,1000]}'
-        calls: list[Callable[[int, Process], Awaitable[object]]] = [
-            lambda _, each: each.nats.agree("pachinko.history.rules", rules, 60.0),
-            lambda n, each: each.keep(n),
-            lambda _, each: each.nats.past(ROOM, 3),
-        ]
-        await asyncio.gather(*(calls[n % 3](n, each) for n, each in enumerate(processes)))
-        pasts = await asyncio.gather(*(p.nats.past(ROOM, 3) for p in processes))
-        assert len({past.epoch for past in pasts}) == 1
-        assert {*texts(pasts[0])} == {"1", "4", "7"}
-        assert (await scene.call("STREAM.NAMES"))["streams"] == [STREAM]
+    processes = [await scene.process() for _ in range(9)]
+    rules = b'{"":[100,300.0,1000]}'
+    calls: list[Callable[[int, Process], Awaitable[object]]] = [
+        lambda _, each: each.nats.agree("pachinko.history.rules", rules, 60.0),
+        lambda n, each: each.keep(n),
+        lambda _, each: each.nats.past(ROOM, 3),
+    ]
+    await asyncio.gather(*(calls[n % 3](n, each) for n, each in enumerate(processes)))
+    pasts = await asyncio.gather(*(p.nats.past(ROOM, 3) for p in processes))
+    assert len({past.epoch for past in pasts}) == 1
+    assert {*texts(pasts[0])} == {"1", "4", "7"}
+    assert (await scene.call("STREAM.NAMES"))["streams"] == [STREAM]
 
 
 async def test_who_is_overtaken_while_agreeing_takes_what_is_there(
@@ -448,6 +460,32 @@ async def test_only_what_is_behind_a_number_is_read(scene: Scene, messages: int)
         assert empty.floor == empty.top and not empty.entries
 
 
+@pytest.mark.parametrize("after", [0, 2, 4])
+async def test_what_is_dropped_while_it_is_read_is_told(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """A server that sends one message at a time leaves more time for that."""
+    process, window = await scene.process(ROOM), Window(3, 300.0, 1000)
+    await process.keep(*range(6), window=window)
+    await until(lambda: len(process.came) == 6)
+    at = Position(process.stamps()[0].epoch, process.stamps()[after].number)
+    read, is_first = pachinko_cluster.JetStream._messages, True
+
+    async def late(self: Any, stream: Any, kept: str, start: int, top: int) -> Any:
+        nonlocal is_first
+        if not is_first:
+            return await read(self, stream, kept, start, top)
+        is_first = False
+        await process.keep(6, 7, window=window)
+        return [each for each in await read(self, stream, kept, start, top) if each.number <= top]
+
+    monkeypatch.setattr(pachinko_cluster.JetStream, "_messages", late)
+    past = await process.nats.past(ROOM, 9, at)
+    await until(lambda: len(process.came) == 8)
+    numbers = [stamp.number for stamp in process.stamps()]
+    assert known(past, [number for number in numbers if number <= past.top])
+
+
 async def test_a_long_past_is_read_in_parts(scene: Scene) -> None:
     """The server sends a mebibyte for a question."""
     process = await scene.process()
@@ -493,10 +531,10 @@ async def test_what_comes_before_an_answer_is_delivered_before_it(scene: Scene) 
     process.deliver = slowly  # type: ignore[method-assign]  # as a slow process does
     await process.start(ROOM)
     for n in range(3):
-        await sender.keep(*range(10))
+        await sender.keep(*range(5))
         past = await process.nats.past(ROOM, n)
         assert process.stamps()[-1].number == past.top
-        assert len(process.came) == 10 * (n + 1)
+        assert len(process.came) == 5 * (n + 1)
 
 
 # A stream that is gone
@@ -542,6 +580,26 @@ async def test_a_stream_that_another_process_has_made_anew_is_read(scene: Scene)
         assert past.epoch == (await process.nats.past(ROOM, 9)).epoch
         assert texts(past) == ["new"] * (count > 0)
         await other.keep("more")
+
+
+async def test_a_stream_that_begins_with_messages_of_a_deleted_one_is_made_again(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NATS may remove files late. A process that knows the old stream would think it is there."""
+    call, epochs = pachinko_cluster.JetStream._call, list[str]()
+
+    async def with_old_files(self: Any, what: str, wanted: Any, expected: int) -> Any:
+        answer = await call(self, what, wanted, expected)
+        if what.startswith("STREAM.CREATE"):
+            epochs.append(wanted["subjects"][0].split(".")[2])
+            answer["state"]["messages"] += len(epochs) == 1
+        return answer
+
+    monkeypatch.setattr(pachinko_cluster.JetStream, "_call", with_old_files)
+    process = await scene.process()
+    await process.keep("a")
+    past = await process.nats.past(ROOM, 9)
+    assert texts(past) == ["a"] and past.epoch == epochs[-1] != epochs[0]
 
 
 async def test_a_listener_to_everything_does_not_hide_that_the_stream_is_gone(
@@ -596,6 +654,30 @@ async def test_a_stream_that_goes_again_and_again(
     process = await scene.process()
     with pytest.raises(StreamGone):
         await process.texts()
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+async def test_a_late_replica_hides_nothing(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, replicas: int
+) -> None:
+    """What it has is the top. A stream that is alone has all, and a top that stays good longer."""
+    describe = pachinko_cluster.JetStream._describe
+
+    async def replicated(self: Any, *args: Any) -> Any:
+        described = await describe(self, *args)
+        if described is not None:
+            described.config["num_replicas"] = replicas
+        return described
+
+    process = await scene.process()
+    await process.keep("a")
+    await process.keep("b", to="pachinko.g.other")
+    monkeypatch.setattr(pachinko_cluster.JetStream, "_describe", replicated)
+    past = await process.nats.past(ROOM, 9)
+    top = past.entries[-1].number
+    assert past.top == top + (replicas == 1)
+    empty = await process.nats.past("pachinko.g.empty", 9)
+    assert empty.top == top + 1
 
 
 async def test_a_late_replica_is_read_again(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,20 +49,21 @@ class Fake:
         self.lost: Any = None
 
     async def _do(self, method: str, subject: str = "") -> None:
-        self.calls.append(f"{method} {subject}".strip())
+        self.calls.append(whole := f"{method} {subject}".strip())
         if method in self.hangs:
             await asyncio.Event().wait()
-        if method in self.held:
-            await self.held[method].wait()
+        for call in (method, whole):
+            if call in self.held:
+                await self.held[call].wait()
         if method == "subscribe" and subject in self.denied:
             raise PachinkoError("not permitted")
         if method in self.fails:
             raise self.fails[method]
         await asyncio.sleep(0)
 
-    def hold(self, method: str) -> asyncio.Event:
-        """Let *method* wait until the event is set."""
-        free = self.held[method] = asyncio.Event()
+    def hold(self, call: str) -> asyncio.Event:
+        """Let *call*, a method or one with its subject, wait until the event is set."""
+        free = self.held[call] = asyncio.Event()
         return free
 
     async def start(self, deliver: Any, lost: Any) -> None:
@@ -807,19 +808,32 @@ async def test_nothing_comes_before_the_gap_for_what_was_missed(is_first: bool) 
             fake.lost(ConnectionError("gone"))
             await until(lambda: fake.count("start") == 2)
         scene.link.subscribe("ns.g.room")
-        may_subscribe = fake.hold("subscribe")
+        room, new = (fake.hold(f"subscribe ns.g.{name}") for name in ("room", "new"))
         may_start.set()
-        await until(lambda: fake.at_once)
+        await until(lambda: fake.calls[-1:] == ["subscribe ns.g.room"])
         scene.link.subscribe("ns.g.new")  # It needs another turn of subscriptions.
-        fake.held["subscribe"] = asyncio.Event()
-        may_subscribe.set()
+        room.set()
         await until(lambda: fake.calls[-1] == "subscribe ns.g.new")
         await fake.exchange.publish("ns.g.room", b"early")
-        fake.held["subscribe"].set()
+        new.set()
         await scene.link.subscribed("ns.g.new")
         assert scene.receiver.restores == [None] and scene.texts == []
         await scene.send(text="late")
         assert scene.texts == ["late"]
+
+
+async def test_who_leaves_while_all_is_subscribed_again_is_unsubscribed() -> None:
+    """As soon as the session has begun."""
+    async with linked() as scene:
+        await scene.join("room", "other")
+        other = scene.fake.hold("subscribe ns.g.other")
+        scene.fake.lost(None)
+        await until(lambda: {"ns.p.me", "ns.g.room"} <= scene.fake.subjects)
+        await until(lambda: scene.fake.at_once == 1)
+        scene.link.unsubscribe("ns.g.room")
+        other.set()
+        await until(lambda: "ns.g.room" not in scene.fake.subjects)
+        assert "ns.g.other" in scene.fake.subjects
 
 
 async def test_stopping_ends_whatever_waits() -> None:

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+from unittest.mock import patch
 
 import falcon.asgi
 import pytest
@@ -98,7 +99,7 @@ def lost(id: Id = 8) -> tuple[str, Any, Any]:
 
 
 async def test_items_have_positions() -> None:
-    """Of 96 random bits and a number."""
+    """Of 96 random bits, the process and a number."""
     count = Count()
     async with simulate(count.app) as sim:
         ada = await sim.connect("/ws")
@@ -108,7 +109,7 @@ async def test_items_have_positions() -> None:
         ats = [each.at or "" for each in ada.received]
         assert seen(ada) == [*items(0, 1, 2, 3, 4), final()]
         (token,) = {at.partition(".")[0] for at in ats[:-1]}
-        assert re.fullmatch("[0-9a-f]{24}", token)
+        assert re.fullmatch("[0-9a-f]{24}" + count.hub.process, token)
         assert ats == [*(f"{token}.{n}" for n in range(1, 6)), ""]
 
 
@@ -456,6 +457,99 @@ async def test_ways_to_resume(how: str) -> None:
         count.release(5)
         await sim.settle()
         assert sorted(seen(bob), key=repr) == sorted([*items(1, 2), final()], key=repr)
+
+
+async def test_a_message_overtakes_an_accepted_handler() -> None:
+    """A client that is in goes on, although no handler of a message may begin yet."""
+    count, is_free = Count(), asyncio.Event()
+
+    @count.ws.accepted
+    async def greet(conn: Connection) -> None:
+        if conn.user == "slow":
+            await is_free.wait()
+
+    async with simulate(count.app) as sim:
+        at = await left_alone(sim, count)
+        bob = await sim.connect("/ws", token="slow")
+        await sim.settle()
+        await bob.send("resume", {"streams": [{"id": 8, "at": at}]})
+        await sim.settle()
+        assert seen(bob) == items(1)
+        is_free.set()
+        count.release(6)
+        await sim.settle()
+        assert seen(bob) == [*items(1, 2, 3, 4), final()]
+
+
+async def left_alone(sim: Any, count: Count, got: int = 1) -> str:
+    """Let a client leave a stream after two items; return the position of one of them."""
+    ada = await sim.connect("/ws")
+    await begin(ada)
+    count.release(2)
+    await sim.settle()
+    ada.cut()
+    await sim.settle()
+    at: str = ada.received[got - 1].at
+    return at
+
+
+@pytest.mark.parametrize("is_over", [True, False])
+async def test_what_is_asked_for_twice_is_answered_once(is_over: bool) -> None:
+    """Also what is lost; ids of two kinds are two."""
+    count = Count()
+    async with simulate(count.app) as sim:
+        at = await left_alone(sim, count)
+        if is_over:
+            count.release(6)
+            await sim.settle()
+        bob = await sim.connect("/ws")
+        wanted = [{"id": id, "at": at} for id in (8, 9, "8", 9, 8, "8")]
+        await bob.send("resume", {"streams": [{"id": 8, "at": "x.1"}, *wanted]})
+        count.release(6)
+        await sim.settle()
+        assert sorted(map(repr, seen(bob))) == sorted(
+            map(repr, [*items(1, 2, 3, 4), final(), lost(9), lost("8")])
+        )
+
+
+@pytest.mark.parametrize("at", ["x.1", "{at}"])
+async def test_a_client_that_does_not_read_is_read_no_further(at: str) -> None:
+    """Or it would fill the memory with answers; once it reads, it goes on."""
+    count = Count()
+    async with simulate(count.app) as sim:
+        at = at.replace("{at}", await left_alone(sim, count))
+        count.release(6)
+        await sim.settle()
+        bob = await sim.connect("/ws")
+        bob.stall()
+        for _ in range(50):
+            await bob.send("resume", {"streams": [{"id": 8, "at": at}]})
+        await sim.settle()
+        assert bob.conn.outgoing.outbox is not None
+        assert len(bob.conn.outgoing.outbox.queue) < 20
+        bob.resume()
+        await sim.settle()
+        assert len([each for each in seen(bob) if each in (lost(), final())]) == 50
+
+
+async def test_a_client_that_goes_as_it_comes_in_takes_nothing() -> None:
+    """The stream stays alone, and ends with its seconds."""
+    count = Count(30)
+    async with simulate(count.app) as sim:
+        at = await left_alone(sim, count)
+        opening = pachinko.Outgoing.open
+
+        def opened(outgoing: pachinko.Outgoing) -> None:
+            opening(outgoing)
+            outgoing.lost()  # as when the first write fails
+
+        with patch.object(pachinko.Outgoing, "open", opened):
+            await sim.connect("/ws", query=resume(at))
+        await sim.settle()
+        assert len(count.kept) == 1
+        await sim.advance(30)
+        await sim.settle()
+        assert count.kept == [] and count.ended == ["cancelled"]
 
 
 @pytest.mark.parametrize("is_inside", [True, False])
@@ -1062,7 +1156,7 @@ class Counts:
 
 @pytest.mark.parametrize("got", [1, 2, 3])
 async def test_another_process_goes_on_with_it(got: int) -> None:
-    """It asks the one that has the stream for its items; each comes once, and the end."""
+    """It asks the one that the position names for items; each comes once, and the end."""
     counts = Counts()
     async with simulate(counts) as sim:
         other = await sim.process()
@@ -1070,10 +1164,10 @@ async def test_another_process_goes_on_with_it(got: int) -> None:
         await begin(ada, to=7)
         counts.made[0].release(3)
         await sim.settle()
-        at, ids = ada.received[got - 1].at, [ada.conn.id]
+        at = ada.received[got - 1].at
         ada.cut()
         await sim.settle()
-        bob = await other.connect("/ws", query=resume(at, ids=ids))
+        bob = await other.connect("/ws", query=resume(at))
         await sim.settle()
         assert seen(bob) == items(*range(got, 3))
         for n in range(3, 7):
@@ -1287,14 +1381,16 @@ async def test_an_outage_in_between() -> None:
         assert [each for each in seen(bob) if each[0] != "gap"] == [*items(1, 2), final()]
 
 
-async def test_no_process_has_it() -> None:
-    """Of those that the client was connected to, and others are not asked."""
+@pytest.mark.parametrize("at", [None, "0" * 36 + ".1", "0" * 24 + "{process}.1", "0" * 24 + ".1"])
+async def test_no_process_has_it(at: str | None) -> None:
+    """Of those that the position names, or the client was connected to; no others are asked."""
     counts = Counts()
     async with simulate(counts) as sim:
         other = await sim.process()
         ada, eve = await sim.connect("/ws"), await other.connect("/ws")
         ids = [ada.conn.id, eve.conn.id, "x", "f" * 24, 5]
-        bob = await other.connect("/ws", query=resume("0" * 24 + ".1", ids=ids))
+        at = at and at.replace("{process}", counts.made[0].hub.process)
+        bob = await other.connect("/ws", token="bob", query=resume(at, ids=ids))
         await sim.advance(60)
         assert seen(bob) == [lost()]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
+from support import until
 from test_archive import (
     ROOM,
     SEVEN,
@@ -23,7 +25,7 @@ from test_archive import (
 import pachinko
 import pachinko_cluster
 from pachinko import Hub, PachinkoError, Window, simulate
-from pachinko_cluster import SimulatedConnection, read_rules, write_rules
+from pachinko_cluster import SimulatedBroker, SimulatedConnection, read_rules, write_rules
 
 
 @pytest.fixture
@@ -52,6 +54,48 @@ async def test_who_was_there_before_the_app_learns_of_its_rules() -> None:
             await sim.settle()
             assert heard(client) == [("resume", 0), 1]
             assert await program.position(ROOM) == last(client)
+
+
+async def test_rules_that_come_while_a_process_connects_are_learned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The broker had none when it asked, and it was told of them before it was connected."""
+    broker, agree = SimulatedBroker(), SimulatedConnection.agree
+    (app, theirs), (program, ours) = ((Hub(), broker.connection()) for _ in range(2))
+    app.keep("room:")
+    app.configure(theirs)
+    program.configure(ours)
+    opened = list[Hub]()
+
+    async def late(self: SimulatedConnection, *given: Any) -> bytes:
+        found = await agree(self, *given)
+        if self is ours and not opened:
+            opened.append(await stack.enter_async_context(app.open()))
+            await until(ours.messages.empty)
+        return found
+
+    monkeypatch.setattr(SimulatedConnection, "agree", late)
+    async with contextlib.AsyncExitStack() as stack, program.open():
+        await until(lambda: program.state.history is not None)
+
+
+async def test_the_rules_outlast_the_app() -> None:
+    """What is sent while no process of it runs, for a deployment, is kept as well."""
+    sim = simulate(app_of())
+    async with sim:
+        client = await enter(sim)
+        await say(sim, 1)
+        await sim.settle()
+        at = last(client)
+        sim.kill()
+        await sim.advance(3600)
+        program = Hub()
+        program.configure(sim.broker.connection("0"))
+        async with program.open():
+            await program.send(ROOM, "said", 2)
+        client = await enter(await sim.process(), at)
+        await sim.settle()
+        assert heard(client) == [2, ("resume", 1)]
 
 
 async def test_rules_come_again_after_a_broker_has_forgotten_them() -> None:

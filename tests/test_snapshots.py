@@ -396,6 +396,53 @@ async def test_none_sends_nothing() -> None:
 # When
 
 
+@pytest.mark.parametrize("query", [{}, FIRST])
+async def test_none_takes_the_place_of_nothing(query: dict[str, str]) -> None:
+    """What was sent while it waited for its turn comes, since no state has it."""
+    room, joined, enters = Room(), asyncio.Event(), asyncio.Event()
+
+    @room.ws.connect
+    async def enter(conn: Connection) -> None:
+        joined.set()
+        await enters.wait()
+
+    @room.ws.snapshot("room:")
+    async def nothing(conn: Connection, group: str) -> None:
+        await asyncio.sleep(0)
+
+    async with running(room) as sim:
+        coming = asyncio.create_task(sim.connect("/ws", query=query))
+        await joined.wait()
+        await room.say(1, 2)
+        enters.set()
+        client = await coming
+        await sim.settle()
+        await room.say(3)
+        verdict = [("resume", 0)] if query else []
+        assert shown(client) == [*verdict, ("said at 1", 1), ("said at 2", 2), ("said at 3", 3)]
+
+
+@pytest.mark.parametrize("query", [{}, FIRST])
+async def test_a_gap_is_told_that_none_stands_for(query: dict[str, str]) -> None:
+    """To who does not resume, too: no state says it."""
+    room = Room()
+
+    @room.ws.snapshot("room:")
+    async def nothing(conn: Connection, group: str) -> None:
+        pass
+
+    async with running(room) as sim:
+        client = await sim.connect("/ws", query=query)
+        await room.say(1)
+        await sim.settle()
+        assert room.hub.state.history is not None
+        room.hub.state.history.lose("room:a", "broker")
+        await sim.settle()
+        assert shown(client)[-1] == ("gap" if query else "gap at 1", "broker")
+        await room.say(2)
+        assert shown(client)[-1] == ("said at 2", 2)
+
+
 async def test_it_runs_after_the_accept() -> None:
     """However long before that the client has joined."""
     room, let_in = Room().takes(), asyncio.Event()
@@ -552,8 +599,18 @@ async def test_it_runs_in_the_context_of_its_client() -> None:
         assert not room.hub.state.history._contexts
 
 
+@pytest.mark.parametrize("takes", [True, False])
+async def test_only_clients_that_may_get_one_cost_something(takes: bool) -> None:
+    """Of an endpoint without snapshots no context is kept."""
+    room = Room().takes() if takes else Room()
+    async with running(room) as sim:
+        await sim.connect("/ws")
+        assert room.hub.state.history is not None
+        assert len(room.hub.state.history._contexts) == takes
+
+
 async def test_one_for_who_was_in_before_it_was_registered() -> None:
-    """As for anybody else."""
+    """As for anybody else, but in a context of its own: that of its client was not kept."""
     room = Room(groups=())
 
     @room.ws.connect
@@ -569,7 +626,7 @@ async def test_one_for_who_was_in_before_it_was_registered() -> None:
 
         await room.hub.join("room:a", client.conn)
         await sim.settle()
-        assert shown(client) == [("state at 0", ["ada"])]
+        assert shown(client) == [("state at 0", ["nobody"])]
 
 
 # What fails
@@ -752,7 +809,7 @@ async def test_who_has_left_the_group_gets_no_state(does: Any) -> None:
 
 
 async def test_who_has_left_before_its_turn_costs_no_call() -> None:
-    """Nor does who has left, and was overtaken."""
+    """Nor does who has left, and was overtaken; and nothing is kept of those who have left."""
     room = Room(held=asyncio.Event()).takes()
     async with running(room) as sim:
         for _ in range(16):
@@ -761,7 +818,8 @@ async def test_who_has_left_before_its_turn_costs_no_call() -> None:
         for _ in range(3):
             await client.request("leave", "room:a")
             await client.request("join", "room:a")
-        assert room.held is not None
+        assert room.held is not None and room.hub.state.history is not None
+        assert len(room.hub.state.history._loads) == 1
         room.held.set()
         await sim.settle()
         assert room.calls.count("late") == 1

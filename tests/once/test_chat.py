@@ -236,6 +236,12 @@ def say(page: Page, text: str) -> None:
     box(page).press("Enter")
 
 
+def come_back(page: Page) -> None:
+    """Connect again, now that the server is there, without the wait before the next attempt."""
+    page.evaluate("client.retry()")
+    expect(page.get_by_role("status")).to_have_text("Connected", timeout=2 * PATIENCE * 1000)
+
+
 def bubble(page: Page, text: str) -> Locator:
     return page.get_by_role("log").locator(".bubble", has_text=text)
 
@@ -506,15 +512,17 @@ def test_both_come_back_after_a_crash(open_page: Open, own_server: Server) -> No
 
 def test_reconnect_now(open_page: Open, own_server: Server) -> None:
     """The button and the browser's ``online`` event try at once, however long the wait would be."""
-    ada = open_page("Ada", own_server)
-    now = ada.get_by_role("button", name="Reconnect now")
-    for retry in (now.click, lambda: ada.evaluate("dispatchEvent(new Event('online'))")):
-        ada.evaluate(LONG_WAIT)
-        own_server.kill()
-        expect(ada.locator("#countdown")).to_have_text(re.compile(r"in \d\d s"))
-        own_server.start()
-        retry()
-        expect(ada.get_by_role("status")).to_have_text("Connected", timeout=8000)
+    ada, bob = open_page("Ada", own_server), open_page("Bob", own_server)
+    for page in (ada, bob):
+        page.evaluate(LONG_WAIT)
+    own_server.kill()
+    for page in (ada, bob):
+        expect(page.locator("#countdown")).to_have_text(re.compile(r"in \d\d s"))
+    own_server.start()
+    ada.get_by_role("button", name="Reconnect now").click()
+    bob.evaluate("dispatchEvent(new Event('online'))")
+    for page in (ada, bob):
+        expect(page.get_by_role("status")).to_have_text("Connected", timeout=8000)
 
 
 def test_a_message_cut_off_is_the_persons_choice(open_page: Open, own_server: Server) -> None:
@@ -528,7 +536,7 @@ def test_a_message_cut_off_is_the_persons_choice(open_page: Open, own_server: Se
     expect(ada.locator(".mine")).to_contain_text("May not have arrived")
     ada.evaluate("() => { WebSocket.prototype.send = sends; }")
     own_server.start()
-    expect(ada.get_by_role("status")).to_have_text("Connected", timeout=2 * PATIENCE * 1000)
+    come_back(ada)
     ada.get_by_role("button", name="Send again").click()
     expect(ada.locator(".mine")).to_have_attribute("data-state", "")
     expect(ada.locator(".mine")).not_to_contain_text("May not have arrived")
@@ -706,9 +714,8 @@ def test_a_burst_goes_on_after_a_restart(open_page: Open, own_server: Server) ->
     queued = ada.locator(".mine[data-state=queued] .bubble").all_text_contents()
     assert queued
     own_server.start()
-    expect(bob.get_by_role("status")).to_have_text("Connected", timeout=2 * PATIENCE * 1000)
-    ada.evaluate("client.retry()")
-    expect(ada.get_by_role("status")).to_have_text("Connected")
+    come_back(bob)
+    come_back(ada)
     undecided = ada.locator(".mine:not([data-state='']):not([data-state=unsure])")
     expect(undecided).to_have_count(0, timeout=2 * PATIENCE * 1000)
     heard = bob.locator(".bubble").all_text_contents()
@@ -893,6 +900,8 @@ def test_the_page_comes_back_unless_that_is_in_vain(staged: Staged, is_final: bo
         ada.get_by_role("button", name="Try again" if is_final else "Reconnect now").click()
         expect(status).to_have_text("Connected")
     assert len(stage.sockets) == 1 + len(FINAL if is_final else PASSING)
+    away = ada.get_by_text("Messages sent while you were away are not shown.")
+    expect(away).to_have_count(len(FINAL) if is_final else 0)
 
 
 def test_a_server_that_asks_for_patience_gets_it(staged: Staged) -> None:
@@ -962,7 +971,7 @@ def test_the_list_of_people_outlives_the_connection(open_page: Open, own_server:
     expect(ada.get_by_role("list", name="Here now")).to_contain_text("you")
     bob.context.close()
     own_server.start()
-    expect(ada.get_by_role("status")).to_have_text("Connected", timeout=2 * PATIENCE * 1000)
+    come_back(ada)
     expect(people(ada)).to_have_text(["Ada"])
     expect(ada.get_by_text("before the connection was lost")).to_be_hidden()
 

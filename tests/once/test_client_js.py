@@ -5,13 +5,14 @@ The server is a script, so that each test decides what the client sees.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from javascript import InBrowser, InNode, Script
-from support import until
+from support import PATIENCE, until
 
 Js = InBrowser | InNode
 
@@ -62,6 +63,19 @@ async def test_a_binary_frame_is_none_of_its_business(js: Js, script: Script) ->
     assert await js.run("() => c.log") == [["$state", "open"], ["a", 1]]
 
 
+async def test_what_is_no_message_does_no_harm(js: Js, script: Script) -> None:
+    """It is reported, or passed over, and what follows is read; in Node the process goes on."""
+    await begin(js, script)
+    peer = await script.accept()
+    await js.run("() => { globalThis.reportError = ({name}) => c.log.push(name); log(c, 'a'); }")
+    for text in ("no JSON", "", "null", "7", "[]", '"a"', "{}", '{"type":"$state","payload":1}'):
+        await peer.socket.send(text)
+    await peer.send("a", 1, id=None)
+    await js.run("() => until(() => c.log.at(-1)[0] === 'a')")
+    errors = ["SyntaxError", "SyntaxError", "TypeError"]
+    assert await js.run("() => c.log") == [["$state", "open"], *errors, ["a", 1]]
+
+
 async def test_a_listener_can_be_taken_away(js: Js, script: Script) -> None:
     """``on`` returns what ends it; the other listeners of the type stay."""
     await begin(js, script)
@@ -70,6 +84,34 @@ async def test_a_listener_can_be_taken_away(js: Js, script: Script) -> None:
     await peer.send("a", 1)
     await js.run("() => until(() => c.log.length > 1)")
     assert await js.run("() => c.log") == [["$state", "open"], ["a", 1]]
+
+
+async def test_listeners_do_not_disturb_each_other(js: Js, script: Script) -> None:
+    """Who has been taken away is not called any more, and nobody hears of a state that is over."""
+    await begin(js, script, HELD)
+    await js.run("""() => {
+      const off = c.on('a', () => later());
+      const later = c.on('a', () => c.log.push('never'));
+      c.on('a', () => { off(); c.log.push('a'); });
+      c.states = [];
+      c.on('$state', (state) => { if (state === 'waiting') c.retry(); });
+      c.on('$state', (state) => { if (state === 'connecting') c.close(); });
+      c.on('$state', (state) => c.states.push(state));
+      give(null);
+    }""")
+    peer = await script.accept()
+    await peer.send("a")
+    await js.run("() => until(() => c.log.at(-1) === 'a')")
+    peer.cut()
+    await js.run("() => until(() => c.state === 'closed')")
+    assert await js.run("() => c.states") == ["open", "closed"]
+    assert await js.run("() => c.log") == [
+        ["$state", "open"],
+        "a",
+        ["$state", "waiting"],
+        ["$state", "connecting"],
+        ["$state", "closed"],
+    ]
 
 
 async def test_a_request_has_one_answer(js: Js, script: Script) -> None:
@@ -109,11 +151,27 @@ async def test_a_request_may_have_a_time_limit(js: Js, script: Script) -> None:
     await begin(js, script, HELD)
     unsent = await js.run("() => outcome(c.request('a', 1, {timeout: 10}))")
     assert (unsent["name"], unsent["sent"]) == ("TimeoutError", False)
-    await js.run("() => { give(null); c.asked = outcome(c.request('b', 2, {timeout: 200})); }")
+    await js.run("() => { give(null); return until(() => c.state === 'open'); }")
+    await js.run("() => { c.asked = outcome(c.request('b', 2, {timeout: 1})); }")
     peer = await script.accept()
     assert (await peer.receive())["type"] == "b"
     late = await js.run("() => c.asked")
     assert (late["name"], late["sent"]) == ("TimeoutError", True)
+
+
+async def test_a_time_limit_may_be_none(js: Js, script: Script) -> None:
+    """One of more than 24 days is as good as none: it does not end at once."""
+    await begin(js, script)
+    peer = await script.accept()
+    await js.run("""() => {
+      const limits = [Infinity, 2 ** 31, 2 ** 40, undefined, null];
+      c.asked = limits.map((timeout) => outcome(c.request('a', 1, {timeout})));
+    }""")
+    asked = [await peer.receive() for _ in range(5)]
+    await js.run("() => new Promise((wake) => setTimeout(wake, 5))")
+    for each in asked:
+        await peer.send("a.reply", 2, id=each["id"])
+    assert await js.run("() => Promise.all(c.asked)") == [{"value": 2}] * 5
 
 
 async def test_a_request_may_be_given_up(js: Js, script: Script) -> None:
@@ -134,6 +192,24 @@ async def test_a_request_may_be_given_up(js: Js, script: Script) -> None:
     while types[-1] != "next":  # The second one may have been sent.
         types.append((await peer.receive())["type"])
     assert types in (["next"], ["a", "next"])
+
+
+async def test_what_is_no_json_is_an_error_of_its_own(js: Js, script: Script) -> None:
+    """Where it is sent; the next message goes on."""
+    await begin(js, script, HELD)
+    code = """async () => {
+      const names = [], loop = {}; loop.loop = loop;
+      for (const payload of [1n, loop, { toJSON() { throw new TypeError(); } }]) {
+        try { c.send('a', payload); } catch (error) { names.push(error.name); }
+        try { c.stream('a', payload); } catch (error) { names.push(error.name); }
+        names.push((await outcome(c.request('a', payload))).name);
+      }
+      give(null);
+      c.send('next');
+      return names;
+    }"""
+    assert await js.run(code) == ["TypeError"] * 9
+    assert await (await script.accept()).receive() == {"type": "next"}
 
 
 async def test_a_lost_request_says_whether_it_was_sent(js: Js, script: Script) -> None:
@@ -204,6 +280,86 @@ async def test_a_stream_is_stopped_by_who_leaves(js: Js, script: Script, way: st
     assert await peer.receive() == {"type": "done"}
 
 
+async def test_a_stream_leaves_nothing_at_its_signal(in_node: InNode, script: Script) -> None:
+    """A signal may outlive many: each takes its listener away, however it ends."""
+    js = in_node
+    await begin(js, script)
+    peer = await script.accept()
+    await js.run("""() => {
+      c.abort = new AbortController();
+      const { getEventListeners } = process.getBuiltinModule('node:events');
+      c.left = () => getEventListeners(c.abort.signal, 'abort').length;
+      c.start = (payload) => c.stream('a', payload, {signal: c.abort.signal});
+      c.all = [c.start(), c.start(), c.start(), c.start()];
+      c.all[0].return();
+      try { c.start(1n); } catch {}
+    }""")
+    asked = [await peer.receive() for _ in range(5)]
+    assert await js.run("() => c.left()") == 3
+    await peer.send("complete", id=asked[1]["id"])
+    await peer.send("error", {"code": "broken"}, id=asked[2]["id"])
+    await js.run("async () => { await c.all[1].next(); await outcome(c.all[2].next()); }")
+    assert await js.run("() => c.left()") == 1
+    await js.run("() => { c.close(); }")
+    assert await js.run("() => c.left()") == 0
+    thrown = "() => { c.abort.abort(); try { c.start(); } catch (error) { return error.name; } }"
+    assert await js.run(thrown) == "AbortError"
+
+
+# A connection that says nothing, as the global `socket`, and notes what is sent, as `sent`.
+MUTE = """
+globalThis.sent = [];
+globalThis.WebSocket = class {
+  readyState = 0;
+  bufferedAmount = 0;
+  constructor() { globalThis.socket = this; }
+  open() { this.readyState = 1; this.onopen(); }
+  send(text) { sent.push(JSON.parse(text).type); }
+  close(code) { sent.push(`close ${code}`); }
+};
+"""
+
+
+async def test_a_stream_is_stopped_also_where_nothing_else_may_be_sent(
+    in_node: InNode, script: Script
+) -> None:
+    """The browser's own buffer is full; the server makes no more items for nobody."""
+    await in_node.load(script.url)
+    code = f"""async () => {{
+      {MUTE}
+      const c = connect('ws://localhost'), items = c.stream('a');
+      await until(() => globalThis.socket);
+      socket.open();
+      socket.bufferedAmount = 2 ** 20 + 1;
+      await items.return();
+      const refused = await outcome(c.request('b'));
+      c.close();
+      return [refused.sent, ...sent];
+    }}"""
+    assert await in_node.run(code) == [False, "a", "complete", "close 1000", "close undefined"]
+
+
+async def test_a_failed_attempt_may_be_an_error_only(in_node: InNode, script: Script) -> None:
+    """Node 22 tells no more of a server that is not there; a connection that was has its code."""
+    await in_node.load(script.url)
+    code = f"""async () => {{
+      {MUTE}
+      const c = log(connect('ws://localhost')), told = [];
+      c.on('$state', (state, detail) => told.push([state, detail?.code ?? null]));
+      await until(() => globalThis.socket);
+      socket.onerror();
+      socket = undefined;
+      c.retry();
+      await until(() => socket);
+      socket.open();
+      socket.onerror?.();
+      socket.onclose({{ code: 4403, reason: '' }});
+      return told;
+    }}"""
+    told = [["waiting", 1006], ["connecting", None], ["open", None], ["closed", 4403]]
+    assert await in_node.run(code) == told
+
+
 async def test_several_may_wait_for_a_stream(js: Js, script: Script) -> None:
     """Each ``next()`` gets an item of its own, and those behind the end are told of it."""
     await begin(js, script)
@@ -271,15 +427,29 @@ async def test_questions_are_answered(js: Js, script: Script) -> None:
     assert (await peer.receive())["payload"]["code"] == "unknown_type"
 
 
-async def test_a_bug_in_an_answer_is_not_told(tab: InBrowser, script: Script) -> None:
+BUGS = {
+    "an error": "() => { throw new Error('s3cret'); }",
+    "a rejection": "async () => { throw new Error('s3cret'); }",
+    "no error": "() => { throw undefined; }",
+    "a number that JSON does not have": "() => 1n",
+    "a circle": "() => { const a = {}; return a.a = a; }",
+    "details that are no JSON": "() => { throw new MessageError('a', 'b', {c: 1n}); }",
+}
+
+
+async def test_a_bug_in_an_answer_is_not_told(js: Js, script: Script) -> None:
     """The server learns that there is none; the page sees the bug as any other."""
-    await begin(tab, script)
-    await tab.run("() => { c.answer('double', () => { throw new Error('s3cret'); }); }")
+    await begin(js, script)
+    bugs = ", ".join(f"c.answer({json.dumps(name)}, {code})" for name, code in BUGS.items())
+    await js.run(f"() => {{ globalThis.reportError = (e) => c.log.push(`${{e}}`); {bugs}; }}")
     peer = await script.accept()
-    await peer.send("double", 4, id="$1")
-    answer = await peer.receive()
-    assert answer["payload"] == {"code": "internal_error", "message": "internal_error"}
-    await until(lambda: tab.complaints == ["s3cret"])
+    for n, name in enumerate(BUGS):
+        await peer.send(name, 4, id=f"${n}")
+        payload = {"code": "internal_error", "message": "internal_error"}
+        assert await peer.receive() == {"type": "error", "id": f"${n}", "payload": payload}
+    errors = (await js.run("() => c.log"))[1:]
+    assert errors[:3] == ["Error: s3cret", "Error: s3cret", "undefined"]
+    assert len(errors) == len(BUGS)
 
 
 async def test_an_answer_belongs_to_its_connection(js: Js, script: Script) -> None:
@@ -344,6 +514,21 @@ async def test_a_close_code_says_what_to_do(js: Js, script: Script) -> None:
         assert code in STOPS or low <= detail["wait"] <= 2 * low, code
 
 
+async def test_who_is_here_does_not_wait(js: Js, script: Script) -> None:
+    """What the server had sent before it closed does not count for the answer to ``$ping``."""
+    await begin(js, script)
+    await js.run("() => { c.on('$state', (_, detail) => { c.wait ??= detail?.wait; }); }")
+    for last, low, high in (("a", 0, 0), ("$pong", 5_000, 20_000)):
+        peer = await script.accept()
+        await js.run("() => until(() => c.state === 'open')")
+        await js.run("() => { c.wait = undefined; c.retry(); }")
+        assert (await peer.receive())["type"] == "$ping"
+        await peer.send(last)
+        await peer.close(1013)
+        await js.run("() => until(() => c.wait !== undefined)")
+        assert low <= await js.run("() => c.wait") <= high
+
+
 @pytest.mark.parametrize("code", [3401, 4401])
 async def test_a_token_is_renewed_once(js: Js, script: Script, code: int) -> None:
     """After …401 a function is asked for a fresh one; if that is refused, too, the client stops."""
@@ -391,6 +576,25 @@ async def test_a_server_may_know_no_tokens(js: Js, script: Script) -> None:
     assert await peer.receive() == {
         "type": "resume", "payload": {"groups": {"g": "e.1"}}
     }  # fmt: skip
+    assert await peer.receive() == {"type": "next"}
+
+
+async def test_a_token_may_be_read_later(js: Js, script: Script) -> None:
+    """A server that cannot look at it now is no server without tokens: nothing is sent to it."""
+    await begin(js, script, "{token: 's3cret'}")
+    await js.run("() => { c.send('next'); c.on('$state', (_, detail) => { c.detail = detail; }); }")
+    for n, code in enumerate(("internal_error", "handler_timeout", "too_busy", "rate_limited")):
+        peer = await script.accept()
+        asked = await peer.receive()
+        await peer.send("error", {"code": code, "message": "not now"}, id=asked["id"])
+        await js.run("() => until(() => c.state === 'waiting')")
+        detail = await js.run("() => c.detail")
+        assert detail["reason"] == "not now"
+        assert 5_000 <= detail["wait"] <= (20_000 if n else 10_000)
+        await js.run("() => { c.retry(); }")
+    peer = await script.accept()
+    asked = await peer.receive()
+    await peer.send("authenticate.reply", id=asked["id"])
     assert await peer.receive() == {"type": "next"}
 
 
@@ -497,6 +701,19 @@ async def test_importing_does_nothing(js: Js, script: Script) -> None:
     await js.load(script.url)
     if isinstance(js, InNode):
         assert set(await js.run("() => process.getActiveResourcesInfo()")) == {"PipeWrap"}
+    else:
+        used = """async () => {
+          const used = [], targets = [globalThis, document, Storage.prototype];
+          const names = ['setTimeout', 'addEventListener', 'fetch', 'WebSocket', 'getItem'];
+          for (const target of targets) for (const name of names.filter((each) => each in target)) {
+            const own = target[name];
+            target[name] = (...args) => (used.push(name), own(...args));
+          }
+          await import('/pachinko.js?again');
+          setTimeout(() => {});
+          return used;
+        }"""
+        assert await js.run(used) == ["setTimeout"]  # It would have been seen.
     assert script.attempts == 0
 
 
@@ -504,4 +721,35 @@ async def test_an_address_has_to_be_one(js: Js, script: Script) -> None:
     """A wrong one is an error at once, and no endless attempt."""
     await js.load(script.url)
     code = "(url) => { try { connect(url); } catch (error) { return error.name; } }"
-    assert await js.run(code, "http://[") == "TypeError"
+    for url in ("http://[", "ftp://example.com", "file:///ws", "data:,ws", "mailto:a@example.com"):
+        assert await js.run(code, url) == "TypeError"
+
+
+WAYS = {  # to a state of the client
+    "a token is asked for": "connect(url, {token: () => new Promise(() => {})})",
+    "it connects": "connect(url)",
+    "it is open": "connect(url)",
+    "it waits": "connect(url.replace(/[0-9]+$/, '1'))",
+}
+
+
+async def test_a_program_ends_after_its_client(in_node: InNode, script: Script) -> None:
+    """No timer and no connection is left of a client that is closed, whatever it did."""
+    js = in_node
+    await js.load(script.url)
+    for way, code in WAYS.items():
+        await js.run(f"(url) => {{ globalThis.c = log({code}, '$state'); }}", script.url)
+        if way == "it is open":
+            await js.run("() => until(() => c.state === 'open')")
+        if way == "it waits":
+            await js.run("() => until(() => c.state === 'waiting')")
+        await js.run("""() => {
+          c.asked = [outcome(c.request('a', 1, {timeout: 60_000})), outcome(c.stream('b').next())];
+          c.log = [];
+          c.close(4000, 'done');
+        }""")
+        assert [lost["name"] for lost in await js.run("() => Promise.all(c.asked)")] == ["Lost"] * 2
+        async with asyncio.timeout(PATIENCE):
+            while set(await js.run("() => process.getActiveResourcesInfo()")) != {"PipeWrap"}:
+                pass
+        assert await js.run("() => c.log.map(([, state]) => state)") == ["closed"], way

@@ -124,13 +124,18 @@ async def test_positions_begin_where_the_page_does(js: Js, script: Script) -> No
 
 
 NOTES = ["", "no JSON", "null", "[]", "7", '{"groups":7,"ids":7,"streams":7}', '{"ids":{}}']
+NOTES += [f'{{"streams":[{stream}]}}' for stream in ("null", "1", "{}", '{"id":"x"}', '{"id":1.5}')]
 
 
-@pytest.mark.parametrize("text", NOTES)
-async def test_a_storage_may_hold_anything(js: Js, script: Script, text: str) -> None:
-    """What is no note of the client's is none; one that denies access is as good as none."""
-    await begin(js, script, f"{{storage: holding(url, '{text}')}}")
-    assert resume_of((await script.accept()).path) == {}
+async def test_a_storage_may_hold_anything(js: Js, script: Script) -> None:
+    """What is no note of the client's is none, and its ids are numbers all the same."""
+    for text in NOTES:
+        await begin(js, script, f"{{storage: holding(url, '{text}')}}")
+        await js.run("() => { c.request('a').catch(() => {}); }")
+        peer = await script.accept()
+        assert resume_of(peer.path) == {}, text
+        assert (await peer.receive())["id"] == 1, text
+        await js.run("() => { c.close(); }")
 
 
 async def test_a_storage_may_deny_access(js: Js, script: Script) -> None:

@@ -95,6 +95,10 @@ async def test_tokens_go_on_after_a_reload(example: Any, server: Server, tab: In
     await page.reload()
     await expect(page.locator("p").first).to_have_text(whole.strip())
     await expect(page.get_by_role("button", name="Stop")).to_be_hidden()
+    # A page that is reloaded before the first token of another answer has not kept the last one.
+    await page.get_by_label("Ask").fill("and?")
+    code = "() => { document.forms[0].requestSubmit(); return sessionStorage.text; }"
+    assert await page.evaluate(code) == ""
 
 
 @pytest.mark.parametrize("example", ["tokens"], indirect=True)
