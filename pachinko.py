@@ -5733,7 +5733,8 @@ class History:
         fetch: Callable[[Cursor, Position | None], None] = Cursor.begin,
     ) -> None:  # fmt: skip
         """Begin, for the members in *registry*. *fetch* lets one begin when its ring is ready."""
-        self._registry, self.fetch = registry, fetch
+        self._registry = registry
+        self.fetch: Callable[[Cursor, Position | None], None] = fetch
 
     def greet(self, conn: Connection, value: Any, is_announced: bool) -> None:
         """Take the *value* in the handshake, or that a message with another *is_announced*."""
@@ -7567,8 +7568,7 @@ class Resumable(Answering):
 
     def start(self, handler: Handler, message: Received) -> None:
         """Run the generator in a task of its own."""
-        session = cast("Session", self._carrier)
-        session.take_stream(self._id, self._stream)
+        cast("Session", self._carrier).take_stream(self._id, self._stream)
         self.add_task(self._run(handler, message))
 
     async def _run(self, handler: Handler, message: Received) -> None:
@@ -7689,7 +7689,8 @@ class Resumable(Answering):
         if self._final is None:
             cast(Timer, self._timer).cancel()
             del self._hub_state.registry.alone[self._token]
-            self._carrier, self.outgoing = session, session.outgoing
+            self._carrier = session
+            self.outgoing: Outgoing = session.outgoing
             session.take_stream(self._id, self._stream)
         else:
             waiting.append(Waiting(text_event(self._final)))
@@ -7789,8 +7790,7 @@ def go_on_streams(session: Session, value: Any) -> None:
     if session.outgoing.closed:
         return
     registry, every = session.conn.hub.state.registry, wanted_streams(value)
-    is_any = any(wanted.token is None for wanted in every)
-    own = _own(registry, session.conn.user) if is_any else []
+    own = _own(registry, session.conn.user) if any(one.token is None for one in every) else []
     for wanted in every:
         if wanted.id in session.streams:
             continue  # It has begun another one under that id.

@@ -212,8 +212,11 @@ _FORGET = 86_400.0  # seconds that the position of a quiet group outlasts its me
 # An epoch becomes a part of JSON texts as it is. A peer message, which begins with a brace, has no
 # stamp.
 _STAMP = re.compile(rb"([\w.:-]{1,100}) (\d{1,19}) (\d{1,19})\n")
-# What processes agree on are rules: messages, seconds and bytes, by the prefix of a group.
-decode_rules = msgspec.json.Decoder(dict[str, tuple[int, float, int]]).decode
+
+
+def decode_rules(data: bytes | str) -> dict[str, tuple[int, float, int]]:
+    """Return what processes agree on: messages, seconds and bytes, by the prefix of a group."""
+    return msgspec.json.decode(data, type=dict[str, tuple[int, float, int]])
 
 
 class Stamp(NamedTuple):
