@@ -469,7 +469,7 @@ class JetStream:
         after = needed.number if needed is not None and needed.epoch == epoch else 0
         [last] = await self._ask(f"$JS.API.DIRECT.GET.{stream.name}.{kept}")
         top = 0 if last.status else last.number
-        if top and (not count or top <= after):
+        if top and (not count or top == after):
             return Past(epoch, top, top, [])
         async with self._reads:
             # The order counts: what is described is not newer than the messages that are read.
@@ -478,7 +478,7 @@ class JetStream:
                 raise StreamGone("the stream was made anew")
             found = await self._messages(now, kept, after + 1, top) if top or now.count else []
         last_found = found[-1].number if found else 0
-        if last_found < top:
+        if last_found < top and after < top:
             raise StreamGone("the stream has changed, or a replica is late")
         # What was described is whole. What was read is not, if the replica that was asked is late.
         is_late = now.count and now.config["num_replicas"] > 1
@@ -492,7 +492,7 @@ class JetStream:
             [first] = await self._ask(f"$JS.API.DIRECT.GET.{stream.name}", oldest)
             if first.status or first.number > after:
                 raise StreamGone("messages were dropped while they were read")
-            floor = after
+            floor = min(after, latest)
         age = now.ahead + pachinko.clock.time()
         entries = [
             Entry(each.number, max(0.0, age - each.time), each.data)
@@ -2535,6 +2535,8 @@ class Feed:
         known = [at for at in known if at != NOWHERE]
         if len({at.epoch for at in known}) != 1:
             return None
+        if top != NOWHERE and any(at.number > top.number for at in known):
+            return None  # Another process knows how far the whole is, which is now asked for.
         oldest = min(at.number for at in known)
         behind = max(0, top.number - oldest)
         return Position(known[0].epoch, max(0, oldest - behind))

@@ -136,6 +136,22 @@ async def test_a_client_goes_on_in_any_process(scene: Scene) -> None:
     scene.published.check(reasons=())
 
 
+async def test_a_process_may_know_better_how_far_the_whole_is(scene: Scene) -> None:
+    """A position that it has given, behind messages to other groups, is good in any process."""
+    one, two = await scene.process(), await scene.process()
+    seat = await scene.follow(one, Follower(scene.published, "a"))
+    witness = await scene.follow(two, Follower(scene.published, "b"))
+    await scene.leave(seat)
+    sent = scene.published.begin(QUIET, "ada")
+    await two.hub.send(QUIET, "said", sent.payload)
+    await scene.say(two, 3, witness)
+    for process in (await scene.process(), two, await scene.process()):
+        seat = await scene.follow(process, seat.follower)
+        await scene.leave(seat)
+    assert seat.follower.at[QUIET] != witness.follower.at[QUIET]
+    scene.published.check(reasons=())
+
+
 async def test_what_a_process_missed_is_delivered(scene: Scene) -> None:
     """Its clients hear nothing of an outage, unless more was sent than the window holds."""
     one, two = await scene.process(), await scene.process()
