@@ -830,13 +830,7 @@ class Nats:
         """Publish a question and return the replies, in one order with messages to groups."""
         client = self._client_for(data)
         async with self._inbox_turn:
-            if not self._inbox:
-                inbox = f"_INBOX.{secrets.token_hex(8)}"
-                try:
-                    await self.subscribe(f"{inbox}.*")
-                except PachinkoError as exc:
-                    raise _no_rights_to_keep(exc) from None
-                self._inbox = inbox
+            self._inbox = self._inbox or await self._open_inbox()
         name = f"{self._inbox}.{next(_numbers)}"
         question = Question(subject.lower(), is_batch)
         self._questions[name] = question
@@ -846,6 +840,15 @@ class Nats:
                 return await question.answer
         finally:
             del self._questions[name]
+
+    async def _open_inbox(self) -> str:
+        """Subscribe to replies, and return what their subjects begin with."""
+        inbox = f"_INBOX.{secrets.token_hex(8)}"
+        try:
+            await self.subscribe(f"{inbox}.*")
+        except PachinkoError as exc:
+            raise _no_rights_to_keep(exc) from None
+        return inbox
 
     async def _take(self, deliver: Deliver, name: str, data: bytes, headers: bytes | None) -> bool:
         """Take a message. Returns False if it answers nats-py, which has asked for a lease."""
