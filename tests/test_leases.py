@@ -957,7 +957,7 @@ class Uvicorn:
     async def __aenter__(self) -> Uvicorn:
         self.process = await asyncio.create_subprocess_exec(
             sys.executable, *self.command, cwd=self.folder, env=self.environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         self.reading = asyncio.create_task(self._read())
         return self
@@ -975,9 +975,9 @@ class Uvicorn:
         return self.output
 
     async def __aexit__(self, *_: object) -> None:
-        if self.process.returncode is None:
-            self.process.kill()
-            await self.process.wait()
+        with contextlib.suppress(ProcessLookupError):  # Its workers hold the other end of the pipe.
+            os.killpg(self.process.pid, signal.SIGKILL)
+        await self.process.wait()
         await self.reading
 
 
