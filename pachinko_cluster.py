@@ -2507,10 +2507,10 @@ class Feed:
 
     async def _read(self) -> None:
         """Read the past, deliver what was missed, and let those go on who wait."""
-        group, link, rings = self._group, self._archive.link, self._rings
-        subject = self._archive.subject(group)
-        await link.subscribed(subject)  # What is sent after the past comes by the feed.
-        session, before = link.session, rings.top_of(group)
+        rings, subject = self._rings, self._archive.subject(self._group)
+        # What is sent after the past comes by the feed.
+        await self._archive.link.subscribed(subject)
+        before = rings.top_of(self._group)
         self._reads += 1
         is_whole = self._is_behind or self._is_quiet or any(at for _, _, at in self._waiting)
         self._held = collections.deque() if self._is_behind else None
@@ -2518,8 +2518,9 @@ class Feed:
         with pachinko.WaitLimit(pachinko.clock.time() + _BROKER_WAIT):
             past = await self._archive.store.past(subject, self._window.messages * is_whole, after)
             await self._archive.sync()
-        epoch = rings.top_of(group).epoch
-        if session != link.session or epoch not in (past.epoch, before.epoch):
+        epoch = rings.top_of(self._group).epoch
+        has_missed = self._is_behind and self._held is None  # what came during the read
+        if has_missed or epoch not in (past.epoch, before.epoch):
             self._is_due = True  # What was read is out of date.
         elif not self._is_over:
             if epoch != past.epoch:

@@ -736,37 +736,65 @@ async def test_a_group_that_is_quiet_for_days_has_no_gap_after_an_outage(
 
 
 async def test_what_comes_before_all_is_subscribed_is_read(
-    monkeypatch: pytest.MonkeyPatch,
+    reads: Reads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The link throws it away, since it would overtake what was missed before it."""
-    real, goes_on = SimulatedConnection.subscribe, asyncio.Event()
+    """The link throws it away, since it would overtake what was missed before it.
+
+    It is not in what was read before that either, for a client that comes from elsewhere.
+    """
+    real_subscribe, real_deliver = SimulatedConnection.subscribe, Archive.deliver
+    is_waiting, is_subscribed = asyncio.Event(), asyncio.Event()
+    is_delivering, goes_on = asyncio.Event(), asyncio.Event()
     waits = pachinko_cluster.subject_of("pachinko", pachinko.Kind.GROUP, "room:b")
+    failures = [ConnectionResetError("a first attempt")]  # Joins do not wait for a second one.
 
     async def subscribe(self: SimulatedConnection, subject: str) -> None:
         if subject == waits:
+            if failures:
+                raise failures.pop()
+            is_waiting.set()
+            await is_subscribed.wait()
+        await real_subscribe(self, subject)
+
+    async def deliver(self: Archive, *what: Any) -> None:
+        if self.link is link:  # Many members take as long.
+            is_delivering.set()
             await goes_on.wait()
-        await real(self, subject)
+        await real_deliver(self, *what)
 
     async with simulate(app_of()) as sim:
         other = await sim.process()
-        clients = [await enter(sim), await enter(sim, group="room:b")]
+        clients = [await enter(sim), await enter(sim, group="room:b"), await enter(other)]
         await say(other, 1)
         await sim.settle()
         monkeypatch.setattr(SimulatedConnection, "subscribe", subscribe)
+        monkeypatch.setattr(Archive, "deliver", deliver)
         link = sim.hub.state.relay._link
         (connection,) = links(sim)
         subject = pachinko_cluster.subject_of("pachinko", pachinko.Kind.GROUP, ROOM)
         cut(sim)
-        await until(lambda: subject in connection.subjects)
+        await until(lambda: is_waiting.is_set() and subject in connection.subjects)
         await say(other, 2)
+        await until(lambda: 2 in heard(clients[2]))
+        before = len(reads.counts)
+        reads.goes_on.clear()
+        entering = asyncio.create_task(enter(sim, last(clients[2])))
+        await until(lambda: len(reads.counts) > before)
+        await say(other, 3)
         await until(connection.messages.empty)
         assert not link.is_connected
-        goes_on.set()
+        is_subscribed.set()
         await until(lambda: link.is_connected)
-        await say(other, 3)
+        reads.goes_on.set()
+        await is_delivering.wait()
+        await say(other, 4)
+        await until(connection.messages.empty)
+        goes_on.set()
+        late = await entering
         await sim.settle()
-        assert heard(clients[0]) == [("resume", 0), 1, 2, 3]
+        assert heard(clients[0]) == [("resume", 0), 1, 2, 3, 4]
         assert heard(clients[1]) == [("resume", 0)]
+        assert heard(late) == [3, 4, ("resume", 2)]
 
 
 async def test_an_outage_before_anything_was_known_is_a_gap(reads: Reads) -> None:
