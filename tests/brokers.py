@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from ports import free_port
@@ -40,11 +41,22 @@ def has_tls(kind: BrokerKind) -> bool:
     return kind == "nats" or b"libssl" in Path(find(kind)).read_bytes()
 
 
+async def connect_to_nats(url: str) -> Any:
+    """Connect as an administrator does. By itself, nats-py tries for two minutes."""
+    import nats  # Only the tests of NATS need it.
+
+    return await nats.connect(
+        url, connect_timeout=PATIENCE, allow_reconnect=False,
+        max_reconnect_attempts=1, reconnect_time_wait=0,
+    )  # fmt: skip
+
+
 class BrokerProcess:
     """A server of its own on a port that stays the same when it is started again."""
 
     def __init__(self, kind: BrokerKind, *options: str) -> None:
         self.kind, self.options = kind, options
+        self.is_shared = False  # A test that stops it would leave a broken one to those behind it.
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
         self.folder = tempfile.TemporaryDirectory(prefix="broker-")
@@ -54,7 +66,7 @@ class BrokerProcess:
         return f"{self.kind}://127.0.0.1:{self.port}"
 
     async def start(self, *first: str) -> None:
-        """Return once it takes connections; *first* is what the program wants before all else."""
+        """Return once it can be used; *first* is what the program wants before all else."""
         where = ("-a", "127.0.0.1", "-p") if self.kind == "nats" else (
             "--bind", "127.0.0.1", "--save", "", "--port"
         )  # fmt: skip
@@ -68,11 +80,29 @@ class BrokerProcess:
                 with contextlib.suppress(OSError):
                     _, writer = await asyncio.open_connection("127.0.0.1", self.port)
                     writer.close()
-                    return
+                    break
                 await asyncio.sleep(0.02)  # nobody tells when it takes connections
+            if "-js" in self.options:
+                await self._have_jetstream()
+
+    async def _have_jetstream(self) -> None:
+        """Wait until JetStream answers, which reads its store first."""
+        from nats.errors import NoRespondersError
+
+        client = await connect_to_nats(self.url)
+        try:
+            while True:
+                with contextlib.suppress(NoRespondersError):
+                    reply = await client.request("$JS.API.INFO", timeout=PATIENCE)
+                    if "error" not in json.loads(reply.data):
+                        return
+                await asyncio.sleep(0.02)  # nobody tells when it answers
+        finally:
+            await client.close()
 
     def signal(self, number: int) -> None:
         assert self.process is not None
+        assert not self.is_shared, "a test that stops a server needs one of its own"
         self.process.send_signal(number)
 
     def pause(self) -> None:
@@ -82,7 +112,8 @@ class BrokerProcess:
         self.signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """As a power cut would; the port stays ours."""
+        """As a power cut would; the port stays ours. Nothing writes to its files any more."""
+        assert not self.is_shared, "a test that stops a server needs one of its own"
         if self.process is not None:
             self.process.kill()
             self.process.wait(PATIENCE)
@@ -107,12 +138,14 @@ async def running(kind: BrokerKind, *options: str) -> AsyncIterator[BrokerProces
 
 @contextlib.contextmanager
 def shared(kind: BrokerKind, *options: str) -> Iterator[BrokerProcess]:
-    """A running server for several tests, each of which has a loop of its own."""
+    """A running server for several tests, each of which has a loop of its own. None stops it."""
     broker = BrokerProcess(kind, *options)
     try:
         asyncio.run(broker.start())
+        broker.is_shared = True
         yield broker
     finally:
+        broker.is_shared = False
         broker.kill()
         broker.folder.cleanup()
 

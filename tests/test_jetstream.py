@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import falcon
-import nats
 import pytest
-from brokers import BrokerProcess, Proxy, running, shared
+from brokers import BrokerProcess, Proxy, connect_to_nats, running, shared
 from nats.aio.client import Client
 from support import PATIENCE, connect, new_app, serving, until
 from test_leases import startup
@@ -41,17 +40,26 @@ class Process:
 
     async def start(self, *subjects: str) -> Process:
         self.lost.clear()
-        await self.nats.start(self.deliver, lambda _: self.lost.set())
-        for subject in subjects:
-            await self.nats.subscribe(subject)
+        async with asyncio.timeout(PATIENCE):
+            await self.nats.start(self.deliver, lambda _: self.lost.set())
+            for subject in subjects:
+                await self.nats.subscribe(subject)
         return self
+
+    async def stop(self) -> None:
+        await asyncio.wait_for(self.nats.stop(), PATIENCE)
 
     async def keep(self, *texts: object, to: str = ROOM, window: Window = LONG) -> None:
         for text in texts:
-            await self.nats.keep(to, b"{%b" % str(text).encode(), window)
+            async with asyncio.timeout(PATIENCE):
+                await self.nats.keep(to, b"{%b" % str(text).encode(), window)
+
+    async def past(self, of: str, count: int, after: Position | None = None) -> Past:
+        async with asyncio.timeout(PATIENCE):
+            return await self.nats.past(of, count, after)
 
     async def texts(self, of: str = ROOM) -> list[str]:
-        return texts(await self.nats.past(of, 100))
+        return texts(await self.past(of, 100))
 
     def stamps(self) -> list[Stamp]:
         return [stamp for _, stamp, _ in self.came if stamp is not None]
@@ -74,7 +82,7 @@ class Scene:
 
     @contextlib.asynccontextmanager
     async def admin(self, login: str = "") -> AsyncIterator[Client]:
-        client = await nats.connect(self.broker.url.replace("://", f"://{login}"))
+        client = await connect_to_nats(self.broker.url.replace("://", f"://{login}"))
         try:
             yield client
         finally:
@@ -83,7 +91,9 @@ class Scene:
     async def call(self, what: str, **wanted: Any) -> dict[str, Any]:
         """Call the API of JetStream, as an administrator would."""
         async with self.admin() as client:
-            reply = await client.request(f"$JS.API.{what}", json.dumps(wanted).encode())
+            reply = await client.request(
+                f"$JS.API.{what}", json.dumps(wanted).encode(), timeout=PATIENCE
+            )
         answer: dict[str, Any] = json.loads(reply.data)
         return answer
 
@@ -102,12 +112,19 @@ async def scene_of(broker: BrokerProcess) -> AsyncIterator[Scene]:
         yield scene
     finally:
         for process in scene.processes:
-            await process.nats.stop()
+            await process.stop()
 
 
 @contextlib.asynccontextmanager
 async def scene_on(*options: str) -> AsyncIterator[Scene]:
     async with running("nats", *options) as broker, scene_of(broker) as scene:
+        yield scene
+
+
+@pytest.fixture
+async def own_scene() -> AsyncIterator[Scene]:
+    """A server that the test may stop, and whose files it may change."""
+    async with scene_on("-js", "-sd", "store") as scene:
         yield scene
 
 
@@ -124,6 +141,13 @@ async def scene(jetstream: BrokerProcess) -> AsyncIterator[Scene]:
         for name in (await scene.call("STREAM.NAMES"))["streams"] or ():
             await scene.call(f"STREAM.DELETE.{name}")
         yield scene
+
+
+def test_no_test_stops_a_server_of_others(jetstream: BrokerProcess) -> None:
+    """Those behind it would find it dead, and seem to have failed themselves."""
+    for stop in (jetstream.kill, jetstream.pause):
+        with pytest.raises(AssertionError, match="one of its own"):
+            stop()
 
 
 # One who keeps nothing
@@ -146,7 +170,7 @@ async def test_without_jetstream_the_error_says_how_to_start_it() -> None:
         for call in (
             lambda: process.nats.agree("pachinko.history.rules", b"{}", 60.0),
             lambda: process.nats.keep(ROOM, b"{", LONG),
-            lambda: process.nats.past(ROOM, 1),
+            lambda: process.past(ROOM, 1),
         ):
             with pytest.raises(PachinkoError, match="start it as nats-server -js -sd /var/lib"):
                 await call()
@@ -200,10 +224,10 @@ async def test_all_make_one_stream(scene: Scene) -> None:
     calls: list[Callable[[int, Process], Awaitable[object]]] = [
         lambda _, each: each.nats.agree("pachinko.history.rules", rules, 60.0),
         lambda n, each: each.keep(n),
-        lambda _, each: each.nats.past(ROOM, 3),
+        lambda _, each: each.past(ROOM, 3),
     ]
     await asyncio.gather(*(calls[n % 3](n, each) for n, each in enumerate(processes)))
-    pasts = await asyncio.gather(*(p.nats.past(ROOM, 3) for p in processes))
+    pasts = await asyncio.gather(*(p.past(ROOM, 3) for p in processes))
     assert len({past.epoch for past in pasts}) == 1
     assert {*texts(pasts[0])} == {"1", "4", "7"}
     assert (await scene.call("STREAM.NAMES"))["streams"] == [STREAM]
@@ -237,8 +261,8 @@ async def test_namespaces_have_streams_of_their_own(scene: Scene) -> None:
     for n in range(3):
         await other.keep(n, to="pachinko-kept.g.room")
     first, second = (
-        await process.nats.past(ROOM, 9),
-        await other.nats.past("pachinko-kept.g.room", 9),
+        await process.past(ROOM, 9),
+        await other.past("pachinko-kept.g.room", 9),
     )
     assert (texts(first), texts(second)) == (["a"], ["0", "1", "2"])
     assert first.epoch != second.epoch
@@ -262,7 +286,7 @@ async def test_a_message_is_as_long_as_the_server_takes_it(scene: Scene) -> None
     await process.nats.keep(ROOM, b"{" * 1_048_576, LONG)
     await until(lambda: process.came)
     assert len(process.came[0][2]) == 1_048_576
-    assert [len(each.data) for each in (await process.nats.past(ROOM, 1)).entries] == [1_048_576]
+    assert [len(each.data) for each in (await process.past(ROOM, 1)).entries] == [1_048_576]
     with pytest.raises(PachinkoError, match="at most 1048576 bytes"):
         await process.nats.keep(ROOM, b"{" * 1_048_577, LONG)
     await process.keep("a")
@@ -375,25 +399,25 @@ async def test_messages_that_begin_to_be_dropped_later_are_told(scene: Scene) ->
     process = await scene.process(ROOM)
     await process.keep(*range(6), window=Window(2, 300.0, 1000))
     await process.keep("a", to="pachinko.g.other", window=Window(2, 300.0, 1000))
-    assert (await process.nats.past("pachinko.g.other", 9)).floor == 0  # nothing of it is missing
+    assert (await process.past("pachinko.g.other", 9)).floor == 0  # nothing of it is missing
     await process.keep(6, 7, window=Window(9, 300.0, 1000))
     await until(lambda: len(process.came) == 8)
     numbers = [stamp.number for stamp in process.stamps()]
-    past = await process.nats.past(ROOM, 9)
+    past = await process.past(ROOM, 9)
     assert known(past, numbers) == numbers[4:] and past.floor == numbers[3]
     await process.keep(*range(8, 20), window=Window(9, 300.0, 1000))
     await until(lambda: len(process.came) == 20)
     numbers = [stamp.number for stamp in process.stamps()]
-    assert known(await process.nats.past(ROOM, 9), numbers) == numbers[-9:]
+    assert known(await process.past(ROOM, 9), numbers) == numbers[-9:]
 
 
 async def test_a_busy_group_does_not_make_a_quiet_one_look_forgotten(scene: Scene) -> None:
     """Its clients go on, although the first message of the stream is a later one."""
     process, window = await scene.process(), Window(2, 300.0, 1000)
-    before = await process.nats.past("pachinko.g.quiet", 9)
+    before = await process.past("pachinko.g.quiet", 9)
     await process.keep(*range(9), window=window)
     await process.keep("a", to="pachinko.g.quiet", window=window)
-    past = await process.nats.past("pachinko.g.quiet", 9)
+    past = await process.past("pachinko.g.quiet", 9)
     assert (texts(past), past.floor <= before.top) == (["a"], True)
 
 
@@ -416,9 +440,9 @@ async def test_what_all_groups_together_lose_is_told(scene: Scene) -> None:
     await until(lambda: len(process.came) == 9)
     await scene.edit(max_msgs=5)
     numbers = [stamp.number for stamp in process.stamps()]
-    past = await process.nats.past(ROOM, 9)
+    past = await process.past(ROOM, 9)
     assert known(past, numbers) == numbers[4:] and past.floor == numbers[3]
-    quiet = await process.nats.past("pachinko.g.quiet", 9)
+    quiet = await process.past("pachinko.g.quiet", 9)
     assert (texts(quiet), quiet.floor, quiet.top) == ([], numbers[3], numbers[8])
 
 
@@ -437,26 +461,26 @@ async def test_only_what_is_behind_a_number_is_read(scene: Scene, messages: int)
     process = await scene.process(ROOM)
     window = Window(messages, 300.0, 1000)
     await process.keep("a", to="pachinko.g.other", window=window)
-    before = await process.nats.past(ROOM, 9)
+    before = await process.past(ROOM, 9)
     for n in range(6):
         await process.keep(n, window=window)
         await process.keep(n, to="pachinko.g.other", window=window)
     await until(lambda: len(process.came) == 6)
     numbers = [stamp.number for stamp in process.stamps()]
     for n, after in enumerate(numbers):
-        past = await process.nats.past(ROOM, 9, Position(before.epoch, after))
+        past = await process.past(ROOM, 9, Position(before.epoch, after))
         dropped = messages == 3 and n < 2
         assert past.floor == (numbers[2] if dropped else after)
         assert known(past, numbers) == numbers[3 if dropped else n + 1 :]
         assert past.top >= numbers[-1]
-    idle = await process.nats.past(ROOM, 9, Position(before.epoch, before.top))
+    idle = await process.past(ROOM, 9, Position(before.epoch, before.top))
     assert idle.floor == (numbers[2] if messages == 3 else before.top)
-    other = await process.nats.past(ROOM, 9, Position("other", 10**9))
+    other = await process.past(ROOM, 9, Position("other", 10**9))
     assert known(other, numbers) == numbers[3 if messages == 3 else 0 :]
     for after in (numbers[-1] + 1, 10**9):  # Another process may give the one, and none the other.
-        past = await process.nats.past(ROOM, 9, Position(before.epoch, after))
+        past = await process.past(ROOM, 9, Position(before.epoch, after))
         assert (past.top, past.floor, past.entries) == (numbers[-1] + 1, numbers[-1] + 1, [])
-        empty = await process.nats.past("pachinko.g.empty", 9, Position(past.epoch, after))
+        empty = await process.past("pachinko.g.empty", 9, Position(past.epoch, after))
         assert empty.floor == empty.top and not empty.entries
 
 
@@ -480,7 +504,7 @@ async def test_what_is_dropped_while_it_is_read_is_told(
         return [each for each in await read(self, stream, kept, start, top) if each.number <= top]
 
     monkeypatch.setattr(pachinko_cluster.JetStream, "_messages", late)
-    past = await process.nats.past(ROOM, 9, at)
+    past = await process.past(ROOM, 9, at)
     await until(lambda: len(process.came) == 8)
     numbers = [stamp.number for stamp in process.stamps()]
     assert known(past, [number for number in numbers if number <= past.top])
@@ -532,7 +556,7 @@ async def test_what_comes_before_an_answer_is_delivered_before_it(scene: Scene) 
     await process.start(ROOM)
     for n in range(3):
         await sender.keep(*range(5))
-        past = await process.nats.past(ROOM, n)
+        past = await process.past(ROOM, n)
         assert process.stamps()[-1].number == past.top
         assert len(process.came) == 5 * (n + 1)
 
@@ -544,14 +568,14 @@ async def test_a_deleted_stream_is_made_anew(scene: Scene) -> None:
     """With another epoch, which all see; senders keep their order, and nothing is lost."""
     process, other = await scene.process(ROOM), await scene.process(ROOM)
     await process.keep("old")
-    old = await other.nats.past(ROOM, 9)
+    old = await other.past(ROOM, 9)
     await scene.delete()
     await asyncio.gather(*(process.keep(n) for n in range(20)))
     await until(lambda: len(other.came) == 21)
     assert [data for _, _, data in other.came[1:]] == [b"{%d" % n for n in range(20)]
     [epoch] = {stamp.epoch for stamp in other.stamps()[1:]}
     assert epoch != old.epoch
-    past = await other.nats.past(ROOM, 99)
+    past = await other.past(ROOM, 99)
     assert (past.epoch, len(past.entries), past.floor) == (epoch, 20, 0)
     await other.keep("by the other one")
 
@@ -560,10 +584,10 @@ async def test_a_reader_makes_a_stream_that_is_gone(scene: Scene) -> None:
     """A client that comes back has to hear of the new epoch, though nobody sends anything."""
     process = await scene.process()
     await process.keep("old")
-    old = await process.nats.past(ROOM, 9)
+    old = await process.past(ROOM, 9)
     for count in (0, 9):
         await scene.delete()
-        past = await process.nats.past(ROOM, count)
+        past = await process.past(ROOM, count)
         assert past.epoch != old.epoch and past.top < 2 and not past.entries
         old = past
 
@@ -576,8 +600,8 @@ async def test_a_stream_that_another_process_has_made_anew_is_read(scene: Scene)
     for count in (0, 9):
         await scene.delete()
         await process.keep("new")
-        past = await other.nats.past(ROOM, count)
-        assert past.epoch == (await process.nats.past(ROOM, 9)).epoch
+        past = await other.past(ROOM, count)
+        assert past.epoch == (await process.past(ROOM, 9)).epoch
         assert texts(past) == ["new"] * (count > 0)
         await other.keep("more")
 
@@ -598,7 +622,7 @@ async def test_a_stream_that_begins_with_messages_of_a_deleted_one_is_made_again
     monkeypatch.setattr(pachinko_cluster.JetStream, "_call", with_old_files)
     process = await scene.process()
     await process.keep("a")
-    past = await process.nats.past(ROOM, 9)
+    past = await process.past(ROOM, 9)
     assert texts(past) == ["a"] and past.epoch == epochs[-1] != epochs[0]
 
 
@@ -673,10 +697,10 @@ async def test_a_late_replica_hides_nothing(
     await process.keep("a")
     await process.keep("b", to="pachinko.g.other")
     monkeypatch.setattr(pachinko_cluster.JetStream, "_describe", replicated)
-    past = await process.nats.past(ROOM, 9)
+    past = await process.past(ROOM, 9)
     top = past.entries[-1].number
     assert past.top == top + (replicas == 1)
-    empty = await process.nats.past("pachinko.g.empty", 9)
+    empty = await process.past("pachinko.g.empty", 9)
     assert empty.top == top + 1
 
 
@@ -697,19 +721,20 @@ async def test_a_late_replica_is_read_again(scene: Scene, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("is_empty", [False, True])
-async def test_a_server_that_was_killed(scene: Scene, is_empty: bool) -> None:
+async def test_a_server_that_was_killed(own_scene: Scene, is_empty: bool) -> None:
     """With its store, positions stay good. With an empty one, there is a new epoch."""
-    process = await scene.process(ROOM)
+    broker = own_scene.broker
+    process = await own_scene.process(ROOM)
     await process.keep(*"ab")
-    before = await process.nats.past(ROOM, 9)
-    scene.broker.kill()
+    before = await process.past(ROOM, 9)
+    broker.kill()
     await asyncio.wait_for(process.lost.wait(), PATIENCE)
-    await process.nats.stop()
+    await process.stop()
     if is_empty:
-        shutil.rmtree(Path(scene.broker.folder.name) / "store")
-    await scene.broker.start()
+        shutil.rmtree(Path(broker.folder.name) / "store")
+    await broker.start()
     await process.start(ROOM)
-    past = await process.nats.past(ROOM, 9)
+    past = await process.past(ROOM, 9)
     assert (past.epoch == before.epoch) is not is_empty
     assert texts(past) == ([] if is_empty else [*"ab"])
     await process.keep("c")
@@ -717,28 +742,30 @@ async def test_a_server_that_was_killed(scene: Scene, is_empty: bool) -> None:
 
 
 @pytest.mark.parametrize("has_read", [False, True])
-async def test_a_server_that_has_lost_the_latest_messages(scene: Scene, has_read: bool) -> None:
+async def test_a_server_that_has_lost_the_latest_messages(own_scene: Scene, has_read: bool) -> None:
     """After a power cut, or with a backup, numbers would come again. Then there is a new epoch."""
-    process, sender = await scene.process(ROOM), await scene.process()
+    broker = own_scene.broker
+    process, sender = await own_scene.process(ROOM), await own_scene.process()
     await sender.keep(*"ab")
-    before = await sender.nats.past(ROOM, 9)
-    store = Path(scene.broker.folder.name) / "store"
-    scene.broker.kill()
+    before = await sender.past(ROOM, 9)
+    await until(lambda: len(process.came) == 2)  # A killed server no longer sends them.
+    store = Path(broker.folder.name) / "store"
+    broker.kill()
     shutil.copytree(store, store.with_name("backup"))
-    await scene.broker.start()
+    await broker.start()
     for each in (process, sender):
-        await each.nats.stop()
+        await each.stop()
         await each.start(ROOM)
     await sender.keep("c")
     await until(lambda: len(process.came) == 3)
-    scene.broker.kill()
+    broker.kill()
     shutil.rmtree(store)
     shutil.move(store.with_name("backup"), store)
-    await scene.broker.start()
+    await broker.start()
     who = process if has_read else sender
-    await who.nats.stop()
+    await who.stop()
     await who.start(ROOM)
-    past = await who.nats.past(ROOM, 9)
+    past = await who.past(ROOM, 9)
     assert (past.epoch != before.epoch, texts(past)) == (True, [])
 
 
@@ -798,29 +825,28 @@ async def test_a_client_goes_on_in_another_process() -> None:
 # Questions
 
 
-async def test_a_lost_connection_ends_all_questions(scene: Scene) -> None:
+async def test_a_lost_connection_ends_all_questions(own_scene: Scene) -> None:
     """At once. None is left behind, and what comes later for one that was given up is ignored."""
-    process = await scene.process()
+    broker, process = own_scene.broker, await own_scene.process()
     await process.keep("a")
-    scene.broker.pause()
+    broker.pause()
     calls = [asyncio.ensure_future(call) for call in (process.keep("b"), process.texts())]
     given_up = asyncio.ensure_future(process.keep("c"))
     await until(lambda: len(process.nats._questions) == 3)
     given_up.cancel()
-    await asyncio.wait([given_up])
-    scene.broker.resume()
+    await until(given_up.done)
+    broker.resume()
     await calls[0]
     await calls[1]
     assert await process.texts() == [*"abc"]
-    scene.broker.pause()
+    broker.pause()
     calls = [asyncio.ensure_future(call) for call in (process.keep("d"), process.texts())]
     await until(lambda: len(process.nats._questions) == 2)
-    await process.nats.stop()
+    await process.stop()
     for call in calls:
         with pytest.raises(ConnectionError):
             await call
     assert not process.nats._questions
-    scene.broker.resume()
 
 
 def test_a_question_ends_once() -> None:

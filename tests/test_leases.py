@@ -20,7 +20,7 @@ from typing import Any, get_args
 import falcon.asgi
 import pytest
 import websockets.exceptions
-from brokers import BrokerKind, BrokerProcess, running
+from brokers import BrokerKind, BrokerProcess, connect_to_nats, running
 from support import PATIENCE, connect, new_app, serving, until
 
 import pachinko
@@ -415,9 +415,7 @@ async def take(broker: BrokerProcess) -> None:
     if broker.kind == "redis":
         assert await command(broker, f"SET {await key_of(broker)} other PX 60000") == b"+OK"
         return
-    import nats
-
-    client = await nats.connect(broker.url)
+    client = await connect_to_nats(broker.url)
     bucket = await client.jetstream().key_value("pachinko-leases")
     (key,) = [each for each in await bucket.keys() if "work" in each]
     await bucket.put(key, b"other", validate_keys=False)
@@ -705,10 +703,8 @@ async def scene_started(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
 
 async def test_a_bucket_with_another_age_is_refused() -> None:
     """A lease would be forgotten too early, or too late."""
-    import nats
-
     async with with_leases("nats") as broker:
-        client = await nats.connect(broker.url)
+        client = await connect_to_nats(broker.url)
         await client.jetstream().create_key_value(bucket="pachinko-leases", ttl=60)
         assert "for 60 s, and leases need 6 s: nats kv del" in await refusal(broker.url)
         await client.close()

@@ -12,8 +12,7 @@ from typing import Any, cast
 import attrs
 import pytest
 import redis.asyncio
-from brokers import shared
-from nats import connect
+from brokers import connect_to_nats, shared
 from support import PATIENCE
 
 import pachinko
@@ -54,7 +53,7 @@ def on_redis() -> Iterator[Broker]:
     with shared("redis") as server:
 
         async def flush() -> None:
-            async with redis.asyncio.from_url(server.url) as admin:
+            async with redis.asyncio.from_url(server.url, socket_timeout=PATIENCE) as admin:
                 await admin.flushall()
 
         url = pachinko_cluster.read_broker(server.url)
@@ -69,8 +68,8 @@ def on_nats() -> Iterator[Broker]:
             return pachinko_cluster.Nats(pachinko_cluster.read_broker(server.url))
 
         async def flush() -> None:
-            client = await connect(server.url)
-            await client.jetstream().delete_stream("pachinko-kept")
+            client = await connect_to_nats(server.url)
+            await client.jetstream(timeout=PATIENCE).delete_stream("pachinko-kept")
             await client.close()
 
         yield Broker(new, asyncio.sleep, flush)

@@ -13,7 +13,7 @@ import falcon
 import pytest
 import redis.asyncio
 from brokers import BrokerProcess, Proxy, running, shared
-from support import Client, connect, new_app, serving, until
+from support import PATIENCE, Client, connect, new_app, serving, until
 from test_cluster import NAMES
 from test_leases import startup
 
@@ -63,7 +63,7 @@ async def process(url: str, *subjects: str) -> AsyncIterator[Process]:
 
 @contextlib.asynccontextmanager
 async def admin_of(broker: BrokerProcess) -> AsyncIterator[Any]:
-    async with redis.asyncio.from_url(broker.url) as admin:
+    async with redis.asyncio.from_url(broker.url, socket_timeout=PATIENCE) as admin:
         yield admin
 
 
@@ -435,9 +435,13 @@ async def test_an_outage_of_one_process_is_made_good(server: BrokerProcess) -> N
         assert spoken(frames) == ["2", "3", "4"]
 
 
-async def test_an_outage_that_loses_messages_is_a_gap(server: BrokerProcess) -> None:
+async def test_an_outage_that_loses_messages_is_a_gap() -> None:
     """With its reason, and a position from which the client can go on."""
-    async with apps(server.url) as (one, two), two.client() as client:
+    async with (
+        running("redis") as server,
+        apps(server.url) as (one, two),
+        two.client() as client,
+    ):
         assert (await client.receive())["type"] == "resume"
         await one.say("1")
         [frame] = await heard(client, 1)
