@@ -990,7 +990,11 @@ class Nats:
             self._round_trips.add(self._round_trip)
             self._round_trip.add_done_callback(self._round_trips.discard)
             self._round_trip.add_done_callback(look_at_result)
-        await asyncio.shield(self._round_trip)
+        trip = self._round_trip
+        await asyncio.wait([trip])
+        if trip.cancelled():  # by `stop`: nobody has cancelled the caller
+            raise ConnectionError("the connection has been lost")
+        trip.result()
 
     async def _make_round_trip(self) -> None:
         client, pause = self._connected(), 0.0

@@ -849,6 +849,26 @@ async def test_a_lost_connection_ends_all_questions(own_scene: Scene) -> None:
     assert not process.nats._questions
 
 
+@pytest.mark.parametrize("call", ["keep", "past", "agree", "publish"])
+async def test_a_lost_connection_ends_what_waits_for_a_round_trip(
+    own_scene: Scene, call: str
+) -> None:
+    """With an error: nobody has cancelled the caller. A first question opens the inbox."""
+    process = await own_scene.process()
+    own_scene.broker.pause()
+    given: dict[str, tuple[Any, ...]] = {
+        "keep": (ROOM, b"{", LONG), "past": (ROOM, 1), "publish": (ROOM, b"{"),
+        "agree": ("pachinko.history.rules", b"", 60.0),
+    }  # fmt: skip
+    calls = [asyncio.ensure_future(getattr(process.nats, call)(*given[call])) for _ in range(2)]
+    await until(lambda: process.nats._round_trips and not process.nats._round_trip)
+    await process.stop()
+    await until(lambda: all(each.done() for each in calls))
+    for each in calls:
+        with pytest.raises(ConnectionError):
+            await each
+
+
 def test_a_question_ends_once() -> None:
     """Whatever comes after that."""
 
