@@ -2522,9 +2522,10 @@ class Feed:
         with pachinko.WaitLimit(pachinko.clock.time() + _BROKER_WAIT):
             past = await self._archive.store.past(subject, self._window.messages * is_whole, after)
             await self._archive.sync()
-        epoch = rings.top_of(self._group).epoch
+        epoch, held = rings.top_of(self._group).epoch, self._held or ()
         has_missed = self._is_behind and self._held is None  # what came during the read
-        if has_missed or epoch not in (past.epoch, before.epoch):
+        has_other = any(each.stamp.epoch != past.epoch for each in held)  # of another life
+        if has_missed or has_other or epoch not in (past.epoch, before.epoch):
             self._is_due = True  # What was read is out of date.
         elif not self._is_over:
             if epoch != past.epoch:

@@ -979,6 +979,30 @@ async def test_a_read_of_an_earlier_life_does_not_count(reads: Reads) -> None:
         assert heard(client) == [("gap", "epoch"), 3]
 
 
+async def test_what_came_of_an_earlier_life_during_a_read_does_not_count(reads: Reads) -> None:
+    """The read has told of the new one. Positions of the old one end for that reason."""
+    reads.is_early = False
+    async with simulate(app_of()) as sim:
+        other = await sim.process()
+        live, there = await enter(sim), await enter(other)
+        async with away(sim):
+            await say(other, 1)
+            reads.goes_on.clear()
+        await until(lambda: 7 in reads.counts)
+        entering = asyncio.create_task(enter(sim, last(there)))
+        await say(other, 2)
+        await until(links(sim)[0].messages.empty)
+        sim.broker.flush()
+        reads.goes_on.set()
+        late = await entering
+        await sim.settle()
+        await say(other, 3)
+        await sim.settle()
+        assert heard(live) == [("resume", 0), ("gap", "epoch"), 3]
+        assert heard(late) == [("gap", "epoch"), 3]
+        assert await sim.hub.position(ROOM) == last(live) == last(late)
+
+
 # Reads that fail
 
 
