@@ -27,7 +27,7 @@ import websockets.frames
 import websockets.http11
 
 import pachinko
-from pachinko import Connection, Refused, Session, simulate
+from pachinko import Connection, Pachinko, Refused, Session, simulate
 
 PATIENCE = 15  # seconds: for what takes milliseconds, on a slow and noisy machine
 
@@ -382,3 +382,15 @@ async def turns(count: int = 10) -> None:
 
 def new_app() -> falcon.asgi.App[Any, Any]:
     return falcon.asgi.App()
+
+
+def let_clients_join(ws: Pachinko) -> None:
+    """Register messages by which a client joins and leaves the group that is their payload."""
+
+    @ws.on("join")
+    async def join(conn: Connection, group: str) -> None:
+        await conn.join(group)
+
+    @ws.on("leave")
+    async def leave(conn: Connection, group: str) -> None:
+        await conn.leave(group)

@@ -131,18 +131,19 @@ async def test_a_rate_counts_each_frame_once() -> None:
 
 async def test_an_answer_to_a_client_that_has_gone_is_nothing() -> None:
     """A handler that outlives its client has no bug."""
-    app, event = new_app(), asyncio.Event()
+    app, begun, event = new_app(), asyncio.Event(), asyncio.Event()
     ws = Pachinko(app, "/ws", hub=Hub())
 
     @ws.on("late")
     async def late(conn: Connection) -> None:
+        begun.set()
         await event.wait()
         raise MessageError("no")
 
     async with simulate(app) as sim:
         client = await sim.connect("/ws")
         await client.send("late", id=1)
-        await asyncio.sleep(0)
+        await begun.wait()
         client.cut()
         event.set()
         await sim.settle()

@@ -10,7 +10,7 @@ from typing import Any
 
 import falcon.asgi
 import pytest
-from support import PATIENCE, until
+from support import PATIENCE, let_clients_join, until
 
 import pachinko
 import pachinko_cluster
@@ -57,13 +57,7 @@ def app_of(
             for group in conn.req.get_param_as_list("group") or ():
                 await conn.join(group)
 
-        @ws.on("join")
-        async def join(conn: Connection, group: str) -> None:
-            await conn.join(group)
-
-        @ws.on("leave")
-        async def leave(conn: Connection, group: str) -> None:
-            await conn.leave(group)
+        let_clients_join(ws)
 
         return app
 

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from support import new_app
+from support import let_clients_join, new_app
 
 import pachinko
 from pachinko import Client, Connection, Envelope, Hub, Pachinko, Position, simulate
@@ -367,6 +367,15 @@ class World:
         await self.sim.settle()
         return client
 
+    async def behind(self, count: int = 90) -> Client:
+        """Return a client that has missed so many messages, and does not read what it missed."""
+        at = await self.hub.position("r:1")
+        await self.say("r:1", count)
+        client = await self.come(query={"groups": {"r:1": at}})
+        client.stall()
+        await self.hub.join("r:1", client.conn)
+        return client
+
     async def say(self, group: str = "r:1", count: int = 1, **options: Any) -> None:
         """Send messages with the next numbers."""
         for _ in range(count):
@@ -386,13 +395,7 @@ async def world(messages: int = 100, size: int = 10**6, **options: Any) -> Async
     hub.keep("r:", messages=messages, seconds=30.0, bytes=size)
     ws = Pachinko(app, "/ws", hub=hub, **options)
 
-    @ws.on("join")
-    async def join(conn: Connection, payload: str) -> None:
-        await conn.join(payload)
-
-    @ws.on("leave")
-    async def leave(conn: Connection, payload: str) -> None:
-        await conn.leave(payload)
+    let_clients_join(ws)
 
     async with simulate(app) as sim:
         yield World(sim, hub)
@@ -683,11 +686,7 @@ async def test_a_message_may_say_it_after_the_handshake() -> None:
 async def test_a_message_does_not_move_who_catches_up_already() -> None:
     """It is for the joins that come."""
     async with world() as it:
-        at = await it.hub.position("r:1")
-        await it.say("r:1", 90)
-        client = await it.come(query={"groups": {"r:1": at}})
-        client.stall()
-        await it.hub.join("r:1", client.conn)
+        client = await it.behind()
         await client.send("resume", {"groups": {"r:1": "x.1", "r:2": "x.1"}})
         await it.sim.settle()
         await it.hub.join("r:2", client.conn)
@@ -1013,11 +1012,7 @@ async def test_a_sender_that_catches_up_is_excluded() -> None:
 async def test_catching_up_ends(how: str) -> None:
     """With the membership and with the connection; no verdict follows, and nothing is left."""
     async with world() as it:
-        at = await it.hub.position("r:1")
-        await it.say("r:1", 90)
-        client = await it.come(query={"groups": {"r:1": at}})
-        client.stall()
-        await it.hub.join("r:1", client.conn)
+        client = await it.behind()
         await it.sim.settle()
         if how == "leave":
             await it.hub.leave("r:1", client.conn)
@@ -1027,7 +1022,7 @@ async def test_catching_up_ends(how: str) -> None:
             await it.hub.close(client.conn)
         elif how == "drain":
             draining = asyncio.create_task(it.hub.drain(0.0))
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # The client reads again once the draining has begun.
         else:
             client.cut()
         if how != "cut":
@@ -1043,11 +1038,7 @@ async def test_catching_up_ends(how: str) -> None:
 async def test_a_member_that_leaves_and_joins_is_new() -> None:
     """What the cursor before has put in line comes first; then there is one verdict."""
     async with world() as it:
-        at = await it.hub.position("r:1")
-        await it.say("r:1", 90)
-        client = await it.come(query={"groups": {"r:1": at}})
-        client.stall()
-        await it.hub.join("r:1", client.conn)
+        client = await it.behind()
         await it.sim.settle()
         await it.hub.leave("r:1", client.conn)
         await it.hub.join("r:1", client.conn)
@@ -1191,11 +1182,7 @@ async def test_a_ring_overtakes_a_slow_client(query: Any) -> None:
 async def test_a_client_that_catches_up_may_be_overtaken() -> None:
     """That gap is its verdict."""
     async with world(messages=60) as it:
-        at = await it.hub.position("r:1")
-        await it.say("r:1", 60)
-        client = await it.come(query={"groups": {"r:1": at}})
-        client.stall()
-        await it.hub.join("r:1", client.conn)
+        client = await it.behind(60)
         await it.sim.settle()
         await it.say("r:1", 60)
         client.resume()

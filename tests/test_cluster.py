@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import falcon
 import pytest
 from brokers import BrokerKind, BrokerProcess, environment, running
-from support import PATIENCE, Client, Server, connect, new_app, serving, until
+from support import PATIENCE, Client, Server, connect, let_clients_join, new_app, serving, until
 
 import pachinko_cluster
 from pachinko import Connection, Hub, Kind, Pachinko, PachinkoError, Relay, hub, message
@@ -43,13 +43,7 @@ class Process:
             for group in conn.req.get_param_as_list("group") or ():
                 await conn.join(group)
 
-        @self.ws.on("join")
-        async def join(conn: Connection, group: str) -> None:
-            await conn.join(group)
-
-        @self.ws.on("leave")
-        async def leave(conn: Connection, group: str) -> None:
-            await conn.leave(group)
+        let_clients_join(self.ws)
 
         @self.ws.on("say")
         async def say(conn: Connection, *, group: str, text: str) -> str:

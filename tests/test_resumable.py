@@ -74,6 +74,25 @@ async def begin(client: Client, id: Id = 8, to: int = 5, type: str = "count") ->
     await client.send_text(json.dumps({"type": type, "id": id, "payload": {"to": to}}))
 
 
+async def begun(
+    process: pachinko.Process, count: Count, released: int = 1, *, to: int = 5, **options: Any
+) -> Client:
+    """Connect a client that begins a stream, and release so many numbers of it."""
+    client = await process.connect("/ws", **options)
+    await begin(client, to=to)
+    count.release(released)
+    await process.sim.settle()
+    return client
+
+
+async def left_alone(process: pachinko.Process, count: Count, *args: Any, **options: Any) -> Client:
+    """Connect a client that begins a stream, as in `begun`, and then leaves it."""
+    client = await begun(process, count, *args, **options)
+    client.cut()
+    await process.sim.settle()
+    return client
+
+
 def resume(at: Any, id: Any = 8, ids: Any = ()) -> dict[str, str]:
     return {"resume": json.dumps({"streams": [{"id": id, "at": at}], "ids": [*ids]})}
 
@@ -102,10 +121,7 @@ async def test_items_have_positions() -> None:
     """Of 96 random bits, the process and a number."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws")
-        await begin(ada)
-        count.release(6)
-        await sim.settle()
+        ada = await begun(sim, count, 6)
         ats = [each.at or "" for each in ada.received]
         assert seen(ada) == [*items(0, 1, 2, 3, 4), final()]
         (token,) = {at.partition(".")[0] for at in ats[:-1]}
@@ -131,13 +147,8 @@ async def test_a_client_gets_what_it_has_missed(got: int, meanwhile: int) -> Non
     """Of what came before it left, too, and then what comes; each item once, and the end."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws")
-        await begin(ada, to=7)
-        count.release(4)
-        await sim.settle()
+        ada = await left_alone(sim, count, 4, to=7)
         at = ada.received[got - 1].at
-        ada.cut()
-        await sim.settle()
         count.release(meanwhile)
         await sim.settle()
         bob = await sim.connect("/ws", query=resume(at))
@@ -172,10 +183,7 @@ async def test_however_the_connection_ends(how: str) -> None:
     """The stream goes on."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws")
-        await begin(ada)
-        count.release()
-        await sim.settle()
+        ada = await begun(sim, count)
         at = ada.received[0].at
         if how == "cut":
             ada.cut()
@@ -195,10 +203,7 @@ async def test_the_final_answer_is_kept() -> None:
     """Also without an item behind it, and for a while after it was sent."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws")
-        await begin(ada, to=1)
-        count.release(2)
-        await sim.settle()
+        ada = await begun(sim, count, 2, to=1)
         at = ada.received[0].at
         assert seen(ada) == [*items(0), final()]
         for _ in range(2):
@@ -263,10 +268,7 @@ async def test_another_position_is_none(at: Any) -> None:
     """Of a stream that goes on; it is lost for who says so, and nothing happens to it."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws", token="ada")
-        await begin(ada)
-        count.release()
-        await sim.settle()
+        ada = await begun(sim, count, token="ada")
         mine = ada.received[0].at or ""
         token = mine.partition(".")[0]
         if isinstance(at, str):
@@ -284,10 +286,7 @@ async def test_another_id_is_another_stream(id: Id) -> None:
     """Also "8" beside 8."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws")
-        await begin(ada)
-        count.release()
-        await sim.settle()
+        ada = await begun(sim, count)
         bob = await sim.connect("/ws", query=resume(ada.received[0].at, id))
         await sim.settle()
         assert seen(bob) == [lost(id)]
@@ -319,12 +318,8 @@ async def test_without_a_position_the_user_counts(user: str | None, is_known: bo
     """Who has got no item may go on if it is the same user, in what was a connection of its own."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws", token="ada")
-        await begin(ada)
-        await sim.settle()
+        ada = await left_alone(sim, count, 0, token="ada")
         ids = [ada.conn.id] if is_known else ["another"]
-        ada.cut()
-        await sim.settle()
         bob = await sim.connect("/ws", token=user, query=resume(None, ids=ids))
         count.release(6)
         await sim.settle()
@@ -341,9 +336,7 @@ async def test_a_client_that_does_not_know_its_ids(others: int) -> None:
         for client in (eve, tab):
             await begin(client)
         for _ in range(1 + others):
-            ada = await sim.connect("/ws", token="ada")
-            await begin(ada, to=1)
-            await sim.settle()
+            ada = await begun(sim, count, 0, to=1, token="ada")
             ada.cut()
         await sim.settle()
         bob = await sim.connect("/ws", token="ada", query=resume(None))
@@ -357,9 +350,7 @@ async def test_nobody_is_no_user() -> None:
     """Guests cannot be told apart."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws")
-        await begin(ada)
-        await sim.settle()
+        ada = await begun(sim, count, 0)
         bob = await sim.connect("/ws", query=resume(None, ids=[ada.conn.id]))
         await sim.settle()
         assert seen(bob) == [lost()]
@@ -369,12 +360,7 @@ async def test_items_that_were_lost_on_their_way() -> None:
     """Without a position they are all sent, if all of them are still kept."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws", token="ada")
-        await begin(ada)
-        count.release(2)
-        await sim.settle()
-        ada.cut()
-        await sim.settle()
+        ada = await left_alone(sim, count, 2, token="ada")
         bob = await sim.connect("/ws", token="ada", query=resume(None, ids=[ada.conn.id]))
         await sim.settle()
         assert seen(bob) == items(0, 1)
@@ -384,10 +370,7 @@ async def test_a_second_client_takes_the_stream_over() -> None:
     """The first one is told that it is lost, so that each has one final answer."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws")
-        await begin(ada, to=3)
-        count.release()
-        await sim.settle()
+        ada = await begun(sim, count, to=3)
         bob = await sim.connect("/ws", query=resume(ada.received[0].at))
         count.release(5)
         await sim.settle()
@@ -402,10 +385,7 @@ async def test_an_answer_is_not_taken_back() -> None:
     """Who has had the final one is told nothing when another client asks for it."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws")
-        await begin(ada, to=1)
-        count.release(2)
-        await sim.settle()
+        ada = await begun(sim, count, 2, to=1)
         bob = await sim.connect("/ws", query=resume(ada.received[0].at))
         await sim.settle()
         assert seen(ada) == [*items(0), final()] and seen(bob) == [final()]
@@ -415,13 +395,8 @@ async def test_an_id_that_the_client_has_used_anew() -> None:
     """Its new stream has it."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws")
-        await begin(ada)
-        count.release()
-        await sim.settle()
+        ada = await left_alone(sim, count)
         at = ada.received[0].at
-        ada.cut()
-        await sim.settle()
         bob = await sim.connect("/ws")
         await begin(bob)
         await bob.send("resume", {"streams": [{"id": 8, "at": at}]})
@@ -440,13 +415,8 @@ async def test_ways_to_resume(how: str) -> None:
     """In the handshake, and by a message, in an authentication or before it."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws", token="ada")
-        await begin(ada, to=3)
-        count.release()
-        await sim.settle()
+        ada = await left_alone(sim, count, to=3, token="ada")
         at, ids = ada.received[0].at, [ada.conn.id]
-        ada.cut()
-        await sim.settle()
         payload = {"streams": [{"id": 8, "at": at}], "ids": ids}
         if how == "query":
             bob = await sim.connect("/ws", query={"resume": json.dumps(payload)})
@@ -469,7 +439,7 @@ async def test_a_message_overtakes_an_accepted_handler() -> None:
             await is_free.wait()
 
     async with simulate(count.app) as sim:
-        at = await left_alone(sim, count)
+        at = (await left_alone(sim, count, 2)).received[0].at
         bob = await sim.connect("/ws", token="slow")
         await sim.settle()
         await bob.send("resume", {"streams": [{"id": 8, "at": at}]})
@@ -481,24 +451,12 @@ async def test_a_message_overtakes_an_accepted_handler() -> None:
         assert seen(bob) == [*items(1, 2, 3, 4), final()]
 
 
-async def left_alone(sim: Any, count: Count, got: int = 1) -> str:
-    """Let a client leave a stream after two items; return the position of one of them."""
-    ada = await sim.connect("/ws")
-    await begin(ada)
-    count.release(2)
-    await sim.settle()
-    ada.cut()
-    await sim.settle()
-    at: str = ada.received[got - 1].at
-    return at
-
-
 @pytest.mark.parametrize("is_over", [True, False])
 async def test_what_is_asked_for_twice_is_answered_once(is_over: bool) -> None:
     """Also what is lost; ids of two kinds are two."""
     count = Count()
     async with simulate(count.app) as sim:
-        at = await left_alone(sim, count)
+        at = (await left_alone(sim, count, 2)).received[0].at
         if is_over:
             count.release(6)
             await sim.settle()
@@ -517,7 +475,8 @@ async def test_a_client_that_does_not_read_is_read_no_further(at: str) -> None:
     """Or it would fill the memory with answers; once it reads, it goes on."""
     count = Count()
     async with simulate(count.app) as sim:
-        at = at.replace("{at}", await left_alone(sim, count))
+        ada = await left_alone(sim, count, 2)
+        at = at.replace("{at}", ada.received[0].at or "")
         count.release(6)
         await sim.settle()
         bob = await sim.connect("/ws")
@@ -536,7 +495,7 @@ async def test_a_client_that_goes_as_it_comes_in_takes_nothing() -> None:
     """The stream stays alone, and ends with its seconds."""
     count = Count(30)
     async with simulate(count.app) as sim:
-        at = await left_alone(sim, count)
+        at = (await left_alone(sim, count, 2)).received[0].at
         opening = pachinko.Outgoing.open
 
         def opened(outgoing: pachinko.Outgoing) -> None:
@@ -630,13 +589,8 @@ async def test_nobody_comes_back() -> None:
     """After its seconds the generator is cancelled, and forgotten."""
     count = Count(seconds=30)
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws")
-        await begin(ada)
-        count.release()
-        await sim.settle()
+        ada = await left_alone(sim, count)
         at = ada.received[0].at
-        ada.cut()
-        await sim.settle()
         await sim.advance(29)
         assert count.ended == [] and len(count.kept) == 1
         await sim.advance(1)
@@ -672,10 +626,7 @@ async def test_its_seconds_begin_anew() -> None:
     """With each departure."""
     count = Count(seconds=30)
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws")
-        await begin(ada)
-        count.release()
-        await sim.settle()
+        ada = await begun(sim, count)
         at = ada.received[0].at
         for _ in range(3):
             ada.cut()
@@ -692,10 +643,7 @@ async def test_the_client_stops_it(is_resumed: bool) -> None:
     """With ``complete``, in its first connection or in a later one."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws")
-        await begin(ada)
-        count.release()
-        await sim.settle()
+        ada = await begun(sim, count)
         at = ada.received[0].at
         if is_resumed:
             ada.cut()
@@ -731,11 +679,7 @@ async def test_streams_of_another_endpoint_go_on() -> None:
     count = Count()
     other = Pachinko(falcon.asgi.App(), "/other", hub=count.hub)
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws")
-        await begin(ada)
-        await sim.settle()
-        ada.cut()
-        await sim.settle()
+        await left_alone(sim, count, 0)
         async with other.running():
             pass
         assert count.ended == [] and len(count.kept) == 1
@@ -845,9 +789,7 @@ async def test_it_ends_with_its_client_there() -> None:
     """The end of the server may find it so, and the client gets the final answer."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws")
-        await begin(ada)
-        await sim.settle()
+        ada = await begun(sim, count, 0)
         count.kept[0].end()
         await sim.settle()
         assert seen(ada) == [final()] and count.kept == []
@@ -943,10 +885,7 @@ async def test_old_items_are_not_kept() -> None:
     """A client that is too far behind has lost the stream, and it ends with its seconds."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws", token="ada")
-        await begin(ada, to=1000)
-        count.release(300)
-        await sim.settle()
+        ada = await begun(sim, count, 300, to=1000, token="ada")
         old, good = ada.received[42].at, ada.received[43].at
         ada.cut()
         await sim.settle()
@@ -1072,13 +1011,8 @@ async def test_middleware_is_around_it() -> None:
             return await call_next()
 
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws")
-        await begin(ada, to=2)
-        count.release()
-        await sim.settle()
+        ada = await left_alone(sim, count, to=2)
         at = ada.received[0].at
-        ada.cut()
-        await sim.settle()
         assert seen_by == []
         bob = await sim.connect("/ws", query=resume(at))
         count.release(5)
@@ -1090,10 +1024,7 @@ async def test_an_outage_of_the_broker_changes_nothing() -> None:
     """The stream is in one process."""
     count = Count()
     async with simulate(count.app) as sim:
-        ada = await sim.connect("/ws")
-        await begin(ada, to=2)
-        count.release()
-        await sim.settle()
+        ada = await begun(sim, count, to=2)
         at = ada.received[0].at
         ada.cut()
         sim.broker.lose()
@@ -1160,13 +1091,8 @@ async def test_another_process_goes_on_with_it(got: int) -> None:
     counts = Counts()
     async with simulate(counts) as sim:
         other = await sim.process()
-        ada = await sim.connect("/ws")
-        await begin(ada, to=7)
-        counts.made[0].release(3)
-        await sim.settle()
+        ada = await left_alone(sim, counts.made[0], 3, to=7)
         at = ada.received[got - 1].at
-        ada.cut()
-        await sim.settle()
         bob = await other.connect("/ws", query=resume(at))
         await sim.settle()
         assert seen(bob) == items(*range(got, 3))
@@ -1211,12 +1137,8 @@ async def test_the_user_counts_there_too(user: str) -> None:
     counts = Counts()
     async with simulate(counts) as sim:
         other = await sim.process()
-        ada = await sim.connect("/ws", token="ada")
-        await begin(ada, to=2)
-        await sim.settle()
+        ada = await left_alone(sim, counts.made[0], 0, to=2, token="ada")
         ids = [ada.conn.id]
-        ada.cut()
-        await sim.settle()
         bob = await other.connect("/ws", token=user, query=resume(None, ids=ids))
         counts.made[0].release(3)
         await sim.settle()
@@ -1228,13 +1150,8 @@ async def test_the_client_stops_it_there() -> None:
     counts = Counts()
     async with simulate(counts) as sim:
         other = await sim.process()
-        ada = await sim.connect("/ws")
-        await begin(ada)
-        counts.made[0].release()
-        await sim.settle()
+        ada = await left_alone(sim, counts.made[0])
         at, ids = ada.received[0].at, [ada.conn.id]
-        ada.cut()
-        await sim.settle()
         bob = await other.connect("/ws", query=resume(at, ids=ids))
         await sim.settle()
         await bob.send_text(json.dumps({"type": "complete", "id": 8}))
@@ -1247,13 +1164,8 @@ async def test_a_client_that_leaves_there_may_come_back() -> None:
     counts = Counts()
     async with simulate(counts) as sim:
         other = await sim.process()
-        ada = await sim.connect("/ws")
-        await begin(ada, to=2)
-        counts.made[0].release()
-        await sim.settle()
+        ada = await left_alone(sim, counts.made[0], to=2)
         at, ids = ada.received[0].at, [ada.conn.id]
-        ada.cut()
-        await sim.settle()
         bob = await other.connect("/ws", query=resume(at, ids=ids))
         await sim.settle()
         bob.cut()
@@ -1270,13 +1182,8 @@ async def test_its_seconds_run_from_the_latest_question() -> None:
     counts = Counts()
     async with simulate(counts) as sim:
         other = await sim.process()
-        ada = await sim.connect("/ws")
-        await begin(ada)
-        counts.made[0].release()
-        await sim.settle()
+        ada = await left_alone(sim, counts.made[0])
         at, ids = ada.received[0].at, [ada.conn.id]
-        ada.cut()
-        await sim.settle()
         bob = await other.connect("/ws", query=resume(at, ids=ids))
         for _ in range(8):
             await sim.advance(20)
@@ -1292,13 +1199,8 @@ async def test_one_client_at_a_time_there(is_here: bool) -> None:
     counts = Counts()
     async with simulate(counts) as sim:
         other, third = await sim.process(), await sim.process()
-        ada = await sim.connect("/ws")
-        await begin(ada, to=4)
-        counts.made[0].release()
-        await sim.settle()
+        ada = await left_alone(sim, counts.made[0], to=4)
         at, ids = ada.received[0].at, [ada.conn.id]
-        ada.cut()
-        await sim.settle()
         bob = await other.connect("/ws", query=resume(at, ids=ids))
         counts.made[0].release()
         await sim.settle()
@@ -1315,10 +1217,7 @@ async def test_whoever_was_late_to_ask_has_lost_it() -> None:
     counts = Counts()
     async with simulate(counts) as sim:
         other = await sim.process()
-        ada = await sim.connect("/ws")
-        await begin(ada, to=2)
-        counts.made[0].release()
-        await sim.settle()
+        ada = await begun(sim, counts.made[0], to=2)
         (stream,) = counts.made[0].kept
         assert await stream.pull("bob", 8, 0, 0) is not None
         eve = await sim.connect("/ws", query=resume(ada.received[0].at))
@@ -1344,13 +1243,8 @@ async def test_the_process_that_has_it_dies() -> None:
     counts = Counts()
     async with simulate(counts) as sim:
         other = await sim.process()
-        ada = await other.connect("/ws")
-        await begin(ada)
-        counts.made[1].release()
-        await sim.settle()
+        ada = await left_alone(other, counts.made[1])
         at, ids = ada.received[0].at, [ada.conn.id]
-        ada.cut()
-        await sim.settle()
         bob = await sim.connect("/ws", query=resume(at, ids=ids))
         await sim.settle()
         other.kill()
@@ -1364,13 +1258,8 @@ async def test_an_outage_in_between() -> None:
     counts = Counts()
     async with simulate(counts) as sim:
         other = await sim.process()
-        ada = await sim.connect("/ws")
-        await begin(ada, to=3)
-        counts.made[0].release()
-        await sim.settle()
+        ada = await left_alone(sim, counts.made[0], to=3)
         at, ids = ada.received[0].at, [ada.conn.id]
-        ada.cut()
-        await sim.settle()
         bob = await other.connect("/ws", query=resume(at, ids=ids))
         await sim.settle()
         sim.broker.lose()
@@ -1401,10 +1290,7 @@ async def test_positions_that_are_none_there(number: int) -> None:
     counts = Counts()
     async with simulate(counts) as sim:
         other = await sim.process()
-        ada = await sim.connect("/ws")
-        await begin(ada)
-        counts.made[0].release()
-        await sim.settle()
+        ada = await begun(sim, counts.made[0])
         token = (ada.received[0].at or "").partition(".")[0]
         bob = await other.connect("/ws", query=resume(f"{token}.{number}", ids=[ada.conn.id]))
         await sim.settle()
@@ -1443,13 +1329,8 @@ async def test_a_write_that_fails_there() -> None:
 
     async with simulate(make) as sim:
         other = await sim.process()
-        ada = await sim.connect("/ws")
-        await begin(ada, to=3)
-        counts.made[0].release(2)
-        await sim.settle()
+        ada = await left_alone(sim, counts.made[0], 2, to=3)
         at, ids = ada.received[0].at, [ada.conn.id]
-        ada.cut()
-        await sim.settle()
         bob = await other.connect("/ws", query=resume(at, ids=ids))
         await sim.settle()
         bob.cut()

@@ -17,7 +17,7 @@ from typing import Any
 import attrs
 import falcon
 import pytest
-from support import connect, new_app, serving, until
+from support import connect, let_clients_join, new_app, serving, until
 
 import pachinko
 from pachinko import (
@@ -66,13 +66,7 @@ class Room:
             for group in self.groups:
                 await conn.join(group)
 
-        @self.ws.on("join")
-        async def join(conn: Connection, group: str) -> None:
-            await conn.join(group)
-
-        @self.ws.on("leave")
-        async def leave(conn: Connection, group: str) -> None:
-            await conn.leave(group)
+        let_clients_join(self.ws)
 
     def takes(self, prefix: str = "room:") -> Room:
         """With a snapshot of the groups that begin with *prefix*."""
@@ -408,7 +402,7 @@ async def test_none_takes_the_place_of_nothing(query: dict[str, str]) -> None:
 
     @room.ws.snapshot("room:")
     async def nothing(conn: Connection, group: str) -> None:
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # It suspends once, as a snapshot that loads something would.
 
     async with running(room) as sim:
         coming = asyncio.create_task(sim.connect("/ws", query=query))
@@ -550,7 +544,8 @@ async def test_it_may_ask_its_client() -> None:
 @pytest.mark.parametrize("is_in", [False, True])
 async def test_a_simulation_waits_for_what_it_waits_for(is_in: bool) -> None:
     """`settle` returns when the state has come."""
-    room = Room(groups=() if is_in else ("room:a",), does=lambda: asyncio.sleep(0.02)).takes()
+    slow = functools.partial(asyncio.sleep, 0.02)  # long enough for `settle` to have to wait
+    room = Room(groups=() if is_in else ("room:a",), does=slow).takes()
     async with running(room) as sim:
         client = await sim.connect("/ws")
         if is_in:

@@ -341,7 +341,7 @@ async def test_a_window_has_so_many_seconds(scene: Scene) -> None:
     async with asyncio.timeout(PATIENCE):  # A broker may take its time.
         past = await process.store.past(subject, 10)
         while any(entry.age < 0.05 for entry in past.entries):
-            await asyncio.sleep(0.01)  # nobody tells
+            await asyncio.sleep(0.01)  # nobody tells when a broker drops it
             past = await process.store.past(subject, 10)
     check(past, process.stamps(subject), sent)
     sent += await keep(process, subject, "c")
@@ -432,7 +432,7 @@ async def test_a_value_expires(scene: Scene) -> None:
     await scene.broker.wait(0.1)
     async with asyncio.timeout(PATIENCE):  # A broker may take its time.
         while await two.store.agree(key, b"2", 60.0) == b"1":
-            await asyncio.sleep(0.01)  # nobody tells
+            await asyncio.sleep(0.01)  # nobody tells when the first is over
     assert await one.store.agree(key, b"1", 60.0) == b"2"
 
 

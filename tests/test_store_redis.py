@@ -178,7 +178,7 @@ async def test_a_window_of_any_seconds_can_be_kept(server: BrokerProcess, second
         [stamp] = await one.keep("a", window=Window(5, seconds, 1000))
         async with asyncio.timeout(5):
             while seconds < 1 and (await one.past()).entries:
-                await asyncio.sleep(0.02)  # nobody tells
+                await asyncio.sleep(0.02)  # nobody tells when Redis has dropped it
         past = await one.past()
         assert past.top == stamp.number
         assert past.floor == (0 if past.entries else stamp.number)

@@ -45,14 +45,6 @@ def history_app(hub: Hub, **options: Any) -> falcon.asgi.App[Any, Any]:
         await hub.send(group, "said", payload, exclude=conn if others else None)
         return conn.id
 
-    @ws.on("join")
-    async def join(conn: Connection, *, group: str) -> None:
-        await conn.join(group)
-
-    @ws.on("leave")
-    async def leave(conn: Connection, *, group: str) -> None:
-        await conn.leave(group)
-
     @ws.on("id")
     async def id(conn: Connection) -> str:
         return conn.id

@@ -4,90 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import attrs
-import falcon
 import nats
 import pytest
 from brokers import BrokerProcess, Proxy, running
-from following import Follower, Published, query_of
-from support import Client, connect, new_app, serving, until
+from following import Follower
+from rooms import QUIET, ROOM, WINDOW, Process, Rooms, Seat, reasons_of
+from support import until
 
-from pachinko import Connection, Hub, Pachinko, PachinkoError
-
-ROOM = "room:a"
-QUIET = "room:quiet"
-WINDOW = 100
+from pachinko import PachinkoError
 
 
-class Process:
-    """An app that keeps its rooms, behind a network of its own."""
+class NetworkedProcess(Process):
+    """A process that has a network to the broker of its own."""
 
     def __init__(self, network: Proxy) -> None:
-        self.hub, self.app, self.url, self.network = Hub(), new_app(), "", network
-        self.hub.configure(network.url("nats"))
-        self.hub.keep("room:", messages=WINDOW)
-        ws = Pachinko(self.app, "/ws", hub=self.hub)
-
-        @ws.connect
-        async def arrive(conn: Connection) -> None:
-            await conn.join(ROOM)
-            await conn.join(QUIET)
-
-    async def connected(self, outages: int = 1) -> None:
-        """Wait until the process is connected, after so many outages."""
-        stats = self.hub.stats
-        await until(lambda: stats()["outages"] >= outages and not stats()["broker_down"])
+        super().__init__(network.url("nats"))
+        self.network = network
 
 
-@attrs.define(eq=False)
-class Seat:
-    """A follower that is connected to a process."""
-
-    follower: Follower
-    client: Client
-    task: asyncio.Task[None] | None = None
-
-    async def read(self) -> None:
-        while True:
-            self.follower.take(json.loads(await self.client.socket.recv()))
-
-
-class Scene:
+class Scene(Rooms):
     """A server, processes, what was published, and who follows it."""
 
     def __init__(self, broker: BrokerProcess) -> None:
+        super().__init__()
         self.broker = broker
-        self.published = Published()
-        self.stack = contextlib.AsyncExitStack()
 
-    async def process(self) -> Process:
-        process = Process(await self.stack.enter_async_context(Proxy(self.broker.port)))
-        server = await self.stack.enter_async_context(serving(process.app))
-        process.url = f"{server.url}/ws"
+    async def process(self) -> NetworkedProcess:
+        network = await self.stack.enter_async_context(Proxy(self.broker.port))
+        process = NetworkedProcess(network)
+        await self.serve(process)
         return process
-
-    async def follow(self, process: Process, follower: Follower) -> Seat:
-        """Connect *follower*, with what it knows, and wait for its verdicts."""
-        follower.joins(ROOM, QUIET)
-        query = falcon.to_query_str({"resume": query_of(follower.resume)})
-        client = await self.stack.enter_async_context(connect(process.url + query))
-        seat = Seat(follower, client)
-        seat.task = asyncio.create_task(seat.read())
-        self.stack.push_async_callback(self.leave, seat)
-        await until(lambda: follower.verdicts >= {ROOM, QUIET})
-        return seat
-
-    async def leave(self, seat: Seat) -> None:
-        if seat.task is not None:
-            seat.task.cancel()
-            await asyncio.wait([seat.task])
-            await seat.client.socket.close()
 
     async def say(self, process: Process, count: int, *seats: Seat) -> None:
         """Send messages at once, and wait until those that are stored have come to *seats*."""
@@ -114,10 +65,6 @@ async def scene() -> AsyncIterator[Scene]:
         scene = Scene(broker)
         async with scene.stack:
             yield scene
-
-
-def reasons_of(follower: Follower, group: str = ROOM) -> list[str]:
-    return [each.reason for each in follower.heard[group] if each.kind == "gap"]
 
 
 async def test_a_client_goes_on_in_any_process(scene: Scene) -> None:

@@ -4,59 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
-import json
 import os
 import random
 from collections.abc import AsyncIterator
 from typing import Any
 
-import attrs
-import falcon
 import pytest
 import redis.asyncio
 from brokers import BrokerProcess, Proxy, running
-from following import Follower, Published, query_of
-from support import Client, connect, new_app, serving, until
+from following import Follower
+from rooms import QUIET, ROOM, Process, Rooms, Seat, reasons_of
+from support import until
 
 import pachinko_cluster
-from pachinko import Connection, Hub, Pachinko, PachinkoError, Window
+from pachinko import PachinkoError, Window
 from pachinko_cluster import Redis, Stamp, read_broker, read_stamp
-
-ROOM = "room:a"
-QUIET = "room:quiet"
-
-
-class Process:
-    """An app that keeps its rooms, and its server."""
-
-    def __init__(self, url: str) -> None:
-        self.hub, self.app, self.url = Hub(), new_app(), ""
-        self.hub.configure(url)
-        self.hub.keep("room:")
-        ws = Pachinko(self.app, "/ws", hub=self.hub)
-
-        @ws.connect
-        async def arrive(conn: Connection) -> None:
-            await conn.join(ROOM)
-            await conn.join(QUIET)
-
-    async def connected(self) -> None:
-        """Wait until the process is connected, and has been lost before."""
-        await until(lambda: self.hub.stats()["outages"] and not self.hub.stats()["broker_down"])
-
-
-@attrs.define(eq=False)
-class Seat:
-    """A follower that is connected to a process."""
-
-    follower: Follower
-    client: Client
-    task: asyncio.Task[None] | None = None
-
-    async def read(self) -> None:
-        while True:
-            self.follower.take(json.loads(await self.client.socket.recv()))
 
 
 class Servers:
@@ -78,36 +40,17 @@ class Servers:
         self.apps.target = self.replica.port
 
 
-class Scene:
+class Scene(Rooms):
     """Processes, what was published, and who follows it."""
 
     def __init__(self, servers: Servers, replication: Proxy) -> None:
+        super().__init__()
         self.servers, self.replication = servers, replication
-        self.published = Published()
-        self.stack = contextlib.AsyncExitStack()
 
     async def process(self) -> Process:
         process = Process(self.servers.apps.url("redis"))
-        server = await self.stack.enter_async_context(serving(process.app))
-        process.url = f"{server.url}/ws"
+        await self.serve(process)
         return process
-
-    async def follow(self, process: Process, follower: Follower) -> Seat:
-        """Connect *follower*, with what it knows, and wait for its verdicts."""
-        follower.joins(ROOM, QUIET)
-        query = falcon.to_query_str({"resume": query_of(follower.resume)})
-        client = await self.stack.enter_async_context(connect(process.url + query))
-        seat = Seat(follower, client)
-        seat.task = asyncio.create_task(seat.read())
-        self.stack.push_async_callback(self.leave, seat)
-        await until(lambda: follower.verdicts >= {ROOM, QUIET})
-        return seat
-
-    async def leave(self, seat: Seat) -> None:
-        if seat.task is not None:
-            seat.task.cancel()
-            await asyncio.wait([seat.task])
-            await seat.client.socket.close()
 
     async def say(self, process: Process, count: int, *seats: Seat) -> None:
         """Send messages, and wait until they have come to *seats*."""
@@ -126,14 +69,10 @@ async def scene() -> AsyncIterator[Scene]:
         async with running("redis", *of_it) as replica, Proxy(primary.port) as apps:
             async with redis.asyncio.from_url(replica.url) as admin:
                 while (await admin.info("replication"))["master_link_status"] != "up":
-                    await asyncio.sleep(0.05)  # nobody tells
+                    await asyncio.sleep(0.05)  # nobody tells when the replica is up
             scene = Scene(Servers(primary, replica, apps), replication)
             async with scene.stack:
                 yield scene
-
-
-def reasons_of(follower: Follower, group: str) -> list[str]:
-    return [each.reason for each in follower.heard[group] if each.kind == "gap"]
 
 
 @pytest.mark.parametrize("is_read", [True, False], ids=["read first", "sent first"])
@@ -266,7 +205,9 @@ class Lot:
             await self.admin.delete(key)
 
     async def wait(self, subject: str, n: int) -> None:
-        await asyncio.sleep(0.04)  # the shorter windows end
+        await asyncio.sleep(
+            0.04
+        )  # Redis, whose clock cannot be moved, lets the shorter windows end.
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("PACHINKO_FAULT_EXAMPLES", "5"))))

@@ -26,6 +26,7 @@ import pytest
 from following import Follower, Published, query_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support import let_clients_join, turns
 
 import pachinko
 from pachinko import Connection, Hub, Pachinko, PachinkoError, simulate
@@ -54,13 +55,7 @@ def make_app(url: str | None = None, messages: int = WINDOW) -> falcon.asgi.App[
         for group in conn.req.get_param_as_list("group") or ():
             await conn.join(group)
 
-    @ws.on("join")
-    async def join(conn: Connection, *, group: str) -> None:
-        await conn.join(group)
-
-    @ws.on("leave")
-    async def leave(conn: Connection, *, group: str) -> None:
-        await conn.leave(group)
+    let_clients_join(ws)
 
     return app
 
@@ -168,13 +163,13 @@ class Scene:
             await self.settle()
         id = next(seat.ids)
         seat.rejoins[id] = group, not resumes
-        await seat.client.send("leave", {"group": group}, id=id)
+        await seat.client.send("leave", group, id=id)
         await self.settle()
         if seat.client.end is None and resumes:
             resume = seat.follower.resume
             await seat.client.send_text(json.dumps({"type": "resume", "payload": resume}))
         if seat.client.end is None:
-            await seat.client.send("join", {"group": group})
+            await seat.client.send("join", group)
 
     async def twice(self, n: int, first: int, second: int) -> None:
         """Two clients come with the same position."""
@@ -212,8 +207,7 @@ class Scene:
         await self.enter(seat, process, "query", group)
 
     async def turns(self, count: int) -> None:
-        for _ in range(count):
-            await asyncio.sleep(0)
+        await turns(count)
 
     async def settle(self) -> None:
         await self.sim.settle()
