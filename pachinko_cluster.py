@@ -2373,10 +2373,6 @@ class BrokerRings(Rings):
         for kept in ring.messages:
             self.append(ring.group, kept)
 
-    def use(self, rules: Mapping[str, Window]) -> None:
-        """Keep groups by *rules* from now on."""
-        self.rules = rules
-
     def resize(self, group: str, window: Window) -> None:
         """Let *group* have another window, as the rules have changed."""
         if (ring := self._rings.get(group)) is not None:
@@ -2532,7 +2528,15 @@ class Feed:
                 self._begin(Position(past.epoch, past.top), "epoch")
             if is_whole:
                 await self._use(past, after)
-            await self._let_begin()
+            if after is not None and self._is_ahead(rings.top_of(self._group)):
+                self._is_due = True
+            else:
+                await self._let_begin()
+
+    def _is_ahead(self, top: Position) -> bool:
+        """Tell whether a member that waits knows of more than *top*, which a full read shows."""
+        known = (at for _, _, at in self._waiting if at is not None)
+        return any(at.epoch == top.epoch and at.number > top.number for at in known)
 
     def _needed_after(self, top: Position) -> Position | None:
         """Return what a read has to go back to, if the group is at *top*; None for all of it.
@@ -2540,12 +2544,9 @@ class Feed:
         A store that has all groups in one file reads the end of it much faster. Twice as far as
         members are behind is enough for most of those that come later.
         """
-        known = [at for _, _, at in self._waiting if at is not None] + [top]
-        known = [at for at in known if at != NOWHERE]
-        if len({at.epoch for at in known}) != 1:
+        known = [at for _, _, at in [*self._waiting, (0, None, top)] if at and at != NOWHERE]
+        if len({at.epoch for at in known}) != 1 or self._is_ahead(top):
             return None
-        if top != NOWHERE and any(at.number > top.number for at in known):
-            return None  # Another process knows how far the whole is, which is now asked for.
         oldest = min(at.number for at in known)
         behind = max(0, top.number - oldest)
         return Position(known[0].epoch, max(0, oldest - behind))
@@ -2600,7 +2601,7 @@ class Archive:
         self._registry = registry
         self._feeds: dict[str, Feed] = {}
         self._is_failing = False  # The log says so.
-        history.start(registry, self._fetch)
+        history.start(registry, lambda cursor, at: self._feeds[cursor.group].wait(cursor, at))
         self.use(self.rings.rules)
         start_work(self._check())
 
@@ -2613,7 +2614,7 @@ class Archive:
 
     def use(self, rules: Mapping[str, Window]) -> None:
         """Keep groups by *rules* from now on. One that is no longer kept has a ring to its end."""
-        self.rings.use(rules)
+        self.rings.rules = rules
         for group in self._registry.groups:
             window = self.rings.window_of(group)
             if group not in self._feeds:
@@ -2641,9 +2642,6 @@ class Archive:
         if self.keeps(group):
             self._feeds[group].restore()
         return self.keeps(group)
-
-    def _fetch(self, cursor: pachinko.Cursor, position: Position | None) -> None:
-        self._feeds[cursor.group].wait(cursor, position)
 
     async def take(self, group: str, message: Arrived) -> None:
         """Take a message that has come to *group*."""

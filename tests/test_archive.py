@@ -21,6 +21,7 @@ from pachinko import (
     Hub,
     Pachinko,
     PachinkoError,
+    Position,
     SyncHub,
     Window,
     simulate,
@@ -560,6 +561,35 @@ async def test_a_broker_may_say_a_later_top(monkeypatch: pytest.MonkeyPatch) -> 
         await say(sim, 2)
         await sim.settle()
         assert heard(client) == [("resume", 0), 2] and heard(live) == [("resume", 0), 1, 2]
+
+
+async def test_who_is_ahead_of_what_a_broker_says_of_a_part_waits_for_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NATS numbers what all groups get, and is not always asked how far it is."""
+
+    async def past(
+        self: SimulatedConnection, subject: str, count: int, after: Position | None = None
+    ) -> Past:
+        found = await REAL_PAST(self, subject, count)
+        is_quick = not count or (after is not None and after.number == found.top)
+        return found if is_quick else found._replace(top=found.top + 1)
+
+    async with simulate(app_of()) as sim:
+        other = await sim.process()
+        client = await enter(other)
+        await say(other, 1)
+        await sim.settle()
+        monkeypatch.setattr(SimulatedConnection, "past", past)
+        epoch, _, number = last(client).partition(".")
+        ahead = f"{epoch}.{int(number) + 1}"
+        async with away(sim):
+            entering = [asyncio.create_task(enter(sim, at)) for at in (last(client), ahead)]
+            await until(lambda: len(sim.hub.state.registry.groups.get(ROOM, ())) == 2)
+        late = [await each for each in entering]
+        await sim.settle()
+        assert [heard(each) for each in late] == [[("resume", 0)]] * 2
+        assert [last(each) for each in late] == [ahead] * 2
 
 
 async def test_many_begin_in_turns(reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
