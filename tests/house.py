@@ -41,6 +41,7 @@ of a table or at the beginning of the items of a list.
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -125,6 +126,12 @@ _COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 Found = list[str]
 
 
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    """The tree of *text*, which no rule changes, so that all of them share it."""
+    return ast.parse(text)
+
+
 # The docstring's blocks
 
 
@@ -152,7 +159,7 @@ def block(docstring: str, heading: str) -> list[str]:
 
 
 def docstring(text: str) -> str:
-    return ast.get_docstring(ast.parse(text)) or ""
+    return ast.get_docstring(parsed(text)) or ""
 
 
 def glossary(text: str) -> list[str]:
@@ -227,7 +234,7 @@ def _compare(
 
 def used(text: str) -> dict[str, dict[str, tuple[int, str]]]:
     """By section: the sections that it uses, with the line and the name of the first use."""
-    tree, starts = ast.parse(text), banners(text)
+    tree, starts = parsed(text), banners(text)
 
     def section(line: int) -> str:
         return next((name for start, name in reversed(starts) if start <= line), "")
@@ -333,7 +340,7 @@ def check_owners(text: str, shared: Collection[str] = (), names: Collection[str]
     not, unless the name is *shared* and stored by constructors and `release` only. A property is no
     attribute in this sense.
     """
-    tree = ast.parse(text)
+    tree = parsed(text)
     classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     found = [f"there is no class {name}" for name in names if name not in classes]
     owners = {name: _declared(classes[name]) for name in names if name in classes}
@@ -418,7 +425,7 @@ def _stores(tree: ast.AST, items: bool = False) -> Iterator[tuple[int, str, str,
 
 def check_stores(text: str, *lists: Mapping[str, str]) -> Found:
     """An attribute is stored on ``self``, or by the class that declares it, or it is listed."""
-    tree, allowed = ast.parse(text), {name for one in lists for name in one}
+    tree, allowed = parsed(text), {name for one in lists for name in one}
     classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     declared = {name: _declared(node) for name, node in classes.items()}
     return [
@@ -432,7 +439,7 @@ def check_stores(text: str, *lists: Mapping[str, str]) -> Found:
 
 def stored(*texts: str) -> set[str]:
     """The attributes that the modules store on other objects."""
-    stores = [store for text in texts for store in _stores(ast.parse(text))]
+    stores = [store for text in texts for store in _stores(parsed(text))]
     return {attribute for _, receiver, attribute, _ in stores if receiver not in {"self", "cls"}}
 
 
@@ -444,7 +451,7 @@ def check_private(text: str, *lists: Mapping[str, str]) -> Found:
 
     In a class that derives from one of `FOREIGN` the private names of ``self`` are another's, too.
     """
-    tree, allowed = ast.parse(text), {name for one in lists for name in one}
+    tree, allowed = parsed(text), {name for one in lists for name in one}
     classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     elsewhere = {name for _, receiver, name in _private(tree) if receiver not in {*_SELF, *classes}}
     found = [
@@ -465,7 +472,7 @@ def check_private(text: str, *lists: Mapping[str, str]) -> Found:
 def check_private_list(text: str, *lists: Mapping[str, str]) -> Found:
     """Each listed private name is used."""
     names = set[str]()
-    for _, receiver, name in _private(ast.parse(text)):
+    for _, receiver, name in _private(parsed(text)):
         names |= {name, f"{receiver}.{name}"}
     listed = [name for one in lists for name in one]
     return [f"{name} is listed, and not used any more" for name in listed if name not in names]
@@ -523,7 +530,7 @@ def check_budgets(
     for (start, name), (end, _) in itertools.pairwise(starts):
         if end - start > section_lines:
             found.append(f"line {start}: the section '{name}' has {end - start} lines")
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         if isinstance(node, _FUNCTIONS):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > function_lines:
