@@ -990,8 +990,7 @@ class Nats:
             self._round_trips.add(self._round_trip)
             self._round_trip.add_done_callback(self._round_trips.discard)
             self._round_trip.add_done_callback(look_at_result)
-        trip = self._round_trip
-        await asyncio.wait([trip])
+        await asyncio.wait([trip := self._round_trip])
         if trip.cancelled():  # by `stop`: nobody has cancelled the caller
             raise ConnectionError("the connection has been lost")
         trip.result()
@@ -2373,6 +2372,10 @@ class BrokerRings(Rings):
         for kept in ring.messages:
             self.append(ring.group, kept)
 
+    def use(self, rules: Mapping[str, Window]) -> None:
+        """Keep groups by *rules* from now on."""
+        self.rules = rules
+
     def resize(self, group: str, window: Window) -> None:
         """Let *group* have another window, as the rules have changed."""
         if (ring := self._rings.get(group)) is not None:
@@ -2508,8 +2511,7 @@ class Feed:
     async def _read(self) -> None:
         """Read the past, deliver what was missed, and let those go on who wait."""
         rings, subject = self._rings, self._archive.subject(self._group)
-        # What is sent after the past comes by the feed.
-        await self._archive.link.subscribed(subject)
+        await self._archive.link.subscribed(subject)  # What comes after the past is in the feed.
         before = rings.top_of(self._group)
         self._reads += 1
         is_whole = self._is_behind or self._is_quiet or any(at for _, _, at in self._waiting)
@@ -2614,7 +2616,7 @@ class Archive:
 
     def use(self, rules: Mapping[str, Window]) -> None:
         """Keep groups by *rules* from now on. One that is no longer kept has a ring to its end."""
-        self.rings.rules = rules
+        self.rings.use(rules)
         for group in self._registry.groups:
             window = self.rings.window_of(group)
             if group not in self._feeds:
