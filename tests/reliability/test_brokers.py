@@ -42,6 +42,7 @@ SIDES = ("left", "right")
 LOGGERS = ("pachinko", "asyncio", "nats", "redis", "falcon", "uvicorn")
 EXPECTED_LOG = re.compile(
     r"; trying again \(|: connected, with \d+ subscriptions|^refused a message from the broker"
+    r"|^rules were not renewed: ConnectionError"
 )
 
 
